@@ -1,0 +1,24 @@
+"""repa: representation alignment (REPA, arXiv 2410.06940) for diffusion transformers."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from repa.base.lazy import exports
+
+try:
+    __version__ = version("repa")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+source"
+
+_rooms = {
+    "Alignment": "alignment",
+    "DiT": "models",
+    "build_model": "models",
+    "load_encoder": "encoders",
+    "load_autoencoder": "autoencoders",
+    "load_run": "runs",
+    "Denoiser": "diffusion",
+    "cknna": "analysis",
+    "cka": "analysis",
+    "frechet_distance": "metrics",
+}
+__getattr__, __dir__, __all__ = exports(__name__, _rooms, local=("__version__",))

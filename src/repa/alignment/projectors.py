@@ -1,0 +1,55 @@
+"""Trainable maps from the transformer's width D to the encoder's width F: (N, T, D) -> (N, T, F).
+
+They are trained with the model and have no use afterwards.
+"""
+
+import torch.nn as nn
+from torch import Tensor
+
+from repa.alignment.targets import grid_side
+from repa.base.errors import UserError
+
+
+def mlp(hidden_dim: int, feature_dim: int, *, width: int = 2048) -> nn.Sequential:
+    """The paper's projector: three linear layers with SiLU between.
+
+    Its state-dict keys (0, 2, 4) are those of the published checkpoints.
+    """
+    if type(width) is not int or width < 1:
+        raise UserError(f"The projector 'mlp' needs a whole number >= 1 as 'width', but got {width!r}.")
+    layers = nn.Sequential(
+        nn.Linear(hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, feature_dim)
+    )
+    return _initialise(layers)
+
+
+def linear(hidden_dim: int, feature_dim: int) -> nn.Linear:
+    """One linear layer."""
+    return _initialise(nn.Linear(hidden_dim, feature_dim))
+
+
+def conv(hidden_dim: int, feature_dim: int, *, kernel: int = 3) -> nn.Module:
+    """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
+    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+        raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
+    return _initialise(_Convolution(hidden_dim, feature_dim, kernel))
+
+
+class _Convolution(nn.Module):
+    def __init__(self, hidden_dim: int, feature_dim: int, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv2d(hidden_dim, feature_dim, kernel, padding=kernel // 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        side = grid_side(hidden.shape[1])
+        grid = hidden.transpose(1, 2).unflatten(2, (side, side))  # (N, D, G, G)
+        return self.conv(grid).flatten(2).transpose(1, 2)  # (N, T, F)
+
+
+def _initialise(module: nn.Module) -> nn.Module:
+    """Xavier-uniform weights and zero biases, as for every linear layer of the transformer."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return module

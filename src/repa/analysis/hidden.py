@@ -1,0 +1,58 @@
+"""Hidden states of a diffusion transformer, pooled over tokens, at chosen depths and one noise level."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repa.base.errors import UserError
+from repa.base.rng import SampleStreams
+from repa.diffusion import Interpolant, interpolate
+
+
+@torch.inference_mode()
+def collect_hidden(
+    model: nn.Module,
+    latents: Iterable[Tensor],
+    *,
+    depths: Sequence[int],
+    t: float,
+    path: Interpolant,
+    seed: int = 0,
+    null_label: int,
+) -> dict[int, Tensor]:
+    """Run noised latents through the model with no class given: depth -> (N, D), the mean over tokens, float32 on CPU.
+
+    Rows are in the order of `latents`. Row i is noised by a stream of its own, so it depends neither on the batches nor
+    on t: the same noise is seen at every noise level.
+
+    Args:
+        model: forward(x_t, t, labels, taps) -> output with `.hidden[depth]` (N, T, D), such as DiT.
+        latents: batches (n, C, H, W) of clean latents, scaled as in training.
+        depths: 1-based; hidden[k] is the residual stream after block k.
+        t: noise level in [0, 1]; 0 is data.
+        path: the interpolant that the model was trained with.
+        seed: of the noise.
+        null_label: the label that means "no class"; probing with the true one would leak it.
+    """
+    taps = tuple(depths)
+    if not taps or not 0.0 <= t <= 1.0:
+        raise UserError(
+            f"Hidden states need at least one depth and a t in [0, 1], but got depths {list(taps)} and t={t}."
+        )
+    parameter = next(model.parameters())
+    pooled: dict[int, list[Tensor]] = {depth: [] for depth in taps}
+    seen = 0
+    for batch in latents:
+        x = batch.to(parameter.device)
+        noise = SampleStreams(seed, range(seen, seen + len(x))).randn_like(x)
+        times = torch.full((len(x),), t, device=x.device)  # (n,)
+        x_t, _ = interpolate(path, x, noise, times)
+        labels = torch.full((len(x),), null_label, device=x.device)  # (n,)
+        hidden = model(x_t, times, labels, taps).hidden
+        for depth in taps:
+            pooled[depth].append(hidden[depth].float().mean(1).cpu())  # (n, D)
+        seen += len(x)
+    if seen == 0:
+        raise UserError("There are no latents to collect hidden states from.")
+    return {depth: torch.cat(rows) for depth, rows in pooled.items()}

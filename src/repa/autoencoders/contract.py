@@ -1,0 +1,158 @@
+"""What every autoencoder does: uint8 images -> moments (stored) -> latents (what models see) -> uint8 images.
+
+N batch, C latent channels, H W image, h = H / factor and w = W / factor latent.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from repa.base.errors import UserError
+
+
+class Autoencoder(nn.Module):
+    """A frozen autoencoder. A subclass gives `moments` and `images`, on floats in [-1, 1] and unscaled latents.
+
+    Attributes:
+        name: the spec it was loaded by.
+        channels: C.
+        factor: pixels per latent, along each side.
+        scale, shift: latents = (z - shift) * scale.
+        stochastic: does `sample` draw noise, or is the standard deviation always 0?
+        stores_moments: are moments worth storing, or as cheap to recompute from the images as to read?
+    """
+
+    stochastic: bool = True
+    stores_moments: bool = True
+
+    def __init__(self, name: str, *, channels: int, factor: int, scale: float, shift: float):
+        super().__init__()
+        self.name, self.channels, self.factor = name, channels, factor
+        self.scale, self.shift = scale, shift
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation, each (N, C, h, w)."""
+        raise NotImplementedError
+
+    def images(self, z: Tensor) -> Tensor:
+        """Unscaled latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]."""
+        raise NotImplementedError
+
+    def encoder_weights(self) -> Mapping[str, Tensor]:
+        """The tensors that decide the moments; none for an autoencoder without weights."""
+        return {}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, H, W) -> float32 moments (N, 2C, h, w): [mean, standard deviation], unscaled.
+
+        Computed in the precision of the weights, also under autocast: what is stored must not depend on who asked.
+        """
+        self._check_images(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat(self.moments(images.float() / 127.5 - 1), dim=1).float()
+
+    @torch.no_grad()
+    def sample(self, moments: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """Moments (N, 2C, h, w) -> float32 latents (N, C, h, w), scaled: (mean + std * noise - shift) * scale.
+
+        Args:
+            moments: [mean, standard deviation], as `encode` gave them, in any precision.
+            generator: where the noise comes from, on any device; the global generator when None.
+            noise: (N, C, h, w) standard normal drawn by the caller, instead of a generator.
+        """
+        self._check_channels(moments, 2 * self.channels, "moments")
+        mean, std = moments.float().chunk(2, dim=1)  # (N, C, h, w) each
+        if self.stochastic:
+            if noise is None:
+                device = generator.device if generator else mean.device
+                noise = torch.randn(mean.shape, generator=generator, device=device)
+            assert noise.shape == mean.shape, f"noise {tuple(noise.shape)} for a mean {tuple(mean.shape)}"
+            mean = mean + std * noise.to(mean)
+        return (mean - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) -> uint8 images (N, 3, H, W).
+
+        Rounds to the nearest grey level, as DiT and SiT do; REPA's reference truncates, half a level darker on average.
+        """
+        self._check_channels(latents, self.channels, "latents")
+        with torch.autocast(latents.device.type, enabled=False):
+            images = self.images(latents.float() / self.scale + self.shift)
+        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)  # + 128 = + 127.5 and 0.5 to round
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest records: name, scale, shift and the checksum of the encoder.
+
+        Of the encoder alone: autoencoders that differ in the decoder only (sd-vae-ft-mse and -ema) share their latents.
+        """
+        weights = self.encoder_weights()
+        checksum = _digest(weights) if weights else None
+        return {"name": self.name, "sha256": checksum, "scale": self.scale, "shift": self.shift}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"The autoencoder {self.name!r} takes uint8 images (N, 3, H, W), but got {_describe(images)}: "
+                f"give the pixels 0 to 255, unscaled."
+            )
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise UserError(
+                f"The autoencoder {self.name!r} takes images whose sides are multiples of {self.factor}, "
+                f"but got {images.shape[2]} x {images.shape[3]}: crop or resize them first."
+            )
+
+    def _check_channels(self, tensor: Tensor, channels: int, what: str) -> None:
+        if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.is_floating_point():
+            expected = f"{what} as floats (N, {channels}, h, w)"
+            raise UserError(f"The autoencoder {self.name!r} takes {expected}, but got {_describe(tensor)}.")
+
+
+def load_autoencoder(
+    spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> Autoencoder:
+    """The autoencoder that a spec names, frozen, on a device.
+
+    Args:
+        spec: a name of AUTOENCODERS, or the dotted name of an Autoencoder of your own or of a function of `weights`.
+        weights: folder (as diffusers saves it) or hub name to load from; None for the name's own hub repository.
+        device: where it computes.
+
+    Raises:
+        UserError: an unknown name, or weights that are missing, damaged or of another kind.
+    """
+    from repa.autoencoders import AUTOENCODERS
+
+    component = AUTOENCODERS.build(spec)
+    if isinstance(component, Autoencoder):  # a class, which the registry has made an instance of
+        if weights is not None:
+            raise UserError(f"The autoencoder {spec!r} takes no weights, but got {weights}: leave them out.")
+        autoencoder = component
+    else:
+        autoencoder = component(weights)
+    return autoencoder.to(device).eval().requires_grad_(False)
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values: the same for every file format that holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,92 @@
+"""Configuration is data with types: frozen pydantic models, YAML in and out, mistakes answered in one sentence."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from repa.base.errors import UserError, nearest
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown keys refused, each field's docstring becomes its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+        """Validate a plain dictionary; raises UserError with one sentence for the first mistake. `where` names the source."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError((f"{where}: " if where else "") + explain(cls, error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML file."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"There is no configuration file {path}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            reason = str(error).replace("\n", " ")
+            raise UserError(f"{path} cannot be read as YAML: {reason}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must hold a mapping of settings, but holds {type(values).__name__}.")
+        return cls.parse(values, where=str(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def override(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed (model_copy would skip the checks)."""
+        return type(self).parse({**self.model_dump(), **changes})
+
+
+def explain(model: type[BaseModel], error: ValidationError) -> str:
+    """The first validation error as a sentence: field, what was given, what is allowed, the nearest name."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(model, first["loc"][:-1])
+        return f"unknown setting {field!r}: allowed are {', '.join(allowed)}.{nearest(str(first['loc'][-1]), allowed)}"
+    if first["type"] == "missing":
+        return f"setting {field!r} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"setting {field!r} was given {first['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    """Field names of the nested model that a validation error points into."""
+    current: Any = model
+    for part in location:
+        annotation = current.model_fields[part].annotation if isinstance(part, str) else current
+        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            annotation = next(a for a in annotation.__args__ if a is not Ellipsis and a is not type(None))
+        current = annotation
+    return list(current.model_fields)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """Lines 'field: old -> new' for every leaf that differs."""
+
+    def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
+            items = enumerate(value)
+        else:
+            return {prefix: value}
+        return {k: v for key, item in items for k, v in leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+    a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    missing = "(none)"
+    return [
+        f"{k}: {a.get(k, missing)} -> {b.get(k, missing)}"
+        for k in sorted({*a, *b})
+        if a.get(k, missing) != b.get(k, missing)
+    ]

@@ -1,0 +1,114 @@
+"""Pictures in and out: any image file to RGB, the ADM crop, tensors, grids, PNG."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from repa.base import files
+from repa.base.errors import UserError
+
+MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The bytes of an image file as an upright 8-bit RGB image.
+
+    EXIF rotation is applied; transparency is laid on white; 16-bit greys are scaled to 8 bits (their high byte, which
+    is what Pillow does with 16-bit colour); of an animation the first frame counts.
+
+    Raises:
+        UserError: names `name`; for anything that is not a whole image, or has more than MAX_PIXELS.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:  # known from the header, before anything is decoded
+            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+            return _to_rgb(ImageOps.exif_transpose(image), sixteen)
+    except Image.DecompressionBombError:
+        pass  # refused below
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is not a readable image: its bytes are of no known format.") from None
+    except (
+        Exception
+    ) as error:  # Pillow answers damaged bytes with OSError, SyntaxError, ValueError, struct.error, KeyError, ...
+        raise UserError(f"{name} is not a readable image: {error or type(error).__name__}.") from error
+    raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels, which is refused: shrink it or remove it.")
+
+
+def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
+    if sixteen:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are {image.mode!r} numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits"
+        )
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The crop of ADM, DiT, SiT and REPA: halve by box filter, bicubic to the short side, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{image.width} x {image.height} pixels are too narrow to enlarge to {size}: remove it.")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 (3, H, W)."""
+    assert image.mode == "RGB", image.mode
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def from_tensor(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> RGB image."""
+    _require_uint8(image, 3)
+    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> np.ndarray:
+    """Lay images row by row on white; returns uint8 (height, width, 3).
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        columns: images in a row; about a square when None.
+        padding: white pixels between images, none at the rim.
+    """
+    _require_uint8(images, 4)
+    num, channels, height, width = images.shape
+    columns = min(columns or int(np.ceil(np.sqrt(num))), num)
+    rows = -(-num // columns)
+    sheet = np.full((rows * (height + padding), columns * (width + padding), channels), 255, np.uint8)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = index // columns * (height + padding), index % columns * (width + padding)
+        sheet[top : top + height, left : left + width] = image
+    return sheet[: rows * (height + padding) - padding, : columns * (width + padding) - padding]
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: np.ndarray, path: str | Path) -> None:
+    """Write uint8 (H, W, 3) as a PNG file, whole or not at all."""
+    files.write_bytes(path, encode_png(image))
+
+
+def _require_uint8(images: Tensor, ndim: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != ndim or images.shape[-3] != 3:
+        wanted = "(N, 3, H, W)" if ndim == 4 else "(3, H, W)"
+        raise ValueError(f"Images are uint8 {wanted}, but got {images.dtype} {tuple(images.shape)}.")

@@ -1,0 +1,1 @@
+"""The front door: parse, call one job, print. Nothing here computes."""

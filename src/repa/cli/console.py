@@ -1,0 +1,71 @@
+"""Progress for people (a bar with rate and time left on a terminal) and for logs (a plain line now and then)."""
+
+import os
+import sys
+import time
+
+LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
+
+
+def speaks() -> bool:
+    """Is this the process that talks? Asked of torchrun's variables, because torch takes a second to import."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str = "") -> None:
+    """A line from the main process only."""
+    if speaks():
+        print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """One task: call it with (done, total, note). Use as a context manager."""
+
+    def __init__(self, what: str, unit: str):
+        self.what, self.unit = what, unit
+        self.bar = None
+        self.begin = self.said = time.perf_counter()
+        self.first: int | None = None  # where this process started: a continued job's rate counts only its own work
+
+    def __enter__(self) -> "Progress":
+        if speaks() and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )  # fmt: skip
+            self.task = self.bar.add_task(self.what, total=None, rate="", note="")
+            self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.perf_counter()
+        if self.first is None:  # the first call may already report work
+            self.first, self.begin = done, now
+        if not speaks():
+            return
+        rate = (done - self.first) / (now - self.begin) if now > self.begin else 0.0
+        if self.bar:
+            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} {self.unit}/s", note=note)
+        elif now - self.said >= LINE_EVERY or done >= total:
+            self.said = now
+            left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+            print(
+                f"{self.what}: {done:,}/{total:,} {self.unit} ({rate:.1f}/s{left}) {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()

@@ -1,0 +1,42 @@
+"""`repa sample RUN --num N --out samples.npz ...`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from repa.cli import options
+from repa.cli.console import Progress, say
+from repa.sampling.config import SampleConfig
+
+ABOUT = "Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator) and a PNG grid."
+
+
+class SampleArguments(SampleConfig):
+    run: str
+    """run folder"""
+    out: str
+    """Name of the .npz."""
+    num: int = Field(64, ge=1)
+    """Number of images."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights or the raw ones."""
+    checkpoint: int = -1
+    """Step of the checkpoint; -1 takes the newest."""
+
+
+def main(argv: list[str]) -> int:
+    given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
+    config = options.part(SampleConfig, given)
+    from repa.base import dist
+    from repa.runs import load_run
+    from repa.sampling import write_samples
+
+    device = dist.setup()
+    run = load_run(given.run, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
+    with Progress(f"sampling {given.run}", "images") as bar:
+        out = write_samples(run, config, given.num, Path(given.out), progress=bar)
+    say(
+        f"{out}: {given.num:,} images of step {run.step:,} ({run.weights} weights); {out.with_suffix('.png')} shows some."
+    )
+    return 0

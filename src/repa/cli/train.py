@@ -1,0 +1,64 @@
+"""`repa train RECIPE --data DATA --out RUN [overrides]`."""
+
+import signal
+from pathlib import Path
+
+from repa.cli import options
+from repa.cli.console import Progress, say
+from repa.recipes import load_recipe
+from repa.training.config import TrainConfig
+
+ABOUT = (
+    "Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared data. "
+    "The same command continues after any stop; give another --num-steps to train longer."
+)
+
+
+class TrainArguments(TrainConfig):
+    recipe: str
+    """recipe name, .yaml file, or run folder"""
+    data: str
+    """Folder that `repa prepare` made."""
+    out: str
+    """Run folder."""
+
+
+def main(argv: list[str]) -> int:
+    recipe = load_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
+    given = options.parse(TrainArguments, argv, verb="train", about=ABOUT, positional=("recipe",), values=recipe)
+    config = options.part(TrainConfig, given)
+    return start(config, Path(given.data), Path(given.out))
+
+
+def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
+    """Train in this process; returns the exit code. Torch is imported only now, after every cheap check."""
+    from repa.base import dist
+    from repa.cli.hooks import preview_hooks
+    from repa.data import open_data
+    from repa.training import train
+
+    device = dist.setup()
+    data = open_data(data_folder)
+    with Progress(run.name, "steps") as bar:
+
+        def progress(state) -> None:
+            values = state.metrics
+            note = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s" if values else ""
+            bar(state.step, config.num_steps, note)
+
+        finished = train(
+            config,
+            data,
+            run,
+            device=device,
+            make_hooks=preview_hooks(run, data, device),
+            progress=progress,
+            say=say,
+        )
+    if finished.interrupted is not None:
+        say(
+            f"Stopped by {finished.interrupted.name} after step {finished.step:,}; a checkpoint is in {run}. The same command continues."
+        )
+        return 130 if finished.interrupted == signal.SIGINT else 0
+    say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num 64 --out samples.npz")
+    return 0

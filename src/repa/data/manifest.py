@@ -1,0 +1,173 @@
+"""manifest.json: what a folder of shards holds, and who encoded it how.
+
+DATA/
+  manifest.json               written last: a folder with a manifest is complete
+  images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, pooled.NAME
+  parts/                      only while work is unfinished: settings.json, a record for each finished part
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from repa.base import files
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.data.config import PrepareConfig
+
+VERSION = 1
+MANIFEST = "manifest.json"
+PARTS = "parts"
+SETTINGS = "settings.json"
+
+
+class ArrayFile(Config):
+    """One .npy file."""
+
+    file: str
+    """Its name in the folder."""
+    dtype: str
+    """NumPy's name of its type, e.g. float16."""
+    shape: tuple[int, ...]
+    """Its shape, the number of images first."""
+    size: int
+    """Its bytes, header included."""
+    sha256: str
+    """Its checksum."""
+
+    @field_validator("file")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        """A manifest may come from anyone: it must not make us open files elsewhere."""
+        if not name.endswith(".npy") or any(part in name for part in ("/", "\\", "\0", ":")):
+            raise ValueError(f"{name!r} is not the plain name of a .npy file in this folder")
+        return name
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in ("uint8", "int64", "float16"):
+            raise ValueError(f"{dtype!r} is not a type that shards hold: uint8, int64, float16")
+        return dtype
+
+    def intact(self, folder: Path) -> bool:
+        """Whether the file is there with its size; its bytes are compared by `check` only."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.size
+
+
+class Shard(Config):
+    """The files of some consecutive images, by field."""
+
+    num: int
+    """Images in it."""
+    files: dict[str, ArrayFile]
+    """Field -> file."""
+    skipped: tuple[str, ...] = ()
+    """Images that could not be read and are left out."""
+
+
+class FeatureField(Config):
+    """The stored tokens of one vision encoder."""
+
+    dim: int
+    """Channels of a token."""
+    grid: int
+    """Side of the token grid."""
+    pooled: bool
+    """Whether the pooled features are stored too."""
+    identity: dict[str, Any]
+    """Which encoder, which weights."""
+
+
+class Manifest(Config):
+    """A whole data set."""
+
+    version: int = VERSION
+    """Format of this file."""
+    source: dict[str, Any]
+    """What the images were made from, and a checksum of its list."""
+    config: PrepareConfig
+    """How they were made."""
+    num_images: int = Field(ge=1)
+    """Images in all shards."""
+    class_names: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
+    class_counts: tuple[int, ...]
+    """Images of each class."""
+    autoencoder: dict[str, Any]
+    """Which autoencoder, which weights."""
+    features: dict[str, FeatureField]
+    """Encoder -> its stored tokens."""
+    shards: tuple[Shard, ...]
+    """The shards, in order; one whose images are all skipped has no files."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if sum(shard.num for shard in self.shards) != self.num_images:
+            raise ValueError(f"num_images is {self.num_images}, but its shards hold {sum(s.num for s in self.shards)}")
+        fields = self.fields
+        for number, shard in enumerate(self.shards):
+            if shard.num and {field: (f.dtype, f.shape[1:]) for field, f in shard.files.items()} != fields:
+                raise ValueError(f"shard {number} holds other fields, types or shapes than the first")
+            if any(f.shape[:1] != (shard.num,) for f in shard.files.values()):
+                raise ValueError(f"shard {number} has files that do not hold its {shard.num} images")
+        expected = {"labels", *(f"features.{name}" for name in self.features)}
+        expected |= {f"pooled.{name}" for name, facts in self.features.items() if facts.pooled}
+        if set(fields) - {"images", "moments"} != expected:
+            raise ValueError(f"its shards hold {', '.join(sorted(fields))}, which is not what it announces")
+        return self
+
+    @property
+    def resolution(self) -> int:
+        return self.config.resolution
+
+    @property
+    def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Field -> type and shape of one image's entry."""
+        first = next(shard for shard in self.shards if shard.num)  # a shard whose images are all bad has no files
+        return {field: (f.dtype, f.shape[1:]) for field, f in first.files.items()}
+
+    @property
+    def skipped(self) -> list[str]:
+        return [name for shard in self.shards for name in shard.skipped]
+
+    def save(self, folder: Path) -> None:
+        files.write_json(folder / MANIFEST, self.model_dump(mode="json"))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Read and check DATA/manifest.json; raises UserError when it is missing, damaged or of another version."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            if (folder / PARTS).is_dir():
+                raise UserError(f"The preparation of {folder} is not finished: run the same `repa prepare` again.")
+            raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.")
+        values = files.read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")
+        if values.get("version") != VERSION:
+            raise UserError(
+                f"{path} is of version {values.get('version')!r}, but this program reads {VERSION}: "
+                "prepare the data again, in a new folder."
+            )
+        return cls.parse(values, where=str(path))
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        size = sum(file.size for shard in self.shards for file in shard.files.values())
+        fields = [
+            " ".join((name, dtype, "x".join(map(str, shape)))).strip() for name, (dtype, shape) in self.fields.items()
+        ]
+        tokens = [f"{name} ({facts.grid} x {facts.grid} x {facts.dim})" for name, facts in self.features.items()]
+        lines = [
+            f"source       {self.source['name']}",
+            f"images       {self.num_images:,} of {len(self.class_names)} classes at {self.resolution} pixels",
+            f"autoencoder  {self.config.autoencoder}",
+            f"tokens       {', '.join(tokens) or 'none'}",
+            f"fields       {', '.join(fields)}",
+            f"on disk      {files.size(size)} in {len(self.shards)} shards",
+        ]
+        return "\n".join([*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])])

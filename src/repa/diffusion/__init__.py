@@ -1,0 +1,54 @@
+"""Layer 1: paths from data to noise, what networks predict, times, guidance, samplers. Never sees inside a network."""
+
+from repa.base.lazy import exports
+from repa.base.registry import Registry
+
+PATHS = Registry(
+    "path",
+    {
+        "linear": "repa.diffusion.interpolants:linear",
+        "trigonometric": "repa.diffusion.interpolants:trigonometric",
+        "vp": "repa.diffusion.interpolants:VariancePreserving",
+    },
+)
+PREDICTIONS = ("velocity", "noise", "data", "score")
+TIMESTEPS = Registry(
+    "time distribution",
+    {
+        "uniform": "repa.diffusion.timesteps:Uniform",
+        "logit_normal": "repa.diffusion.timesteps:LogitNormal",
+    },
+)
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "euler": "repa.diffusion.samplers:euler",
+        "heun": "repa.diffusion.samplers:heun",
+        "euler_maruyama": "repa.diffusion.samplers:euler_maruyama",
+        "dopri5": "repa.diffusion.samplers:dopri5",
+        "ddpm": "repa.diffusion.ddpm:ddpm",
+        "ddim": "repa.diffusion.ddpm:ddim",
+    },
+)
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "Coefficients": "interpolants",
+        "Interpolant": "interpolants",
+        "interpolate": "interpolants",
+        "convert": "predictions",
+        "target": "predictions",
+        "time_shift": "timesteps",
+        "ode_grid": "timesteps",
+        "sde_grid": "timesteps",
+        "Denoiser": "denoiser",
+        "count_calls": "denoiser",
+        "guided": "guidance",
+        "ImprovedDDPM": "ddpm",
+        "in_timesteps": "ddpm",
+        "DiffusionConfig": "config",
+        "GuidanceConfig": "config",
+    },
+    local=("PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
+)

@@ -1,0 +1,240 @@
+"""Improved DDPM: the discrete process, hybrid loss and samplers that DiT was built on (Eqs. 10-12).
+
+A network for it answers 2C channels, [noise; v]: the noise and, per element, where the log-variance of the reverse step
+lies between its two bounds. It takes the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
+time is our t: timestep k is t = (k + 1) / T, which also makes the `vp` path (with its defaults) the continuous limit of
+this process, so that a DiT can be sampled by every other sampler too; `in_timesteps` turns t into k for the network.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.diffusion.denoiser import Denoiser
+from repa.diffusion.interpolants import check_numbers
+from repa.diffusion.samplers import RandnLike, to_state
+
+NUM_TIMESTEPS = 1000
+
+
+class ImprovedDDPM:
+    """q(x_k | x) = N(sqrt(alpha_bar_k) x, 1 - alpha_bar_k); all constants are float64.
+
+    The betas are evenly spaced, from 1e-4 to 2e-2 for 1000 timesteps, scaled so that any other number of them
+    reaches about the same noise.
+
+    Args:
+        num_timesteps: T, how many the process was trained with.
+        timesteps: the K <= T of them to visit, ascending, with alpha_bar kept and betas recomputed; None visits all.
+
+    Attributes:
+        timesteps, betas, alpha_bar: (K,) each.
+    """
+
+    def __init__(self, num_timesteps: int = NUM_TIMESTEPS, timesteps: Sequence[int] | None = None):
+        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps <= 20:
+            raise UserError(f"DDPM needs more than 20 timesteps to keep its betas below 1, but got {num_timesteps!r}.")
+        betas = np.linspace(1e-4, 2e-2, num_timesteps) * (1000 / num_timesteps)
+        bar = np.cumprod(1 - betas)
+        if timesteps is not None:
+            bar = bar[list(timesteps)]
+            betas = 1 - bar / np.append(1, bar[:-1])
+        prev = np.append(1, bar[:-1])
+        posterior = betas * (1 - prev) / (1 - bar)  # beta~, whose 0 at step 0 has no logarithm: step 1 lends its own
+        self.num_timesteps = num_timesteps
+        self.timesteps = np.arange(num_timesteps) if timesteps is None else np.asarray(timesteps)
+        self.betas, self.alpha_bar, self.alpha_bar_prev = betas, bar, prev
+        self._constants = {
+            "signal": np.sqrt(bar),
+            "noise": np.sqrt(1 - bar),
+            "log_beta": np.log(betas),
+            "log_posterior": np.log(np.append(posterior[1], posterior[1:])),
+            "mean_of_data": betas * np.sqrt(prev) / (1 - bar),
+            "mean_of_x_t": (1 - prev) * np.sqrt(1 - betas) / (1 - bar),
+        }
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def respaced(self, num_steps: int, integer_stride: bool = False) -> "ImprovedDDPM":
+        """The process that visits only num_steps of these timesteps, with the same alpha_bar at each.
+
+        Evenly spaced from the first to the last, rounded; with `integer_stride` 0, s, 2s, ... (what DDIM uses).
+        """
+        total = len(self.betas)
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 2 <= num_steps <= total:
+            raise UserError(f"DDPM sampling takes 2 to {total} steps, but got {num_steps!r}.")
+        if integer_stride:
+            strides = (range(0, total, stride) for stride in range(1, total))
+            kept = next((k for k in strides if len(k) == num_steps), None)
+            if kept is None:
+                raise UserError(
+                    f"No stride visits exactly {num_steps} of {total} timesteps: take a divisor of {total}."
+                )
+        else:
+            kept = [round(i * (total - 1) / (num_steps - 1)) for i in range(num_steps)]
+        return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)])
+
+    def time(self, k: int) -> float:
+        """Our t of step k."""
+        return (int(self.timesteps[k]) + 1) / self.num_timesteps
+
+    def q_sample(self, x: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """x_t of clean latents x (N, ...); here t is a step, or one int64 step per sample (N,)."""
+        return self._at("signal", t, x) * x + self._at("noise", t, x) * noise
+
+    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of the hybrid loss (Eq. 10), to be added with weight 1.
+
+        Args:
+            output: (N, 2C, H, W), the network's answer [noise; v] to (q_sample(x, noise, t), t).
+            x: (N, C, H, W), clean latents.
+            noise: shaped like x.
+            t: (N,) int64 steps.
+
+        Returns:
+            mse (N,): squared error of the noise, mean over C, H, W.
+            vb (N,): variational bound in bits per element, which trains v only: KL(q(x_{t-1} | x_t, x) || p), Eq. 11,
+            and at step 0 the likelihood of x under a discretised Gaussian.
+        """
+        output, x_t = output.to(x.dtype), self.q_sample(x, noise, t)
+        predicted, v = _halves(output, x)
+        mse = ((noise - predicted) ** 2).flatten(1).mean(1)  # (N,)
+        mean, log_variance = self.p_mean_log_variance(torch.cat([predicted.detach(), v], 1), x_t, t)
+        kl = _normal_kl(self._posterior_mean(x, x_t, t), self._at("log_posterior", t, x), mean, log_variance)
+        first = (t == 0).reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
+        vb = torch.where(first, _discretised_nll(x, mean, log_variance), kl).flatten(1).mean(1) / math.log(2)  # (N,)
+        return mse, vb
+
+    def p_mean_log_variance(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (Eq. 12) of p(x_{t-1} | x_t) for a network output [noise; v]; data is not clipped."""
+        noise, v = _halves(output, x_t)
+        fraction = (v + 1) / 2  # v = 1 is beta, v = -1 is beta~
+        log_beta, log_posterior = self._at("log_beta", t, x_t), self._at("log_posterior", t, x_t)
+        mean = self._posterior_mean(self.data(noise, x_t, t), x_t, t)
+        return mean, fraction * log_beta + (1 - fraction) * log_posterior
+
+    def data(self, noise: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The clean latents that a noise prediction implies."""
+        return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
+
+    def _posterior_mean(self, x: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x)."""
+        return self._at("mean_of_data", t, x) * x + self._at("mean_of_x_t", t, x) * x_t
+
+    def _at(self, name: str, t: int | Tensor, x: Tensor) -> float | Tensor:
+        """A constant at step t, shaped to multiply x. Tables stay on the device: a copy per step would wait for it."""
+        if not isinstance(t, Tensor):
+            return float(self._constants[name][t])
+        key = (name, x.device, x.dtype)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self._constants[name]).to(x.dtype).to(x.device)
+        return self._tables[key][t].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
+
+
+def in_timesteps(predict: Callable[..., Tensor], num_timesteps: int = NUM_TIMESTEPS) -> Callable[..., Tensor]:
+    """A network of timesteps k as one of our t: (x_t, t (N,), *rest) -> predict(x_t, t * T - 1, *rest).
+
+    Put it innermost, `guided(in_timesteps(network), ...)`, so that guidance intervals keep their meaning.
+    """
+
+    def output(x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        k = t * num_timesteps - 1
+        # (k + 1) / T in float32 comes back beside k; between timesteps, where an ODE solver goes, k stays fractional
+        return predict(x_t, torch.where((k - k.round()).abs() < 1e-3, k.round(), k), *rest)
+
+    return output
+
+
+@torch.no_grad()
+def ddpm(
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    *,
+    num_timesteps: int = NUM_TIMESTEPS,
+) -> Tensor:
+    """Ancestral sampling of the respaced process with the learned variance; no noise in the last step. NFE = num_steps.
+
+    The denoiser predicts noise with a learned variance (2C channels) through `in_timesteps`; its path is not used.
+    DiT's code guides the first 3 channels only: the other channels and the variance keep the conditional values.
+    """
+    _check_noise(denoiser)
+    process = ImprovedDDPM(num_timesteps).respaced(num_steps)
+    x = to_state(noise)
+    for k in reversed(range(num_steps)):
+        mean, log_variance = process.p_mean_log_variance(denoiser.output(x, process.time(k)), x, k)
+        x = mean + torch.exp(0.5 * log_variance) * randn_like(x) if k > 0 else mean
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def ddim(
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    *,
+    eta: float = 0.0,
+    num_timesteps: int = NUM_TIMESTEPS,
+) -> Tensor:
+    """DDIM on integer strides; a learned variance is ignored. NFE = num_steps.
+
+    eta = 0 is deterministic, eta = 1 draws the noise of the posterior q(x_{k-1} | x_k, x).
+    """
+    _check_noise(denoiser)
+    check_numbers("sampler ddim", eta=eta)
+    if not 0 <= eta <= 1:
+        raise UserError(f"The setting eta of ddim lies between 0 and 1, but got {eta}.")
+    process = ImprovedDDPM(num_timesteps).respaced(num_steps, integer_stride=True)
+    x = to_state(noise)
+    for k in reversed(range(num_steps)):
+        predicted = denoiser.output(x, process.time(k))[:, : x.shape[1]]
+        before = process.alpha_bar_prev[k]
+        std = eta * math.sqrt(process.betas[k] * (1 - before) / (1 - process.alpha_bar[k]))
+        x = math.sqrt(before) * process.data(predicted, x, k) + math.sqrt(1 - before - std**2) * predicted
+        if eta > 0 and k > 0:
+            x = x + std * randn_like(x)
+    return x.to(noise.dtype)
+
+
+def _check_noise(denoiser: Denoiser) -> None:
+    if denoiser.prediction != "noise":
+        raise UserError(
+            f"The samplers ddpm and ddim need a network that predicts noise, but this one predicts "
+            f"{denoiser.prediction}: choose euler, heun or euler_maruyama."
+        )
+
+
+def _halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    if output.shape[1] != 2 * x.shape[1]:
+        raise UserError(
+            f"DDPM needs {2 * x.shape[1]} output channels, noise and learned variance, but the network answers "
+            f"{output.shape[1]}: build it with learn_sigma=True."
+        )
+    return output.chunk(2, dim=1)
+
+
+def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) per element, in nats."""
+    log_ratio = log_variance1 - log_variance2
+    return 0.5 * (torch.exp(log_ratio) - 1 - log_ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def _discretised_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """-log of the Gaussian's mass on the bin of half-width 1/255 around x, in nats; the bins beyond +-0.999 are open.
+
+    Made for pixels in [-1, 1] and meaningless for latents, but it is what DiT trained with. The normal distribution
+    function is the tanh approximation for the same reason.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    precision = torch.exp(-0.5 * log_variance)
+    upper, lower = cdf((x - mean + 1 / 255) * precision), cdf((x - mean - 1 / 255) * precision)
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return -torch.log(mass.clamp(min=1e-12))

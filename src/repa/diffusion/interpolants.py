@@ -1,0 +1,122 @@
+"""Paths between data and noise, x_t = alpha_t x + sigma_t noise (Eq. 1).
+
+The convention of the whole project, stated here once: **t = 0 is data, t = 1 is noise** (the paper's; SiT's code runs
+the other way, so there t' = 1 - t, v' = -v, and a guidance interval [lo, hi] becomes [1 - hi, 1 - lo]).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+
+
+class Coefficients(NamedTuple):
+    """The four numbers that a path is at time t, each shaped like t; d_ is the derivative by t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    def like(self, x: Tensor) -> "Coefficients":
+        """Reshaped to multiply x (N, ...): one time for all samples, or one time per sample."""
+        shape = self.alpha.shape
+        if len(shape) == 0 or (len(shape) == x.ndim and shape[0] == len(x)):
+            return self
+        if len(shape) != 1 or shape[0] != len(x):
+            raise UserError(
+                f"t has shape {tuple(shape)}, but must be one time for all or one per sample, ({len(x)},), "
+                f"for x of shape {tuple(x.shape)}."
+            )
+        return Coefficients(*(c.reshape(-1, *[1] * (x.ndim - 1)) for c in self))  # (N, 1, ..., 1)
+
+    @property
+    def determinant(self) -> Tensor:
+        """alpha sigma' - sigma alpha': how fast the path turns; positive on every path, so safe to divide by."""
+        return self.alpha * self.d_sigma - self.sigma * self.d_alpha
+
+
+Interpolant = Callable[[Tensor], Coefficients]
+
+
+def linear(t: Tensor) -> Coefficients:
+    """alpha = 1 - t, sigma = t: straight lines, the paper's default."""
+    t = at_least_float32(t)
+    return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+
+
+def trigonometric(t: Tensor) -> Coefficients:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): unit variance all the way (the paper misprints sigma)."""
+    t = at_least_float32(t)
+    cos, sin = torch.cos(t * (math.pi / 2)), torch.sin(t * (math.pi / 2))
+    return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """The VP-SDE as an interpolant: alpha = exp(-B/2), sigma = sqrt(1 - exp(-B)), B(t) = integral of beta to t.
+
+    beta rises linearly from `beta_min` to `beta_max`; the defaults are the continuous limit of DDPM's linear schedule.
+    sigma' grows like 1/sqrt(t) towards t = 0, where it is infinite: below `T_MIN` it is held at its value there (50
+    with the defaults), so that every coefficient is finite. The conversions of predictions.py stay exact inverses.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    T_MIN = 1e-5
+
+    def __post_init__(self) -> None:
+        check_numbers("path vp", beta_min=self.beta_min, beta_max=self.beta_max)
+        if not 0 < self.beta_min <= self.beta_max:
+            raise UserError(f"The path vp needs 0 < beta_min <= beta_max, but got {self.beta_min} and {self.beta_max}.")
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        t = at_least_float32(t)
+        alpha, sigma = self._alpha_sigma(t)
+        held = t.clamp(min=self.T_MIN)
+        held_alpha, held_sigma = self._alpha_sigma(held)
+        return Coefficients(alpha, sigma, -self._beta(t) / 2 * alpha, self._beta(held) / 2 * held_alpha**2 / held_sigma)
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
+        return torch.exp(-integral / 2), torch.sqrt(
+            -torch.expm1(-integral)
+        )  # expm1: 1 - exp(-B) would cancel near t = 0
+
+
+def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1 and the target of Eq. 4: x_t = alpha x + sigma noise and its velocity alpha' x + sigma' noise.
+
+    Args:
+        path: an interpolant, e.g. `PATHS.build("linear")`.
+        x: clean latents (N, ...).
+        noise: standard normal, shaped like x.
+        t: one time per sample (N,) or one for all, in [0, 1].
+
+    Returns:
+        x_t and velocity, shaped and typed like x.
+    """
+    if noise.shape != x.shape:
+        raise UserError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}: they must be equal.")
+    c = path(t).like(x)
+    return (c.alpha * x + c.sigma * noise).to(x.dtype), (c.d_alpha * x + c.d_sigma * noise).to(x.dtype)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half precision has no business in a time: bfloat16 cannot tell 0.996 from 1."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def check_numbers(what: str, **settings: float) -> None:
+    """Settings come from spec strings, where `std=one` is text."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"The setting {name!r} of the {what} must be a number, but got {value!r}.")

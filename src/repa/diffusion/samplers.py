@@ -1,0 +1,123 @@
+"""Samplers from noise (t = 1) to data (t = 0): sampler(denoiser, noise, num_steps, randn_like, *, settings) -> latents.
+
+Each sees one Denoiser. The state is float64 (float32 on MPS, which has no float64) and returns in noise's dtype; times
+are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `count_calls` counts them.
+`noise` is (N, C, H, W); `randn_like` draws whatever noise the sampler needs, in the state's dtype.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError, nearest
+from repa.diffusion.denoiser import Denoiser
+from repa.diffusion.interpolants import check_numbers
+from repa.diffusion.timesteps import check_steps, ode_grid, sde_grid
+
+RandnLike = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def euler(
+    denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like, *, shift: float = 1.0
+) -> Tensor:
+    """Probability flow dx = v dt by Euler steps on `ode_grid`. NFE = num_steps; draws no noise."""
+    x = to_state(noise)
+    for t, t_next in pairwise(ode_grid(num_steps, shift).tolist()):
+        x = x + (t_next - t) * denoiser.velocity(x, t)
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def heun(
+    denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like, *, shift: float = 1.0
+) -> Tensor:
+    """Probability flow by Heun's second-order steps, the last (to t = 0) by Euler. NFE = 2 num_steps - 1; no noise.
+
+    The corrector is evaluated, and so guided, at its own time t_next; the reference implementation decides about its
+    guidance by t, which differs in the one step that crosses an end of the guidance interval.
+    """
+    x = to_state(noise)
+    for t, t_next in pairwise(ode_grid(num_steps, shift).tolist()):
+        velocity = denoiser.velocity(x, t)
+        if t_next > 0:
+            velocity = 0.5 * (velocity + denoiser.velocity(x + (t_next - t) * velocity, t_next))
+        x = x + (t_next - t) * velocity
+    return x.to(noise.dtype)
+
+
+DIFFUSIONS: dict[str, Callable[[float, float], float]] = {
+    "2sigma": lambda t, sigma: 2 * sigma,
+    "sigma": lambda t, sigma: sigma,
+    "2t": lambda t, sigma: 2 * t,
+}
+
+
+@torch.no_grad()
+def euler_maruyama(
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    *,
+    last: float = 0.04,
+    diffusion: str = "2sigma",
+) -> Tensor:
+    """Eq. 5, dx = (v - w s / 2) dt + sqrt(w) dW, by Euler-Maruyama steps on `sde_grid`. NFE = num_steps.
+
+    The last step, from t = `last` to 0, takes the drift alone. Any w gives the same marginals; `diffusion` names it:
+    `2sigma` is what produced the published numbers (linear path), `sigma` is what the paper prints, `2t` is the
+    reference implementation's on every path (equal to 2sigma on the linear one, not on the trigonometric one).
+    """
+    if diffusion not in DIFFUSIONS:
+        raise UserError(
+            f"Unknown diffusion {diffusion!r}: allowed are {', '.join(DIFFUSIONS)}.{nearest(diffusion, DIFFUSIONS)}"
+        )
+    x = to_state(noise)
+    for t, t_next in pairwise(sde_grid(num_steps, last).tolist()):
+        w = DIFFUSIONS[diffusion](t, denoiser.coefficients(x, t).sigma.item())  # of a tensor on the CPU: no wait
+        velocity, score = denoiser.velocity_and_score(x, t)
+        x = x + (t_next - t) * (velocity - 0.5 * w * score)
+        if t_next > 0:
+            x = x + (w * (t - t_next)) ** 0.5 * randn_like(x)
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def dopri5(
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+) -> Tensor:
+    """Probability flow by the adaptive Dormand-Prince 5(4) method of torchdiffeq; no noise.
+
+    The first step is 1 / num_steps, later ones follow the tolerances: the NFE is not known in advance. The error is
+    that of the whole batch, so a sample depends on its companions within the tolerances.
+    """
+    check_steps(num_steps)
+    check_numbers("sampler dopri5", rtol=rtol, atol=atol)
+    if min(rtol, atol) <= 0:
+        raise UserError(f"The tolerances of dopri5 must be positive, but got rtol={rtol}, atol={atol}.")
+    try:
+        from torchdiffeq import odeint
+    except ModuleNotFoundError:
+        raise UserError('The sampler dopri5 needs torchdiffeq: pip install "repa[ode]".') from None
+    x = to_state(noise)
+    grid = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
+    # step_t: without it the solver steps past t = 0, where no network was trained, and interpolates back
+    options = {"first_step": 1 / num_steps, "step_t": grid[1:], "dtype": x.dtype}
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        return denoiser.velocity(x, float(t))
+
+    return odeint(velocity, x, grid, rtol=rtol, atol=atol, method="dopri5", options=options)[-1].to(noise.dtype)
+
+
+def to_state(noise: Tensor) -> Tensor:
+    return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)

@@ -1,0 +1,92 @@
+"""What every frozen vision encoder promises: uint8 images in, a row-major grid of tokens out."""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repa.base import files
+from repa.base.errors import UserError
+
+
+class Features(NamedTuple):
+    """What an encoder sees in a batch of images."""
+
+    patches: Tensor
+    """(N, G*G, D) tokens, row-major (token i is row i // G, column i % G); never class or register tokens."""
+    pooled: Tensor | None
+    """(N, D), one vector for the whole image; None where the encoder has none."""
+
+
+class VisionEncoder(nn.Module):
+    """A frozen encoder: always in eval mode, never with gradients. Families implement `extract`.
+
+    Computes in the dtype of its weights (float32 as loaded) or of the caller's autocast; the features come in the dtype
+    that this gives.
+
+    Attributes:
+        name: the name in the registry.
+        dim: D, the width of patches and pooled.
+        patch_size: pixels per token side after resizing; a grid of G wants images of side G * patch_size.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, name: str, dim: int, patch_size: int, preprocessing: str, weights_file: Path | None
+    ):
+        super().__init__()
+        self.net = net.requires_grad_(False).eval()
+        self.name, self.dim, self.patch_size = name, dim, patch_size
+        self.preprocessing, self.weights_file = preprocessing, weights_file
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stays in eval mode: a frozen target must not change when the model around it starts to train."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: int) -> Features:
+        """Features of `images`, uint8 (N, 3, S, S) of any side S, on a grid of `grid` x `grid` tokens."""
+        check_images(images, self.name)
+        if grid < 1:
+            raise UserError(f"The encoder {self.name} was asked for a token grid of {grid}: it must be at least 1.")
+        weights = next(self.net.parameters())
+        pixels = self.prepare(images.to(weights.device).float() / 255, grid * self.patch_size)
+        return self.extract(pixels.to(weights.dtype), grid)
+
+    def grid_for(self, resolution: int) -> int:
+        """Side of the token grid for images of `resolution` pixels: 16 per full 256, as in the paper; below, one a patch."""
+        return 16 * (resolution // 256) or max(1, resolution // self.patch_size)
+
+    def prepare(self, pixels: Tensor, side: int) -> Tensor:
+        """Float images in [0, 1] -> (N, 3, side, side) for the network, resized and normalised in its order."""
+        raise NotImplementedError
+
+    def extract(self, pixels: Tensor, grid: int) -> Features:
+        """Prepared images (N, 3, grid * patch_size, grid * patch_size) -> features."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str | None]:
+        """What cached features depend on, for their manifest: name, sha256 of the weights' file, preprocessing."""
+        checksum = files.sha256(self.weights_file) if self.weights_file else None
+        return {"name": self.name, "weights_sha256": checksum, "preprocessing": self.preprocessing}
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Refuse anything but uint8 (N, 3, S, S), naming what arrived."""
+    if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]:
+        return
+    raise UserError(
+        f"The encoder {name} takes square uint8 images (N, 3, S, S), but got {images.dtype} "
+        f"{tuple(images.shape)}: crop and convert the images first; resizing and normalisation happen inside."
+    )
+
+
+def resize(images: Tensor, side: int, antialias: bool) -> Tensor:
+    """(N, C, S, S) -> (N, C, side, side), bicubic on pixels as areas (align_corners False), overshoot kept."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=antialias)

@@ -1,0 +1,114 @@
+"""Which network: the one table of sizes (DiT, table 1), and its configuration. Torch-free."""
+
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from repa.base.config import Config
+from repa.base.errors import UserError, nearest
+
+
+class Dimensions(NamedTuple):
+    hidden_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int
+
+
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}  # hidden_dim, depth, num_heads
+PATCH_SIZES = (2, 4, 8)
+FAMILIES = {"SiT": False, "DiT": True}  # does the network also predict the variance (learn_sigma)?
+
+
+def model_names() -> list[str]:
+    """Every name that build_model knows: SiT-S/2 ... DiT-XL/8."""
+    return [f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in PATCH_SIZES]
+
+
+def dimensions(name: str) -> Dimensions:
+    """The size behind a name such as "SiT-XL/2"; raises UserError with the nearest name when there is none."""
+    if name not in model_names():
+        raise UserError(
+            f"Unknown model {name!r}: a name is {' or '.join(FAMILIES)}, a size of {', '.join(SIZES)} and a patch of "
+            f"{', '.join(map(str, PATCH_SIZES))}, as in 'SiT-XL/2'.{nearest(name, model_names())}"
+        )
+    size, patch = name.partition("-")[2].split("/")
+    return Dimensions(*SIZES[size], int(patch))
+
+
+def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: int, latent_size: int) -> None:
+    """The rules between the sizes of a network; `latent_size` 0 is not known yet."""
+    if min(hidden_dim, depth, num_heads, patch_size) < 1:
+        raise UserError(
+            f"hidden_dim, depth, num_heads and patch_size must be at least 1, "
+            f"but are {hidden_dim}, {depth}, {num_heads}, {patch_size}."
+        )
+    if hidden_dim % num_heads:
+        raise UserError(f"hidden_dim {hidden_dim} cannot be split into num_heads {num_heads}: choose a multiple.")
+    if hidden_dim % 4:
+        raise UserError(
+            f"hidden_dim {hidden_dim} must be a multiple of 4 (sine and cosine of row and column), "
+            f"for example {hidden_dim + 4 - hidden_dim % 4}."
+        )
+    if latent_size % patch_size:
+        raise UserError(
+            f"latent_size {latent_size} cannot be cut into patches of {patch_size}: choose a model with another patch "
+            f"size ({', '.join(map(str, PATCH_SIZES))}) or other data."
+        )
+
+
+class ModelConfig(Config):
+    """The network to train."""
+
+    name: str = "SiT-B/2"
+    """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
+    latent_size: int = Field(default=0, ge=0)
+    """Side of the latent; 0 = taken from the data."""
+    latent_channels: int = Field(default=0, ge=0)
+    """Channels of the latent; 0 = taken from the data."""
+    num_classes: int = Field(default=0, ge=0)
+    """Classes without the null class; 0 = taken from the data."""
+    hidden_dim: int = Field(default=0, ge=0)
+    """Width of the tokens; 0 = by name."""
+    depth: int = Field(default=0, ge=0)
+    """Number of blocks; 0 = by name."""
+    num_heads: int = Field(default=0, ge=0)
+    """Attention heads; 0 = by name."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (steadier in low precision)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        check_dimensions(*self.dims(), latent_size=self.latent_size)
+        return self
+
+    def dims(self) -> Dimensions:
+        """(hidden_dim, depth, num_heads, patch_size), the name's unless a field overrides it."""
+        named = dimensions(self.name)
+        return named._replace(
+            hidden_dim=self.hidden_dim or named.hidden_dim,
+            depth=self.depth or named.depth,
+            num_heads=self.num_heads or named.num_heads,
+        )
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Does the network also predict the variance (the DiT family)?"""
+        return FAMILIES[self.name.partition("-")[0]]
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of DiT, once the fields taken from the data are filled (num_classes 0 is then unlabelled data)."""
+        assert min(self.latent_size, self.latent_channels) > 0, "latent_size and latent_channels come from the data"
+        return {
+            **self.dims()._asdict(),
+            "latent_size": self.latent_size,
+            "latent_channels": self.latent_channels,
+            "num_classes": self.num_classes,
+            "learn_sigma": self.learn_sigma,
+            "qk_norm": self.qk_norm,
+        }

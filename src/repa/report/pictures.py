@@ -1,0 +1,92 @@
+"""Images as tiles inside a page: previews of runs, training images; PNG in data URIs."""
+
+import base64
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from repa.base.errors import UserError
+from repa.report.records import RunRecord
+from repa.runs import layout
+
+MOST_IMAGES = 16  # per tile, in rows of 4
+MOST_COLUMNS = 6  # steps side by side
+MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
+
+
+class Tile(NamedTuple):
+    """A square-ish grid of images as a data URI, and its size in stored pixels."""
+
+    uri: str
+    width: int
+    height: int
+    num_images: int
+
+    def shown(self, target: int) -> tuple[int, int]:
+        """Size on the page: the largest whole multiple of stored pixels within `target`, or `target` if none is."""
+        factor = target // self.width or target / self.width
+        return round(self.width * factor), round(self.height * factor)
+
+
+def tile(images: np.ndarray) -> Tile:
+    """uint8 (N, H, W, C) -> a tile of the first 16, rows of 4, with transparent gaps."""
+    images = check_images(images)[:MOST_IMAGES]
+    canvas = tile_pixels(images)
+    from PIL import Image
+
+    picture = Image.fromarray(canvas, "RGBA")
+    if max(picture.size) > MOST_PIXELS:
+        picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Tile(uri, *picture.size, len(images))
+
+
+def tile_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, C) -> RGBA (H', W', 4)."""
+    num, height, width, _ = images.shape
+    columns = min(4, num)
+    rows, gap = -(-num // columns), max(1, width // 32)
+    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        canvas[top : top + height, left : left + width, :3] = image  # a single channel broadcasts to grey
+        canvas[top : top + height, left : left + width, 3] = 255
+    return canvas
+
+
+def check_images(images: np.ndarray, what: str = "Images") -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise UserError(
+            f"{what} must be uint8 (N, H, W, 3 or 1) with N at least 1, but are {images.dtype} {images.shape}."
+        )
+    return images
+
+
+def read_preview(run: RunRecord, step: int) -> np.ndarray:
+    """uint8 (N, H, W, C) of one step."""
+    path = layout.preview(run.path, step, ".npz")
+    try:
+        with np.load(path) as arrays:
+            images = arrays["arr_0"]
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: no array arr_0 can be read from it ({error}).") from None
+    return check_images(images, str(path))
+
+
+def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
+    """The steps of the sample grid: at most 6, evenly chosen from all that have previews, first and last among them."""
+    steps = sorted({step for run in runs for step in layout.preview_steps(run.path)})
+    if len(steps) <= MOST_COLUMNS:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+
+
+def has_preview(run: RunRecord, step: int) -> bool:
+    return Path(layout.preview(run.path, step, ".npz")).is_file()

@@ -1,0 +1,84 @@
+"""How every picture of the report looks: one colour and marker per run, the same in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from repa.base.errors import UserError
+from repa.report.records import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#b07d00",
+    "#56b4e9",
+)  # after Okabe and Ito, for colour-blind eyes
+MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue beside colour, and for grey print
+LINES = ("-", "--", "-.", ":")
+TEXT, RULE = "#1b1b1d", "#c9c9ce"  # the page turns these two and COLOURS into variables of its colour scheme
+
+
+def colour(run: int) -> str:
+    return COLOURS[run % len(COLOURS)]
+
+
+def line(style: int) -> str:
+    return LINES[style % len(LINES)]
+
+
+def strong(run: int) -> dict[str, Any]:
+    """The look of a run's main line."""
+    return {"color": colour(run), "linewidth": 1.9, "marker": MARKERS[run % len(MARKERS)], "markersize": 5}
+
+
+def legend_label(name: str) -> str:
+    """matplotlib keeps labels that start with an underscore out of the legend: a space before it brings them in."""
+    return f" {name}" if name.startswith("_") else name
+
+
+class Horizontal(NamedTuple):
+    """The horizontal axis: a key of the rows, what to divide it by, and its label."""
+
+    key: str
+    scale: float
+    label: str
+
+
+def horizontal(runs: Sequence[RunRecord], against: str) -> Horizontal:
+    """Steps, or time in the unit that suits the longest run."""
+    if against == "step":
+        return Horizontal("step", 1.0, "training steps")
+    if against != "seconds":
+        raise UserError(f"Curves are drawn against 'step' or 'seconds', not {against!r}.")
+    longest = max((row.get("seconds") or 0.0 for run in runs for row in [*run.train, *run.evals]), default=0.0)
+    for scale, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if longest >= 3 * scale:
+            return Horizontal("seconds", scale, f"training time ({unit})")
+    return Horizontal("seconds", 1.0, "training time (seconds)")
+
+
+def dress(axes: Axes, label: str, horizontal_label: str) -> None:
+    """Labels, a quiet grid and a legend; no frame."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_xlabel(horizontal_label, color=TEXT)
+    axes.set_ylabel(label, color=TEXT)
+    axes.grid(color=RULE, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(color=RULE, labelcolor=TEXT, labelsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        for text in axes.legend(frameon=False, labelcolor=TEXT, fontsize=9).get_texts():
+            text.set_parse_math(False)  # a dollar in a run's name is a dollar
+    else:
+        axes.text(0.5, 0.5, "not logged", color=TEXT, ha="center", transform=axes.transAxes)

@@ -1,0 +1,75 @@
+"""A trained network back from its run folder alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repa.autoencoders import load_autoencoder
+from repa.autoencoders.contract import Autoencoder
+from repa.base.files import read_json
+from repa.diffusion import PATHS, Denoiser, guided
+from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.models import DiT, build
+from repa.models.config import ModelConfig
+from repa.runs import layout
+from repa.runs.checkpoint import load_weights
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What sampling and analysis need: the network, how it was trained to predict, and the way back to pixels."""
+
+    model: DiT
+    diffusion: DiffusionConfig
+    autoencoder: Autoencoder
+    step: int
+    weights: str  # "ema" or "model"
+    class_names: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def path(self) -> Callable:
+        return PATHS.build(self.diffusion.path)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.model.latent_channels, self.model.latent_size, self.model.latent_size)
+
+    def denoiser(self, labels: Tensor, guidance: GuidanceConfig | None = None) -> Denoiser:
+        """The denoiser of given labels (N,), with guidance closed over."""
+        guidance = guidance or GuidanceConfig()
+
+        def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return self.model(x_t, t, y).prediction
+
+        fn = guided(
+            predict, labels, self.model.null_label, guidance.scale, guidance.interval, guidance.channels or None
+        )
+        return Denoiser(fn, self.path, self.diffusion.prediction)
+
+
+def load_run(
+    path: str | Path, weights: str = "ema", *, step: int | None = None, device: torch.device | str = "cpu"
+) -> LoadedRun:
+    """Load a run for inference: nothing but the folder is needed (and the autoencoder's own weights).
+
+    Args:
+        path: the run folder.
+        weights: "ema" (what the paper reports) or "model" (the raw weights).
+        step: which checkpoint; the highest when None.
+    """
+    run = Path(path)
+    config = layout.read_config(run)
+    model_config = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
+    diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
+    step, state = load_weights(run, weights, step)
+    model = build(model_config)
+    model.load_state_dict(state)
+    autoencoder = load_autoencoder(config["autoencoder"], weights=config["autoencoder_weights"] or None, device=device)
+    class_names = tuple(read_json(run / layout.DATA)["class_names"]) if (run / layout.DATA).is_file() else ()
+    return LoadedRun(
+        model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, class_names, run
+    )

@@ -1,0 +1,7 @@
+"""Sampling: seeds to images, from a run folder alone; sharded over processes and resumable."""
+
+from repa.base.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(
+    __name__, {"SampleConfig": "config", "generate": "generate", "Samples": "generate", "write_samples": "generate"}
+)

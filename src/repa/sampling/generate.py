@@ -1,0 +1,129 @@
+"""Seeds to images. Image i depends on (seed, i) alone: not on batch size, process count, or restarts."""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.base import dist, files
+from repa.base.errors import UserError
+from repa.base.images import grid, save_png
+from repa.base.precision import autocast
+from repa.base.rng import SampleStreams
+from repa.diffusion import SAMPLERS, count_calls
+from repa.runs import LoadedRun
+from repa.sampling.config import SampleConfig
+
+GRID_IMAGES = 64  # in the picture beside the npz
+
+
+class Samples(NamedTuple):
+    """Images uint8 (N, 3, H, W) on the CPU, and how often the sampler asked the network for each (a guided call counts once)."""
+
+    images: Tensor
+    nfe: int
+
+
+@torch.inference_mode()
+def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Samples:
+    """Images `indices` of the endless sequence that (run, config) defines."""
+    device = next(run.model.parameters()).device
+    streams = SampleStreams(config.seed, indices)
+    noise = streams.randn(*run.latent_shape).to(device)  # (N, C, h, w)
+    labels = draw_labels(config.labels, indices, streams, run.model.num_classes).to(device)
+    sampler = SAMPLERS.build(config.sampler)
+    denoiser = run.denoiser(labels, config.guidance)
+    calls = count_calls(denoiser.predict)
+    with autocast(device, config.precision):
+        latents = sampler(replace(denoiser, predict=calls), noise, config.steps, randn_like=streams.randn_like)
+    return Samples(run.autoencoder.decode(latents.float()).cpu(), calls.calls)
+
+
+def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, num_classes: int) -> Tensor:
+    """(N,) class labels: "uniform", "balanced" (index modulo classes), or given classes in turn."""
+    if protocol == "uniform":
+        return streams.randint(num_classes)
+    if protocol == "balanced":
+        return torch.tensor([index % num_classes for index in indices])
+    classes = [int(part) for part in protocol.split(",")]
+    if bad := [c for c in classes if c >= num_classes]:
+        raise UserError(f"Class {bad[0]} does not exist: the model has {num_classes} classes, numbered from 0.")
+    return torch.tensor([classes[index % len(classes)] for index in indices])
+
+
+def write_samples(
+    run: LoadedRun,
+    config: SampleConfig,
+    num: int,
+    out: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
+
+    Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
+    """
+    out = Path(out)
+    if out.suffix != ".npz":
+        raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
+    parts = out.with_suffix(".parts")
+    _claim(run, config, num, out, parts)
+    starts = range(0, num, config.batch_size)
+    mine = starts[dist.rank() :: dist.world()]
+    for done, start in enumerate(mine):
+        path = parts / f"{start:09d}.npy"
+        if not path.exists():
+            images = generate(run, config, range(start, min(start + config.batch_size, num))).images
+            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+        progress(min((done + 1) * config.batch_size * dist.world(), num), num)
+    dist.barrier()
+    if dist.is_main():
+        _assemble([parts / f"{start:09d}.npy" for start in starts], num, out)
+        for path in parts.iterdir():
+            path.unlink()
+        parts.rmdir()
+    dist.barrier()
+    return out
+
+
+def _claim(run: LoadedRun, config: SampleConfig, num: int, out: Path, parts: Path) -> None:
+    """Refuse to mix the parts of two different jobs."""
+    job = {
+        "run": str(run.folder),
+        "step": run.step,
+        "weights": run.weights,
+        "num": num,
+        **config.model_dump(mode="json"),
+    }
+    if dist.is_main():
+        marker = parts / "job.json"
+        if marker.exists() and (before := files.read_json(marker)) != job:
+            changed = [f"{key}: {before.get(key)} -> {job[key]}" for key in job if before.get(key) != job[key]]
+            raise UserError(
+                f"{parts} holds part of another job ({'; '.join(changed)}): remove it or choose another --out."
+            )
+        shape = run.latent_shape[1] * run.autoencoder.factor
+        files.require_space(out.parent, 2 * num * shape * shape * 3, f"Writing {num:,} samples")
+        files.write_json(marker, job)
+    dist.barrier()
+
+
+def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
+    """Concatenate the parts into an npz without holding more than one of them in memory."""
+    first = np.load(paths[0], allow_pickle=False)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
+    with (
+        files.atomic_path(out) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for path in paths:
+            file.write(np.load(path, allow_pickle=False).tobytes())
+    few = first[:GRID_IMAGES]
+    save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))

@@ -1,0 +1,68 @@
+"""From what the user asked and what the data is to the configuration that runs; every mismatch is said before any slow work."""
+
+from pathlib import Path
+
+import torch
+
+from repa.base import files
+from repa.base.config import difference
+from repa.base.errors import UserError
+from repa.base.precision import best_precision
+from repa.data import DataSet
+from repa.runs import layout
+from repa.training.config import TrainConfig
+
+
+def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
+    """Fill in what is left to the data (latent size, channels, classes, autoencoder) and to the machine (precision)."""
+    facts = {"latent_size": data.latent_size, "latent_channels": data.latent_channels, "num_classes": data.num_classes}
+    for name, value in facts.items():
+        asked = getattr(config.model, name)
+        if asked and asked != value:
+            raise UserError(
+                f"model.{name} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
+            )
+    if config.autoencoder and config.autoencoder != data.autoencoder:
+        raise UserError(
+            f"autoencoder is {config.autoencoder!r}, but the data in {data.folder} was prepared with {data.autoencoder!r}: "
+            f"leave it out, or run `repa prepare` with --autoencoder {config.autoencoder}."
+        )
+    patch = config.model.dims().patch_size
+    if data.latent_size % patch:
+        raise UserError(
+            f"{config.model.name} cuts latents into patches of {patch}, but those of {data.folder} have side "
+            f"{data.latent_size}: choose a model whose patch divides it, or another --resolution in `repa prepare`."
+        )
+    return config.override(
+        model=config.model.override(**facts),
+        autoencoder=data.autoencoder,
+        precision=best_precision(device) if config.precision == "auto" else config.precision,
+    )
+
+
+def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
+    """Write config.yaml and data.json into a new run folder; refuse one that holds another run or other data.
+
+    How long to train, how often to log, save and preview may change between continuations; nothing else may.
+    """
+    path = run / layout.CONFIG
+    if path.is_file():
+        before = TrainConfig.load(path)
+        changeable = ("num_steps", "log_every", "save_every", "keep_checkpoints", "preview", "autoencoder_weights")
+        same = config.override(**{name: before.model_dump()[name] for name in changeable})
+        if lines := difference(before, same):
+            raise UserError(
+                f"{run} holds a run of another configuration ({'; '.join(lines)}): choose another --out, "
+                "or give the settings it was started with."
+            )
+    elif run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
+    summary = data.summary()
+    if path.is_file() and (before_data := files.read_json(run / layout.DATA)) != summary:
+        changed = sorted(key for key in {*before_data, *summary} if before_data.get(key) != summary.get(key))
+        raise UserError(
+            f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
+            "choose another --out, or give the data it was started with."
+        )
+    files.write_json(run / layout.DATA, summary)  # first, so that a folder with a configuration has its data too
+    files.write_text(path, config.to_yaml())

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from repa.alignment import Alignment, AlignmentConfig
+from repa.base.errors import UserError
+from tests.oracles import alignment as oracle
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return Alignment(
+        AlignmentConfig(target="tiny", depth=2, **{"projector": "mlp:width=16", **settings}),
+        hidden_dim=8,
+        feature_dim=6,
+    )
+
+
+def inputs(tokens=9, target_tokens=9):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(4, tokens, 8, generator=g), torch.randn(4, target_tokens, 6, generator=g)
+
+
+def test_eq_8_projects_then_compares():
+    alignment = build()
+    hidden, target = inputs()
+    expected = oracle.cosine(alignment.projector(hidden).detach(), target)
+    assert torch.allclose(alignment(hidden, target).double(), torch.tensor(expected).double(), atol=1e-6)
+
+
+def test_gradients_reach_hidden_and_projector_but_not_the_target():
+    alignment = build(similarity="nt_xent", token_norm="zscore")
+    hidden, target = (x.requires_grad_() for x in inputs())
+    alignment(hidden, target).mean().backward()
+    assert hidden.grad.abs().sum() > 0
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in alignment.named_parameters() if "weight" in name)
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "nt_xent"])
+def test_autocast_does_not_reach_the_comparison(similarity):
+    """Under bf16 the projector runs in bf16; from there on everything is as exact as float32."""
+    alignment = build(similarity=similarity)
+    hidden, target = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = alignment.projector(hidden)
+        loss = alignment(hidden, target)
+    assert projected.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    reference = oracle.cosine if similarity == "cosine" else lambda a, b: oracle.nt_xent(a, b, 0.07)
+    assert torch.allclose(
+        loss.double(), torch.tensor(reference(projected.detach().float(), target)).double(), atol=1e-5
+    )
+
+
+def test_half_precision_target_with_huge_values_gives_no_nan():
+    alignment = build()
+    hidden, target = inputs()
+    loss = alignment(hidden, target.half() * 2e4)
+    assert loss.isfinite().all()
+    assert torch.allclose(loss, alignment(hidden, target), atol=2e-3)
+
+
+def test_the_targets_grid_follows_the_students():
+    alignment = build(projector="linear")
+    hidden, target = inputs(tokens=4, target_tokens=16)
+    small = torch.stack(
+        [target.view(4, 4, 4, 6)[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)], 1
+    )
+    assert torch.allclose(alignment(hidden, target), alignment(hidden, small), atol=1e-6)
+
+
+def test_token_norm_acts_on_the_matched_target():
+    hidden, target = inputs()
+    plain, normed = build(), build(token_norm="zscore:alpha=1.0")
+    centred = (target - target.mean(1, keepdim=True)) / (target.std(1, keepdim=True) + 1e-6)
+    assert torch.allclose(normed(hidden, target), plain(hidden, centred), atol=1e-6)
+
+
+def test_weight_is_lambda_times_the_schedule():
+    assert build().weight(10**7) == 0.5
+    alignment = build(weight=0.8, schedule="stop:step=100")
+    assert [alignment.weight(step) for step in (0, 99, 100, 101)] == [0.8, 0.8, 0.0, 0.0]
+
+
+def test_several_alignments_train_their_own_projectors():
+    first, second = build(), build(similarity="nt_xent", projector="conv")
+    hidden, target = inputs()
+    (first(hidden, target) + second(hidden, target)).mean().backward()
+    together = [p.grad.clone() for p in first.parameters()]
+    first.zero_grad()
+    first(hidden, target).mean().backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(together, first.parameters(), strict=True))
+
+
+def test_training_the_projector_aligns():
+    alignment = build()
+    hidden, target = inputs()
+    optimizer = torch.optim.Adam(alignment.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = alignment(hidden, target).mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < -0.9
+
+
+def test_features_of_another_encoder_are_refused():
+    hidden, target = inputs()
+    with pytest.raises(UserError, match=r"'tiny' have 5 channels, but their projector was built for 6"):
+        build()(hidden, target[..., :5])
+
+
+def test_grids_that_differ_must_be_square():
+    hidden, target = inputs(tokens=9, target_tokens=10)
+    with pytest.raises(UserError, match="10 tokens are not a square grid"):
+        build()(hidden, target)

@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from repa.alignment import AlignmentConfig
+from repa.base.errors import UserError
+
+
+def parse(**settings):
+    return AlignmentConfig.parse({"target": "dinov2-b", "depth": 8, **settings})
+
+
+def test_defaults_are_the_papers():
+    config = parse()
+    assert (config.weight, config.similarity, config.projector, config.schedule, config.token_norm) == (
+        0.5,
+        "cosine",
+        "mlp",
+        "constant",
+        "none",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"similarity": "nt_xnet"},
+            "'nt_xnet': allowed are cosine, nt_xent. Did you mean 'nt_xent'?",
+        ),
+        (
+            {"similarity": "nt_xent:temprature=0.1"},
+            "allowed are temperature. Did you mean 'temperature'?",
+        ),
+        ({"similarity": "nt_xent:target=3"}, "no setting 'target'"),
+        ({"similarity": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are none"),
+        ({"projector": "conv:kernal=3"}, "Did you mean 'kernel'?"),
+        ({"projector": "mlpp"}, "Did you mean 'mlp'?"),
+        ({"token_norm": "zscore:beta=1"}, "allowed are alpha"),
+        ({"schedule": "stop:steps=100"}, "Did you mean 'step'?"),
+        ({"schedule": "linear:steps=0"}, "a whole number of steps >= 1 as 'steps', but got 0"),
+        ({"schedule": "cosine:steps=many"}, "but got 'many'"),
+        ({"depth": 0}, "setting 'depth' was given 0"),
+        ({"weight": -0.5}, "setting 'weight' was given -0.5"),
+        ({"weight": float("nan")}, "setting 'weight'"),
+        ({"target": " "}, "needs the name of an encoder"),
+        ({"lambda": 1}, "unknown setting 'lambda'"),
+    ],
+)
+def test_mistakes_are_one_sentence(settings, message):
+    with pytest.raises(UserError) as error:
+        parse(**settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_name_tells_the_terms_apart():
+    assert [parse().name, parse(depth=4).name, parse(target="tiny").name] == ["dinov2-b@8", "dinov2-b@4", "tiny@8"]
+
+
+def test_specs_of_private_code_are_left_alone():
+    assert parse(similarity="my.own.loss").similarity == "my.own.loss"
+
+
+def test_configuration_and_its_errors_need_no_torch():
+    code = """
+import sys
+from repa.alignment import AlignmentConfig
+from repa.base.errors import UserError
+AlignmentConfig(target="tiny", depth=1, similarity="nt_xent", projector="conv:kernel=3", token_norm="zscore")
+try:
+    AlignmentConfig.parse({"target": "tiny", "depth": 1, "projector": "cnov"})
+except UserError:
+    pass
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr

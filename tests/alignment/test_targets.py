@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from repa.alignment import TOKEN_NORMS, resize_tokens
+from repa.alignment.targets import grid_side
+from repa.base.errors import UserError
+from tests.oracles import alignment as oracle
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reference"),
+    [(6, 2, oracle.area), (8, 2, oracle.area), (3, 5, oracle.bilinear), (2, 4, oracle.bilinear)],
+)
+def test_resize_equals_the_loops(old, new, reference):
+    tokens = torch.randn(2, old * old, 3, generator=torch.Generator().manual_seed(0))
+    got = resize_tokens(tokens, new * new)
+    assert got.shape == (2, new * new, 3)
+    for n in range(2):
+        for channel in range(3):
+            expected = torch.tensor(reference(tokens[n, :, channel].view(old, old).tolist(), new))
+            assert torch.allclose(got[n, :, channel].view(new, new), expected, atol=1e-5)
+
+
+def test_resize_keeps_rows_and_columns_apart():
+    rows = torch.arange(4.0).repeat_interleave(4).view(1, 16, 1)
+    assert resize_tokens(rows, 4).flatten().tolist() == [0.5, 0.5, 2.5, 2.5]
+
+
+def test_resize_of_the_right_grid_is_the_same_tensor():
+    tokens = torch.randn(1, 5, 2)  # not even square: there is nothing to do
+    assert resize_tokens(tokens, 5) is tokens
+
+
+@pytest.mark.parametrize(("old", "new"), [(17, 16), (16, 17), (0, 4)])
+def test_resize_refuses_tokens_that_are_no_square_grid(old, new):
+    with pytest.raises(UserError, match="square grid"):
+        resize_tokens(torch.zeros(1, old, 2), new)
+
+
+def test_grid_side():
+    assert [grid_side(n) for n in (1, 4, 256, 1024)] == [1, 2, 16, 32]
+
+
+def test_zscore_literal():
+    """Channel 0 of image 0: mean 3, unbiased std sqrt(20 / 3); image 1 is constant: eps keeps it finite."""
+    tokens = torch.tensor([[0.0, 2.0, 4.0, 6.0], [5.0, 5.0, 5.0, 5.0]])[..., None]
+    got = TOKEN_NORMS.build("zscore:alpha=0.6")(tokens)[..., 0]
+    std = (20 / 3) ** 0.5 + 1e-6
+    assert torch.allclose(got[0], torch.tensor([(y - 0.6 * 3) / std for y in (0, 2, 4, 6)]))
+    assert torch.allclose(got[1], torch.full((4,), 0.4 * 5 / 1e-6), rtol=1e-4)
+
+
+def test_zscore_is_per_image_and_channel():
+    tokens = torch.randn(2, 9, 3) * torch.tensor([1.0, 5.0, 100.0]) + torch.tensor([[[3.0]], [[-8.0]]])
+    got = TOKEN_NORMS.build("zscore:alpha=1.0")(tokens)
+    assert torch.allclose(got.mean(1), torch.zeros(2, 3), atol=1e-5)
+    assert torch.allclose(got.var(1), torch.ones(2, 3), atol=1e-4)
+
+
+def test_none_changes_nothing():
+    tokens = torch.randn(2, 9, 3)
+    assert TOKEN_NORMS.build("none")(tokens) is tokens
+
+
+def test_zscore_refuses_one_token_and_a_text_as_alpha():
+    with pytest.raises(UserError, match="at least 2 tokens"):
+        TOKEN_NORMS.build("zscore")(torch.zeros(1, 1, 2))
+    with pytest.raises(UserError, match="alpha"):
+        TOKEN_NORMS.build("zscore:alpha=much")(torch.zeros(1, 4, 2))

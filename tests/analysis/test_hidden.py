@@ -1,0 +1,87 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from repa.analysis import collect_hidden
+from repa.base.errors import UserError
+from repa.base.rng import SampleStreams
+from repa.diffusion import PATHS
+
+
+class Output(NamedTuple):
+    prediction: torch.Tensor
+    hidden: dict
+
+
+class Recorder(nn.Module):
+    """Its hidden state at depth k is k times the tokens of x_t (1 x 1 patches), plus label and time."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t, t, labels, taps=()):
+        tokens = x_t.flatten(2).transpose(1, 2)  # (N, T, C)
+        rest = 100 * labels[:, None, None] + 1000 * t[:, None, None]
+        return Output(x_t, {k: k * tokens + rest for k in taps})
+
+
+def collect(batches, **settings):
+    settings = {"depths": (1, 3), "t": 0.25, "path": PATHS.build("linear"), "null_label": 7, **settings}
+    return collect_hidden(Recorder(), batches, **settings)
+
+
+def latents(num=5):
+    return torch.randn(num, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_is_the_token_mean_of_the_noised_latent_with_the_null_label():
+    x = latents()
+    noise = SampleStreams(3, range(5)).randn(4, 2, 2)
+    expected = (0.75 * x + 0.25 * noise).mean((2, 3))  # t = 0 is data
+    got = collect([x], seed=3)
+    assert got.keys() == {1, 3}
+    assert torch.allclose(got[1], expected + 700 + 250, atol=1e-3)
+    assert torch.allclose(got[3], 3 * expected + 700 + 250, atol=1e-3)
+
+
+def test_does_not_depend_on_the_batches():
+    x = latents()
+    whole, parts = collect([x]), collect(x.split(2))
+    assert all(torch.allclose(whole[depth], parts[depth]) for depth in (1, 3))
+    assert whole[1].shape == (5, 4)
+
+
+def test_the_seed_matters_and_t_0_is_clean():
+    x = latents()
+    assert not torch.allclose(collect([x], seed=0)[1], collect([x], seed=1)[1])
+    assert torch.allclose(collect([x], t=0.0)[1], x.mean((2, 3)) + 700, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"depths": ()}, {"t": 1.5}, {"t": -0.1}])
+def test_mistakes(settings):
+    with pytest.raises(UserError, match="at least one depth and a t in"):
+        collect([latents()], **settings)
+
+
+def test_no_latents():
+    with pytest.raises(UserError, match="no latents"):
+        collect([])
+
+
+def test_with_the_real_backbone():
+    from repa.models import DiT
+
+    model = DiT(latent_size=4, patch_size=2, hidden_dim=16, depth=3, num_heads=2, num_classes=3)
+    got = collect_hidden(
+        model,
+        [latents(3).repeat(1, 1, 2, 2)],
+        depths=(2,),
+        t=0.5,
+        path=PATHS.build("linear"),
+        null_label=model.null_label,
+    )
+    assert got[2].shape == (3, 16)
+    assert got[2].std(0).min() > 0

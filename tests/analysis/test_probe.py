@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from repa.analysis import linear_probe
+from repa.base.errors import UserError
+
+SETTINGS = {"epochs": 15, "batch_size": 64, "lr": 0.02}
+
+
+def problem(num=400, dim=6, classes=4, spread=0.3, seed=0):
+    """Well-separated classes in features of very unequal scale, which batch normalisation must even out."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (num,), generator=g)
+    features = centres[labels] + spread * torch.randn(num, dim, generator=g)
+    return features * torch.logspace(-4, 3, dim) + 50, labels
+
+
+def test_separable_classes_are_learned():
+    assert linear_probe(*problem(), *problem(seed=1), **SETTINGS) > 0.95
+
+
+def test_shuffled_labels_are_at_chance():
+    features, labels = problem()
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+    assert linear_probe(features, shuffled, *problem(2000, seed=1), **SETTINGS) == pytest.approx(0.25, abs=0.15)
+
+
+def test_test_features_are_normalised_by_the_training_statistics():
+    """One test image at a time must get the same answer as all together."""
+    train, (features, labels) = problem(), problem(20, spread=1.0, seed=1)
+    together = linear_probe(*train, features, labels, **SETTINGS)
+    alone = [linear_probe(*train, features[i : i + 1], labels[i : i + 1], **SETTINGS) for i in range(20)]
+    assert 0.5 < together < 1
+    assert sum(alone) / 20 == pytest.approx(together)
+
+
+def test_remainder_of_one_image_and_a_batch_larger_than_the_data():
+    features, labels = problem(65)
+    assert linear_probe(features, labels, features, labels, epochs=60, batch_size=64, lr=0.05) > 0.95
+    assert linear_probe(features, labels, features, labels, epochs=60, lr=0.05) > 0.95
+
+
+def test_same_seed_same_accuracy_and_the_callers_stream_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    a, b = (linear_probe(*problem(spread=1.5), *problem(spread=1.5, seed=1), **SETTINGS) for _ in range(2))
+    assert a == b
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_mistakes():
+    features, labels = problem(10)
+    with pytest.raises(UserError, match=r"test features .* got \(10, 6\) and \(9,\)"):
+        linear_probe(features, labels, features, labels[:9])
+    with pytest.raises(UserError, match="6 and 5 channels"):
+        linear_probe(features, labels, features[:, :5], labels)
+    with pytest.raises(UserError, match="label is -1"):
+        linear_probe(features, labels - 1 - labels.min(), features, labels)
+    with pytest.raises(UserError, match="at least 2 training images"):
+        linear_probe(features[:1], labels[:1], features, labels)

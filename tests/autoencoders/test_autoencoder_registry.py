@@ -1,0 +1,37 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from repa.autoencoders import AUTOENCODERS, load_autoencoder
+from repa.autoencoders.pixels import Pixels
+from repa.base.errors import UserError
+
+
+class Private(Pixels):
+    def __init__(self):
+        super().__init__("private")
+
+
+def test_names_and_mistakes():
+    assert AUTOENCODERS.names() == ["kl", "pixels", "sd-vae-ft-ema", "sd-vae-ft-mse", "taesd"]
+    for name in AUTOENCODERS.names():
+        assert AUTOENCODERS.check(name) == name
+    with pytest.raises(UserError, match="Did you mean 'sd-vae-ft-mse'"):
+        load_autoencoder("sd-vae-mse")
+
+
+def test_private_classes_by_dotted_name():
+    spec = f"{__name__}.Private"
+    assert load_autoencoder(spec).name == "private"
+    with pytest.raises(UserError, match="takes no weights"):
+        load_autoencoder(spec, weights="folder")
+
+
+def test_the_room_needs_neither_torch_nor_diffusers():
+    code = (
+        "import sys; from repa.autoencoders import AUTOENCODERS as a; a.check('kl'); assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

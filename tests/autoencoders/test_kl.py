@@ -1,0 +1,139 @@
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from repa.autoencoders import load_autoencoder
+from repa.base.errors import UserError
+
+SCALE, SHIFT = 0.3611, 0.1159  # of the fixture
+
+
+def copy_of(folder, tmp_path, change):
+    """The folder with its weights passed through `change`."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path)
+    return copy
+
+
+def test_moments_are_those_of_the_posterior(kl_folder, images):
+    from diffusers import AutoencoderKL
+
+    autoencoder = load_autoencoder("kl", weights=kl_folder)
+    moments = autoencoder.encode(images)
+    assert (autoencoder.channels, autoencoder.factor) == (5, 4)
+    assert moments.shape == (2, 10, 4, 6)
+    vae = AutoencoderKL.from_pretrained(kl_folder, local_files_only=True, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        parameters = vae.quant_conv(vae.encoder(images.float() / 127.5 - 1))
+    mean, log_variance = parameters.chunk(2, dim=1)
+    torch.testing.assert_close(moments[:, :5], mean)
+    torch.testing.assert_close(moments[:, 5:], log_variance.clamp(-30, 20).exp().sqrt())
+
+
+def test_latents_are_shifted_and_scaled_as_the_folder_says(kl_folder, images):
+    autoencoder = load_autoencoder("kl", weights=kl_folder)
+    moments = autoencoder.encode(images)
+    mean, std = moments[:, :5], moments[:, 5:]
+    noise = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(3))
+    expected = (mean + std * noise - SHIFT) * SCALE
+    torch.testing.assert_close(autoencoder.sample(moments, noise=noise), expected)
+    drawn = autoencoder.sample(moments, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, expected)
+    with torch.no_grad():
+        pixels = autoencoder.vae.decode(mean).sample
+    decoded = autoencoder.decode((mean - SHIFT) * SCALE)
+    torch.testing.assert_close(decoded.float(), (127.5 * pixels + 127.5).clamp(0, 255).round(), atol=1, rtol=0)
+    assert (decoded.float() - (127.5 * pixels + 127.5).clamp(0, 255)).abs().max() < 0.51
+
+
+def test_half_precision_moments_give_float32_latents(kl_folder):
+    autoencoder = load_autoencoder("kl", weights=kl_folder)
+    moments = torch.ones(1, 10, 2, 2, dtype=torch.float16)
+    latents = autoencoder.sample(moments, noise=torch.zeros(1, 5, 2, 2))
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, torch.full((1, 5, 2, 2), (1 - SHIFT) * SCALE))
+
+
+def test_frozen_in_eval_and_not_touched_by_autocast(kl_folder, images):
+    autoencoder = load_autoencoder("kl", weights=kl_folder).train()
+    assert not any(module.training for module in autoencoder.modules())
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
+    moments = autoencoder.encode(images)
+    latents = autoencoder.sample(moments, torch.Generator().manual_seed(0))
+    decoded = autoencoder.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(autoencoder.encode(images), moments)
+        assert torch.equal(autoencoder.decode(latents), decoded)
+
+
+def test_identity_is_that_of_the_encoder(kl_folder, tmp_path):
+    identity = load_autoencoder("sd-vae-ft-mse", weights=kl_folder).identity
+    assert identity["name"] == "sd-vae-ft-mse"
+    assert (identity["scale"], identity["shift"]) == (SCALE, SHIFT)
+    assert json.loads(json.dumps(identity)) == identity
+
+    def with_changed(name):
+        changed = copy_of(kl_folder, tmp_path / name, lambda state: {**state, name: state[name] + 1})
+        return load_autoencoder("sd-vae-ft-ema", weights=changed).identity["sha256"]
+
+    assert with_changed("decoder.conv_in.bias") == identity["sha256"]
+    assert with_changed("encoder.conv_in.bias") != identity["sha256"]
+    assert with_changed("quant_conv.weight") != identity["sha256"]
+
+
+def test_wrong_inputs_are_named(kl_folder, images):
+    autoencoder = load_autoencoder("kl", weights=kl_folder)
+    for given, message in [
+        (images.float() / 255, r"float32 \(2, 3, 16, 24\)"),
+        (images.permute(0, 2, 3, 1), r"uint8 \(2, 16, 24, 3\)"),
+        (images[0], r"uint8 \(3, 16, 24\)"),
+        (images[..., :22], "multiples of 4, but got 16 x 22"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            autoencoder.encode(given)
+    with pytest.raises(UserError, match=r"moments as floats \(N, 10, h, w\), but got float32 \(2, 5, 4, 4\)"):
+        autoencoder.sample(torch.zeros(2, 5, 4, 4))
+    with pytest.raises(UserError, match=r"latents as floats \(N, 5, h, w\), but got float32 \(2, 10, 4, 4\)"):
+        autoencoder.decode(torch.zeros(2, 10, 4, 4))
+
+
+def test_folders_that_cannot_be_loaded(kl_folder, tiny_folder, tmp_path):
+    def fails(message, weights, spec="sd-vae-ft-mse"):
+        with pytest.raises(UserError, match=message):
+            load_autoencoder(spec, weights=weights)
+
+    def without(state):
+        return {key: value for key, value in state.items() if key != "encoder.conv_in.bias"}
+
+    fails("holds a AutoencoderTiny", tiny_folder)
+    fails("do not fit.*encoder.conv_in.bias", copy_of(kl_folder, tmp_path / "missing", without))
+    reshaped = copy_of(kl_folder, tmp_path / "shape", lambda s: {**s, "encoder.conv_in.weight": torch.zeros(1)})
+    fails("size mismatch", reshaped)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails("from the folder .*empty: .*config.json", empty)
+    cut = copy_of(kl_folder, tmp_path / "cut", lambda state: state) / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    fails("cannot be loaded from the folder", cut.parent)
+    fails("'kl' needs weights", None, spec="kl")
+
+
+def test_without_network_the_way_out_is_named(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"'sd-vae-ft-ema' cannot be loaded.*give that folder as the autoencoder's weights"
+    ):
+        load_autoencoder("sd-vae-ft-ema", weights="nobody/not-a-repository")
+
+
+def test_a_broken_diffusers_is_answered(monkeypatch, kl_folder):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="diffusers cannot be imported"):
+        load_autoencoder("kl", weights=kl_folder)

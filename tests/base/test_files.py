@@ -1,0 +1,52 @@
+import errno
+import os
+
+import pytest
+
+from repa.base import files
+from repa.base.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("1")
+        assert not (tmp_path / "f").exists()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with files.atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("1")
+    assert (tmp_path / "f" / "x").read_text() == "1"
+
+
+def test_a_full_disk_is_a_sentence_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(UserError, match="disk is full"), files.atomic_path(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old"
+
+
+def test_space_is_checked_before_work(tmp_path):
+    with pytest.raises(UserError, match=r"needs .*TiB, but .* has .* free"):
+        files.require_space(tmp_path / "not" / "yet", 1 << 62, "Writing samples")
+
+
+def test_damaged_json_names_the_file(tmp_path):
+    (tmp_path / "m.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"m\.json is damaged"):
+        files.read_json(tmp_path / "m.json")
+
+
+def test_sizes_for_people():
+    assert files.size(1536) == "1.5 KiB"
+    assert files.size(12) == "12 B"

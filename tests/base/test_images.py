@@ -1,0 +1,174 @@
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repa.base import images
+from repa.base.errors import UserError
+from repa.base.images import adm_centre_crop, decode_image, encode_png, from_tensor, grid, save_png, to_tensor
+from tests.oracles.data import adm_crop_geometry, halve, noise_image, over_white
+
+
+def encoded(image, format="PNG", **settings) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **settings)
+    return buffer.getvalue()
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def test_adm_crop_of_the_usual_imagenet_image():
+    """500 x 375 -> 341 x 256, cut from x = 42 (SPEC 1.10)."""
+    image = noise_image(0, 500, 375)
+    expected = pixels(image.resize((341, 256), Image.Resampling.BICUBIC))[:, 42 : 42 + 256]
+    np.testing.assert_array_equal(pixels(adm_centre_crop(image, 256)), expected)
+
+
+def test_adm_crop_halves_by_box_before_the_bicubic():
+    image = noise_image(1, 68, 64)  # 64 = 4 * 16: twice halved, then only cut
+    expected = halve(halve(pixels(image)))
+    cropped = pixels(adm_centre_crop(image, 16)).astype(float)
+    assert cropped.shape == (16, 16, 3)
+    left = adm_crop_geometry(68, 64, 16)[2]
+    assert left == 0  # 17 wide
+    assert (
+        abs(cropped - expected[:, left : left + 16]).max() <= 2
+    )  # Pillow rounds after each pass; bicubic is off by 50
+
+
+@pytest.mark.parametrize("size", [(31, 200), (200, 31), (32, 32), (33, 47), (640, 100), (99, 63)])
+def test_adm_crop_is_a_window_of_the_resized_image(size):
+    image = noise_image(2, *size)
+    width, height, left, top = adm_crop_geometry(*size, 32)
+    small = image
+    while min(small.size) >= 64:
+        small = small.resize((small.width // 2, small.height // 2), Image.Resampling.BOX)
+    expected = pixels(small.resize((width, height), Image.Resampling.BICUBIC))[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(pixels(adm_centre_crop(image, 32)), expected)
+
+
+def test_a_needle_is_not_enlarged_into_gigabytes():
+    with pytest.raises(UserError, match="1 x 60000 pixels are too narrow"):
+        adm_centre_crop(Image.new("RGB", (1, 60000)), 256)
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(
+        pixels(decode_image(encoded(Image.fromarray(grey)), "g.png")), np.stack([grey] * 3, -1)
+    )
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    grey = np.array([[0, 255, 256, 0x8000, 0xABCD, 65535]], np.uint16)
+    decoded = pixels(decode_image(encoded(Image.fromarray(grey)), "deep.png"))
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 0, 1, 0x80, 0xAB, 255])
+    tiff = pixels(decode_image(encoded(Image.fromarray(grey), "TIFF"), "deep.tif"))
+    np.testing.assert_array_equal(tiff, decoded)
+
+
+def test_32_bit_pixels_of_unknown_range_are_refused():
+    with pytest.raises(UserError, match=r"float.tif is not a readable image.*range is unknown"):
+        decode_image(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "float.tif")
+
+
+def test_transparency_is_laid_on_white():
+    rgba = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    decoded = pixels(decode_image(encoded(Image.fromarray(rgba)), "a.png")).astype(float)
+    assert abs(decoded - over_white(rgba)).max() <= 1
+    clear = Image.new("LA", (4, 4), (0, 0))
+    assert (pixels(decode_image(encoded(clear), "clear.png")) == 255).all()
+
+
+def test_palettes_with_and_without_transparency():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putdata([0, 1])
+    np.testing.assert_array_equal(pixels(decode_image(encoded(palette), "p.png")), [[[10, 20, 30], [200, 100, 50]]])
+    holed = encoded(palette, transparency=0)
+    np.testing.assert_array_equal(pixels(decode_image(holed, "p.png")), [[[255, 255, 255], [200, 100, 50]]])
+
+
+def test_cmyk_becomes_rgb():
+    decoded = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "c.jpg")
+    assert decoded.mode == "RGB"
+    assert pixels(decoded)[0, 0, 0] > 200 > 50 > pixels(decoded)[0, 0, 1]  # red
+
+
+def test_exif_rotation_is_applied():
+    image = noise_image(3, 6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
+    decoded = pixels(decode_image(encoded(image, exif=exif), "turned.png"))
+    np.testing.assert_array_equal(decoded, np.rot90(pixels(image), -1))
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    decoded = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "moving.gif")
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_files_are_refused_by_name(format):
+    data = encoded(noise_image(4, 40, 40), format)
+    with pytest.raises(UserError, match=r"cats/half\.x is not a readable image"):
+        decode_image(data[: len(data) // 2], "cats/half.x")
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_other_bytes_are_refused_by_name(data):
+    with pytest.raises(UserError, match=r"x\.png is not a readable image: its bytes are of no known format"):
+        decode_image(data, "x.png")
+
+
+def test_absurd_sizes_are_refused_before_decoding(monkeypatch):
+    data = encoded(noise_image(5, 40, 40))
+    monkeypatch.setattr(images, "MAX_PIXELS", 1599)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"big\.png has more than 1,599 pixels"):
+        decode_image(data, "big.png")
+
+
+def test_bomb_whose_header_alone_is_large():
+    header = bytearray(encoded(Image.new("1", (8, 8))))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    with pytest.raises(UserError, match="more than 178,956,970 pixels"):
+        decode_image(bytes(header), "bomb.png")
+
+
+def test_tensors_keep_rows_columns_and_channels():
+    image = noise_image(6, 5, 3)
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 3, 5)
+    assert tuple(int(v) for v in tensor[:, 2, 4]) == image.getpixel((4, 2))
+    np.testing.assert_array_equal(pixels(from_tensor(tensor)), pixels(image))
+    with pytest.raises(ValueError, match="float32"):
+        from_tensor(tensor.float())
+
+
+def test_grid_places_every_image_and_nothing_else():
+    tiles = torch.randint(0, 255, (5, 3, 4, 6), dtype=torch.uint8)
+    sheet = grid(tiles, columns=3, padding=2)
+    assert sheet.shape == (4 * 2 + 2, 6 * 3 + 4, 3)
+    assert sheet.dtype == np.uint8
+    free = np.ones(sheet.shape[:2], bool)
+    for index, (top, left) in enumerate([(0, 0), (0, 8), (0, 16), (6, 0), (6, 8)]):
+        np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], tiles[index].permute(1, 2, 0))
+        free[top : top + 4, left : left + 6] = False
+    assert (sheet[free] == 255).all()
+    assert grid(tiles).shape == sheet.shape  # about a square: 3 columns
+    assert grid(tiles[:1], columns=8).shape == (4, 6, 3)
+
+
+def test_png_round_trip(tmp_path):
+    sheet = pixels(noise_image(7))
+    save_png(sheet, tmp_path / "deep" / "a.png")
+    assert (tmp_path / "deep" / "a.png").read_bytes() == encode_png(sheet)
+    np.testing.assert_array_equal(pixels(Image.open(tmp_path / "deep" / "a.png")), sheet)

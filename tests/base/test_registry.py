@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from repa.base.errors import UserError
+from repa.base.registry import Registry, parse_spec
+from repa.diffusion import SAMPLERS
+
+
+def test_specs_hold_literals_and_text():
+    name, settings = parse_spec("name:a=0.07,b=3,c=none,d=true,e=-1e-3")
+    assert name == "name"
+    assert settings == {"a": 0.07, "b": 3, "c": "none", "d": True, "e": -1e-3}
+
+
+@pytest.mark.parametrize("spec", ["name:temperature", "name:=3", "name:a b=3"])
+def test_unreadable_settings_are_refused(spec):
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_spec(spec)
+
+
+def test_functions_come_with_settings_bound_and_classes_as_instances():
+    table = Registry("thing", {"isclose": "math:isclose", "fraction": "fractions:Fraction"})
+    assert table.build("isclose:rel_tol=0.5")(1.0, 1.4)
+    assert not table.build("isclose")(1.0, 1.4)
+    assert table.build("fraction:numerator=3,denominator=6") == 0.5
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UserError, match="Unknown sampler 'huen'.*Did you mean 'heun'"):
+        SAMPLERS.check("huen")
+
+
+def test_unknown_settings_are_refused_before_anything_is_imported():
+    with pytest.raises(UserError, match="no setting 'lats'.*Did you mean 'last'"):
+        SAMPLERS.check("euler_maruyama:lats=0.04")
+    assert SAMPLERS.check("euler_maruyama:last=0.04") == "euler_maruyama:last=0.04"
+
+
+def test_private_code_by_dotted_name():
+    table = Registry("thing", {})
+    assert table.build("math.hypot") is math.hypot
+    with pytest.raises(UserError, match="cannot be imported"):
+        table.build("no_such_package.thing")

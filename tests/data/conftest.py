@@ -1,0 +1,99 @@
+"""Small sources, and stand-ins for models with which every stored number can be foretold."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from repa.data import groups
+from repa.encoders.contract import Features
+from tests.oracles.data import noise_image
+
+
+class FakeAutoencoder:
+    """Moments are block means: C = 2 channels (red and green) at a quarter of the size, standard deviations all 1/2."""
+
+    channels, factor, stores_moments = 2, 4, True
+
+    def __init__(self):
+        self.identity = {"name": "fake", "sha256": "a" * 64}
+
+    def encode(self, images):
+        mean = F.avg_pool2d(images[:, :2].float() / 255, 4)
+        return torch.cat([mean, torch.full_like(mean, 0.5)], 1)
+
+
+class FakeEncoder:
+    """Tokens are the RGB means of each cell; the calls are counted."""
+
+    dim, patch_size = 3, 4
+
+    def __init__(self):
+        self.identity = {"name": "fake", "weights_sha256": "b" * 64}
+        self.calls = 0
+
+    def grid_for(self, resolution):
+        return resolution // self.patch_size
+
+    def __call__(self, images, grid):
+        self.calls += 1
+        patches = F.adaptive_avg_pool2d(images.float() / 255, grid).flatten(2).transpose(1, 2)
+        return Features(patches, patches.mean(1))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """Hundreds of tiny files are written here; whether they would survive a power cut is not what is tested."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Replace the models; returns them, so that a test can change their identity."""
+    autoencoder, encoder = FakeAutoencoder(), FakeEncoder()
+    real = groups.load_autoencoder
+    monkeypatch.setattr(
+        groups,
+        "load_autoencoder",
+        lambda spec, **options: real(spec, **options) if spec == "pixels" else autoencoder,
+    )
+    monkeypatch.setattr(groups, "load_encoder", lambda spec, **options: encoder)
+    return autoencoder, encoder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes: 7 images in `ants`, 4 in `bees`."""
+    root = tmp_path / "pictures"
+    for name, num, first in (("ants", 7, 0), ("bees", 4, 100)):
+        (root / name).mkdir(parents=True)
+        for i in range(num):
+            noise_image(first + i).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def pack(root: Path, path: Path, prefix: str = "") -> Path:
+    """A zip of a folder, in an order that is not the sorted one."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*.*"), reverse=True):
+            archive.write(file, prefix + file.relative_to(root).as_posix())
+    return path
+
+
+def spoil(path: Path) -> None:
+    """Cut an image file in half."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too, with its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def all_rows(data, field: str) -> np.ndarray:
+    return data.gather(field, np.arange(data.num_images))

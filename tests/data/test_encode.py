@@ -1,0 +1,382 @@
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repa.base import dist, files
+from repa.base.errors import UserError
+from repa.base.images import adm_centre_crop
+from repa.data import PrepareConfig, add_features, encode, groups, open_data, open_source, prepare, shards
+from tests.data.conftest import all_rows, content, pack, spoil
+
+SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=2)
+FULL = SMALL.override(autoencoder="kl", features=("tiny",))  # the fakes answer to these names
+
+
+class Killed(BaseException):
+    """What Ctrl-C and SIGTERM look like from inside."""
+
+
+def killed_after(batches):
+    def progress(done, total, what):
+        nonlocal batches
+        batches -= 1
+        if batches == 0:
+            raise Killed
+
+    return progress
+
+
+def test_every_field_of_every_image(folder, tmp_path, fakes):
+    manifest = prepare(folder, tmp_path / "out", FULL)
+    data = open_data(tmp_path / "out")
+    images, labels = all_rows(data, "images"), all_rows(data, "labels")
+    moments, tokens, pooled = (all_rows(data, f) for f in ("moments", "features.tiny", "pooled.tiny"))
+    assert [s.num for s in manifest.shards] == [3, 3, 3, 2]
+    paths = sorted(folder.rglob("*.png"))
+    for i, path in enumerate(paths):
+        crop = np.asarray(adm_centre_crop(Image.open(path), 8))
+        assert labels[i] == ["ants", "bees"].index(path.parent.name)
+        for c in range(3):
+            np.testing.assert_array_equal(images[i, c], crop[:, :, c])
+        cells = crop.reshape(2, 4, 2, 4, 3).mean((1, 3)) / 255  # (row, column, channel)
+        for row in range(2):
+            for column in range(2):
+                np.testing.assert_allclose(moments[i, :2, row, column], cells[row, column, :2], atol=1e-3)
+                np.testing.assert_allclose(tokens[i, 2 * row + column], cells[row, column], atol=1e-3)
+        assert (moments[i, 2:] == 0.5).all()
+        np.testing.assert_allclose(pooled[i], cells.mean((0, 1)), atol=1e-3)
+    assert manifest.class_counts == (7, 4)
+    assert manifest.autoencoder == {"spec": "kl", "name": "fake", "sha256": "a" * 64}
+    facts = manifest.features["tiny"]
+    assert (facts.dim, facts.grid, facts.pooled, facts.identity["weights_sha256"]) == (3, 2, True, "b" * 64)
+    assert manifest == open_data(tmp_path / "out").manifest
+    data.check()
+
+
+def test_pixels_and_the_real_tiny_encoder(folder, tmp_path):
+    prepare(folder, tmp_path / "out", SMALL.override(features=("tiny",)))
+    data = open_data(tmp_path / "out")
+    assert not data.has_moments
+    encoder = groups.load_encoder("tiny")
+    assert data.features["tiny"].grid == encoder.grid_for(8)
+    assert data.gather("features.tiny", np.array([10, 0])).shape == (2, encoder.grid_for(8) ** 2, encoder.dim)
+    assert data.manifest.autoencoder["name"] == "pixels"
+
+
+def test_a_zip_and_photographs_prepare_too(folder, tmp_path):
+    prepare(folder, tmp_path / "a", SMALL)
+    prepare(pack(folder, tmp_path / "p.zip"), tmp_path / "b", SMALL)
+    for field in ("images", "labels"):
+        a, b = open_data(tmp_path / "a"), open_data(tmp_path / "b")
+        np.testing.assert_array_equal(all_rows(a, field), all_rows(b, field))
+    prepare("photographs:num=20", tmp_path / "c", SMALL)
+    source = open_source("photographs:num=20")
+    image = np.asarray(source.image(19, 8)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(open_data(tmp_path / "c").gather("images", np.array([19]))[0], image)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 6, 7])
+def test_killed_and_continued_is_byte_identical(folder, tmp_path, fakes, batches):
+    prepare(folder, tmp_path / "whole", FULL)
+    fakes[1].calls = 0
+    with pytest.raises(Killed):
+        prepare(folder, tmp_path / "out", FULL, progress=killed_after(batches))
+    before = fakes[1].calls
+    with pytest.raises(UserError, match="not finished: run the same"):
+        open_data(tmp_path / "out")
+    seen = []
+    prepare(folder, tmp_path / "out", FULL, progress=lambda done, total, what: seen.append((done, total)))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    finished = {1: 0, 2: 0, 3: 1, 4: 1, 6: 2, 7: 3}[batches]  # batches of 2 and 1 in each shard of 3
+    assert fakes[1].calls - before == 7 - 2 * finished  # finished shards are not encoded again
+    assert seen[0][0] == 3 * finished + 2
+    assert seen[-1] == (11, 11)
+
+
+@pytest.mark.parametrize("point", ["files.write_json", "manifest", "rmtree"])
+def test_killed_between_writes(folder, tmp_path, fakes, monkeypatch, point):
+    """While records, the manifest, or the removal of the records are under way."""
+    prepare(folder, tmp_path / "whole", FULL)
+
+    def die(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if point == "manifest":
+            patch.setattr("repa.data.manifest.Manifest.save", die)
+        elif point == "rmtree":
+            patch.setattr(shutil, "rmtree", die)
+        else:
+            write, calls = files.write_json, []
+
+            def third(path, value):
+                calls.append(path)
+                return die() if len(calls) == 3 else write(path, value)
+
+            patch.setattr(files, "write_json", third)
+        with pytest.raises(Killed):
+            prepare(folder, tmp_path / "out", FULL)
+    (tmp_path / "out" / ".images-00000.npy.abc.tmp").write_bytes(b"left by SIGKILL")
+    prepare(folder, tmp_path / "out", FULL)
+    if point == "rmtree":  # the manifest was written: all was there, nothing was to be done
+        assert open_data(tmp_path / "out").num_images == 11
+    else:
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_the_same_call_on_a_complete_folder_does_nothing(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "out", FULL)
+    before, calls = content(tmp_path / "out"), fakes[1].calls
+    prepare(folder, tmp_path / "out", FULL.override(batch_size=5, num_workers=1))
+    assert fakes[1].calls == calls
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("field", ["images", "features.tiny"])
+def test_a_deleted_file_is_made_anew(folder, tmp_path, fakes, field):
+    prepare(folder, tmp_path / "out", FULL)
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / f"{field}-00002.npy").unlink()
+    with pytest.raises(UserError, match=rf"{field}-00002\.npy is missing .* run the same `repa prepare` again"):
+        open_data(tmp_path / "out")
+    prepare(folder, tmp_path / "out", FULL)
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"resolution": 12}, "config.resolution: 8 -> 12"),
+        ({"autoencoder": "pixels"}, "config.autoencoder: kl -> pixels"),
+        ({"shard_size": 4}, "config.shard_size: 3 -> 4"),
+        ({"grid": 3}, "config.grid: 0 -> 3"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_is_refused(folder, tmp_path, fakes, change, line, finished):
+    out = tmp_path / "out"
+    with contextlib.nullcontext() if finished else pytest.raises(Killed):
+        prepare(folder, out, FULL, progress=None if finished else killed_after(4))
+    before = content(out)
+    with pytest.raises(UserError, match="another source or configuration") as caught:
+        prepare(folder, out, FULL.override(**change))
+    assert line in str(caught.value)
+    assert content(out) == before
+
+
+def test_another_source_is_refused(folder, tmp_path):
+    prepare(folder, tmp_path / "out", SMALL)
+    (folder / "ants" / "000.png").unlink()
+    with pytest.raises(UserError, match=r"source\.num_images: 11 -> 10"):
+        prepare(folder, tmp_path / "out", SMALL)
+
+
+def test_other_weights_are_refused_half_way(folder, tmp_path, fakes):
+    with pytest.raises(Killed):
+        prepare(folder, tmp_path / "out", FULL, progress=killed_after(4))
+    fakes[0].identity["sha256"] = "c" * 64
+    with pytest.raises(UserError, match=r"made by another kl \(different: sha256\)"):
+        prepare(folder, tmp_path / "out", FULL)
+
+
+def test_a_folder_with_other_things_is_left_alone(folder, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("long work")
+    with pytest.raises(UserError, match="not an empty folder and holds no prepared data"):
+        prepare(folder, tmp_path / "thesis", SMALL)
+    assert content(tmp_path / "thesis") == {"chapter.tex": b"long work"}
+    with pytest.raises(UserError, match="not an empty folder"):
+        prepare(folder, folder / "ants" / "000.png", SMALL)
+
+
+@pytest.mark.parametrize("by", ["prepare", "add_features"])
+def test_features_can_be_added_later(folder, tmp_path, fakes, by):
+    prepare(folder, tmp_path / "whole", FULL)
+    prepare(folder, tmp_path / "out", FULL.override(features=()))
+    plain = content(tmp_path / "out")
+
+    def add(progress=None):
+        if by == "prepare":
+            prepare(folder, tmp_path / "out", FULL, progress=progress)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # the source is not needed
+            add_features(tmp_path / "out", "tiny", progress=progress)
+
+    with pytest.raises(Killed):
+        add(killed_after(4))
+    assert not open_data(tmp_path / "out").features  # the old data stays usable
+    calls = fakes[1].calls
+    add()
+    assert fakes[1].calls - calls == 5
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {k: v for k, v in content(tmp_path / "out").items() if k in plain and k != "manifest.json"} == {
+        k: v for k, v in plain.items() if k != "manifest.json"
+    }
+    if by == "prepare":  # the first command still stands, and forgets nothing
+        assert "tiny" in prepare(folder, tmp_path / "out", FULL.override(features=())).features
+
+
+def test_features_without_stored_images_come_from_the_source(folder, tmp_path, fakes):
+    lean = FULL.override(store_images=False, features=())
+    prepare(folder, tmp_path / "out", lean)
+    with pytest.raises(UserError, match="holds no images to encode: run `repa prepare` on the source"):
+        add_features(tmp_path / "out", "tiny")
+    prepare(folder, tmp_path / "out", lean.override(features=("tiny",)))
+    prepare(folder, tmp_path / "whole", FULL)
+    data, whole = open_data(tmp_path / "out"), open_data(tmp_path / "whole")
+    assert not data.has_images
+    np.testing.assert_array_equal(all_rows(data, "features.tiny"), all_rows(whole, "features.tiny"))
+
+
+def test_a_bad_image_refuses_the_source_by_name_and_number(folder, tmp_path):
+    for name in ("ants/004.png", "ants/003.png"):
+        spoil(folder / name)
+    with pytest.raises(UserError, match=r"^2 of the images 4 to 6 .* The first: ants/003\.png is not .*--skip-bad"):
+        prepare(folder, tmp_path / "out", SMALL)
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["images-00000.npy", "labels-00000.npy"]
+
+
+def test_bad_images_can_be_left_out_and_are_named(folder, tmp_path, fakes):
+    spoil(folder / "ants" / "004.png")
+    with pytest.raises(UserError, match="1 of the images 4 to 6"):
+        prepare(folder, tmp_path / "out", FULL)
+    manifest = prepare(folder, tmp_path / "out", FULL.override(skip_bad=True))  # continues where it was refused
+    assert manifest.skipped == ["ants/004.png"]
+    assert (manifest.num_images, manifest.class_counts) == (10, (6, 4))
+    data = open_data(tmp_path / "out")
+    kept = [p for p in sorted(folder.rglob("*.png")) if p.name != "004.png"]
+    for i, path in enumerate(kept):
+        crop = np.asarray(adm_centre_crop(Image.open(path), 8)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(data.gather("images", np.array([i]))[0], crop)
+
+
+def test_a_shard_of_bad_images_is_empty(folder, tmp_path, fakes):
+    for name in ("003", "004", "005"):
+        spoil(folder / "ants" / f"{name}.png")
+    config = FULL.override(skip_bad=True, features=())
+    manifest = prepare(folder, tmp_path / "out", config)
+    assert [s.num for s in manifest.shards] == [3, 0, 3, 2]
+    labels = all_rows(open_data(tmp_path / "out"), "labels")
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    add_features(tmp_path / "out", "tiny")
+    assert open_data(tmp_path / "out").gather("features.tiny", np.arange(8)).shape == (8, 4, 3)
+
+
+def test_nothing_but_bad_images(folder, tmp_path):
+    for path in folder.rglob("*.png"):
+        spoil(path)
+    with pytest.raises(UserError, match=r"No image of pictures can be used; the first is ants/000\.png"):
+        prepare(folder, tmp_path / "out", SMALL.override(skip_bad=True))
+
+
+def test_grey_and_palette_and_deep_images_mix(tmp_path):
+    root = tmp_path / "mixed"
+    root.mkdir()
+    Image.new("L", (9, 9), 50).save(root / "a.png")
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(root / "b.png")
+    Image.fromarray(np.full((9, 9), 50 << 8, np.uint16)).save(root / "c.png")
+    Image.new("P", (9, 9)).save(root / "d.gif")
+    manifest = prepare(root, tmp_path / "out", SMALL)
+    assert manifest.class_names == ("all",)
+    images = all_rows(open_data(tmp_path / "out"), "images")
+    assert [sorted({*image.flatten().tolist()}) for image in images] == [[50], [255], [50], [0]]
+
+
+def test_mistakes_that_the_models_reveal(folder, tmp_path, fakes):
+    with pytest.raises(UserError, match="resolution is 10, but kl shrinks images 4 times"):
+        prepare(folder, tmp_path / "out", FULL.override(resolution=10))
+    with pytest.raises(UserError, match="store_images is off, but pixels stores no moments"):
+        prepare(folder, tmp_path / "out", SMALL.override(store_images=False))
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_float16_are_refused(folder, tmp_path, fakes, monkeypatch):
+    monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images: images.float()[:, :1, ::4, ::4] * 1e4)
+    with pytest.raises(UserError, match="kl gave values that float16 cannot hold"):
+        prepare(folder, tmp_path / "out", FULL)
+
+
+def test_a_disk_too_small_is_refused_before_work(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"Preparing 11 images needs 2\.1 KiB, but .* has 2\.0 KiB free"):
+        prepare(folder, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
+    prepare(folder, tmp_path / "whole", SMALL)
+    append, calls = shards._Array.append, []
+
+    def full(self, rows):
+        calls.append(rows)
+        if len(calls) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._Array, "append", full)
+        with pytest.raises(UserError, match=r"The disk is full: .* Make room, then run the same command"):
+            prepare(folder, tmp_path / "out", SMALL)
+    assert not list((tmp_path / "out").glob(".*"))
+    assert (tmp_path / "out" / "images-00000.npy").exists()
+    prepare(folder, tmp_path / "out", SMALL)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_processes_share_the_shards(folder, tmp_path, fakes, monkeypatch):
+    """Process 1 of 2 runs first, then process 0, which makes the manifest."""
+    prepare(folder, tmp_path / "whole", FULL)
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    done = []
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "assemble", lambda *args: None)  # is for process 0, when all are done
+        patch.setattr(dist, "is_main", lambda: True)  # to write the settings, which process 0 would have done
+        prepare(folder, tmp_path / "out", FULL, progress=lambda *report: done.append(report))
+    assert done[-1] == (5, 5, "images")  # shards 1 and 3
+    assert sorted(p.name for p in (tmp_path / "out").glob("labels*")) == ["labels-00001.npy", "labels-00003.npy"]
+    monkeypatch.setattr(dist, "rank", lambda: 0)
+    prepare(folder, tmp_path / "out", FULL)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_real_processes(folder, tmp_path):
+    prepare(folder, tmp_path / "whole", SMALL)
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys; from repa.base import dist; from repa.data import prepare, PrepareConfig\n"
+        f"config = PrepareConfig.parse({SMALL.model_dump()!r})\n"
+        "device = dist.setup(); assert dist.world() == 2\n"
+        "manifest = prepare(sys.argv[1], sys.argv[2], config, device=device); assert manifest.num_images == 11\n"
+        "dist.teardown()\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run([*run, str(folder), str(tmp_path / "out")], check=True, env={**os.environ, "PYTHONPATH": "src"})
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_real_configuration_names_its_mistakes():
+    for values, message in [
+        ({"resolution": 4}, "resolution"),
+        ({"resolution": 8, "features": ["tinny"]}, "Did you mean 'tiny'"),
+        ({"resolution": 8, "features": ["tiny", "tiny"]}, "'tiny' twice"),
+        ({"resolution": 8, "autoencoder": "pixel"}, "Did you mean 'pixels'"),
+        ({"resolution": 8, "feature_weights": ["tiny"]}, "written ENCODER=FOLDER, but got 'tiny'"),
+        ({"resolution": 8, "feature_weights": ["tiny=w"]}, "asked for are none"),
+        ({"resolution": 8, "shards": 4}, "unknown setting 'shards'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            PrepareConfig.parse(values)
+    config = PrepareConfig(resolution=8, features=("dinov2-vit-b",), feature_weights=("dinov2-vit-b=w/x",))
+    assert config.features == ("dinov2-b",)
+    assert config.weights_of("dinov2-b") == "w/x"
+    assert config.weights_of("tiny") is None

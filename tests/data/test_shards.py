@@ -1,0 +1,199 @@
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from repa.base.errors import UserError
+from repa.data import Manifest, PrepareConfig, ShardReader, open_data, prepare, shards
+from repa.data.manifest import MANIFEST
+from repa.data.shards import ShardWriter, array_name
+from tests.data.conftest import all_rows
+
+CONFIG = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=1)
+
+
+@pytest.fixture
+def out(folder, tmp_path):
+    prepare(folder, tmp_path / "out", CONFIG)
+    return tmp_path / "out"
+
+
+def edit(out, change):
+    values = json.loads((out / MANIFEST).read_text())
+    change(values)
+    (out / MANIFEST).write_text(json.dumps(values))
+
+
+def test_arrays_are_plain_npy_files(tmp_path):
+    rows = np.arange(7 * 6, dtype=np.float16).reshape(7, 2, 3)
+    with ShardWriter(tmp_path, 12) as writer:
+        for start in range(0, 7, 3):
+            writer.append({"moments": rows[start : start + 3], "labels": np.arange(start, min(start + 3, 7))})
+            assert not list(tmp_path.glob("*.npy"))  # nothing before the end
+    record = writer.records()["moments"]
+    assert (record.file, record.dtype, record.shape) == ("moments-00012.npy", "float16", (7, 2, 3))
+    np.testing.assert_array_equal(np.load(tmp_path / "moments-00012.npy"), rows)
+    np.testing.assert_array_equal(np.load(tmp_path / "labels-00012.npy"), np.arange(7))
+    assert record.size == (tmp_path / record.file).stat().st_size
+
+
+def test_the_length_of_an_array_may_have_any_number_of_digits(tmp_path):
+    with ShardWriter(tmp_path, 0) as writer:
+        for _ in range(120):
+            writer.append({"labels": np.zeros(10, np.int64)})
+    assert np.load(tmp_path / "labels-00000.npy").shape == (1200,)
+
+
+def test_a_failed_shard_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), ShardWriter(tmp_path, 0) as writer:
+        writer.append({"labels": np.zeros(2, np.int64)})
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_files_are_plain():
+    assert (
+        array_name("features.my.module.Encoder:seed=1,size=a/b", 3)
+        == "features.my.module.Encoder_seed_1_size_a_b-00003.npy"
+    )
+
+
+def test_gather_takes_any_rows_in_any_order(out):
+    data = open_data(out)
+    everything = all_rows(data, "images")
+    assert everything.shape == (11, 3, 8, 8)
+    for indices in ([], [10], [10, 0, 3, 3, 2, 9, 0], range(2, 8), np.random.default_rng(0).integers(0, 11, 200)):
+        rows = data.gather("images", np.array(indices, np.int64))
+        assert rows.flags.c_contiguous
+        assert rows.flags.writeable
+        assert len(rows) == len(indices)
+        for row, index in zip(rows, indices, strict=True):
+            np.testing.assert_array_equal(row, everything[index])
+    np.testing.assert_array_equal(np.concatenate(list(data.reader.batches("images", 4))), everything)
+
+
+def test_gather_opens_only_what_it_needs_and_few_at_a_time(out, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN", 2)
+    reader = ShardReader(out, Manifest.open(out))
+    rows = reader.gather("labels", np.arange(11)[::-1])
+    assert rows.tolist() == [1] * 4 + [0] * 7
+    info = reader._open.cache_info()
+    assert (info.misses, info.currsize) == (4, 2)
+    reader.gather("labels", np.array([1]))
+    assert reader._open.cache_info().currsize == 2
+
+
+def test_gather_does_not_read_whole_shards(tmp_path):
+    """3 rows of an array of 32 MiB cost 3 rows of memory."""
+    (tmp_path / "pictures").mkdir()
+    from tests.oracles.data import noise_image
+
+    noise_image(0).save(tmp_path / "pictures" / "a.png")
+    prepare(tmp_path / "pictures", tmp_path / "out", CONFIG)
+    big = np.lib.format.open_memmap(tmp_path / "out" / "big-00000.npy", "w+", np.uint8, (4096, 8192))
+    big[7] = 5
+    del big
+    size = (tmp_path / "out" / "big-00000.npy").stat().st_size
+
+    def change(values):
+        shard, num = values["shards"][0], 4096
+        shard["num"] = values["num_images"] = num
+        record = {"file": "big-00000.npy", "dtype": "uint8", "shape": [num, 8192], "size": size, "sha256": "0" * 64}
+        shard["files"] = {"images": record, "labels": {**record, "dtype": "uint8"}}
+
+    edit(tmp_path / "out", change)
+    data = open_data(tmp_path / "out")
+    tracemalloc.start()
+    rows = data.gather("images", np.array([4000, 7, 8]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows[:, 0].tolist() == [0, 5, 0]
+    assert peak < 1 << 20
+
+
+def test_what_is_not_there_is_said(out):
+    data = open_data(out)
+    with pytest.raises(UserError, match=r"no field 'moments': it holds images, labels"):
+        data.gather("moments", np.array([0]))
+    for indices in ([11], [-1]):
+        with pytest.raises(IndexError, match="has images 0 to 10"):
+            data.gather("images", np.array(indices))
+
+
+def test_changed_bytes_are_found_by_check(out):
+    path = out / "images-00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    opened = open_data(out)  # the size is right
+    with pytest.raises(
+        UserError, match=r"images-00002\.npy has other bytes than when it was written: delete it and run"
+    ):
+        opened.check()
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b""])
+def test_changed_sizes_are_found_on_opening(out, change):
+    path = out / "labels-00001.npy"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=r"labels-00001\.npy is missing or has another size"):
+        open_data(out)
+
+
+def test_an_array_of_another_type_or_with_objects_is_refused(out):
+    path = out / "labels-00000.npy"
+    for array, message in [
+        (np.zeros(6, np.int32), r"holds int32 \(6,\), not int64 \(3,\)"),
+        (np.array([None, None, None]), "cannot be opened .*Python objects"),
+    ]:
+        np.save(path, array)
+        edit(out, lambda v: v["shards"][0]["files"]["labels"].update(size=path.stat().st_size))
+        with pytest.raises(UserError, match=message):
+            open_data(out).gather("labels", np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["../secret.npy", "/etc/secret.npy", "a\\b.npy", "..", "", "C:secret.npy", "passwd"])
+def test_file_names_that_leave_the_folder_are_refused(out, name):
+    edit(out, lambda v: v["shards"][1]["files"]["images"].update(file=name))
+    with pytest.raises(UserError, match=r"manifest\.json: shards\.1\.files\.images\.file: .*is not the plain name"):
+        open_data(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(version=99), "is of version 99, but this program reads 1"),
+        (lambda v: v.pop("version"), "is of version None"),
+        (lambda v: v.update(surprise=1), "unknown setting 'surprise'"),
+        (lambda v: v.update(num_images=12), "num_images is 12, but its shards hold 11"),
+        (lambda v: v.update(num_images="many"), "'num_images' was given 'many'"),
+        (lambda v: v.pop("shards"), "shards"),
+        (lambda v: v["shards"][2]["files"].pop("labels"), "shard 2 holds other fields"),
+        (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files that do not hold its 3"),
+        (lambda v: v["shards"][0]["files"]["labels"].update(dtype="object"), "'object' is not a type"),
+        (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which is not what"),
+    ],
+)
+def test_damaged_manifests_are_refused_in_one_sentence(out, change, message):
+    edit(out, change)
+    with pytest.raises(UserError, match=message) as caught:
+        open_data(out)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_json_and_missing_data(out, tmp_path):
+    (out / MANIFEST).write_text('{"version": 1,')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        open_data(out)
+    (out / MANIFEST).write_text("[]")
+    with pytest.raises(UserError, match="must hold an object, but holds list"):
+        open_data(out)
+    with pytest.raises(UserError, match="holds no prepared data .* `repa prepare SOURCE"):
+        open_data(tmp_path)
+
+
+def test_the_manifest_for_people(out):
+    lines = open_data(out).manifest.describe().splitlines()
+    assert "11 of 2 classes at 8 pixels" in lines[1]
+    assert "images uint8 3x8x8" in lines[4]

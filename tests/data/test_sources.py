@@ -1,0 +1,226 @@
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repa.base.errors import UserError
+from repa.data import open_source, sources
+from tests.data.conftest import pack, spoil
+from tests.oracles.data import noise_image
+
+
+def test_class_folders_in_sorted_order(folder):
+    source = open_source(folder)
+    assert len(source) == 11
+    assert source.class_names == ["ants", "bees"]
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [0] * 7 + [1] * 4
+    assert [source.name(i) for i in (0, 7)] == ["ants/000.png", "bees/000.png"]
+    expected = noise_image(100).resize((10, 8), 3).crop((1, 0, 9, 8))
+    np.testing.assert_array_equal(np.asarray(source.image(7, 8)).shape, (8, 8, 3))
+    assert source.image(7, 8).size == expected.size
+
+
+def test_order_is_by_path_not_by_number_or_case(tmp_path):
+    for name in ("b10.PNG", "b9.png", "B1.png", "a/../a.jpeg"):
+        noise_image(0).save(tmp_path / Path(name).name)
+    assert open_source(tmp_path).paths == ["B1.png", "a.jpeg", "b10.PNG", "b9.png"]
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    noise_image(0).save(tmp_path / "x.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    source = open_source(str(tmp_path))
+    assert source.class_names == ["all"]
+    assert source.labels.tolist() == [0]
+
+
+def test_deeper_folders_belong_to_the_top_one(tmp_path):
+    for name in ("a/x/1.png", "a/2.png", "b/y/z/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(0).save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == (["a", "b"], [0, 0, 1])
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path):
+    (tmp_path / "a").mkdir()
+    noise_image(0).save(tmp_path / "a" / "1.png")
+    os.symlink(tmp_path, tmp_path / "a" / "loop")
+    assert open_source(tmp_path).paths == ["a/1.png"]
+
+
+@pytest.mark.parametrize("prefix", ["", "everything/"])
+def test_a_zip_is_the_same_source_as_its_folder(folder, tmp_path, prefix):
+    loose, packed = open_source(folder), open_source(pack(folder, tmp_path / "p.zip", prefix))
+    assert packed.paths == loose.paths
+    assert packed.class_names == loose.class_names
+    np.testing.assert_array_equal(packed.labels, loose.labels)
+    for i in (0, 10):
+        np.testing.assert_array_equal(np.asarray(packed.image(i, 8)), np.asarray(loose.image(i, 8)))
+
+
+def test_a_zip_with_one_class_folder_keeps_its_name(folder, tmp_path):
+    source = open_source(pack(folder / "ants", tmp_path / "p.zip", "ants/"))
+    assert source.class_names == ["ants"]
+    assert open_source(pack(folder / "ants", tmp_path / "q.zip")).class_names == ["all"]
+
+
+def test_a_zip_can_be_read_after_a_fork_and_a_pickle(folder, tmp_path):
+    source = open_source(pack(folder, tmp_path / "p.zip"))
+    assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking with threads, which this child does not use
+        child = os.fork()
+    if child == 0:
+        os.write(writing, source.read(5)[:64])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reading, 64) == source.read(5)[:64]
+    assert len(source._archives) == 1
+
+
+def test_ten_thousand_and_one_classes(tmp_path):
+    buffer = io.BytesIO()
+    noise_image(0).save(buffer, "BMP")
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for i in range(10_001):
+            archive.writestr(f"class{i:05d}/x.bmp", buffer.getvalue())
+    source = open_source(tmp_path / "many.zip")
+    assert len(source.class_names) == 10_001
+    np.testing.assert_array_equal(source.labels, np.arange(10_001))
+
+
+def test_identity_follows_the_list_of_files_not_the_place(folder, tmp_path):
+    before = open_source(folder).identity
+    folder.rename(tmp_path / "elsewhere")
+    moved = open_source(tmp_path / "elsewhere").identity
+    assert moved["sha256"] == before["sha256"]
+    noise_image(5, 21, 16).save(tmp_path / "elsewhere" / "ants" / "000.png")
+    assert open_source(tmp_path / "elsewhere").identity["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "There is no source .*nowhere"),
+        (lambda root: root, "holds no images"),
+        (lambda root: (root / "a.zip").write_bytes(b"not a zip") and root / "a.zip", "cannot be read as a zip file"),
+        (lambda root: "photographs:number=3", "no setting 'number': allowed are num, seed.* 'num'"),
+        (lambda root: "photographs:num=0", "photographs:num was given 0"),
+        (lambda root: "photographs:seed=x", "photographs:seed was given 'x'"),
+    ],
+)
+def test_what_is_no_source_is_refused(tmp_path, make, message):
+    with pytest.raises(UserError, match=message):
+        open_source(make(tmp_path))
+
+
+def test_loose_images_beside_class_folders_are_refused(folder):
+    noise_image(0).save(folder / "loose.png")
+    with pytest.raises(UserError, match=r"loose images such as loose\.png"):
+        open_source(folder)
+
+
+def test_unreadable_images_are_named(folder):
+    spoil(folder / "bees" / "002.png")
+    source = open_source(folder)
+    with pytest.raises(UserError, match=r"^bees/002\.png is not a readable image"):
+        source.image(9, 8)
+    (folder / "bees" / "001.png").unlink()
+    with pytest.raises(UserError, match=r"^bees/001\.png cannot be read: No such file"):
+        source.image(8, 8)
+
+
+def test_a_needle_is_named_too(tmp_path):
+    noise_image(0, 1, 60000).save(tmp_path / "needle.png")
+    with pytest.raises(UserError, match=r"^needle\.png: 1 x 60000"):
+        open_source(tmp_path).image(0, 256)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "C:/evil.png", "..\\evil.png", "../notes.txt"]
+)
+def test_zips_with_paths_that_lead_out_are_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("a/good.png", b"")
+        archive.writestr(name, b"")
+    with pytest.raises(UserError, match="leads out of the archive"):
+        open_source(tmp_path / "evil.zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.zip"]
+
+
+def test_zip_bombs_are_refused_by_their_declared_size(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/bomb.png", b"0")
+    data = bytearray((tmp_path / "bomb.zip").read_bytes())
+    at = data.index(b"PK\x01\x02") + 24
+    data[at : at + 4] = struct.pack("<I", sources.MAX_FILE_SIZE + 1)
+    (tmp_path / "bomb.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"a/bomb\.png .* unpacks to 256\.0 MiB"):
+        open_source(tmp_path / "bomb.zip")
+
+
+def test_zip_bombs_that_understate_their_size_are_cut_off(tmp_path):
+    """The archive says 100 bytes but would unpack to 8 MiB: no more than 100 are ever made."""
+    with zipfile.ZipFile(tmp_path / "liar.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/liar.png", bytes(8 << 20))
+    data = bytearray((tmp_path / "liar.zip").read_bytes())
+    at = data.index(b"PK\x01\x02") + 24
+    data[at : at + 4] = struct.pack("<I", 100)
+    (tmp_path / "liar.zip").write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a/liar\.png in .* cannot be read: Bad CRC"):
+        open_source(tmp_path / "liar.zip").read(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_damaged_members_are_named(folder, tmp_path):
+    path = pack(folder, tmp_path / "p.zip")
+    source = open_source(path)
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("ants/002.png").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 60] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"^ants/002\.png in .* cannot be read: Bad CRC"):
+        source.image(2, 8)
+
+
+def test_encrypted_zips_are_refused(folder, tmp_path):
+    path = pack(folder, tmp_path / "p.zip")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02") + 8
+    data[at] |= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is encrypted"):
+        open_source(path)
+
+
+def test_zips_of_other_methods_are_refused(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.write(folder / "ants" / "000.png", "a.png")
+    with pytest.raises(UserError, match=r"a\.png .* is not compressed by Deflate"):
+        open_source(tmp_path / "x.zip")
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    noise_image(0).save(tmp_path / os.fsdecode(b"caf\xe9") / "1.png")
+    source = open_source(tmp_path)
+    assert source.class_names == ["caf�"]
+    assert source.image(0, 8).size == (8, 8)

@@ -1,0 +1,232 @@
+"""Samplers against literal loops of the reference, against closed forms of Gaussian data, and their exact cost."""
+
+import math
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.diffusion import PATHS, PREDICTIONS, SAMPLERS, Denoiser, convert, count_calls, guided
+from tests.oracles import samplers as oracle
+
+MEAN, STD = 1.5, 0.5  # of the Gaussian data
+
+
+def gaussian_velocity(name):
+    """E[velocity | x_t] of data N(MEAN, STD^2), on any path."""
+
+    def predict(x, t):
+        c = PATHS.build(name)(t.double()).like(x)
+        variance = (c.alpha * STD) ** 2 + c.sigma**2
+        centred = x - c.alpha * MEAN
+        data, noise = MEAN + c.alpha * STD**2 / variance * centred, c.sigma / variance * centred
+        return c.d_alpha * data + c.d_sigma * noise
+
+    return predict
+
+
+def gaussian(name, predict=None):
+    return Denoiser(predict or gaussian_velocity(name), PATHS.build(name), dtype=torch.float64)
+
+
+def wiggly(x, t, labels):
+    """A made-up network in float64: nonlinear in x, sensitive to time and label."""
+    shape = (-1, 1, 1, 1)
+    return torch.sin(2 * x + 3 * t.double().reshape(shape)) + (0.3 * labels.double()).reshape(shape) * x
+
+
+def wiggly_numpy(x, t, conditional):
+    label = np.array([1.0, 4.0] if conditional else [7.0, 7.0]).reshape(-1, 1, 1, 1)
+    return np.sin(2 * x + 3 * float(np.float32(t))) + 0.3 * label * x  # networks see float32 times
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def wiggly_denoiser(scale, interval, path="linear"):
+    predict = guided(wiggly, torch.tensor([1, 4]), 7, scale, interval)
+    return Denoiser(predict, PATHS.build(path), dtype=torch.float64)
+
+
+GUIDANCE = [(1.0, 0.0, 1.0), (1.8, 0.0, 1.0), (1.8, 0.0, 0.7), (1.3, 0.2, 0.5)]
+
+
+@pytest.mark.parametrize(("scale", "low", "high"), GUIDANCE)
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_ode_samplers_are_the_literal_loops(name, scale, low, high):
+    x = noise(2, 4, 3, 3)
+    got = SAMPLERS.build(name)(wiggly_denoiser(scale, (low, high)), x, 10)
+    expected = getattr(oracle, name)(wiggly_numpy, x.numpy(), 10, scale, low, high)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_heun_is_the_reference_up_to_the_step_that_crosses_the_interval():
+    x = noise(2, 4, 3, 3)
+    for interval, same in (((0.0, 1.0), True), ((0.0, 0.7), False)):
+        got = SAMPLERS.build("heun")(wiggly_denoiser(1.8, interval), x, 10)
+        reference = oracle.heun(wiggly_numpy, x.numpy(), 10, 1.8, *interval, decide_by_own_time=False)
+        assert np.allclose(got.numpy(), reference, rtol=1e-12, atol=1e-12) == same
+
+
+@pytest.mark.parametrize(("scale", "low", "high"), GUIDANCE)
+def test_euler_maruyama_is_the_literal_loop(scale, low, high):
+    x, draws = noise(2, 4, 3, 3), noise(9, 2, 4, 3, 3, seed=1)
+    stream = iter(draws)
+    got = SAMPLERS.build("euler_maruyama")(wiggly_denoiser(scale, (low, high)), x, 10, lambda like: next(stream))
+    expected = oracle.euler_maruyama(wiggly_numpy, x.numpy(), 10, draws.numpy(), scale=scale, low=low, high=high)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-11, atol=1e-11)
+    assert next(stream, None) is None  # nine draws: none in the last step
+
+
+def sine(t):
+    return math.sin(math.pi * t / 2)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "w_of_t"), [("2t", lambda t: 2 * t), ("sigma", sine), ("2sigma", lambda t: 2 * sine(t))]
+)
+def test_euler_maruyama_diffusions_on_the_trigonometric_path(diffusion, w_of_t):
+    x, draws = noise(2, 1, 2, 2), noise(7, 2, 1, 2, 2, seed=1)
+    stream = iter(draws)
+    sampler = SAMPLERS.build(f"euler_maruyama:diffusion={diffusion}")
+    got = sampler(wiggly_denoiser(1.0, (0.0, 1.0), "trigonometric"), x, 8, lambda like: next(stream))
+    expected = oracle.euler_maruyama(wiggly_numpy, x.numpy(), 8, draws.numpy(), "trigonometric", w_of_t)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+def test_order_of_convergence_on_gaussian_data(sampler, order, path):
+    x = noise(5, 1, 1, 1)
+    exact = MEAN + STD * x  # the probability flow of a Gaussian is affine and these paths end in N(0, 1)
+    errors = [float((SAMPLERS.build(sampler)(gaussian(path), x, steps) - exact).abs().max()) for steps in (32, 64, 128)]
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.12)
+
+
+@pytest.mark.parametrize("path", PATHS.names())
+@pytest.mark.parametrize("diffusion", ["2sigma", "sigma", "2t"])
+def test_the_sde_reaches_the_datas_mean_and_variance_whatever_its_diffusion(path, diffusion):
+    x = noise(20000, 1, 1, 1)
+    draws = torch.Generator().manual_seed(3)
+    sampler = SAMPLERS.build(f"euler_maruyama:diffusion={diffusion},last=0.01")
+    samples = sampler(gaussian(path), x, 150, lambda like: torch.randn(like.shape, generator=draws, dtype=like.dtype))
+    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(samples.std()) == pytest.approx(STD, abs=0.02)
+    correlation = float(torch.corrcoef(torch.stack([samples.flatten(), x.flatten()]))[0, 1])
+    assert correlation < 0.9  # the ODE would give 1: noise really was injected
+
+
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+def test_dopri5_solves_to_tolerance_and_stays_between_data_and_noise(path):
+    times = []
+
+    def predict(x, t):
+        times.append(float(t[0]))
+        return gaussian_velocity(path)(x, t)
+
+    x = noise(4, 1, 2, 2)
+    calls = count_calls(predict)
+    got = SAMPLERS.build("dopri5:rtol=1e-7,atol=1e-7")(gaussian(path, calls), x, 20)
+    torch.testing.assert_close(got, MEAN + STD * x, rtol=0, atol=1e-5)
+    assert min(times) >= 0
+    assert max(times) == 1
+    tight = calls.calls
+    SAMPLERS.build("dopri5")(gaussian(path, calls), x, 20)
+    assert calls.calls - tight < tight
+
+
+def test_dopri5_starts_with_a_step_of_one_over_num_steps():
+    times = []
+
+    def predict(x, t):
+        times.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    SAMPLERS.build("dopri5")(gaussian("linear", predict), noise(1, 1, 1, 1), 4)
+    assert times[0] == 1
+    assert 0.75 in times
+
+
+def test_dopri5_without_torchdiffeq_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"repa\[ode\]"):
+        SAMPLERS.build("dopri5")(gaussian("linear"), noise(1, 1, 1, 1), 4)
+
+
+@pytest.mark.parametrize(("name", "nfe"), [("euler", 7), ("heun", 13), ("euler_maruyama", 7)])
+def test_network_evaluations_are_exactly_the_algorithms(name, nfe):
+    calls = count_calls(gaussian_velocity("linear"))
+    SAMPLERS.build(name)(gaussian("linear", calls), noise(2, 1, 2, 2), 7)
+    assert calls.calls == nfe
+
+
+def test_time_points_of_the_reference():
+    seen = []
+
+    def predict(x, t):
+        seen.append(round(float(t[0]), 6))
+        return x
+
+    for name in ("euler", "euler_maruyama"):
+        SAMPLERS.build(name)(gaussian("linear", predict), noise(1, 1, 1, 1), 5)
+    assert seen == [1, 0.8, 0.6, 0.4, 0.2, 1, 0.76, 0.52, 0.28, 0.04]
+    seen.clear()
+    SAMPLERS.build("heun:shift=3.0")(gaussian("linear", predict), noise(1, 1, 1, 1), 2)
+    assert seen == [1, 0.75, 0.75]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler_maruyama", "dopri5"])
+def test_a_network_of_any_prediction_samples_the_same(sampler, prediction):
+    path, exact = PATHS.build("vp"), gaussian_velocity("vp")
+
+    def predict(x, t):
+        return convert(exact(x, t), x, path(t.double()), "velocity", prediction)
+
+    x = noise(3, 1, 2, 2)
+    got, expected = (
+        SAMPLERS.build(sampler)(denoiser, x, 20, lambda like: torch.full_like(like, 0.1))
+        for denoiser in (Denoiser(predict, path, prediction, torch.float64), gaussian("vp"))
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "dopri5"])
+def test_the_state_is_float64_the_network_float32_the_result_like_the_noise(name):
+    drawn = []
+
+    def predict(x, t):
+        assert x.dtype == t.dtype == torch.float32
+        assert not torch.is_grad_enabled()
+        return x * weight
+
+    def randn_like(x):
+        drawn.append(x.dtype)
+        return torch.zeros_like(x)
+
+    weight = torch.ones((), requires_grad=True)
+    out = SAMPLERS.build(name)(Denoiser(predict, PATHS.build("linear")), noise(2, 1, 2, 2).float(), 4, randn_like)
+    assert out.dtype == torch.float32
+    assert drawn == [torch.float64] * (3 if name == "euler_maruyama" else 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "words"),
+    [
+        ("euler", 0, "at least 1"),
+        ("dopri5", 0, "at least 1"),
+        ("euler_maruyama:diffusion=2sigmas", 5, "Did you mean '2sigma'"),
+        ("euler_maruyama:last=0", 5, "between 0 and 1"),
+        ("dopri5:rtol=0", 5, "positive"),
+        ("heun:shift=0.5", 5, "at least 1"),
+        ("euler:churn=1", 5, "no setting 'churn'"),
+    ],
+)
+def test_mistakes_are_named(spec, steps, words):
+    with pytest.raises(UserError, match=words):
+        SAMPLERS.build(SAMPLERS.check(spec))(gaussian("linear"), noise(1, 1, 1, 1), steps)

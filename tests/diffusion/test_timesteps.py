@@ -1,0 +1,79 @@
+"""Training times and sampling grids."""
+
+import math
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.diffusion import PATHS, TIMESTEPS, ode_grid, sde_grid, time_shift
+
+
+def draw(spec, num=20000):
+    return TIMESTEPS.build(spec)(num, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def test_uniform_is_uniform():
+    t = draw("uniform").sort().values
+    assert t.shape == (20000,)
+    assert t.dtype == torch.float32
+    assert (t - torch.linspace(0, 1, 20000)).abs().max() < 0.015  # Kolmogorov-Smirnov, p < 1e-3
+
+
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+def test_logit_normal_is_a_log_normal_noise_to_signal_ratio_on_its_path(path):
+    c = PATHS.build(path)(draw(f"logit_normal:mean=0.4,std=0.7,path={path}").double())
+    log_ratio = torch.log(c.sigma / c.alpha)
+    assert float(log_ratio.mean()) == pytest.approx(0.4, abs=0.02)
+    assert float(log_ratio.std()) == pytest.approx(0.7, abs=0.02)
+
+
+def test_logit_normal_is_the_reference_lognormal():
+    generator = torch.Generator().manual_seed(5)
+    ratio = torch.randn(8, generator=generator).exp()
+    for spec, expected in (
+        ("logit_normal", ratio / (1 + ratio)),
+        ("logit_normal:path=trigonometric", 2 / math.pi * torch.atan(ratio)),
+    ):
+        torch.testing.assert_close(TIMESTEPS.build(spec)(8, torch.Generator().manual_seed(5)), expected)
+
+
+def test_times_are_a_function_of_the_generator():
+    assert torch.equal(draw("uniform", 5), draw("uniform", 5))
+    sample, generator = TIMESTEPS.build("uniform"), torch.Generator().manual_seed(0)
+    assert not torch.equal(sample(5, generator), sample(5, generator))
+
+
+def test_shift_pushes_towards_noise_and_keeps_the_ends():
+    t = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(time_shift(t, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    torch.testing.assert_close(draw("uniform:shift=3.0"), time_shift(draw("uniform"), 3.0))
+    torch.testing.assert_close(draw("logit_normal:shift=2.0"), time_shift(draw("logit_normal"), 2.0))
+    # shifting multiplies the noise-to-signal ratio of the linear path
+    log_ratio = torch.logit(draw("logit_normal:shift=2.0").double())
+    assert float(log_ratio.mean()) == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_the_inverse_convention_is_refused_with_the_number_to_write():
+    with pytest.raises(UserError, match=r"3\.333"):
+        TIMESTEPS.build("uniform:shift=0.3")
+    for spec in ("logit_normal:std=0", "logit_normal:mean=left", "logit_normal:path=vp", "uniform:shift=0"):
+        with pytest.raises(UserError):
+            TIMESTEPS.build(spec)
+
+
+def test_grids_of_the_reference():
+    assert ode_grid(5).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0], abs=1e-15)
+    assert sde_grid(5).tolist() == pytest.approx([1, 0.76, 0.52, 0.28, 0.04, 0], abs=1e-15)
+    full = sde_grid(250)
+    assert len(full) == 251
+    assert float(full[0] - full[1]) == pytest.approx(0.96 / 249)
+    assert sde_grid(3, last=0.1).tolist() == pytest.approx([1, 0.55, 0.1, 0])
+    assert ode_grid(2, shift=3.0).tolist() == pytest.approx([1, 0.75, 0])
+    assert ode_grid(4).dtype == sde_grid(4).dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", [lambda: ode_grid(0), lambda: ode_grid(2.5), lambda: sde_grid(4, last=1.0)])
+def test_impossible_grids_are_refused(call):
+    with pytest.raises(UserError):
+        call()

@@ -1,0 +1,126 @@
+"""The promises of every encoder, on the small one."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.encoders import ENCODERS, VisionEncoder, load_encoder
+from repa.encoders.contract import resize
+from tests.oracles import bicubic
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VisionEncoder:
+    return load_encoder("tiny")
+
+
+def noise_images(n: int, side: int) -> torch.Tensor:
+    return torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "names"),
+    [
+        (torch.zeros(2, 3, 32, 32), ["torch.float32"]),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), ["(3, 32, 32)"]),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), ["(2, 1, 32, 32)"]),
+        (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), ["(2, 32, 32, 3)"]),
+        (torch.zeros(2, 3, 32, 48, dtype=torch.uint8), ["(2, 3, 32, 48)", "square"]),
+    ],
+)
+def test_what_arrived_is_named(tiny, images, names):
+    with pytest.raises(UserError) as error:
+        tiny(images, 8)
+    assert all(name in str(error.value) for name in ["tiny", "uint8", *names])
+
+
+def test_grid_below_one_is_refused(tiny):
+    with pytest.raises(UserError, match="token grid of 0"):
+        tiny(noise_images(1, 32), 0)
+
+
+def test_frozen_whatever_is_asked(tiny):
+    images = noise_images(2, 32)
+    before = tiny(images, 8)
+    torch.nn.ModuleList([tiny]).train()
+    assert not any(module.training for module in tiny.modules())
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+    after = tiny(images, 8)
+    assert torch.equal(before.patches, after.patches)
+    assert torch.equal(before.pooled, after.pooled)
+    assert not after.patches.requires_grad
+    assert not after.pooled.requires_grad
+
+
+def test_images_do_not_influence_each_other(tiny):
+    images = noise_images(3, 32)
+    torch.testing.assert_close(tiny(images, 8).patches[1:2], tiny(images[1:2], 8).patches)
+
+
+def test_computes_in_the_dtype_of_its_weights():
+    tiny = load_encoder("tiny")
+    exact = tiny(noise_images(2, 32), 8).patches
+    half = tiny.to(torch.bfloat16)(noise_images(2, 32), 8).patches
+    assert exact.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
+    assert torch.cosine_similarity(exact, half.float(), dim=-1).min() > 0.99
+
+
+def test_identity_is_the_checksum_of_the_file(tiny):
+    assert tiny.identity["name"] == "tiny"
+    assert tiny.identity["weights_sha256"] == hashlib.sha256(tiny.weights_file.read_bytes()).hexdigest()
+    assert "antialias" in tiny.identity["preprocessing"]
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("size", [5, 14, 21])
+def test_resize_is_bicubic(size, antialias):
+    image = torch.rand(1, 2, 14, 14, generator=torch.Generator().manual_seed(1))
+    expected = torch.from_numpy(bicubic.resize(image.numpy(), size, antialias)).float()
+    torch.testing.assert_close(resize(image, size, antialias), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("dinov2-vit-b", "dinov2-b"),
+        ("dinov2reg-vit-l", "dinov2-reg-l"),
+        ("dinov2-reg-vit-g", "dinov2-reg-g"),
+        ("dinov2-s", "dinov2-s"),
+        ("tiny", "tiny"),
+    ],
+)
+def test_spellings_of_the_reference(spelling, name):
+    assert ENCODERS.check(spelling) == name
+    assert ENCODERS.target(spelling) == ENCODERS.target(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("tinny", "tiny"), ("dinov2-vit-xl", "dinov2-l"), ("dino2-b", "dinov2-b")]
+)
+def test_unknown_name_suggests_the_nearest(given, meant):
+    with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
+        load_encoder(given)
+
+
+def test_missing_weights_path_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_encoder("tiny", weights=tmp_path / "nowhere")
+
+
+def test_private_encoder_by_dotted_name(tiny):
+    assert load_encoder("tests.encoders.private.load").dim == 3
+    with pytest.raises(UserError, match="but dict came back"):
+        load_encoder("tests.encoders.private.load_wrong")
+
+
+def test_the_room_is_imported_without_torch():
+    code = "import sys, repa.encoders as e; e.ENCODERS.check('tiny'), e.load_encoder; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout == "False\n"

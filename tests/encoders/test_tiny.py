@@ -1,0 +1,125 @@
+"""The two networks inside the package: small enough, whole, in row-major order, and worth aligning to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import repa.encoders
+from repa.base.errors import UserError
+from repa.encoders import load_encoder
+
+WEIGHTS = Path(repa.encoders.__file__).parent / "weights"
+NAMES = ["tiny", "tiny-judge"]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict:
+    return {name: load_encoder(name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def crops() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 32-pixel crops, 8 pixels apart, of each of 8 places in photographs that come with scikit-image."""
+    from skimage import data, transform
+
+    first, second = [], []
+    for photograph in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket()):
+        small = transform.resize(photograph, (80, 120), anti_aliasing=True)
+        image = torch.from_numpy((small * 255).astype(np.uint8)).permute(2, 0, 1)
+        for left in (8, 72):
+            first.append(image[:, 24:56, left : left + 32])
+            second.append(image[:, 24:56, left + 8 : left + 40])
+    return torch.stack(first), torch.stack(second)
+
+
+def test_together_they_fit_in_the_package():
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 2.5e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_says_where_it_comes_from(name):
+    with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
+        facts = file.metadata()
+        dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118, no iterator in safetensors
+    assert {"name", "objective", "data", "epochs", "seed", "torch", "linear_probe"} <= facts.keys()
+    assert facts["name"] == name
+    assert dtypes == {torch.float16}
+
+
+@pytest.mark.parametrize(("name", "patch_size", "dim"), [("tiny", 4, 192), ("tiny-judge", 8, 128)])
+@pytest.mark.parametrize("grid", [4, 7])
+def test_shapes(encoders, name, patch_size, dim, grid):
+    encoder = encoders[name]
+    assert (encoder.name, encoder.patch_size, encoder.dim) == (name, patch_size, dim)
+    features = encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid)
+    assert features.patches.shape == (2, grid * grid, dim)
+    torch.testing.assert_close(features.pooled, features.patches.mean(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("row", "column"), [(1, 6), (6, 2)])
+def test_tokens_are_row_major(encoders, name, row, column):
+    """A bright spot in one patch of a grey image moves the token of that patch most."""
+    encoder, grid = encoders[name], 8
+    side = grid * encoder.patch_size
+    grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
+    marked = grey.clone()
+    rows, columns = (slice(i * encoder.patch_size, (i + 1) * encoder.patch_size) for i in (row, column))
+    marked[:, 0, rows, columns] = 255
+    moved = (encoder(marked, grid).patches - encoder(grey, grid).patches).norm(dim=-1)[0]
+    near = {r * grid + c for r in (row - 1, row, row + 1) for c in (column - 1, column, column + 1)}
+    assert int(moved.argmax()) in near  # odd strided convolutions look half a patch up and left
+    assert moved.unflatten(0, (grid, grid))[row, column] > 2 * moved.median()
+
+
+def test_large_images_are_shrunk_with_antialias(encoders):
+    """A fine checkerboard looks grey from afar; without antialias it would come out as some other pattern."""
+    board = (torch.arange(128)[:, None] + torch.arange(128)) % 2 * 255
+    board = board.to(torch.uint8).expand(1, 3, 128, 128)
+    pixels = encoders["tiny"].prepare(board.float() / 255, 32)
+    torch.testing.assert_close(pixels, torch.zeros_like(pixels), atol=0.02, rtol=0)
+
+
+def test_crops_of_one_place_are_nearer_than_of_others(encoders, crops):
+    a, b = (torch.nn.functional.normalize(encoders["tiny"](batch, 8).pooled, dim=1) for batch in crops)
+    cosine = a @ b.T
+    others = cosine[~torch.eye(len(cosine), dtype=torch.bool)]
+    assert (cosine.argmax(1) == torch.arange(len(cosine))).float().mean() >= 0.75
+    assert cosine.diagonal().mean() > others.mean() + 0.3
+
+
+def test_the_judge_sees_how_much_an_image_is_spoilt(encoders, crops):
+    clean = crops[0].float()
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    images = [(clean + strength * noise).clamp(0, 255).to(torch.uint8) for strength in (0, 8, 24, 72)]
+    pooled = [encoders["tiny-judge"](batch, 4).pooled for batch in images]
+    small, medium, large = ((spoilt - pooled[0]).norm(dim=1).mean() for spoilt in pooled[1:])
+    assert 0 < 1.5 * small < medium
+    assert 1.5 * medium < large
+
+
+def test_the_same_place_has_the_same_token_in_both_crops(encoders, crops):
+    """Crops are 8 pixels apart, two tokens of four pixels: token (r, c + 2) of the first is (r, c) of the second."""
+    a, b = (encoders["tiny"](batch, 8).patches.unflatten(1, (8, 8)) for batch in crops)
+    same = torch.cosine_similarity(a[:, :, 2:], b[:, :, :-2], dim=-1).mean()
+    mirrored = torch.cosine_similarity(a[:, :, 2:], b[:, :, :-2].flip(2), dim=-1).mean()
+    assert same > 0.8
+    assert same > mirrored + 0.2
+
+
+def test_damaged_or_wrong_weights_are_refused(tmp_path):
+    whole = (WEIGHTS / "tiny.safetensors").read_bytes()
+    damaged, incomplete = tmp_path / "damaged.safetensors", tmp_path / "incomplete.safetensors"
+    damaged.write_bytes(whole[: len(whole) // 2])
+    tensors = load_file(WEIGHTS / "tiny.safetensors")
+    tensors.pop("head.bias")
+    save_file(tensors, incomplete)
+    for path in (damaged, incomplete, WEIGHTS / "tiny-judge.safetensors"):
+        with pytest.raises(UserError, match=path.name):
+            load_encoder("tiny", weights=path)
+    with pytest.raises(UserError, match=r"\.safetensors file"):
+        load_encoder("tiny", weights=tmp_path)

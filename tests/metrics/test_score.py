@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.metrics import inception_score
+from tests.oracles import metrics as oracle
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_equals_the_loops(splits):
+    logits = 3 * torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    expected = oracle.inception_score(logits.double().softmax(1).tolist(), splits)
+    assert inception_score(logits, splits) == pytest.approx(expected, rel=1e-10)
+
+
+def test_certain_and_varied_is_the_number_of_classes():
+    assert inception_score(1e4 * torch.eye(6), 1) == pytest.approx(6)
+
+
+def test_every_image_alike_is_one():
+    assert inception_score(torch.randn(1, 6).repeat(8, 1), 2) == pytest.approx(1)
+
+
+def test_order_matters_because_each_split_has_its_own_marginal():
+    logits = 1e4 * torch.eye(4).repeat_interleave(2, 0)  # classes 0 0 1 1 2 2 3 3
+    assert inception_score(logits, 2) == pytest.approx(2)
+    assert inception_score(logits[[0, 2, 4, 6, 1, 3, 5, 7]], 2) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("splits", [0, 9, 2.0])
+def test_impossible_splits(splits):
+    with pytest.raises(UserError, match="needs 1 to 8 splits"):
+        inception_score(torch.randn(8, 3), splits)

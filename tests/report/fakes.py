@@ -1,0 +1,58 @@
+"""Run folders as training would leave them, with figures that a test can foresee."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from repa.runs import layout
+
+ALIGNMENT = {"target": "tiny", "depth": 3, "weight": 0.5, "similarity": "cosine", "projector": "mlp:width=256"}
+PROTOCOL = {"features": "tiny-judge", "num_samples": 1000, "nfe": 20, "weights": "ema"}
+
+
+def config(aligned: bool, **changes) -> dict:
+    return {
+        "model": {"name": "SiT-T/2", "depth": 6},
+        "alignments": [ALIGNMENT] if aligned else [],
+        "optimizer": {"learning_rate": 1e-4},
+        "seed": 0,
+        **changes,
+    }
+
+
+def fake_run(
+    folder: Path,
+    *,
+    aligned: bool = False,
+    distances: dict[int, float] | None = None,
+    num_steps: int = 100,
+    seconds_per_step: float = 0.5,
+    previews: tuple[int, ...] = (),
+    data: dict | None = None,
+    settings: dict | None = None,
+    protocol: dict | None = None,
+) -> Path:
+    """A folder with a row every 10 steps; `distances` are evaluations: step -> Fréchet distance."""
+    folder.mkdir(parents=True)
+    (folder / layout.CONFIG).write_text(yaml.safe_dump(settings or config(aligned), sort_keys=False))
+    data = data or {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"]}
+    (folder / layout.DATA).write_text(json.dumps(data))
+    rng = np.random.default_rng(int(aligned))
+    lines = []
+    for step in range(10, num_steps + 1, 10):
+        row = {"kind": "train", "step": step, "seconds": step * seconds_per_step, "images_per_second": 64.0}
+        row |= {"denoising": 1.0 + 5.0 / step + 0.05 * rng.standard_normal(), "loss": 1.0}
+        if aligned:
+            row["alignment"] = {"tiny@3": -0.4 - 0.001 * step}
+        lines.append(row)
+        if step in (distances or {}):
+            evaluation = {"kind": "eval", "step": step, "seconds": step * seconds_per_step}
+            lines.append(evaluation | {"frechet_distance": distances[step]} | (protocol or PROTOCOL))
+    (folder / layout.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in previews:
+        path = layout.preview(folder, step, ".npz")
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, arr_0=rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8))
+    return folder

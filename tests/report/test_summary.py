@@ -1,0 +1,194 @@
+"""Speed-ups and summary figures against hand computation."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from repa.base.errors import UserError
+from repa.report import config_differences, read_run, read_runs, speedup, summary_rows, summary_table, verdict
+from repa.runs import layout
+from tests.report.fakes import PROTOCOL, config, fake_run
+
+
+def test_speedup_is_the_linear_interpolation(tmp_path):
+    # From 20 at step 40 to 8 at step 60, the baseline's 11 is three quarters of the way: step 55, at 0.7 s each 38.5 s.
+    baseline = fake_run(tmp_path / "b", distances={40: 30.0, 100: 11.0}, seconds_per_step=0.5)
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={40: 20.0, 60: 8.0, 100: 5.0}, seconds_per_step=0.7)
+    found = speedup(baseline, aligned)
+    assert found.target == 11.0
+    assert found.aligned.step == pytest.approx(55.0)
+    assert found.aligned.seconds == pytest.approx(38.5)
+    assert found.aligned.between == (40, 60)
+    assert found.times_steps == pytest.approx(100 / 55)
+    assert found.times_seconds == pytest.approx(50.0 / 38.5)
+    sentence, notes = verdict(read_runs([baseline, aligned]))
+    assert sentence == (
+        "The aligned run reached the baseline’s final Fréchet distance (11.00 at 100 steps) after 55 steps: "
+        "1.8 times fewer."
+    )
+    assert any("interpolated" in note and "40 and 60" in note for note in notes)
+    assert any("another seed was not measured" in note for note in notes)
+
+
+def test_first_time_counts_when_the_curve_goes_up_again(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={20: 14.0, 40: 6.0, 60: 15.0, 80: 2.0})
+    # (14 - 10) / (14 - 6) = half way from 20 to 40
+    assert speedup(baseline, aligned).aligned.step == pytest.approx(30.0)
+
+
+def test_oracle_walks_the_curve_in_tiny_steps(tmp_path):
+    """A literal search on a fine grid finds the same first crossing for random curves."""
+    rng = np.random.default_rng(0)
+    for trial in range(5):
+        curves = [dict(zip(range(20, 101, 20), rng.uniform(1, 20, 5).tolist(), strict=True)) for _ in range(2)]
+        curves[1][20] = 30.0  # starts above
+        baseline = fake_run(tmp_path / f"b{trial}", distances=curves[0])
+        aligned = fake_run(tmp_path / f"a{trial}", aligned=True, distances=curves[1])
+        found = speedup(baseline, aligned).aligned
+        crossing = None
+        for (s0, d0), (s1, d1) in pairwise(sorted(curves[1].items())):
+            for part in np.linspace(0, 1, 2001):
+                if crossing is None and d0 + part * (d1 - d0) <= curves[0][100]:
+                    crossing = s0 + part * (s1 - s0)
+        assert (found is None) == (crossing is None)
+        if found is not None:
+            assert found.step == pytest.approx(crossing, abs=0.011)
+
+
+def test_baseline_that_was_there_earlier_is_compared_like_for_like(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={20: 20.0, 40: 10.0, 60: 8.0, 100: 10.0})  # first had 10 at step 40
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 20: 10.0, 100: 7.0})
+    found = speedup(baseline, aligned)
+    assert found.baseline.step == 40
+    assert found.times_steps == pytest.approx(2.0)  # not 100 / 20
+    assert (
+        "2.0 times fewer than the 40 after which the baseline itself first had it"
+        in verdict(read_runs([baseline, aligned])).sentence
+    )
+
+
+def test_not_reached_says_so(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 10.5, 100: 11.0})
+    found = speedup(baseline, aligned)
+    assert found.aligned is None
+    assert found.times_steps is None
+    assert verdict(read_runs([baseline, aligned])).sentence == (
+        "The aligned run did not reach the baseline’s final Fréchet distance (10.00 at 100 steps): "
+        "its lowest was 10.50, at 50 steps."
+    )
+
+
+def test_reached_at_the_first_evaluation_is_a_bound(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0})
+    assert speedup(baseline, aligned).aligned.is_bound
+    sentence = verdict(read_runs([baseline, aligned])).sentence
+    assert "by its first evaluation, at 50 steps: at least 2.0 times fewer" in sentence
+
+
+def test_slower_is_said_as_slower(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={10: 12.0, 50: 10.0}, num_steps=50)
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 100: 10.0})
+    assert verdict(read_runs([baseline, aligned])).sentence.endswith("after 100 steps: 2.0 times more.")
+
+
+@pytest.mark.parametrize("change", [{"features": "inception"}, {"num_samples": 50}, {"nfe": 2}, {"weights": "model"}])
+def test_distances_made_differently_are_not_compared(tmp_path, change):
+    baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0}, protocol={**PROTOCOL, **change})
+    assert speedup(baseline, aligned) is None
+    sentence, notes = verdict(read_runs([baseline, aligned]))
+    assert "fewer" not in sentence
+    assert any("no speed-up is stated" in note for note in notes)
+
+
+def test_other_differences_are_told(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={100: 10.0})
+    settings = config(True, optimizer={"learning_rate": 2e-4}, seed=1)
+    aligned = fake_run(
+        tmp_path / "a", aligned=True, distances={50: 20.0, 100: 8.0}, settings=settings, data={"source": "x"}
+    )
+    notes = " ".join(verdict(read_runs([baseline, aligned])).notes)
+    assert "optimizer.learning_rate and seed" in notes
+    assert "not trained on the same data" in notes
+    table = dict(config_differences(read_runs([baseline, aligned])))
+    assert table["optimizer.learning_rate"] == ["0.0001", "0.0002"]
+    assert table["alignments.0.depth"] == ["–", "3"]
+    assert "model.depth" not in table
+
+
+@pytest.mark.parametrize("change", [{"weight": 0.0}, {"measure_only": True}])
+def test_a_run_that_only_measures_is_a_baseline(tmp_path, change):
+    settings = config(True)
+    settings["alignments"] = [{**settings["alignments"][0], **change}]
+    run = read_run(fake_run(tmp_path / "r", aligned=True, settings=settings))
+    assert not run.is_aligned
+    assert run.alignment_names == ["tiny@3"]
+
+
+def test_summary_row(tmp_path):
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={60: 20.0}, num_steps=200, seconds_per_step=2.0)
+    save_file(
+        {"a": np.zeros((3, 5), np.float32), "b": np.zeros(4, np.float32)},
+        _made(layout.checkpoint_folder(aligned, 200)) / layout.MODEL_FILE,
+    )
+    (row,) = summary_rows([aligned])
+    assert (row["frechet_distance"], row["frechet_step"], row["steps"], row["seconds"]) == (20.0, 60, 200, 400.0)
+    # last tenth of 20 rows: steps 190 and 200, losses -0.59 and -0.60
+    assert row["alignment"]["tiny@3"] == pytest.approx(0.595)
+    assert row["parameters"] == 19
+    assert row["images_per_second"] == 64.0
+    assert row["alignments"] == ["tiny@3, weight 0.5, cosine, mlp:width=256"]
+    assert row["speedup"] is None  # there is no baseline
+
+
+def test_summary_table_is_text_without_empty_columns(tmp_path):
+    runs = [fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0}), fake_run(tmp_path / "a", aligned=True)]
+    rows = summary_table(runs)
+    assert [row["Fréchet distance"] for row in rows] == ["10.00", "–"]
+    assert [row["aligned to"] for row in rows] == ["nothing", "tiny@3, weight 0.5, cosine, mlp:width=256"]
+    assert [row["alignment"] for row in rows] == ["–", "0.500"]
+    assert "steps to the baseline's" not in rows[0]  # nothing to compare with
+    assert all(isinstance(cell, str) for row in rows for cell in row.values())
+
+
+def test_half_a_line_unknown_kinds_and_nulls_do_no_harm(tmp_path):
+    run = fake_run(tmp_path / "r", distances={100: 10.0})
+    rows = [
+        {"kind": "weather", "step": 5, "rain": True},
+        {"kind": "train", "step": 110, "denoising": None, "alignment": None, "seconds": 60.0, "new": 1},
+        {"kind": "eval", "step": 110, "frechet_distance": None, **PROTOCOL},
+        {"kind": "eval", "step": 100, "frechet_distance": 9.0, **PROTOCOL},  # measured again: the last counts
+    ]
+    with open(run / layout.METRICS, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "step": 1')
+    (row,) = summary_rows([run])
+    assert row["steps"] == 110
+    assert row["frechet_distance"] == 9.0
+    assert np.isfinite(row["denoising"])
+    assert read_run(run).train[-1]["new"] == 1
+
+
+def test_no_run_folder_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(UserError, match=path.name):
+            summary_rows([path])
+
+
+def test_names_must_fit(tmp_path):
+    run = fake_run(tmp_path / "r")
+    with pytest.raises(UserError, match="2 names were given for 1 runs"):
+        read_runs([run], ["a", "b"])
+    with pytest.raises(UserError, match="Two runs are called 'r'"):
+        read_runs([run, run])
+
+
+def _made(folder):
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,227 @@
+"""The loop: it learns, it continues bit for bit, it stops well, and it refuses what does not fit."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from repa.base.errors import UserError
+from repa.runs import layout, read_metrics
+from repa.training import Hook, TrainConfig
+
+
+def weights(run, step=10):
+    folder = layout.checkpoint_folder(run, step)
+    tensors = {}
+    for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE):
+        tensors |= {f"{name}/{key}": value for key, value in load_file(folder / name).items()}
+    return tensors
+
+
+def losses(run):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run) if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, data_folder, tmp_path_factory):
+    from repa.data import open_data
+    from repa.training import train
+
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny_config, open_data(data_folder), run, device=torch.device("cpu"), say=lambda text: None)
+    return run
+
+
+def test_ten_steps_are_five_and_a_restart_and_five(finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "halves"
+    assert run_training(tiny_config.override(num_steps=5), run).step == 5
+    assert run_training(tiny_config, run).step == 10
+    assert losses(run) == losses(finished)  # every digit
+    for name, value in weights(finished).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+def test_a_kill_between_checkpoints_costs_only_the_steps_since(finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "killed"
+
+    def die(state):
+        if state.step == 8:
+            raise KeyboardInterrupt  # as abrupt as Python allows: nothing is saved
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tiny_config, run, progress=die)
+    assert layout.checkpoint_steps(run) == [5]
+    run_training(tiny_config, run)
+    assert losses(run) == losses(finished)
+    for name, value in weights(finished).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint(number, finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "signalled"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = run_training(tiny_config, run, progress=lambda s: os.kill(os.getpid(), number) if s.step == 3 else None)
+    assert result.interrupted == number
+    assert layout.checkpoint_steps(run) == [result.step]
+    assert result.step in (3, 4)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    run_training(tiny_config, run)
+    assert torch.equal(weights(run)["ema.safetensors/final_layer.linear.weight"],
+                       weights(finished)["ema.safetensors/final_layer.linear.weight"])  # fmt: skip
+
+
+def test_metrics_hold_what_the_page_needs(finished):
+    rows = list(read_metrics(finished))
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert set(rows[-1]["alignment"]) == {"tiny@1"}
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["denoising"] + 0.5 * row["alignment"]["tiny@1"], rel=1e-5)
+        assert row["images_per_second"] > 0
+
+
+def test_it_learns(tiny_config, run_training, tmp_path):
+    config = tiny_config.override(num_steps=150, log_every=10, save_every=150, optimizer={"learning_rate": 3e-3})
+    run_training(config, tmp_path / "r")
+    rows = list(read_metrics(tmp_path / "r"))
+    assert rows[-1]["denoising"] < 0.7 * rows[0]["denoising"]
+    assert rows[-1]["alignment"]["tiny@1"] < rows[0]["alignment"]["tiny@1"] - 0.2
+
+
+def test_the_baseline_starts_from_the_same_network(finished, tiny_config, run_training, tmp_path):
+    run_training(tiny_config.override(alignments=(), num_steps=1, save_every=1), tmp_path / "base")
+    base = next(read_metrics(tmp_path / "base"))
+    assert base["denoising"] == pytest.approx(next(read_metrics(finished))["denoising"], rel=1e-6)
+    assert "alignment" not in base
+
+
+def test_measuring_alignment_leaves_the_baseline_as_it_is(tiny_config, run_training, tmp_path):
+    measured = (tiny_config.alignments[0].override(measure_only=True),)
+    run_training(tiny_config.override(alignments=()), tmp_path / "a")
+    run_training(tiny_config.override(alignments=measured), tmp_path / "b")
+    for name in load_file(layout.checkpoint_folder(tmp_path / "a", 10) / layout.MODEL_FILE):
+        assert torch.equal(
+            weights(tmp_path / "a")[f"model.safetensors/{name}"], weights(tmp_path / "b")[f"model.safetensors/{name}"]
+        )
+
+
+def test_ema_follows_by_its_decay(tiny_config, run_training, tmp_path):
+    run_training(tiny_config.override(num_steps=2, save_every=1, keep_checkpoints=0), tmp_path / "r")
+    first, second = (weights(tmp_path / "r", step) for step in (1, 2))
+    key = "final_layer.linear.weight"
+    wanted = 0.9 * first[f"ema.safetensors/{key}"] + 0.1 * second[f"model.safetensors/{key}"]
+    torch.testing.assert_close(second[f"ema.safetensors/{key}"], wanted)
+    assert second[f"model.safetensors/{key}"].abs().sum() > 0
+
+
+def test_hooks_run_when_due_and_at_the_end(tiny_config, run_training, tmp_path):
+    seen = []
+    hook = Hook(4, lambda state: seen.append(state.step) or {"frechet_distance": 1.5})
+    run_training(tiny_config, tmp_path / "r", make_hooks=lambda config, autoencoder: (hook,))
+    assert seen == [4, 8, 10]
+    rows = [row for row in read_metrics(tmp_path / "r") if row["kind"] == "eval"]
+    assert [row["step"] for row in rows] == [4, 8, 10]
+    assert rows[0]["frechet_distance"] == 1.5
+
+
+def test_a_run_of_another_configuration_is_refused_and_untouched(finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"another configuration \(optimizer.learning_rate: 0.0001 -> 0.5\)"):
+        run_training(tiny_config.override(optimizer={"learning_rate": 0.5}), run)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_other_data_is_refused(finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    facts = json.loads((run / layout.DATA).read_text())
+    (run / layout.DATA).write_text(json.dumps({**facts, "num_images": 99}))
+    with pytest.raises(UserError, match="other data .*num_images"):
+        run_training(tiny_config.override(num_steps=12), run)
+
+
+def test_a_folder_of_something_else_is_refused(tiny_config, run_training, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        run_training(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize("name", [layout.MODEL_FILE, layout.OPTIMIZER_FILE, layout.STATE_FILE])
+def test_a_checkpoint_cut_in_half_is_named(name, finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    path = layout.checkpoint_folder(run, 10) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        run_training(tiny_config.override(num_steps=12), run)
+    shutil.rmtree(layout.checkpoint_folder(run, 10))  # what the sentence says to do
+    run_training(tiny_config, run)
+    assert torch.equal(weights(run)["model.safetensors/pos_embed"], weights(finished)["model.safetensors/pos_embed"])
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_config, run_training, tmp_path):
+    def poison(state):
+        if state.step == 6:
+            with torch.no_grad():
+                next(state.model.parameters()).fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"not finite by step \d+.*checkpoint of step 5 is good"):
+        run_training(tiny_config, tmp_path / "r", progress=poison)
+    assert layout.checkpoint_steps(tmp_path / "r") == [5]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "r", 5).values())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_config, run_training, tmp_path, monkeypatch):
+    from repa.runs import checkpoint
+
+    def full(tensors, path):
+        if layout.checkpoint_steps(tmp_path / "r"):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="disk is full"):
+        run_training(tiny_config, tmp_path / "r")
+    assert layout.checkpoint_steps(tmp_path / "r") == [5]
+    monkeypatch.undo()
+    assert run_training(tiny_config, tmp_path / "r").step == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"model": {"name": "SiT-S/8", "hidden_dim": 32, "depth": 2, "num_heads": 2, "latent_size": 32}},
+            "latent_size is 32",
+        ),
+        (
+            {"model": {"name": "SiT-S/4", "hidden_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}},
+            "num_classes is 7",
+        ),
+        ({"autoencoder": "sd-vae-ft-mse"}, "prepared with 'pixels'"),
+        ({"alignments": ({"target": "dinov9", "depth": 1},)}, "dinov9"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tiny_config, run_training, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        run_training(tiny_config.override(**change), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_depth_beyond_the_model():
+    with pytest.raises(UserError, match=r"alignments\.0\.depth is 13, but SiT-B/2 has 12 blocks"):
+        TrainConfig.parse({"alignments": [{"target": "tiny", "depth": 13}]})
+
+
+def test_the_resolved_configuration_is_a_recipe(finished, tiny_config, run_training):
+    config = TrainConfig.load(finished / layout.CONFIG)
+    assert (config.model.latent_size, config.model.num_classes, config.autoencoder) == (16, 2, "pixels")
+    assert run_training(config, finished).step == 10

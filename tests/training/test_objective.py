@@ -1,0 +1,113 @@
+"""The objective against the paper's Eqs. 1, 4, 8, 9 written out in loops, and the draws behind it."""
+
+import math
+
+import pytest
+import torch
+
+from repa.alignment import Alignment
+from repa.alignment.config import AlignmentConfig
+from repa.diffusion.config import DiffusionConfig
+from repa.encoders.contract import Features
+from repa.models import build_model
+from repa.training import Objective
+
+
+def make(alignments=(), label_dropout=0.1, seed=0, **diffusion) -> Objective:
+    torch.manual_seed(0)
+    model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=2, num_heads=2)
+    for p in model.parameters():  # leave the zero initialisation, under which every prediction is 0
+        torch.nn.init.normal_(p, std=0.3)
+    terms = [Alignment(config, 16, 5) for config in alignments]
+    return Objective(model, terms, DiffusionConfig(**diffusion), label_dropout=label_dropout, seed=seed)
+
+
+def batch(num=6):
+    stream = torch.Generator().manual_seed(1)
+    x = torch.randn(num, 2, 4, 4, generator=stream)
+    features = {"tiny": Features(torch.randn(num, 4, 5, generator=stream), None)}
+    return x, torch.randint(3, (num,), generator=stream), features
+
+
+COSINE = AlignmentConfig(target="tiny", depth=2, weight=0.7, projector="linear")
+
+
+def test_total_is_equation_9_written_out():
+    objective = make([COSINE])
+    x, labels, features = batch()
+    losses = objective(x, labels, features, step=3)
+    draws = objective.draw(x, 3)
+    for n in range(len(x)):
+        t = float(draws.t[n])
+        x_t = (1 - t) * x[n] + t * draws.noise[n]
+        label = 3 if draws.dropped[n] else int(labels[n])
+        output = objective.model(x_t[None], torch.tensor([t]), torch.tensor([label]), (2,))
+        error = output.prediction[0] - (draws.noise[n] - x[n])
+        denoising = sum(float(e) ** 2 for e in error.flatten()) / error.numel()
+        projected = objective.alignments[0].projector(output.hidden[2])[0]
+        similarity = 0.0
+        for z, y in zip(projected, features["tiny"].patches[n], strict=True):
+            norms = math.sqrt(float(z @ z)) * math.sqrt(float(y @ y))
+            similarity += float(z @ y) / norms / len(projected)
+        assert float(losses.terms["denoising"][n]) == pytest.approx(denoising, rel=1e-4)
+        assert float(losses.terms["alignment/tiny@2"][n]) == pytest.approx(-similarity, abs=1e-5)
+        assert float(losses.total[n]) == pytest.approx(denoising - 0.7 * similarity, rel=1e-4)
+
+
+@pytest.mark.parametrize(("path", "d_alpha", "d_sigma"), [
+    ("linear", lambda t: -1.0, lambda t: 1.0),
+    ("trigonometric", lambda t: -math.pi / 2 * math.sin(math.pi * t / 2), lambda t: math.pi / 2 * math.cos(math.pi * t / 2)),
+])  # fmt: skip
+def test_velocity_target_follows_the_path(path, d_alpha, d_sigma):
+    objective = make(path=path)
+    torch.nn.init.zeros_(objective.model.final_layer.linear.weight)
+    torch.nn.init.zeros_(
+        objective.model.final_layer.linear.bias
+    )  # prediction 0: the loss is the mean square of the target
+    x, labels, _ = batch()
+    losses, draws = objective(x, labels, {}, 0), objective.draw(x, 0)
+    for n, t in enumerate(draws.t.tolist()):
+        target = d_alpha(t) * x[n] + d_sigma(t) * draws.noise[n]
+        assert float(losses.total[n].detach()) == pytest.approx(float(target.square().mean()), rel=1e-5)
+
+
+def test_draws_are_functions_of_seed_and_step():
+    x, _, _ = batch()
+    a, b = make().draw(x, 5), make().draw(x, 5)
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.t, b.t)
+    assert not torch.equal(a.noise, make().draw(x, 6).noise)
+    assert not torch.equal(a.noise, make(seed=1).draw(x, 5).noise)
+
+
+def test_labels_are_dropped_at_the_asked_rate():
+    x = torch.zeros(20_000, 1, 1, 1)
+    for rate in (0.0, 0.1, 1.0):
+        assert float(make(label_dropout=rate).draw(x, 0).dropped.float().mean()) == pytest.approx(rate, abs=0.01)
+
+
+def test_measuring_moves_the_projector_but_not_the_network():
+    objective = make([COSINE.override(measure_only=True)])
+    x, labels, features = batch()
+    objective(x, labels, features, 0).terms  # noqa: B018 - the call is what is tested
+    alone = make()
+    objective(x, labels, features, 0).total.mean().backward()
+    alone(x, labels, {}, 0).total.mean().backward()
+    for (name, p), q in zip(objective.model.named_parameters(), alone.model.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
+    assert all(p.grad.abs().sum() > 0 for p in objective.alignments.parameters())
+    groups = objective.trained_groups()
+    assert len(groups) == 2
+    assert {id(p) for p in groups[1]} == {id(p) for p in objective.alignments.parameters()}
+
+
+def test_an_encoder_whose_weight_is_zero_is_not_asked_for():
+    objective = make([COSINE.override(schedule="stop:step=10")])
+    assert objective.targets(9) == ("tiny",)
+    assert objective.targets(10) == ()
+    x, labels, _ = batch()
+    losses = objective(x, labels, {}, 10)
+    assert set(losses.terms) == {"denoising"}
+    losses.total.mean().backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # or DDP waits for ever
