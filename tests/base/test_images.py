@@ -41,7 +41,7 @@ def test_adm_crop_halves_by_box_before_the_bicubic():
     )  # Pillow rounds after each pass; bicubic is off by 50
 
 
-@pytest.mark.parametrize("size", [(31, 200), (200, 31), (32, 32), (33, 47), (640, 100), (99, 63)])
+@pytest.mark.parametrize("size", [(31, 200), (200, 31), (32, 32), (33, 47), (32, 47), (47, 32), (640, 100), (99, 63)])
 def test_adm_crop_is_a_window_of_the_resized_image(size):
     image = noise_image(2, *size)
     width, height, left, top = adm_crop_geometry(*size, 32)

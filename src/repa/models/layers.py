@@ -78,7 +78,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by PyTorch's fused kernels; `qk_norm` normalises queries and keys per head."""
+    """Multi-head self-attention; `qk_norm` normalises queries and keys per head."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -91,7 +91,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, D/h)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves a norm in float32
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over (N, h, T, d), by PyTorch's fused kernels.
+
+    The one exception: in bfloat16 on a CPU their backward is so slow that two products and a float32 softmax need less
+    than half the time at 64 and 256 tokens (`python benchmarks/attention.py`).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, h, T, T)
+        return logits.float().softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):
