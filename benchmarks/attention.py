@@ -1,6 +1,6 @@
 """Forward and backward of the attention that `repa.models` uses, against PyTorch's fused kernel alone.
 
-    python benchmarks/attention.py
+python benchmarks/attention.py
 """
 
 import statistics
@@ -27,14 +27,18 @@ def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[
 
 
 def main() -> None:
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; median of {ROUNDS}, forward and backward, in ms")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; median of {ROUNDS}, forward and backward, in ms"
+    )
     print(f"{'images heads tokens width':<28}{'dtype':<16}{'ours':>8}{'fused':>8}{'fused/ours':>12}")
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
-            pairs = [(seconds(attend, inputs), seconds(F.scaled_dot_product_attention, inputs)) for _ in range(ROUNDS + 1)][1:]
+            pairs = [
+                (seconds(attend, inputs), seconds(F.scaled_dot_product_attention, inputs)) for _ in range(ROUNDS + 1)
+            ][1:]
             ours, fused = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
-            print(f"{str(shape):<28}{str(dtype):<16}{ours:8.1f}{fused:8.1f}{fused / ours:12.2f}")
+            print(f"{shape!s:<28}{dtype!s:<16}{ours:8.1f}{fused:8.1f}{fused / ours:12.2f}")
 
 
 if __name__ == "__main__":

@@ -40,3 +40,43 @@ def data_folder(image_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shards"
     prepare(str(image_folder), folder, PrepareConfig(resolution=16, features=("tiny",), shard_size=16))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A network of 2 blocks and 16 tokens, aligned to `tiny`, ten steps."""
+    from repa.alignment.config import AlignmentConfig
+    from repa.models.config import ModelConfig
+    from repa.training import TrainConfig
+
+    return TrainConfig(
+        model=ModelConfig(name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2),
+        alignments=(AlignmentConfig(target="tiny", depth=1, projector="mlp:width=16"),),
+        batch_size=8,
+        num_steps=10,
+        ema_decay=0.9,
+        log_every=1,
+        save_every=5,
+        precision="fp32",
+    )
+
+
+@pytest.fixture(scope="session")
+def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
+    """A run folder with checkpoints of steps 10 and 20: random weights, as the zero initialisation answers 0 everywhere."""
+    from repa.data import open_data
+    from repa.training.resolve import claim_folder, resolve
+    from repa.training.state import build_state
+
+    run = tmp_path_factory.mktemp("runs") / "random"
+    data = open_data(data_folder)
+    config = resolve(tiny_config, data, torch.device("cpu"))
+    claim_folder(run, config, data)
+    state = build_state(config, {"tiny": data.features["tiny"].dim}, torch.device("cpu"))
+    stream = torch.Generator().manual_seed(0)
+    for state.step in (10, 20):
+        for network in (state.model, state.ema.model):
+            for p in network.parameters():
+                p.data = torch.randn(p.shape, generator=stream) * 0.15
+        state.save(run, keep=0)
+    return run

@@ -1,6 +1,6 @@
 """Trainable maps from the transformer's width D to the encoder's width F: (N, T, D) -> (N, T, F).
 
-They are trained with the model and have no use afterwards.
+They are trained with the model and have no use afterwards. A setting that is no such number raises UserError.
 """
 
 import torch.nn as nn
@@ -29,7 +29,7 @@ def linear(hidden_dim: int, feature_dim: int) -> nn.Linear:
 
 
 def conv(hidden_dim: int, feature_dim: int, *, kernel: int = 3) -> nn.Module:
-    """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
+    """iREPA's projector (arXiv 2512.10794): one convolution over the square token grid, which keeps the grid's size."""
     if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
         raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
     return _initialise(_Convolution(hidden_dim, feature_dim, kernel))

@@ -1,4 +1,7 @@
-"""Multiplier of an alignment's weight at a training step: f(step, **settings) -> float. Plain Python, no torch."""
+"""Multiplier of an alignment's weight at a training step: f(step, **settings) -> float in [0, 1]. Plain Python, no torch.
+
+Steps are optimiser steps, counted from 0; settings that are no whole number of at least 1 raise UserError.
+"""
 
 import math
 

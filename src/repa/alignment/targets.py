@@ -12,7 +12,7 @@ from repa.base.errors import UserError
 
 
 def grid_side(num_tokens: int) -> int:
-    """Side of the square grid of tokens: 256 -> 16."""
+    """Side of the square grid of tokens: 256 -> 16; raises UserError where they are none."""
     side = math.isqrt(num_tokens)
     if side * side != num_tokens or side == 0:
         raise UserError(
@@ -26,6 +26,7 @@ def resize_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
     """Resample a square token grid to another: (N, M, F) -> (N, num_tokens, F), the same tensor when M fits.
 
     A smaller grid takes the mean over the area that each new token covers, a larger one is interpolated bilinearly.
+    Raises UserError when the grids differ and one is not square.
     """
     if tokens.shape[1] == num_tokens:
         return tokens

@@ -7,9 +7,11 @@ __getattr__, __dir__, __all__ = exports(
     {
         "cka": "similarity",
         "cknna": "similarity",
+        "cknna_of_run": "of_run",
         "collect_hidden": "hidden",
         "correlation_decay_slope": "spatial",
         "linear_probe": "probe",
+        "probe_of_run": "of_run",
         "local_distance_similarity": "spatial",
         "rms_spatial_contrast": "spatial",
     },

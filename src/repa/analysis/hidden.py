@@ -34,6 +34,9 @@ def collect_hidden(
         path: the interpolant that the model was trained with.
         seed: of the noise.
         null_label: the label that means "no class"; probing with the true one would leak it.
+
+    Raises:
+        UserError: no depth, a t outside [0, 1], or no latents.
     """
     taps = tuple(depths)
     if not taps or not 0.0 <= t <= 1.0:

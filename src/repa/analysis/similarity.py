@@ -42,6 +42,9 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Literal["paper", "platonic
 
     Returns:
         1 for a representation with itself; NaN when nothing can be told, as when all features are equal.
+
+    Raises:
+        UserError: a and b are not of the same n images, k does not fit n, or the variant is unknown.
     """
     a, b = _pair(a, b)
     if variant not in ("paper", "platonic"):
@@ -62,6 +65,12 @@ def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
         a: (n, D), one row per image.
         b: (n, E), the same images in the same order.
         unbiased: HSIC by the estimator of Song et al. (2012), which does not grow with D / n and can fall below 0.
+
+    Returns:
+        1 for a representation with itself; NaN when one of them is constant.
+
+    Raises:
+        UserError: a and b are not of the same n images, or n is below 2 (4 when unbiased).
     """
     a, b = _pair(a, b)
     if len(a) < (4 if unbiased else 2):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from repa.base import files
+from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Progress, say
 from repa.evaluation.config import EvaluateConfig
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     from repa.evaluation import evaluate_file
 
     device = dist.setup()
+    if dist.active():
+        raise UserError("`repa evaluate` runs in one process: start it without torchrun.")
     with Progress(f"reading {given.samples}", "images") as bar:
         results = evaluate_file(
             Path(given.samples), open_data(Path(given.reference)), config, device=device, progress=bar

@@ -46,14 +46,22 @@ def run(argv: list[str]) -> int:
             sys.modules["repa.base.dist"].teardown()
         return code
     except UserError as error:
-        print(f"repa: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}. Choose another path, or mend this one.")
     except KeyboardInterrupt:
         print("repa: stopped by Ctrl-C; the same command continues where it was.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
         sys.stderr.close()
         return 0
+
+
+def _refuse(sentence: str) -> int:
+    print("repa: " + sentence.replace("\n", " "), file=sys.stderr)
+    return 2
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ tyro draws the help pages; it does not parse, because its errors are boxes and o
 
 import sys
 import typing
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
+HELP = ("-h", "--help")
 
 
 def parse(
@@ -31,18 +33,23 @@ def parse(
         values: a configuration whose values are the defaults, in place of the class's own.
     """
     start = {} if values is None else values.model_dump()
-    if "-h" in argv or "--help" in argv:
+    if set(HELP) & set(argv):
         print_help(cls, verb, about, positional, values)
         sys.exit(0)
-    words, flags = _split(argv)
-    for flag, given in flags:
-        words += _set(cls, start, flag, given, verb)
+    words, settings = _read(cls, argv, verb)
+    for flag, value in settings:
+        _store(start, flag, value)
     _place(start, words, positional, verb)
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
             shown = name if name in [p.rstrip(".") for p in positional] else f"--{name.replace('_', '-')}"
             raise UserError(f"`repa {verb}` needs {shown} ({info.description}): see `repa {verb} --help`.")
     return cls.parse(start)
+
+
+def words(cls: type[Config], argv: list[str], verb: str) -> list[str]:
+    """The words of a command line that belong to no flag, wherever they stand: a recipe is needed before the rest is read."""
+    return _read(cls, argv, verb)[0]
 
 
 def part(cls: type[C], given: Config) -> C:
@@ -63,11 +70,24 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
     )  # fmt: skip
 
 
+def _read(cls: type[Config], argv: list[str], verb: str) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Words without a flag, and (flag, value) for every flag; the types of the fields say how many words a flag takes."""
+    words, flags = _split(argv)
+    settings = []
+    for flag, given in flags:
+        value, rest = _take(flag, _annotation(cls, flag, verb), given, verb)
+        settings.append((flag, value))
+        words += rest
+    return words, settings
+
+
 def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Leading words, then (flag, the words up to the next flag)."""
     words: list[str] = []
     flags: list[tuple[str, list[str]]] = []
     for token in argv:
+        if token in HELP:
+            continue
         if token.startswith("--") and len(token) > 2:
             name, equals, value = token[2:].partition("=")
             flags.append((name, [value] if equals else []))
@@ -92,11 +112,10 @@ def _place(values: dict[str, Any], words: list[str], positional: tuple[str, ...]
         raise UserError(f"`repa {verb}` does not know what to do with {words[0]!r}: see `repa {verb} --help`.")
 
 
-def _set(cls: type[BaseModel], values: dict[str, Any], flag: str, given: list[str], verb: str) -> list[str]:
-    """Put the value of one flag where its dotted name points; returns the words after it that are not its own."""
-    parts = flag.replace("-", "_").split(".")
-    owner: Any = values
+def _annotation(cls: type[BaseModel], flag: str, verb: str) -> Any:
+    """The type of the field that a dotted name points to."""
     annotation: Any = cls
+    parts = _parts(flag)
     for depth, part in enumerate(parts):
         if _is_model(annotation):
             fields = annotation.model_fields
@@ -104,32 +123,53 @@ def _set(cls: type[BaseModel], values: dict[str, Any], flag: str, given: list[st
                 near = nearest(part, fields).replace("_", "-")
                 names = ", ".join("--" + ".".join([*parts[:depth], n]).replace("_", "-") for n in fields)
                 raise UserError(f"`repa {verb}` has no option --{flag}: allowed here are {names}.{near}")
-            key: Any = part
             annotation = fields[part].annotation
-        elif (item := _item_model(annotation)) and part.isdigit():
-            key, annotation = int(part), item
-            if key > len(owner):
-                raise UserError(f"--{flag}: there are {len(owner)} entries, so the next one is number {len(owner)}.")
-            if key == len(owner):
-                owner.append({})
+        elif (item := _item_model(annotation)) and part.isdecimal():
+            annotation = item
         else:
-            raise UserError(f"`repa {verb}` has no option --{flag}: {'.'.join(parts[:depth])} has no part {part!r}.")
-        if depth + 1 < len(parts):
-            if isinstance(owner, dict):
-                empty = [] if typing.get_origin(annotation) is tuple else {}
-                nested = owner.get(key, empty)
-                owner[key] = list(nested) if isinstance(nested, tuple) else nested
-            owner = owner[key]
+            above = ".".join(parts[:depth]).replace("_", "-")
+            example = f", only numbered ones such as --{above}.0" if item else ""
+            raise UserError(f"`repa {verb}` has no option --{flag}: --{above} has no part {part!r}{example}.")
+    return annotation
+
+
+def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
+    """The value of a flag out of the words after it, and the words that are not its own."""
+    if _is_model(annotation):
+        names = ", ".join(f"--{flag}.{name}".replace("_", "-") for name in annotation.model_fields)
+        raise UserError(f"--{flag} is set part by part: {names}.")
     if typing.get_origin(annotation) is tuple:
-        owner[key] = given
-        return []
+        types = typing.get_args(annotation)
+        if Ellipsis in types:
+            return ([], given) if _item_model(annotation) else (given, [])
+        if len(given) < len(types):
+            raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
+        return given[: len(types)], given[len(types) :]
     if annotation is bool and (not given or given[0].lower() not in ("true", "false")):
-        owner[key] = True
-        return given
+        return True, given
     if not given:
         raise UserError(f"--{flag} needs a value: see `repa {verb} --help`.")
-    owner[key] = given[0]
-    return given[1:]
+    return given[0], given[1:]
+
+
+def _store(values: dict[str, Any], flag: str, value: Any) -> None:
+    """Put a value where its dotted name points; the number after the last entry of a list appends one."""
+    path = [int(part) if part.isdecimal() else part for part in _parts(flag)]
+    owner: Any = values
+    for part, after in pairwise(path):
+        if isinstance(owner, list):
+            if part > len(owner):
+                raise UserError(f"--{flag}: there are {len(owner)} entries, so the next one is number {len(owner)}.")
+            owner += [{}] * (part == len(owner))
+        else:
+            nested = owner.get(part, [] if isinstance(after, int) else {})
+            owner[part] = list(nested) if isinstance(after, int) else nested
+        owner = owner[part]
+    owner[path[-1]] = value
+
+
+def _parts(flag: str) -> list[str]:
+    return flag.replace("-", "_").split(".")
 
 
 def _is_model(annotation: Any) -> bool:

@@ -32,7 +32,7 @@ def start(source: str, out: Path, config: PrepareConfig) -> None:
 
     device = dist.setup()
     with Progress(f"preparing {out.name}", "images") as bar:
-        manifest = prepare(source, out, config, progress=bar, device=device)
+        manifest = prepare(source, out, config, progress=lambda done, total, what: bar(done, total), device=device)
     skipped = f", {len(manifest.skipped)} unreadable left out" if manifest.skipped else ""
     say(
         f"{out}: {manifest.num_images:,} images of {len(manifest.class_names)} classes at {manifest.resolution} pixels{skipped}."

@@ -1,4 +1,4 @@
-"""`repa sample RUN --num N --out samples.npz ...`."""
+"""`repa sample RUN --num-images N --out samples.npz ...`."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ class SampleArguments(SampleConfig):
     """run folder"""
     out: str
     """Name of the .npz."""
-    num: int = Field(64, ge=1)
+    num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
     """Number of images."""
     weights: Literal["ema", "model"] = "ema"
     """Averaged weights or the raw ones."""
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     device = dist.setup()
     run = load_run(given.run, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
     with Progress(f"sampling {given.run}", "images") as bar:
-        out = write_samples(run, config, given.num, Path(given.out), progress=bar)
+        out = write_samples(run, config, given.num_images, Path(given.out), progress=bar)
     say(
-        f"{out}: {given.num:,} images of step {run.step:,} ({run.weights} weights); {out.with_suffix('.png')} shows some."
+        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights); {out.with_suffix('.png')} shows some."
     )
     return 0

@@ -24,7 +24,8 @@ class TrainArguments(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
-    recipe = load_recipe(argv[0]) if argv and not argv[0].startswith("-") else None
+    words = options.words(TrainArguments, argv, "train")
+    recipe = load_recipe(words[0]) if words else None
     given = options.parse(TrainArguments, argv, verb="train", about=ABOUT, positional=("recipe",), values=recipe)
     config = options.part(TrainConfig, given)
     return start(config, Path(given.data), Path(given.out))
@@ -43,7 +44,11 @@ def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
 
         def progress(state) -> None:
             values = state.metrics
-            note = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s" if values else ""
+            note = (
+                f"denoising loss {values['denoising']:.4f}, {values['images_per_second']:.0f} images/s"
+                if values
+                else ""
+            )
             bar(state.step, config.num_steps, note)
 
         finished = train(
@@ -60,5 +65,5 @@ def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
             f"Stopped by {finished.interrupted.name} after step {finished.step:,}; a checkpoint is in {run}. The same command continues."
         )
         return 130 if finished.interrupted == signal.SIGINT else 0
-    say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num 64 --out samples.npz")
+    say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num-images 64 --out samples.npz")
     return 0

@@ -66,7 +66,18 @@ def add_features(
     progress: Report | None = None,
     device: torch.device | str = "cpu",
 ) -> Manifest:
-    """Add the tokens of one more encoder to a prepared folder, from its stored images: the source is not needed."""
+    """Add the tokens of one more encoder to a prepared folder, from its stored images: the source is not needed.
+
+    Args:
+        out: a folder made by `prepare`.
+        spec: a name of ENCODERS or a dotted name.
+        weights: local weights of that encoder; None for its own.
+        progress: called after every batch with (done, total, "images").
+        device: where the encoder runs.
+
+    Raises:
+        UserError: the folder holds no images, or the encoder cannot be loaded.
+    """
     out = Path(out)
     manifest = Manifest.open(out)
     if not manifest.config.store_images:

@@ -87,7 +87,10 @@ class DataSet:
         return self.gather("labels", np.arange(self.num_images))
 
     def gather(self, field: str, indices: np.ndarray) -> np.ndarray:
-        """Rows of a field (images, labels, moments, features.NAME, pooled.NAME) as a contiguous array."""
+        """Rows of a field (images, labels, moments, features.NAME, pooled.NAME), as stored, in the order of `indices` (n,).
+
+        Raises UserError when there is no such field.
+        """
         return self.reader.gather(field, indices)
 
     def check(self) -> None:
@@ -125,6 +128,9 @@ class Loader:
         images: whether the images are wanted; stored moments always come.
         rank, world: this process, and how many there are.
         device: where batches go.
+
+    Raises:
+        UserError: B is no multiple of `world`, or the data hold no such tokens or no images.
     """
 
     def __init__(

@@ -131,9 +131,11 @@ class Manifest(Config):
 
     @property
     def skipped(self) -> list[str]:
+        """Images that could not be read and were left out, in the order of the source."""
         return [name for shard in self.shards for name in shard.skipped]
 
     def save(self, folder: Path) -> None:
+        """Write DATA/manifest.json, whole or not at all."""
         files.write_json(folder / MANIFEST, self.model_dump(mode="json"))
 
     @classmethod

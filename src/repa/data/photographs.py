@@ -39,7 +39,8 @@ SMALLEST, LARGEST = 40, 0.6  # side of a crop: pixels; share of the photograph's
 def load_photographs() -> tuple[Image.Image, ...]:
     """The photographs as RGB, in the order of PHOTOGRAPHS.
 
-    Files are read directly: scikit-image's own loaders would go to the network for one that is missing.
+    Files are read directly: scikit-image's own loaders would go to the network for one that is missing, which is a
+    UserError here.
     """
     return tuple(_load(name, *where) for name, where in PHOTOGRAPHS.items())
 

@@ -47,6 +47,9 @@ def open_source(spec: str | Path) -> Source:
     """A folder, a zip file, or `photographs[:num=10000,seed=0]`.
 
     Top-level folders are the classes, in sorted order; images without folders make one class. Files are sorted by path.
+
+    Raises:
+        UserError: nothing there, no images, loose images beside folders, a damaged or unsafe archive, unknown settings.
     """
     path = Path(spec)
     if str(spec).partition(":")[0] == "photographs":

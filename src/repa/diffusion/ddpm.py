@@ -33,6 +33,9 @@ class ImprovedDDPM:
 
     Attributes:
         timesteps, betas, alpha_bar: (K,) each.
+
+    Raises:
+        UserError: 20 timesteps or fewer, with which the last beta would reach 1.
     """
 
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS, timesteps: Sequence[int] | None = None):

@@ -33,6 +33,10 @@ def guided(
     Returns:
         (x_t, t) -> output, for `Denoiser.predict`. With a Python float t, as samplers give, the choice of the batch
         costs no wait for the device. With a tensor each sample is guided by its own time, and the device is waited for.
+
+    Raises:
+        UserError: a negative scale, an interval that is none in [0, 1], and, when called, more channels than there are or
+            another number of labels than of samples.
     """
     low, high = interval
     if not 0 <= low <= high <= 1:

@@ -103,6 +103,9 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
 
     Returns:
         x_t and velocity, shaped and typed like x.
+
+    Raises:
+        UserError: noise has another shape than x, or t neither one time nor one per sample.
     """
     if noise.shape != x.shape:
         raise UserError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}: they must be equal.")

@@ -22,11 +22,13 @@ SIGMA_MIN = 1e-3  # the last time but one of 1000 linear steps, so that no usual
 
 
 def velocity_to_data(velocity: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """(sigma' x_t - sigma velocity) / determinant."""
     c = c.like(x_t)
     return (c.d_sigma * x_t - c.sigma * velocity) / c.determinant
 
 
 def velocity_to_noise(velocity: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """(alpha velocity - alpha' x_t) / determinant."""
     c = c.like(x_t)
     return (c.alpha * velocity - c.d_alpha * x_t) / c.determinant
 
@@ -37,11 +39,13 @@ def velocity_to_score(velocity: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
 
 
 def noise_to_data(noise: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 1 solved for the data: (x_t - sigma noise) / alpha."""
     c = c.like(x_t)
     return (x_t - c.sigma * noise) / c.alpha.clamp(min=ALPHA_MIN)
 
 
 def noise_to_velocity(noise: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 3, the data from `noise_to_data`."""
     return _velocity(noise_to_data(noise, x_t, c), noise, c)
 
 
@@ -51,27 +55,33 @@ def noise_to_score(noise: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
 
 
 def data_to_noise(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 1 solved for the noise: (x_t - alpha data) / sigma."""
     c = c.like(x_t)
     return (x_t - c.alpha * data) / c.sigma.clamp(min=SIGMA_MIN)
 
 
 def data_to_velocity(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 3, the noise from `data_to_noise`."""
     return _velocity(data, data_to_noise(data, x_t, c), c)
 
 
 def data_to_score(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 6, the noise from `data_to_noise`."""
     return noise_to_score(data_to_noise(data, x_t, c), x_t, c)
 
 
 def score_to_noise(score: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 6 solved for the noise: -sigma score."""
     return -c.like(x_t).sigma.clamp(min=SIGMA_MIN) * score
 
 
 def score_to_data(score: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """The data of `score_to_noise`."""
     return noise_to_data(score_to_noise(score, x_t, c), x_t, c)
 
 
 def score_to_velocity(score: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+    """Eq. 3 from the noise of `score_to_noise`."""
     return noise_to_velocity(score_to_noise(score, x_t, c), x_t, c)
 
 
@@ -106,6 +116,7 @@ def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor
     """What a network of this prediction is trained to answer, for clean latents x (N, ...) and their noise.
 
     The score's target grows like 1/sigma, up to 1/SIGMA_MIN: unweighted, its squared error is dominated by small t.
+    Shaped and typed like x; raises UserError for a name that is not in `repa.diffusion.PREDICTIONS`.
     """
     check_prediction(prediction)
     if prediction == "data":

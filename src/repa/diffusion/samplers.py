@@ -2,7 +2,8 @@
 
 Each sees one Denoiser. The state is float64 (float32 on MPS, which has no float64) and returns in noise's dtype; times
 are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `count_calls` counts them.
-`noise` is (N, C, H, W); `randn_like` draws whatever noise the sampler needs, in the state's dtype.
+`noise` is (N, C, H, W); `randn_like` draws whatever noise the sampler needs, in the state's dtype. Settings that make
+no sense (no steps, a shift below 1, ...) raise UserError before the first call.
 """
 
 from collections.abc import Callable
@@ -120,4 +121,5 @@ def dopri5(
 
 
 def to_state(noise: Tensor) -> Tensor:
+    """The noise in the precision that samplers compute in: float64, float32 on MPS; same shape and device."""
     return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)

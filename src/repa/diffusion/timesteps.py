@@ -100,5 +100,6 @@ def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
 
 
 def check_steps(num_steps: int) -> None:
+    """UserError unless it is a whole number of at least 1."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise UserError(f"The number of sampling steps must be a whole number of at least 1, but got {num_steps!r}.")

@@ -48,7 +48,11 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int) -> Features:
-        """Features of `images`, uint8 (N, 3, S, S) of any side S, on a grid of `grid` x `grid` tokens."""
+        """Features of `images`, uint8 (N, 3, S, S) of any side S, on a grid of `grid` x `grid` tokens.
+
+        Raises:
+            UserError: images of another type or shape, or a grid below 1.
+        """
         check_images(images, self.name)
         if grid < 1:
             raise UserError(f"The encoder {self.name} was asked for a token grid of {grid}: it must be at least 1.")

@@ -79,7 +79,11 @@ def resample_positions(table: Tensor, grid: int) -> Tensor:
 
 
 def load_dinov2(name: str, weights: Path | None) -> Dinov2Encoder:
-    """`name` is dinov2-SIZE or dinov2-reg-SIZE; `weights` a folder like the hub's, or None for the hub or its cache."""
+    """`name` is dinov2-SIZE or dinov2-reg-SIZE; `weights` a folder like the hub's, or None for the hub or its cache.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
+    """
     family = REGISTERS if "-reg-" in name else PLAIN
     folder = weights or download(name, family.hub.format(size=SIZES[name[-1]]))
     for file in (CONFIG, WEIGHTS):
@@ -96,6 +100,7 @@ def load_dinov2(name: str, weights: Path | None) -> Dinov2Encoder:
 
 
 def read(family: Family, name: str, folder: Path) -> nn.Module:
+    """The network in `folder`, float32, every tensor of it from the file; raises UserError where one is missing."""
     import transformers
     from safetensors import SafetensorError
 

@@ -26,7 +26,11 @@ class TinyEncoder(VisionEncoder):
 
 
 def load_tiny(name: str, weights: Path | None) -> TinyEncoder:
-    """The network `name`, with the weights inside the package or another file of tools/train_tiny.py."""
+    """The network `name`, with the weights inside the package or another file of tools/train_tiny.py.
+
+    Raises:
+        UserError: the file is missing, damaged or another network's.
+    """
     path = weights or Path(str(resources.files("repa.encoders"))) / "weights" / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(

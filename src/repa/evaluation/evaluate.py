@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repa import __version__
+from repa.base import dist
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.encoders import load_encoder
@@ -34,8 +35,8 @@ def evaluate(
     if "fd" in metrics:
         real = reference.statistics
         results["fd"] = frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
-    if rows:
-        samples = torch.cat(rows)
+    if NEEDS_FEATURES & set(metrics):
+        samples = torch.cat([row for part in dist.gather_objects(rows) for row in part])
         if "kd" in metrics:
             size = min(1000, len(reference.subset), len(samples))
             results["kd"] = kernel_distance(reference.subset, samples, subset_size=size)
@@ -54,29 +55,29 @@ def evaluate_file(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure an .npz of samples (single process); the results with what they were made from."""
-    num, batches = read_samples(samples, config.batch_size)
-    if num < 2:
+    file = read_samples(samples, config.batch_size)
+    if file.num < 2:
         raise UserError(
-            f"{samples} holds {num} image: a distribution needs at least two, and thousands to mean something."
+            f"{samples} holds {file.num} image: a distribution needs at least two, and thousands to mean something."
+        )
+    if (file.height, file.width) != (data.resolution, data.resolution):
+        raise UserError(
+            f"{samples} holds images of {file.height}x{file.width} pixels, {data.folder} of {data.resolution}: "
+            "compare what has the same size."
         )
     encoder = load_encoder(config.features, weights=config.features_weights or None, device=device)
     reference = reference_of(data, encoder)
 
     def counted() -> Iterable[Tensor]:
         done = 0
-        for batch in batches:
-            if batch.shape[-1] != data.resolution or batch.shape[-2] != data.resolution:
-                raise UserError(
-                    f"{samples} holds images of {batch.shape[-2]}x{batch.shape[-1]} pixels, {data.folder} of {data.resolution}: "
-                    "compare what has the same size."
-                )
+        for batch in file.batches:
             yield batch
             done += len(batch)
-            progress(done, num)
+            progress(done, file.num)
 
     return {
         "metrics": evaluate(counted(), encoder, reference, config.metrics),
-        "num_samples": num,
+        "num_samples": file.num,
         "num_reference": reference.statistics.count,
         "samples": str(samples),
         "reference": str(data.folder),

@@ -69,5 +69,5 @@ def _read(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return Reference(Statistics.from_state_dict(dict(archive)), torch.from_numpy(archive["subset"]))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and it is computed again.") from None

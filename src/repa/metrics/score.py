@@ -13,6 +13,9 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 
     The order of the images matters, because each split has its own p(class). 50 000 images in 10 splits of 5000 is what
     the ADM evaluator does; it uses Inception's logits without their bias.
+
+    Raises:
+        UserError: fewer images than splits, or splits that are no whole number of at least 1.
     """
     if type(splits) is not int or not 1 <= splits <= len(logits):
         raise UserError(

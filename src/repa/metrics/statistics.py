@@ -106,6 +106,7 @@ class Statistics:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, np.ndarray]) -> Self:
+        """What `state_dict` gave, on the CPU; other keys are ignored."""
         statistics = cls()
         statistics.count = int(state["count"])
         statistics._mean = torch.from_numpy(np.asarray(state["mu"], np.float64).copy())
@@ -120,7 +121,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Nothing in the file is executed."""
+        """Read what `save` wrote; raises UserError when it is missing or damaged. Nothing in the file is executed."""
         if not Path(path).is_file():
             raise UserError(f"There is no statistics file {path}.")
         if not zipfile.is_zipfile(path):

@@ -9,6 +9,8 @@ from repa.base.errors import UserError, nearest
 
 
 class Dimensions(NamedTuple):
+    """Width of the tokens, number of blocks, attention heads, and pixels of the latent per token side."""
+
     hidden_dim: int
     depth: int
     num_heads: int

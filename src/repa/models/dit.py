@@ -109,6 +109,9 @@ class DiT(nn.Module):
             t: (N,) time, passed to the sinusoid as it is: t in [0, 1], or the integer timesteps of DDPM as floats.
             labels: (N,) int64 in 0 ... null_label.
             taps: depths (1-based) whose hidden states to return.
+
+        Raises:
+            UserError: x_t has another shape, or a tap is no block.
         """
         expected = (self.latent_channels, self.latent_size, self.latent_size)
         if tuple(x_t.shape[1:]) != expected:
@@ -138,5 +141,5 @@ def build_model(name: str, **overrides) -> DiT:
 
 
 def build(config: ModelConfig) -> DiT:
-    """The network that a complete configuration describes."""
+    """The network that a complete configuration describes: latent size and channels must be filled in from the data."""
     return DiT(**config.kwargs())

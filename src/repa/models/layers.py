@@ -34,7 +34,7 @@ def timestep_frequencies(dim: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the latent into patches, row by row, and project each to the width."""
+    """Cut the latent into patches, row by row, and project each to the width: (N, C, H, W) -> (N, T, D)."""
 
     def __init__(self, channels: int, dim: int, patch_size: int):
         super().__init__()
@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """[cos, sin] of t, unscaled, through an MLP. Not under autocast: bfloat16 cannot tell near times apart."""
+    """[cos, sin] of t (N,), unscaled, through an MLP -> (N, D). Not under autocast: bfloat16 blurs near times."""
 
     def __init__(self, dim: int, num_features: int = 256):
         super().__init__()
@@ -67,7 +67,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """One vector per class and one, the last, for the null class."""
+    """One vector per class and one, the last, for the null class: (N,) int64 -> (N, D)."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -78,7 +78,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `qk_norm` normalises queries and keys per head."""
+    """Multi-head self-attention, (N, T, D) -> (N, T, D); `qk_norm` normalises queries and keys per head."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -107,6 +107,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU (tanh approximation) between: (N, T, D) -> (N, T, D)."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -130,7 +132,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero; under autocast the residual stream stays in float32."""
+    """Transformer block with adaLN-Zero, x (N, T, D) and silu_c (N, D) -> (N, T, D).
+
+    Under autocast the residual stream stays in float32.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
@@ -146,7 +151,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the projection of every token to its patch."""
+    """Modulated norm and the projection of every token to its patch: (N, T, D) -> (N, T, out_features)."""
 
     def __init__(self, dim: int, out_features: int):
         super().__init__()

@@ -65,6 +65,9 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
     """Arguments with which DiT loads this state dict, read from the shapes of its tensors.
 
     The number of heads leaves no trace there: it is that of the named size with this width and depth, unless given.
+
+    Raises:
+        UserError: no named size has this width and depth, and the number of heads was not given.
     """
     hidden_dim, latent_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     blocks = filter(None, (re.match(r"blocks\.(\d+)\.", key) for key in state))

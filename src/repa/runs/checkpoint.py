@@ -1,5 +1,6 @@
 """Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0) -> Path:
     folder = layout.checkpoint_folder(run, checkpoint.step)
     if folder.exists():  # the same step again: a run continued from here and came back with the same state
         return folder
+    for leftover in folder.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover)
     with files.atomic_folder(folder) as temporary:
         for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE):
             tensors = getattr(checkpoint, name.removesuffix(".safetensors"))
@@ -55,7 +58,13 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
     folder = _whole(run, step)
     state = files.read_json(folder / layout.STATE_FILE)
     tensors = [load_file(folder / name) for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE)]
-    optimizer = torch.load(folder / layout.OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    try:
+        optimizer = torch.load(folder / layout.OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{folder / layout.OPTIMIZER_FILE} is refused: it holds more than tensors ({reason})."
+        ) from None
     return Checkpoint(state["step"], *tensors, optimizer, state["counters"])
 
 

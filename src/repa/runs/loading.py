@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repa.autoencoders import load_autoencoder
 from repa.autoencoders.contract import Autoencoder
+from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.diffusion import PATHS, Denoiser, guided
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
@@ -16,6 +17,8 @@ from repa.models import DiT, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights
+
+NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,19 @@ def load_run(
     """
     run = Path(path)
     config = layout.read_config(run)
+    if missing := [name for name in NEEDED if name not in config]:
+        raise UserError(f"{run / layout.CONFIG} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
     model_config = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     step, state = load_weights(run, weights, step)
     model = build(model_config)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
+            "describes: restore the configuration that the run was trained with."
+        ) from None
     autoencoder = load_autoencoder(config["autoencoder"], weights=config["autoencoder_weights"] or None, device=device)
     class_names = tuple(read_json(run / layout.DATA)["class_names"]) if (run / layout.DATA).is_file() else ()
     return LoadedRun(

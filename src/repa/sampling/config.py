@@ -35,6 +35,6 @@ class SampleConfig(Config):
     @field_validator("labels")
     @classmethod
     def _readable(cls, labels: str) -> str:
-        if labels not in ("uniform", "balanced") and not all(part.strip().isdigit() for part in labels.split(",")):
+        if labels not in ("uniform", "balanced") and not all(part.strip().isdecimal() for part in labels.split(",")):
             raise ValueError(f"labels {labels!r} must be uniform, balanced, or class numbers such as 3 or 3,7")
         return labels

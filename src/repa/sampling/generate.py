@@ -1,4 +1,9 @@
-"""Seeds to images. Image i depends on (seed, i) alone: not on batch size, process count, or restarts."""
+"""Seeds to images. Image i depends on (seed, i) alone: not on its companions, process count, or restarts.
+
+All draws are each image's own. What is left is arithmetic: matrix products of another batch size may round differently,
+which shows as single grey levels (on a CPU only for a batch of one). `write_samples` cuts the same batches for any number
+of processes and any restart, so its file is the same to the byte.
+"""
 
 import zipfile
 from collections.abc import Callable, Sequence
@@ -92,7 +97,7 @@ def write_samples(
 
 
 def _claim(run: LoadedRun, config: SampleConfig, num: int, out: Path, parts: Path) -> None:
-    """Refuse to mix the parts of two different jobs."""
+    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
     job = {
         "run": str(run.folder),
         "step": run.step,
@@ -102,7 +107,7 @@ def _claim(run: LoadedRun, config: SampleConfig, num: int, out: Path, parts: Pat
     }
     if dist.is_main():
         marker = parts / "job.json"
-        if marker.exists() and (before := files.read_json(marker)) != job:
+        if marker.exists() and any(parts.glob("*.npy")) and (before := files.read_json(marker)) != job:
             changed = [f"{key}: {before.get(key)} -> {job[key]}" for key in job if before.get(key) != job[key]]
             raise UserError(
                 f"{parts} holds part of another job ({'; '.join(changed)}): remove it or choose another --out."
@@ -125,5 +130,6 @@ def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for path in paths:
             file.write(np.load(path, allow_pickle=False).tobytes())
-    few = first[:GRID_IMAGES]
+    enough = paths[: -(-GRID_IMAGES // len(first))]
+    few = np.concatenate([np.load(path, allow_pickle=False) for path in enough])[:GRID_IMAGES]
     save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))

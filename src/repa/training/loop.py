@@ -106,7 +106,9 @@ def train(
                 since_step = state.step
                 _require_finite(row, state, run)
                 state.metrics = {**row, "images_per_second": rate}
-                log.line(f"step {state.step}/{config.num_steps}: loss {row['loss']:.4f}, {rate:.1f} images/s")
+                log.line(
+                    f"step {state.step}/{config.num_steps}: denoising loss {row['denoising']:.4f}, {rate:.1f} images/s"
+                )
                 log.row("train", state.step, seconds=state.seconds, **_nested(state.metrics),
                         learning_rate=config.optimizer.learning_rate)  # fmt: skip
             progress(state)

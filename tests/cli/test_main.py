@@ -1,0 +1,193 @@
+"""Every mistake of the user is one line on stderr and exit code 2; and a mistake is answered without importing torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from repa import __version__
+from repa.base.errors import UserError
+from repa.cli import main
+from repa.runs import layout
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must be refused; returns its one line."""
+
+    def run(*argv):
+        assert main.run([str(word) for word in argv]) == 2
+        captured = capsys.readouterr()
+        *progress, line = captured.err.splitlines()
+        assert line.startswith("repa: ")
+        assert all(" images (" in before for before in progress)
+        return line
+
+    return run
+
+
+def test_usage_and_version(capsys):
+    for argv in ([], ["--help"], ["-h"], ["help"]):
+        assert main.run(argv) == 0
+        assert all(verb in capsys.readouterr().out for verb in ["quickstart"])
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("verb", main.VERBS)
+def test_every_verb_helps(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.run([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: repa {verb}" in capsys.readouterr().out
+
+
+def test_verbs(refused):
+    assert "There is no verb 'trian': allowed are quickstart, prepare, train" in (line := refused("trian"))
+    assert "Did you mean 'train'?" in line
+    assert "There is no verb '--verbose'" in refused("--verbose")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["train"], "`repa train` needs recipe"),
+        (["train", "quickstart"], "`repa train` needs --data"),
+        (["train", "quikstart", "--data", "d", "--out", "o"], "no recipe 'quikstart'"),
+        (["train", "nothing.yaml", "--data", "d", "--out", "o"], "no configuration file nothing.yaml"),
+        (["train", "quickstart", "--data", "nowhere", "--out", "o"], "nowhere holds no prepared data"),
+        (["train", "quickstart", "--data", "d", "--out", "o", "--batch-sise", "3"], "Did you mean 'batch-size'?"),
+        (["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.depth", "9"], "has 6 blocks"),
+        (["prepare", "nowhere", "o", "--resolution", "32"], "There is no source 'nowhere'"),
+        (["prepare", "photographs", "o"], "needs --resolution"),
+        (["prepare", "photographs:nmu=3", "o", "--resolution", "32"], "Did you mean 'num'?"),
+        (["sample", "nowhere", "--out", "s.npz"], "nowhere is not a run folder"),
+        (["evaluate", "nothing.npz", "--reference", "nowhere"], "nowhere holds no prepared data"),
+        (["report"], "needs runs"),
+        (["report", "nowhere"], "nowhere"),
+        (["show", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["list", "recipe"], "Did you mean 'recipes'?"),
+        (["quickstart", "--num-steps", "-1"], "greater than or equal to 0"),
+    ],
+)
+def test_mistakes_leave_no_trace(argv, sentence, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(*argv)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sources_that_cannot_be_used(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("prepare", tmp_path / "empty", tmp_path / "o", "--resolution", 16)
+    with zipfile.ZipFile(tmp_path / "escape.zip", "w") as archive:
+        archive.writestr("../../evil.png", b"")
+    assert "leads out of the archive" in refused("prepare", tmp_path / "escape.zip", tmp_path / "o", "--resolution", 16)
+    (tmp_path / "text.zip").write_text("no zip")
+    assert "cannot be read as a zip" in refused("prepare", tmp_path / "text.zip", tmp_path / "o", "--resolution", 16)
+    (tmp_path / "bad" / "cat").mkdir(parents=True)
+    (tmp_path / "bad" / "cat" / "1.png").write_bytes(b"no picture")
+    assert "cat/1.png" in refused("prepare", tmp_path / "bad", tmp_path / "o", "--resolution", 16)
+
+
+def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
+    copy = shutil.copytree(random_run, tmp_path / "copy")
+    path = layout.checkpoint_folder(copy, 20) / layout.EMA_FILE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = tmp_path / "s.npz"
+    assert "ema.safetensors is damaged" in refused("sample", copy, "--out", out)
+    assert "no checkpoint of step 7: there are 10, 20" in refused("sample", copy, "--out", out, "--checkpoint", 7)
+    assert "written as one .npz file" in refused("sample", random_run, "--out", tmp_path / "s.png")
+    assert "Class 9 does not exist" in refused("sample", random_run, "--out", out, "--labels", 9)
+    assert "is not empty and holds no run" in refused(
+        "train", "quickstart", "--data", data_folder, "--out", data_folder
+    )
+    assert "holds a run of another configuration" in refused(
+        "train", "quickstart", "--data", data_folder, "--out", copy
+    )
+    (copy / layout.CONFIG).write_text("model: {nmae: SiT-B/2}")
+    assert "unknown setting" in refused("train", copy, "--data", data_folder, "--out", tmp_path / "r")
+
+
+def test_data_that_cannot_be_used(refused, data_folder, tmp_path):
+    copy = shutil.copytree(data_folder, tmp_path / "data")
+    train = ("train", "quickstart", "--data", copy, "--out", tmp_path / "r")
+    assert "patches of 8" in refused("train", "quickstart", "--data", copy, "--out", tmp_path / "r", "--model.name",
+                                     "SiT-S/8", "--model.hidden-dim", "12", "--model.latent-size", "12")  # fmt: skip
+    assert "'dinov9'" in refused(*train, "--alignments.0.target", "dinov9")
+    (copy / "images-00000.npy").unlink()
+    assert "run the same `repa prepare` again" in refused(*train)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    assert "is of version 99" in refused(*train)
+    (copy / "manifest.json").write_text("{")
+    assert "is damaged" in refused(*train)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_path_that_is_something_else(refused, random_run, image_folder, data_folder, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert str(file) in refused("train", "quickstart", "--data", data_folder, "--out", file)
+    assert str(file) in refused("train", "quickstart", "--data", data_folder, "--out", file / "r")
+    assert str(file) in refused("prepare", image_folder, file, "--resolution", 16)
+    assert str(file) in refused("sample", random_run, "--out", file / "s.npz", "--num-images", 1, "--steps", 1)
+    assert file.read_text() == "mine"
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_user(monkeypatch, capsys):
+    monkeypatch.setattr("repa.cli.list._kinds", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        main.run(["list"])
+
+
+def test_sentences_stay_on_one_line(monkeypatch, capsys):
+    def fail():
+        raise UserError("first\nsecond")
+
+    monkeypatch.setattr("repa.cli.list._kinds", fail)
+    assert main.run(["list"]) == 2
+    assert capsys.readouterr().err == "repa: first second\n"
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repa.cli.list._kinds", interrupt)
+    assert main.run(["list"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+LIGHT = """
+import contextlib, io, sys
+from repa.cli import main
+commands = {commands!r}
+for argv in commands:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main.run(argv)
+    heavy = {{"torch", "transformers", "diffusers", "matplotlib"}} & set(sys.modules)
+    assert not heavy, (argv, heavy)
+"""
+
+
+def test_help_and_mistakes_import_nothing_heavy():
+    commands = [
+        *([verb, "--help"] for verb in main.VERBS), ["--help"], ["nonsense"], ["show", "quickstart"],
+        *(["list", kind] for kind in ("", "recipes", "encoders", "similarities", "models", "samplers")),
+        ["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.similarity", "cosin"],
+        ["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.depth", "40"],
+        ["train", "sit-xl2-repa"], ["sample", "r", "--out", "s.npz", "--sampler", "heum"],
+        ["prepare", "s", "o", "--resolution", "32", "--features", "dinov9"],
+        ["evaluate", "s.npz", "--reference", "d", "--metrics", "fid"],
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-c", LIGHT.format(commands=[[w for w in c if w] for c in commands])], check=True)
+
+
+def test_the_exit_code_reaches_the_shell():
+    done = subprocess.run([sys.executable, "-m", "repa", "lsit"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("repa: There is no verb 'lsit'")

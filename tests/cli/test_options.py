@@ -1,0 +1,217 @@
+"""Words to configurations: whatever the order, nested names, lists, booleans; and one sentence for each mistake."""
+
+import pytest
+
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.cli import options
+from repa.cli.evaluate import EvaluateArguments
+from repa.cli.prepare import PrepareArguments
+from repa.cli.report import ReportArguments
+from repa.cli.sample import SampleArguments
+from repa.cli.train import TrainArguments
+from repa.recipes import load_recipe
+from repa.sampling.config import SampleConfig
+
+
+def sample(*argv):
+    return options.parse(SampleArguments, list(argv), verb="sample", about="", positional=("run",))
+
+
+def train(*argv, recipe="quickstart"):
+    return options.parse(
+        TrainArguments, [recipe, "--data", "d", "--out", "o", *argv], verb="train", about="", positional=("recipe",),
+        values=load_recipe(recipe),
+    )  # fmt: skip
+
+
+def prepare(*argv):
+    return options.parse(PrepareArguments, list(argv), verb="prepare", about="", positional=("source", "out"))
+
+
+def test_defaults_are_the_configurations_own():
+    given = sample("r", "--out", "s.npz")
+    assert options.part(SampleConfig, given) == SampleConfig()
+    assert (given.run, given.out, given.num_images) == ("r", "s.npz", 64)
+
+
+def test_a_recipe_gives_the_defaults():
+    given = train("--batch-size", "16", "--optimizer.learning-rate", "3e-4")
+    recipe = load_recipe("quickstart")
+    changed = recipe.override(batch_size=16, optimizer=recipe.optimizer.override(learning_rate=3e-4))
+    assert options.part(type(recipe), given) == changed
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "r --out s.npz --steps 9 --guidance.scale 2 --guidance.interval 0 0.7",
+        "--out s.npz --steps 9 --guidance.scale 2 --guidance.interval 0 0.7 r",
+        "--guidance.interval 0 0.7 r --steps=9 --out=s.npz --guidance.scale=2",
+        "--guidance.interval=0 0.7 --run r --out s.npz --steps 8 --steps 9 --guidance.scale 2",
+    ],
+)
+def test_order_and_spelling_do_not_matter(argv):
+    given = sample(*argv.split())
+    assert (given.run, given.out, given.steps, given.guidance.scale) == ("r", "s.npz", 9, 2.0)
+    assert given.guidance.interval == (0.0, 0.7)
+
+
+def test_values_may_be_negative_empty_or_look_like_flags():
+    given = sample("r", "--out=--s.npz", "--seed", "-3", "--checkpoint", "-1", "--labels", "3,7")
+    assert (given.out, given.seed, given.checkpoint, given.labels) == ("--s.npz", -3, -1, "3,7")
+    assert train("--autoencoder", "").autoencoder == ""
+    assert train("--optimizer.weight-decay", "1e-2").optimizer.weight_decay == 0.01
+
+
+def test_lists_take_what_follows():
+    given = options.parse(
+        EvaluateArguments, ["s.npz", "--metrics", "fd", "kd", "--reference", "d"], verb="evaluate", about="",
+        positional=("samples",),
+    )  # fmt: skip
+    assert given.metrics == ("fd", "kd")
+    assert prepare("s", "o", "--resolution", "32", "--features").features == ()
+    report = options.parse(
+        ReportArguments, ["a", "b", "c", "--names", "x", "y", "z"], verb="report", about="", positional=("runs...",)
+    )
+    assert (report.runs, report.names) == (("a", "b", "c"), ("x", "y", "z"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "skip", "store"),
+    [
+        ("s o --resolution 32", False, True),
+        ("s o --resolution 32 --skip-bad", True, True),
+        ("--skip-bad s o --resolution 32", True, True),
+        ("--skip-bad true s --store-images False o --resolution 32", True, False),
+        ("--skip-bad=false s o --resolution 32 --store-images=true", False, True),
+    ],
+)
+def test_booleans(argv, skip, store):
+    given = prepare(*argv.split())
+    assert (given.source, given.out, given.skip_bad, given.store_images) == ("s", "o", skip, store)
+
+
+def test_nested_settings_leave_their_siblings():
+    before, given = load_recipe("quickstart-repa"), train("--alignments.0.weight", "0.25", recipe="quickstart-repa")
+    assert given.alignments == (before.alignments[0].override(weight=0.25),)
+    assert given.model == before.model
+    given = train("--preview.guidance.interval", "0.1", "0.6", "--model.qk-norm")
+    assert (given.preview.guidance.interval, given.preview.guidance.scale) == ((0.1, 0.6), 1.0)
+    assert given.preview.every == load_recipe("quickstart").preview.every
+    assert given.model.qk_norm
+
+
+def test_alignments_are_appended_and_removed():
+    given = train("--alignments.0.target", "tiny", "--alignments.0.depth", "1", recipe="sit-b2")
+    (alignment,) = given.alignments
+    assert (alignment.target, alignment.depth, alignment.weight) == ("tiny", 1, 0.5)
+    given = train(
+        *("--alignments.1.target", "tiny", "--alignments.1.depth", "3"),
+        *("--alignments.1.similarity", "nt_xent:temperature=0.1"),
+        recipe="sit-b2-repa",
+    )
+    assert [a.name for a in given.alignments] == ["dinov2-b@4", "tiny@3"]
+    assert given.alignments[1].similarity == "nt_xent:temperature=0.1"
+    assert train("--alignments", recipe="sit-b2-repa").alignments == ()
+    given = train("--alignments", "--alignments.0.target", "tiny", "--alignments.0.depth", "2", recipe="sit-b2-repa")
+    assert [a.name for a in given.alignments] == ["tiny@2"]
+
+
+def test_recipes_stay_as_they_are():
+    before = load_recipe("sit-b2-repa").model_dump()
+    train("--alignments.0.weight", "9", "--model.depth", "8", recipe="sit-b2-repa")
+    assert load_recipe("sit-b2-repa").model_dump() == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "quickstart --data d --out o --batch-size 4",
+        "--data d --out o --batch-size 4 quickstart",
+        "--model.qk-norm quickstart --data d --out o",
+        "--preview.guidance.interval 0 0.5 quickstart --data d --out o",
+        "--alignments quickstart --data d --out o --help",
+    ],
+)
+def test_the_recipe_is_found_anywhere(argv):
+    assert options.words(TrainArguments, argv.split(), "train") == ["quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("r --out s --stps 3", "has no option --stps: allowed here are .*--steps.* Did you mean 'steps'"),
+        ("r --out s --guidance.scal 3", "no option --guidance.scal: allowed here are --guidance.scale, --guidance.interval, "
+                                        "--guidance.channels. Did you mean 'scale'"),
+        ("r --out s --steps.more 3", "--steps has no part 'more'"),
+        ("r --out s --guidance 3", r"--guidance is set part by part: --guidance\.scale, --guidance\.interval"),
+        ("r --out s --guidance.interval 0.3", "--guidance.interval needs 2 values, but got 1"),
+        ("r --out s --guidance.interval 0.8 0.3", r"0 <= low <= high <= 1, but got 0\.8, 0\.3"),
+        ("r --out s --steps", "--steps needs a value"),
+        ("r --out s --steps --seed 1", "--steps needs a value"),
+        ("r --out s --steps many", "setting 'steps' was given 'many': input should be a valid integer"),
+        ("r --out s --steps 2.5", "setting 'steps' was given '2.5': input should be a valid integer"),
+        ("r --out s --steps 0", "setting 'steps' was given '0': input should be greater than or equal to 1"),
+        ("r --out s --weights best", "setting 'weights' was given 'best': input should be 'ema' or 'model'"),
+        ("r --out s --sampler heum", "Unknown sampler 'heum'.* Did you mean 'heun'"),
+        ("r --out s --sampler heun:lats=3", "has no setting 'lats'"),
+        ("r more --out s", "does not know what to do with 'more'"),
+        ("r --out s -n 3", "'-n' is no option: options start with two dashes"),
+        ("r --out s -- 3", "'--' is no option"),
+        ("--out s", r"needs run \(run folder\)"),
+        ("r", r"needs --out \(Name of the .npz.\)"),
+    ],
+)  # fmt: skip
+def test_mistakes(argv, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        sample(*argv.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ("--alignments.2.target tiny", "there are 1 entries, so the next one is number 1"),
+        ("--alignments.1.target tiny", "'alignments.1.depth' is missing"),
+        ("--alignments.x.target tiny", r"--alignments has no part 'x', only numbered ones such as --alignments\.0"),
+        ("--alignments.².target tiny", "has no part '²'"),
+        ("--alignments.0 tiny", r"--alignments\.0 is set part by part: --alignments\.0\.target"),
+        ("--alignments tiny", "does not know what to do with 'tiny'"),
+        ("--alignments.0.tagret tiny", "Did you mean 'target'"),
+        ("--alignments.0.measure-only maybe", "does not know what to do with 'maybe'"),
+        ("--alignments.0.depth 99", "alignments.0.depth is 99, but SiT-S/4 has 6 blocks: choose 1 to 6"),
+        ("--model.depth 1", "alignments.0.depth is 2, but SiT-S/4 has 1 blocks"),
+        ("--alignments.0.similarity cosin", "Unknown similarity 'cosin'.* Did you mean 'cosine'"),
+        ("--alignments.0.similarity nt_xent:temprature=1", "Did you mean 'temperature'"),
+        ("--model SiT-B/2", r"--model is set part by part: --model\.name"),
+        ("--model.name SiT-Q/2", "Unknown model 'SiT-Q/2'"),
+        ("--diffusion.path straight", "Unknown path 'straight'"),
+        ("--optimizer.learning-rate nan", "learning_rate"),
+        ("--label-dropout 1.5", "less than or equal to 1"),
+    ],
+)
+def test_mistakes_in_a_recipe(argv, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        train(*argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_help_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train("--help", recipe="quickstart-repa")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size" in text
+    assert "(default: 64)" in text
+    assert "--optimizer.learning-rate" in text
+    assert "--alignments.0.similarity" in text
+
+
+def test_a_field_without_a_default_is_asked_for_by_its_own_name():
+    class Arguments(Config):
+        long_name: int
+        """A number."""
+
+    with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\.\): see `repa x --help`"):
+        options.parse(Arguments, [], verb="x", about="")

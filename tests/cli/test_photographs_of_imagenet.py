@@ -1,0 +1,90 @@
+"""Real photographs through the commands: $REPA_TEST_DATA, or a sample of ImageNet beside the repository; else skipped."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repa.cli.main import run
+from repa.data import open_data
+from repa.encoders import load_encoder
+from repa.evaluation import evaluate, reference_of
+from repa.runs import read_metrics
+
+BESIDE = Path(__file__).parents[2].parent / "shared" / "data" / "imagenet-sample"
+SOURCE = Path(os.environ.get("REPA_TEST_DATA") or BESIDE)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason=f"no photographs in {SOURCE}")
+
+
+@pytest.fixture(scope="module", params=[32, 64])
+def prepared(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / str(request.param)
+    argv = ["prepare", str(SOURCE), str(folder), "--resolution", str(request.param), "--features", "tiny"]
+    assert run(argv) == 0
+    return open_data(folder)
+
+
+def photographs() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*") if path.suffix.lower() in EXTENSIONS)
+
+
+def test_every_photograph_is_there(prepared):
+    paths = photographs()
+    assert prepared.num_images == len(paths)
+    assert [prepared.class_names[label] for label in prepared.labels] == [path.parent.name for path in paths]
+    prepared.check()
+    side = prepared.resolution // 4
+    tokens = prepared.gather("features.tiny", np.arange(5))
+    assert tokens.shape == (5, side * side, prepared.features["tiny"].dim)
+    assert np.isfinite(tokens).all()
+
+
+def test_the_crop_is_the_middle_square(prepared):
+    """It looks more like the middle square, reduced by Pillow in one step, than like one beside it."""
+    size = prepared.resolution
+    for index in range(0, prepared.num_images, 3):
+        with Image.open(photographs()[index]) as image:
+            picture = image.convert("RGB")
+        short = min(picture.size)
+        left, top = (picture.width - short) / 2, (picture.height - short) / 2
+
+        def square(dx: float, dy: float, picture=picture, short=short, left=left, top=top) -> np.ndarray:
+            corner = min(max(left + dx, 0), picture.width - short), min(max(top + dy, 0), picture.height - short)
+            box = (*corner, corner[0] + short, corner[1] + short)
+            return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(float)
+
+        found = prepared.gather("images", np.array([index]))[0].transpose(1, 2, 0).astype(float)
+        wanted = square(0, 0)
+        error = np.abs(found - wanted).mean()
+        step = 2 * short / size  # two pixels of the small image
+        others = [square(dx, dy) for dx, dy in ((step, 0), (-step, 0), (0, step), (0, -step))]
+        others = [
+            other for other in others if not np.array_equal(other, wanted)
+        ]  # a square picture has nothing beside it
+        for other in (*others, wanted[:, ::-1]):
+            assert error < np.abs(found - other).mean(), photographs()[index]
+
+
+def test_a_few_steps_and_a_distance(prepared, tmp_path):
+    argv = (
+        f"train quickstart-repa --data {prepared.folder} --out {tmp_path / 'r'} --model.hidden-dim 64 --model.depth 2 "
+        "--model.num-heads 2 --alignments.0.projector linear --batch-size 10 --num-steps 20 --log-every 5 --preview.every 0"
+    )
+    assert run(argv.split()) == 0
+    rows = list(read_metrics(tmp_path / "r"))
+    assert rows[-1]["denoising"] < rows[0]["denoising"]
+    assert rows[-1]["alignment"]["tiny@2"] < rows[0]["alignment"]["tiny@2"]
+    images = torch.from_numpy(prepared.gather("images", np.arange(prepared.num_images)))
+    judge = load_encoder("tiny-judge")
+    reference = reference_of(prepared, judge)
+    noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images + noise).clamp(0, 255).to(torch.uint8)
+    distances = [evaluate([batch], judge, reference)["fd"] for batch in (images, images.flip(-1), noisy)]
+    assert (
+        distances[0] < 1e-4 < distances[1] < distances[2]
+    )  # a mirror image is more like a photograph than a noisy one

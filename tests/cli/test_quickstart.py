@@ -1,0 +1,62 @@
+"""`repa quickstart` itself, with its recipes made small: the same code from images to page."""
+
+import json
+
+import pytest
+
+from repa import recipes
+from repa.cli.main import run
+from repa.runs import layout, read_metrics
+
+SMALL = {
+    "model": {"name": "SiT-S/8", "hidden_dim": 16, "depth": 2, "num_heads": 1},
+    "batch_size": 8,
+    "num_steps": 4,
+    "save_every": 2,
+    "log_every": 1,
+    "preview": {"every": 2, "num_images": 4, "num_scored": 12, "num_steps": 2},
+}
+
+
+@pytest.fixture
+def small_recipes(monkeypatch):
+    for name in ("quickstart", "quickstart-repa"):
+        whole = recipes.RECIPES[name]()
+        alignments = [{**whole.alignments[0].model_dump(), "depth": 1, "projector": "linear"}]
+        monkeypatch.setitem(
+            recipes.RECIPES, name, lambda whole=whole, a=alignments: whole.override(**SMALL, alignments=a)
+        )
+
+
+def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
+    out = tmp_path / "quick"
+    command = ["quickstart", "--source", str(image_folder), "--out", str(out)]
+    assert run(command) == 0
+    for name in ("baseline", "aligned"):
+        rows = list(read_metrics(out / name))
+        assert [row["step"] for row in rows if row["kind"] == "eval"] == [2, 4]
+        assert all(row["frechet_distance"] > 0 for row in rows if row["kind"] == "eval")
+        assert all(set(row["alignment"]) == {"tiny@1"} for row in rows if row["kind"] == "train")
+        assert layout.preview_steps(out / name) == [2, 4]
+    first = {name: next(read_metrics(out / name))["denoising"] for name in ("baseline", "aligned")}
+    assert first["baseline"] == pytest.approx(first["aligned"], rel=1e-6)  # same network, batch, noise, times
+
+    page = (out / "report.html").read_text()
+    assert "baseline" in page
+    assert "aligned" in page
+    assert f"repa quickstart --out {out}" in page
+    assert "repa train quickstart-repa" in page
+    assert "report.html" in capsys.readouterr().out
+
+    before = {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
+    assert run(command) == 0  # again: nothing is left to do but the page
+    assert before == {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
+    assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 40
+
+
+def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(["quickstart", "--source", str(tmp_path / "empty"), "--out", str(tmp_path / "q")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("repa: ")
+    assert error.count("\n") == 1

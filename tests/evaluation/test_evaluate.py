@@ -1,0 +1,199 @@
+"""Distances mean what they say: nothing from the images to themselves, more the worse the samples are."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base import dist
+from repa.base.errors import UserError
+from repa.data import PrepareConfig, open_data, prepare
+from repa.encoders import load_encoder
+from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, reference, reference_of
+from repa.evaluation.reference import pooled_features
+from tests.oracles import metrics as oracle
+
+ALL = ("fd", "kd", "precision", "recall")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(data_folder):
+    return open_data(data_folder)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_encoder("tiny-judge")
+
+
+@pytest.fixture(scope="module")
+def images(data):
+    return torch.from_numpy(data.gather("images", np.arange(data.num_images)))
+
+
+@pytest.fixture(scope="module")
+def features(images, judge):
+    return torch.cat(list(pooled_features([images], judge)))
+
+
+def noisy(images, level):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + level * noise).clamp(0, 255).to(torch.uint8)
+
+
+def save(path, images):
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
+    return path
+
+
+def test_the_training_images_are_themselves(data, judge, images):
+    found = evaluate(images.split(7), judge, reference_of(data, judge), ALL)
+    assert found.keys() == set(ALL)
+    assert found["fd"] < 1e-5
+    assert (found["precision"], found["recall"]) == (1.0, 1.0)
+    assert found["kd"] < 0  # unbiased: a set against itself is below 0
+
+
+def test_distances_grow_with_corruption(data, judge, images):
+    found = [evaluate([noisy(images, level)], judge, reference_of(data, judge), ALL) for level in (0, 20, 60, 120)]
+    for name in ("fd", "kd"):
+        values = [row[name] for row in found]
+        assert values == sorted(values), name
+        assert values[-1] > values[1]
+    assert found[-1]["precision"] < 0.5
+
+
+def test_precision_and_recall_are_not_each_other(data, judge, images):
+    """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
+    one_class = images[torch.from_numpy(data.labels) == 0]
+    found = evaluate([one_class], judge, reference_of(data, judge), ("precision", "recall"))
+    assert found["precision"] == 1.0
+    assert 0.4 < found["recall"] < 0.7
+    grey = evaluate([torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)], judge, reference_of(data, judge), ALL[2:])
+    assert grey == {"precision": 0.0, "recall": 0.0}
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, images, features):
+    samples = noisy(images, 40)[:33]
+    found = evaluate(samples.split(size), judge, reference_of(data, judge), ALL)
+    real = features.double().numpy()
+    fake = torch.cat(list(pooled_features([samples], judge))).double().numpy()
+    wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
+    assert found["fd"] == pytest.approx(wanted, rel=1e-3)  # the oracle roots an asymmetric product of low rank
+    assert found["precision"] == pytest.approx(oracle.share_within(fake, real, 3))
+    assert found["recall"] == pytest.approx(oracle.share_within(real, fake, 3))
+    # subsets of all 33 samples, against 33 of the 40 real images each time
+    assert found["kd"] == pytest.approx(oracle.kernel_distance(real, fake, 3), rel=0.1)
+
+
+def test_neighbours_are_looked_for_in_the_images_of_all_processes(data, judge, images, monkeypatch):
+    samples = noisy(images, 40)
+    whole = evaluate(samples.split(16), judge, reference_of(data, judge), ALL[1:])
+    others = list(pooled_features(samples[25:].split(16), judge))
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, others])
+    assert evaluate(samples[:25].split(16), judge, reference_of(data, judge), ALL[1:]) == pytest.approx(whole)
+
+
+def test_only_what_is_asked_is_measured(data, judge, images):
+    assert evaluate([images], judge, reference_of(data, judge)).keys() == {"fd"}
+    assert evaluate([images], judge, reference_of(data, judge), ("recall",)).keys() == {"recall"}
+
+
+def test_a_file_of_samples(data, images, tmp_path):
+    seen = []
+    path = save(tmp_path / "s.npz", noisy(images, 20))
+    config = EvaluateConfig(metrics=ALL, batch_size=16)
+    found = evaluate_file(path, data, config, device=CPU, progress=lambda *counts: seen.append(counts))
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+    assert (found["num_samples"], found["num_reference"]) == (40, 40)
+    assert found["encoder"]["name"] == "tiny-judge"
+    judge = load_encoder("tiny-judge")
+    assert found["metrics"] == evaluate(noisy(images, 20).split(16), judge, reference_of(data, judge), ALL)
+    json.dumps(found)
+
+
+def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
+    room = importlib.import_module("repa.evaluation.evaluate")
+    monkeypatch.setattr(room, "load_encoder", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    for shape in ((4, 8, 8, 3), (4, 16, 8, 3)):
+        np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
+        with pytest.raises(
+            UserError, match=f"images of {shape[1]}x{shape[2]} pixels, .* of 16: compare what has the same"
+        ):
+            evaluate_file(tmp_path / "s.npz", data, EvaluateConfig(), device=CPU)
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_too_few_images(num, data, images, tmp_path):
+    path = save(tmp_path / "s.npz", images[:num])
+    with pytest.raises(UserError, match=f"holds {num} image"):
+        evaluate_file(path, data, EvaluateConfig(), device=CPU)
+
+
+def test_three_images_have_no_third_neighbour(data, images, tmp_path):
+    path = save(tmp_path / "s.npz", images[:3])
+    assert evaluate_file(path, data, EvaluateConfig(metrics=("fd",)), device=CPU)["metrics"]["fd"] > 0
+    with pytest.raises(UserError, match="k=3"):
+        evaluate_file(path, data, EvaluateConfig(), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"features": "tiny-jugde"}, "Did you mean 'tiny-judge'"),
+        ({"metrics": ("fid",)}, "metrics.0' was given 'fid'"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_what_cannot_be_measured(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        EvaluateConfig.parse(change)
+
+
+class TestReference:
+    @pytest.fixture
+    def copy(self, image_folder, tmp_path):
+        prepare(str(image_folder), tmp_path / "d", PrepareConfig(resolution=16))
+        return open_data(tmp_path / "d")
+
+    def test_it_is_made_once(self, copy, judge, features, monkeypatch):
+        first = reference_of(copy, judge)
+        real = features.double().numpy()
+        np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
+        np.testing.assert_allclose(first.statistics.covariance.numpy(), np.cov(real.T), atol=1e-6)
+        torch.testing.assert_close(first.subset, features)
+        monkeypatch.setattr(reference, "_compute", lambda *a: pytest.fail("computed again"))
+        second = reference_of(copy, judge)
+        assert torch.equal(second.subset, first.subset)
+        torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
+        open_data(copy.folder).check()  # the data beside it is still whole data
+
+    def test_another_encoder_has_its_own(self, copy, judge):
+        assert reference_of(copy, judge).subset.shape == (40, 128)
+        assert reference_of(copy, load_encoder("tiny")).subset.shape == (40, 192)
+
+    @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"hello" * 100])
+    def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, judge):
+        first = reference_of(copy, judge)
+        (path,) = (copy.folder / "reference").iterdir()
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(UserError, match="is damaged .*: remove it, and it is computed again"):
+            reference_of(copy, judge)
+        path.unlink()
+        assert torch.equal(reference_of(copy, judge).subset, first.subset)
+
+    def test_a_subset_is_evenly_spaced(self, copy, judge, features, monkeypatch):
+        monkeypatch.setattr(reference, "SUBSET", 10)
+        monkeypatch.setattr(reference, "BATCH", 7)  # no multiple of the stride of 4
+        found = reference_of(copy, judge)
+        torch.testing.assert_close(found.subset, features[::4])
+        assert found.statistics.count == 40
+
+    def test_data_without_images(self, copy, judge, monkeypatch):
+        monkeypatch.setattr(type(copy), "has_images", False)
+        with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
+            reference_of(copy, judge)

@@ -1,0 +1,114 @@
+"""Reading an .npz of samples: what is in it comes out in order; what is wrong with it is said."""
+
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.evaluation import read_samples
+
+
+def pixels(num=7, height=6, width=4):
+    return np.random.default_rng(0).integers(0, 256, (num, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_batches_are_the_images_in_order(save, size, tmp_path):
+    save(tmp_path / "s.npz", arr_0=pixels(), arr_1=np.arange(7))  # labels beside them, as ADM's files have
+    file = read_samples(tmp_path / "s.npz", size)
+    assert (file.num, file.height, file.width) == (7, 6, 4)
+    batches = list(file.batches)
+    assert [len(batch) for batch in batches] == [min(size, 7 - start) for start in range(0, 7, size)]
+    assert batches[0].dtype == torch.uint8
+    assert torch.equal(torch.cat(batches), torch.from_numpy(pixels()).permute(0, 3, 1, 2))
+
+
+def test_newer_headers_are_read(tmp_path):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, pixels(), version=(2, 0))
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue())
+    assert torch.equal(torch.cat(list(read_samples(tmp_path / "s.npz", 4).batches)).permute(0, 2, 3, 1),
+                       torch.from_numpy(pixels()))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pixels().astype(np.float32),
+        pixels().astype(np.int8),
+        pixels()[0],
+        pixels().transpose(0, 3, 1, 2),
+        np.asfortranarray(pixels()),
+        np.uint8(3),
+    ],
+)
+def test_another_array_is_refused(array, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=array)
+    with pytest.raises(UserError, match=r"s\.npz: arr_0 must be uint8 \(N, H, W, 3\), but is"):
+        read_samples(tmp_path / "s.npz", 4)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return pytest.fail, ("executed",)
+
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|O", "fortran_order": False, "shape": (2, 4, 4, 3)})
+    buffer.write(pickle.dumps(Bomb()))
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue())
+    with pytest.raises(UserError, match="arr_0 must be uint8"):
+        read_samples(tmp_path / "s.npz", 4)
+
+
+def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, arr_0=pixels())
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 37):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"s\.npz cannot be read as samples"):
+            read_samples(path, 4)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_other_bytes_inside_are_a_sentence(save, tmp_path):
+    path = tmp_path / "s.npz"
+    save(path, arr_0=pixels(500))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"s\.npz is (damaged|cut off)"):
+        list(read_samples(path, 4).batches)
+
+
+def test_fewer_images_than_announced(tmp_path):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (9, 6, 4, 3)})
+    buffer.write(pixels().tobytes())
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue())
+    with pytest.raises(UserError, match="is cut off: it announces 9 images and ends after 6"):
+        list(read_samples(tmp_path / "s.npz", 3).batches)
+
+
+def test_what_is_no_npz(tmp_path):
+    with pytest.raises(UserError, match=r"There is no file .*nothing\.npz"):
+        read_samples(tmp_path / "nothing.npz", 4)
+    with pytest.raises(UserError, match="cannot be read as samples"):
+        read_samples(tmp_path, 4)
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "array.npy", pixels())
+    np.savez(tmp_path / "named.npz", images=pixels())
+    for name in ("text.npz", "array.npy", "named.npz"):
+        with pytest.raises(
+            UserError, match="cannot be read as samples: .* must be an .npz with uint8 images under arr_0"
+        ):
+            read_samples(tmp_path / name, 4)

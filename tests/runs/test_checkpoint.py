@@ -1,0 +1,152 @@
+"""Checkpoints are whole or absent, and their bytes are the ones that were written."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.runs import Checkpoint, checkpoint, layout, load_checkpoint, save_checkpoint
+from repa.runs.checkpoint import load_weights
+
+FILES = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
+
+
+def make(step: int) -> Checkpoint:
+    """A checkpoint of real state dictionaries, different at every step."""
+    torch.manual_seed(step)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    ema = {name: value * 0.5 for name, value in model.state_dict().items()}
+    return Checkpoint(
+        step, model.state_dict(), ema, {"0.weight": torch.randn(2, 2).T}, optimizer.state_dict(), {"seconds": step / 8}
+    )
+
+
+def assert_same(a: Checkpoint, b: Checkpoint) -> None:
+    assert (a.step, a.counters) == (b.step, b.counters)
+    for mine, yours in ((a.model, b.model), (a.ema, b.ema), (a.projectors, b.projectors)):
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
+    for key, moments in a.optimizer["state"].items():
+        assert all(torch.equal(value, b.optimizer["state"][key][name]) for name, value in moments.items())
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for step in (5, 40, 7):
+        save_checkpoint(tmp_path, make(step))
+    assert layout.checkpoint_steps(tmp_path) == [5, 7, 40]
+    assert_same(load_checkpoint(tmp_path), make(40))  # the highest step, not the last written
+    assert_same(load_checkpoint(tmp_path, 7), make(7))
+    for weights, wanted in (("ema", make(40).ema), ("model", make(40).model)):
+        step, found = load_weights(tmp_path, weights)
+        assert step == 40
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("moment", [*FILES, layout.STATE_FILE, "rename"])
+def test_a_kill_between_files_leaves_the_old_checkpoint(moment, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, make(5))
+
+    def die_at(name, function, position):
+        def wrapped(*arguments):
+            if name == "rename" or os.path.basename(arguments[position]) == name:
+                os._exit(9)  # nothing is tidied up, as with SIGKILL
+            return function(*arguments)
+
+        return wrapped
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(checkpoint, "save_file", die_at(moment, checkpoint.save_file, 1))
+        monkeypatch.setattr(torch, "save", die_at(moment, torch.save, 1))
+        monkeypatch.setattr(files, "write_json", die_at(moment, files.write_json, 0))
+        if moment == "rename":
+            monkeypatch.setattr(os, "rename", die_at(moment, os.rename, 1))
+        save_checkpoint(tmp_path, make(10), keep=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert layout.checkpoint_steps(tmp_path) == [5]
+    assert_same(load_checkpoint(tmp_path), make(5))
+    save_checkpoint(tmp_path, make(10), keep=1)
+    assert [p.name for p in (tmp_path / layout.CHECKPOINTS).iterdir()] == ["0000010"]  # the half one is tidied up too
+    assert_same(load_checkpoint(tmp_path), make(10))
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    assert layout.checkpoint_steps(tmp_path) == [3, 4]
+    for step in (5, 6):
+        save_checkpoint(tmp_path, make(step), keep=0)
+    assert layout.checkpoint_steps(tmp_path) == [3, 4, 5, 6]
+
+
+def test_the_same_step_again_leaves_the_first(tmp_path):
+    save_checkpoint(tmp_path, make(5))
+    save_checkpoint(tmp_path, make(5)._replace(model=make(6).model))
+    assert_same(load_checkpoint(tmp_path), make(5))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_other_bit_is_noticed(name, tmp_path):
+    for step in (5, 10):
+        save_checkpoint(tmp_path, make(step))
+    path = layout.checkpoint_folder(tmp_path, 10) / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged.*continues from step 5"):
+        load_checkpoint(tmp_path)
+    assert_same(load_checkpoint(tmp_path, 5), make(5))
+    if name != layout.EMA_FILE:  # sampling reads one file, and only that one need be whole
+        assert load_weights(tmp_path, "ema")[0] == 10
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_state_file_cut_in_half_is_said(tmp_path):
+    path = save_checkpoint(tmp_path, make(5)) / layout.STATE_FILE
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        load_checkpoint(tmp_path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_foreign_checkpoint_executes_nothing(zipped, tmp_path):
+    folder = save_checkpoint(tmp_path, make(5))
+    path, mark = folder / layout.OPTIMIZER_FILE, tmp_path / "executed"
+    torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+    state = json.loads((folder / layout.STATE_FILE).read_text())
+    state["sha256"][path.name] = files.sha256(path)  # whoever made it made the checksum too
+    files.write_json(folder / layout.STATE_FILE, state)
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_checkpoint(tmp_path)
+    assert not mark.exists()
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint yet: train it first"):
+        load_weights(tmp_path, "ema")
+    save_checkpoint(tmp_path, make(5))
+    with pytest.raises(UserError, match="no checkpoint of step 6: there are 5"):
+        load_checkpoint(tmp_path, 6)
+    with pytest.raises(UserError, match="'best' do not exist in a checkpoint: choose 'ema' or 'model'"):
+        load_weights(tmp_path, "best")

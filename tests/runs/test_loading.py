@@ -1,0 +1,132 @@
+"""A network back from its folder alone: the same numbers as the one in memory, and sentences for what is missing."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from repa.base.errors import UserError
+from repa.data import open_data
+from repa.diffusion.config import GuidanceConfig
+from repa.runs import layout, load_run
+from repa.training import train
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, data_folder, tmp_path_factory):
+    """A run folder, and its state as it was in memory at the end."""
+    run, states = tmp_path_factory.mktemp("runs") / "r", []
+    config = tiny_config.override(num_steps=4, save_every=2, optimizer={"learning_rate": 1e-2})
+    train(
+        config, open_data(data_folder), run, device=torch.device("cpu"), progress=states.append, say=lambda text: None
+    )
+    return run, states[-1]
+
+
+@pytest.fixture
+def copy(random_run, tmp_path):
+    return shutil.copytree(random_run, tmp_path / "elsewhere")
+
+
+def inputs(num=3):
+    stream = torch.Generator().manual_seed(0)
+    return torch.randn(num, 3, 16, 16, generator=stream), torch.rand(num, generator=stream), torch.tensor([0, 1, 2])
+
+
+def test_a_folder_alone_gives_the_network_that_was_in_memory(trained, tmp_path):
+    run, state = trained
+    moved = shutil.copytree(run, tmp_path / "moved")
+    for weights, network in (("ema", state.ema.model), ("model", state.model)):
+        loaded = load_run(moved, weights)
+        assert (loaded.step, loaded.weights, loaded.folder) == (4, weights, moved)
+        with torch.no_grad():
+            wanted = network(*inputs()).prediction
+        assert wanted.abs().max() > 0
+        assert torch.equal(loaded.model(*inputs()).prediction, wanted)
+
+
+def test_what_is_loaded_is_ready_to_use(random_run):
+    loaded = load_run(random_run)
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.latent_shape == (3, 16, 16)
+    assert loaded.class_names == ("dark", "light")
+    assert (loaded.autoencoder.name, loaded.diffusion.path) == ("pixels", "linear")
+    path = loaded.path(torch.tensor(0.25))
+    assert (float(path.alpha), float(path.sigma)) == (0.75, 0.25)
+
+
+def test_the_denoiser_closes_over_labels_and_guidance(random_run):
+    loaded = load_run(random_run)
+    x, _, _ = inputs()
+    labels, null = torch.tensor([0, 1, 0]), torch.full((3,), loaded.model.null_label)
+    t = torch.full((3,), 0.3)
+    conditional, unconditional = (loaded.model(x, t, y).prediction for y in (labels, null))
+    torch.testing.assert_close(loaded.denoiser(labels).velocity(x, 0.3), conditional)
+    guided = loaded.denoiser(labels, GuidanceConfig(scale=2.5, interval=(0, 0.4)))
+    torch.testing.assert_close(guided.velocity(x, 0.3), unconditional + 2.5 * (conditional - unconditional))
+    t = torch.full((3,), 0.5)
+    torch.testing.assert_close(guided.velocity(x, 0.5), loaded.model(x, t, labels).prediction)
+
+
+def test_steps_and_weights_differ(random_run):
+    outputs = [
+        load_run(random_run, weights, step=step).model(*inputs()).prediction
+        for step in (10, 20)
+        for weights in ("ema", "model")
+    ]
+    newest = load_run(random_run).model(*inputs()).prediction
+    assert [torch.equal(output, newest) for output in outputs] == [False, False, True, False]
+
+
+def test_loading_changes_nothing(random_run):
+    before = {path: path.stat().st_mtime_ns for path in random_run.rglob("*")}
+    load_run(random_run)
+    assert before == {path: path.stat().st_mtime_ns for path in random_run.rglob("*")}
+
+
+def test_unknown_weights_and_steps(random_run):
+    with pytest.raises(UserError, match="'best' do not exist in a checkpoint: choose 'ema' or 'model'"):
+        load_run(random_run, "best")
+    with pytest.raises(UserError, match="no checkpoint of step 15: there are 10, 20"):
+        load_run(random_run, step=15)
+
+
+def test_no_run_and_no_checkpoint(copy, tmp_path):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
+        load_run(tmp_path / "nowhere")
+    shutil.rmtree(copy / layout.CHECKPOINTS)
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_run(copy)
+
+
+def test_a_damaged_checkpoint(copy):
+    path = layout.checkpoint_folder(copy, 20) / layout.EMA_FILE
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
+        load_run(copy)
+    assert load_run(copy, step=10).step == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda config: config.pop("diffusion"), "lacks the setting 'diffusion'"),
+        (lambda config: config["model"].update(depth=3), "are of another network"),
+        (lambda config: config["model"].update(widht=3), "unknown setting 'widht'"),
+    ],
+)
+def test_a_configuration_of_something_else(change, sentence, copy):
+    config = yaml.safe_load((copy / layout.CONFIG).read_text())
+    change(config)
+    (copy / layout.CONFIG).write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=sentence):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "model: [", "\x00"])
+def test_a_configuration_that_is_no_mapping(text, copy):
+    (copy / layout.CONFIG).write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        load_run(copy)

@@ -1,0 +1,74 @@
+"""metrics.jsonl: what was logged comes back, a half line does not, and a restart forgets what will be done again."""
+
+import json
+import math
+
+import pytest
+
+from repa.base import dist
+from repa.runs import MetricsLog, layout, read_metrics
+
+
+def write(run, steps, resume_step=0):
+    log = MetricsLog(run, resume_step)
+    for step in steps:
+        log.row("train", step, loss=step / 4, alignment={"tiny@1": -0.5})
+    log.close()
+
+
+def steps(run):
+    return [row["step"] for row in read_metrics(run)]
+
+
+def test_rows_come_back(tmp_path):
+    assert list(read_metrics(tmp_path)) == []
+    log = MetricsLog(tmp_path)
+    log.row("train", 1, loss=0.1 + 0.2, alignment={"tiny@1": math.nan}, rate=math.inf)
+    log.row("eval", 1, sampler="heun", steps=4)
+    assert len(list(read_metrics(tmp_path))) == 2  # before closing: a run that goes on can be looked at
+    log.line("step 1/2: loss 0.3")
+    log.close()
+    assert list(read_metrics(tmp_path)) == [
+        {"kind": "train", "step": 1, "loss": 0.1 + 0.2, "alignment": {"tiny@1": None}, "rate": None},
+        {"kind": "eval", "step": 1, "sampler": "heun", "steps": 4},
+    ]
+    assert (tmp_path / layout.LOG).read_text() == "step 1/2: loss 0.3\n"
+    for line in (tmp_path / layout.METRICS).read_text().splitlines():  # JSON knows no NaN
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_line_cut_anywhere_is_left_out(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    path = tmp_path / layout.METRICS
+    whole = path.read_bytes()
+    begin = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(begin, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert steps(tmp_path) == [1, 2], whole[begin:end]
+    path.write_bytes(whole[:-1])  # all of it but the line's end
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_restart_drops_what_will_be_done_again(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5])
+    write(tmp_path, [4, 5, 6], resume_step=3)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    write(tmp_path, [1], resume_step=0)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_restart_after_a_half_line_continues_on_a_line_of_its_own(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    path = tmp_path / layout.METRICS
+    path.write_bytes(path.read_bytes()[:-10])
+    write(tmp_path, [3, 4], resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    log = MetricsLog(tmp_path / "run")
+    log.row("train", 1, loss=1.0)
+    log.line("text")
+    log.close()
+    assert not (tmp_path / "run").exists()

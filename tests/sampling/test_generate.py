@@ -1,0 +1,258 @@
+"""Image i is a function of (run, configuration, i), whoever makes it, in whatever company, and after any interruption."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repa.autoencoders import load_autoencoder
+from repa.base import dist
+from repa.base.errors import UserError
+from repa.base.images import grid
+from repa.base.rng import SampleStreams
+from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.models import build_model
+from repa.runs import LoadedRun, load_run
+from repa.sampling import SampleConfig, generate, write_samples
+
+ODE = SampleConfig(sampler="heun", steps=3, guidance=GuidanceConfig(scale=1.5), batch_size=4, seed=1)
+SDE = ODE.override(sampler="euler_maruyama", steps=5)
+both = pytest.mark.parametrize("config", [ODE, SDE], ids=["ode", "sde"])
+
+
+@pytest.fixture(scope="module")
+def run(random_run):
+    return load_run(random_run)
+
+
+def read(path):
+    with np.load(path, allow_pickle=False) as archive:
+        assert archive.files == ["arr_0"]
+        return archive["arr_0"]
+
+
+@both
+def test_an_image_does_not_depend_on_its_companions(config, run):
+    whole = generate(run, config, range(12)).images
+    assert (whole.dtype, whole.shape) == (torch.uint8, (12, 3, 16, 16))
+    for size in (1, 2, 5):
+        parts = [generate(run, config, range(s, min(s + size, 12))).images for s in range(0, 12, size)]
+        assert torch.equal(torch.cat(parts), whole), size
+    assert torch.equal(generate(run, config, [7, 2]).images, whole[[7, 2]])
+    assert len({image.numpy().tobytes() for image in whole}) == 12
+    assert not torch.equal(generate(run, config.override(seed=2), range(12)).images, whole)
+
+
+@both
+def test_a_wider_network_differs_by_rounding_alone(config):
+    """A batch of one multiplies matrices by another routine: measured one grey level in 1e-4 of the pixels."""
+    torch.manual_seed(0)
+    model = build_model(
+        "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=192, depth=4, num_heads=3
+    )
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.08)
+    run = LoadedRun(model.eval(), DiffusionConfig(), load_autoencoder("pixels"), 0, "ema")
+    whole = generate(run, config, range(8)).images.int()
+    assert torch.equal(torch.cat([generate(run, config, range(s, s + 2)).images for s in range(0, 8, 2)]), whole)
+    alone = torch.cat([generate(run, config, [i]).images for i in range(8)]).int()
+    assert (alone - whole).abs().max() <= 1
+    assert (alone != whole).float().mean() < 1e-3
+
+
+def test_euler_is_the_equation_written_out(run):
+    """dx = v dt from t = 1 to 0 in 4 steps, v guided, from the noise of each image's own stream."""
+    config = ODE.override(sampler="euler", steps=4, labels="1")
+    images = generate(run, config, [3, 8]).images
+    for index, image in zip((3, 8), images, strict=True):
+        x = SampleStreams(1, [index]).randn(3, 16, 16).double()
+        for t in (1.0, 0.75, 0.5, 0.25):
+            v = [run.model(x.float(), torch.tensor([t]), torch.tensor([label])).prediction.double() for label in (1, 2)]
+            x = x - 0.25 * (v[1] + 1.5 * (v[0] - v[1]))
+        wanted = (127.5 * x[0] + 127.5).round().clamp(0, 255)
+        assert (image - wanted).abs().max() <= 1
+        assert (image != wanted).double().mean() < 1e-2
+
+
+def test_an_untrained_network_shows_the_noise_it_starts_from(run):
+    """Its answer is 0 everywhere, so nothing moves: the same index starts from the same noise in every run."""
+    model = build_model(
+        "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=32, depth=1, num_heads=2
+    )
+    untrained = LoadedRun(model.eval(), run.diffusion, run.autoencoder, 0, "ema")
+    noise = SampleStreams(1, range(5)).randn(3, 16, 16)
+    assert torch.equal(generate(untrained, ODE, range(5)).images, run.autoencoder.decode(noise))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "nfe"), [("euler", 6), ("heun", 11), ("euler_maruyama", 6), ("euler_maruyama:last=0.2", 6)]
+)
+def test_calls_are_counted(sampler, nfe, run):
+    for scale in (1.0, 2.0):
+        config = ODE.override(sampler=sampler, steps=6, guidance={"scale": scale})
+        assert generate(run, config, range(2)).nfe == nfe
+
+
+def test_guidance_changes_samples_and_keeps_to_its_interval(run):
+    def images(**guidance):
+        return generate(run, ODE.override(guidance=guidance, steps=6), range(4)).images
+
+    plain = images(scale=1.0)
+    assert not torch.equal(images(scale=2.0), plain)
+    assert not torch.equal(images(scale=2.0), images(scale=2.0, interval=(0.0, 0.5)))
+    assert not torch.equal(images(scale=2.0, channels=1), images(scale=2.0))
+    assert torch.equal(images(scale=2.0, interval=(0.9, 0.95)), plain)  # no time of the grid lies in there
+
+
+def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
+    seen = []
+    forward = type(run.model).forward
+
+    def watched(self, x, t, y, *rest):
+        seen.append((round(float(t[0]), 6), len(x), y.tolist()))
+        return forward(self, x, t, y, *rest)
+
+    monkeypatch.setattr(type(run.model), "forward", watched)
+    config = ODE.override(sampler="euler", steps=5, labels="1,0", guidance={"scale": 2.0, "interval": (0.2, 0.6)})
+    generate(run, config, range(2))
+    null = run.model.null_label
+    alone, double = (2, [1, 0]), (4, [1, 0, null, null])
+    assert seen == [(1.0, *alone), (0.8, *alone), (0.6, *double), (0.4, *double), (0.2, *double)]
+
+
+def test_labels(run, monkeypatch):
+    asked = []
+    denoiser = LoadedRun.denoiser
+    monkeypatch.setattr(LoadedRun, "denoiser", lambda self, y, g=None: asked.append(y.tolist()) or denoiser(self, y, g))
+
+    def labels(protocol, indices):
+        generate(run, ODE.override(labels=protocol, steps=1), indices)
+        return asked.pop()
+
+    assert labels("balanced", range(1, 6)) == [1, 0, 1, 0, 1]
+    assert labels("1", range(3)) == [1, 1, 1]
+    assert labels("0,1,1", range(5)) == [0, 1, 1, 0, 1]
+    drawn = labels("uniform", range(200))
+    assert 60 < sum(drawn) < 140
+    assert labels("uniform", [150, 3]) == [drawn[150], drawn[3]]
+
+
+@pytest.mark.parametrize("labels", ["2", "0,7", "0, 7"])
+def test_a_class_that_does_not_exist(labels, run):
+    with pytest.raises(UserError, match=r"Class [27] does not exist: the model has 2 classes, numbered from 0"):
+        generate(run, ODE.override(labels=labels), range(2))
+
+
+@pytest.mark.parametrize("labels", ["", "cat", "-1", "1,", "1.5", "²"])
+def test_labels_that_are_none(labels):
+    with pytest.raises(UserError, match="must be uniform, balanced, or class numbers"):
+        ODE.override(labels=labels)
+
+
+def test_the_file_is_what_evaluators_read(run, tmp_path):
+    done = []
+    out = write_samples(run, ODE, 10, tmp_path / "new" / "samples.npz", lambda *counts: done.append(counts))
+    images = read(out)
+    assert (images.dtype, images.shape, images.flags.c_contiguous) == (np.uint8, (10, 16, 16, 3), True)
+    assert np.array_equal(images, generate(run, ODE, range(10)).images.permute(0, 2, 3, 1).numpy())
+    assert zipfile.ZipFile(out).testzip() is None
+    assert done == [(4, 10), (8, 10), (10, 10)]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["samples.npz", "samples.png"]
+    sheet = np.asarray(Image.open(out.with_suffix(".png")))  # of all ten, though a part holds four
+    assert np.array_equal(sheet, grid(torch.from_numpy(images).permute(0, 3, 1, 2)))
+
+
+@both
+def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, monkeypatch):
+    whole = write_samples(run, config, 11, tmp_path / "whole.npz").read_bytes()
+
+    def stop(done, total):
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "again.npz"
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, config, 11, out, stop)
+    parts = out.with_suffix(".parts")
+    assert not out.exists()
+    assert sorted(path.name for path in parts.glob("*.npy")) == ["000000000.npy", "000000004.npy"]
+    kept = (parts / "000000004.npy").stat().st_mtime_ns
+    (parts / "000000000.npy").unlink()
+    (parts / ".000000000.npy.killed.tmp").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, config, 11, out, stop)
+    assert (parts / "000000004.npy").stat().st_mtime_ns == kept  # not made again
+    write_samples(run, config, 11, out)
+    assert out.read_bytes() == whole
+    assert not parts.exists()
+
+
+@both
+def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path, monkeypatch):
+    """Three processes, one after the other; the main one last, as it waits for the others."""
+    whole = write_samples(run, config, 11, tmp_path / "whole.npz").read_bytes()
+    out = tmp_path / "shared.npz"
+    monkeypatch.setattr(dist, "world", lambda: 3)
+    made = []
+    for rank in (2, 1, 0):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        write_samples(run, config, 11, out, lambda done, total: made.append(done))
+        assert out.exists() == (rank == 0)
+    assert len(made) == 3
+    assert out.read_bytes() == whole
+
+
+def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
+    out = tmp_path / "samples.npz"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, ODE, 8, out, stop)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for config, num, change in (
+        (ODE.override(seed=9), 8, "seed: 1 -> 9"),
+        (ODE.override(guidance={"scale": 3.0}), 8, r"guidance: .*1\.5.* -> .*3\.0.*"),
+        (ODE.override(batch_size=2), 8, "batch_size: 4 -> 2"),
+        (ODE, 12, "num: 8 -> 12"),
+    ):
+        with pytest.raises(UserError, match=f"holds part of another job .{change}.: remove it or choose another --out"):
+            write_samples(run, config, num, out)
+    with pytest.raises(UserError, match="step: 20 -> 10"):
+        write_samples(load_run(random_run, step=10), ODE, 8, out)
+    with pytest.raises(UserError, match="weights: ema -> model"):
+        write_samples(load_run(random_run, "model"), ODE, 8, out)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_mistake_found_late_does_not_block_the_mended_command(run, tmp_path):
+    out = tmp_path / "samples.npz"
+    for wrong in ({"labels": "5"}, {"sampler": "euler_maruyama:last=7"}, {"sampler": "ddpm"}):
+        with pytest.raises(UserError):
+            write_samples(run, ODE.override(**wrong), 4, out)
+    assert len(read(write_samples(run, ODE, 4, out))) == 4
+
+
+def test_a_name_that_is_no_npz(run, tmp_path):
+    with pytest.raises(UserError, match=r"written as one \.npz file, but --out is .*samples\.png"):
+        write_samples(run, ODE, 4, tmp_path / "samples.png")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_said_first(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})())
+    with pytest.raises(UserError, match=r"Writing 11 samples needs 16\.5 KiB, but .* has 4\.9 KiB free"):
+        write_samples(run, ODE, 11, tmp_path / "samples.npz")
+
+
+def test_the_job_is_on_paper(run, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_samples(run, ODE, 8, tmp_path / "s.npz", lambda done, total: 1 / 0)
+    job = json.loads((tmp_path / "s.parts" / "job.json").read_text())
+    assert SampleConfig.parse({name: job[name] for name in SampleConfig.model_fields}) == ODE
+    assert (job["step"], job["weights"], job["num"]) == (20, "ema", 8)

@@ -1,0 +1,131 @@
+"""What README.md and docs/ name exists, and the commands and code that they show are understood or run."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from repa.cli import options
+from repa.cli.main import VERBS, run
+from repa.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+READ = {page: page.read_text() for page in PAGES}
+PENDING = {"quickstart.md", "quickstart.png", "tiny-encoder.md"}  # of docs/, written from measurements
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words after `repa` of every such command in a fenced block, lines joined, comments and optional parts left out."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"[\[\]]", "", line), comments=True) if "repa" in line else []
+            if words[:1] == ["repa"]:
+                found.append(words[1:])
+            elif "-m" in words and words[words.index("-m") + 1] == "repa":
+                found.append(words[words.index("-m") + 2 :])
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """Names of functions, classes and values at the top of a module."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_there_are_pages():
+    assert {"architecture.md", "extending.md", "files.md", "methods.md"} <= {page.name for page in PAGES}
+
+
+@pages
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", READ[page]):
+        if not re.match(r"\w+:|#", target):
+            assert Path(target).name in PENDING or (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pages
+def test_files_exist(page):
+    for path in re.findall(r"(?<![\w./-])((?:src|tests|tools|examples|benchmarks|docs)/[\w./-]+\.\w+)", READ[page]):
+        assert Path(path).name in PENDING or (ROOT / path).exists(), path
+
+
+@pages
+def test_functions_named_by_file_exist(page):
+    for path, name in re.findall(r"`(\w+/\w+\.py):(\w+)`", READ[page]):
+        assert name in defined(ROOT / "src/repa" / path), f"{path}:{name}"
+
+
+@pages
+def test_verbs_and_recipes_exist(page):
+    for verb in re.findall(r"(?:`|^|-m )repa ([a-z]+)\b", READ[page], re.M):
+        assert verb in VERBS, verb
+    for recipe in re.findall(r"repa train ([a-z][a-z0-9-]*)(?![\w./-])", READ[page]):
+        assert recipe in RECIPES, recipe
+
+
+@pages
+def test_options_of_commands_exist(page):
+    for verb, *arguments in commands(READ[page]):
+        room = importlib.import_module(f"repa.cli.{verb}")
+        options.words(getattr(room, f"{verb.capitalize()}Arguments"), arguments, verb)  # raises on an unknown option
+
+
+def test_the_tables_of_rooms_are_complete():
+    """Every module of the package is named in architecture.md, but for those of the report, of which it says '...'."""
+    text = READ[ROOT / "docs/architecture.md"]
+    verbs = {f"{verb}.py" for verb in VERBS} | {"console.py", "__init__.py", "__main__.py"}
+    for path in sorted((ROOT / "src/repa").rglob("*.py")):
+        if path.parent.name != "report" and not (path.name in verbs and path.parent.name in ("cli", "repa")):
+            assert path.name == "__init__.py" or f"{path.name}`" in text, path
+    for room, names in re.findall(r"`(repa\.\w+)`:((?: `\w+`)+)", text):
+        missing = set(re.findall(r"`(\w+)`", names)) - set(importlib.import_module(room).__all__)
+        assert not missing, (room, missing)
+
+
+@pytest.fixture
+def mylab(tmp_path, monkeypatch):
+    """The files of docs/extending.md, as it says where they go."""
+    for block in re.findall(r"^```python\n(.*?)^```", READ[ROOT / "docs/extending.md"], re.S | re.M):
+        if name := re.match(r"# (mylab/\w+\.py)\n", block):
+            path = tmp_path / name[1]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("mylab.test_mylab")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+        del sys.modules[name]
+
+
+def test_the_examples_of_extending_pass_their_own_tests(mylab):
+    tests = [test for name, test in vars(mylab).items() if name.startswith("test_")]
+    assert len(tests) == 3
+    for test in tests:
+        test()
+
+
+def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_path, capsys):
+    train = [
+        "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
+        "--preview.every", "0", "--alignments.0.target", "mylab.encoders.random_patches:dim=32",
+        "--alignments.0.similarity", "mylab.similarities.smooth_l1:beta=0.5", "--alignments.0.projector", "linear",
+    ]  # fmt: skip
+    assert run(train) == 0
+    sample = ["sample", "run", "--num-images", "2", "--steps", "2", "--sampler", "mylab.samplers.midpoint"]
+    assert run([*sample, "--out", "samples.npz"]) == 0
+    assert (tmp_path / "samples.npz").is_file()
+    assert run([*train, "--alignments.0.similarity", "mylab.similarities.smooth_l2", "--out", "other"]) == 2
+    assert "smooth_l2" in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""Two processes (gloo) do the work of one: the same losses, weights, samples and shards; and an error ends both.
+
+Each torchrun costs seconds, so there are four of them: train, sample, prepare, and a mistake.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import repa
+from repa.alignment.config import AlignmentConfig
+from repa.cli.main import run
+from repa.runs import layout, read_metrics
+
+
+def torchrun(*argv, check=True) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node 2 -m repa ...` on the CPU; fails when it takes longer than two minutes."""
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1])
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "repa",
+        *argv,
+    ]
+    done = subprocess.run(
+        [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def alone(*argv) -> None:
+    assert run([str(word) for word in argv]) == 0
+
+
+def rows(folder: Path, kind: str) -> list[dict]:
+    return [row for row in read_metrics(folder) if row["kind"] == kind]
+
+
+def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
+    names = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE)
+    files = {name: load_file(layout.checkpoint_folder(folder, step) / name) for name in names}
+    return {f"{name}/{key}": value for name, tensors in files.items() for key, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_config, tmp_path_factory) -> Path:
+    """Both similarities at once; nt_xent contrasts images of both processes."""
+    alignments = (
+        tiny_config.alignments[0],
+        AlignmentConfig(target="tiny", depth=2, projector="linear", similarity="nt_xent:temperature=0.2"),
+    )
+    preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers: the shares are not equal
+    path = tmp_path_factory.mktemp("recipe") / "two.yaml"
+    path.write_text(
+        tiny_config.override(alignments=alignments, preview=preview, optimizer={"learning_rate": 1e-3}).to_yaml()
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, data_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """(one, two): ten steps by one process; six by two processes, then four more by one."""
+    one, two = (tmp_path_factory.mktemp("two") / name for name in ("one", "two"))
+    alone("train", recipe, "--data", data_folder, "--out", one, "--save-every", 6, "--keep-checkpoints", 0)
+    torchrun("train", recipe, "--data", data_folder, "--out", two, "--num-steps", 6, "--keep-checkpoints", 0)
+    alone("train", recipe, "--data", data_folder, "--out", two, "--save-every", 6, "--keep-checkpoints", 0)
+    return one, two
+
+
+def test_every_loss_is_the_same(runs):
+    one, two = (rows(folder, "train") for folder in runs)
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 11))
+    for mine, yours in zip(one, two, strict=True):
+        assert mine["alignment"].keys() == {"tiny@1", "tiny@2"}
+        for name in ("loss", "denoising"):
+            assert mine[name] == pytest.approx(yours[name], abs=1e-5), (mine["step"], name)
+        for name, value in mine["alignment"].items():
+            assert value == pytest.approx(yours["alignment"][name], abs=1e-5), (mine["step"], name)
+        assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [6, 10])  # made by two processes; made by one that continued
+def test_weights_are_close(step, runs):
+    one, two = (weights(folder, step) for folder in runs)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=2e-5, err_msg=name)
+
+
+def test_both_said_who_did_it(runs):
+    _, two = runs
+    begins = [line for line in (two / layout.LOG).read_text().splitlines() if line.startswith("from step")]
+    assert [line.split(",")[0] for line in begins] == ["from step 0 on 2 x cpu", "from step 6 on 1 x cpu"]
+
+
+def test_previews_and_distances_are_shared(runs):
+    one, two = runs
+    images = []
+    for folder in runs:
+        with np.load(layout.preview(folder, 6, ".npz"), allow_pickle=False) as archive:
+            images.append(archive["arr_0"].astype(int))
+    assert images[0].shape == (5, 16, 16, 3)
+    assert np.abs(images[0] - images[1]).max() <= 1  # the weights differ in the sixth digit
+    mine, yours = (rows(folder, "eval")[0] for folder in (one, two))
+    assert mine["num_samples"] == yours["num_samples"] == 21
+    assert mine["frechet_distance"] == pytest.approx(yours["frechet_distance"], rel=1e-3)
+
+
+def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
+    command = (
+        "sample",
+        random_run,
+        "--num-images",
+        11,
+        "--batch-size",
+        4,
+        "--steps",
+        4,
+        "--guidance.scale",
+        1.5,
+        "--out",
+    )
+    alone(*command, tmp_path / "one.npz")
+    done = torchrun(*command, tmp_path / "two.npz")
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "one.png", "two.npz", "two.png"]
+    assert done.stdout.count("11 images of step 20") == 1  # one process speaks
+
+
+def test_shards_are_the_same_to_the_byte(image_folder, tmp_path):
+    command = ("prepare", image_folder)
+    settings = ("--resolution", 16, "--features", "tiny", "--shard-size", 9, "--batch-size", 5)
+    alone(*command, tmp_path / "one", *settings)
+    torchrun(*command, tmp_path / "two", *settings)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*")} for name in ("one", "two"))
+    assert len(one) >= 15
+    assert one == two
+
+
+def test_a_mistake_that_only_the_main_process_sees_ends_both(runs, recipe, data_folder):
+    """The other process waits at a barrier for the one that refuses."""
+    begin = time.monotonic()
+    done = torchrun(
+        "train", recipe, "--data", data_folder, "--out", runs[0], "--seed", 7, "--num-steps", 99, check=False
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - begin < 60
+    assert "repa: " in done.stderr
+    assert "holds a run of another configuration (seed: 0 -> 7)" in done.stderr
+    assert layout.checkpoint_steps(runs[0]) == [6, 10]
