@@ -1,5 +1,8 @@
 """Words to configurations: whatever the order, nested names, lists, booleans; and one sentence for each mistake."""
 
+import subprocess
+import sys
+
 import pytest
 
 from repa.base.config import Config
@@ -215,3 +218,10 @@ def test_a_field_without_a_default_is_asked_for_by_its_own_name():
 
     with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\.\): see `repa x --help`"):
         options.parse(Arguments, [], verb="x", about="")
+
+
+def test_no_configuration_imports_torch():
+    rooms = ("diffusion", "models", "alignment", "data", "sampling", "training", "evaluation", "analysis")
+    modules = [f"repa.{room}.config" for room in rooms] + ["repa.recipes", "repa.cli.options", "repa.cli.console"]
+    code = f"import {', '.join(modules)}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,6 @@
 """Trainable maps from the transformer's width D to the encoder's width F: (N, T, D) -> (N, T, F).
 
-They are trained with the model and have no use afterwards. A setting that is no such number raises UserError.
+They are trained with the model and have no use afterwards. An impossible setting raises UserError.
 """
 
 import torch.nn as nn

@@ -11,7 +11,7 @@ from repa.analysis.hidden import collect_hidden
 from repa.analysis.probe import linear_probe
 from repa.analysis.similarity import cknna
 from repa.base.errors import UserError
-from repa.base.rng import SampleStreams, generator
+from repa.base.rng import SampleStreams, fold, generator
 from repa.data import DataSet
 from repa.encoders import load_encoder
 from repa.runs import LoadedRun
@@ -98,7 +98,9 @@ def _latents(run: LoadedRun, data: DataSet, part: np.ndarray, seed: int) -> Tens
         moments = torch.from_numpy(data.gather("moments", part)).float().to(_device(run))
     else:
         moments = run.autoencoder.encode(_images(data, part).to(_device(run)))
-    noise = SampleStreams(seed, [int(i) for i in part]).randn(moments.shape[1] // 2, *moments.shape[2:])
+    noise = SampleStreams(fold(seed, "posterior"), [int(i) for i in part]).randn(
+        moments.shape[1] // 2, *moments.shape[2:]
+    )
     return run.autoencoder.sample(moments, noise=noise.to(moments.device))
 
 

@@ -134,6 +134,6 @@ def _full(error: OSError, path: Path) -> Exception:
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"The disk is full: {path} was not written what was there before is whole. Make room, then run the same command again."
+            f"The disk is full: {path} was not written; what was there before is whole. Make room, then run the same command again."
         )
     return error

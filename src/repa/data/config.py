@@ -4,8 +4,7 @@ from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
-from repa.encoders import ENCODERS
-from repa.encoders.loading import canonical
+from repa.encoders import ENCODERS, canonical
 
 
 class PrepareConfig(Config):

@@ -2,6 +2,7 @@
 
 from repa.base.lazy import exports
 from repa.encoders.loading import EncoderRegistry
+from repa.encoders.loading import canonical as canonical
 
 ENCODERS = EncoderRegistry(
     "encoder",
@@ -22,5 +23,5 @@ ENCODERS = EncoderRegistry(
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {"Features": "contract", "VisionEncoder": "contract", "load_encoder": "loading"},
-    local=("ENCODERS",),
+    local=("ENCODERS", "canonical"),
 )

@@ -2,11 +2,13 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from repa.alignment.config import AlignmentConfig
 from repa.base.config import Config
+from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.encoders import ENCODERS
 from repa.models.config import ModelConfig
 
 
@@ -42,6 +44,16 @@ class PreviewConfig(Config):
     """Steps of that sampler."""
     guidance: GuidanceConfig = GuidanceConfig()
     """Classifier-free guidance of the previews."""
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, spec: str) -> str:
+        return SAMPLERS.check(spec)
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, spec: str) -> str:
+        return ENCODERS.check(spec)
 
 
 class TrainConfig(Config):
@@ -81,7 +93,12 @@ class TrainConfig(Config):
     """Samples and their distance while training."""
 
     @model_validator(mode="after")
-    def _depths_exist(self):
+    def _fits_together(self):
+        if self.model.learn_sigma:
+            raise ValueError(
+                f"model.name is {self.model.name!r}, which also predicts a variance: the training objective knows none, "
+                f"so choose 'S{self.model.name[1:]}', the same network without it"
+            )
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:
