@@ -2,10 +2,15 @@
 
 import gc
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+from repa.base.errors import UserError
+
+TIMEOUT = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
 
 
 def setup() -> torch.device:
@@ -14,6 +19,12 @@ def setup() -> torch.device:
     cuda (NCCL), mps or cpu (gloo), whichever the machine has.
     """
     if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if local > torch.cuda.device_count():
+            raise UserError(
+                f"{local} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
+                f"give torchrun --nproc-per-node {torch.cuda.device_count()}."
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ:
@@ -21,7 +32,7 @@ def setup() -> torch.device:
     else:
         device = torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
 

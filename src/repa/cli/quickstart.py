@@ -1,5 +1,6 @@
 """`repa quickstart`: real images, the same SiT without and with alignment, one page that shows the difference."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -70,9 +71,31 @@ def _report(folder: Path, names: list[str], data: Path, given: QuickstartArgumen
     ]
     page = write_report(
         runs, folder / "report.html", title="repa quickstart: the same SiT without and with alignment", names=names,
-        facts={**machine_facts(), "time of this command": duration(seconds), "size of the folder": files.size(size)},
+        facts={
+            **machine_facts(), "Time of this command": duration(seconds), "Its peak memory": files.size(_peak_memory()),
+            "Size of its folder": files.size(size),
+        },
         commands=commands, training_images=images,
     )  # fmt: skip
     say()
-    say(summary_table(runs))
+    print_table(summary_table(runs))
     say(f"\n{page}: open it in a browser. Whole quickstart: {duration(seconds)}.")
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """The report's summary in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def _peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux
