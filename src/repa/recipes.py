@@ -66,10 +66,10 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
         alignments=(alignment,),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         batch_size=32,
-        num_steps=1200,
+        num_steps=1000,
         ema_decay=0.98,
         log_every=10,
-        save_every=300,
+        save_every=500,
         preview=PreviewConfig(every=200, num_images=16, num_scored=500, num_steps=8),
     )
 
