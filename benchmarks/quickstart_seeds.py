@@ -8,6 +8,7 @@ half the threads each.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -15,8 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from repa.report import speedup, summary_rows
-from repa.report.records import read_runs
+from repa.report import speedup
 
 RECIPES = {"baseline": "quickstart", "aligned": "quickstart-repa"}
 
@@ -29,25 +29,23 @@ def repa(*arguments: str, threads: int) -> None:
 def table(out: Path, seeds: list[int]) -> str:
     """A Markdown table: a row per seed, and means."""
     lines = [
-        "| seed | baseline, final | aligned, final | aligned reached the baseline's final after | times fewer |",
+        "| seed | baseline, final | aligned, final | aligned has the baseline's final after | times fewer |",
         "|---|---|---|---|---|",
     ]
-    finals: dict[str, list[float]] = {name: [] for name in RECIPES}
-    factors = []
+    finals: list[tuple[float, float]] = []
+    factors: list[float] = []
     for seed in seeds:
-        runs = [out / f"{name}-{seed}" for name in RECIPES]
-        rows = summary_rows(runs)
-        for name, row in zip(RECIPES, rows, strict=True):
-            finals[name].append(row["frechet_distance"])
-        found = speedup(*read_runs(runs))
-        reached = "not reached"
-        if found is not None and found.steps is not None:
-            factors.append(found.baseline_steps / found.steps)
-            reached = f"{found.steps:,.0f} of {found.baseline_steps:,.0f} steps | {factors[-1]:.2f}"
-        lines.append(f"| {seed} | {finals['baseline'][-1]:.2f} | {finals['aligned'][-1]:.2f} | {reached} |")
-    means = [f"{statistics.mean(finals[name]):.2f}" for name in RECIPES]
+        found = speedup(*(out / f"{name}-{seed}" for name in RECIPES))
+        assert found is not None, "both runs are evaluated by the same recipe"
+        finals.append((found.target, found.aligned_final["frechet_distance"]))
+        reached = "not reached | "
+        if found.aligned is not None:
+            factors.append(found.times_steps)
+            reached = f"{found.aligned.step:,.0f} instead of {found.baseline.step:,.0f} steps | {found.times_steps:.2f}"
+        lines.append(f"| {seed} | {finals[-1][0]:.2f} | {finals[-1][1]:.2f} | {reached} |")
+    baseline, aligned = (f"{statistics.mean(column):.2f}" for column in zip(*finals, strict=True))
     factor = f"{statistics.mean(factors):.2f}" if len(factors) == len(seeds) else ""
-    return "\n".join([*lines, f"| mean | {means[0]} | {means[1]} | | {factor} |"])
+    return "\n".join([*lines, f"| mean | {baseline} | {aligned} | | {factor} |"])
 
 
 def main() -> None:
@@ -62,11 +60,9 @@ def main() -> None:
     data = args.out / "data"
     repa("prepare", args.source, str(data), "--resolution", "32", "--features", "tiny", threads=cores)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(
-                repa,
-                "train",
-                recipe,
+        jobs = []
+        for seed, (name, recipe) in itertools.product(args.seeds, RECIPES.items()):
+            words = [
                 "--data",
                 str(data),
                 "--out",
@@ -74,11 +70,8 @@ def main() -> None:
                 "--seed",
                 str(seed),
                 *args.overrides,
-                threads=max(1, cores // args.jobs),
-            )  # fmt: skip
-            for seed in args.seeds
-            for name, recipe in RECIPES.items()
-        ]
+            ]
+            jobs.append(pool.submit(repa, "train", recipe, *words, threads=max(1, cores // args.jobs)))
         for job in jobs:
             job.result()
     print(table(args.out, args.seeds))

@@ -83,13 +83,14 @@ def _report(folder: Path, names: list[str], data: Path, given: QuickstartArgumen
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """The report's summary in the terminal."""
+    """The report's summary in the terminal, a column per run."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
+    heading, *keys = rows[0]
+    table = Table("", *(row[heading] for row in rows))
+    for key in keys:
+        table.add_row(key, *(row[key] for row in rows))
     Console().print(table)
 
 
