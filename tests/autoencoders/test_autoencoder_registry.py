@@ -15,7 +15,10 @@ class Private(Pixels):
 
 
 def test_names_and_mistakes():
-    assert AUTOENCODERS.names() == ["kl", "pixels", "sd-vae-ft-ema", "sd-vae-ft-mse", "taesd"]
+    assert AUTOENCODERS.names() == [
+        "dc-ae-f32", "flux-vae", "kl", "pixels", "sd-vae-ft-ema", "sd-vae-ft-mse", "sd3-vae", "sdxl-vae",
+        "taef1", "taesd", "taesd3", "taesdxl",
+    ]  # fmt: skip
     for name in AUTOENCODERS.names():
         assert AUTOENCODERS.check(name) == name
     with pytest.raises(UserError, match="Did you mean 'sd-vae-ft-mse'"):

@@ -138,7 +138,7 @@ def test_recipes_stay_as_they_are():
     ],
 )
 def test_the_recipe_is_found_anywhere(argv):
-    assert options.words(TrainArguments, argv.split(), "train") == ["quickstart"]
+    assert options.first(TrainArguments, argv.split(), "train", "recipe") == "quickstart"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_help_shows_every_field_with_its_default(capsys):
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--batch-size" in text
-    assert "(default: 64)" in text
+    assert "(default: 32)" in text
     assert "--optimizer.learning-rate" in text
     assert "--alignments.0.similarity" in text
 
@@ -225,3 +225,10 @@ def test_no_configuration_imports_torch():
     modules = [f"repa.{room}.config" for room in rooms] + ["repa.recipes", "repa.cli.options", "repa.cli.console"]
     code = f"import {', '.join(modules)}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
+    assert options.first(TrainArguments, ["--recipe", "quickstart"], "train", "recipe") == "quickstart"
+    with pytest.raises(UserError, match="does not know what to do with 'sit-b2'"):
+        options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"],
+                      verb="train", about="", positional=("recipe",))  # fmt: skip

@@ -76,12 +76,12 @@ def test_a_few_steps_and_a_distance(prepared, tmp_path):
         "--model.num-heads 2 --alignments.0.projector linear --batch-size 10 --num-steps 20 --log-every 5 --preview.every 0"
     )
     assert run(argv.split()) == 0
-    rows = list(read_metrics(tmp_path / "r"))
+    rows = [row for row in read_metrics(tmp_path / "r") if row["kind"] == "train"]
     assert rows[-1]["denoising"] < rows[0]["denoising"]
     assert rows[-1]["alignment"]["tiny@2"] < rows[0]["alignment"]["tiny@2"]
     images = torch.from_numpy(prepared.gather("images", np.arange(prepared.num_images)))
     judge = load_encoder("tiny-judge")
-    reference = reference_of(prepared, judge)
+    reference = reference_of(prepared, judge, "tiny-judge")
     noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
     distances = [evaluate([batch], judge, reference)["fd"] for batch in (images, images.flip(-1), noisy)]

@@ -38,7 +38,10 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
         assert all(row["frechet_distance"] > 0 for row in rows if row["kind"] == "eval")
         assert all(set(row["alignment"]) == {"tiny@1"} for row in rows if row["kind"] == "train")
         assert layout.preview_steps(out / name) == [2, 4]
-    first = {name: next(read_metrics(out / name))["denoising"] for name in ("baseline", "aligned")}
+    rows = {
+        name: [row for row in read_metrics(out / name) if row["kind"] == "train"] for name in ("baseline", "aligned")
+    }
+    first = {name: rows[name][0]["denoising"] for name in rows}
     assert first["baseline"] == pytest.approx(first["aligned"], rel=1e-6)  # same network, batch, noise, times
 
     page = (out / "report.html").read_text()

@@ -370,7 +370,7 @@ def test_a_real_configuration_names_its_mistakes():
         ({"resolution": 8, "features": ["tinny"]}, "Did you mean 'tiny'"),
         ({"resolution": 8, "features": ["tiny", "tiny"]}, "'tiny' twice"),
         ({"resolution": 8, "autoencoder": "pixel"}, "Did you mean 'pixels'"),
-        ({"resolution": 8, "feature_weights": ["tiny"]}, "written ENCODER=FOLDER, but got 'tiny'"),
+        ({"resolution": 8, "feature_weights": ["tiny"]}, "written ENCODER=PATH, but got 'tiny'"),
         ({"resolution": 8, "feature_weights": ["tiny=w"]}, "asked for are none"),
         ({"resolution": 8, "shards": 4}, "unknown setting 'shards'"),
     ]:

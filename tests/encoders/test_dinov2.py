@@ -12,7 +12,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
-from repa.encoders.dinov2 import resample_positions
+from repa.encoders.vit import resample_positions
 from tests.oracles import bicubic
 
 NATIVE = 5

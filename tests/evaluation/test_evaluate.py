@@ -50,7 +50,7 @@ def save(path, images):
 
 
 def test_the_training_images_are_themselves(data, judge, images):
-    found = evaluate(images.split(7), judge, reference_of(data, judge), ALL)
+    found = evaluate(images.split(7), judge, reference_of(data, judge, "tiny-judge"), ALL)
     assert found.keys() == set(ALL)
     assert found["fd"] < 1e-5
     assert (found["precision"], found["recall"]) == (1.0, 1.0)
@@ -58,7 +58,10 @@ def test_the_training_images_are_themselves(data, judge, images):
 
 
 def test_distances_grow_with_corruption(data, judge, images):
-    found = [evaluate([noisy(images, level)], judge, reference_of(data, judge), ALL) for level in (0, 20, 60, 120)]
+    found = [
+        evaluate([noisy(images, level)], judge, reference_of(data, judge, "tiny-judge"), ALL)
+        for level in (0, 20, 60, 120)
+    ]
     for name in ("fd", "kd"):
         values = [row[name] for row in found]
         assert values == sorted(values), name
@@ -69,17 +72,19 @@ def test_distances_grow_with_corruption(data, judge, images):
 def test_precision_and_recall_are_not_each_other(data, judge, images):
     """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]
-    found = evaluate([one_class], judge, reference_of(data, judge), ("precision", "recall"))
+    found = evaluate([one_class], judge, reference_of(data, judge, "tiny-judge"), ("precision", "recall"))
     assert found["precision"] == 1.0
     assert 0.4 < found["recall"] < 0.7
-    grey = evaluate([torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)], judge, reference_of(data, judge), ALL[2:])
+    grey = evaluate(
+        [torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)], judge, reference_of(data, judge, "tiny-judge"), ALL[2:]
+    )
     assert grey == {"precision": 0.0, "recall": 0.0}
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, images, features):
     samples = noisy(images, 40)[:33]
-    found = evaluate(samples.split(size), judge, reference_of(data, judge), ALL)
+    found = evaluate(samples.split(size), judge, reference_of(data, judge, "tiny-judge"), ALL)
     real = features.double().numpy()
     fake = torch.cat(list(pooled_features([samples], judge))).double().numpy()
     wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
@@ -92,15 +97,17 @@ def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, imag
 
 def test_neighbours_are_looked_for_in_the_images_of_all_processes(data, judge, images, monkeypatch):
     samples = noisy(images, 40)
-    whole = evaluate(samples.split(16), judge, reference_of(data, judge), ALL[1:])
+    whole = evaluate(samples.split(16), judge, reference_of(data, judge, "tiny-judge"), ALL[1:])
     others = list(pooled_features(samples[25:].split(16), judge))
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, others])
-    assert evaluate(samples[:25].split(16), judge, reference_of(data, judge), ALL[1:]) == pytest.approx(whole)
+    assert evaluate(samples[:25].split(16), judge, reference_of(data, judge, "tiny-judge"), ALL[1:]) == pytest.approx(
+        whole
+    )
 
 
 def test_only_what_is_asked_is_measured(data, judge, images):
-    assert evaluate([images], judge, reference_of(data, judge)).keys() == {"fd"}
-    assert evaluate([images], judge, reference_of(data, judge), ("recall",)).keys() == {"recall"}
+    assert evaluate([images], judge, reference_of(data, judge, "tiny-judge")).keys() == {"fd"}
+    assert evaluate([images], judge, reference_of(data, judge, "tiny-judge"), ("recall",)).keys() == {"recall"}
 
 
 def test_a_file_of_samples(data, images, tmp_path):
@@ -112,12 +119,14 @@ def test_a_file_of_samples(data, images, tmp_path):
     assert (found["num_samples"], found["num_reference"]) == (40, 40)
     assert found["encoder"]["name"] == "tiny-judge"
     judge = load_encoder("tiny-judge")
-    assert found["metrics"] == evaluate(noisy(images, 20).split(16), judge, reference_of(data, judge), ALL)
+    assert found["metrics"] == evaluate(
+        noisy(images, 20).split(16), judge, reference_of(data, judge, "tiny-judge"), ALL
+    )
     json.dumps(found)
 
 
 def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
-    room = importlib.import_module("repa.evaluation.evaluate")
+    room = importlib.import_module("repa.evaluation.measure")
     monkeypatch.setattr(room, "load_encoder", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape in ((4, 8, 8, 3), (4, 16, 8, 3)):
         np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
@@ -161,39 +170,39 @@ class TestReference:
         return open_data(tmp_path / "d")
 
     def test_it_is_made_once(self, copy, judge, features, monkeypatch):
-        first = reference_of(copy, judge)
+        first = reference_of(copy, judge, "tiny-judge")
         real = features.double().numpy()
         np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
         np.testing.assert_allclose(first.statistics.covariance.numpy(), np.cov(real.T), atol=1e-6)
         torch.testing.assert_close(first.subset, features)
         monkeypatch.setattr(reference, "_compute", lambda *a: pytest.fail("computed again"))
-        second = reference_of(copy, judge)
+        second = reference_of(copy, judge, "tiny-judge")
         assert torch.equal(second.subset, first.subset)
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
         open_data(copy.folder).check()  # the data beside it is still whole data
 
     def test_another_encoder_has_its_own(self, copy, judge):
-        assert reference_of(copy, judge).subset.shape == (40, 128)
-        assert reference_of(copy, load_encoder("tiny")).subset.shape == (40, 192)
+        assert reference_of(copy, judge, "tiny-judge").subset.shape == (40, 128)
+        assert reference_of(copy, load_encoder("tiny"), "tiny").subset.shape == (40, 192)
 
     @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"hello" * 100])
     def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, judge):
-        first = reference_of(copy, judge)
+        first = reference_of(copy, judge, "tiny-judge")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(UserError, match="is damaged .*: remove it, and it is computed again"):
-            reference_of(copy, judge)
+            reference_of(copy, judge, "tiny-judge")
         path.unlink()
-        assert torch.equal(reference_of(copy, judge).subset, first.subset)
+        assert torch.equal(reference_of(copy, judge, "tiny-judge").subset, first.subset)
 
     def test_a_subset_is_evenly_spaced(self, copy, judge, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)
         monkeypatch.setattr(reference, "BATCH", 7)  # no multiple of the stride of 4
-        found = reference_of(copy, judge)
+        found = reference_of(copy, judge, "tiny-judge")
         torch.testing.assert_close(found.subset, features[::4])
         assert found.statistics.count == 40
 
     def test_data_without_images(self, copy, judge, monkeypatch):
         monkeypatch.setattr(type(copy), "has_images", False)
         with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
-            reference_of(copy, judge)
+            reference_of(copy, judge, "tiny-judge")

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
@@ -22,8 +23,12 @@ def weights(run, step=10):
     return tensors
 
 
+def trained(run):
+    return [row for row in read_metrics(run) if row["kind"] == "train"]
+
+
 def losses(run):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run) if row["kind"] == "train"]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in trained(run)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_a_signal_ends_with_a_checkpoint(number, finished, tiny_config, run_trai
 
 
 def test_metrics_hold_what_the_page_needs(finished):
-    rows = list(read_metrics(finished))
+    rows = trained(finished)
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert set(rows[-1]["alignment"]) == {"tiny@1"}
     for row in rows:
@@ -84,18 +89,38 @@ def test_metrics_hold_what_the_page_needs(finished):
         assert row["images_per_second"] > 0
 
 
+def test_a_signal_in_the_last_preview_is_not_forgotten(tiny_config, run_training, tmp_path):
+    hook = Hook(10, lambda state: os.kill(os.getpid(), signal.SIGINT) or {})
+    result = run_training(tiny_config, tmp_path / "r", make_hooks=lambda config, autoencoder: (hook,))
+    assert result.step == 10
+    assert result.interrupted == signal.SIGINT
+
+
+def test_a_measuring_projector_that_is_not_finite_stops_too(tiny_config, run_training, tmp_path):
+    measured = (tiny_config.alignments[0].override(measure_only=True),)
+
+    def poison(state):
+        if state.step == 6:
+            with torch.no_grad():
+                next(state.objective.alignments.parameters()).fill_(float("nan"))
+
+    with pytest.raises(UserError, match="not finite"):
+        run_training(tiny_config.override(alignments=measured), tmp_path / "r", progress=poison)
+    assert layout.checkpoint_steps(tmp_path / "r") == [5]
+
+
 def test_it_learns(tiny_config, run_training, tmp_path):
     config = tiny_config.override(num_steps=150, log_every=10, save_every=150, optimizer={"learning_rate": 3e-3})
     run_training(config, tmp_path / "r")
-    rows = list(read_metrics(tmp_path / "r"))
+    rows = trained(tmp_path / "r")
     assert rows[-1]["denoising"] < 0.7 * rows[0]["denoising"]
     assert rows[-1]["alignment"]["tiny@1"] < rows[0]["alignment"]["tiny@1"] - 0.2
 
 
 def test_the_baseline_starts_from_the_same_network(finished, tiny_config, run_training, tmp_path):
     run_training(tiny_config.override(alignments=(), num_steps=1, save_every=1), tmp_path / "base")
-    base = next(read_metrics(tmp_path / "base"))
-    assert base["denoising"] == pytest.approx(next(read_metrics(finished))["denoising"], rel=1e-6)
+    base = trained(tmp_path / "base")[0]
+    assert base["denoising"] == pytest.approx(trained(finished)[0]["denoising"], rel=1e-6)
     assert "alignment" not in base
 
 
@@ -177,16 +202,25 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_config,
     assert all(value.isfinite().all() for value in weights(tmp_path / "r", 5).values())
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_config, run_training, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",  # what safetensors, torch and Python raise on a full disk
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:820] . PytorchStreamWriter failed writing file data/0"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_training, tmp_path, monkeypatch):
     from repa.runs import checkpoint
 
     def full(tensors, path):
         if layout.checkpoint_steps(tmp_path / "r"):
             path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+            raise error
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(UserError, match="disk is full"):
         run_training(tiny_config, tmp_path / "r")
     assert layout.checkpoint_steps(tmp_path / "r") == [5]

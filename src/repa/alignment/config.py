@@ -5,7 +5,7 @@ from pydantic import Field, field_validator
 from repa.alignment import PROJECTORS, SCHEDULES, SIMILARITIES, TOKEN_NORMS
 from repa.base.config import Config
 from repa.base.errors import UserError
-from repa.encoders import canonical
+from repa.encoders import ENCODERS
 
 
 class AlignmentConfig(Config):
@@ -45,7 +45,7 @@ class AlignmentConfig(Config):
     def _named(cls, value: str) -> str:
         if not value.strip():
             raise UserError("an alignment needs the name of an encoder, but was given an empty text.")
-        return canonical(value)  # as the data names its fields
+        return ENCODERS.check(value)
 
     @field_validator("similarity")
     @classmethod

@@ -1,6 +1,6 @@
 """Hidden states of a diffusion transformer, pooled over tokens, at chosen depths and one noise level."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ def collect_hidden(
     path: Interpolant,
     seed: int = 0,
     null_label: int,
+    network_time: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> dict[int, Tensor]:
     """Run noised latents through the model with no class given: depth -> (N, D), the mean over tokens, float32 on CPU.
 
@@ -34,6 +35,7 @@ def collect_hidden(
         path: the interpolant that the model was trained with.
         seed: of the noise.
         null_label: the label that means "no class"; probing with the true one would leak it.
+        network_time: what the model is given for t (n,); a network of timesteps has its own (`Process.network_time`).
 
     Raises:
         UserError: no depth, a t outside [0, 1], or no latents.
@@ -52,7 +54,7 @@ def collect_hidden(
         times = torch.full((len(x),), t, device=x.device)  # (n,)
         x_t, _ = interpolate(path, x, noise, times)
         labels = torch.full((len(x),), null_label, device=x.device)  # (n,)
-        hidden = model(x_t, times, labels, taps).hidden
+        hidden = model(x_t, network_time(times), labels, taps).hidden
         for depth in taps:
             pooled[depth].append(hidden[depth].float().mean(1).cpu())  # (n, D)
         seen += len(x)

@@ -87,6 +87,7 @@ def _hidden(
                 path=run.path,
                 seed=config.seed,
                 null_label=run.model.null_label,
+                network_time=run.process.network_time,
             ),
         )
 

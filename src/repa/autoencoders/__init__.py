@@ -10,11 +10,25 @@ AUTOENCODERS = Registry(
         "pixels": "repa.autoencoders.pixels:pixels",
         "sd-vae-ft-mse": "repa.autoencoders.kl:sd_vae_ft_mse",
         "sd-vae-ft-ema": "repa.autoencoders.kl:sd_vae_ft_ema",
-        "kl": "repa.autoencoders.kl:kl",
+        "sdxl-vae": "repa.autoencoders.kl:sdxl_vae",
+        "sd3-vae": "repa.autoencoders.kl:sd3_vae",
+        "flux-vae": "repa.autoencoders.kl:flux_vae",
+        "kl": "repa.autoencoders.kl:kl",  # any other: kl:hub=owner/name,subfolder=vae
+        "dc-ae-f32": "repa.autoencoders.dc:dc_ae_f32",
         "taesd": "repa.autoencoders.taesd:taesd",
+        "taesdxl": "repa.autoencoders.taesd:taesdxl",
+        "taesd3": "repa.autoencoders.taesd:taesd3",
+        "taef1": "repa.autoencoders.taesd:taef1",
     },
 )
 
 __getattr__, __dir__, __all__ = exports(
-    __name__, {"Autoencoder": "contract", "load_autoencoder": "contract"}, local=("AUTOENCODERS",)
+    __name__,
+    {
+        "Autoencoder": "contract",
+        "load_autoencoder": "contract",
+        "load_decoder": "decoders",
+        "check_decoder": "decoders",
+    },
+    local=("AUTOENCODERS",),
 )

@@ -5,7 +5,7 @@ N batch, C latent channels, H W image, h = H / factor and w = W / factor latent.
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,18 +22,35 @@ class Autoencoder(nn.Module):
         name: the spec it was loaded by.
         channels: C.
         factor: pixels per latent, along each side.
-        scale, shift: latents = (z - shift) * scale.
+        scale, shift: latents = (z - shift) * scale; a number, or one for each channel.
+        space: name of the latent space, which other autoencoders may share; empty when not known.
+        distilled: was it trained to take another one's place in the scaled latents, as TAESD? They are then what it
+            shares with those of its space; all others share the unscaled ones.
         stochastic: does `sample` draw noise, or is the standard deviation always 0?
         stores_moments: are moments worth storing, or as cheap to recompute from the images as to read?
     """
 
     stochastic: bool = True
     stores_moments: bool = True
+    distilled: bool = False
 
-    def __init__(self, name: str, *, channels: int, factor: int, scale: float, shift: float):
+    def __init__(
+        self,
+        name: str,
+        *,
+        channels: int,
+        factor: int,
+        scale: float | Sequence[float],
+        shift: float | Sequence[float],
+        space: str = "",
+    ):
         super().__init__()
-        self.name, self.channels, self.factor = name, channels, factor
+        self.name, self.channels, self.factor, self.space = name, channels, factor, space
         self.scale, self.shift = scale, shift
+        for buffer, value in (("_scale", scale), ("_shift", shift)):  # buffers: on the device before the first step
+            tensor = torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # (1 or C, 1, 1)
+            assert len(tensor) in (1, channels), f"{len(tensor)} values for {channels} channels"
+            self.register_buffer(buffer, tensor, persistent=False)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation, each (N, C, h, w)."""
@@ -74,7 +91,7 @@ class Autoencoder(nn.Module):
                 noise = torch.randn(mean.shape, generator=generator, device=device)
             assert noise.shape == mean.shape, f"noise {tuple(noise.shape)} for a mean {tuple(mean.shape)}"
             mean = mean + std * noise.to(mean)
-        return (mean - self.shift) * self.scale
+        return (mean - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -84,7 +101,7 @@ class Autoencoder(nn.Module):
         """
         self._check_channels(latents, self.channels, "latents")
         with torch.autocast(latents.device.type, enabled=False):
-            images = self.images(latents.float() / self.scale + self.shift)
+            images = self.images(latents.float() / self._scale + self._shift)
         return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)  # + 128 = + 127.5 and 0.5 to round
 
     @functools.cached_property
@@ -95,7 +112,8 @@ class Autoencoder(nn.Module):
         """
         weights = self.encoder_weights()
         checksum = _digest(weights) if weights else None
-        return {"name": self.name, "sha256": checksum, "scale": self.scale, "shift": self.shift}
+        scale, shift = (list(v) if isinstance(v, Sequence) else v for v in (self.scale, self.shift))
+        return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift}
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: it is frozen."""

@@ -1,4 +1,7 @@
-"""Autoencoders with a Gaussian posterior: AutoencoderKL of diffusers (Rombach et al., arXiv 2112.10752)."""
+"""Autoencoders with a Gaussian posterior: AutoencoderKL of diffusers (Rombach et al., arXiv 2112.10752).
+
+Channels, factor, scale and shift are those of the weights' own config.json; none of them is written here.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,22 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from repa.autoencoders.contract import Autoencoder
+from repa.autoencoders.loading import load_diffusers
 from repa.base.errors import UserError
 
 
 class KLAutoencoder(Autoencoder):
-    """A diffusers AutoencoderKL; channels, factor, scale and shift are those of its configuration."""
+    """A diffusers AutoencoderKL."""
 
-    def __init__(self, name: str, vae: Any):
-        config = vae.config
-        if config.latents_mean is not None or config.latents_std is not None:
-            raise UserError(f"The autoencoder {name!r} normalises its latents per channel, which is not supported.")
+    def __init__(self, name: str, vae: Any, space: str = ""):
+        scale, shift = _scale_and_shift(name, vae.config)
         super().__init__(
             name,
-            channels=config.latent_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
+            channels=vae.config.latent_channels,
+            factor=2 ** (len(vae.config.block_out_channels) - 1),
+            scale=scale,
+            shift=shift,
+            space=space,
         )
         self.vae = vae
 
@@ -38,70 +41,65 @@ class KLAutoencoder(Autoencoder):
 
 def sd_vae_ft_mse(weights: str | Path | None) -> KLAutoencoder:
     """Stable Diffusion's autoencoder, decoder fine-tuned for MSE: what REPA encodes ImageNet with."""
-    return _load("sd-vae-ft-mse", weights or "stabilityai/sd-vae-ft-mse")
+    return _load("sd-vae-ft-mse", weights or "stabilityai/sd-vae-ft-mse", space="sd")
 
 
 def sd_vae_ft_ema(weights: str | Path | None) -> KLAutoencoder:
     """The same encoder with the decoder fine-tuned by EMA: what REPA decodes its samples with."""
-    return _load("sd-vae-ft-ema", weights or "stabilityai/sd-vae-ft-ema")
+    return _load("sd-vae-ft-ema", weights or "stabilityai/sd-vae-ft-ema", space="sd")
 
 
-def kl(weights: str | Path | None) -> KLAutoencoder:
-    """Any other AutoencoderKL, from a folder or the hub."""
-    if weights is None:
-        raise UserError("The autoencoder 'kl' needs weights: a folder that diffusers saved, or a hub name.")
-    return _load("kl", weights)
+def sdxl_vae(weights: str | Path | None) -> KLAutoencoder:
+    """Stable Diffusion XL's: 4 channels, but not those of Stable Diffusion."""
+    return _load("sdxl-vae", weights or "stabilityai/sdxl-vae", space="sdxl")
 
 
-def _load(name: str, source: str | Path) -> KLAutoencoder:
-    return KLAutoencoder(name, load_diffusers("AutoencoderKL", name, source))
+def sd3_vae(weights: str | Path | None) -> KLAutoencoder:
+    """Stable Diffusion 3's: 16 channels, with a shift."""
+    return _load("sd3-vae", weights or "stabilityai/stable-diffusion-3-medium-diffusers", "vae", space="sd3")
 
 
-def load_diffusers(kind: str, name: str, source: str | Path) -> Any:
-    """The model of diffusers' class `kind` in a local folder or hub repository, every tensor of it from there.
+def flux_vae(weights: str | Path | None) -> KLAutoencoder:
+    """FLUX.1's: 16 channels, with a shift; not those of Stable Diffusion 3."""
+    return _load("flux-vae", weights or "black-forest-labs/FLUX.1-dev", "vae", space="flux")
 
-    Raises:
-        UserError: no such folder or repository, a damaged file, a model of another class, tensors that do not fit.
+
+def kl(weights: str | Path | None, *, hub: str = "", subfolder: str = "") -> KLAutoencoder:
+    """Any other AutoencoderKL, by its name on the hub or from a folder.
+
+    Args:
+        hub: owner/name of its repository.
+        subfolder: where it lies in the repository or folder; "vae" in a whole pipeline.
     """
-    diffusers = _diffusers()
-    local = Path(source).is_dir()
-    options = {"local_files_only": local, "low_cpu_mem_usage": False}  # False: needs no accelerate, prints no notice
-    try:
-        config = diffusers.AutoencoderKL.load_config(str(source), local_files_only=local)
-        found = config.get("_class_name", kind)
-        if found != kind:
-            raise UserError(f"The autoencoder {name!r} is a {kind}, but {source} holds a {found}: name other weights.")
-        model, report = getattr(diffusers, kind).from_pretrained(str(source), output_loading_info=True, **options)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(_not_loaded(name, source, local, reason)) from error
-    strays = [*report["missing_keys"], *report["unexpected_keys"]]
-    if strays:  # diffusers only warns, and leaves missing tensors random
-        raise UserError(_not_loaded(name, source, local, f"its weights do not fit, for example {strays[0]!r}"))
-    return model
-
-
-def _diffusers() -> Any:
-    try:
-        import diffusers
-
-        diffusers.AutoencoderKL  # noqa: B018  the import proper: diffusers is lazy
-    except (ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    if not (weights or hub):
         raise UserError(
-            f"diffusers cannot be imported ({reason}): install it, and remove a torchvision built for another torch."
-        ) from error
-    return diffusers
+            "The autoencoder 'kl' needs weights: a folder that diffusers saved, or a name on the hub as in "
+            "'kl:hub=owner/name,subfolder=vae'."
+        )
+    settings = ",".join(f"{key}={value}" for key, value in (("hub", hub), ("subfolder", subfolder)) if value)
+    return _load(f"kl:{settings}" if settings else "kl", weights or str(hub), str(subfolder))
 
 
-def _not_loaded(name: str, source: str | Path, local: bool, reason: str) -> str:
-    if local:
-        return f"The autoencoder {name!r} cannot be loaded from the folder {source}: {reason}."
-    return (
-        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor to be had from the hub of "
-        f"Hugging Face or its cache. Where there is a network, download its config.json and "
-        f"diffusion_pytorch_model.safetensors, and give that folder as the autoencoder's weights. "
-        f"(The hub's client said: {reason})"
-    )
+def _load(name: str, source: str | Path, subfolder: str = "", space: str = "") -> KLAutoencoder:
+    return KLAutoencoder(name, load_diffusers("AutoencoderKL", name, source, subfolder), space)
+
+
+def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
+    """Of a configuration: one number for all channels, or the mean and deviation of each, as diffusers' pipelines do.
+
+    Those of SDXL: (z - latents_mean) * scaling_factor / latents_std; those of SD3: (z - shift_factor) * scaling_factor.
+    """
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None and std is None:
+        return config.scaling_factor, config.shift_factor or 0.0
+    if mean is None or std is None or config.shift_factor:
+        raise UserError(
+            f"The config.json of the autoencoder {name!r} must give latents_mean and latents_std together and no "
+            f"shift_factor, but gives {mean}, {std} and {config.shift_factor}: correct it."
+        )
+    if not len(mean) == len(std) == config.latent_channels or min(std) <= 0:
+        raise UserError(
+            f"The config.json of the autoencoder {name!r} must give a latents_mean and a positive latents_std for each of "
+            f"its {config.latent_channels} channels, but gives {mean} and {std}: correct it."
+        )
+    return tuple(config.scaling_factor / deviation for deviation in std), tuple(mean)

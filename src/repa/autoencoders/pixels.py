@@ -16,7 +16,7 @@ class Pixels(Autoencoder):
     stores_moments = False
 
     def __init__(self, name: str):
-        super().__init__(name, channels=3, factor=1, scale=1.0, shift=0.0)
+        super().__init__(name, channels=3, factor=1, scale=1.0, shift=0.0, space="pixels")
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)

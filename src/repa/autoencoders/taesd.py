@@ -1,4 +1,4 @@
-"""TAESD: a small, fast, deterministic stand-in for Stable Diffusion's autoencoder (AutoencoderTiny of diffusers)."""
+"""TAESD: small, fast, deterministic stand-ins for larger autoencoders (AutoencoderTiny of diffusers)."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from repa.autoencoders.contract import Autoencoder
-from repa.autoencoders.kl import load_diffusers
+from repa.autoencoders.loading import load_diffusers
 
 
 class TinyAutoencoder(Autoencoder):
     """A diffusers AutoencoderTiny: its encoder gives the latents of models at once, so the standard deviation is 0."""
 
     stochastic = False
+    distilled = True
 
-    def __init__(self, name: str, vae: Any):
+    def __init__(self, name: str, vae: Any, space: str = ""):
         config = vae.config
         super().__init__(
             name,
@@ -23,6 +24,7 @@ class TinyAutoencoder(Autoencoder):
             factor=2 ** (len(config.encoder_block_out_channels) - 1),
             scale=config.scaling_factor,
             shift=config.shift_factor,
+            space=space,
         )
         self.vae = vae
 
@@ -38,5 +40,25 @@ class TinyAutoencoder(Autoencoder):
 
 
 def taesd(weights: str | Path | None) -> TinyAutoencoder:
-    """The spec "taesd"."""
-    return TinyAutoencoder("taesd", load_diffusers("AutoencoderTiny", "taesd", weights or "madebyollin/taesd"))
+    """In the place of sd-vae-ft-mse and sd-vae-ft-ema."""
+    return _load("taesd", weights, space="sd")
+
+
+def taesdxl(weights: str | Path | None) -> TinyAutoencoder:
+    """In the place of sdxl-vae."""
+    return _load("taesdxl", weights, space="sdxl")
+
+
+def taesd3(weights: str | Path | None) -> TinyAutoencoder:
+    """In the place of sd3-vae."""
+    return _load("taesd3", weights, space="sd3")
+
+
+def taef1(weights: str | Path | None) -> TinyAutoencoder:
+    """In the place of flux-vae."""
+    return _load("taef1", weights, space="flux")
+
+
+def _load(name: str, weights: str | Path | None, space: str) -> TinyAutoencoder:
+    source = weights or f"madebyollin/{name}"
+    return TinyAutoencoder(name, load_diffusers("AutoencoderTiny", name, source), space)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from repa.autoencoders import Autoencoder
+from repa.autoencoders import Autoencoder, load_decoder
 from repa.base import dist, files
 from repa.base.images import grid, save_png
 from repa.data import DataSet
 from repa.encoders import load_encoder
+from repa.encoders.loading import weights_for
 from repa.evaluation import evaluate, reference_of
 from repa.runs import LoadedRun, layout
 from repa.sampling import SampleConfig, generate
@@ -33,10 +34,16 @@ def preview_hooks(
             sampler=preview.sampler, steps=preview.num_steps, guidance=preview.guidance, labels="balanced",
             seed=config.seed, precision=config.precision,
         )  # fmt: skip
+        if preview.decoder:
+            autoencoder = load_decoder(
+                preview.decoder, autoencoder, weights=preview.decoder_weights or None, device=device
+            )
         judge = reference = None
         if preview.num_scored:
-            judge = load_encoder(preview.features, device=device)
-            reference = reference_of(data, judge)
+            judge = load_encoder(
+                preview.features, weights=weights_for(preview.features, config.feature_weights), device=device
+            )
+            reference = reference_of(data, judge, preview.features)
 
         def run_hook(state: TrainState) -> dict[str, Any]:
             loaded = LoadedRun(
@@ -45,12 +52,16 @@ def preview_hooks(
             num = max(preview.num_images, preview.num_scored)
             mine = range(dist.rank(), num, dist.world())
             batches = [generate(loaded, sample, mine[s : s + BATCH]) for s in range(0, len(mine), BATCH)]
-            images = torch.cat([batch.images for batch in batches])
+            side = data.resolution
+            none = torch.empty(
+                0, 3, side, side, dtype=torch.uint8
+            )  # of a process without any, when there are few images
+            images = torch.cat([none, *(batch.images for batch in batches)])
             kept = [(index, image) for index, image in zip(mine, images, strict=True) if index < preview.num_images]
             _save(run, state.step, kept)
             values: dict[str, Any] = {
-                "weights": "ema", "sampler": preview.sampler, "steps": preview.num_steps, "nfe": batches[0].nfe,
-                "guidance": preview.guidance.model_dump(mode="json"),
+                "weights": "ema", "sampler": preview.sampler, "steps": preview.num_steps, "nfe": batches[0].nfe if batches else None,
+                "guidance": preview.guidance.model_dump(mode="json"), "decoder": autoencoder.name,
             }  # fmt: skip
             if judge is not None:
                 distance = evaluate(images.split(BATCH), judge, reference)["fd"]

@@ -21,8 +21,10 @@ def main(argv: list[str]) -> int:
     if not given.kind:
         say("\n".join(kinds))
     elif given.kind in kinds:
-        for name, sentence in kinds[given.kind]().items():
-            say(f"{name:<20} {sentence}".rstrip())
+        lines = kinds[given.kind]()
+        width = max(map(len, lines))
+        for name, sentence in lines.items():
+            say(f"{name:<{width}}  {sentence}".rstrip())
     else:
         raise UserError(
             f"There is nothing called {given.kind!r} to list: allowed are {', '.join(kinds)}.{nearest(given.kind, kinds)}"
@@ -45,6 +47,6 @@ def _kinds():
     kinds = {
         kind: (lambda registry=registry: dict.fromkeys(registry.names(), "")) for kind, registry in registries.items()
     }
-    kinds["recipes"] = lambda: {name: (recipe.__doc__ or "").split("\n")[0] for name, recipe in RECIPES.items()}
+    kinds["recipes"] = lambda: {name: recipe.about for name, recipe in RECIPES.items()}
     kinds["models"] = lambda: dict.fromkeys(model_names(), "")
     return dict(sorted(kinds.items()))

@@ -1,5 +1,6 @@
 """`repa VERB ...`: find the verb, run it, turn what goes wrong into an exit code."""
 
+import errno
 import importlib
 import sys
 
@@ -13,6 +14,8 @@ VERBS = {
     "sample": "images from a run folder",
     "evaluate": "Fréchet distance, precision and recall of samples",
     "analyse": "linear probing and CKNNA of a run's hidden states",
+    "convert": "a released checkpoint of REPA, SiT or DiT -> a run folder",
+    "export": "the averaged network of a run as safetensors, or for diffusers",
     "report": "one HTML page that compares runs",
     "show": "print a recipe, prepared data, or a run",
     "list": "names of recipes, encoders, autoencoders, models, samplers, ...",
@@ -47,16 +50,20 @@ def run(argv: list[str]) -> int:
         return code
     except UserError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
+        sys.stderr.close()
+        return 0
     except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         if error.filename is None:
             raise
         return _refuse(f"{error.filename}: {error.strerror}. Choose another path, or mend this one.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _refuse("The disk is full: make room, then run the same command again; what was whole before still is.")
     except KeyboardInterrupt:
         print("repa: stopped by Ctrl-C; the same command continues where it was.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
-        sys.stderr.close()
-        return 0
 
 
 def _refuse(sentence: str) -> int:

@@ -47,9 +47,11 @@ def parse(
     return cls.parse(start)
 
 
-def words(cls: type[Config], argv: list[str], verb: str) -> list[str]:
-    """The words of a command line that belong to no flag, wherever they stand: a recipe is needed before the rest is read."""
-    return _read(cls, argv, verb)[0]
+def first(cls: type[Config], argv: list[str], verb: str, name: str) -> str | None:
+    """The value of the first positional field `name`, given as a word or by its flag: a recipe is needed before the rest is read."""
+    words, settings = _read(cls, argv, verb)
+    flagged = [value for flag, value in settings if flag == name]
+    return next(iter(flagged + words), None)
 
 
 def part(cls: type[C], given: Config) -> C:
@@ -106,7 +108,7 @@ def _place(values: dict[str, Any], words: list[str], positional: tuple[str, ...]
             if words:
                 values[name.rstrip(".")] = words
             return
-        if words:
+        if words and name not in values:
             values[name] = words.pop(0)
     if words:
         raise UserError(f"`repa {verb}` does not know what to do with {words[0]!r}: see `repa {verb} --help`.")

@@ -1,5 +1,6 @@
 """`repa prepare SOURCE OUT ...`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from repa.cli import options
@@ -33,7 +34,12 @@ def start(source: str, out: Path, config: PrepareConfig) -> None:
     device = dist.setup()
     with Progress(f"preparing {out.name}", "images") as bar:
         manifest = prepare(source, out, config, progress=lambda done, total, what: bar(done, total), device=device)
-    skipped = f", {len(manifest.skipped)} unreadable left out" if manifest.skipped else ""
+    skipped = f", {len(manifest.skipped)} unreadable left out ({_some(manifest.skipped)})" if manifest.skipped else ""
     say(
         f"{out}: {manifest.num_images:,} images of {len(manifest.class_names)} classes at {manifest.resolution} pixels{skipped}."
     )
+
+
+def _some(names: Sequence[str], num: int = 5) -> str:
+    more = f" and {len(names) - num} more in its manifest" if len(names) > num else ""
+    return ", ".join(str(name) for name in names[:num]) + more

@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     prepare.start(given.source, data, PrepareConfig(resolution=32, features=(target,)))
     for name, recipe in recipes.items():
         say()
-        if code := train.start(recipe, data, folder / name):
-            return code
+        if stopped_by := train.start(recipe, data, folder / name):
+            return 128 + stopped_by
     _report(folder, list(RUNS), data, given, time.perf_counter() - begin)
     return 0
 
@@ -54,7 +54,8 @@ def _report(folder: Path, names: list[str], data: Path, given: QuickstartArgumen
     from repa.report import machine_facts, summary_table, write_report
 
     runs = [folder / name for name in names]
-    images = open_data(data).gather("images", range(16)).transpose(0, 2, 3, 1)  # (16, H, W, 3)
+    dataset = open_data(data)
+    images = dataset.gather("images", range(min(16, dataset.num_images))).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     flags = "".join(
         f" --{k.replace('_', '-')} {v}"

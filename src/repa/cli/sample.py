@@ -1,5 +1,6 @@
 """`repa sample RUN --num-images N --out samples.npz ...`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +29,22 @@ class SampleArguments(SampleConfig):
 def main(argv: list[str]) -> int:
     given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
     config = options.part(SampleConfig, given)
+    from repa.autoencoders import load_decoder
     from repa.base import dist
     from repa.runs import load_run
     from repa.sampling import write_samples
 
     device = dist.setup()
     run = load_run(given.run, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
+    if config.decoder:
+        decoder = load_decoder(config.decoder, run.autoencoder, weights=config.decoder_weights or None, device=device)
+        run = replace(run, autoencoder=decoder)
+    calls: list[int] = []
     with Progress(f"sampling {given.run}", "images") as bar:
-        out = write_samples(run, config, given.num_images, Path(given.out), progress=bar)
+        out = write_samples(run, config, given.num_images, Path(given.out), progress=bar, count=calls.append)
+    nfe = ", NFE " + " to ".join(str(n) for n in sorted({min(calls), max(calls)})) if calls else ""
     say(
-        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights); {out.with_suffix('.png')} shows some."
+        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){nfe}; "
+        f"{out.with_suffix('.png')} shows some."
     )
     return 0

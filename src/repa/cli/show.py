@@ -16,13 +16,15 @@ ABOUT = "Print a recipe, a folder of prepared data, or a run folder."
 class ShowArguments(Config):
     name: str
     """recipe name, data folder or run folder"""
+    check: bool = False
+    """Compare every byte of a data folder with its checksum."""
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(ShowArguments, argv, verb="show", about=ABOUT, positional=("name",))
     path = Path(given.name)
     if given.name in RECIPES:
-        say(f"# {' '.join((RECIPES[given.name].__doc__ or '').split())}")
+        say(as_comment(RECIPES[given.name].promise))
         say(load_recipe(given.name).to_yaml())
     elif (path / layout.CONFIG).is_file():
         _show_run(path)
@@ -30,11 +32,22 @@ def main(argv: list[str]) -> int:
         from repa.data.manifest import Manifest
 
         say(Manifest.open(path).describe())
+        if given.check:
+            from repa.data import open_data
+
+            open_data(path).check()
+            say("every file has the bytes that were written")
     else:
         raise UserError(
-            f"{given.name!r} is no recipe, run folder or data folder; recipes are {', '.join(RECIPES)}.{nearest(given.name, RECIPES)}"
+            f"{given.name!r} is no recipe, run folder or data folder: `repa list recipes` prints the recipes."
+            f"{nearest(given.name, RECIPES)}"
         )
     return 0
+
+
+def as_comment(text: str) -> str:
+    """So that the whole output is a .yaml file that `repa train` takes."""
+    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
 
 
 def _show_run(run: Path) -> None:

@@ -14,6 +14,9 @@ ABOUT = (
 )
 
 
+CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa show DATA --check` does it for more
+
+
 class TrainArguments(TrainConfig):
     recipe: str
     """recipe name, .yaml file, or run folder"""
@@ -24,15 +27,16 @@ class TrainArguments(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
-    words = options.words(TrainArguments, argv, "train")
-    recipe = load_recipe(words[0]) if words else None
+    name = options.first(TrainArguments, argv, "train", "recipe")
+    recipe = load_recipe(name) if name else None
     given = options.parse(TrainArguments, argv, verb="train", about=ABOUT, positional=("recipe",), values=recipe)
     config = options.part(TrainConfig, given)
-    return start(config, Path(given.data), Path(given.out))
+    stopped_by = start(config, Path(given.data), Path(given.out))
+    return 130 if stopped_by == signal.SIGINT else 0  # a scheduler's SIGTERM is no failure: the checkpoint is there
 
 
-def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
-    """Train in this process; returns the exit code. Torch is imported only now, after every cheap check."""
+def start(config: TrainConfig, data_folder: Path, run: Path) -> signal.Signals | None:
+    """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check."""
     from repa.base import dist
     from repa.cli.hooks import preview_hooks
     from repa.data import open_data
@@ -40,6 +44,8 @@ def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
 
     device = dist.setup()
     data = open_data(data_folder)
+    if data.num_bytes <= CHECKED_AT_START:
+        data.check()
     with Progress(run.name, "steps") as bar:
 
         def progress(state) -> None:
@@ -64,6 +70,6 @@ def start(config: TrainConfig, data_folder: Path, run: Path) -> int:
         say(
             f"Stopped by {finished.interrupted.name} after step {finished.step:,}; a checkpoint is in {run}. The same command continues."
         )
-        return 130 if finished.interrupted == signal.SIGINT else 0
+        return finished.interrupted
     say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num-images 64 --out samples.npz")
-    return 0
+    return None

@@ -5,6 +5,7 @@ from pydantic import Field, field_validator, model_validator
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.encoders import ENCODERS, canonical
+from repa.encoders.loading import check_pairs, weights_for
 
 
 class PrepareConfig(Config):
@@ -19,7 +20,7 @@ class PrepareConfig(Config):
     features: tuple[str, ...] = ()
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
     feature_weights: tuple[str, ...] = ()
-    """Local weights of encoders, written ENCODER=FOLDER, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
+    """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
     grid: int = Field(0, ge=0)
     """Side of the stored token grid; 0 takes each encoder's own for this resolution."""
     store_images: bool = True
@@ -49,10 +50,8 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _weights_belong(self):
-        for pair in self.feature_weights:
-            encoder, _, folder = pair.rpartition("=")  # from the right: an encoder's own settings hold = too
-            if not (encoder and folder):
-                raise ValueError(f"feature_weights are written ENCODER=FOLDER, but got {pair!r}")
+        check_pairs(self.feature_weights)
+        for encoder, _, _ in (pair.rpartition("=") for pair in self.feature_weights):
             if canonical(encoder) not in self.features:
                 raise ValueError(
                     f"feature_weights names {encoder!r}, but the features asked for are "
@@ -61,6 +60,5 @@ class PrepareConfig(Config):
         return self
 
     def weights_of(self, encoder: str) -> str | None:
-        """The local folder given for an encoder, or None."""
-        pairs = [pair.rsplit("=", 1) for pair in self.feature_weights]
-        return {canonical(name): folder for name, folder in pairs}.get(encoder)
+        """The local folder or file given for an encoder, or None."""
+        return weights_for(encoder, self.feature_weights)

@@ -37,6 +37,11 @@ class DataSet:
         self.reader = ShardReader(folder, manifest)
 
     @property
+    def num_bytes(self) -> int:
+        """Size of all arrays on disk."""
+        return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
+
+    @property
     def num_images(self) -> int:
         return self.manifest.num_images
 

@@ -59,6 +59,10 @@ def open_source(spec: str | Path) -> Source:
                 raise UserError(
                     f"{spec!r} has no setting {key!r}: allowed are num, seed.{nearest(key, ('num', 'seed'))}"
                 )
+        if path.exists():
+            raise UserError(
+                f"{str(spec)!r} names the built-in photographs, and here is a folder of that name: write ./{spec} for it."
+            )
         return PhotographSource(**settings)
     if path.is_dir():
         return FolderSource(path)
@@ -68,7 +72,10 @@ def open_source(spec: str | Path) -> Source:
 
 
 class FileSource(ABC):
-    """What folders and zips share: a sorted list of relative paths, classes from their first part."""
+    """What folders and zips share: a sorted list of relative paths, classes from their first part.
+
+    One folder around everything (`train/cat/...`) is no class and is left out of the paths.
+    """
 
     def __init__(self, where: str, paths: Sequence[str], marks: Sequence[int]):
         if not paths:
@@ -76,6 +83,10 @@ class FileSource(ABC):
                 f"{where} holds no images: files named {' '.join(EXTENSIONS)} are looked for, at any depth."
             )
         order = sorted(range(len(paths)), key=paths.__getitem__)
+        tops = {path.partition("/")[0] for path in paths}
+        around = len(tops) == 1 and any(path.count("/") > 1 for path in paths)  # one folder around the class folders
+        self._prefix = f"{tops.pop()}/" if around else ""
+        paths = [path.removeprefix(self._prefix) for path in paths]
         self.paths = [paths[i] for i in order]
         nested = ["/" in path for path in self.paths]
         if any(nested) and not all(nested):
@@ -121,7 +132,7 @@ class FolderSource(FileSource):
         super().__init__(str(root), relative, [_size(entry) for entry in found])
 
     def read(self, index: int) -> bytes:
-        path = self.root / self.paths[index]
+        path = self.root / (self._prefix + self.paths[index])
         try:
             if (size := path.stat().st_size) <= MAX_FILE_SIZE:
                 return path.read_bytes()
@@ -158,7 +169,7 @@ def _size(entry: os.DirEntry) -> int:
 
 
 class ZipSource(FileSource):
-    """Images in a zip file. One folder around everything is ignored. Nothing is ever unpacked to disk."""
+    """Images in a zip file. Nothing is ever unpacked to disk."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -166,11 +177,7 @@ class ZipSource(FileSource):
         for member in self._archive().infolist():
             self._require_safe(member)
         members = {m.filename: m for m in self._archive().infolist() if _is_image(m)}
-        tops = {name.partition("/")[0] for name in members}
-        around = f"{tops.pop()}/" if len(tops) == 1 and any(name.count("/") > 1 for name in members) else ""
-        self._prefix = around
-        marks = [member.CRC for member in members.values()]
-        super().__init__(str(path), [name.removeprefix(around) for name in members], marks)
+        super().__init__(str(path), list(members), [member.CRC for member in members.values()])
 
     def read(self, index: int) -> bytes:
         name = self._prefix + self.paths[index]

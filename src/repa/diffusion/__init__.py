@@ -30,6 +30,7 @@ SAMPLERS = Registry(
         "ddim": "repa.diffusion.ddpm:ddim",
     },
 )
+DDPM_SAMPLERS = ("ddpm", "ddim")  # those that walk the timesteps of a network trained by the ddpm objective
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
@@ -47,8 +48,10 @@ __getattr__, __dir__, __all__ = exports(
         "guided": "guidance",
         "ImprovedDDPM": "ddpm",
         "in_timesteps": "ddpm",
+        "Process": "processes",
+        "build_process": "processes",
         "DiffusionConfig": "config",
         "GuidanceConfig": "config",
     },
-    local=("PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
+    local=("DDPM_SAMPLERS", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
 )

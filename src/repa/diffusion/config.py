@@ -1,10 +1,13 @@
 """Settings of the diffusion room. Torch-free."""
 
-from pydantic import Field, field_validator
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
-from repa.diffusion import PATHS, PREDICTIONS, TIMESTEPS
+from repa.base.registry import parse_spec
+from repa.diffusion import DDPM_SAMPLERS, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
 
 
 def check_prediction(prediction: str) -> str:
@@ -18,6 +21,8 @@ def check_prediction(prediction: str) -> str:
 class DiffusionConfig(Config):
     """What the network learns to undo, and what it answers."""
 
+    objective: Literal["flow", "ddpm"] = "flow"
+    """flow: SiT's, as the three settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
     path: str = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
     prediction: str = "velocity"
@@ -39,6 +44,43 @@ class DiffusionConfig(Config):
     @classmethod
     def _prediction(cls, value: str) -> str:
         return check_prediction(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.objective == "ddpm":
+            for name in ("path", "prediction", "timesteps"):
+                default = type(self).model_fields[name].default
+                if getattr(self, name) != default:
+                    raise UserError(
+                        f"{name} {getattr(self, name)!r} is a setting of the objective flow, and the objective ddpm has its "
+                        "own: leave it out, or choose the objective flow."
+                    )
+        return self
+
+    def check_model(self, name: str, learn_sigma: bool) -> None:
+        """UserError unless the objective trains all that the named network answers: a variance (learn_sigma) or none."""
+        size = name.partition("-")[2]
+        if learn_sigma and self.objective == "flow":
+            raise UserError(
+                f"{name} also predicts a variance, which the objective flow does not train: choose diffusion.objective "
+                f"ddpm, or 'SiT-{size}', the same network without it."
+            )
+        if not learn_sigma and self.objective == "ddpm":
+            raise UserError(
+                f"The objective ddpm trains a variance too, which {name} does not predict: choose 'DiT-{size}', the same "
+                "network with it, or diffusion.objective flow."
+            )
+
+    def check_sampler(self, spec: str) -> str:
+        """The spec itself when a network of this objective can be sampled by it, else UserError."""
+        name, _ = parse_spec(spec)
+        if name in DDPM_SAMPLERS and self.objective != "ddpm":
+            others = ", ".join(other for other in SAMPLERS.names() if other not in DDPM_SAMPLERS)
+            raise UserError(
+                f"The sampler {name} walks the timesteps of the objective ddpm, but this network is trained by the "
+                f"objective {self.objective}: choose one of {others}."
+            )
+        return spec
 
 
 class GuidanceConfig(Config):

@@ -2,8 +2,8 @@
 
 A network for it answers 2C channels, [noise; v]: the noise and, per element, where the log-variance of the reverse step
 lies between its two bounds. It takes the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
-time is our t: timestep k is t = (k + 1) / T, which also makes the `vp` path (with its defaults) the continuous limit of
-this process, so that a DiT can be sampled by every other sampler too; `in_timesteps` turns t into k for the network.
+time is our t: timestep k is t = (k + 1) / T, and `ImprovedDDPM.path` is the path that has this process's alpha_bar at
+each of them, so that a DiT can be sampled by every other sampler too; `in_timesteps` turns t into k for the network.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.interpolants import check_numbers
+from repa.diffusion.interpolants import DiscreteVariancePreserving, check_numbers
 from repa.diffusion.samplers import RandnLike, to_state
 
 NUM_TIMESTEPS = 1000
@@ -41,7 +41,7 @@ class ImprovedDDPM:
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS, timesteps: Sequence[int] | None = None):
         if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps <= 20:
             raise UserError(f"DDPM needs more than 20 timesteps to keep its betas below 1, but got {num_timesteps!r}.")
-        betas = np.linspace(1e-4, 2e-2, num_timesteps) * (1000 / num_timesteps)
+        betas = np.linspace(1e-4, 2e-2, num_timesteps) * (NUM_TIMESTEPS / num_timesteps)
         bar = np.cumprod(1 - betas)
         if timesteps is not None:
             bar = bar[list(timesteps)]
@@ -79,6 +79,11 @@ class ImprovedDDPM:
         else:
             kept = [round(i * (total - 1) / (num_steps - 1)) for i in range(num_steps)]
         return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)])
+
+    @property
+    def path(self) -> DiscreteVariancePreserving:
+        """The interpolant on which `q_sample` at step k is Eq. 1 at t = (k + 1) / T, for a process that was not respaced."""
+        return DiscreteVariancePreserving(self.alpha_bar)
 
     def time(self, k: int) -> float:
         """Our t of step k."""
@@ -137,36 +142,34 @@ class ImprovedDDPM:
         return self._tables[key][t].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
 
 
+def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
+    """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
+    k = (t * num_timesteps - 1).clamp(min=0)
+    # (k + 1) / T in float32 comes back beside k; between timesteps, where an ODE solver goes, k stays fractional
+    return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
+
+
 def in_timesteps(predict: Callable[..., Tensor], num_timesteps: int = NUM_TIMESTEPS) -> Callable[..., Tensor]:
-    """A network of timesteps k as one of our t: (x_t, t (N,), *rest) -> predict(x_t, t * T - 1, *rest).
+    """A network of timesteps k as one of our t: (x_t, t (N,), *rest) -> predict(x_t, timestep(t), *rest).
 
     Put it innermost, `guided(in_timesteps(network), ...)`, so that guidance intervals keep their meaning.
     """
 
     def output(x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-        k = t * num_timesteps - 1
-        # (k + 1) / T in float32 comes back beside k; between timesteps, where an ODE solver goes, k stays fractional
-        return predict(x_t, torch.where((k - k.round()).abs() < 1e-3, k.round(), k), *rest)
+        return predict(x_t, timestep(t, num_timesteps), *rest)
 
     return output
 
 
 @torch.no_grad()
-def ddpm(
-    denoiser: Denoiser,
-    noise: Tensor,
-    num_steps: int,
-    randn_like: RandnLike = torch.randn_like,
-    *,
-    num_timesteps: int = NUM_TIMESTEPS,
-) -> Tensor:
+def ddpm(denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like) -> Tensor:
     """Ancestral sampling of the respaced process with the learned variance; no noise in the last step. NFE = num_steps.
 
     The denoiser predicts noise with a learned variance (2C channels) through `in_timesteps`; its path is not used.
     DiT's code guides the first 3 channels only: the other channels and the variance keep the conditional values.
     """
     _check_noise(denoiser)
-    process = ImprovedDDPM(num_timesteps).respaced(num_steps)
+    process = ImprovedDDPM().respaced(num_steps)
     x = to_state(noise)
     for k in reversed(range(num_steps)):
         mean, log_variance = process.p_mean_log_variance(denoiser.output(x, process.time(k)), x, k)
@@ -182,7 +185,6 @@ def ddim(
     randn_like: RandnLike = torch.randn_like,
     *,
     eta: float = 0.0,
-    num_timesteps: int = NUM_TIMESTEPS,
 ) -> Tensor:
     """DDIM on integer strides; a learned variance is ignored. NFE = num_steps.
 
@@ -192,7 +194,7 @@ def ddim(
     check_numbers("sampler ddim", eta=eta)
     if not 0 <= eta <= 1:
         raise UserError(f"The setting eta of ddim lies between 0 and 1, but got {eta}.")
-    process = ImprovedDDPM(num_timesteps).respaced(num_steps, integer_stride=True)
+    process = ImprovedDDPM().respaced(num_steps, integer_stride=True)
     x = to_state(noise)
     for k in reversed(range(num_steps)):
         predicted = denoiser.output(x, process.time(k))[:, : x.shape[1]]

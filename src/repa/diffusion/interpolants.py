@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,20 +77,49 @@ class VariancePreserving:
             raise UserError(f"The path vp needs 0 < beta_min <= beta_max, but got {self.beta_min} and {self.beta_max}.")
 
     def __call__(self, t: Tensor) -> Coefficients:
-        t = at_least_float32(t)
-        alpha, sigma = self._alpha_sigma(t)
-        held = t.clamp(min=self.T_MIN)
-        held_alpha, held_sigma = self._alpha_sigma(held)
-        return Coefficients(alpha, sigma, -self._beta(t) / 2 * alpha, self._beta(held) / 2 * held_alpha**2 / held_sigma)
+        return _variance_preserving(self._integral, t, self.T_MIN)
 
-    def _beta(self, t: Tensor) -> Tensor:
-        return self.beta_min + (self.beta_max - self.beta_min) * t
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        rise = self.beta_max - self.beta_min
+        return self.beta_min * t + rise * t**2 / 2, self.beta_min + rise * t
 
-    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        integral = self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
-        return torch.exp(-integral / 2), torch.sqrt(
-            -torch.expm1(-integral)
-        )  # expm1: 1 - exp(-B) would cancel near t = 0
+
+class DiscreteVariancePreserving:
+    """The variance-preserving path of a discrete process: at t = k / T its alpha^2 is the k-th alpha_bar, k = 1 .. T.
+
+    Between the timesteps the rate beta is interpolated linearly, so that the path is smooth and its derivatives are its
+    own; at t = 0 it is data. `vp` with its defaults is its limit for many timesteps, but up to 10 % off for 1000.
+
+    Args:
+        alpha_bar: (T,) descending, as in `ImprovedDDPM`.
+    """
+
+    def __init__(self, alpha_bar: np.ndarray):
+        integrals = -np.log(np.append(1.0, alpha_bar))
+        self.num_timesteps = len(alpha_bar)
+        self.integrals = torch.from_numpy(integrals)  # (T + 1,), B at every timestep
+        self.rates = torch.from_numpy(np.gradient(integrals, edge_order=2))  # (T + 1,), beta / T
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        return _variance_preserving(self._integral, t, VariancePreserving.T_MIN)
+
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integrals, rates = (table.to(t.dtype).to(t.device) for table in (self.integrals, self.rates))
+        k = (t * self.num_timesteps).floor().clamp(0, self.num_timesteps - 1).long()
+        past = t * self.num_timesteps - k  # since timestep k, in timesteps
+        rise = rates[k + 1] - rates[k]
+        return integrals[k] + past * (rates[k] + past * rise / 2), (rates[k] + past * rise) * self.num_timesteps
+
+
+def _variance_preserving(integral: Callable[[Tensor], tuple[Tensor, Tensor]], t: Tensor, t_min: float) -> Coefficients:
+    """The path of a rate beta, for t -> (B(t), beta(t)); sigma' is held at its value at t_min."""
+    t = at_least_float32(t)
+    total, beta = integral(t)
+    held_total, held_beta = integral(t.clamp(min=t_min))
+    alpha, held_alpha = torch.exp(-total / 2), torch.exp(-held_total / 2)
+    # expm1: 1 - exp(-B) would cancel near t = 0
+    sigma, held_sigma = torch.sqrt(-torch.expm1(-total)), torch.sqrt(-torch.expm1(-held_total))
+    return Coefficients(alpha, sigma, -beta / 2 * alpha, held_beta / 2 * held_alpha**2 / held_sigma)
 
 
 def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Frozen vision encoders behind one contract: what REPA aligns to, and what judges samples."""
 
 from repa.base.lazy import exports
+from repa.encoders import families
 from repa.encoders.loading import EncoderRegistry
 from repa.encoders.loading import canonical as canonical
 
@@ -9,14 +10,7 @@ ENCODERS = EncoderRegistry(
     {
         "tiny": "repa.encoders.tiny:load_tiny",
         "tiny-judge": "repa.encoders.tiny:load_tiny",
-        "dinov2-s": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-b": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-l": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-g": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-reg-s": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-reg-b": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-reg-l": "repa.encoders.dinov2:load_dinov2",
-        "dinov2-reg-g": "repa.encoders.dinov2:load_dinov2",
+        **dict.fromkeys(families.names(), "repa.encoders.vit:load_vit"),
     },
 )
 

@@ -1,10 +1,12 @@
 """The one door to the encoders. Free of torch until it is used."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repa.base.errors import UserError
 from repa.base.registry import Registry, parse_spec
+from repa.encoders.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -12,8 +14,11 @@ if TYPE_CHECKING:
     from repa.encoders.contract import VisionEncoder
 
 
+STEMS = {"dinov2reg": "dinov2-reg", "dinov1": "dino", "jepa": "ijepa"}  # of the reference code -> ours
+
+
 class EncoderRegistry(Registry):
-    """Names of encoders; the reference code's spellings, dinov2-vit-b and dinov2reg-vit-b, are understood too."""
+    """Names of encoders; the reference code's spellings, dinov2-vit-b and clip-vit-L, are understood too."""
 
     def target(self, spec: str) -> str:
         return super().target(canonical(spec))
@@ -23,10 +28,33 @@ class EncoderRegistry(Registry):
 
 
 def canonical(spec: str) -> str:
-    """dinov2-vit-b -> dinov2-b, dinov2reg-vit-b -> dinov2-reg-b; anything else as it is."""
-    if not spec.startswith("dinov2"):
+    """dinov2-vit-b -> dinov2-b, dinov2reg-vit-b -> dinov2-reg-b, jepa-vit-h -> ijepa-h; anything else as it is."""
+    name, colon, settings = spec.partition(":")
+    stem, _, size = name.partition("-vit-") if "-vit-" in name else name.rpartition("-")
+    stem = STEMS.get(stem, stem)
+    if stem not in FAMILIES:
         return spec
-    return spec.replace("dinov2reg", "dinov2-reg", 1).replace("-vit-", "-", 1)
+    return f"{stem}-{size.lower()}{colon}{settings}"
+
+
+def weights_for(spec: str, pairs: Sequence[str]) -> str | None:
+    """The local path given for an encoder among texts written ENCODER=PATH, or None."""
+    for pair in pairs:
+        encoder, _, path = pair.rpartition("=")  # from the right: an encoder's own settings hold = too
+        if canonical(encoder) == canonical(spec):
+            return path
+    return None
+
+
+def check_pairs(pairs: Sequence[str]) -> None:
+    """Raises UserError unless every text is written ENCODER=PATH with an encoder that exists."""
+    from repa.encoders import ENCODERS
+
+    for pair in pairs:
+        encoder, _, path = pair.rpartition("=")
+        if not (encoder and path):
+            raise UserError(f"feature_weights are written ENCODER=PATH, but got {pair!r}.")
+        ENCODERS.check(encoder)
 
 
 def load_encoder(
@@ -36,7 +64,8 @@ def load_encoder(
 
     Args:
         spec: a name of ENCODERS, or `package.module.function` of your own; function(name, weights) -> VisionEncoder.
-        weights: local weights instead of the encoder's own: a folder as on the hub (DINOv2), or a file (tiny).
+        weights: local weights instead of the encoder's own: a folder as on the hub, or a file (tiny, and the original
+            checkpoints of DINO, MoCo v3, MAE and I-JEPA).
         device: where it computes.
 
     Raises:

@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "EvaluateConfig": "config",
-        "evaluate": "evaluate",
-        "evaluate_file": "evaluate",
+        "evaluate": "measure",
+        "evaluate_file": "measure",
         "Reference": "reference",
         "reference_of": "reference",
         "read_samples": "samples",

@@ -1,5 +1,7 @@
 """What samples are measured against: statistics and a subset of the pooled features of real images."""
 
+import hashlib
+import json
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,10 +39,13 @@ def pooled_features(batches: Iterable[Tensor], encoder: VisionEncoder) -> Iterat
         yield pooled.float().cpu()
 
 
-def reference_of(data: DataSet, encoder: VisionEncoder) -> Reference:
-    """The reference of prepared data, computed once per encoder by the main process and kept in the data's folder."""
-    identity = encoder.identity["weights_sha256"] or encoder.name
-    path = data.folder / "reference" / f"{encoder.name}-{identity[:12]}.npz"
+def reference_of(data: DataSet, encoder: VisionEncoder, spec: str) -> Reference:
+    """The reference of prepared data, computed once per encoder by the main process and kept in the data's folder.
+
+    `spec` is what the encoder was loaded by: its settings are part of what it computes, as its weights are.
+    """
+    key = hashlib.sha256(json.dumps([spec, encoder.identity], sort_keys=True).encode()).hexdigest()[:12]
+    path = data.folder / "reference" / f"{encoder.name}-{key}.npz"
     if dist.is_main() and not path.is_file():
         _write(path, _compute(data, encoder))
     dist.barrier()

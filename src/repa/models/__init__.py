@@ -11,7 +11,10 @@ __getattr__, __dir__, __all__ = exports(
         "build": "dit",
         "build_model": "dit",
         "constructor_arguments": "published",
+        "load_exported": "exported",
         "load_published": "published",
         "model_names": "config",
+        "to_diffusers": "diffusers_export",
+        "to_published": "published",
     },
 )

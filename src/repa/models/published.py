@@ -1,4 +1,4 @@
-"""Released checkpoints of REPA, SiT and DiT as state dicts of `DiT`.
+"""Released checkpoints of REPA, SiT and DiT as state dicts of `DiT`, and the other way round.
 
 The names of our modules are those of the released files, so what is left to map are the conventions: REPA's projectors
 and its older block names, and SiT's reversed time and opposite velocity, which fold exactly into the weights.
@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,11 +19,20 @@ from torch import Tensor
 
 from repa.base.errors import UserError, nearest
 from repa.models.config import SIZES
+from repa.models.conventions import State, from_sit, to_sit
 from repa.models.dit import DiT
-from repa.models.layers import timestep_frequencies
 
-State = dict[str, Tensor]
 KINDS = ("repa", "sit", "dit")
+
+
+class Published(NamedTuple):
+    """All that is used of a released checkpoint, as state dicts of `DiT` and of its projectors (see load_published)."""
+
+    ema: State
+    projectors: State  # of the EMA weights
+    model: State  # the raw weights; empty when the file has one set only
+    steps: int | None  # steps of training, where the file tells
+    settings: dict[str, Any]  # how it was trained, as its own code named it; empty when the file does not tell
 
 
 def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str) -> tuple[State, State]:
@@ -42,23 +51,45 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
     Raises:
         UserError: a missing or damaged file, or one that is not a checkpoint of this kind.
     """
-    if kind not in KINDS:
-        allowed = ", ".join(KINDS)
-        raise UserError(f"Unknown kind of checkpoint {kind!r}: allowed are {allowed}.{nearest(str(kind), KINDS)}")
+    _check_kind(kind)
     if isinstance(path_or_state_dict, Mapping):
-        where, content = "The state dict", path_or_state_dict
-    else:
-        where, content = str(path_or_state_dict), _read(Path(path_or_state_dict))
-    state = {key.removeprefix("module."): value for key, value in _weights(content).items()}
-    projectors = {}
-    if kind == "repa":
-        state = _modern_block_names(state)
-        names = [key for key in state if key.startswith("projectors.")]
-        projectors = {name.removeprefix("projectors."): state.pop(name) for name in names}
-    _check_keys(state, where, kind)
+        return _translate(_weights(path_or_state_dict), "The state dict", kind)
+    return _translate(_weights(_read(Path(path_or_state_dict))), str(path_or_state_dict), kind)
+
+
+def read_published(path: str | Path, kind: str) -> Published:
+    """A released checkpoint with its raw weights, steps and settings where it has them; errors as in load_published."""
+    _check_kind(kind)
+    content = _read(Path(path))
+    ema, projectors = _translate(_weights(content), str(path), kind)
+    model, steps, settings = {}, None, {}
+    if isinstance(content, Mapping):
+        if "ema" in content and "model" in content:
+            model, _ = _translate(_weights({"model": content["model"]}), str(path), kind)
+        steps = content["steps"] if isinstance(content.get("steps"), int) else None
+        arguments = content.get("args")
+        settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return Published(ema, projectors, model, steps, settings)
+
+
+def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> State:
+    """A bare state dict as the code of REPA, SiT or DiT loads it: what load_published undoes.
+
+    A SiT gets its own time and sign back, for velocity networks, and variance channels that are zero: its code builds
+    and then discards them. Only a REPA has projectors; the others are written without.
+
+    Raises:
+        UserError: variance channels where the kind has none ("repa", "sit"), or none where it needs them ("dit").
+    """
+    _check_kind(kind)
+    learn_sigma = constructor_arguments(state, num_heads=1)["learn_sigma"]
+    if learn_sigma != (kind == "dit"):
+        does, choice = ("predicts", "dit") if learn_sigma else ("does not predict", "repa or sit")
+        raise UserError(f"This network {does} a variance, so it cannot be written as kind {kind!r}: choose {choice}.")
+    state = dict(state)
     if kind == "sit":
-        state = _from_sit(state)
-    return state, projectors
+        return to_sit(state)
+    return state | ({f"projectors.{key}": value for key, value in projectors.items()} if kind == "repa" else {})
 
 
 def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
@@ -73,7 +104,7 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
     blocks = filter(None, (re.match(r"blocks\.(\d+)\.", key) for key in state))
     depth = 1 + max((int(block[1]) for block in blocks), default=0)
     if num_heads is None:
-        num_heads = next((heads for *size, heads in SIZES.values() if size == [hidden_dim, depth]), None)
+        num_heads = heads_of_named(hidden_dim, depth)
         if num_heads is None:
             raise UserError(
                 f"No named model has width {hidden_dim} and depth {depth}: give the number of heads, "
@@ -91,6 +122,29 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * latent_channels * patch_size**2,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
+
+
+def heads_of_named(hidden_dim: int, depth: int) -> int | None:
+    """Attention heads of the named size with this width and depth; None when no name has them."""
+    return next((heads for *size, heads in SIZES.values() if size == [hidden_dim, depth]), None)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        allowed = ", ".join(KINDS)
+        raise UserError(f"Unknown kind of checkpoint {kind!r}: allowed are {allowed}.{nearest(str(kind), KINDS)}")
+
+
+def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[State, State]:
+    """State dicts of DiT and of the projectors from one set of weights of a checkpoint; `where` names it in errors."""
+    state = {key.removeprefix("module."): value for key, value in weights.items()}
+    projectors = {}
+    if kind == "repa":
+        state = _modern_block_names(state)
+        names = [key for key in state if key.startswith("projectors.")]
+        projectors = {name.removeprefix("projectors."): state.pop(name) for name in names}
+    _check_keys(state, where, kind)
+    return (from_sit(state) if kind == "sit" else state), projectors
 
 
 def _read(path: Path) -> Any:
@@ -152,23 +206,3 @@ def _check_keys(state: State, where: str, kind: str) -> None:
             problem = f"{key!r} has shape {tuple(state[key].shape)} where {tuple(expected[key])} belongs"
     if problem:
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: {problem}.")
-
-
-def _from_sit(state: State) -> State:
-    """v(x, t) = -v_SiT(x, 1 - t), by weights alone (SiT: t = 1 is data and velocity = data - noise)."""
-    state = dict(state)
-    channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (patch_size**2, -1))[:, :channels]  # the variance channels come last, and go
-        state[name] = -rows.flatten(0, 1)
-    name = "t_embedder.mlp.0.weight"
-    state[name] = _reverse_time(state[name])
-    return state
-
-
-def _reverse_time(weight: Tensor) -> Tensor:
-    """The W' with W' [cos ft, sin ft] = W [cos f(1-t), sin f(1-t)], by the addition theorems in float64."""
-    on_cos, on_sin = weight.double().chunk(2, dim=1)
-    f = timestep_frequencies(weight.shape[1]).double()
-    reversed_ = torch.cat([on_cos * f.cos() + on_sin * f.sin(), on_cos * f.sin() - on_sin * f.cos()], dim=1)
-    return reversed_.to(weight.dtype)

@@ -15,6 +15,7 @@ from repa.report.configs import config_differences
 from repa.report.curves import alignment_axis, curve_figure
 from repa.report.facts import data_facts
 from repa.report.findings import verdict
+from repa.report.paper import printed, reported
 from repa.report.pictures import Tile, check_images, has_preview, preview_columns, read_preview, tile
 from repa.report.records import PROTOCOL, RunRecord, is_number, read_runs
 from repa.report.style import COLOURS
@@ -77,6 +78,7 @@ def write_report(
         "runs": records,
         "num_colours": len(COLOURS),
         "rows": summary_rows(records),
+        "reported": reported(records),
         "curves": _curves(records),
         **_samples(records, training_images),
         "differences": config_differences(records),
@@ -100,7 +102,7 @@ def _environment():
     )
     environment.filters |= {
         "count": count, "duration": duration, "figure": figure, "how_made": how_made, "short_count": short_count,
-        "reached_text": reached_text,
+        "printed": printed, "reached_text": reached_text,
     }  # fmt: skip
     return environment
 

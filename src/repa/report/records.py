@@ -14,7 +14,7 @@ from repa.runs import layout
 from repa.runs.log import read_metrics
 
 # The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
-PROTOCOL = ("features", "num_samples", "sampler", "steps", "nfe", "guidance", "weights")
+PROTOCOL = ("features", "num_samples", "sampler", "steps", "nfe", "guidance", "decoder", "weights")
 
 Protocol = tuple[tuple[str, str], ...]
 

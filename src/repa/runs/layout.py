@@ -8,6 +8,7 @@ RUN/
   checkpoints/0001000/        model, ema, projectors (safetensors), optimizer.pt, state.json
   samples/0001000.npz, .png   previews: uint8 NHWC under arr_0, and the grid of them
   report.html
+  converted.json              in a folder that `repa convert` made: what it was made from
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+ORIGIN = "converted.json"
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"

@@ -1,7 +1,7 @@
 """A trained network back from its run folder alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from repa.autoencoders import load_autoencoder
 from repa.autoencoders.contract import Autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.diffusion import PATHS, Denoiser, guided
+from repa.diffusion import Denoiser, Interpolant, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import DiT, build
 from repa.models.config import ModelConfig
@@ -33,9 +33,14 @@ class LoadedRun:
     class_names: tuple[str, ...] = ()
     folder: Path | None = None
 
+    @cached_property
+    def process(self) -> Process:
+        """Path, prediction, and what the network is given for t."""
+        return build_process(self.diffusion)
+
     @property
-    def path(self) -> Callable:
-        return PATHS.build(self.diffusion.path)
+    def path(self) -> Interpolant:
+        return self.process.path
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -46,12 +51,12 @@ class LoadedRun:
         guidance = guidance or GuidanceConfig()
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.model(x_t, t, y).prediction
+            return self.model(x_t, self.process.network_time(t), y).prediction
 
         fn = guided(
             predict, labels, self.model.null_label, guidance.scale, guidance.interval, guidance.channels or None
         )
-        return Denoiser(fn, self.path, self.diffusion.prediction)
+        return Denoiser(fn, self.process.path, self.process.prediction)
 
 
 def load_run(
@@ -70,6 +75,7 @@ def load_run(
         raise UserError(f"{run / layout.CONFIG} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
     model_config = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
+    diffusion.check_model(model_config.name, model_config.learn_sigma)
     step, state = load_weights(run, weights, step)
     model = build(model_config)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base import dist, files
+from repa.base.errors import UserError
 from repa.runs import layout
 
 
@@ -15,11 +16,13 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     path = Path(run) / layout.METRICS
     if not path.is_file():
         return
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            return
+            if number < len(lines):
+                raise UserError(f"{path} is damaged in line {number}: it is no JSON. Remove that line.") from None
 
 
 class MetricsLog:

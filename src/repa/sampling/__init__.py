@@ -3,5 +3,5 @@
 from repa.base.lazy import exports
 
 __getattr__, __dir__, __all__ = exports(
-    __name__, {"SampleConfig": "config", "generate": "generate", "Samples": "generate", "write_samples": "generate"}
+    __name__, {"SampleConfig": "config", "generate": "samples", "Samples": "samples", "write_samples": "samples"}
 )

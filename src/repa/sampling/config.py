@@ -24,6 +24,10 @@ class SampleConfig(Config):
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
     """Images at a time on each process."""
+    decoder: str = ""
+    """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
+    decoder_weights: str = ""
+    """Local folder of that decoder's weights; empty takes the hub's."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Arithmetic of the network's matrix products; the sampler's state is float64."""
 

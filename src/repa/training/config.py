@@ -9,6 +9,7 @@ from repa.base.config import Config
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.encoders import ENCODERS
+from repa.encoders.loading import check_pairs
 from repa.models.config import ModelConfig
 
 
@@ -44,6 +45,10 @@ class PreviewConfig(Config):
     """Steps of that sampler."""
     guidance: GuidanceConfig = GuidanceConfig()
     """Classifier-free guidance of the previews."""
+    decoder: str = ""
+    """Autoencoder that decodes the previews faster, such as taesd; empty takes the run's own."""
+    decoder_weights: str = ""
+    """Local folder of that decoder's weights; empty takes the hub's."""
 
     @field_validator("sampler")
     @classmethod
@@ -62,13 +67,17 @@ class TrainConfig(Config):
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """Path, prediction and distribution of training times."""
+    """Objective, path, prediction and distribution of training times."""
     alignments: tuple[AlignmentConfig, ...] = ()
     """The alignment terms; none trains the baseline."""
     autoencoder: str = ""
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weights of encoders that run while training or judge previews, written ENCODER=PATH; the others come from the hub."""
+    init: str = ""
+    """Start from these weights: run folder, folder of `repa export`, or repa:FILE, sit:FILE, dit:FILE. Empty: from random."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     batch_size: int = Field(256, ge=1)
@@ -92,13 +101,16 @@ class TrainConfig(Config):
     preview: PreviewConfig = PreviewConfig()
     """Samples and their distance while training."""
 
+    @field_validator("feature_weights")
+    @classmethod
+    def _pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        check_pairs(pairs)
+        return pairs
+
     @model_validator(mode="after")
     def _fits_together(self):
-        if self.model.learn_sigma:
-            raise ValueError(
-                f"model.name is {self.model.name!r}, which also predicts a variance: the training objective knows none, "
-                f"so choose 'S{self.model.name[1:]}', the same network without it"
-            )
+        self.diffusion.check_model(self.model.name, self.model.learn_sigma)
+        self.diffusion.check_sampler(self.preview.sampler)
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:

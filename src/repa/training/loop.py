@@ -21,6 +21,7 @@ from repa.data import Batch, DataSet, Loader
 from repa.runs import MetricsLog, layout
 from repa.training.config import TrainConfig
 from repa.training.resolve import claim_folder, resolve
+from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
 from repa.training.targets import Targets
 
@@ -56,8 +57,9 @@ def train(
     configuration and the autoencoder. `progress` is called after every step and must not touch the device.
     """
     config = resolve(config, data, device)
+    new = begins(run)
     targets = Targets(config, data, device)
-    state = build_state(config, targets.dims, device)
+    state = build_state(config, targets.dims, device, begins=new)
     if dist.is_main():
         claim_folder(run, config, data)
     dist.barrier()
@@ -66,25 +68,30 @@ def train(
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
         return Finished(state.step)
 
+    for note in targets.notes:
+        say(note)
     autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
     hooks = make_hooks(config, autoencoder)
     log = MetricsLog(run, state.step)
-    log.line(f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}")
+    started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
+    log.line(started)
+    log.row("event", state.step, message=started)
     loader = Loader(
         data, batch_size=config.batch_size, seed=config.seed, features=targets.cached, images=targets.needs_images(data),
         rank=dist.rank(), world=dist.world(), device=device,
     )  # fmt: skip
     objective = _wrap(state.objective, device)
     groups = state.objective.trained_groups()
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on CUDA
+    if config.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products that remain; fp32 means float32
     finite = torch.ones((), dtype=torch.bool, device=device)
     since, since_step, images = time.perf_counter(), state.step, loader.iterate(state.step)
 
     with contextlib.closing(log), contextlib.closing(images), _signals() as caught:
         for batch in images:
             x = _latents(batch, autoencoder, config.seed, state.step)
-            features = targets(batch, state.objective.targets(state.step))
             with autocast(device, config.precision):
+                features = targets(batch, state.objective.targets(state.step))
                 losses = objective(x, batch.labels, features, state.step)
             losses.total.mean().backward()
             norms = [nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm) for group in groups]
@@ -92,7 +99,7 @@ def train(
             state.optimizer.zero_grad(set_to_none=True)
             state.ema.update()
             state.step += 1
-            finite &= torch.isfinite(norms[0])  # a non-finite loss makes the norm so; no wait here
+            finite &= torch.isfinite(torch.stack(norms)).all()  # a non-finite loss makes its norm so; no wait here
 
             stop = _agree(bool(caught), state.step, device)
             last = state.step == config.num_steps
@@ -123,7 +130,7 @@ def train(
                 since = time.perf_counter()
             if last or stop:
                 break
-    return Finished(state.step, None if state.step == config.num_steps else caught[0] if caught else signal.SIGTERM)
+    return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
 
 
 def _wrap(objective: nn.Module, device: torch.device) -> nn.Module:
@@ -162,7 +169,7 @@ def _require_finite(row: dict[str, float], state: TrainState, run: Path) -> None
     raise UserError(
         f"The loss or its gradient is not finite by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}): "
         f"training stopped and wrote nothing of it. {f'The checkpoint of step {steps[-1]} is good. ' if steps else ''}"
-        "Lower --optimizer.learning-rate, use --precision fp32 or --model.qk-norm, and look at the data."
+        "Look at the data, or start another --out with a lower --optimizer.learning-rate, --precision fp32 or --model.qk-norm."
     )
 
 

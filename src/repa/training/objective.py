@@ -1,6 +1,6 @@
 """Eq. 9: the denoising loss plus weighted alignments. The one module that is wrapped, compiled and optimised."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from repa.alignment import Alignment
 from repa.base import dist
 from repa.base.rng import generator
-from repa.diffusion import PATHS, TIMESTEPS, interpolate
+from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
-from repa.diffusion.predictions import target as prediction_target
 from repa.encoders.contract import Features
 from repa.models import DiT
 
@@ -50,9 +49,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.alignments = nn.ModuleList(alignments)
-        self.path: Callable = PATHS.build(diffusion.path)
-        self.prediction = diffusion.prediction
-        self.sample_times: Callable = TIMESTEPS.build(diffusion.timesteps)
+        self.process = build_process(diffusion)
         self.label_dropout = label_dropout
         self.seed = seed
         self.taps = tuple(sorted({a.config.depth for a in alignments}))
@@ -62,7 +59,7 @@ class Objective(nn.Module):
         rows = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
         stream = generator(self.seed, "objective", step, device=x.device)
-        t = self.sample_times(num, generator=stream, device=x.device)
+        t = self.process.draw_times(num, stream, x.device)
         noise = torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
         return Draws(t[rows], noise[rows], dropped[rows])
@@ -70,14 +67,13 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, labels: Tensor, features: Mapping[str, Features], step: int) -> Losses:
         """x: clean latents (N, C, H, W); labels (N,) int64; features: target tokens by encoder name; -> per-sample losses."""
         draws = self.draw(x, step)
-        x_t, target = interpolate(self.path, x, draws.noise, draws.t)  # Eqs. 1 and 4
-        if self.prediction != "velocity":
-            target = prediction_target(self.prediction, self.path(draws.t), x, draws.noise)
+        x_t = self.process.noised(x, draws.noise, draws.t)  # Eq. 1
         y = torch.where(draws.dropped, self.model.null_label, labels)
-        output = self.model(x_t, draws.t, y, self.taps)
+        output = self.model(x_t, self.process.network_time(draws.t), y, self.taps)
 
-        total = (output.prediction.float() - target).square().mean(dim=(1, 2, 3))  # (N,), Eq. 4
-        terms = {"denoising": total.detach()}
+        denoising = self.process.losses(output.prediction, x, draws.noise, draws.t)  # Eq. 4, or Eq. 10 for DDPM
+        total = torch.stack(list(denoising.values())).sum(0)  # (N,)
+        terms = {name: loss.detach() for name, loss in denoising.items()}
         for alignment in self.alignments:
             if alignment.config.target not in features:  # its weight is 0 at this step, so nobody asked the encoder
                 total = total + _untouched(alignment)

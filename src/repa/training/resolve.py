@@ -8,7 +8,9 @@ from repa.base import files
 from repa.base.config import difference
 from repa.base.errors import UserError
 from repa.base.precision import best_precision
+from repa.base.registry import parse_spec
 from repa.data import DataSet
+from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.runs import layout
 from repa.training.config import TrainConfig
 
@@ -33,6 +35,9 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
             f"{config.model.name} cuts latents into patches of {patch}, but those of {data.folder} have side "
             f"{data.latent_size}: choose a model whose patch divides it, or another --resolution in `repa prepare`."
         )
+    sampler, _ = parse_spec(config.preview.sampler)
+    if config.preview.every and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
+        ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     return config.override(
         model=config.model.override(**facts),
         autoencoder=data.autoencoder,
@@ -48,7 +53,15 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
     path = run / layout.CONFIG
     if path.is_file():
         before = TrainConfig.load(path)
-        changeable = ("num_steps", "log_every", "save_every", "keep_checkpoints", "preview", "autoencoder_weights")
+        changeable = (
+            "num_steps",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+            "preview",
+            "autoencoder_weights",
+            "feature_weights",
+        )
         same = config.override(**{name: before.model_dump()[name] for name in changeable})
         if lines := difference(before, same):
             raise UserError(

@@ -13,6 +13,7 @@ from repa.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from repa.training.config import TrainConfig
 from repa.training.ema import EMA
 from repa.training.objective import Objective
+from repa.training.starting import start_from
 
 
 @dataclass
@@ -57,8 +58,12 @@ class TrainState:
         self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
 
 
-def build_state(config: TrainConfig, feature_dims: dict[str, int], device: torch.device) -> TrainState:
+def build_state(
+    config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, begins: bool = True
+) -> TrainState:
     """A state at step 0. `config` is resolved (no field left to the data); feature_dims: target -> width of its tokens.
+
+    `config.init` is read when the run `begins`; later a checkpoint takes its place, and it need not exist any more.
 
     Network and projectors are initialised from streams of their own: a run with another alignment, or none, starts from
     the same network.
@@ -72,6 +77,8 @@ def build_state(config: TrainConfig, feature_dims: dict[str, int], device: torch
     objective = Objective(model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed).to(
         device
     )
+    if config.init and begins:
+        start_from(config.init, objective, config.model.dims().num_heads)
     ema = EMA(objective.model, config.ema_decay)
     return TrainState(config, objective, ema, build_optimizer(objective, config, device))
 

@@ -8,6 +8,7 @@ from repa.base.errors import UserError
 from repa.data import Batch, DataSet
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
+from repa.encoders.loading import weights_for
 from repa.training.config import TrainConfig
 
 
@@ -27,7 +28,16 @@ class Targets:
                 f"run `repa prepare` with --features {' '.join(wanted)}."
             )
         self.grid = config.model.latent_size // config.model.dims().patch_size
-        self.encoders = {name: load_encoder(name, device=device) for name in missing}
+        self.notes = [
+            f"The stored tokens of {name!r} form a grid of {data.features[name].grid} and are resampled to the network's "
+            f"{self.grid}; `repa prepare --grid {self.grid}` stores them at that size."
+            for name in self.cached
+            if data.features[name].grid != self.grid
+        ]
+        self.encoders = {
+            name: load_encoder(name, weights=weights_for(name, config.feature_weights), device=device)
+            for name in missing
+        }
         self.dims = {name: data.features[name].dim for name in self.cached} | {
             name: encoder.dim for name, encoder in self.encoders.items()
         }

@@ -37,6 +37,7 @@ class Samples(NamedTuple):
 @torch.inference_mode()
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Samples:
     """Images `indices` of the endless sequence that (run, config) defines."""
+    run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
     streams = SampleStreams(config.seed, indices)
     noise = streams.randn(*run.latent_shape).to(device)  # (N, C, h, w)
@@ -67,10 +68,12 @@ def write_samples(
     num: int,
     out: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    count: Callable[[int], None] = lambda nfe: None,
 ) -> Path:
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
+    `count` is told the network calls per image of every batch that this process makes.
     """
     out = Path(out)
     if out.suffix != ".npz":
@@ -82,7 +85,8 @@ def write_samples(
     for done, start in enumerate(mine):
         path = parts / f"{start:09d}.npy"
         if not path.exists():
-            images = generate(run, config, range(start, min(start + config.batch_size, num))).images
+            images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)))
+            count(nfe)
             with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
         progress(min((done + 1) * config.batch_size * dist.world(), num), num)

@@ -66,7 +66,7 @@ def evaluate_file(
             "compare what has the same size."
         )
     encoder = load_encoder(config.features, weights=config.features_weights or None, device=device)
-    reference = reference_of(data, encoder)
+    reference = reference_of(data, encoder, config.features)
 
     def counted() -> Iterable[Tensor]:
         done = 0

@@ -1,0 +1,73 @@
+"""Models of diffusers from a folder or the hub, whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repa.base.errors import UserError
+
+
+def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = "") -> Any:
+    """The model of diffusers' class `kind`, in float32, every tensor of it from its file.
+
+    Args:
+        kind: a class of diffusers, such as "AutoencoderKL".
+        name: what to call it in messages.
+        source: a local folder or the name of a hub repository.
+        subfolder: where it lies in `source`; a local folder may also be that subfolder itself.
+
+    Raises:
+        UserError: no such folder or repository, a damaged file, a model of another class, tensors that do not fit.
+    """
+    diffusers = _diffusers()
+    local = Path(source).is_dir()
+    if local:
+        inside = Path(source) / subfolder
+        source, subfolder = inside if inside.is_dir() else source, ""
+    where = {"local_files_only": local, "subfolder": subfolder or None}
+    # many are stored in half precision: what is computed must not depend on that, nor on the machine
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # False: needs no accelerate, prints no notice
+    try:
+        config = diffusers.AutoencoderKL.load_config(str(source), **where)
+        found = config.get("_class_name", kind)
+        if found != kind:
+            raise UserError(f"The autoencoder {name!r} is a {kind}, but {source} holds a {found}: name other weights.")
+        model, report = getattr(diffusers, kind).from_pretrained(
+            str(source), output_loading_info=True, **where, **options
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error
+    strays = [*report["missing_keys"], *report["unexpected_keys"]]
+    if strays:  # diffusers only warns, and leaves missing tensors random
+        reason = f"its weights do not fit, for example {strays[0]!r}"
+        raise UserError(_not_loaded(name, source, subfolder, local, reason))
+    return model
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+
+        diffusers.AutoencoderKL  # noqa: B018  the import proper: diffusers is lazy
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"diffusers cannot be imported ({reason}): install it, and remove a torchvision built for another torch."
+        ) from error
+    return diffusers
+
+
+def _not_loaded(name: str, source: str | Path, subfolder: str, local: bool, reason: str) -> str:
+    if local:
+        return f"The autoencoder {name!r} cannot be loaded from the folder {source}: {reason}."
+    return (
+        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor to be had from the hub of "
+        f"Hugging Face or its cache. Where there is a network, accept its licence if it asks for that, download "
+        f"config.json and diffusion_pytorch_model.safetensors{f' of its folder {subfolder}' if subfolder else ''}, "
+        f"and give that folder as the autoencoder's weights. "
+        f"(The hub's client said: {reason})"
+    )

@@ -1,0 +1,83 @@
+"""`repa convert CHECKPOINT RUN`: a released checkpoint, or an exported folder, as a run folder."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from repa.autoencoders import AUTOENCODERS
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.cli import options
+from repa.cli.console import say
+from repa.training.config import TrainConfig
+
+ABOUT = (
+    "Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors) or a folder of `repa export`. "
+    "`repa sample` and `repa analyse` work on it, and `repa train --init` starts from it."
+)
+
+
+class Network(Config):
+    """What a checkpoint does not tell of its network."""
+
+    num_heads: int = Field(0, ge=0)
+    """Attention heads; 0 = those of the named size with this width and depth."""
+
+
+class ConvertArguments(Config):
+    checkpoint: str
+    """.pt or .safetensors file, or folder of `repa export`"""
+    run: str
+    """run folder to make"""
+    kind: Literal["repa", "sit", "dit"] = "repa"
+    """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT. An exported folder knows."""
+    autoencoder: str = "sd-vae-ft-ema"
+    """Autoencoder of its latents. An exported folder knows."""
+    autoencoder_weights: str = ""
+    """Local folder of the autoencoder's weights; empty takes the hub's."""
+    model: Network = Network()
+    """What a checkpoint does not tell of its network."""
+    targets: tuple[str, ...] = ()
+    """Encoders of a REPA's projectors, in order; empty = as the file tells, else the projectors are left out."""
+    depth: int = Field(0, ge=0)
+    """Block after which those projectors stand; 0 = as the file tells."""
+    path: str = ""
+    """Path it was trained on (linear, trigonometric, vp); empty = as the file tells, else linear."""
+
+
+def main(argv: list[str]) -> int:
+    given = options.parse(ConvertArguments, argv, verb="convert", about=ABOUT, positional=("checkpoint", "run"))
+    autoencoder = {"autoencoder": given.autoencoder, "autoencoder_weights": given.autoencoder_weights}
+    AUTOENCODERS.check(given.autoencoder)  # a misspelt name is answered before a large file is read
+    from repa.runs.importing import read_checkpoint, read_export, write_run
+
+    source, run = Path(given.checkpoint), Path(given.run)
+    if source.is_dir():
+        if ignored := sorted(given.model_fields_set - {"checkpoint", "run", "autoencoder_weights"}):
+            raise UserError(f"An exported folder such as {source} tells its {ignored[0]} itself: leave the option out.")
+        imported = read_export(source)
+        settings = {"autoencoder_weights": given.autoencoder_weights, **imported.settings}
+    else:
+        imported = read_checkpoint(
+            source,
+            given.kind,
+            num_heads=given.model.num_heads,
+            targets=given.targets,
+            depth=given.depth,
+            path=given.path,
+        )
+        settings = {**autoencoder, **imported.settings}
+    config = TrainConfig.parse(settings, where=str(source))
+    write_run(run, config, imported.checkpoint, origin=source.name)
+    step, dims = imported.checkpoint.step, config.model.dims()
+    say(
+        f"{run}: {config.model.name}, width {dims.hidden_dim}, depth {dims.depth}, {config.model.num_classes:,} classes, "
+        f"step {step:,}, {'EMA and raw' if imported.checkpoint.model else 'one set of'} weights."
+    )
+    if imported.left_out:
+        say(f"Its projectors ({imported.left_out}) were left out: --targets and --depth name what they align to.")
+    say(
+        f"Next: repa sample {run} --num-images 64 --out samples.npz, or repa train RECIPE --data DATA --out NEW --init {run}"
+    )
+    return 0

@@ -1,0 +1,179 @@
+"""What differs between the vision transformers of REPA's Table 2 and a few younger ones: a table of facts, free of torch.
+
+Which tokens, which pixels and which file: the reference code of REPA, where it has the encoder; for SigLIP and DINOv3, which it
+does not have, the projects' own preprocessing. docs/encoders.md shows the table to people.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+RESAMPLING: Mapping[str, Any] = MappingProxyType(
+    {"interpolate_pos_encoding": True}
+)  # else transformers refuses other sizes
+EPS = 1e-6  # of the layer norms as trained; the hub's conversions of DINO, MAE and I-JEPA say 1e-12
+
+
+class Colours(NamedTuple):
+    """Per-channel statistics that an encoder wants its pixels normalised by."""
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Colours("ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = Colours("CLIP", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALVES = Colours("0.5", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Original(NamedTuple):
+    """The checkpoint file of the project that trained the encoder, a pickle with timm's names."""
+
+    file: str
+    """Name of the file, as the reference code calls it; {size} is b, l, h."""
+    project: str
+    """Where it comes from."""
+    container: str | None = None
+    """Key of the state dict in the file; None where the file is the state dict."""
+    prefix: str = ""
+    """Beginning of the names of the encoder's tensors, cut off; other tensors are left out."""
+    unused: tuple[str, ...] = ()
+    """Beginnings of the names, after the prefix, of what is no part of the encoder."""
+    head_dim: int = 64
+    """Width of an attention head, which a state dict does not tell."""
+
+
+class Family(NamedTuple):
+    """A kind of encoder, in the sizes for which the hub has a name (or None: only the original file exists)."""
+
+    model: str
+    """Class of transformers."""
+    model_types: tuple[str, ...]
+    """What `model_type` of a config.json may be."""
+    hub: Mapping[str, str | None]
+    """Size -> name on the hub."""
+    class_token: bool = True
+    """Tokens begin with a class token; registers, where config.json counts any, follow it."""
+    colours: Colours = IMAGENET
+    resize_first: bool = False
+    """Resize, then normalise; otherwise the other way round."""
+    final_norm: bool = True
+    """Tokens are taken after transformers' last layer norm."""
+    masks: bool = False
+    """transformers shuffles the patches at random unless told the order (masked autoencoders)."""
+    settings: Mapping[str, Any] = NONE
+    """Settings in place of those of config.json."""
+    build: Mapping[str, Any] = NONE
+    """Arguments of the class."""
+    call: Mapping[str, Any] = NONE
+    """Arguments of every forward."""
+    subset: str = ""
+    """Beginning of the names of the encoder's tensors in a file that holds more, a text tower or a decoder."""
+    original: Original | None = None
+
+
+DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+
+FAMILIES: dict[str, Family] = {
+    "dinov2": Family(
+        "Dinov2Model", ("dinov2",), {key: f"facebook/dinov2-{size}" for key, size in DINOV2_SIZES.items()}
+    ),
+    "dinov2-reg": Family(
+        "Dinov2WithRegistersModel",
+        ("dinov2_with_registers",),
+        {key: f"facebook/dinov2-with-registers-{size}" for key, size in DINOV2_SIZES.items()},
+    ),
+    "dinov3": Family(
+        "DINOv3ViTModel",
+        ("dinov3_vit",),
+        {key: f"facebook/dinov3-vit{key}16-pretrain-lvd1689m" for key in "sbl"},
+    ),
+    "dino": Family(
+        "ViTModel",
+        ("vit",),
+        {"b": "facebook/dino-vitb16"},
+        settings={"layer_norm_eps": EPS},
+        build={"add_pooling_layer": False},
+        call=RESAMPLING,
+        original=Original("dinov1_vit{size}.pth", "DINO (dino_vitbase16_pretrain.pth, facebookresearch/dino)"),
+    ),
+    "mocov3": Family(
+        "ViTModel",
+        ("vit",),
+        {"b": None, "l": None},
+        settings={"layer_norm_eps": EPS},
+        build={"add_pooling_layer": False},
+        call=RESAMPLING,
+        original=Original(
+            "mocov3_vit{size}.pth",
+            "MoCo v3 (linked from the README of LTH14/rcg)",
+            "state_dict",
+            "module.base_encoder.",
+            ("head.",),
+        ),
+    ),
+    "mae": Family(
+        "ViTMAEModel",
+        ("vit_mae",),
+        {"l": "facebook/vit-mae-large"},
+        final_norm=False,
+        masks=True,
+        settings={"layer_norm_eps": EPS, "mask_ratio": 0.0},
+        call=RESAMPLING,
+        subset="vit.",
+        original=Original(
+            "mae_vit{size}.pth",
+            "MAE (mae_pretrain_vit_large.pth, facebookresearch/mae)",
+            "model",
+            unused=("decoder_", "mask_token"),
+        ),
+    ),
+    "ijepa": Family(
+        "IJepaModel",
+        ("ijepa",),
+        {"h": "facebook/ijepa_vith14_1k"},
+        class_token=False,
+        settings={"layer_norm_eps": EPS},
+        call=RESAMPLING,
+        original=Original(
+            "ijepa_vit{size}.pth",
+            "I-JEPA (IN1K-vit.h.14-300e.pth.tar, facebookresearch/ijepa)",
+            "encoder",  # not the average "target_encoder", as the reference
+            "module.",
+            head_dim=80,
+        ),
+    ),
+    "clip": Family(
+        "CLIPVisionModel",
+        ("clip", "clip_vision_model"),
+        {"l": "openai/clip-vit-large-patch14"},
+        colours=CLIP,
+        resize_first=True,
+        call=RESAMPLING,
+        subset="vision_model.",
+    ),
+    "siglip": Family(
+        "SiglipVisionModel",
+        ("siglip", "siglip_vision_model"),
+        {"b": "google/siglip-base-patch16-256", "l": "google/siglip-large-patch16-256"},
+        class_token=False,
+        colours=HALVES,
+        resize_first=True,
+        settings={"vision_use_head": False},
+        call=RESAMPLING,
+        subset="vision_model.",
+    ),
+}
+
+
+def family_of(name: str) -> tuple[Family, str]:
+    """'dinov2-reg-b' -> its family and size."""
+    stem, _, size = name.rpartition("-")
+    return FAMILIES[stem], size
+
+
+def names() -> list[str]:
+    """Every encoder of the table, as STEM-SIZE."""
+    return [f"{stem}-{size}" for stem, family in FAMILIES.items() for size in family.hub]

@@ -1,0 +1,118 @@
+"""Vision transformers over transformers, each as REPA uses it; families.py says what differs between them.
+
+N batch, G grid side, M native grid side, D width, P prefix tokens (class token and registers).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repa.encoders.checkpoints import locate, read
+from repa.encoders.contract import Features, VisionEncoder, resize
+from repa.encoders.families import Colours, Family, family_of
+
+
+class ViTEncoder(VisionEncoder):
+    """Patch tokens of the last block; pooled is the class token, or the mean token where there is none. Any grid."""
+
+    def __init__(self, net: nn.Module, family: Family, name: str, weights_file: Path):
+        super().__init__(
+            net,
+            name=name,
+            dim=net.config.hidden_size,
+            patch_size=net.config.patch_size,
+            preprocessing=preprocessing(family, positions_of(net)),
+            weights_file=weights_file,
+        )
+        self.family = family
+        self.prefix = int(family.class_token) + getattr(
+            net.config, "num_register_tokens", 0
+        )  # most have no such setting
+        if not family.final_norm:
+            net.layernorm = nn.Identity()
+        table = positions_of(net)
+        self.register_buffer("native_positions", None if table is None else table.detach().clone(), persistent=False)
+
+    def prepare(self, pixels: Tensor, side: int) -> Tensor:
+        if self.family.resize_first:
+            return normalise(resize(pixels, side, antialias=False), self.family.colours)
+        return resize(normalise(pixels, self.family.colours), side, antialias=False)  # no antialias in the reference
+
+    def extract(self, pixels: Tensor, grid: int) -> Features:
+        self.place(grid)
+        arguments = dict(self.family.call)
+        if self.family.masks:  # patches are sorted by this noise, and none is masked: they stay in their order
+            arguments["noise"] = torch.arange(grid * grid, device=pixels.device).float().expand(len(pixels), -1)
+        tokens = self.net(pixels, **arguments).last_hidden_state  # (N, P + G*G, D)
+        patches = tokens[:, self.prefix :]
+        return Features(patches, tokens[:, 0] if self.family.class_token else patches.mean(1))
+
+    def place(self, grid: int) -> None:
+        """Give the network a position table of this grid, as the reference does once at loading.
+
+        transformers would resample in each forward, and without antialias; it leaves a table of the right size alone.
+        """
+        class_rows = int(self.family.class_token)
+        table = positions_of(self.net)
+        if table is not None and table.shape[1] != class_rows + grid * grid:
+            place_positions(self.net, resample_positions(self.native_positions, grid, class_rows))
+
+
+def load_vit(name: str, weights: Path | None) -> ViTEncoder:
+    """`name` is FAMILY-SIZE; `weights` a folder like the hub's, the original project's file, or None for cache or hub.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
+    """
+    family, size = family_of(name)
+    net, file = read(name, family, locate(name, family, size, weights))
+    return ViTEncoder(net, family, name, file)
+
+
+def normalise(pixels: Tensor, colours: Colours) -> Tensor:
+    """Per channel; no buffers, which .to(bfloat16) would round."""
+    channels = zip(pixels.unbind(1), colours.mean, colours.std, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def preprocessing(family: Family, positions: Tensor | None) -> str:
+    """In words, for the manifest of cached features."""
+    steps = [f"{family.colours.name} mean and std", "bicubic to grid * patch_size, no antialias"]
+    if family.resize_first:
+        steps.reverse()
+    tables = "rotary positions" if positions is None else "positions resampled bicubic with antialias"
+    return "; ".join(["pixels / 255", *steps, tables])
+
+
+def positions_of(net: nn.Module) -> Tensor | None:
+    """The network's position table (1, [1 +] M*M, D); None where positions are rotary (DINOv3)."""
+    embeddings = embeddings_of(net)
+    if hasattr(embeddings, "position_embedding"):  # CLIP and SigLIP look rows up
+        return embeddings.position_embedding.weight[None]
+    return getattr(embeddings, "position_embeddings", None)
+
+
+def place_positions(net: nn.Module, table: Tensor) -> None:
+    """Replace the position table, frozen."""
+    embeddings = embeddings_of(net)
+    if hasattr(embeddings, "position_embedding"):
+        embeddings.position_embedding.weight = nn.Parameter(table[0], requires_grad=False)
+        embeddings.position_ids = torch.arange(table.shape[1], device=table.device)[None]
+    else:
+        embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
+
+
+def embeddings_of(net: nn.Module) -> nn.Module:
+    return getattr(net, "vision_model", net).embeddings  # CLIP and SigLIP in transformers 4 are nested
+
+
+def resample_positions(table: Tensor, grid: int, class_rows: int = 1) -> Tensor:
+    """Positions (1, class_rows + M*M, D) -> (1, class_rows + G*G, D): bicubic, antialias, by size; class rows stay."""
+    native = round((table.shape[1] - class_rows) ** 0.5)
+    if native == grid:
+        return table
+    image = table[:, class_rows:].float().unflatten(1, (native, native)).permute(0, 3, 1, 2)  # (1, D, M, M)
+    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([table[:, :class_rows], image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

@@ -1,0 +1,100 @@
+"""A DiT as configuration and state dict of diffusers' DiTTransformer2DModel, without importing diffusers.
+
+The architecture is the same but for the sinusoid of the time, whose frequencies are 10000^(-k/127) in diffusers and
+10000^(-k/128) in DiT, SiT and REPA. For times in [0, 1] that is folded into the weights, exactly to float32. For the
+integer timesteps of DDPM it cannot be: there the reader sets `downscale_freq_shift = 0` (see exact_times).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.models.conventions import FIRST_TIME_LAYER, for_frequencies_of_diffusers
+from repa.models.layers import NORM_EPS
+from repa.models.published import constructor_arguments
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
+MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
+
+# every block of diffusers embeds time and label again, with the same weights
+EMBEDDINGS = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+IN_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+
+
+def to_diffusers(
+    state: Mapping[str, Tensor], num_heads: int, *, unit_times: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, state dict) of the DiTTransformer2DModel that computes what our DiT with this state dict computes.
+
+    Args:
+        state: of our DiT.
+        num_heads: its attention heads.
+        unit_times: was it trained with t in [0, 1] (SiT, REPA) rather than integer timesteps (DiT)?
+
+    Raises:
+        UserError: a network that diffusers' class cannot express: qk_norm, or another MLP ratio.
+    """
+    arguments = constructor_arguments(state, num_heads)
+    if arguments["qk_norm"] or arguments["mlp_ratio"] != MLP_RATIO:
+        what = (
+            "queries and keys are normalised" if arguments["qk_norm"] else f"MLPs are not {MLP_RATIO} times the width"
+        )
+        raise UserError(
+            f"diffusers' DiTTransformer2DModel has no place for this network, whose {what}: export safetensors."
+        )
+    config = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": num_heads,
+        "attention_head_dim": arguments["hidden_dim"] // num_heads,
+        "in_channels": arguments["latent_channels"],
+        "out_channels": arguments["latent_channels"] * (2 if arguments["learn_sigma"] else 1),
+        "num_layers": arguments["depth"],
+        "sample_size": arguments["latent_size"],
+        "patch_size": arguments["patch_size"],
+        "num_embeds_ada_norm": arguments["num_classes"],
+        "norm_eps": NORM_EPS,
+    }
+    if unit_times:
+        state = {**state, FIRST_TIME_LAYER: for_frequencies_of_diffusers(state[FIRST_TIME_LAYER])}
+    out = {theirs: state[ours] for ours, theirs in _parameters(OUTSIDE, state)}
+    for block in range(arguments["depth"]):
+        ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
+        out |= {f"{theirs}norm1.emb.{b}": state[a].clone() for a, b in _parameters(EMBEDDINGS, state)}
+        out |= {theirs + b: state[ours + a] for a, b in _parameters(IN_BLOCK, state, prefix=ours)}
+        for kind in ("weight", "bias"):
+            parts = state[f"{ours}attn.qkv.{kind}"].chunk(3)
+            out |= {f"{theirs}attn1.to_{n}.{kind}": part.clone() for n, part in zip("qkv", parts, strict=True)}
+    return config, out
+
+
+def exact_times(transformer: Any) -> Any:
+    """Give a loaded DiTTransformer2DModel the frequencies of DiT: for networks of integer timesteps. Returns it."""
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return transformer
+
+
+def _parameters(table: Mapping[str, str], state: Mapping[str, Tensor], prefix: str = "") -> list[tuple[str, str]]:
+    """(our name, their name) of the weight and, where there is one, the bias of every layer in `table`."""
+    return [
+        (f"{ours}.{kind}", f"{theirs}.{kind}")
+        for ours, theirs in table.items()
+        for kind in ("weight", "bias")
+        if f"{prefix}{ours}.{kind}" in state
+    ]

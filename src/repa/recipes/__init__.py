@@ -1,0 +1,40 @@
+"""Named training configurations: the rows of the paper's tables, and the two runs of the quickstart.
+
+`repa list recipes` names them, `repa show NAME` prints one, and any field can be overridden on the command line.
+"""
+
+from pathlib import Path
+
+from repa.base.errors import UserError, nearest
+from repa.recipes.paper import paper_recipe
+from repa.recipes.quickstart import quickstart, quickstart_repa
+from repa.recipes.recipe import Recipe
+from repa.report.paper import ROWS
+from repa.runs import layout
+from repa.training.config import TrainConfig
+
+RECIPES: dict[str, Recipe] = {
+    **{name: paper_recipe(name, row) for name, row in ROWS.items()},
+    "quickstart": Recipe.of(quickstart),
+    "quickstart-repa": Recipe.of(quickstart_repa),
+}
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """A recipe by name, or a YAML file such as the config.yaml of a run folder."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return TrainConfig.load(path)
+    if (path / layout.CONFIG).is_file():
+        return TrainConfig.load(path / layout.CONFIG)
+    raise UserError(f"There is no recipe {name!r}: {allowed(name)}")
+
+
+def allowed(name: str) -> str:
+    """What may be given instead of `name`: too many recipes to name them all in a sentence."""
+    return (
+        f"allowed are one of the {len(RECIPES)} that `repa list recipes` prints, a .yaml file, or a run folder."
+        f"{nearest(name, RECIPES)}"
+    )

@@ -1,0 +1,64 @@
+"""A run's averaged network for others: safetensors with a model card, or diffusers' DiTTransformer2DModel."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.models import constructor_arguments, diffusers_export
+from repa.models.config import ModelConfig
+from repa.models.exported import save_exported
+from repa.runs import layout
+from repa.runs.cards import card
+from repa.runs.checkpoint import load_weights
+
+FORMATS = ("safetensors", "diffusers")
+
+
+def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None = None) -> int:
+    """Write the EMA network of a run into a new folder with a model card; returns its step.
+
+    Args:
+        run: run folder.
+        out: folder to make; it must be absent or empty.
+        form: "safetensors" (read by repa.models.load_exported) or "diffusers" (by DiTTransformer2DModel).
+        step: which checkpoint; the highest when None.
+
+    Raises:
+        UserError: no such run or step, a folder that is in use, or a network that the format cannot hold.
+    """
+    if form not in FORMATS:
+        raise UserError(f"There is no format {form!r}: allowed are {', '.join(FORMATS)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: choose another folder for the export.")
+    config = layout.read_config(run)
+    num_heads = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG)).dims().num_heads
+    step, state = load_weights(run, "ema", step)
+    arguments = constructor_arguments(state, num_heads)
+    facts = {**_facts(run, config), "step": step}
+    with files.atomic_folder(out) as temporary:
+        if form == "safetensors":
+            save_exported(temporary, state, arguments, facts)
+        else:
+            unit_times = facts["diffusion"]["objective"] != "ddpm"
+            theirs, tensors = diffusers_export.to_diffusers(state, num_heads, unit_times=unit_times)
+            files.write_json(temporary / diffusers_export.CONFIG, theirs)
+            save_file(tensors, temporary / diffusers_export.WEIGHTS, {"format": "pt"})
+        files.write_text(temporary / "README.md", card(form, arguments, facts, config))
+    return step
+
+
+def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader must know beside the network; no path of this machine is among it."""
+    data = files.read_json(run / layout.DATA) if (run / layout.DATA).is_file() else {}
+    origin = files.read_json(run / layout.ORIGIN)["origin"] if (run / layout.ORIGIN).is_file() else None
+    return {
+        "diffusion": {"objective": "flow", **config["diffusion"]},
+        "autoencoder": config["autoencoder"],
+        "converted_from": origin,
+        "source": data.get("source"),
+        "num_images": data.get("num_images"),
+        "class_names": data.get("class_names", []),
+    }

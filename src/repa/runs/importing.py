@@ -1,0 +1,156 @@
+"""Networks from elsewhere as run folders: released checkpoints of REPA, SiT and DiT, and folders of `repa export`.
+
+The settings of a run are plain values here, named as in config.yaml: whoever writes them has checked them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from repa.base import files
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.encoders import canonical
+from repa.models.config import FAMILIES, PATCH_SIZES, SIZES
+from repa.models.exported import read_exported
+from repa.models.published import Published, constructor_arguments, read_published
+from repa.runs import layout
+from repa.runs.checkpoint import Checkpoint, save_checkpoint
+
+MLP_RATIO = 4  # the only one that a run's configuration knows
+# names of the paths in the settings of REPA and SiT
+PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP": "trigonometric", "VP": "vp"}
+
+
+class Imported(NamedTuple):
+    """The parts of a training configuration that a file tells, and its weights (`checkpoint.optimizer` is empty)."""
+
+    settings: dict[str, Any]
+    checkpoint: Checkpoint
+    left_out: int = 0  # projectors whose encoder and depth nobody named
+
+
+def read_checkpoint(
+    file: Path, kind: str, *, num_heads: int = 0, targets: Sequence[str] = (), depth: int = 0, path: str = ""
+) -> Imported:
+    """A released checkpoint as a run's settings (without autoencoder) and weights.
+
+    Args:
+        file: .pt or .safetensors; see repa.models.load_published.
+        kind: "repa", "sit" or "dit".
+        num_heads: attention heads; 0 = those of the named size with this width and depth.
+        targets: encoders of the projectors, in order; empty = as the file tells, and without it they are left out.
+        depth: block of the alignment; 0 = as the file tells.
+        path: the path it was trained on; empty = as the file tells, else linear.
+
+    Raises:
+        UserError: not a checkpoint of this kind, or one that no configuration describes.
+    """
+    published = read_published(file, kind)
+    model = _model_settings(published.ema, num_heads, kind, str(file))
+    diffusion = {"objective": "ddpm"} if kind == "dit" else {"path": path or _path(published.settings, str(file))}
+    if kind == "dit" and path:
+        raise UserError(f"A DiT has no path to choose, but got {path!r}: leave it out.")
+    alignments = _alignments(published, targets, depth, str(file))
+    indices = {key.partition(".")[0] for key in published.projectors}
+    projectors = {}
+    if alignments:
+        projectors = {key.replace(".", ".projector.", 1): value for key, value in published.projectors.items()}
+    checkpoint = Checkpoint(published.steps or 0, published.model, published.ema, projectors, {}, {"seconds": 0.0})
+    settings = {"model": model, "diffusion": diffusion, "alignments": alignments}
+    return Imported(settings, checkpoint, 0 if alignments else len(indices))
+
+
+def read_export(folder: Path) -> Imported:
+    """A folder of `repa export` as a run's settings and weights."""
+    config, ema = read_exported(folder)
+    settings = {name: config[name] for name in ("diffusion", "autoencoder")}
+    model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder))
+    return Imported({**settings, "model": model}, Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0}))
+
+
+def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str) -> None:
+    """Write a run folder, whole or not at all; `origin` is what it was made from. It serves to sample, analyse and start from."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run} exists and is not empty: choose another folder for the converted run.")
+    with files.atomic_folder(run) as temporary:
+        files.write_text(temporary / layout.CONFIG, config.to_yaml())
+        files.write_json(temporary / layout.ORIGIN, {"origin": origin})
+        save_checkpoint(temporary, checkpoint)
+
+
+def refuse_converted(run: Path) -> None:
+    """UserError when this run folder was converted: it holds no state of an optimizer to continue from."""
+    path = run / layout.ORIGIN
+    if path.is_file():
+        raise UserError(
+            f"{run} was converted from {files.read_json(path)['origin']}, which tells nothing of the optimizer, so it cannot "
+            f"be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
+        )
+
+
+def _model_settings(state: Mapping[str, Tensor], num_heads: int, kind: str, where: str) -> dict[str, Any]:
+    """The section `model` of a configuration that builds the network of this state dict."""
+    try:
+        arguments = constructor_arguments(state, num_heads or None)
+    except UserError as error:
+        raise UserError(f"{error} The option is --model.num-heads.") from None
+    if kind == "repa" and arguments["learn_sigma"]:
+        raise UserError(f"{where} also predicts a variance, which no REPA does: give --kind sit or --kind dit.")
+    if kind == "dit" and not arguments["learn_sigma"]:
+        raise UserError(f"{where} predicts no variance, which every DiT does: give --kind repa or --kind sit.")
+    if arguments["mlp_ratio"] != MLP_RATIO or arguments["patch_size"] not in PATCH_SIZES:
+        raise UserError(
+            f"{where} has MLPs of {arguments['mlp_ratio']:g} times its width and patches of {arguments['patch_size']}: "
+            f"a run has {MLP_RATIO} times and {', '.join(map(str, PATCH_SIZES))}. repa.models.load_published loads it without a run."
+        )
+    dims = tuple(arguments[name] for name in ("hidden_dim", "depth", "num_heads"))
+    size = next((size for size, named in SIZES.items() if named == dims), None)
+    family = next(name for name, learn_sigma in FAMILIES.items() if learn_sigma == arguments["learn_sigma"])
+    own = {} if size else dict(zip(("hidden_dim", "depth", "num_heads"), dims, strict=True))
+    data = {name: arguments[name] for name in ("latent_size", "latent_channels", "num_classes", "qk_norm")}
+    return {"name": f"{family}-{size or 'S'}/{arguments['patch_size']}", **data, **own}
+
+
+def _path(settings: Mapping[str, Any], where: str) -> str:
+    """The path that a REPA or SiT says it was trained on; linear, the default of both, when it says nothing."""
+    if (prediction := settings.get("prediction", "v")) not in ("v", "velocity"):
+        raise UserError(f"{where} predicts {prediction!r}: only networks that predict velocity can be converted.")
+    name = settings.get("path_type", "linear")
+    if name not in PATHS:
+        raise UserError(f"{where} was trained on an unknown path {name!r}: give --path linear, trigonometric or vp.")
+    return PATHS[name]
+
+
+def _alignments(published: Published, targets: Sequence[str], depth: int, where: str) -> list[dict[str, Any]]:
+    """The section `alignments` for the projectors of a REPA; none when neither the caller nor the file names the encoders."""
+    indices = sorted({int(key.partition(".")[0]) for key in published.projectors})
+    named = published.settings.get("enc_type")
+    if not targets and isinstance(named, str) and indices:
+        targets = named.split(",")
+    if not targets:
+        return []
+    layers = {f"{index}.{layer}.{kind}" for index in indices for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    if published.projectors.keys() != layers:
+        raise UserError(f"{where} has projectors that are not the three linear layers of REPA: leave --targets out.")
+    if len(targets) != len(indices):
+        raise UserError(
+            f"{where} has {len(indices)} projectors, but {len(targets)} encoders are named ({', '.join(targets)})."
+        )
+    depth = depth or published.settings.get("encoder_depth") or 0
+    if not depth:
+        raise UserError(
+            f"{where} does not tell after which block its projectors stand: give --depth, 8 for the released REPA."
+        )
+    weight = published.settings.get("proj_coeff")
+    return [
+        {
+            "target": canonical(target),
+            "depth": depth,
+            "projector": f"mlp:width={published.projectors[f'{index}.0.weight'].shape[0]}",
+            **({"weight": float(weight)} if weight is not None else {}),
+        }
+        for index, target in zip(indices, targets, strict=True)
+    ]

@@ -1,0 +1,128 @@
+"""Where a run's first weights come from: another run, an exported network, or a released checkpoint (fine-tuning)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from repa.alignment.config import AlignmentConfig
+from repa.base.errors import UserError
+from repa.models import DiT
+from repa.models.config import ModelConfig
+from repa.models.exported import CONFIG, read_exported
+from repa.models.published import KINDS, constructor_arguments, heads_of_named
+from repa.runs import layout
+from repa.runs.checkpoint import load_checkpoint
+from repa.runs.importing import read_checkpoint, refuse_converted
+from repa.training.objective import Objective
+
+LABELS, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
+# sizes that must agree, as a sentence calls them; latent size and classes may differ
+SIZES = {
+    "hidden_dim": "width", "depth": "depth", "num_heads": "heads", "patch_size": "patch", "latent_channels": "channels",
+    "learn_sigma": "learned variance", "qk_norm": "qk-norm", "mlp_ratio": "MLP ratio",
+}  # fmt: skip
+
+
+class Start(NamedTuple):
+    """EMA weights of a network, its attention heads (None: not known), and its projectors by their alignments."""
+
+    state: dict[str, Tensor]
+    num_heads: int | None
+    projectors: dict[tuple[str, str], dict[str, Tensor]]  # (name of the alignment, spec of the projector) -> state dict
+
+
+def begins(run: Path) -> bool:
+    """Has this run no checkpoint to continue from? UserError for a folder of `repa convert`, which nothing continues."""
+    refuse_converted(run)
+    return not layout.checkpoint_steps(run)
+
+
+def start_from(source: str, objective: Objective, num_heads: int) -> None:
+    """Overwrite a new objective's weights by those of `source`, as far as they mean the same.
+
+    Labels: all rows when the number of classes is the same, else the null row alone. Positions: the network's own, which
+    are a formula of the grid, when the grids differ. Projectors: those with the same target, depth and kind; others stay new.
+
+    Args:
+        source: run folder (its EMA), folder of `repa export`, or KIND:FILE with a kind of KINDS.
+        num_heads: of the objective's network.
+
+    Raises:
+        UserError: nothing to start from there, or a network of other sizes.
+    """
+    start, own = _read(source, num_heads), objective.model.state_dict()
+    _check_sizes(source, start, objective.model, num_heads)
+    state = dict(start.state)
+    if state[LABELS].shape != own[LABELS].shape:
+        state[LABELS] = own[LABELS].clone()
+        state[LABELS][-1] = start.state[LABELS][-1]
+    if state[POSITIONS].shape != own[POSITIONS].shape:
+        state[POSITIONS] = own[POSITIONS]
+    objective.model.load_state_dict(state)
+    for alignment in objective.alignments:
+        new = start.projectors.get((alignment.config.name, alignment.config.projector))
+        shapes = {key: value.shape for key, value in alignment.state_dict().items()}
+        if new is not None and {key: value.shape for key, value in new.items()} == shapes:
+            alignment.load_state_dict(new)
+
+
+def _read(source: str, num_heads: int) -> Start:
+    kind, colon, file = source.partition(":")
+    path = Path(source)
+    if (path / layout.CONFIG).is_file():
+        return _of_run(path)
+    if (path / CONFIG).is_file():
+        config, state = read_exported(path)
+        return Start(state, config["model"]["num_heads"], {})
+    if colon and kind in KINDS:
+        return _of_file(Path(file), kind, num_heads)
+    kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
+    raise UserError(
+        f"init is {source!r}, which is no run folder and no exported network: a checkpoint of another project is "
+        f"given with its kind ({kinds}), or made a run folder by `repa convert` first."
+    )
+
+
+def _of_run(run: Path) -> Start:
+    config, checkpoint = layout.read_config(run), load_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"init is {run}, which has no checkpoint yet: train it first, or give another run.")
+    where = str(run / layout.CONFIG)
+    heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
+    alignments = [AlignmentConfig.parse(values, where=where) for values in config.get("alignments", ())]
+    return Start(checkpoint.ema, heads, _projectors(alignments, checkpoint.projectors))
+
+
+def _of_file(file: Path, kind: str, num_heads: int) -> Start:
+    """A released checkpoint; an unnamed size has the heads that the configuration gives, as nothing else tells them."""
+    imported = read_checkpoint(file, kind, num_heads=num_heads)
+    arguments = constructor_arguments(imported.checkpoint.ema, num_heads)
+    alignments = [AlignmentConfig.parse(values) for values in imported.settings["alignments"]]
+    heads = heads_of_named(arguments["hidden_dim"], arguments["depth"])
+    return Start(imported.checkpoint.ema, heads, _projectors(alignments, imported.checkpoint.projectors))
+
+
+def _projectors(
+    alignments: list[AlignmentConfig], state: dict[str, Tensor]
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The state dicts of alignments 0, 1, ... out of that of their list."""
+    return {
+        (alignment.name, alignment.projector): {
+            key.removeprefix(f"{index}."): value for key, value in state.items() if key.startswith(f"{index}.")
+        }
+        for index, alignment in enumerate(alignments)
+    }
+
+
+def _check_sizes(source: str, start: Start, model: DiT, num_heads: int) -> None:
+    found = constructor_arguments(start.state, start.num_heads or num_heads)
+    wanted = constructor_arguments(model.state_dict(), num_heads)
+    differences = [
+        f"{word} {found[name]} (here {wanted[name]})" for name, word in SIZES.items() if found[name] != wanted[name]
+    ]
+    if differences:
+        raise UserError(
+            f"init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
+            "or another network to start from."
+        )

@@ -1,0 +1,233 @@
+"""`repa train --init`: from a run, an export or a released file; what is taken along, what is new, what is refused."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from repa.cli.main import run as repa
+from repa.data import PrepareConfig, prepare
+from repa.models.layers import sincos_positions
+from repa.runs import layout, load_checkpoint, load_run
+from tests.oracles import released
+from tests.oracles.published import sit_velocity
+
+TABLE = "y_embedder.embedding_table.weight"
+STILL = ("--num-steps", "1", "--optimizer.learning-rate", "1e-30")  # so small that float32 does not see it
+
+
+def same(a, b):
+    """Equal, but for zeros that one step of STILL has moved."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-20)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(tiny_config.to_yaml())
+    return path
+
+
+@pytest.fixture
+def tune(recipe, data_folder, tmp_path):
+    """(init, *options) -> exit code and run folder of a fine-tuning."""
+
+    def command(init, *options, data=data_folder, out="new"):
+        argv = ["train", recipe, "--data", data, "--out", tmp_path / out, "--init", init, *options]
+        return repa([str(word) for word in argv]), tmp_path / out
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory, image_folder):
+    """Three classes at 32 pixels with the tokens of tiny: other labels and another grid."""
+    root = tmp_path_factory.mktemp("three")
+    shutil.copytree(image_folder, root / "images")
+    shutil.copytree(root / "images" / "dark", root / "images" / "black")
+    prepare(str(root / "images"), root / "data", PrepareConfig(resolution=32, features=("tiny",)))
+    return root / "data"
+
+
+def test_a_run_goes_on_from_its_average_with_its_projector(random_run, tune):
+    code, new = tune(random_run, *STILL, "--seed", "1")  # another seed, so that a new projector would be another one
+    assert code == 0
+    before, after = load_checkpoint(random_run), load_checkpoint(new)
+    for key, value in before.ema.items():
+        assert torch.equal(after.model[key], value)
+        assert torch.equal(after.ema[key], value)
+    assert before.projectors
+    for key, value in before.projectors.items():
+        assert same(after.projectors[key], value)
+    assert yaml.safe_load((new / layout.CONFIG).read_text())["init"] == str(random_run)
+
+
+def test_the_projector_is_new_where_it_does_not_match(random_run, tune):
+    before = load_checkpoint(random_run).projectors
+    for out, options in {
+        "deeper": ("--alignments.0.depth", "2"),
+        "wider": ("--alignments.0.projector", "mlp:width=24"),
+    }.items():
+        code, new = tune(random_run, *STILL, *options, out=out)
+        assert code == 0
+        scratch, plain = tune("", *STILL, *options, out=f"{out}-scratch")
+        assert scratch == 0
+        fresh, wanted = load_checkpoint(new).projectors, load_checkpoint(plain).projectors
+        assert all(same(value, wanted[key]) for key, value in fresh.items())
+        assert not same(fresh["0.projector.4.weight"], before["0.projector.4.weight"])
+
+
+def test_alignment_is_switched_on_for_a_released_network_without_it(tune, tmp_path):
+    state = released.random_state(learn_sigma=True)
+    torch.save(released.sit_training(state), tmp_path / "sit.pt")
+    command = [
+        "convert",
+        tmp_path / "sit.pt",
+        tmp_path / "run",
+        "--kind",
+        "sit",
+        "--model.num-heads",
+        2,
+        "--autoencoder",
+        "pixels",
+    ]
+    assert repa([str(word) for word in command]) == 0
+    outputs = []
+    x = torch.randn(2, 3, 16, 16)
+    for out, init in (("a", f"sit:{tmp_path / 'sit.pt'}"), ("b", tmp_path / "run")):
+        code, new = tune(init, *STILL, out=out)
+        assert code == 0
+        assert load_checkpoint(new).projectors
+        outputs.append(load_run(new).model(x, torch.tensor([0.2, 0.7]), torch.tensor([0, 2])).prediction)
+    expected = -sit_velocity(state, x, torch.tensor([0.8, 0.3]), torch.tensor([0, 2]), 2)
+    for output in outputs:
+        torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_dit_is_fine_tuned_by_its_own_objective(tune, tmp_path):
+    state = released.random_state(learn_sigma=True)
+    torch.save(released.sit_training(state), tmp_path / "dit.pt")
+    options = ("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm")
+    code, new = tune(f"dit:{tmp_path / 'dit.pt'}", *STILL, *options)
+    assert code == 0
+    checkpoint = load_checkpoint(new)
+    assert all(torch.equal(value, state[key]) for key, value in checkpoint.ema.items())
+    assert checkpoint.projectors  # aligned, which no released DiT is
+
+
+def test_a_released_projector_comes_along_when_the_file_names_it(tune, tmp_path):
+    content = {**released.random_state(), **released.projectors(features=released_features())}
+    torch.save(released.repa_training(content, enc_type="tiny", encoder_depth=1), tmp_path / "repa.pt")
+    code, new = tune(f"repa:{tmp_path / 'repa.pt'}", *STILL)
+    assert code == 0
+    assert torch.equal(load_checkpoint(new).projectors["0.projector.4.bias"], content["projectors.0.4.bias"])
+
+
+def released_features():
+    from repa.encoders import load_encoder
+
+    return load_encoder("tiny").dim
+
+
+def test_other_classes_and_another_resolution(random_run, other_data, tune):
+    code, new = tune(random_run, *STILL, data=other_data)
+    assert code == 0
+    before, after = load_checkpoint(random_run).ema, load_checkpoint(new).model
+    assert after["pos_embed"].shape == (1, 64, 32)
+    assert torch.equal(after["pos_embed"], sincos_positions(32, 8))
+    assert after[TABLE].shape == (4, 32)
+    assert torch.equal(after[TABLE][-1], before[TABLE][-1])
+    _, plain = tune("", *STILL, data=other_data, out="plain")
+    assert torch.equal(after[TABLE][:3], load_checkpoint(plain).model[TABLE][:3])
+    rest = before.keys() - {TABLE, "pos_embed"}
+    assert all(torch.equal(after[key], before[key]) for key in rest)
+
+
+def test_from_an_export(random_run, tune, tmp_path):
+    assert repa(["export", str(random_run), str(tmp_path / "exported")]) == 0
+    code, new = tune(tmp_path / "exported", *STILL)
+    assert code == 0
+    before = load_checkpoint(random_run).ema
+    assert all(torch.equal(value, before[key]) for key, value in load_checkpoint(new).model.items())
+
+
+def test_resuming_is_the_same_command_and_needs_the_start_no_more(random_run, tune, tmp_path):
+    start = shutil.copytree(random_run, tmp_path / "start")
+    _, whole = tune(start, "--num-steps", "4", out="whole")
+    _, halves = tune(start, "--num-steps", "2", out="halves")
+    shutil.rmtree(start)
+    code, _ = tune(start, "--num-steps", "4", out="halves")
+    assert code == 0
+    for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE):
+        a, b = (load_file(layout.checkpoint_folder(run, 4) / name) for run in (whole, halves))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(load_checkpoint(whole).model[TABLE], load_checkpoint(random_run).ema[TABLE])  # it did train
+
+
+def test_another_start_is_another_run(random_run, tune, tmp_path, capsys):
+    assert tune(random_run, *STILL)[0] == 0
+    assert tune("", *STILL)[0] == 2
+    assert "holds a run of another configuration (init:" in capsys.readouterr().err
+
+
+def test_a_converted_folder_is_not_continued(recipe, data_folder, tmp_path, capsys):
+    torch.save(released.random_state(), tmp_path / "last.pt")
+    command = [
+        "convert",
+        str(tmp_path / "last.pt"),
+        str(tmp_path / "run"),
+        "--model.num-heads",
+        "2",
+        "--autoencoder",
+        "pixels",
+    ]
+    assert repa(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for name in (str(recipe), str(tmp_path / "run")):
+        assert repa(["train", name, "--data", str(data_folder), "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert "was converted from last.pt" in error
+        assert "fine-tune it in a new folder" in error
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--model.hidden-dim", "16"), "width 32 (here 16)"),
+        (("--model.depth", "3"), "depth 2 (here 3)"),
+        (("--model.num-heads", "4"), "heads 2 (here 4)"),
+        (("--model.name", "SiT-S/2"), "patch 4 (here 2)"),
+        (("--model.qk-norm", "true"), "qk-norm False (here True)"),
+        (("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm"), "learned variance False (here True)"),
+    ],
+)
+def test_a_network_of_another_size_is_refused(options, sentence, random_run, tune, capsys):
+    code, new = tune(random_run, *STILL, *options)
+    assert code == 2
+    assert f"init is {random_run}, a network with {sentence}" in capsys.readouterr().err
+    assert not new.exists()  # the folder is not claimed by a mistake
+
+
+def test_other_channels_are_refused(tune, tmp_path, capsys):
+    torch.save(released.random_state(latent_channels=4), tmp_path / "r.pt")
+    assert tune(f"repa:{tmp_path / 'r.pt'}", *STILL)[0] == 2
+    assert "channels 4 (here 3)" in capsys.readouterr().err
+
+
+def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
+    torch.save(released.random_state(), tmp_path / "last.pt")
+    bare = shutil.copytree(random_run, tmp_path / "bare")
+    shutil.rmtree(bare / layout.CHECKPOINTS)
+    for init, sentence in [
+        (tmp_path / "last.pt", "given with its kind (repa:FILE, sit:FILE, dit:FILE)"),
+        (tmp_path / "nothing", "no run folder and no exported network"),
+        (f"sit:{tmp_path / 'nothing.pt'}", "There is no checkpoint file"),
+        (bare, "has no checkpoint yet"),
+    ]:
+        code, new = tune(init, *STILL)
+        assert code == 2
+        assert sentence in capsys.readouterr().err
+        assert not new.exists()

@@ -1,0 +1,145 @@
+"""Flow matching and improved DDPM behind one contract; the path of the discrete process, and sampling along it."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.diffusion import SAMPLERS, Denoiser, DiffusionConfig, build_process, in_timesteps, interpolate
+from tests.oracles import ddpm as oracle
+
+DDPM = build_process(DiffusionConfig(objective="ddpm"))
+BARS = oracle.alpha_bars(oracle.BETAS)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_path_is_the_discrete_process_at_every_timestep():
+    c = DDPM.path(torch.arange(1001, dtype=torch.float64) / 1000)
+    np.testing.assert_allclose(c.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-9)
+    np.testing.assert_allclose(c.sigma.numpy() ** 2, [0.0, *(1 - bar for bar in BARS)], rtol=3e-6)
+    half = DDPM.path(torch.arange(1001) / 1000)
+    np.testing.assert_allclose(half.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-5)  # in float32 too
+
+
+def test_the_path_is_smooth_and_its_derivatives_are_its_own():
+    t = torch.linspace(0.0003, 0.9997, 2001, dtype=torch.float64, requires_grad=True)
+    c = DDPM.path(t)
+    for value, derivative in ((c.alpha, c.d_alpha), (c.sigma, c.d_sigma)):
+        (slope,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, slope, rtol=1e-8, atol=0)
+    assert (c.alpha.diff() < 0).all()
+    assert (c.sigma.diff() > 0).all()
+    k = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    before, after = DDPM.path(k - 1e-9), DDPM.path(k + 1e-9)
+    torch.testing.assert_close(before.d_alpha, after.d_alpha, rtol=1e-4, atol=1e-6)  # no kinks at the timesteps
+
+
+def test_training_times_are_timesteps_that_the_network_is_told_exactly():
+    t = DDPM.draw_times(100_000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    k = DDPM.network_time(t)
+    assert (t.dtype, k.dtype) == (torch.float32, torch.float32)
+    counts = torch.bincount(k.long(), minlength=1000)
+    assert torch.equal(k, k.round())
+    assert len(counts) == 1000
+    assert 50 < counts.min() <= counts.max() < 160  # 100 each
+    torch.testing.assert_close(t, (k + 1) / 1000)
+    assert DDPM.network_time(torch.tensor([0.0, 0.0004, 0.5, 1.0])).tolist() == [0, 0, 499, 999]
+
+
+def test_what_the_network_sees_is_on_the_path():
+    x, noise = normal(5, 2, 3, 3), normal(5, 2, 3, 3, seed=1)
+    k = [0, 1, 250, 731, 999]
+    t = torch.tensor([(i + 1) / 1000 for i in k])
+    for n, i in enumerate(k):
+        wanted = BARS[i] ** 0.5 * x[n] + (1 - BARS[i]) ** 0.5 * noise[n]
+        torch.testing.assert_close(DDPM.noised(x, noise, t)[n], wanted)
+    torch.testing.assert_close(DDPM.noised(x, noise, t), interpolate(DDPM.path, x, noise, t.double())[0])
+
+
+def test_losses_of_ddpm_are_the_literal_loops():
+    k = [0, 1, 417, 999]
+    x, noise, output = normal(4, 2, 2, 2), normal(4, 2, 2, 2, seed=1), normal(4, 4, 2, 2, seed=2)
+    losses = DDPM.losses(output, x, noise, torch.tensor([(i + 1) / 1000 for i in k]))
+    mse, vb = oracle.losses(output.numpy(), x.numpy(), noise.numpy(), k)
+    assert list(losses) == ["denoising", "vb"]
+    np.testing.assert_allclose(losses["denoising"].numpy(), mse, rtol=1e-10)
+    np.testing.assert_allclose(losses["vb"].numpy(), vb, rtol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
+def test_flow_gives_the_network_t_and_compares_it_with_its_target(prediction):
+    flow = build_process(DiffusionConfig(path="trigonometric", prediction=prediction))
+    x, noise, output = (normal(4, 2, 2, 2, seed=s) for s in range(3))
+    t = torch.tensor([0.1, 0.35, 0.6, 0.9], dtype=torch.float64)
+    sin, cos = (f(torch.pi * t / 2).reshape(4, 1, 1, 1) for f in (torch.sin, torch.cos))
+    wanted = {
+        "velocity": torch.pi / 2 * (cos * noise - sin * x), "noise": noise, "data": x, "score": -noise / sin
+    }[prediction]  # fmt: skip
+    losses = flow.losses(output, x, noise, t)
+    assert list(losses) == ["denoising"]
+    torch.testing.assert_close(losses["denoising"], (output - wanted).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flow.noised(x, noise, t), cos * x + sin * noise)
+    assert torch.equal(flow.network_time(t), t)
+    assert flow.prediction == prediction
+
+
+def trained_on(mean, std):
+    """[E[noise | x_t]; v] of data N(mean, std^2), which knows the trained timesteps only."""
+
+    def predict(x, k):
+        assert torch.equal(k, k.round())
+        assert ((k >= 0) & (k <= 999)).all()
+        bar = torch.tensor(BARS, dtype=x.dtype)[k.long()].reshape(-1, 1, 1, 1)
+        eps = (1 - bar).sqrt() / (bar * std**2 + 1 - bar) * (x - bar.sqrt() * mean)
+        return torch.cat([eps, torch.zeros_like(eps)], dim=1)
+
+    return Denoiser(in_timesteps(predict), DDPM.path, DDPM.prediction, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_flow_samplers_solve_the_probability_flow_of_a_network_of_timesteps(sampler, order):
+    """For data N(m, s^2) the flow is affine: x_0 = m + s (x_1 - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
+    x, bar = normal(50, 1, 1, 1), BARS[-1]
+    exact = 1.5 + 0.5 * (x - bar**0.5 * 1.5) / (bar * 0.25 + 1 - bar) ** 0.5
+    errors = [
+        float((SAMPLERS.build(sampler)(trained_on(1.5, 0.5), x, steps) - exact).abs().max()) for steps in (125, 250)
+    ]
+    assert errors[1] < 0.03
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+def test_the_sde_ends_in_the_data():
+    draws = torch.Generator().manual_seed(3)
+    samples = SAMPLERS.build("euler_maruyama:last=0.008")(  # a grid of timesteps: (1 - 0.008) / 248 = 0.004
+        trained_on(1.5, 0.5), normal(20000, 1, 1, 1), 249,
+        lambda like: torch.randn(like.shape, generator=draws, dtype=like.dtype),
+    )  # fmt: skip
+    assert float(samples.mean()) == pytest.approx(1.5, abs=0.02)
+    assert float(samples.std()) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"objective": "ddmp"}, "'objective' was given 'ddmp': input should be 'flow' or 'ddpm'"),
+        ({"objective": "ddpm", "path": "vp"}, "path 'vp' is a setting of the objective flow, .*: leave it out"),
+        ({"objective": "ddpm", "prediction": "noise"}, "prediction 'noise' is a setting of the objective flow"),
+        ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' is a setting of the objective"),
+    ],
+)
+def test_settings_that_ddpm_does_not_have_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        DiffusionConfig.parse(values)
+
+
+def test_samplers_of_timesteps_are_for_networks_of_timesteps():
+    for spec in ("ddpm", "ddim:eta=0.5"):
+        assert DiffusionConfig(objective="ddpm").check_sampler(spec) == spec
+        with pytest.raises(UserError, match="objective flow: choose one of dopri5, euler, euler_maruyama, heun"):
+            DiffusionConfig(prediction="noise").check_sampler(spec)
+    for spec in ("euler", "heun:shift=2.0", "euler_maruyama", "mylab.samplers.midpoint"):
+        for objective in ("flow", "ddpm"):
+            assert DiffusionConfig(objective=objective).check_sampler(spec) == spec

@@ -1,0 +1,346 @@
+"""Every family from a tiny random checkpoint as the hub has it, whole models with text towers and decoders included."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from repa.base.errors import UserError
+from repa.encoders import ENCODERS, load_encoder
+from tests.oracles import bicubic, vit
+
+NATIVE, WIDTH = 4, 32
+SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+DECODER = {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+           "decoder_intermediate_size": 8}  # fmt: skip
+PATCH = {"dino-b": 16, "mocov3-l": 16, "mae-l": 16, "ijepa-h": 14, "clip-l": 14, "siglip-b": 16, "dinov3-b": 16}
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COLOURS = {"clip-l": CLIP, "siglip-b": ((0.5,) * 3, (0.5,) * 3)}
+PREFIX = {"ijepa-h": 0, "siglip-b": 0, "dinov3-b": 5}
+every = pytest.mark.parametrize("name", list(PATCH))
+
+
+def make(name: str) -> torch.nn.Module:
+    """A model as the hub's repository holds it; layer norms of DINO, MAE and I-JEPA with the hub's eps."""
+    size = SMALL | {"patch_size": PATCH[name], "image_size": NATIVE * PATCH[name]}
+    t = transformers
+    if name == "clip-l":
+        return t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=size, projection_dim=8))
+    if name == "siglip-b":
+        return t.SiglipModel(t.SiglipConfig(text_config=TEXT, vision_config=size))
+    if name == "mae-l":
+        return t.ViTMAEForPreTraining(t.ViTMAEConfig(**size, **DECODER, mask_ratio=0.75))
+    if name == "ijepa-h":
+        return t.IJepaModel(t.IJepaConfig(**size))
+    if name == "dinov3-b":
+        return t.DINOv3ViTModel(t.DINOv3ViTConfig(**size, num_register_tokens=4))
+    return t.ViTModel(t.ViTConfig(**size), add_pooling_layer=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict:
+    """name -> (folder, model); everything that starts at 0 or 1 is moved, so that nothing can be left out unseen."""
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    made = {}
+    for name in PATCH:
+        model = make(name).eval()
+        for key, parameter in model.named_parameters():
+            parameter.data += (0.5 if "position" in key else 0.1) * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp("hub") / name
+        model.save_pretrained(folder)
+        made[name] = (folder, model)
+    return made
+
+
+def noise_images(side: int, n: int = 2) -> torch.Tensor:
+    return torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def prepared(name: str, images: torch.Tensor, side: int) -> torch.Tensor:
+    """CLIP and SigLIP resize first; all by the bicubic loops, without antialias."""
+    mean, std = (np.array(values)[:, None, None] for values in COLOURS.get(name, IMAGENET))
+    pixels = images.numpy() / 255
+    if name in COLOURS:
+        pixels = (bicubic.resize(pixels, side, antialias=False) - mean) / std
+    elif side != pixels.shape[-1]:
+        pixels = bicubic.resize((pixels - mean) / std, side, antialias=False)
+    else:
+        pixels = (pixels - mean) / std
+    return torch.from_numpy(pixels).float()
+
+
+def expected_tokens(name: str, model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What transformers gives for the whole sequence, class and register tokens included; MAE's put back in order."""
+    with torch.no_grad():
+        if name == "clip-l":
+            return model.vision_model(pixels).last_hidden_state
+        if name == "siglip-b":
+            return model.vision_model(pixels).last_hidden_state
+        if name != "mae-l":
+            return model(pixels).last_hidden_state
+        model.config.mask_ratio = 0.0
+        shuffled = model.vit(pixels)
+        order = shuffled.ids_restore[..., None].expand(-1, -1, WIDTH)
+        tokens = shuffled.last_hidden_state
+        assert not torch.equal(shuffled.ids_restore[0], torch.arange(NATIVE**2)), "the trap is not set"
+        return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], dim=1)
+
+
+def through_last_norm(name: str, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return model.vit.layernorm(tokens) if name == "mae-l" else tokens
+
+
+@every
+def test_tokens_are_those_of_transformers_at_the_native_grid(made, name):
+    folder, model = made[name]
+    encoder = load_encoder(name, weights=folder)
+    assert (encoder.dim, encoder.patch_size, encoder.name) == (WIDTH, PATCH[name], name)
+    side = NATIVE * PATCH[name]
+    images, prefix = noise_images(side), PREFIX.get(name, 1)
+    tokens = expected_tokens(name, model, prepared(name, images, side))
+    features = encoder(images, NATIVE)
+    assert features.patches.shape == (2, NATIVE**2, WIDTH)
+    with torch.no_grad():
+        patches, pooled = (through_last_norm(name, model, part) for part in features)
+    torch.testing.assert_close(patches, tokens[:, prefix:], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pooled, tokens[:, 0] if prefix else tokens.mean(1), atol=1e-3, rtol=1e-3)
+
+
+def test_mae_leaves_the_last_norm_out(made):
+    """What transformers returns has norm statistics; REPA's targets do not."""
+    folder, model = made["mae-l"]
+    patches = load_encoder("mae-l", weights=folder)(noise_images(64), NATIVE).patches
+    assert (patches.std(-1, unbiased=False) - 1).abs().max() > 0.1
+    with torch.no_grad():
+        assert (model.vit.layernorm(patches) - patches).abs().max() > 0.5
+
+
+def test_clip_has_neither_last_norm_nor_projection(made):
+    folder, model = made["clip-l"]
+    features = load_encoder("clip-l", weights=folder)(noise_images(56), NATIVE)
+    with torch.no_grad():
+        output = model.vision_model(prepared("clip-l", noise_images(56), 56))
+        torch.testing.assert_close(model.vision_model.post_layernorm(features.pooled), output.pooler_output)
+    assert not torch.allclose(features.pooled, output.pooler_output, atol=0.1)
+
+
+@every
+def test_other_grid_resamples_image_and_positions_as_the_reference(made, name):
+    """Image bicubic without antialias; positions bicubic with antialias, by size, once. DINOv3 rotates by the grid."""
+    folder, model = made[name]
+    grid, images = 3, noise_images(61)
+    side = grid * PATCH[name]
+    features = load_encoder(name, weights=folder)(images, grid)
+    other = make_at(name, model, grid)
+    tokens = expected_tokens(name, other, prepared(name, images, side))
+    with torch.no_grad():
+        patches = through_last_norm(name, model, features.patches)
+    torch.testing.assert_close(patches, tokens[:, PREFIX.get(name, 1) :], atol=1e-3, rtol=1e-3)
+
+
+def make_at(name: str, model: torch.nn.Module, grid: int) -> torch.nn.Module:
+    """A model whose native grid is `grid`, with the weights of `model` and its positions resampled by the loops."""
+    config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+    for part in (config, getattr(config, "vision_config", config)):
+        part.image_size = grid * PATCH[name]
+    build = {"add_pooling_layer": False} if isinstance(model, transformers.ViTModel) else {}
+    other, state = type(model)(config, **build).eval(), model.state_dict()
+    rows = min(PREFIX.get(name, 1), 1)
+    for key in [key for key in state if "vision" in key or not hasattr(config, "vision_config")]:
+        if "position_embedding" in key and "decoder" not in key:
+            table = state[key].reshape(1, -1, WIDTH)
+            state[key] = vit.positions(table, grid, rows).float().reshape(*state[key].shape[:-2], -1, WIDTH)
+        elif "decoder_pos_embed" in key:
+            state[key] = other.state_dict()[key]
+    other.load_state_dict(state)
+    return other
+
+
+@every
+def test_256_and_512_pixels(made, name):
+    """16 x 16 and 32 x 32 tokens, and back; patch 14 sees 224 and 448 pixels, patch 16 the image as it is."""
+    encoder = load_encoder(name, weights=made[name][0])
+    seen = []
+    encoder.net.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].shape[-1]), with_kwargs=True
+    )
+    first = encoder(noise_images(256, 1), encoder.grid_for(256)).patches
+    large = encoder(noise_images(512, 1), encoder.grid_for(512)).patches
+    assert torch.equal(encoder(noise_images(256, 1), 16).patches, first)
+    assert (first.shape, large.shape) == ((1, 256, WIDTH), (1, 1024, WIDTH))
+    assert seen == [16 * PATCH[name], 32 * PATCH[name], 16 * PATCH[name]]
+
+
+@every
+@pytest.mark.parametrize(("row", "column"), [(0, 3), (3, 1)])
+def test_tokens_are_row_major(made, name, row, column):
+    encoder, grid, patch = load_encoder(name, weights=made[name][0]), 4, PATCH[name]
+    grey = torch.full((1, 3, grid * patch, grid * patch), 128, dtype=torch.uint8)
+    marked = grey.clone()
+    marked[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 255
+    moved = (encoder(marked, grid).patches - encoder(grey, grid).patches).norm(dim=-1)[0]
+    assert int(moved.argmax()) == row * grid + column
+
+
+@every
+def test_frozen_and_the_same_every_time(made, name):
+    encoder = load_encoder(name, weights=made[name][0]).train()
+    images = noise_images(48)
+    features = encoder(images, 3)
+    assert torch.equal(encoder(images, 3).patches, features.patches)
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not features.patches.requires_grad
+
+
+@every
+def test_half_precision_at_any_grid(made, name):
+    encoder, images = load_encoder(name, weights=made[name][0]), noise_images(48)
+    exact = [encoder(images, grid).patches for grid in (3, 5)]
+    half = [encoder.to(torch.bfloat16)(images, grid).patches for grid in (3, 5)]
+    for a, b in zip(exact, half, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert F.cosine_similarity(a, b.float(), dim=-1).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["dino-b", "mocov3-l", "mae-l", "ijepa-h"])
+def test_layer_norms_have_the_eps_of_training(made, name):
+    """The hub's configurations say 1e-12, the projects' code 1e-6."""
+    encoder = load_encoder(name, weights=made[name][0])
+    assert json.loads((made[name][0] / "config.json").read_text())["layer_norm_eps"] == 1e-12
+    assert {module.eps for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("name", ["clip-l", "siglip-b"])
+def test_a_folder_with_the_vision_tower_alone(made, name, tmp_path):
+    folder, model = made[name]
+    model.vision_model.save_pretrained(tmp_path)
+    images = noise_images(64)
+    expected = load_encoder(name, weights=folder)(images, NATIVE).patches
+    assert torch.equal(load_encoder(name, weights=tmp_path)(images, NATIVE).patches, expected)
+
+
+@every
+def test_weights_from_before_safetensors(made, name, tmp_path):
+    folder, _ = made[name]
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    images, encoder = noise_images(64), load_encoder(name, weights=tmp_path)
+    assert torch.equal(encoder(images, 3).patches, load_encoder(name, weights=folder)(images, 3).patches)
+    assert encoder.weights_file == tmp_path / "pytorch_model.bin"
+    (tmp_path / "pytorch_model.bin").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        load_encoder(name, weights=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "other"), [("dino-b", "mae-l"), ("clip-l", "siglip-b"), ("ijepa-h", "dinov3-b")])
+def test_another_family_is_refused(made, name, other):
+    with pytest.raises(UserError, match=f"holds a model of type .*, but the encoder {name} is of type"):
+        load_encoder(name, weights=made[other][0])
+
+
+def test_a_file_where_only_a_folder_will_do(tmp_path):
+    (tmp_path / "clip.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"clip-l must be a folder with config\.json and model\.safetensors: no"):
+        load_encoder("clip-l", weights=tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("dino-b", "facebook/dino-vitb16"),
+        ("mae-l", "facebook/vit-mae-large"),
+        ("ijepa-h", "facebook/ijepa_vith14_1k"),
+        ("clip-l", "openai/clip-vit-large-patch14"),
+        ("siglip-b", "google/siglip-base-patch16-256"),
+        ("siglip-l", "google/siglip-large-patch16-256"),
+        ("dinov3-s", "facebook/dinov3-vits16-pretrain-lvd1689m"),
+        ("dinov3-b", "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+        ("dinov3-l", "facebook/dinov3-vitl16-pretrain-lvd1689m"),
+    ],
+)
+def test_no_network_is_said_in_words(name, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        load_encoder(name)
+    for words in (name, hub, "cannot be reached", "weights=F", str(tmp_path / "encoders")):
+        assert words in str(error.value)
+
+
+def test_a_folder_in_the_cache_is_found_by_the_encoders_name(made, monkeypatch, tmp_path):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path))
+    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders" / "clip-l").symlink_to(made["clip-l"][0])
+    assert load_encoder("clip-vit-L").dim == WIDTH
+
+
+def test_a_licence_to_accept_is_said_in_words(monkeypatch, tmp_path):
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    def hub(repository, file, local_files_only):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        raise GatedRepoError(f"gated: {repository}", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    with pytest.raises(UserError, match=r"dinov3-vitb16-pretrain-lvd1689m.*accepted their licence"):
+        load_encoder("dinov3-b")
+
+
+def test_a_repository_from_before_safetensors_is_fetched(made, monkeypatch, tmp_path):
+    """facebook/vit-mae-large has no model.safetensors."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    def hub(repository, file, local_files_only):
+        assert repository == "facebook/vit-mae-large"
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        if file == "model.safetensors":
+            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        return str(tmp_path / file)
+
+    folder, _ = made["mae-l"]
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    assert load_encoder("mae-l").weights_file == tmp_path / "pytorch_model.bin"
+
+
+def test_every_name_of_the_table_is_known():
+    expected = {f"{stem}-{size}" for stem in ("dinov2", "dinov2-reg") for size in "sblg"}
+    expected |= {"tiny", "tiny-judge", "dino-b", "mocov3-b", "mocov3-l", "mae-l", "ijepa-h", "clip-l"}
+    assert expected | {"siglip-b", "siglip-l", "dinov3-s", "dinov3-b", "dinov3-l"} == set(ENCODERS.names())
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("dinov1-vit-b", "dino-b"),
+        ("mocov3-vit-b", "mocov3-b"),
+        ("mocov3-vit-l", "mocov3-l"),
+        ("mae-vit-l", "mae-l"),
+        ("jepa-vit-h", "ijepa-h"),
+        ("clip-vit-L", "clip-l"),
+        ("siglip-vit-b", "siglip-b"),
+        ("dinov3-vit-l", "dinov3-l"),
+        ("dinov2reg-b", "dinov2-reg-b"),
+        ("mylab.clip-vit-L", "mylab.clip-vit-L"),
+        ("tiny-judge", "tiny-judge"),
+    ],
+)
+def test_spellings_of_the_reference(spelling, name):
+    from repa.encoders import canonical
+
+    assert canonical(spelling) == name

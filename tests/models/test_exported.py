@@ -1,0 +1,124 @@
+"""Folders of exported networks, and diffusers' DiTTransformer2DModel: the same outputs as the network that was exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from repa.base.errors import UserError
+from repa.models import constructor_arguments, load_exported, to_diffusers
+from repa.models.conventions import for_frequencies_of_diffusers
+from repa.models.diffusers_export import exact_times
+from repa.models.exported import save_exported
+
+
+def inputs(t):
+    stream = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, 6, 6, generator=stream), torch.tensor(t), torch.tensor([1, 5])
+
+
+@pytest.fixture
+def exported(tmp_path, random_dit):
+    model = random_dit(qk_norm=True, mlp_ratio=2.0)
+    state = model.state_dict()
+    save_exported(tmp_path, state, constructor_arguments(state, num_heads=2), {"step": 5})
+    return tmp_path, model
+
+
+def test_an_exported_network_is_the_same(exported):
+    folder, model = exported
+    loaded = load_exported(folder)
+    x_t, t, labels = inputs([0.13, 0.82])
+    assert torch.equal(loaded(x_t, t, labels).prediction, model(x_t, t, labels).prediction)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_damaged_folders(exported, tmp_path):
+    folder, _ = exported
+    with pytest.raises(UserError, match=r"is no exported network: it has no config\.json"):
+        load_exported(tmp_path / "absent")
+    config = json.loads((folder / "config.json").read_text())
+    for change, sentence in [
+        ({"format": 99}, "is not of format 1"),
+        ({"library": "diffusers"}, "is not of format 1"),
+        ({"model": {**config["model"], "depth": 2}}, "of another network than"),
+        ({"model": {**config["model"], "widht": 2}}, "widht"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=sentence):
+            load_exported(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    ("learn_sigma", "t"), [(False, [0.13, 0.82]), (False, [0.0, 1.0]), (True, [3.0, 980.0]), (True, [0.0, 999.0])]
+)
+def test_diffusers_computes_the_same(learn_sigma, t, random_dit, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    ours = random_dit(learn_sigma=learn_sigma)
+    config, state = to_diffusers(ours.state_dict(), 2, unit_times=not learn_sigma)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    theirs, report = DiTTransformer2DModel.from_pretrained(
+        tmp_path, output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    x_t, t, labels = inputs(t)
+    with torch.no_grad():
+        expected = ours(x_t, t, labels).prediction
+        plain = theirs(x_t, timestep=t, class_labels=labels).sample
+        exact = exact_times(theirs)(x_t, timestep=t, class_labels=labels).sample
+    found = exact if learn_sigma else plain
+    tolerance = 1e-4 * expected.abs().max()  # float32 in another order; at timestep 999 also of the sinusoid's angle
+    assert (found - expected).abs().max() < tolerance
+    if t.max() > 0.5:  # neither way can be had by forgetting the frequencies
+        assert ((plain if learn_sigma else exact) - expected).abs().max() > 10 * tolerance
+
+
+def test_diffusers_norms_have_our_epsilon(random_dit):
+    """On tokens so small that it decides the result."""
+    from diffusers import DiTTransformer2DModel
+
+    ours = random_dit()
+    ours.x_embedder.proj.weight.data *= 1e-3
+    ours.x_embedder.proj.bias.data.zero_()
+    ours.pos_embed.zero_()
+    for block in ours.blocks:  # the gates keep the tokens small
+        block.adaLN_modulation[1].weight.data *= 1e-3
+        block.adaLN_modulation[1].bias.data *= 1e-3
+    config, state = to_diffusers(ours.state_dict(), 2, unit_times=True)
+    theirs = DiTTransformer2DModel(**{key: value for key, value in config.items() if key != "_class_name"}).eval()
+    theirs.load_state_dict(state)
+    theirs.pos_embed.pos_embed.zero_()
+    x_t, t, labels = inputs([0.2, 0.7])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(x_t, timestep=t, class_labels=labels).sample, ours(x_t, t, labels).prediction, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_frequencies_of_diffusers_in_float64():
+    """[cos, sin] of 10000^(-k/128) t from those of 10000^(-k/127) t, for all t in [0, 1], with weights no larger."""
+    weight = torch.randn(5, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
+
+    def features(divisor):
+        rates = torch.tensor([10000.0 ** (-k / divisor) for k in range(128)], dtype=torch.float64)
+        return torch.cat([(t * rates).cos(), (t * rates).sin()], dim=1)
+
+    folded = for_frequencies_of_diffusers(weight)
+    torch.testing.assert_close(features(127) @ folded.T, features(128) @ weight.T, rtol=0, atol=1e-7)
+    assert folded.norm() < 1.1 * weight.norm()
+
+
+@pytest.mark.parametrize(("setting", "sentence"), [({"qk_norm": True}, "normalised"), ({"mlp_ratio": 2.0}, "4 times")])
+def test_what_diffusers_cannot_hold(setting, sentence, random_dit):
+    with pytest.raises(UserError, match=sentence):
+        to_diffusers(random_dit(**setting).state_dict(), 2, unit_times=True)

@@ -1,0 +1,61 @@
+"""A vision transformer in the original projects' names, float64, written out: patches and heads one by one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.oracles import bicubic
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def positions(table: Tensor, grid: int, class_rows: int) -> Tensor:
+    """(1, class_rows + M*M, D) -> (class_rows + grid*grid, D), by the bicubic loops with antialias."""
+    native, dim = math.isqrt(table.shape[1] - class_rows), table.shape[2]
+    image = table[0, class_rows:].T.reshape(dim, native, native).numpy()
+    rows = image if native == grid else bicubic.resize(image, grid, antialias=True)
+    return torch.cat([table[0, :class_rows], torch.as_tensor(rows).reshape(dim, -1).T])
+
+
+def attention(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int) -> Tensor:
+    tokens, dim = x.shape
+    width = dim // heads
+    fused = x @ qkv_weight.T + qkv_bias
+    result = torch.empty_like(x)
+    for head in range(heads):
+        q, k, v = (fused[:, part * dim + head * width : part * dim + (head + 1) * width] for part in range(3))
+        for i in range(tokens):
+            weights = torch.softmax(q[i] @ k.T / math.sqrt(width), 0)
+            result[i, head * width : (head + 1) * width] = weights @ v
+    return result
+
+
+def tokens(state: dict[str, Tensor], image: Tensor, heads: int, final_norm: bool) -> Tensor:
+    """Normalised image (3, S, S) -> (class token if there is one, then patches row by row; D)."""
+    state, image = {key: value.double() for key, value in state.items()}, image.double()
+    kernel = state["patch_embed.proj.weight"]
+    patch, has_class = kernel.shape[-1], "cls_token" in state
+    grid = image.shape[-1] // patch
+    rows = [state["cls_token"][0, 0]] if has_class else []
+    for row in range(grid):
+        for column in range(grid):
+            window = image[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            rows.append((kernel * window).sum((1, 2, 3)) + state["patch_embed.proj.bias"])
+    x = torch.stack(rows) + positions(state["pos_embed"], grid, int(has_class))
+    for block in range(1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))):
+        w = {key.removeprefix(f"blocks.{block}."): value for key, value in state.items()}
+        h = layer_norm(x, w["norm1.weight"], w["norm1.bias"])
+        h = attention(h, w["attn.qkv.weight"], w["attn.qkv.bias"], heads)
+        x = x + h @ w["attn.proj.weight"].T + w["attn.proj.bias"]
+        h = layer_norm(x, w["norm2.weight"], w["norm2.bias"])
+        h = gelu(h @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"])
+        x = x + h @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+    return layer_norm(x, state["norm.weight"], state["norm.bias"]) if final_norm else x

@@ -1,0 +1,118 @@
+"""`repa export`: what is written computes what the run computes, and its card is true."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from repa.cli.main import run as repa
+from repa.models import load_exported
+from repa.runs import layout, load_run
+from tests.oracles import released
+
+
+def inputs(t=(0.1, 0.9)):
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(t), torch.tensor([0, 2])
+
+
+def export(run, out, *options):
+    assert repa(["export", str(run), str(out), *options]) == 0
+    return (out / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def ddpm_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dit")
+    torch.save(released.random_state(learn_sigma=True), folder / "dit.pt")
+    command = ["convert", str(folder / "dit.pt"), str(folder / "run"), "--kind", "dit", "--model.num-heads", "2"]
+    assert repa([*command, "--autoencoder", "pixels"]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_safetensors(step, random_run, tmp_path):
+    text = export(random_run, tmp_path / "out", *(["--checkpoint", "10"] if step == 10 else []))
+    wanted = load_run(random_run, step=step).model(*inputs()).prediction
+    assert wanted.abs().max() > 0
+    assert torch.equal(load_exported(tmp_path / "out")(*inputs()).prediction, wanted)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["step"], config["autoencoder"], config["class_names"]) == (step, "pixels", ["dark", "light"])
+    assert str(random_run) not in json.dumps(config) + text  # nothing of this machine
+
+
+def test_the_card(random_run, tmp_path):
+    text = export(random_run, tmp_path / "out")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {"library_name": "repa", "tags": ["image-generation", "diffusion-transformer", "repa"]}
+    for fact in ("SiT/4, 20 steps", "width 32, depth 2, 2 heads", "40 images of 2 classes", "`tiny` at block 1, weight 0.5",
+                 "velocity on the path `linear`", "0 is data and 1 is noise", "0 to 1, 2 is no class"):  # fmt: skip
+        assert fact in text, fact
+
+
+def test_the_card_of_a_converted_run(ddpm_run, tmp_path):
+    text = export(ddpm_run, tmp_path / "out")
+    for fact in (
+        "DiT/4, 0 steps",
+        "converted from `dit.pt`",
+        "improved DDPM",
+        "integer timesteps 0 (nearly data) to 999",
+    ):
+        assert fact in text, fact
+
+
+def run_card(text, folder, t):
+    """What the code of a card computes."""
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    x_t, t, labels = inputs(t)
+    names = {"x_t": x_t, "t": t, "labels": labels}
+    with torch.no_grad():
+        exec(code.replace("FOLDER", str(folder)), names)
+    return names["prediction"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_the_code_of_the_card_gives_the_run_s_outputs(form, kind, random_run, ddpm_run, tmp_path):
+    run, t = (random_run, (0.1, 0.9)) if kind == "flow" else (ddpm_run, (5.0, 950.0))
+    text = export(run, tmp_path / "out", "--format", form)
+    wanted = load_run(run).model(*inputs(t)).prediction
+    found = run_card(text, tmp_path / "out", t)
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert f"library_name: {'repa' if form == 'safetensors' else 'diffusers'}" in text
+
+
+def test_an_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
+    for name, run in (("flow", random_run), ("ddpm", ddpm_run)):
+        export(run, tmp_path / name)
+        again = tmp_path / f"{name}-run"
+        assert repa(["convert", str(tmp_path / name), str(again)]) == 0
+        for folder, out in ((run, "before.npz"), (again, "after.npz")):
+            command = ["sample", str(folder), "--num-images", "4", "--steps", "3", "--sampler", "euler"]
+            assert repa([*command, "--out", str(tmp_path / out)]) == 0
+        with np.load(tmp_path / "before.npz") as before, np.load(tmp_path / "after.npz") as after:
+            assert np.array_equal(before["arr_0"], after["arr_0"])
+    assert layout.checkpoint_steps(tmp_path / "flow-run") == [20]
+    assert repa(["convert", str(tmp_path / "flow"), str(tmp_path / "new"), "--kind", "sit"]) == 2
+    assert "tells its kind itself" in capsys.readouterr().err
+
+
+def test_mistakes(random_run, tmp_path, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    bare = shutil.copytree(random_run, tmp_path / "bare")
+    shutil.rmtree(bare / layout.CHECKPOINTS)
+    for command, sentence in [
+        (["export", str(random_run), str(tmp_path / "used")], "exists and is not empty"),
+        (["export", str(random_run), str(tmp_path / "o"), "--checkpoint", "15"], "no checkpoint of step 15"),
+        (["export", str(random_run), str(tmp_path / "o"), "--format", "onnx"], "'safetensors' or 'diffusers'"),
+        (["export", str(bare), str(tmp_path / "o")], "no checkpoint yet"),
+        (["export", str(tmp_path / "absent"), str(tmp_path / "o")], "is not a run folder"),
+    ]:
+        assert repa(command) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()

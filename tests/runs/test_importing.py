@@ -1,0 +1,196 @@
+"""Released checkpoints become run folders that sample what the projects' own samplers draw from the same noise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from repa.base.errors import UserError
+from repa.cli.main import run as repa
+from repa.diffusion import SAMPLERS
+from repa.runs import layout, load_checkpoint, load_run
+from repa.runs.importing import read_checkpoint
+from repa.training import TrainConfig
+from tests.oracles import released
+
+LABELS = torch.tensor([0, 1, 0])
+NOISE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PIXELS = ("--autoencoder", "pixels", "--model.num-heads", "2")
+
+
+def convert(content, folder, *options, name="last.pt"):
+    """The run folder of a checkpoint file that holds `content`."""
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save(content, folder / name)
+    code = repa(["convert", str(folder / name), str(folder / "run"), *PIXELS, *options])
+    return code, folder / "run"
+
+
+def latents(run, sampler, steps, weights="ema"):
+    return SAMPLERS.build(sampler)(load_run(run, weights).denoiser(LABELS), NOISE.double(), steps)
+
+
+def check(found, wanted):
+    """Equal but for the rounding of float32 in the network."""
+    assert wanted.abs().max() > 0.1
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", ["bare", "safetensors", "training", "legacy"])
+def test_repa(form, tmp_path):
+    state = released.random_state()
+    content = {**state, **released.projectors()}
+    if form in ("training", "legacy"):
+        content = released.repa_training(content, enc_type="dinov2-vit-b", encoder_depth=1, proj_coeff=0.25)
+    if form == "legacy":
+        content = released.legacy(content, depth=1)
+    code, run = convert(content, tmp_path, name="last.safetensors" if form == "safetensors" else "last.pt")
+    assert code == 0
+    check(latents(run, "euler", 3), released.repa_euler(state, NOISE, LABELS, 3))
+    config = TrainConfig.load(run / layout.CONFIG)
+    checkpoint = load_checkpoint(run)
+    if form in ("bare", "safetensors"):
+        assert (checkpoint.step, checkpoint.projectors, config.alignments) == (0, {}, ())
+        with pytest.raises(UserError, match="has no 'model' weights: it was converted"):
+            load_run(run, "model")
+    else:
+        (alignment,) = config.alignments
+        assert (alignment.name, alignment.weight, alignment.projector) == ("dinov2-b@1", 0.25, "mlp:width=16")
+        ours = checkpoint.projectors["0.projector.2.bias"]
+        assert torch.equal(ours, released.projectors()["projectors.0.2.bias"])
+        assert len(checkpoint.projectors) == 6
+        assert checkpoint.step == 30
+        raw = {key: value + 0.01 for key, value in state.items()}
+        check(latents(run, "euler", 3, "model"), released.repa_euler(raw, NOISE, LABELS, 3))
+
+
+def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsys):
+    content = {**released.random_state(), **released.projectors(number=2)}
+    code, run = convert(content, tmp_path, "--targets", "dinov2-b", "tiny", "--depth", "2")
+    assert code == 0
+    assert [a.name for a in TrainConfig.load(run / layout.CONFIG).alignments] == ["dinov2-b@2", "tiny@2"]
+    assert torch.equal(load_checkpoint(run).projectors["1.projector.4.bias"], content["projectors.1.4.bias"])
+    (tmp_path / "other").mkdir()
+    capsys.readouterr()
+    assert convert(content, tmp_path / "other")[0] == 0
+    assert "Its projectors (2) were left out" in capsys.readouterr().out
+    for options, sentence in [
+        (("--targets", "tiny", "--depth", "2"), "has 2 projectors, but 1 encoders are named"),
+        (("--targets", "tiny", "dinov2-b"), "does not tell after which block its projectors stand"),
+    ]:
+        assert convert(content, tmp_path, *options)[0] == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sit(training, tmp_path):
+    state = released.random_state(learn_sigma=True)
+    code, run = convert(released.sit_training(state) if training else state, tmp_path, "--kind", "sit")
+    assert code == 0
+    check(latents(run, "euler", 3), released.sit_euler(state, NOISE, LABELS, 3))
+    config = TrainConfig.load(run / layout.CONFIG)
+    assert (config.model.name, config.diffusion.path, config.model.learn_sigma) == ("SiT-S/4", "linear", False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dit(training, tmp_path):
+    state = released.random_state(learn_sigma=True)
+    code, run = convert(
+        released.sit_training(state, model="DiT-XL/2") if training else state, tmp_path, "--kind", "dit"
+    )
+    assert code == 0
+    check(latents(run, "ddim", 4), released.dit_ddim(state, NOISE, LABELS, 4))
+    config = TrainConfig.load(run / layout.CONFIG)
+    assert (config.model.name, config.diffusion.objective) == ("DiT-S/4", "ddpm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "path"),
+    [("repa", "cosine", "trigonometric"), ("sit", "GVP", "trigonometric"), ("sit", "VP", "vp")],
+)
+def test_the_path_is_the_one_that_the_file_tells(kind, said, path, tmp_path):
+    state = released.random_state()
+    torch.save(released.sit_training(state, path_type=said), tmp_path / "c.pt")
+    assert read_checkpoint(tmp_path / "c.pt", kind, num_heads=2).settings["diffusion"] == {"path": path}
+    given = read_checkpoint(tmp_path / "c.pt", kind, num_heads=2, path="linear")
+    assert given.settings["diffusion"] == {"path": "linear"}
+
+
+def test_a_named_size_needs_no_heads(tmp_path):
+    small = {"hidden_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 8, "latent_size": 8, "latent_channels": 4}
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in released.DiT(**small, num_classes=3).state_dict().items()}
+    torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, tmp_path / "c.pt")
+    model = read_checkpoint(tmp_path / "c.pt", "repa").settings["model"]
+    assert model == {"name": "SiT-S/8", "latent_size": 8, "latent_channels": 4, "num_classes": 3, "qk_norm": False}
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in a checkpoint was run')",))
+
+
+def test_mistakes_are_sentences(tmp_path, capsys):
+    two, one = released.random_state(learn_sigma=True), released.random_state()
+    wide = released.random_state(mlp_ratio=2.0)
+    for content, options, sentence in [
+        (one, ("--model.num-heads", "0"), "The option is --model.num-heads."),
+        (two, (), "give --kind sit or --kind dit"),
+        (one, ("--kind", "dit"), "give --kind repa or --kind sit"),
+        (two, ("--kind", "dit", "--path", "linear"), "A DiT has no path"),
+        (wide, (), "MLPs of 2 times its width"),
+        (released.sit_training(one, prediction="noise"), ("--kind", "sit"), "only networks that predict velocity"),
+        (released.repa_training(one, path_type="edm"), (), "unknown path 'edm'"),
+        (one, ("--path", "liner"), "Did you mean 'linear'"),
+        (one, ("--autoencoder", "pixel"), "Did you mean 'pixels'"),
+        ({"ema": Payload(), "model": one}, (), "cannot be read"),
+    ]:
+        assert convert(content, tmp_path, *options)[0] == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert convert(one, tmp_path)[0] == 0
+    assert convert(one, tmp_path)[0] == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert repa(["convert", str(tmp_path / "absent.pt"), str(tmp_path / "new")]) == 2
+    assert "There is no checkpoint file" in capsys.readouterr().err
+
+
+def test_what_is_written_is_whole(tmp_path):
+    state = {**released.random_state(), **released.projectors()}
+    _, run = convert(released.repa_training(state), tmp_path)
+    assert sorted(p.name for p in run.iterdir()) == [layout.CHECKPOINTS, layout.CONFIG, layout.ORIGIN]
+    ema = load_file(layout.checkpoint_folder(run, 30) / layout.EMA_FILE)
+    assert ema.keys() | released.projectors().keys() == state.keys()
+    assert all(torch.equal(ema[key], state[key]) for key in ema)
+
+
+def test_the_other_commands_take_it(data_folder, tmp_path, capsys):
+    _, run = convert(released.repa_training(released.random_state()), tmp_path)
+    out = tmp_path / "rows.json"
+    analyse = [
+        "analyse",
+        "cknna",
+        run,
+        "--data",
+        data_folder,
+        "--num",
+        24,
+        "--encoder",
+        "tiny",
+        "--times",
+        0.5,
+        "--out",
+        out,
+    ]
+    assert repa([str(word) for word in analyse]) == 0
+    found = json.loads(out.read_text())
+    assert found["step"] == 30
+    assert [row["depth"] for row in found["rows"]] == [1, 2]
+    assert repa(["sample", str(run), "--num-images", "2", "--steps", "2", "--out", str(tmp_path / "s.npz")]) == 0
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive["arr_0"].shape == (2, 16, 16, 3)
+    capsys.readouterr()
+    assert repa(["show", str(run)]) == 0
+    assert "checkpoints 30" in capsys.readouterr().out

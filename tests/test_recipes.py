@@ -1,0 +1,370 @@
+"""Every recipe builds at full size, trains at toy size, keeps what it promises; the paper's figures are the paper's."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from repa.alignment import Alignment
+from repa.base.errors import UserError
+from repa.cli import evaluate, options, prepare, sample, train
+from repa.cli.main import run as repa_run
+from repa.data import open_data
+from repa.encoders import ENCODERS
+from repa.models import build
+from repa.recipes import RECIPES, load_recipe
+from repa.report import read_run, write_report
+from repa.report.paper import ROWS, SAMPLINGS, printed, reported, row_of
+from repa.runs import read_metrics
+from repa.training import TrainConfig
+from repa.training import train as start_training
+from tests.report.fakes import fake_run
+
+# the trainable numbers of the networks without projectors, and of the projector to a width of 768
+PARAMETERS = {"SiT-B/2": 130_303_504, "SiT-L/2": 457_824_272, "SiT-XL/2": 674_816_272}
+PROJECTOR_768 = {"SiT-B/2": 7_344_896, "SiT-L/2": 7_869_184, "SiT-XL/2": 8_131_328}
+WIDTHS = {"SiT-B/2": 768, "SiT-L/2": 1024, "SiT-XL/2": 1152, "DiT-L/2": 1024, "DiT-XL/2": 1152}
+FEATURES = {
+    "dinov2-b": 768, "dinov2-l": 1024, "dinov2-g": 1536, "dino-b": 768, "mocov3-l": 1024, "mae-l": 1024,
+    "ijepa-h": 1280, "clip-l": 1024, "siglip-b": 768,
+}  # fmt: skip
+
+paper_recipes = pytest.mark.parametrize("name", ROWS)
+
+
+def test_every_row_of_the_tables_has_its_recipe():
+    """Written out from the paper: encoders, depths and objective of Table 2, Table 3, lambda, 512 pixels."""
+    encoders = ("mae-l", "dino-b", "mocov3-l", "ijepa-h", "clip-l", "siglip-b", "dinov2-b", "dinov2-l", "dinov2-g")
+    expected = {f"sit-l2-repa-{encoder}-ntxent" for encoder in encoders} | {"sit-l2-repa-dinov2-l"}
+    expected |= {f"sit-l2-repa-depth{depth}" for depth in (6, 8, 10, 12, 14, 16)}
+    expected |= {f"sit-xl2-repa-lambda{weight}" for weight in ("0.25", "0.5", "0.75", "1")}
+    expected |= {
+        f"{model}{tail}" for model in ("sit-b2", "sit-l2", "sit-xl2", "dit-l2", "dit-xl2") for tail in ("", "-repa")
+    }
+    expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
+    assert set(RECIPES) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "alignment"),
+    [
+        ("sit-b2-repa", ("dinov2-b", 4, "cosine", 0.5)),
+        ("sit-l2-repa", ("dinov2-b", 8, "cosine", 0.5)),
+        ("sit-xl2-repa", ("dinov2-b", 8, "cosine", 0.5)),
+        ("dit-xl2-repa", ("dinov2-b", 8, "cosine", 0.5)),
+        ("sit-l2-repa-mae-l-ntxent", ("mae-l", 8, "nt_xent", 0.5)),
+        ("sit-l2-repa-dinov2-l", ("dinov2-l", 8, "cosine", 0.5)),
+        ("sit-l2-repa-depth12", ("dinov2-l", 12, "nt_xent", 0.5)),
+        ("sit-xl2-repa-lambda0.25", ("dinov2-b", 8, "cosine", 0.25)),
+        ("sit-xl2-repa-512", ("dinov2-b", 8, "cosine", 0.5)),
+    ],
+)
+def test_names_say_what_is_trained(name, alignment):
+    config = load_recipe(name)
+    (term,) = config.alignments
+    assert (term.target, term.depth, term.similarity, term.weight) == alignment
+    assert (term.projector, term.schedule, term.token_norm, term.measure_only) == ("mlp", "constant", "none", False)
+    family, size = name.split("-")[:2]
+    assert config.model.name == {"sit": "SiT", "dit": "DiT"}[family] + f"-{size[:-1].upper()}/{size[-1]}"
+    assert config.model.latent_size == (64 if name.endswith("512") else 0)
+
+
+@paper_recipes
+def test_what_all_rows_share(name):
+    """Appendix D of the paper, and SPEC's table of the code's defaults."""
+    config = load_recipe(name)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (1e-4, 0.9, 0.999, 0)
+    assert (optimizer.max_grad_norm, config.batch_size, config.label_dropout) == (1.0, 256, 0.1)
+    assert (config.ema_decay, config.diffusion.path, config.diffusion.timesteps) == (0.9999, "linear", "uniform")
+    assert config.diffusion.objective == ("ddpm" if name.startswith("dit") else "flow")
+    assert config.num_steps == (3_000_000 if name == "sit-xl2-512" else 400_000)
+
+
+def trainable(module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def full_size(config: TrainConfig) -> TrainConfig:
+    size = config.model.latent_size or 32
+    return config.override(model=config.model.override(latent_size=size, latent_channels=4, num_classes=1000))
+
+
+@pytest.mark.parametrize("model", [*PARAMETERS, "DiT-L/2", "DiT-XL/2"])
+def test_networks_of_the_recipes_have_the_papers_size(model):
+    """Built whole on the meta device, once for each network that a recipe names."""
+    sizes = {}
+    for name, row in ROWS.items():
+        config = full_size(load_recipe(name)).model
+        if config.name == model and config.latent_size not in sizes:
+            with torch.device("meta"):
+                sizes[config.latent_size] = trainable(build(config))
+            assert row.resolution == 8 * config.latent_size
+    width = WIDTHS[model]
+    of_sit = PARAMETERS["S" + model[1:]]
+    variance = 4 * 2 * 2 * (width + 1) if model.startswith("DiT") else 0  # the head's rows of four more channels
+    assert set(sizes.values()) == {of_sit + variance}
+    assert set(sizes) == ({32, 64} if model == "SiT-XL/2" else {32})
+
+
+@paper_recipes
+def test_projectors_have_the_papers_size(name):
+    config = load_recipe(name)
+    width = WIDTHS[config.model.name]
+    for term in config.alignments:
+        features = FEATURES[term.target]
+        with torch.device("meta"):
+            projector = Alignment(term, width, features)
+        layers = (width * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * features + features)
+        assert trainable(projector) == layers
+        if features == 768 and config.model.name in PROJECTOR_768:
+            assert layers == PROJECTOR_768[config.model.name]
+
+
+def toy(config: TrainConfig) -> TrainConfig:
+    """The same run, thin and on small images: as many blocks as its alignment asks for, the encoder replaced."""
+    depth = max((term.depth for term in config.alignments), default=1)
+    terms = [{**term.model_dump(), "target": "tiny", "projector": "mlp:width=8"} for term in config.alignments]
+    small = {"latent_size": 0, "hidden_dim": 8, "depth": depth + 1, "num_heads": 1}
+    return config.override(
+        model=config.model.override(**small), alignments=terms, batch_size=4, num_steps=2, log_every=1, precision="fp32"
+    )
+
+
+def kinds() -> dict[tuple, str]:
+    """What makes two recipes train by different code or at another block -> the first recipe of the kind."""
+    found: dict[tuple, str] = {}
+    for name in ROWS:
+        config = load_recipe(name)
+        terms = [(term.similarity, term.depth, term.weight) for term in config.alignments]
+        found.setdefault((config.diffusion.objective, *terms), name)
+    return found
+
+
+@pytest.mark.parametrize("name", kinds().values())
+def test_every_kind_trains(name, data_folder, tmp_path):
+    config = toy(load_recipe(name))
+    state = start_training(
+        config, open_data(data_folder), tmp_path / "run", device=torch.device("cpu"), say=lambda text: None
+    )
+    assert state.step == 2
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2]
+    names = {f"tiny@{term.depth}" for term in config.alignments}
+    assert all(set(row.get("alignment") or {}) == names for row in rows)
+    for term in config.alignments:  # Eq. 9: the weight of the row is what counts
+        row = rows[0]
+        denoising = row["denoising"] + (row["vb"] if config.diffusion.objective == "ddpm" else 0.0)
+        assert row["loss"] == pytest.approx(
+            denoising + term.weight * row["alignment"][f"tiny@{term.depth}"], rel=1e-5, abs=1e-5
+        )
+
+
+def test_the_kinds_are_all_there():
+    found = kinds()
+    depths = {(term[0], term[1]) for key in found for term in key[1:]}
+    assert depths == {("cosine", 4), ("cosine", 8), *(("nt_xent", depth) for depth in (6, 8, 10, 12, 14, 16))}
+    assert {key[0] for key in found if len(key) == 1} == {"flow", "ddpm"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_yaml_there_and_back(name, tmp_path):
+    config = load_recipe(name)
+    assert TrainConfig.parse(yaml.safe_load(config.to_yaml())) == config
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.to_yaml())
+    assert load_recipe(str(path)) == config
+
+
+@paper_recipes
+def test_targets_are_encoders_and_samplers_fit_the_objective(name):
+    """Also what needs no more than the registries: a figure's sampler is one that the recipe's network can use."""
+    config = load_recipe(name)
+    for term in config.alignments:
+        assert ENCODERS.check(term.target) == term.target
+    for sampling in RECIPES[name].samplings.values():
+        config.diffusion.check_sampler(sampling.sampler)
+
+
+def test_the_page_names_every_recipe():
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    assert [name for name in RECIPES if f"`{name}`" not in page] == []
+
+
+def test_show_prints_a_file_that_train_takes(tmp_path, capsys):
+    assert repa_run(["show", "sit-l2-repa-depth12"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "shown.yaml")) == load_recipe("sit-l2-repa-depth12")
+    for expected in ("after block 12", "Table 2", "11.2", "0.19", "fp16", "not stated in the paper", "negatives"):
+        assert expected in text, expected
+
+
+def test_time_to_expect():
+    assert "5.4 steps per second on 8 H100, 20.6 h for 400K steps" in RECIPES["sit-xl2-repa"].promise
+    assert "not stated in the paper" in RECIPES["sit-b2-repa"].promise
+
+
+def test_list_gives_name_line_and_fid(capsys):
+    assert repa_run(["list", "recipes"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(RECIPES)
+    assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
+    assert "FID 10.0 at 400K" in lines["sit-l2-repa"]
+    assert all("FID" in lines[name] for name, row in ROWS.items() if row.figures)
+
+
+@paper_recipes
+def test_commands_of_promises_are_understood(name):
+    """Each verb's parser takes them, and they lead from one to the next."""
+    rooms = {
+        "prepare": (prepare, prepare.PrepareArguments, ("source", "out")),
+        "train": (train, train.TrainArguments, ("recipe",)),
+        "sample": (sample, sample.SampleArguments, ("run",)),
+        "evaluate": (evaluate, evaluate.EvaluateArguments, ("samples",)),
+    }
+    given = {}
+    for line in RECIPES[name].promise.splitlines():
+        words = shlex.split(line) if line.startswith(("repa ", "torchrun ")) else []
+        if words:
+            verb, *arguments = words[words.index("repa") + 1 :]
+            _, kind, positional = rooms[verb]
+            values = load_recipe(name) if verb == "train" else None
+            given[verb] = options.parse(kind, arguments, verb=verb, about="", positional=positional, values=values)
+    assert set(given) == set(rooms)
+    assert given["train"].recipe == name
+    assert given["train"].data == given["prepare"].out == given["evaluate"].reference
+    assert given["sample"].run == given["train"].out
+    assert given["evaluate"].samples == given["sample"].out
+    assert given["prepare"].resolution == ROWS[name].resolution
+    assert given["evaluate"].features != ROWS[name].target  # the judge is never the teacher
+    sampled = {key: getattr(given["sample"], key) for key in ("sampler", "steps")}
+    assert sampled == SAMPLINGS["ddpm" if name.startswith("dit") else "sde"]
+
+
+def test_sampling_settings_by_name():
+    found = RECIPES["sit-xl2-repa"].samplings
+    best = found["sde-guided-1.8-to-0.7"]
+    assert (best.sampler, best.steps) == ("euler_maruyama", 250)
+    assert (best.guidance.scale, best.guidance.interval) == (1.8, (0.0, 0.7))
+    full = found["sde-guided-1.35"]
+    assert (full.guidance.scale, full.guidance.interval) == (1.35, (0.0, 1.0))
+    assert found["sde"].guidance.scale == 1
+    assert len(found) == 13
+    assert RECIPES["dit-xl2-repa"].samplings["ddpm"].steps == 250
+
+
+def figures(name, step, sampling="sde"):
+    (found,) = [f for f in ROWS[name].figures if f.step == step and f.sampling == sampling]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "expected"),
+    [
+        ("sit-b2", 400_000, (33.0, 6.46, 43.7, 0.53, 0.63, None)),
+        ("sit-b2-repa", 400_000, (24.4, 6.40, 59.9, 0.59, 0.65, 61.2)),
+        ("sit-b2-repa", 50_000, (78.2, 11.71, 17.1, 0.33, 0.48, 43.2)),
+        ("sit-l2", 400_000, (18.8, 5.29, 72.0, 0.64, 0.64, None)),
+        ("sit-l2-repa", 400_000, (10.0, 5.20, 109.2, 0.69, 0.65, 69.4)),
+        ("sit-l2-repa", 200_000, (14.0, 5.18, 86.5, 0.67, 0.64, 66.3)),
+        ("sit-xl2", 7_000_000, (8.3, 6.32, 131.7, 0.68, 0.67, None)),
+        ("sit-xl2-repa", 200_000, (11.1, 5.05, 100.4, 0.69, 0.64, 67.3)),
+        ("sit-xl2-repa", 400_000, (7.9, 5.06, 122.6, 0.70, 0.65, 70.3)),
+        ("sit-xl2-repa", 4_000_000, (5.9, 5.73, 157.8, 0.70, 0.69, 74.6)),
+    ],
+)
+def test_figures_in_full(name, step, expected):
+    assert figures(name, step)[1:7] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "fids"),
+    [
+        (["sit-l2-repa-depth6", "sit-l2-repa-depth8", "sit-l2-repa-depth10"], [10.3, 10.0, 10.5]),
+        (["sit-l2-repa-depth12", "sit-l2-repa-depth14", "sit-l2-repa-depth16"], [11.2, 11.6, 12.1]),
+        ([f"sit-xl2-repa-lambda{w}" for w in ("0.25", "0.5", "0.75", "1")], [8.6, 7.9, 7.8, 7.8]),
+        ([f"sit-l2-repa-{e}-ntxent" for e in ("mae-l", "dino-b", "mocov3-l", "ijepa-h")], [12.5, 11.9, 11.9, 11.6]),
+        ([f"sit-l2-repa-{e}-ntxent" for e in ("clip-l", "dinov2-b", "dinov2-l", "dinov2-g")], [11.0, 9.7, 10.0, 9.8]),
+    ],
+)
+def test_fids_of_ablations(names, fids):
+    assert [figures(name, 400_000).fid for name in names] == fids
+
+
+def test_figures_of_dit_and_guidance():
+    dit = [figures(name, 400_000, "ddpm").fid for name in ("dit-l2", "dit-l2-repa", "dit-xl2", "dit-xl2-repa")]
+    assert dit == [23.3, 15.6, 19.5, 12.3]
+    assert figures("dit-xl2-repa", 850_000, "ddpm").fid == 9.6
+    best = figures("sit-xl2-repa", 4_000_000, "sde-guided-1.8-to-0.7")
+    assert best[1:6] == (1.42, 4.70, 305.7, 0.80, 0.65)
+    for sampling, fid in {"1.35": 1.80, "1.325": 1.79, "2-to-0.65": 1.44, "2-to-0.8": 2.23, "1.9-to-0.7": 1.45}.items():
+        assert figures("sit-xl2-repa", 4_000_000, f"sde-guided-{sampling}").fid == fid
+    assert figures("sit-xl2-repa-512", 1_000_000, "").fid == 2.08
+
+
+def test_figures_are_printed_as_in_the_paper():
+    assert [printed(value) for value in (10.0, 1.42, 0.70, 122.6, 31.24, None)] == [
+        "10.0", "1.42", "0.70", "122.6", "31.24", "-",
+    ]  # fmt: skip
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"no recipe 'sit-xl2-rep'.*repa list recipes.*Did you mean 'sit-xl2-repa'\?"):
+        load_recipe("sit-xl2-rep")
+    with pytest.raises(UserError, match=r"Did you mean 'sit-l2-repa-mae-l-ntxent'\?"):
+        load_recipe("sit-l2-repa-mae-l-ntxen")
+
+
+def run_of(folder, name: str, **changes):
+    """A run folder as `name` would leave it on ImageNet."""
+    config = full_size(load_recipe(name)).override(**changes)
+    return read_run(fake_run(folder, settings=config.model_dump(mode="json")))
+
+
+@paper_recipes
+def test_a_run_is_known_by_its_configuration(name, tmp_path):
+    found, row = row_of(run_of(tmp_path / "run", name))
+    assert load_recipe(found) == load_recipe(name)  # two rows of the paper are the same run under other names
+    assert row is ROWS[found]
+
+
+def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
+    whole = load_recipe("sit-xl2-repa")
+    term = whole.alignments[0]
+    departures = {
+        "batch": {"batch_size": 64},
+        "weight": {"alignments": [term.override(weight=0.4)]},
+        "stop": {"alignments": [term.override(schedule="stop:step=1000")]},
+        "narrow": {"model": full_size(whole).model.override(hidden_dim=512)},
+        "classes": {"model": full_size(whole).model.override(num_classes=10)},
+        "path": {"diffusion": {"path": "trigonometric"}},
+        "data": {"diffusion": {"prediction": "data"}},
+    }
+    for name, changes in departures.items():
+        assert row_of(run_of(tmp_path / name, "sit-xl2-repa", **changes)) is None, name
+    measured = {"alignments": [term.override(measure_only=True)]}  # its network never feels it: the baseline
+    assert row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured))[0] == "sit-xl2"
+
+
+def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
+    known = run_of(tmp_path / "known", "sit-xl2-repa")
+    other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
+    at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
+    assert [(run.name, name) for run, name, _ in reported([other, known, at_512])] == [("known", "sit-xl2-repa")]
+    page = write_report([other, known], tmp_path / "both.html").read_text()
+    section = page.split("What the paper reports")[1].split("</section>")[0]
+    assert [cell in section for cell in ("7.9", "122.6", "0.70", "5.9", "arXiv 2410.06940")] == [True] * 5
+    assert "1.42" not in section  # guided: not what a plain run is compared with
+    assert "other" not in section.split("<p")[0]
+    assert "What the paper reports" not in write_report([other], tmp_path / "one.html").read_text()
+
+
+def test_recipes_are_free_of_torch():
+    """In a process of its own, as this one has torch long since."""
+    code = "import sys, repa.recipes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
