@@ -97,12 +97,12 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over (N, h, T, d), by PyTorch's fused kernels.
 
-    The one exception: in bfloat16 on a CPU their backward is so slow that two products and a float32 softmax need less
-    than half the time at 64 and 256 tokens (`python benchmarks/attention.py`).
+    The one exception: in bfloat16 on a CPU their backward is slow, and two products with a softmax between them take less
+    time: `python benchmarks/attention.py` prints how much less.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, h, T, T)
-        return logits.float().softmax(-1).to(v.dtype) @ v
+        return logits.softmax(-1).to(v.dtype) @ v  # the softmax computes in float32 whatever its input
     return F.scaled_dot_product_attention(q, k, v)
 
 
