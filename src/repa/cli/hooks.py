@@ -61,7 +61,7 @@ def preview_hooks(
             _save(run, state.step, kept)
             values: dict[str, Any] = {
                 "weights": "ema", "sampler": preview.sampler, "steps": preview.num_steps, "nfe": batches[0].nfe if batches else None,
-                "guidance": preview.guidance.model_dump(mode="json"), "decoder": autoencoder.name,
+                "guidance": preview.guidance.model_dump(mode="json"), "decoder": preview.decoder or autoencoder.name,
             }  # fmt: skip
             if judge is not None:
                 distance = evaluate(images.split(BATCH), judge, reference)["fd"]
