@@ -137,6 +137,7 @@ def test_samples_distances_and_a_page(house, tmp_path, capsys):
 
 def test_samples_of_raw_weights_and_older_steps_differ(house, tmp_path):
     def images(*extra):
+        (tmp_path / "s.npz").unlink(missing_ok=True)
         repa_run("sample", house / "aligned", "--num-images", 4, "--steps", 3, "--out", tmp_path / "s.npz", *extra)
         with np.load(tmp_path / "s.npz", allow_pickle=False) as archive:
             return archive["arr_0"]

@@ -91,10 +91,10 @@ def test_an_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
         export(run, tmp_path / name)
         again = tmp_path / f"{name}-run"
         assert repa(["convert", str(tmp_path / name), str(again)]) == 0
-        for folder, out in ((run, "before.npz"), (again, "after.npz")):
+        for folder, out in ((run, f"{name}-before.npz"), (again, f"{name}-after.npz")):
             command = ["sample", str(folder), "--num-images", "4", "--steps", "3", "--sampler", "euler"]
             assert repa([*command, "--out", str(tmp_path / out)]) == 0
-        with np.load(tmp_path / "before.npz") as before, np.load(tmp_path / "after.npz") as after:
+        with np.load(tmp_path / f"{name}-before.npz") as before, np.load(tmp_path / f"{name}-after.npz") as after:
             assert np.array_equal(before["arr_0"], after["arr_0"])
     assert layout.checkpoint_steps(tmp_path / "flow-run") == [20]
     assert repa(["convert", str(tmp_path / "flow"), str(tmp_path / "new"), "--kind", "sit"]) == 2

@@ -178,6 +178,7 @@ def test_the_command_says_how_often_the_network_was_called(folder, tmp_path, cap
     assert repa(["sample", str(folder), "--num-images", "3", "--batch-size", "2", "--out", str(out), *asked]) == 0
     printed = "".join(capsys.readouterr())
     assert re.search(r"3 images of step 0 \(ema weights\), NFE 10;", printed)
+    out.unlink()  # samples of another job are not overwritten
     assert (
         repa(["sample", str(folder), "--num-images", "3", "--out", str(out), "--sampler", "heun", "--steps", "3"]) == 0
     )

@@ -161,7 +161,7 @@ def test_the_file_is_what_evaluators_read(run, tmp_path):
     assert np.array_equal(images, generate(run, ODE, range(10)).images.permute(0, 2, 3, 1).numpy())
     assert zipfile.ZipFile(out).testzip() is None
     assert done == [(4, 10), (8, 10), (10, 10)]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["samples.npz", "samples.png"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["samples.json", "samples.npz", "samples.png"]
     sheet = np.asarray(Image.open(out.with_suffix(".png")))  # of all ten, though a part holds four
     assert np.array_equal(sheet, grid(torch.from_numpy(images).permute(0, 3, 1, 2)))
 
@@ -256,3 +256,13 @@ def test_the_job_is_on_paper(run, tmp_path):
     job = json.loads((tmp_path / "s.parts" / "job.json").read_text())
     assert SampleConfig.parse({name: job[name] for name in SampleConfig.model_fields}) == ODE
     assert (job["step"], job["weights"], job["num"]) == (20, "ema", 8)
+
+
+def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, tmp_path, monkeypatch):
+    out = write_samples(run, ODE, 5, tmp_path / "s.npz")
+    before = out.read_bytes()
+    monkeypatch.setattr("repa.sampling.samples.generate", lambda *a: pytest.fail("sampled again"))
+    assert write_samples(run, ODE, 5, out) == out
+    with pytest.raises(UserError, match=r"s\.npz exists and is of another job \(num: 5 -> 6\).*another --out"):
+        write_samples(run, ODE, 6, out)
+    assert out.read_bytes() == before

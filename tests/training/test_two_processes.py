@@ -137,7 +137,9 @@ def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
     alone(*command, tmp_path / "one.npz")
     done = torchrun(*command, tmp_path / "two.npz")
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "one.png", "two.npz", "two.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{n}.{s}" for n in ("one", "two") for s in ("json", "npz", "png")
+    ]
     assert done.stdout.count("11 images of step 20") == 1  # one process speaks
 
 

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,13 +73,17 @@ def write_samples(
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
+    `out` with suffix .json says how it was made; the same job is not done twice, and samples of another are not overwritten.
     `count` is told the network calls per image of every batch that this process makes.
     """
     out = Path(out)
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
-    parts = out.with_suffix(".parts")
-    _claim(run, config, num, out, parts)
+    parts, job = out.with_suffix(".parts"), _job(run, config, num)
+    if out.exists():
+        _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
+        return out
+    _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
     for done, start in enumerate(mine):
@@ -92,6 +96,7 @@ def write_samples(
         progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
     if dist.is_main():
+        files.write_json(out.with_suffix(".json"), job)
         _assemble([parts / f"{start:09d}.npy" for start in starts], num, out)
         for path in parts.iterdir():
             path.unlink()
@@ -100,24 +105,31 @@ def write_samples(
     return out
 
 
-def _claim(run: LoadedRun, config: SampleConfig, num: int, out: Path, parts: Path) -> None:
-    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
-    job = {
+def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
+    """What the samples are a function of."""
+    return {
         "run": str(run.folder),
         "step": run.step,
         "weights": run.weights,
         "num": num,
         **config.model_dump(mode="json"),
     }
+
+
+def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
+    before = files.read_json(record) if record.exists() else {}
+    if changed := [f"{key}: {before.get(key, 'unknown')} -> {job[key]}" for key in job if before.get(key) != job[key]]:
+        raise UserError(f"{what} ({'; '.join(changed)}): remove it or choose another --out.")
+
+
+def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
+    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
     if dist.is_main():
         marker = parts / "job.json"
-        if marker.exists() and any(parts.glob("*.npy")) and (before := files.read_json(marker)) != job:
-            changed = [f"{key}: {before.get(key)} -> {job[key]}" for key in job if before.get(key) != job[key]]
-            raise UserError(
-                f"{parts} holds part of another job ({'; '.join(changed)}): remove it or choose another --out."
-            )
-        shape = run.latent_shape[1] * run.autoencoder.factor
-        files.require_space(out.parent, 2 * num * shape * shape * 3, f"Writing {num:,} samples")
+        if marker.exists() and any(parts.glob("*.npy")):
+            _require_same(job, marker, f"{parts} holds part of another job")
+        side = run.latent_shape[1] * run.autoencoder.factor
+        files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
         files.write_json(marker, job)
     dist.barrier()
 
