@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from repa.autoencoders.contract import Autoencoder
+from repa.autoencoders.contract import DeterministicAutoencoder
 from repa.autoencoders.loading import load_diffusers
 
 
-class DeepCompressionAutoencoder(Autoencoder):
+class DeepCompressionAutoencoder(DeterministicAutoencoder):
     """A diffusers AutoencoderDC: deterministic, so the standard deviation is 0."""
-
-    stochastic = False
 
     def __init__(self, name: str, vae: Any, space: str = ""):
         config = vae.config
@@ -27,15 +24,8 @@ class DeepCompressionAutoencoder(Autoencoder):
         )
         self.vae = vae
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.vae.encode(x).latent
-        return mean, torch.zeros_like(mean)
-
-    def images(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z).sample
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.vae.state_dict().items() if k.startswith("encoder.")}
+    def encoded(self, x: Tensor) -> Tensor:
+        return self.vae.encode(x).latent
 
 
 def dc_ae_f32(weights: str | Path | None) -> DeepCompressionAutoencoder:

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from repa.autoencoders.contract import Autoencoder
+from repa.autoencoders.contract import DeterministicAutoencoder
 from repa.autoencoders.loading import load_diffusers
 
 
-class TinyAutoencoder(Autoencoder):
+class TinyAutoencoder(DeterministicAutoencoder):
     """A diffusers AutoencoderTiny: its encoder gives the latents of models at once, so the standard deviation is 0."""
 
-    stochastic = False
     distilled = True
 
     def __init__(self, name: str, vae: Any, space: str = ""):
@@ -28,15 +26,8 @@ class TinyAutoencoder(Autoencoder):
         )
         self.vae = vae
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.vae.encode(x).latents
-        return mean, torch.zeros_like(mean)
-
-    def images(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z).sample
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.vae.state_dict().items() if k.startswith("encoder.")}
+    def encoded(self, x: Tensor) -> Tensor:
+        return self.vae.encode(x).latents
 
 
 def taesd(weights: str | Path | None) -> TinyAutoencoder:

@@ -71,12 +71,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def from_tensor(image: Tensor) -> Image.Image:
-    """uint8 (3, H, W) -> RGB image."""
-    _require_uint8(image, 3)
-    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-
-
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> np.ndarray:
     """Lay images row by row on white; returns uint8 (height, width, 3).
 

@@ -17,6 +17,7 @@ ABOUT = (
     "and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes on two CPU cores; "
     "the same command continues after any stop."
 )
+RESOLUTION = 32  # pixels
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 
 
@@ -39,16 +40,18 @@ def main(argv: list[str]) -> int:
     changes = {"seed": given.seed, **({"num_steps": given.num_steps} if given.num_steps else {})}
     recipes = {name: load_recipe(recipe).override(**changes) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
-    prepare.start(given.source, data, PrepareConfig(resolution=32, features=(target,)))
+    prepare.start(given.source, data, PrepareConfig(resolution=RESOLUTION, features=(target,)))
     for name, recipe in recipes.items():
         say()
         if stopped_by := train.start(recipe, data, folder / name):
             return 128 + stopped_by
-    _report(folder, list(RUNS), data, given, time.perf_counter() - begin)
+    _report(folder, list(RUNS), data, target, given, time.perf_counter() - begin)
     return 0
 
 
-def _report(folder: Path, names: list[str], data: Path, given: QuickstartArguments, seconds: float) -> None:
+def _report(
+    folder: Path, names: list[str], data: Path, target: str, given: QuickstartArguments, seconds: float
+) -> None:
     from repa.base import files
     from repa.data import open_data
     from repa.report import machine_facts, summary_table, write_report
@@ -66,7 +69,7 @@ def _report(folder: Path, names: list[str], data: Path, given: QuickstartArgumen
     commands = [
         f"repa quickstart{flags}",
         "# which is the same as",
-        f"repa prepare {given.source} {data} --resolution 32 --features tiny",
+        f"repa prepare {given.source} {data} --resolution {RESOLUTION} --features {target}",
         *(f"repa train {RUNS[n]} --data {data} --out {folder / n} --seed {given.seed}{steps}" for n in names),
         f"repa report {' '.join(map(str, runs))} --out {folder / 'report.html'}",
     ]

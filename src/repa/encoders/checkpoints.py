@@ -32,10 +32,14 @@ def locate(name: str, family: Family, size: str, weights: Path | None) -> Path:
     shelf = files.cache_folder() / "encoders"
     places, by_hand = [shelf / name], []
     if family.hub[size]:
-        by_hand.append(f"weights=FOLDER with {CONFIG} and {WEIGHTS} (looked for in {shelf / name})")
+        by_hand.append(
+            f"weights=FOLDER (--feature-weights {name}=FOLDER) with {CONFIG} and {WEIGHTS}, or put it in {shelf / name}"
+        )
     if family.original:
         places.append(shelf / family.original.file.format(size=size))
-        by_hand.append(f"weights=FILE with the checkpoint of {family.original.project} (looked for as {places[-1]})")
+        by_hand.append(
+            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {family.original.project}, or put it in {places[-1]}"
+        )
     for place in places:
         if place.exists():
             return place

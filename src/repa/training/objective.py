@@ -1,4 +1,4 @@
-"""Eq. 9: the denoising loss plus weighted alignments. The one module that is wrapped, compiled and optimised."""
+"""Eq. 9: the denoising loss plus weighted alignments. The one module that is wrapped and optimised."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
