@@ -1,70 +1,91 @@
-"""Seconds per training step: ours against a plain float32 step, and against the floor that the matrix products set.
+"""The training step: images a second, share of the machine's matrix-product rate, memory, and where the time goes.
 
-    python benchmarks/train_step.py --model SiT-S/2 --batch 16
+    python benchmarks/train_step.py --models SiT-B/2 --batch 8 --plain
+    python benchmarks/train_step.py --models SiT-S/2 SiT-B/2 SiT-L/2 SiT-XL/2 --batch 32 --teachers cached online --compiled
 
-Measured in one process, the variants in turn (A B C A B C ...), so that a machine whose speed drifts slows all of them.
-"plain" is the step as research code writes it: float32, a Python loop over samples in the alignment, a loop over
-parameters in the EMA, AdamW with its defaults, .item() on every step. The network is the same.
+A row for every combination. "online" runs a DINOv2-B with random weights on random images, "cached" has its tokens in memory,
+"none" aligns nothing. The batch lies in memory (`benchmarks/data.py` measures reading). Random weights cost what trained ones do.
+
+--plain compares with the step as research code writes it: float32, a Python loop over samples in the alignment, a loop over
+parameters in the average, AdamW with its defaults, .item() on every step. The network is the same; the two are timed in turn
+(A B A B ...), so that a machine whose speed drifts slows both. --return-memory leaves the C library's default, by which freed
+memory goes back to the system (`repa.base.memory`); what the command line runs keeps it.
 """
 
 import argparse
 import copy
-import json
+import itertools
 import platform
 import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from repa.alignment.config import AlignmentConfig
-from repa.base.precision import autocast
+from repa.base import files
+from repa.base.memory import keep_freed_memory
 from repa.diffusion import interpolate
 from repa.diffusion.interpolants import linear
-from repa.encoders.contract import Features
 from repa.models.config import ModelConfig
+from repa.training.advice import table
 from repa.training.config import TrainConfig
+from repa.training.measure import Feed, Figures, Step, Synthetic, endless, latents, measure, product_rate, timed
 from repa.training.state import build_state
+from repa.training.targets import Targets
 
-FEATURE_DIM = 768  # DINOv2-B's
-
-
-def configuration(args: argparse.Namespace, aligned: bool) -> TrainConfig:
-    model = ModelConfig(name=args.model, latent_size=args.latent, latent_channels=4, num_classes=1000)
-    depth = min(4, model.dims().depth)
-    alignments = (AlignmentConfig(target="dinov2-b", depth=depth),) if aligned else ()
-    return TrainConfig(model=model, alignments=alignments, batch_size=args.batch)
+TEACHER = "dinov2-b"
+RESOLUTION = 256  # of the images that an online teacher sees, of which it makes 16 x 16 tokens
 
 
-def our_step(config: TrainConfig, precision: str, batch: tuple, device: torch.device) -> Callable[[], None]:
-    """The step of repa.training.loop, on a batch that lies in memory."""
-    x, labels, tokens = batch
-    state = build_state(config, {"dinov2-b": FEATURE_DIM}, device)
-    features = {"dinov2-b": Features(tokens, None)} if config.alignments else {}
-    groups = state.objective.trained_groups()
+def teacher_folder(folder: Path, width: int, layers: int) -> Path:
+    """A DINOv2 with random weights, as the hub stores one; 768 channels and 12 layers are DINOv2-B."""
+    from transformers import Dinov2Config, Dinov2Model
 
-    def step() -> None:
-        with autocast(device, precision):
-            losses = state.objective(x, labels, features, state.step)
-        losses.total.mean().backward()
-        for group in groups:
-            nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update()
-        state.step += 1
-
-    return step
+    config = Dinov2Config(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, patch_size=14, image_size=518
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
 
 
-def plain_step(config: TrainConfig, batch: tuple, device: torch.device) -> Callable[[], None]:
-    x, labels, tokens = batch
-    objective = build_state(config, {"dinov2-b": FEATURE_DIM}, device).objective
-    model, projector = objective.model, objective.alignments[0].projector if config.alignments else None
+def configuration(
+    args: argparse.Namespace, model: str, batch: int, teacher: str, precision: str, compiled: bool
+) -> TrainConfig:
+    network = ModelConfig(name=model, latent_size=args.latent, latent_channels=4, num_classes=1000)
+    depth = min(8, network.dims().depth)
+    alignments = () if teacher == "none" else (AlignmentConfig(target=TEACHER, depth=depth),)
+    return TrainConfig(
+        model=network, alignments=alignments, batch_size=batch, precision=precision, compile=compiled,
+        feature_weights=(f"{TEACHER}={args.folder}",) if teacher == "online" else (),
+    )  # fmt: skip
+
+
+def source_of(
+    config: TrainConfig, args: argparse.Namespace, teacher: str
+) -> tuple[dict[str, int], Feed, Callable, Callable]:
+    """Widths of the tokens, batches with their tokens, and what makes a batch and its tokens by itself."""
+    device = torch.device(args.device)
+    widths = {} if teacher == "none" else {TEACHER: args.width}
+    synthetic = Synthetic(widths, config.model.latent_size // config.model.dims().patch_size)
+    batch = synthetic.batch(config, device, RESOLUTION if teacher == "online" else 1)
+    if teacher != "online":
+        return widths, endless(batch, batch.features), lambda: batch, lambda batch: batch.features
+    targets = Targets(config, Synthetic({}, synthetic.grid), device)
+    feed = targets.along(itertools.repeat(batch), 0, lambda step: (TEACHER,))
+    return targets.dims, feed, lambda: batch, lambda batch: targets(batch, (TEACHER,))
+
+
+def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> Callable[[], None]:
+    device = torch.device(args.device)
+    dims, _, data, tokens_of = source_of(config, args, teacher)
+    batch = data()
+    x, labels = latents(batch), batch.labels
+    objective = build_state(config, dims, device).objective
+    model, projector = objective.model, objective.alignments[0].projector if dims else None
     ema = copy.deepcopy(model)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0)
@@ -77,7 +98,8 @@ def plain_step(config: TrainConfig, batch: tuple, device: torch.device) -> Calla
         output = model(x_t, t, y, objective.taps)
         loss = ((output.prediction - velocity) ** 2).mean(dim=(1, 2, 3)).mean()
         if projector is not None:
-            loss = loss + 0.5 * loop_alignment(projector(output.hidden[objective.taps[0]]), tokens)
+            target = tokens_of(batch)[TEACHER].patches
+            loss = loss + 0.5 * loop_alignment(projector(output.hidden[objective.taps[0]]), target)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -91,87 +113,99 @@ def plain_step(config: TrainConfig, batch: tuple, device: torch.device) -> Calla
 
 
 def loop_alignment(projected: Tensor, target: Tensor) -> Tensor:
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=projected.device)
     for z, y in zip(projected, target, strict=True):  # (T, F) each
         loss = loss - (F.normalize(z, dim=-1) * F.normalize(y, dim=-1)).sum(dim=-1).mean()
     return loss / len(target)
 
 
-def flops(config: TrainConfig, batch: tuple) -> int:
-    """Multiply-adds of the matrix products of one forward and backward, times two, counted by torch."""
-    step = our_step(config, "fp32", batch, torch.device("cpu"))
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+def against_plain(
+    args: argparse.Namespace, model: str, batch: int, teacher: str, precision: str
+) -> tuple[float, float]:
+    """Median seconds of the plain step, and the median of plain / ours, timed in turn."""
+    device = torch.device(args.device)
+    config = configuration(args, model, batch, teacher, precision, False)
+    dims, feed, _, _ = source_of(config, args, teacher)
+    ours, plain = Step(config, dims, feed, device), plain_step(config.override(precision="fp32"), args, teacher)
+    pairs = [(timed(plain, device), timed(ours, device)) for _ in range(args.rounds + 1)][1:]
+    return statistics.median(p for p, _ in pairs), statistics.median(p / o for p, o in pairs)
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product, the best of several."""
-    a = torch.randn(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(8))
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Figures]:
+    steps = (False, True) if args.compiled else (False,)
+    for model, batch, teacher, precision, compiled in itertools.product(
+        args.models, args.batch, args.teachers, args.precision, steps
+    ):
+        torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # as the loop
+        config = configuration(args, model, batch, teacher, precision, compiled)
+        dims, feed, data, tokens_of = source_of(config, args, teacher)
+        yield measure(Step(config, dims, feed, torch.device(args.device)), rates, args.rounds, data, tokens_of, teacher)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="SiT-S/2")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=["SiT-S/2"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--teachers", nargs="+", default=["cached"], choices=["online", "cached", "none"])
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--compiled", action="store_true", help="measure compiled steps too")
+    parser.add_argument("--plain", action="store_true", help="compare each eager row with the plain float32 step")
+    parser.add_argument("--return-memory", action="store_true", help="freed memory goes back to the system (CPU)")
     parser.add_argument("--latent", type=int, default=32, help="side of the latent: 32 is 256 tokens at patch 2")
+    parser.add_argument("--width", type=int, default=768, help="channels of the teacher's tokens")
+    parser.add_argument("--layers", type=int, default=12, help="layers of an online teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--out", type=Path, help="FILE.json for the figures; the table goes beside it as FILE.md")
     args = parser.parse_args()
+    if not args.return_memory:
+        keep_freed_memory()
     device = torch.device(args.device)
-    torch.manual_seed(0)
-    tokens = (args.latent // ModelConfig(name=args.model).dims().patch_size) ** 2
-    batch = (
-        torch.randn(args.batch, 4, args.latent, args.latent, device=device),
-        torch.randint(1000, (args.batch,), device=device),
-        torch.randn(args.batch, tokens, FEATURE_DIM, device=device),
+    rates = {precision: product_rate(precision, device) for precision in dict.fromkeys((*args.precision, "fp32"))}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    head = (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
+        + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in rates.items())
+        + f"; median of {args.rounds} rounds"
     )
-    aligned, baseline = configuration(args, True), configuration(args, False)
-    variants = {
-        "plain fp32, aligned": (plain_step(aligned, batch, device), aligned, torch.float32),
-        "plain fp32, baseline": (plain_step(baseline, batch, device), baseline, torch.float32),
-        "ours fp32, aligned": (our_step(aligned, "fp32", batch, device), aligned, torch.float32),
-        "ours bf16, aligned": (our_step(aligned, "bf16", batch, device), aligned, torch.bfloat16),
-        "ours bf16, baseline": (our_step(baseline, "bf16", batch, device), baseline, torch.bfloat16),
-    }
-    for step, _, _ in variants.values():
-        timed(step, device)  # first calls pack weights and fill caches
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(args.rounds):
-        for dtype, seen in rates.items():
-            seen.append(product_rate(dtype, device))
-        for name, (step, _, _) in variants.items():
-            times[name].append(timed(step, device))
+    print(head, flush=True)
+    figures: list[Figures] = []
+    compared: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = folder
+        if "online" in args.teachers:
+            teacher_folder(Path(folder), args.width, args.layers)
+        for row in rows(args, rates):
+            figures.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+            write(args, head, rates, figures, compared)  # after each row: a time limit may end the run
+        variants = itertools.product(args.models, args.batch, args.teachers, args.precision) if args.plain else ()
+        for variant in variants:
+            seconds, ratio = against_plain(args, *variant)
+            names = dict(zip(("model", "batch_size", "teacher", "precision"), variant, strict=True))
+            compared.append({**names, "plain_seconds": seconds, "times_as_fast": ratio})
+            print(sentence(compared[-1]), flush=True)
+            write(args, head, rates, figures, compared)
+    print("\n" + table(figures))
 
-    cpu = [torch.device("cpu"), *(item.cpu() for item in batch)]
-    work = {id(c): flops(c, tuple(cpu[1:])) for c in (aligned, baseline)}
-    rate = {dtype: max(seen) for dtype, seen in rates.items()}
-    print(
-        f"{args.model}, batch {args.batch}, {tokens} tokens, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+def sentence(row: dict) -> str:
+    return (
+        f"{row['model']}, batch {row['batch_size']}, {row['teacher']}: {row['precision']} is {row['times_as_fast']:.2f} times "
+        f"as fast as the plain float32 step, which takes {row['plain_seconds']:.3f} s."
     )
-    print(f"{platform.processor() or platform.machine()}; matrix product {rate[torch.float32] / 1e9:.0f} GFLOP/s float32, "
-          f"{rate[torch.bfloat16] / 1e9:.0f} bf16; median of {args.rounds} rounds")  # fmt: skip
-    print(f"{'':<24}{'s/step':>8}{'images/s':>10}{'floor s':>9}{'of floor':>10}{'against plain':>15}")
-    rows = []
-    for name, (_, config, dtype) in variants.items():
-        seconds, floor = statistics.median(times[name]), work[id(config)] / rate[dtype]
-        plain = times["plain fp32, aligned" if config.alignments else "plain fp32, baseline"]
-        ratio = statistics.median(p / o for p, o in zip(plain, times[name], strict=True))
-        rows.append({"variant": name, "seconds": seconds, "floor": floor, "against_plain": ratio})
-        print(f"{name:<24}{seconds:8.3f}{args.batch / seconds:10.1f}{floor:9.3f}{floor / seconds:10.0%}{ratio:14.2f}x")
-    if args.json:
-        args.json.write_text(json.dumps({**vars(args), "json": str(args.json), "rows": rows}, indent=1) + "\n")
+
+
+def write(args: argparse.Namespace, head: str, rates: dict, figures: list[Figures], compared: list[dict]) -> None:
+    if not args.out:
+        return
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("folder", "out")}
+    values = {"settings": settings, "rates": rates, "rows": [f.row() for f in figures], "against_plain": compared}
+    files.write_json(args.out, {"machine": head, **values})
+    files.write_text(
+        args.out.with_suffix(".md"), "\n".join([head, "", table(figures), "", *map(sentence, compared), ""])
+    )
 
 
 if __name__ == "__main__":

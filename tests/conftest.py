@@ -65,6 +65,7 @@ def tiny_config():
 def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
     """A run folder with checkpoints of steps 10 and 20: random weights, as the zero initialisation answers 0 everywhere."""
     from repa.data import open_data
+    from repa.runs import save_checkpoint
     from repa.training.resolve import claim_folder, resolve
     from repa.training.state import build_state
 
@@ -78,5 +79,5 @@ def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
         for network in (state.model, state.ema.model):
             for p in network.parameters():
                 p.data = torch.randn(p.shape, generator=stream) * 0.15
-        state.save(run, keep=0)
+        save_checkpoint(run, state.snapshot())
     return run

@@ -18,7 +18,10 @@ from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
 from repa.report import read_run, write_report
-from repa.report.paper import ROWS, SAMPLINGS, printed, reported, row_of
+from repa.report.paper import ROWS, SAMPLINGS, printed
+from repa.report.paper_runs import row_of
+from repa.report.results import without_paper
+from repa.report.seeds import grouped
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
@@ -45,7 +48,8 @@ def test_every_row_of_the_tables_has_its_recipe():
     expected |= {
         f"{model}{tail}" for model in ("sit-b2", "sit-l2", "sit-xl2", "dit-l2", "dit-xl2") for tail in ("", "-repa")
     }
-    expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
+    expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa", "quickstart-muon"}
+    expected |= {"cifar10", "cifar10-repa"}
     assert set(RECIPES) == expected
 
 
@@ -355,7 +359,8 @@ def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
     known = run_of(tmp_path / "known", "sit-xl2-repa")
     other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
     at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
-    assert [(run.name, name) for run, name, _ in reported([other, known, at_512])] == [("known", "sit-xl2-repa")]
+    found = without_paper([], grouped([other, known, at_512]))  # nothing was measured that they could stand beside
+    assert [(run.name, name) for run, name, _ in found] == [("known", "sit-xl2-repa")]
     page = write_report([other, known], tmp_path / "both.html").read_text()
     section = page.split("What the paper reports")[1].split("</section>")[0]
     assert [cell in section for cell in ("7.9", "122.6", "0.70", "5.9", "arXiv 2410.06940")] == [True] * 5

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from repa.analysis import linear_probe
+from repa.analysis import linear_probe, linear_probes
+from repa.analysis.probe import suitable_batch
 from repa.base.errors import UserError
 
 SETTINGS = {"epochs": 15, "batch_size": 64, "lr": 0.02}
@@ -49,6 +50,44 @@ def test_same_seed_same_accuracy_and_the_callers_stream_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_heads_trained_together_end_as_they_would_alone():
+    sets = (*problem(spread=1.5), *problem(spread=1.5, seed=1))
+    rates = (1e-3, 0.02, 0.3)
+    together = linear_probes(*sets, learning_rates=rates, epochs=8, batch_size=64)
+    alone = [linear_probe(*sets, epochs=8, batch_size=64, lr=rate) for rate in rates]
+    assert [head.top1 for head in together] == pytest.approx(alone)
+    assert len(set(alone)) == 3
+
+
+def test_top5_counts_the_five_highest_scores():
+    """Classes come in pairs that share their features: the first guess is right for half, the first five for all."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(16).repeat(40)
+    features = torch.eye(8)[labels // 2] + 0.01 * torch.randn(640, 8, generator=g)
+    (head,) = linear_probes(features, labels, features, labels, learning_rates=(0.05,), epochs=20, batch_size=160)
+    assert head.top1 == pytest.approx(0.5, abs=0.1)
+    assert head.top5 == 1
+    (wide,) = linear_probes(torch.zeros(640, 1), labels, torch.zeros(640, 1), labels, epochs=1)  # nothing to go by
+    assert wide.top5 == pytest.approx(5 / 16)
+    (few,) = linear_probes(features, labels % 5, features, labels % 5, epochs=1)
+    assert few.top5 is None
+
+
+def test_half_precision_features_are_read_as_they_are():
+    features, labels = problem(100)
+    half = ((features - features.mean(0)) / features.std(0)).half()
+    assert linear_probe(half, labels, half, labels, epochs=5) == linear_probe(
+        half.float(), labels, half.float(), labels, epochs=5
+    )
+
+
+def test_the_batch_keeps_the_papers_number_of_steps():
+    assert suitable_batch(1_281_167) == 16_384
+    assert suitable_batch(10_000_000) == 16_384
+    assert suitable_batch(100_000) == 100_000 // 78
+    assert suitable_batch(1_600) == 256
+
+
 def test_mistakes():
     features, labels = problem(10)
     with pytest.raises(UserError, match=r"test features .* got \(10, 6\) and \(9,\)"):
@@ -59,3 +98,5 @@ def test_mistakes():
         linear_probe(features, labels - 1 - labels.min(), features, labels)
     with pytest.raises(UserError, match="at least 2 training images"):
         linear_probe(features[:1], labels[:1], features, labels)
+    with pytest.raises(UserError, match="test features hold NaN"):
+        linear_probe(features, labels, features / 0, labels)

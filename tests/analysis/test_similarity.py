@@ -1,3 +1,7 @@
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,9 +23,9 @@ def pair(n=30, seed=0, noise=1.0):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("k", [2, 5, 10])
-@pytest.mark.parametrize("block", [11, 1024])
+@pytest.mark.parametrize("block", [1, 1000, 2**25])
 def test_cknna_equals_the_double_loops(variant, k, block, monkeypatch):
-    monkeypatch.setattr(similarity, "BLOCK", block)
+    monkeypatch.setattr(similarity, "BLOCK_BYTES", block)
     a, b = pair()
     assert cknna(a, b, k, variant) == pytest.approx(VARIANTS[variant](a.tolist(), b.tolist(), k), rel=1e-9)
 
@@ -88,6 +92,52 @@ def test_unbiased_cka_of_strangers_is_near_zero_where_the_biased_is_not():
     a, b = torch.randn(60, 200, generator=g), torch.randn(60, 200, generator=g)
     assert cka(a, b) > 0.7
     assert abs(cka(a, b, unbiased=True)) < 0.1
+
+
+def test_one_side_is_compared_with_many():
+    a, b = pair()
+    for variant in VARIANTS:
+        side = similarity.neighbourhoods(a, 5, variant)
+        for other in (b, b[:, :2], a):
+            assert similarity.cknna_of(side, similarity.neighbourhoods(other, 5, variant)) == cknna(
+                a, other, 5, variant
+            )
+
+
+def test_features_that_are_all_equal_tell_nothing():
+    a, _ = pair()
+    assert math.isnan(cknna(torch.ones(30, 3), a, 5))
+    assert math.isnan(cka(torch.ones(30, 3), a))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_features_far_from_the_origin_are_compared_in_float64(variant):
+    """Lengths of 1e4 and differences of 1: in float32 the distances would be noise."""
+    a, b = pair()
+    a, b = a + 1e4, b + 1e4
+    assert cknna(a, b, 5, variant) == pytest.approx(VARIANTS[variant](a.tolist(), b.tolist(), 5), rel=1e-5)
+
+
+MEMORY = """
+import resource, torch
+from repa.analysis import cknna
+torch.set_num_threads(1)
+a, b = torch.randn(4000, 128), torch.randn(4000, 128)
+for variant in ("paper", "platonic"):
+    cknna(a[:50], b[:50], 10, variant)  # what loads on first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cknna(a, b, 10, variant)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_is_far_below_a_kernel():
+    """4,000 images: one kernel is 122 MiB; features in float64 are 8, blocks of 8 come and go, and libraries take theirs."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    paper, platonic = map(float, done.stdout.split())
+    assert paper < 95
+    assert platonic < 60
 
 
 def test_mistakes():

@@ -101,7 +101,7 @@ def test_previews_start_from_the_same_noise(house, tmp_path):
 
 def test_samples_distances_and_a_page(house, tmp_path, capsys):
     for name in ("baseline", "aligned"):
-        out, results = tmp_path / f"{name}.npz", tmp_path / f"{name}.json"
+        out, results = tmp_path / f"{name}.npz", tmp_path / f"{name}-results.json"
         repa_run(
             "sample",
             house / name,
@@ -119,7 +119,7 @@ def test_samples_distances_and_a_page(house, tmp_path, capsys):
         with np.load(out, allow_pickle=False) as archive:
             assert (archive["arr_0"].dtype, archive["arr_0"].shape) == (np.uint8, (10, 16, 16, 3))
         assert out.with_suffix(".png").is_file()
-        repa_run("evaluate", out, "--reference", house / "data", "--metrics", "fd", "kd", "precision", "recall",
+        repa_run("evaluate", out, "--reference", house / "data", "--features", "tiny-judge", "--metrics", "fd", "kd", "precision", "recall",
                  "--out", results)  # fmt: skip
         found = json.loads(results.read_text())
         assert found["metrics"].keys() == {"fd", "kd", "precision", "recall"}
@@ -194,12 +194,10 @@ def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, hou
     assert process.returncode == code, err
     (step,) = layout.checkpoint_steps(run_folder)
     assert 3 <= step < 150
-    assert (
-        f"Stopped by {number.name} after step {step}; a checkpoint is in {run_folder}. The same command continues."
-        in out
-    )
+    again = shlex.join(["repa", *argv])
+    assert f"Stopped by {number.name} after step {step}; a checkpoint is in {run_folder}. To continue: {again}\n" in out
     assert "Traceback" not in err
     assert [row["step"] for row in read_metrics(run_folder) if row["kind"] == "train"] == list(range(1, step + 1))
-    repa_run(*argv)
+    repa_run(*shlex.split(again)[1:])
     assert "150 steps done" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(run_folder) if row["kind"] == "train"] == list(range(1, 151))

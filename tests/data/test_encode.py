@@ -2,6 +2,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa.base import dist, files
+from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
-from repa.data import PrepareConfig, add_features, encode, groups, open_data, open_source, prepare, shards
+from repa.data import PrepareConfig, add_features, groups, open_data, open_source, prepare, shards
+from repa.data.parts import Progress
 from tests.data.conftest import all_rows, content, pack, spoil
 
-SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=2)
+SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
 FULL = SMALL.override(autoencoder="kl", features=("tiny",))  # the fakes answer to these names
 
 
@@ -123,12 +125,10 @@ def test_killed_between_writes(folder, tmp_path, fakes, monkeypatch, point):
             patch.setattr(files, "write_json", third)
         with pytest.raises(Killed):
             prepare(folder, tmp_path / "out", FULL)
-    (tmp_path / "out" / ".images-00000.npy.abc.tmp").write_bytes(b"left by SIGKILL")
+    left = ".features.tiny-00000.npy.abc.tmp" if point == "files.write_json" else ".manifest.json.abc.tmp"
+    (tmp_path / "out" / left).write_bytes(b"left by SIGKILL")
     prepare(folder, tmp_path / "out", FULL)
-    if point == "rmtree":  # the manifest was written: all was there, nothing was to be done
-        assert open_data(tmp_path / "out").num_images == 11
-    else:
-        assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_the_same_call_on_a_complete_folder_does_nothing(folder, tmp_path, fakes):
@@ -298,7 +298,7 @@ def test_mistakes_that_the_models_reveal(folder, tmp_path, fakes):
 
 
 def test_values_beyond_float16_are_refused(folder, tmp_path, fakes, monkeypatch):
-    monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images: images.float()[:, :1, ::4, ::4] * 1e4)
+    monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images, **_: images.float()[:, :1, ::4, ::4] * 1e4)
     with pytest.raises(UserError, match="kl gave values that float16 cannot hold"):
         prepare(folder, tmp_path / "out", FULL)
 
@@ -331,36 +331,92 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_two_processes_share_the_shards(folder, tmp_path, fakes, monkeypatch):
-    """Process 1 of 2 runs first, then process 0, which makes the manifest."""
+def test_processes_share_the_shards_without_meeting(folder, tmp_path, fakes):
+    """Process 1 of 2 is done long before process 0, whichever is last makes the manifest."""
     prepare(folder, tmp_path / "whole", FULL)
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "rank", lambda: 1)
-    done = []
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "assemble", lambda *args: None)  # is for process 0, when all are done
-        patch.setattr(dist, "is_main", lambda: True)  # to write the settings, which process 0 would have done
-        prepare(folder, tmp_path / "out", FULL, progress=lambda *report: done.append(report))
-    assert done[-1] == (5, 5, "images")  # shards 1 and 3
-    assert sorted(p.name for p in (tmp_path / "out").glob("labels*")) == ["labels-00001.npy", "labels-00003.npy"]
-    monkeypatch.setattr(dist, "rank", lambda: 0)
-    prepare(folder, tmp_path / "out", FULL)
+    out, done = tmp_path / "out", []
+    assert prepare(folder, out, FULL, rank=1, world=2, progress=lambda *report: done.append(report)) is None
+    assert done[-1][:2] == (5, 5)  # shards 1 and 3
+    assert sorted(p.name for p in out.glob("labels*")) == ["labels-00001.npy", "labels-00003.npy"]
+    assert prepare(folder, out, FULL, rank=1, world=2) is None  # again: nothing of its share is left
+    calls = fakes[1].calls
+    manifest = prepare(folder, out, FULL, rank=0, world=2)
+    assert fakes[1].calls - calls == 4
+    assert manifest == open_data(out).manifest
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_the_shards_of_a_lost_process_are_made_by_the_next_run(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "whole", FULL)
+    prepare(folder, tmp_path / "out", FULL, rank=0, world=3)
+    with pytest.raises(Killed):
+        prepare(folder, tmp_path / "out", FULL, rank=1, world=3, progress=killed_after(1))
+    calls = fakes[1].calls
+    prepare(folder, tmp_path / "out", FULL)  # alone now
+    assert fakes[1].calls - calls == 4  # shards 1 and 2, which 1 and 2 of 3 owed
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fakes):
+    """The same command twice: a child holds shard 1 while this process runs through."""
+    prepare(folder, tmp_path / "whole", FULL)
+    out = tmp_path / "out"
+    to_parent, from_child = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        Progress(out).claim(1, "base")
+        os.write(from_child[1], b"x")
+        os.read(to_parent[0], 1)
+        os._exit(0)
+    os.read(from_child[0], 1)
+    try:
+        assert prepare(folder, out, FULL) is None
+        assert not (out / "images-00001.npy").exists()
+        assert (out / "features.tiny-00001.npy").exists()  # its other half was free
+        assert (out / "images-00003.npy").exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    prepare(folder, out, FULL)  # a lock dies with its process
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_prepared_folder_is_finished_by_whoever_sees_it_first(folder, tmp_path, fakes):
+    """Two processes may both find that all is done; the second finds the manifest of the first."""
+    prepare(folder, tmp_path / "out", FULL, rank=0, world=2)
+    before = content(tmp_path / "out")
+    prepare(folder, tmp_path / "out", FULL, rank=1, world=2)
+    whole = content(tmp_path / "out")
+    for name, data in before.items():  # as if the records were still there
+        if name.startswith("parts/"):
+            (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "out" / name).write_bytes(data)
+    prepare(folder, tmp_path / "out", FULL, rank=0, world=2)
+    assert content(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(folder, tmp_path, fakes, workers):
+    prepare(folder, tmp_path / "whole", FULL)
+    prepare(folder, tmp_path / "out", FULL.override(num_workers=workers))
+    a, b = content(tmp_path / "out"), content(tmp_path / "whole")
+    a.pop("manifest.json"), b.pop("manifest.json")  # holds the number of workers
+    assert a == b
+    spoil(folder / "ants" / "003.png")
+    with pytest.raises(UserError, match=r"The first: ants/003\.png is not"):
+        prepare(folder, tmp_path / "bad", FULL.override(num_workers=workers))
 
 
 @pytest.mark.slow
 def test_two_real_processes(folder, tmp_path):
     prepare(folder, tmp_path / "whole", SMALL)
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import sys; from repa.base import dist; from repa.data import prepare, PrepareConfig\n"
-        f"config = PrepareConfig.parse({SMALL.model_dump()!r})\n"
-        "device = dist.setup(); assert dist.world() == 2\n"
-        "manifest = prepare(sys.argv[1], sys.argv[2], config, device=device); assert manifest.num_images == 11\n"
-        "dist.teardown()\n"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "repa"]
+    options = ["--resolution", "8", "--shard-size", "3", "--batch-size", "2", "--num-workers", "0"]
+    subprocess.run(
+        [*run, "prepare", str(folder), str(tmp_path / "out"), *options],
+        check=True,
+        env={**os.environ, "PYTHONPATH": "src"},
     )
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run([*run, str(folder), str(tmp_path / "out")], check=True, env={**os.environ, "PYTHONPATH": "src"})
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from repa.base import files
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.data import Loader, PrepareConfig, open_data, prepare
+from repa.data.manifest import ArrayFile, FeatureField
+from repa.data.order import permute
+from repa.data.packing import pack
 from repa.data.prefetch import ahead
 from tests.oracles.data import endless_order
+from tests.oracles.shards import sparse_data, write_data
 
 FULL = PrepareConfig(resolution=8, shard_size=3, batch_size=4, num_workers=1, autoencoder="kl", features=("tiny",))
 
@@ -53,7 +58,7 @@ def test_every_epoch_visits_every_image_once(data):
 
 def test_order_is_the_documented_one(data):
     """Batches that straddle epochs, and one that is larger than three of them."""
-    permutations = [np.random.Generator(np.random.Philox(fold(5, "epoch", e))).permutation(11) for e in range(12)]
+    permutations = [permute(np.arange(11), 11, fold(5, "epoch", e)) for e in range(12)]
     for batch_size in (4, 11, 36):
         loader = Loader(data, batch_size=batch_size, seed=5)
         for step in (2, 0, 1):  # in any order
@@ -64,7 +69,7 @@ def test_order_of_all_images_is_equally_likely():
     """Every image comes first about equally often over epochs and seeds."""
 
     class Numbers:
-        num_images, has_images, has_moments, features = 5, False, False, {}
+        num_images, has_images, has_moments, features, stream = 5, False, False, {}, None
 
     first = [Loader(Numbers(), batch_size=1, seed=s).indices(5 * e)[0] for s in range(40) for e in range(25)]
     counts = np.bincount(first, minlength=5)
@@ -89,16 +94,16 @@ def test_processes_partition_the_same_global_batch(data, world):
 
 
 def test_rows_of_all_fields_belong_together(data):
-    loader = Loader(data, batch_size=5, seed=2, features=("tiny",), images=True)
+    loader = Loader(data, batch_size=5, seed=2, features=("tiny",), images=True, pooled=True)
     batch, indices = loader.batch(4), loader.indices(4)
     assert batch.labels.dtype == torch.int64
     assert batch.images.dtype == torch.uint8
-    assert batch.moments.dtype == batch.features["tiny"].patches.dtype == torch.float32
+    assert batch.moments.dtype == batch.features["tiny"].patches.dtype == torch.float16  # Alignment computes in float32
     assert batch.labels.tolist() == [0 if i < 7 else 1 for i in indices]
     np.testing.assert_array_equal(batch.images, data.gather("images", indices))
     red = batch.images[:, 0].float().mean((1, 2)) / 255
-    torch.testing.assert_close(batch.moments[:, 0].mean((1, 2)), red, atol=1e-3, rtol=0)
-    torch.testing.assert_close(batch.features["tiny"].pooled[:, 0], red, atol=1e-3, rtol=0)
+    torch.testing.assert_close(batch.moments[:, 0].float().mean((1, 2)), red, atol=1e-3, rtol=0)
+    torch.testing.assert_close(batch.features["tiny"].pooled[:, 0].float(), red, atol=1e-3, rtol=0)
 
 
 def test_iterate_gives_the_batches_from_any_step(data):
@@ -132,10 +137,10 @@ def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
     bad = int(loader.indices(5)[0])
     gather = data.gather
 
-    def failing(field, indices):
+    def failing(field, indices, out):
         if bad in indices:
             raise UserError("shard gone")
-        return gather(field, indices)
+        return gather(field, indices, out)
 
     monkeypatch.setattr(data, "gather", failing)
     seen = []
@@ -184,3 +189,98 @@ def test_cifar(tmp_path):
     assert data.gather("images", np.arange(10_000)).mean() == pytest.approx(
         121.5, abs=1
     )  # known mean of CIFAR-10: 0.4765
+
+
+class TestStored:
+    """Data written by the test itself: tokens in every form, and more rows than memory should notice."""
+
+    DIM, GRID = 6, 2
+
+    def tokens(self, i: int) -> np.ndarray:
+        return np.random.default_rng(i).normal(size=(self.GRID**2, self.DIM)).astype(np.float32)
+
+    @pytest.fixture
+    def stored(self, tmp_path):
+        """`plain` in float16 with pooled features, `small` in int8, `flat` in int8 coordinates of a basis."""
+        basis = np.linalg.qr(np.random.default_rng(9).normal(size=(self.DIM, self.DIM)))[0].astype(np.float32)
+        basis = np.concatenate([np.full((1, self.DIM), 0.25, np.float32), basis])
+        folder = tmp_path / "stored"
+        folder.mkdir()
+        np.save(folder / "basis.flat.npy", basis)
+        path = folder / "basis.flat.npy"
+        record = ArrayFile(
+            file=path.name, dtype="float32", shape=basis.shape, size=path.stat().st_size, sha256=files.sha256(path)
+        )
+
+        def packed(form: str, key: str, basis: np.ndarray | None = None):
+            table = None if basis is None else torch.from_numpy(basis)
+            return lambda i: pack(torch.from_numpy(self.tokens(i))[None], form, table)[key][0].numpy()
+
+        extra = {
+            "features.plain": packed("fp16", "features"),
+            "pooled.plain": lambda i: self.tokens(i).mean(0).astype(np.float16),
+            "features.small": packed("int8", "features"),
+            "scale.small": packed("int8", "scale"),
+            "features.flat": packed(f"pca{self.DIM}-int8", "features", basis),
+            "scale.flat": packed(f"pca{self.DIM}-int8", "scale", basis),
+        }
+        facts = {"dim": self.DIM, "grid": self.GRID, "pooled": False, "identity": {}}
+        features = {
+            "plain": FeatureField(**{**facts, "pooled": True}),
+            "small": FeatureField(**facts, form="int8"),
+            "flat": FeatureField(**facts, form=f"pca{self.DIM}-int8", basis=record),
+        }
+        write_data(folder, (5, 4), extra=extra, features=features)
+        return open_data(folder)
+
+    def test_every_form_comes_out_as_tokens(self, stored):
+        loader = Loader(stored, batch_size=4, seed=0, features=["plain", "small", "flat"], pooled=True)
+        batch, indices = loader.batch(1), loader.indices(1)
+        wanted = np.stack([self.tokens(i) for i in indices])
+        for name, error in (("plain", 2e-3), ("small", 0.02), ("flat", 0.06)):
+            patches = batch.features[name].patches
+            assert patches.dtype == (torch.float16 if name == "plain" else torch.float32)
+            assert tuple(patches.shape) == (4, 4, 6)
+            assert np.abs(patches.numpy() - wanted).max() < error
+        np.testing.assert_allclose(batch.features["plain"].pooled, wanted.mean(1), atol=2e-3)
+        assert batch.features["small"].pooled is None
+
+    def test_what_nobody_needs_at_a_step_is_not_read(self, stored, monkeypatch):
+        asked = []
+        gather = stored.gather
+
+        def watched(field, indices, out):
+            asked.append(field)
+            return gather(field, indices, out)
+
+        monkeypatch.setattr(stored, "gather", watched)
+        loader = Loader(
+            stored, batch_size=2, seed=0,
+            features=lambda step: ("small", "plain") if step < 2 else (), images=lambda step: step == 1,
+        )  # fmt: skip
+        stream = loader.iterate()
+        batches = list(itertools.islice(stream, 4))
+        stream.close()
+        assert [sorted(batch.features) for batch in batches] == [["plain", "small"]] * 2 + [[]] * 2
+        assert [batch.images is not None for batch in batches] == [False, True, False, False]
+        assert asked.count("features.small") == asked.count("scale.small") == asked.count("features.plain") == 2
+        assert asked.count("images") == 1
+        assert "pooled.plain" not in asked
+
+    def test_ten_million_rows_need_no_more_memory_than_a_few(self, tmp_path):
+        """Sparse files; an index of 8 bytes a row would be 76 MiB. The moments of 10 million images are read by 40 batches."""
+        loader = Loader(sparse_data(tmp_path / "big", 10_000_000), batch_size=64, seed=0)
+        list(itertools.islice(loader.iterate(), 4))  # buffers, threads
+        before = resident()
+        stream = loader.iterate(10_000_000 // 64 - 20)  # over the end of an epoch
+        batches = list(itertools.islice(stream, 40))
+        stream.close()
+        grown = resident() - before
+        assert sum(len(batch.labels) for batch in batches) == 40 * 64
+        assert len(np.unique(loader.indices(3))) == 64
+        assert grown < 24 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+def resident() -> int:
+    """Bytes of this process in memory, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

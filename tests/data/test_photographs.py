@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from repa.base.errors import UserError
-from repa.data import open_source, photographs
-from repa.data.photographs import PHOTOGRAPHS, load_photographs, photograph_crop
+from repa.data import open_source
+from repa.data.sources import photographs
+from repa.data.sources.photographs import PHOTOGRAPHS, load_photographs, photograph_crop
 
 
 def pixels(index, resolution=16, seed=0):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from repa.base.errors import UserError
-from repa.data import open_source, sources
+from repa.data import open_source
+from repa.data.sources import folders
 from tests.data.conftest import pack, spoil
 from tests.oracles.data import noise_image
 
@@ -31,7 +32,7 @@ def test_class_folders_in_sorted_order(folder):
 def test_order_is_by_path_not_by_number_or_case(tmp_path):
     for name in ("b10.PNG", "b9.png", "B1.png", "a/../a.jpeg"):
         noise_image(0).save(tmp_path / Path(name).name)
-    assert open_source(tmp_path).paths == ["B1.png", "a.jpeg", "b10.PNG", "b9.png"]
+    assert list(open_source(tmp_path).paths) == ["B1.png", "a.jpeg", "b10.PNG", "b9.png"]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -55,13 +56,13 @@ def test_a_link_to_a_folder_above_ends(tmp_path):
     (tmp_path / "a").mkdir()
     noise_image(0).save(tmp_path / "a" / "1.png")
     os.symlink(tmp_path, tmp_path / "a" / "loop")
-    assert open_source(tmp_path).paths == ["a/1.png"]
+    assert list(open_source(tmp_path).paths) == ["a/1.png"]
 
 
 @pytest.mark.parametrize("prefix", ["", "everything/"])
 def test_a_zip_is_the_same_source_as_its_folder(folder, tmp_path, prefix):
     loose, packed = open_source(folder), open_source(pack(folder, tmp_path / "p.zip", prefix))
-    assert packed.paths == loose.paths
+    assert list(packed.paths) == list(loose.paths)
     assert packed.class_names == loose.class_names
     np.testing.assert_array_equal(packed.labels, loose.labels)
     for i in (0, 10):
@@ -76,17 +77,17 @@ def test_a_zip_with_one_class_folder_keeps_its_name(folder, tmp_path):
 
 def test_a_zip_can_be_read_after_a_fork_and_a_pickle(folder, tmp_path):
     source = open_source(pack(folder, tmp_path / "p.zip"))
-    assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)
+    path, last = source.paths[3], source.paths[5]
+    assert pickle.loads(pickle.dumps(source)).read(path, "") == source.read(path, "") == (folder / path).read_bytes()
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # forking with threads, which this child does not use
         child = os.fork()
     if child == 0:
-        os.write(writing, source.read(5)[:64])
+        os.write(writing, source.read(last, "")[:64])
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert os.read(reading, 64) == source.read(5)[:64]
-    assert len(source._archives) == 1
+    assert os.read(reading, 64) == source.read(last, "")[:64]
 
 
 def test_ten_thousand_and_one_classes(tmp_path):
@@ -164,7 +165,7 @@ def test_zip_bombs_are_refused_by_their_declared_size(tmp_path):
         archive.writestr("a/bomb.png", b"0")
     data = bytearray((tmp_path / "bomb.zip").read_bytes())
     at = data.index(b"PK\x01\x02") + 24
-    data[at : at + 4] = struct.pack("<I", sources.MAX_FILE_SIZE + 1)
+    data[at : at + 4] = struct.pack("<I", folders.MAX_FILE_SIZE + 1)
     (tmp_path / "bomb.zip").write_bytes(data)
     with pytest.raises(UserError, match=r"a/bomb\.png .* unpacks to 256\.0 MiB"):
         open_source(tmp_path / "bomb.zip")
@@ -180,7 +181,7 @@ def test_zip_bombs_that_understate_their_size_are_cut_off(tmp_path):
     (tmp_path / "liar.zip").write_bytes(data)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"a/liar\.png in .* cannot be read: Bad CRC"):
-        open_source(tmp_path / "liar.zip").read(0)
+        open_source(tmp_path / "liar.zip").decode(0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -224,3 +225,46 @@ def test_file_names_that_are_not_utf8(tmp_path):
     source = open_source(tmp_path)
     assert source.class_names == ["caf�"]
     assert source.image(0, 8).size == (8, 8)
+
+
+def test_zips_with_a_file_twice_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("a/1.png", b"")
+        archive.writestr("a/1.png", b"")
+    with pytest.raises(UserError, match=r"holds 'a/1\.png' twice"):
+        open_source(tmp_path / "t.zip")
+
+
+def test_cut_zips_are_refused_or_named(folder, tmp_path):
+    path = pack(folder, tmp_path / "p.zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"p\.zip is not a folder and cannot be read as a zip file"):
+        open_source(path)
+    path.write_bytes(data)
+    source = open_source(path)
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"^ants/000\.png in .* cannot be read: the file ends .* too early"):
+        source.decode(0)
+
+
+def test_broken_links_and_huge_files_are_named(folder, monkeypatch):
+    os.symlink(folder / "gone.png", folder / "bees" / "link.png")
+    source = open_source(folder)
+    with pytest.raises(UserError, match=r"^bees/link\.png cannot be read: No such file"):
+        source.decode(11)
+    monkeypatch.setattr(folders, "MAX_FILE_SIZE", 100)
+    with pytest.raises(UserError, match=r"^ants/000\.png has .*, more than an image may have \(100 B\)"):
+        source.decode(0)
+
+
+def test_a_caption_that_is_no_text_is_named(folder):
+    (folder / "ants" / "000.txt").write_bytes(b"\xff\xfe")
+    (folder / "ants" / "note.txt").write_text("of no image")
+    source = open_source(folder)
+    assert source.has_captions
+    assert source.captions(1) == ()
+    with pytest.raises(UserError, match=r"The caption ants/000\.txt is not UTF-8"):
+        source.captions(0)

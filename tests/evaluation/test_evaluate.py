@@ -2,17 +2,18 @@
 
 import importlib
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from repa.base import dist
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import load_encoder
-from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, reference, reference_of
-from repa.evaluation.reference import pooled_features
+from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, load_judge, reference, reference_of
+from repa.evaluation.reference import kept_reference
+from repa.evaluation.sources import DataImages
 from tests.oracles import metrics as oracle
 
 ALL = ("fd", "kd", "precision", "recall")
@@ -36,7 +37,11 @@ def images(data):
 
 @pytest.fixture(scope="module")
 def features(images, judge):
-    return torch.cat(list(pooled_features([images], judge)))
+    return pooled(images, judge)
+
+
+def pooled(images, judge):
+    return judge(images, judge.grid_for(images.shape[-1])).pooled.float()
 
 
 def noisy(images, level):
@@ -86,23 +91,13 @@ def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, imag
     samples = noisy(images, 40)[:33]
     found = evaluate(samples.split(size), judge, reference_of(data, judge, "tiny-judge"), ALL)
     real = features.double().numpy()
-    fake = torch.cat(list(pooled_features([samples], judge))).double().numpy()
+    fake = pooled(samples, judge).double().numpy()
     wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
     assert found["fd"] == pytest.approx(wanted, rel=1e-3)  # the oracle roots an asymmetric product of low rank
     assert found["precision"] == pytest.approx(oracle.share_within(fake, real, 3))
     assert found["recall"] == pytest.approx(oracle.share_within(real, fake, 3))
     # subsets of all 33 samples, against 33 of the 40 real images each time
     assert found["kd"] == pytest.approx(oracle.kernel_distance(real, fake, 3), rel=0.1)
-
-
-def test_neighbours_are_looked_for_in_the_images_of_all_processes(data, judge, images, monkeypatch):
-    samples = noisy(images, 40)
-    whole = evaluate(samples.split(16), judge, reference_of(data, judge, "tiny-judge"), ALL[1:])
-    others = list(pooled_features(samples[25:].split(16), judge))
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, others])
-    assert evaluate(samples[:25].split(16), judge, reference_of(data, judge, "tiny-judge"), ALL[1:]) == pytest.approx(
-        whole
-    )
 
 
 def test_only_what_is_asked_is_measured(data, judge, images):
@@ -113,8 +108,8 @@ def test_only_what_is_asked_is_measured(data, judge, images):
 def test_a_file_of_samples(data, images, tmp_path):
     seen = []
     path = save(tmp_path / "s.npz", noisy(images, 20))
-    config = EvaluateConfig(metrics=ALL, batch_size=16)
-    found = evaluate_file(path, data, config, device=CPU, progress=lambda *counts: seen.append(counts))
+    config = EvaluateConfig(features="tiny-judge", metrics=ALL, batch_size=16)
+    found = evaluate_file(path, data.folder, config, device=CPU, progress=lambda *counts: seen.append(counts))
     assert seen == [(16, 40), (32, 40), (40, 40)]
     assert (found["num_samples"], found["num_reference"]) == (40, 40)
     assert found["encoder"]["name"] == "tiny-judge"
@@ -126,35 +121,39 @@ def test_a_file_of_samples(data, images, tmp_path):
 
 
 def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
-    room = importlib.import_module("repa.evaluation.measure")
-    monkeypatch.setattr(room, "load_encoder", lambda *a, **k: pytest.fail("an encoder was loaded"))
-    for shape in ((4, 8, 8, 3), (4, 16, 8, 3)):
+    room = importlib.import_module("repa.evaluation.jobs")
+    monkeypatch.setattr(room, "load_judge", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    for shape, sentence in (
+        ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare what has the same size"),
+        ((4, 16, 8, 3), "holds images of 16x8 pixels: square ones are measured"),
+    ):
         np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
-        with pytest.raises(
-            UserError, match=f"images of {shape[1]}x{shape[2]} pixels, .* of 16: compare what has the same"
-        ):
-            evaluate_file(tmp_path / "s.npz", data, EvaluateConfig(), device=CPU)
+        with pytest.raises(UserError, match=sentence):
+            evaluate_file(tmp_path / "s.npz", data.folder, EvaluateConfig(), device=CPU)
 
 
 @pytest.mark.parametrize("num", [0, 1])
 def test_too_few_images(num, data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:num])
     with pytest.raises(UserError, match=f"holds {num} image"):
-        evaluate_file(path, data, EvaluateConfig(), device=CPU)
+        evaluate_file(path, data.folder, EvaluateConfig(), device=CPU)
 
 
 def test_three_images_have_no_third_neighbour(data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:3])
-    assert evaluate_file(path, data, EvaluateConfig(metrics=("fd",)), device=CPU)["metrics"]["fd"] > 0
+    config = EvaluateConfig(features="tiny-judge", metrics=("fd",))
+    assert evaluate_file(path, data.folder, config, device=CPU)["metrics"]["fd"] > 0
     with pytest.raises(UserError, match="k=3"):
-        evaluate_file(path, data, EvaluateConfig(), device=CPU)
+        evaluate_file(path, data.folder, EvaluateConfig(features="tiny-judge"), device=CPU)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"features": "tiny-jugde"}, "Did you mean 'tiny-judge'"),
-        ({"metrics": ("fid",)}, "metrics.0' was given 'fid'"),
+        ({"metrics": ("fdd",)}, "metrics.0' was given 'fdd'"),
+        ({"metrics": ("fd",)}, "'fd' is not measured in the features of inception: allowed are fid, sfid"),
+        ({"features": "tiny", "metrics": ("is",)}, "'inception_score' is not measured in the features of tiny"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
@@ -175,7 +174,7 @@ class TestReference:
         np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
         np.testing.assert_allclose(first.statistics.covariance.numpy(), np.cov(real.T), atol=1e-6)
         torch.testing.assert_close(first.subset, features)
-        monkeypatch.setattr(reference, "_compute", lambda *a: pytest.fail("computed again"))
+        monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
         second = reference_of(copy, judge, "tiny-judge")
         assert torch.equal(second.subset, first.subset)
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
@@ -197,10 +196,27 @@ class TestReference:
 
     def test_a_subset_is_evenly_spaced(self, copy, judge, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)
-        monkeypatch.setattr(reference, "BATCH", 7)  # no multiple of the stride of 4
-        found = reference_of(copy, judge, "tiny-judge")
+        images = DataImages(copy)
+        found = kept_reference(images, load_judge("tiny-judge"), "tiny-judge", batch_size=7)  # no multiple of 4
         torch.testing.assert_close(found.subset, features[::4])
         assert found.statistics.count == 40
+        assert reference.subset_of(25).tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
+        assert reference.subset_of(4).tolist() == [0, 1, 2, 3]
+
+    def test_mirrored_copies_are_no_reference(self, copy, judge, features, monkeypatch):
+        monkeypatch.setattr(type(copy), "originals", range(25))
+        found = reference_of(copy, judge, "tiny-judge")
+        torch.testing.assert_close(found.subset, features[:25])
+        assert found.statistics.count == 25
+
+    def test_where_the_data_cannot_be_written_it_is_cached(self, copy, judge, tmp_path, monkeypatch):
+        monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        reference_of(copy, judge, "tiny-judge")
+        assert not (copy.folder / "reference").exists()
+        assert len(list((tmp_path / "cache/reference").iterdir())) == 1
+        monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
+        reference_of(copy, judge, "tiny-judge")
 
     def test_data_without_images(self, copy, judge, monkeypatch):
         monkeypatch.setattr(type(copy), "has_images", False)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.metrics import frechet_distance
+from repa.metrics import Statistics, frechet_distance
 from tests.oracles import metrics as oracle
 
 
@@ -60,3 +60,20 @@ def test_mistakes():
         frechet_distance(mu, sigma, mu[:3], sigma[:3, :3])
     with pytest.raises(UserError, match="finite"):
         frechet_distance(mu, sigma, mu * np.nan, sigma)
+
+
+def test_the_reference_evaluators_arithmetic_to_four_digits():
+    """float32 means, the root of an asymmetric product: on features as many and as spread as a judge's."""
+    g = np.random.default_rng(0)
+    mix = g.normal(size=(64, 64)) * np.linspace(1, 0.02, 64)
+    x = np.maximum(g.normal(size=(3000, 64)) @ mix, 0).astype(np.float32)
+    y = np.maximum(g.normal(size=(2000, 64)) @ mix + 0.1, 0).astype(np.float32)
+    ours = [Statistics(), Statistics()]
+    for statistics, features in zip(ours, (x, y), strict=True):
+        for part in torch.from_numpy(features).split(250):
+            statistics.update(part)
+    got = frechet_distance(ours[0].mean, ours[0].covariance, ours[1].mean, ours[1].covariance)
+    assert got == pytest.approx(oracle.adm_frechet(x, y), rel=1e-5)
+    exact = [z.astype(np.float64) for z in (x, y)]
+    moments = [m for z in exact for m in (z.mean(0), np.cov(z, rowvar=False))]
+    assert got == pytest.approx(oracle.frechet(*moments), rel=1e-6)

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.metrics import manifold, precision_recall
+from repa.metrics import half, manifold, precision_recall, precision_recall_in_half
 from tests.oracles import metrics as oracle
 
 
@@ -48,3 +49,68 @@ def test_mistakes():
         precision_recall(reference, samples[:3], k=3)
     with pytest.raises(UserError, match=r"\(30, 3\) and \(25, 2\)"):
         precision_recall(reference, samples[:, :2])
+
+
+def test_a_set_against_itself_is_one_whatever_its_duplicates():
+    """Four copies of each: the third neighbour is at distance 0, which rounding must not push out of reach."""
+    x = torch.randn(25, 1000, generator=torch.Generator().manual_seed(0)).repeat(4, 1) + 3
+    assert precision_recall(x, x.flip(0)) == (1.0, 1.0)
+    for num in range(4, 25):  # products of other shapes, rounded in another order
+        assert precision_recall(x, x[:num]).precision == 1.0
+
+
+def test_neighbours_are_others():
+    """Pairs of equal features: with k = 1 the twin is in reach, with k = 2 the next pair is."""
+    x = torch.tensor([[0.0], [0.0], [10.0], [10.0]])
+    assert precision_recall(x, torch.tensor([[1.0], [2.0], [100.0]]), k=1).precision == 0
+    assert precision_recall(x, torch.tensor([[1.0], [-9.0], [100.0]]), k=2).precision == pytest.approx(2 / 3)
+
+
+def test_arguments_cannot_be_swapped_unnoticed():
+    reference, samples = sets()
+    got = precision_recall(reference, samples)
+    assert precision_recall(samples, reference) == (got.recall, got.precision)
+    assert got.precision > got.recall + 0.2
+
+
+def test_sums_are_exact_whatever_the_trainer_chose():
+    torch.set_float32_matmul_precision("high")
+    try:
+        precision_recall(*sets())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(bad):
+    reference, samples = sets()
+    samples[3, 1] = bad
+    for pair in ((reference, samples), (samples, reference)):
+        with pytest.raises(UserError, match="need finite features"):
+            precision_recall(*pair)
+
+
+class TestHalf:
+    @pytest.mark.parametrize("block", [7, 10_000])
+    def test_it_rounds_as_the_evaluator_does(self, block, monkeypatch):
+        """Features so close that rounding decides: float32 gives other shares."""
+        monkeypatch.setattr(half, "BLOCK", block)
+        g = torch.Generator().manual_seed(0)
+        reference = 4 + 0.05 * torch.randn(40, 32, generator=g)
+        samples = 4 + 0.06 * torch.randn(33, 32, generator=g)
+        distances = half._squared_distances(reference, samples).numpy()
+        assert np.array_equal(distances, oracle.half_distances(reference.numpy(), samples.numpy()))
+        got = precision_recall_in_half(reference, samples)
+        assert got == pytest.approx(oracle.adm_precision_recall(reference.numpy(), samples.numpy(), 3))
+        assert got != precision_recall(reference, samples)
+
+    def test_what_overflows_falls_back_to_float32(self):
+        reference, samples = (300 * x for x in sets())  # squared norms above 65,504
+        assert half._round(reference.square().sum(1)).isinf().any()
+        assert precision_recall_in_half(reference, samples) == pytest.approx(precision_recall(reference, samples))
+
+    def test_mistakes(self):
+        reference, samples = sets()
+        with pytest.raises(UserError, match="more than k"):
+            precision_recall_in_half(reference, samples[:3], k=3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.metrics import inception_score
+from repa.metrics import RunningScore, inception_score
 from tests.oracles import metrics as oracle
 
 
@@ -31,3 +31,29 @@ def test_order_matters_because_each_split_has_its_own_marginal():
 def test_impossible_splits(splits):
     with pytest.raises(UserError, match="needs 1 to 8 splits"):
         inception_score(torch.randn(8, 3), splits)
+
+
+class TestRunning:
+    @pytest.mark.parametrize("batch", [1, 5, 23])
+    def test_a_stream_in_any_order_gives_the_splits(self, batch):
+        """Splits of 10, 10 and the last 3, whatever comes first."""
+        logits = 3 * torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
+        expected = sum(inception_score(part, 1) for part in logits.split(10)) / 3
+        order = torch.randperm(23, generator=torch.Generator().manual_seed(1))
+        score = RunningScore(10)
+        for indices in order.split(batch):
+            score.update(logits[indices], indices)
+        score.reduce()
+        assert score.value == pytest.approx(expected, rel=1e-12)
+
+    def test_certain_and_varied(self):
+        score = RunningScore()
+        score.update(1e4 * torch.eye(6), torch.arange(6))
+        assert score.value == pytest.approx(6)
+
+    def test_mistakes(self):
+        score = RunningScore()
+        with pytest.raises(UserError, match="at least one image"):
+            _ = score.value
+        with pytest.raises(UserError, match="NaN or infinite"):
+            score.update(torch.full((2, 3), torch.nan), torch.arange(2))

@@ -3,6 +3,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.models import DiT, ModelConfig, build, build_model
+from repa.models.layers import Block
 from tests.oracles import dit as oracle
 
 
@@ -185,3 +186,33 @@ def test_mistakes_are_answered(random_dit):
         random_dit(num_classes=-1)
     with pytest.raises(UserError, match="Did you mean 'SiT-XL/2'"):
         build_model("SiT-XXL/2", latent_size=32, num_classes=10)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_activations_computed_again_give_the_same_bits(random_dit, precision, monkeypatch):
+    x_t, t, labels = inputs()
+    calls, found = [], []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
+    for recompute in (False, True):
+        model = random_dit()
+        model.checkpoint_activations = recompute
+        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            out = model(x_t, t, labels, taps=(2,))
+            loss = out.prediction.float().square().sum() + out.hidden[2].float().square().sum()
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(calls) == 3 + 2 * 3  # the second model ran each of its three blocks twice
+    with torch.no_grad():
+        model(x_t, t, labels)
+    assert len(calls) == 9 + 3
+
+
+def test_shapes_can_be_had_without_memory():
+    with torch.device("meta"):
+        out = build_model("SiT-XL/2", latent_size=32, num_classes=1000)(
+            torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long), (8,)
+        )
+    assert out.prediction.is_meta
+    assert (out.prediction.shape, out.hidden[8].shape) == ((2, 4, 32, 32), (2, 256, 1152))

@@ -56,3 +56,31 @@ def fake_run(
         path.parent.mkdir(exist_ok=True)
         np.savez(path, arr_0=rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8))
     return folder
+
+
+def results_file(path: Path, metrics: dict[str, float], made: dict | None, **changes) -> Path:
+    """What `repa evaluate --out` writes, of the paper's protocol unless changed."""
+    content = {
+        "metrics": metrics, "num_samples": 50_000, "num_reference": None, "warnings": [], "samples": "s.npz", "made": made,
+        "reference": "refs/VIRTUAL_imagenet256_labeled.npz", "reference_kind": "statistics", "features": "inception",
+        "encoder": {"name": "inception", "weights_sha256": "6726825d0af5", "published": True},
+        "arithmetic": {"features": "float32", "statistics": "float64", "neighbours": "float32"},
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def made_by(run: Path, step: int, **changes) -> dict:
+    """How `repa sample` says that samples were made, as the paper's without guidance unless changed."""
+    guidance = {"scale": 1.0, "interval": [0.0, 1.0], "channels": 0}
+    made = {"run": str(run), "step": step, "weights": "ema", "num": 50_000, "sampler": "euler_maruyama", "steps": 250}
+    return {**made, "guidance": guidance, "labels": "uniform", "seed": 0, "decoder": "sd-vae-ft-ema", **changes}
+
+
+def analysis_file(run: Path, name: str, kind: str, rows: list[dict], **settings) -> Path:
+    """What `repa analyse` writes into a run's folder."""
+    path = run / layout.ANALYSIS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"analysis": kind, "data": "d", "num_images": 100, **settings, "rows": rows}))
+    return path

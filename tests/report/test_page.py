@@ -15,7 +15,7 @@ from repa.report.pictures import tile
 from repa.runs import layout
 from tests.report.fakes import config, fake_run
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
 
 class Page(HTMLParser):

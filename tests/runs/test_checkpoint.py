@@ -24,19 +24,21 @@ def make(step: int) -> Checkpoint:
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     ema = {name: value * 0.5 for name, value in model.state_dict().items()}
+    moments = {f"{n}/{key}": value for n, p in model.named_parameters() for key, value in optimizer.state[p].items()}
     return Checkpoint(
-        step, model.state_dict(), ema, {"0.weight": torch.randn(2, 2).T}, optimizer.state_dict(), {"seconds": step / 8}
-    )
+        step, model.state_dict(), ema, {"0.weight": torch.randn(2, 2).T}, moments, {"seconds": step / 8},
+        {"ema-0.5": {name: value * 0.25 for name, value in ema.items()}},
+    )  # fmt: skip
 
 
 def assert_same(a: Checkpoint, b: Checkpoint) -> None:
     assert (a.step, a.counters) == (b.step, b.counters)
-    for mine, yours in ((a.model, b.model), (a.ema, b.ema), (a.projectors, b.projectors)):
+    assert a.files().keys() == b.files().keys() == {*FILES, "ema-0.5.safetensors"}
+    for name, mine in a.files().items():
+        yours = b.files()[name]
         assert mine.keys() == yours.keys()
-        assert all(torch.equal(mine[name], yours[name]) for name in mine)
-    assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
-    for key, moments in a.optimizer["state"].items():
-        assert all(torch.equal(value, b.optimizer["state"][key][name]) for name, value in moments.items())
+        assert mine
+        assert all(torch.equal(mine[key], yours[key]) for key in mine)
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -67,7 +69,6 @@ def test_a_kill_between_files_leaves_the_old_checkpoint(moment, tmp_path, monkey
     child = os.fork()
     if child == 0:
         monkeypatch.setattr(checkpoint, "save_file", die_at(moment, checkpoint.save_file, 1))
-        monkeypatch.setattr(torch, "save", die_at(moment, torch.save, 1))
         monkeypatch.setattr(files, "write_json", die_at(moment, files.write_json, 0))
         if moment == "rename":
             monkeypatch.setattr(os, "rename", die_at(moment, os.rename, 1))
@@ -88,6 +89,34 @@ def test_the_newest_are_kept(tmp_path):
     for step in (5, 6):
         save_checkpoint(tmp_path, make(step), keep=0)
     assert layout.checkpoint_steps(tmp_path) == [3, 4, 5, 6]
+
+
+def test_every_nth_is_kept_for_ever(tmp_path):
+    for step in range(1, 9):
+        save_checkpoint(tmp_path, make(step), keep=2, keep_every=3)
+    assert layout.checkpoint_steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_a_kill_amid_the_removal_of_an_old_one_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (5, 10):
+        save_checkpoint(tmp_path, make(step))
+
+    def die(folder, **options):
+        if "removed" in folder.name:
+            os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+        save_checkpoint(tmp_path, make(15), keep=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    steps = layout.checkpoint_steps(tmp_path)
+    assert steps == [10, 15]
+    for step in steps:
+        assert_same(load_checkpoint(tmp_path, step), make(step))
+    save_checkpoint(tmp_path, make(20), keep=1)
+    assert [p.name for p in (tmp_path / layout.CHECKPOINTS).iterdir()] == ["0000020"]
 
 
 def test_the_same_step_again_leaves_the_first(tmp_path):
@@ -130,16 +159,31 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_foreign_checkpoint_executes_nothing(zipped, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_a_foreign_checkpoint_executes_nothing(name, zipped, tmp_path):
     folder = save_checkpoint(tmp_path, make(5))
-    path, mark = folder / layout.OPTIMIZER_FILE, tmp_path / "executed"
+    path, mark = folder / name, tmp_path / "executed"
     torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     state = json.loads((folder / layout.STATE_FILE).read_text())
     state["sha256"][path.name] = files.sha256(path)  # whoever made it made the checksum too
     files.write_json(folder / layout.STATE_FILE, state)
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match="is refused: it is no safetensors file"):
         load_checkpoint(tmp_path)
     assert not mark.exists()
+
+
+def test_the_weights_of_a_checkpoint_with_a_pickled_optimizer_are_still_read(tmp_path):
+    folder = save_checkpoint(tmp_path, make(5))
+    state = json.loads((folder / layout.STATE_FILE).read_text())
+    del state["sha256"][layout.OPTIMIZER_FILE]
+    (folder / layout.OPTIMIZER_FILE).unlink()
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
+    files.write_json(folder / layout.STATE_FILE, state)
+    found = load_checkpoint(tmp_path)
+    assert found.optimizer == {}
+    assert all(torch.equal(found.ema[key], value) for key, value in make(5).ema.items())
+    assert not (tmp_path / "executed").exists()
 
 
 def test_what_is_not_there_is_said(tmp_path):
@@ -148,5 +192,5 @@ def test_what_is_not_there_is_said(tmp_path):
     save_checkpoint(tmp_path, make(5))
     with pytest.raises(UserError, match="no checkpoint of step 6: there are 5"):
         load_checkpoint(tmp_path, 6)
-    with pytest.raises(UserError, match="'best' do not exist in a checkpoint: choose 'ema' or 'model'"):
+    with pytest.raises(UserError, match="has no weights 'best' at step 5: there are ema, ema-0.5, model,"):
         load_weights(tmp_path, "best")

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 
 import pytest
 
 from repa.base import dist
+from repa.base.errors import UserError
 from repa.runs import MetricsLog, layout, read_metrics
 
 
@@ -72,3 +74,39 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     log.line("text")
     log.close()
     assert not (tmp_path / "run").exists()
+
+
+def offline_rows(folder) -> list[dict]:
+    """The history rows of Weights & Biases' offline file: a header of 7 bytes, then records as LevelDB's logs have them."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("*.wandb")
+    data, position, rows = path.read_bytes(), 7, []
+    assert len(data) < 2**15  # one block, so no record is cut
+    while position < len(data):
+        length, begin = int.from_bytes(data[position + 4 : position + 6], "little"), position + 7
+        record = wandb_internal_pb2.Record.FromString(data[begin : begin + length])
+        position = begin + length
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+def test_weights_and_biases_gets_the_numbers_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for resume_step in (0, 2):  # started, killed after step 2, continued: one run there
+        log = MetricsLog(tmp_path, resume_step, project="repa", config={"seed": 3})
+        log.row("event", resume_step, message="from step 0")  # no number in it, so nothing to show
+        log.row("train", resume_step + 1, loss=0.5, alignment={"tiny@1": -0.25})
+        log.close()
+    first, second = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (tmp_path / layout.WANDB_ID).read_text()
+    assert offline_rows(first) == [{"step": 1, "train/loss": 0.5, "train/alignment/tiny@1": -0.25}]
+    assert offline_rows(second) == [{"step": 3, "train/loss": 0.5, "train/alignment/tiny@1": -0.25}]
+
+
+def test_without_weights_and_biases_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed: pip install 'repa.wandb.', or leave out --wandb"):
+        MetricsLog(tmp_path, project="repa")

@@ -15,7 +15,7 @@ from repa.cli.main import run as repa
 from repa.data import open_data
 from repa.diffusion import DiffusionConfig, GuidanceConfig
 from repa.models import build_model
-from repa.runs import LoadedRun, layout, load_run
+from repa.runs import LoadedRun, layout, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate
 from repa.training.resolve import claim_folder, resolve
 from repa.training.state import build_state
@@ -36,7 +36,7 @@ def folder(tiny_config, data_folder, tmp_path_factory):
     stream = torch.Generator().manual_seed(0)
     for p in state.ema.model.parameters():
         p.data = torch.randn(p.shape, generator=stream) * 0.1
-    state.save(run, keep=0)
+    save_checkpoint(run, state.snapshot())
     return run
 
 

@@ -55,7 +55,8 @@ def batch(num=8):
 def test_total_is_the_hybrid_loss_and_the_alignment_written_out(objective):
     x, labels, features = batch()
     bars = oracle.alpha_bars(oracle.BETAS)
-    losses, draws = objective(x, labels, features, step=3), objective.draw(x, 3)
+    draws = objective.draw(x, 3)
+    losses = objective(x, labels, features, draws, objective.weights(3, x.device))
     assert set(losses.terms) == {"denoising", "vb", "alignment/tiny@1"}
     assert 0 < int(draws.dropped.sum()) < len(x)
     seen = set()
@@ -82,8 +83,9 @@ def test_the_bound_reaches_only_the_rows_of_the_variance(objective):
     """Eq. 10's gradient of noise prediction is that of the squared error alone; alignment reaches no row of the head."""
     x, labels, features = batch()
     rows = objective.model.final_layer.linear.bias  # (p p 2C,), channels fastest: noise, then v
-    (gradient,) = torch.autograd.grad(objective(x, labels, features, 0).total.sum(), rows)
     draws = objective.draw(x, 0)
+    losses = objective(x, labels, features, draws, objective.weights(0, x.device))
+    (gradient,) = torch.autograd.grad(losses.total.sum(), rows)
     x_t, k = objective.process.noised(x, draws.noise, draws.t), objective.process.network_time(draws.t)
     y = torch.where(draws.dropped, 3, labels)
     noise = objective.model(x_t, k, y).prediction[:, :2]

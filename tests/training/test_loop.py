@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
-from repa.runs import layout, read_metrics
-from repa.training import Hook, TrainConfig
+from repa.runs import checkpoint, layout, read_metrics, writer
+from repa.training import Hook, TrainConfig, loop
 
 
 def weights(run, step=10):
@@ -105,7 +107,7 @@ def test_a_measuring_projector_that_is_not_finite_stops_too(tiny_config, run_tra
                 next(state.objective.alignments.parameters()).fill_(float("nan"))
 
     with pytest.raises(UserError, match="not finite"):
-        run_training(tiny_config.override(alignments=measured), tmp_path / "r", progress=poison)
+        run_training(tiny_config.override(alignments=measured, max_skipped_steps=3), tmp_path / "r", progress=poison)
     assert layout.checkpoint_steps(tmp_path / "r") == [5]
 
 
@@ -196,23 +198,20 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_config,
             with torch.no_grad():
                 next(state.model.parameters()).fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"not finite by step \d+.*checkpoint of step 5 is good"):
-        run_training(tiny_config, tmp_path / "r", progress=poison)
+    with pytest.raises(UserError, match=r"not finite in 4 steps in a row.*checkpoint of step 5 is good"):
+        run_training(tiny_config.override(max_skipped_steps=3), tmp_path / "r", progress=poison)
     assert layout.checkpoint_steps(tmp_path / "r") == [5]
     assert all(value.isfinite().all() for value in weights(tmp_path / "r", 5).values())
 
 
 @pytest.mark.parametrize(
-    "error",  # what safetensors, torch and Python raise on a full disk
+    "error",  # what safetensors and Python raise on a full disk
     [
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:820] . PytorchStreamWriter failed writing file data/0"),
         OSError(28, "No space left on device"),
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_training, tmp_path, monkeypatch):
-    from repa.runs import checkpoint
-
     def full(tensors, path):
         if layout.checkpoint_steps(tmp_path / "r"):
             path.write_bytes(b"half")
@@ -259,3 +258,54 @@ def test_the_resolved_configuration_is_a_recipe(finished, tiny_config, run_train
     config = TrainConfig.load(finished / layout.CONFIG)
     assert (config.model.latent_size, config.model.num_classes, config.autoencoder) == (16, 2, "pixels")
     assert run_training(config, finished).step == 10
+
+
+def test_minutes_save_too(tiny_config, run_training, tmp_path, monkeypatch):
+    """A clock of which every look costs a minute: the loop looks once a step, and once more when it saves."""
+    clock = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    config = tiny_config.override(num_steps=9, save_every=100, save_minutes=3.0, keep_checkpoints=0)
+    run_training(config, tmp_path / "r")
+    assert layout.checkpoint_steps(tmp_path / "r") == [3, 6, 9]
+
+
+def test_a_full_disk_under_asynchronous_writing_ends_the_run_at_the_next_step(
+    finished, tiny_config, run_training, tmp_path, monkeypatch
+):
+    def full(tensors, path):
+        if layout.checkpoint_steps(tmp_path / "r"):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    steps = []
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    config = tiny_config.override(async_save=True, save_every=4)
+    with pytest.raises(UserError, match="disk is full"):
+        run_training(config, tmp_path / "r", progress=lambda state: steps.append(state.step) or time.sleep(0.05))
+    assert layout.checkpoint_steps(tmp_path / "r") == [4]
+    assert steps[-1] in (8, 9)  # not at the end of the run
+    monkeypatch.undo()
+    run_training(config, tmp_path / "r")
+    assert losses(tmp_path / "r") == losses(finished)
+    assert all(torch.equal(value, weights(tmp_path / "r")[name]) for name, value in weights(finished).items())
+
+
+def test_what_a_thread_writes_is_the_state_when_it_was_taken(
+    finished, tiny_config, run_training, tmp_path, monkeypatch
+):
+    later, write = threading.Event(), writer.save_checkpoint
+
+    def late(run, taken, *rest):
+        assert later.wait(20)
+        return write(run, taken, *rest)
+
+    monkeypatch.setattr(writer, "save_checkpoint", late)
+    run_training(
+        tiny_config.override(async_save=True),
+        tmp_path / "r",
+        progress=lambda state: later.set() if state.step == 8 else None,
+    )
+    assert layout.checkpoint_steps(tmp_path / "r") == [5, 10]
+    for path in layout.checkpoint_folder(finished, 5).glob("*.safetensors"):
+        mine = load_file(layout.checkpoint_folder(tmp_path / "r", 5) / path.name)
+        assert all(torch.equal(value, mine[name]) for name, value in load_file(path).items()), path.name

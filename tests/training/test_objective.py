@@ -7,6 +7,7 @@ import torch
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.precision import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import build_model
@@ -29,13 +30,17 @@ def batch(num=6):
     return x, torch.randint(3, (num,), generator=stream), features
 
 
+def losses_of(objective, x, labels, features, step=0):
+    return objective(x, labels, features, objective.draw(x, step), objective.weights(step, x.device))
+
+
 COSINE = AlignmentConfig(target="tiny", depth=2, weight=0.7, projector="linear")
 
 
 def test_total_is_equation_9_written_out():
     objective = make([COSINE])
     x, labels, features = batch()
-    losses = objective(x, labels, features, step=3)
+    losses = losses_of(objective, x, labels, features, step=3)
     draws = objective.draw(x, 3)
     for n in range(len(x)):
         t = float(draws.t[n])
@@ -65,7 +70,7 @@ def test_velocity_target_follows_the_path(path, d_alpha, d_sigma):
         objective.model.final_layer.linear.bias
     )  # prediction 0: the loss is the mean square of the target
     x, labels, _ = batch()
-    losses, draws = objective(x, labels, {}, 0), objective.draw(x, 0)
+    losses, draws = losses_of(objective, x, labels, {}), objective.draw(x, 0)
     for n, t in enumerate(draws.t.tolist()):
         target = d_alpha(t) * x[n] + d_sigma(t) * draws.noise[n]
         assert float(losses.total[n].detach()) == pytest.approx(float(target.square().mean()), rel=1e-5)
@@ -89,10 +94,9 @@ def test_labels_are_dropped_at_the_asked_rate():
 def test_measuring_moves_the_projector_but_not_the_network():
     objective = make([COSINE.override(measure_only=True)])
     x, labels, features = batch()
-    objective(x, labels, features, 0).terms  # noqa: B018 - the call is what is tested
     alone = make()
-    objective(x, labels, features, 0).total.mean().backward()
-    alone(x, labels, {}, 0).total.mean().backward()
+    losses_of(objective, x, labels, features).total.mean().backward()
+    losses_of(alone, x, labels, {}).total.mean().backward()
     for (name, p), q in zip(objective.model.named_parameters(), alone.model.parameters(), strict=True):
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
@@ -107,7 +111,45 @@ def test_an_encoder_whose_weight_is_zero_is_not_asked_for():
     assert objective.targets(9) == ("tiny",)
     assert objective.targets(10) == ()
     x, labels, _ = batch()
-    losses = objective(x, labels, {}, 10)
+    losses = losses_of(objective, x, labels, {}, step=10)
     assert set(losses.terms) == {"denoising"}
     losses.total.mean().backward()
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # or DDP waits for ever
+
+
+def test_half_precision_keeps_norms_and_losses_in_float32():
+    """Squares of tokens of this size overflow in float16, and sums of many small errors vanish in it."""
+    objective = make([COSINE])
+    x, labels, features = batch()
+    large = {"tiny": Features(3000 * features["tiny"].patches, None)}
+    exact = losses_of(objective, x, labels, large)
+    for precision, tolerance in (("fp16", 2e-2), ("bf16", 1e-1)):
+        with autocast(x.device, precision):
+            tokens = {
+                "tiny": Features(large["tiny"].patches.half() if precision == "fp16" else large["tiny"].patches, None)
+            }
+            losses = losses_of(objective, x, labels, tokens)
+        assert losses.total.dtype == torch.float32
+        assert all(term.dtype == torch.float32 for term in losses.terms.values())
+        torch.testing.assert_close(losses.total, exact.total, rtol=tolerance, atol=tolerance)
+        objective.zero_grad()
+        losses.total.mean().backward()
+        assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+
+
+def test_rows_of_the_draws_are_those_of_a_micro_batch():
+    objective = make([COSINE])
+    x, labels, features = batch()
+    draws, weights = objective.draw(x, 2), objective.weights(2, x.device)
+    whole = objective(x, labels, features, draws, weights)
+    part = slice(2, 4)
+    tokens = {"tiny": Features(features["tiny"].patches[part], None)}
+    losses = objective(x[part], labels[part], tokens, draws.rows(part), weights)
+    torch.testing.assert_close(losses.total, whole.total[part])
+
+
+def test_weights_follow_the_schedules_of_the_alignments():
+    falling = COSINE.override(schedule="linear:steps=10")
+    objective = make([COSINE.override(depth=1), falling])
+    assert objective.weights(5, torch.device("cpu")).tolist() == pytest.approx([0.7, 0.35])
+    assert make().weights(5, torch.device("cpu")).shape == (0,)

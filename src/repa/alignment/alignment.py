@@ -1,6 +1,5 @@
 """Eq. 8 as a module: project the hidden state, match token grids, compare; and the weight of Eq. 9."""
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -8,6 +7,7 @@ from repa.alignment import PROJECTORS, SCHEDULES, SIMILARITIES, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.targets import resize_tokens
 from repa.base.errors import UserError
+from repa.base.precision import no_autocast
 
 
 class Alignment(nn.Module):
@@ -44,7 +44,7 @@ class Alignment(nn.Module):
                 f"for {self.feature_dim}: they come from another encoder than the alignment names."
             )
         projected = self.projector(hidden)  # (N, T, F)
-        with torch.autocast(hidden.device.type, enabled=False):  # norms and logits need float32
+        with no_autocast(hidden.device):  # norms and logits need float32
             matched = resize_tokens(target.detach().float(), hidden.shape[1])  # (N, T, F)
             return self.similarity(projected.float(), self.token_norm(matched))  # (N,)
 

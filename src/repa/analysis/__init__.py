@@ -1,4 +1,4 @@
-"""Layer 3: what a trained transformer knows (linear probe, CKNNA, CKA) and how an encoder's features lie in space."""
+"""Layer 3: what a trained transformer knows (linear probe, CKNNA, CKA), how encoders differ, and pictures of both."""
 
 from repa.base.lazy import exports
 
@@ -7,12 +7,20 @@ __getattr__, __dir__, __all__ = exports(
     {
         "cka": "similarity",
         "cknna": "similarity",
+        "cknna_of": "similarity",
+        "neighbourhoods": "similarity",
         "cknna_of_run": "of_run",
         "collect_hidden": "hidden",
+        "compare_encoders": "encoders",
         "correlation_decay_slope": "spatial",
+        "find_copies": "neighbours",
         "linear_probe": "probe",
-        "probe_of_run": "of_run",
+        "linear_probes": "probe",
         "local_distance_similarity": "spatial",
+        "nearest_images": "neighbours",
+        "principal_colours": "pictures",
+        "probe_of_encoder": "probing",
+        "probe_of_run": "probing",
         "rms_spatial_contrast": "spatial",
     },
 )

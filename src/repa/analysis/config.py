@@ -1,33 +1,41 @@
-"""What to ask of a run's hidden states."""
+"""What to ask of hidden states, encoders and samples."""
+
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from repa.base.config import Config
+from repa.encoders import ENCODERS
+from repa.encoders.loading import check_pairs, weights_for
+from repa.runs import layout
+
+FOLDER = layout.ANALYSIS  # in a run folder: what `repa analyse` found there, and its cache
 
 
-class AnalyseConfig(Config):
-    """Which hidden states, of how many images, at which noise levels."""
+class ImagesConfig(Config):
+    """Which images, how many at a time, and where what is collected from them lies."""
+
+    num_images: int = Field(
+        10_000, ge=0
+    )  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
+    """Images, evenly spaced over the data; 0 takes all. The paper compares 10,000, and probes all."""
+    batch_size: int = Field(64, ge=1)
+    """Images at a time."""
+    cache: str = ""
+    """Folder for collected features, which a second call reads; empty takes RUN/analysis/cache, or the user's cache."""
+    store: Literal["float32", "float16"] = "float32"
+    """Type they are kept in; float16 takes half the room."""
+
+
+class HiddenConfig(ImagesConfig):
+    """Which hidden states of a run."""
 
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1; empty takes all."""
     times: tuple[float, ...] = (0.5,)
     """Noise levels t in [0, 1]; 0 is data."""
-    num: int = Field(10_000, ge=20)
-    """Images, evenly spaced over the data; the paper takes 10,000."""
-    batch_size: int = Field(64, ge=1)
-    """Images at a time."""
     seed: int = 0
     """Seed of the noise, and of the split for the probe."""
-    encoder: str = "tiny"
-    """CKNNA: the encoder whose pooled features the hidden states are compared with."""
-    encoder_weights: str = ""
-    """Local folder of that encoder's weights; empty takes the hub's or the package's."""
-    neighbours: int = Field(10, ge=2)
-    """CKNNA: k."""
-    variant: str = "paper"
-    """CKNNA: paper (the printed formula) or platonic (the code that most people run)."""
-    epochs: int = Field(90, ge=1)
-    """Probe: epochs."""
 
     @field_validator("times")
     @classmethod
@@ -36,9 +44,102 @@ class AnalyseConfig(Config):
             raise ValueError(f"times {list(times)} must be at least one number between 0 (data) and 1 (noise)")
         return times
 
-    @field_validator("variant")
+
+class SimilarityConfig(HiddenConfig):
+    """CKNNA or CKA of hidden states with an encoder's tokens, both averaged over tokens."""
+
+    encoder: str = "tiny"
+    """Encoder whose averaged patches the hidden states are compared with."""
+    encoder_weights: str = ""
+    """Local weights of that encoder; empty takes the hub's or the package's."""
+    measure: Literal["cknna", "cka", "cka-unbiased"] = "cknna"
+    """cknna: over nearest neighbours; cka: over all pairs; cka-unbiased: by the estimator that does not grow with width."""
+    neighbours: int = Field(10, ge=2)
+    """CKNNA: k."""
+    variant: Literal["paper", "platonic"] = "paper"
+    """CKNNA: paper (the printed formula) or platonic (the code that most people run); never compare one with the other."""
+
+    @field_validator("encoder")
     @classmethod
-    def _known(cls, variant: str) -> str:
-        if variant not in ("paper", "platonic"):
-            raise ValueError(f"variant {variant!r} must be paper or platonic")
-        return variant
+    def _known(cls, spec: str) -> str:
+        return ENCODERS.check(spec)
+
+
+class HeadsConfig(Config):
+    """The linear classifiers of a probe."""
+
+    epochs: int = Field(90, ge=1)
+    """Epochs."""
+    learning_rates: tuple[float, ...] = (1e-3,)
+    """Peak learning rates of Adam: one classifier for each, all trained in the same pass."""
+    probe_batch: int = Field(0, ge=0)
+    """Images in a step; 0 takes the paper's 16,384 for ImageNet, and for fewer images in proportion, at least 256."""
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if not rates or not all(0 < rate < float("inf") for rate in rates):
+            raise ValueError(f"learning_rates {list(rates)} must be at least one positive number")
+        return rates
+
+
+class ProbeConfig(HeadsConfig, HiddenConfig):
+    """A linear probe of hidden states."""
+
+    num_images: int = Field(0, ge=0)
+    """Training images, evenly spaced over the data; 0 takes all, as the paper does."""
+
+
+class EncodersConfig(HeadsConfig, ImagesConfig):
+    """Which encoders to compare."""
+
+    encoders: tuple[str, ...] = ("tiny", "tiny-judge")
+    """Vision encoders."""
+    encoder_weights: tuple[str, ...] = ()
+    """Local weights of encoders, written ENCODER=PATH."""
+    grid: int = Field(0, ge=0)
+    """Side of the token grid; 0 takes each encoder's own for this resolution."""
+    neighbours: int = Field(10, ge=2)
+    """CKNNA: k."""
+    variant: Literal["paper", "platonic"] = "paper"
+    """CKNNA: paper or platonic."""
+    seed: int = 0
+    """Seed of the split for the probe."""
+
+    @field_validator("encoders")
+    @classmethod
+    def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        if not specs or len(set(specs)) < len(specs):
+            raise ValueError(f"encoders {list(specs)} must be at least one, each named once")
+        return tuple(ENCODERS.check(spec) for spec in specs)
+
+    @field_validator("encoder_weights")
+    @classmethod
+    def _pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        check_pairs(pairs)
+        return pairs
+
+    def weights_of(self, encoder: str) -> str | None:
+        return weights_for(encoder, self.encoder_weights)
+
+
+class NeighboursConfig(Config):
+    """How samples are compared with training images."""
+
+    features: str = "tiny-judge"
+    """Encoder whose features say how near two images are."""
+    features_weights: str = ""
+    """Local weights of that encoder; empty takes the hub's or the package's."""
+    num_images: int = Field(0, ge=0)
+    """Training images, evenly spaced; 0 takes all, which is what finds copies."""
+    num_held_out: int = Field(10_000, ge=20)
+    """Held-out images at most, evenly spaced."""
+    neighbours: int = Field(4, ge=1, le=16)
+    """Nearest images shown beside each sample."""
+    batch_size: int = Field(64, ge=1)
+    """Images at a time."""
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, spec: str) -> str:
+        return ENCODERS.check(spec)

@@ -19,12 +19,13 @@ def collect_hidden(
     t: float,
     path: Interpolant,
     seed: int = 0,
+    streams: Sequence[int] | None = None,
     null_label: int,
     network_time: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> dict[int, Tensor]:
     """Run noised latents through the model with no class given: depth -> (N, D), the mean over tokens, float32 on CPU.
 
-    Rows are in the order of `latents`. Row i is noised by a stream of its own, so it depends neither on the batches nor
+    Rows are in the order of `latents`. Each is noised by a stream of its own, so it depends neither on the batches nor
     on t: the same noise is seen at every noise level.
 
     Args:
@@ -34,6 +35,7 @@ def collect_hidden(
         t: noise level in [0, 1]; 0 is data.
         path: the interpolant that the model was trained with.
         seed: of the noise.
+        streams: number of each row's stream of noise; 0, 1, 2, ... when None.
         null_label: the label that means "no class"; probing with the true one would leak it.
         network_time: what the model is given for t (n,); a network of timesteps has its own (`Process.network_time`).
 
@@ -50,7 +52,8 @@ def collect_hidden(
     seen = 0
     for batch in latents:
         x = batch.to(parameter.device)
-        noise = SampleStreams(seed, range(seen, seen + len(x))).randn_like(x)
+        numbers = range(seen, seen + len(x)) if streams is None else streams[seen : seen + len(x)]
+        noise = SampleStreams(seed, numbers).randn_like(x)
         times = torch.full((len(x),), t, device=x.device)  # (n,)
         x_t, _ = interpolate(path, x, noise, times)
         labels = torch.full((len(x),), null_label, device=x.device)  # (n,)

@@ -1,21 +1,23 @@
 """How alike two representations of the same images are: CKNNA (Eqs. 21-24 of the paper) and CKA.
 
 n images; features a (n, D), b (n, E); kernels K = a a^T and L = b b^T. No n x n matrix is kept: CKNNA needs the kernels
-only between neighbours, n * k values, and CKA only D x E products.
+only between neighbours, n * k values, and CKA only D x E products. Everything is float64, on the device of the features
+(MPS has no float64: there on the CPU); beside the features, 8 n (D + E) bytes, stand blocks of BLOCK_BYTES.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
 
-BLOCK = 1024  # rows of a kernel held at a time: 80 MB in float64 for 10 000 images
+BLOCK_BYTES = 2**23  # of a block of a kernel, or of the neighbours of some rows
+
+Variant = Literal["paper", "platonic"]
 
 
-def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Literal["paper", "platonic"] = "paper") -> float:
+def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> float:
     """Kernel alignment over the pairs that are among each other's nearest neighbours in both representations.
 
     The paper (k = 10, 10 000 images, hidden states averaged over tokens, null label) prints
@@ -46,13 +48,44 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Literal["paper", "platonic
     Raises:
         UserError: a and b are not of the same n images, k does not fit n, or the variant is unknown.
     """
-    a, b = _pair(a, b)
+    _check_pair(a, b)
+    return cknna_of(neighbourhoods(a, k, variant), neighbourhoods(b, k, variant))
+
+
+class Neighbourhoods(NamedTuple):
+    """One side of a CKNNA: made once, compared with many."""
+
+    features: Tensor  # (n, D) float64, as the variant wants them
+    centre: Tensor  # (D,); the kernel is <x_i, x_j - centre>
+    near: Tensor  # (n, k) indices of the nearest others
+    variant: str
+    own: float  # alignment with itself
+
+
+def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighbourhoods:
+    """What `cknna_of` needs of features (n, D); raises UserError when k does not fit n, or the variant is unknown."""
+    if x.ndim != 2:
+        raise UserError(f"Representations to compare are (n, D), but got {tuple(x.shape)}.")
     if variant not in ("paper", "platonic"):
         raise UserError(f"CKNNA has the variants 'paper' and 'platonic', but was given {variant!r}.")
     least = 1 if variant == "paper" else 2
-    if not least <= k < len(a) or (variant == "platonic" and len(a) < 4):
-        raise UserError(f"CKNNA ({variant}) needs {least} <= k < number of images, but got k={k} and {len(a)} images.")
-    return _paper(a, b, k) if variant == "paper" else _platonic(a, b, k)
+    if not least <= k < len(x) or (variant == "platonic" and len(x) < 4):
+        raise UserError(f"CKNNA ({variant}) needs {least} <= k < number of images, but got k={k} and {len(x)} images.")
+    x = _double(x)
+    if variant == "paper":
+        side = Neighbourhoods(x, x.mean(0), _neighbours(x, k, euclidean=True), variant, 0.0)
+    else:
+        x = _prepare(x)
+        side = Neighbourhoods(x, x.new_zeros(x.shape[1]), _neighbours(x, k, euclidean=False), variant, 0.0)
+    return side._replace(own=_align(side, side))
+
+
+def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
+    """CKNNA of two sides made with the same k and variant; see `cknna`."""
+    assert (a.variant, a.near.shape) == (b.variant, b.near.shape), "sides of different images, k or variants"
+    own = a.own * b.own
+    norm = (own**0.5 if own >= 0 else float("nan")) + (1e-6 if a.variant == "platonic" else 0.0)
+    return _align(a, b) / norm if norm else float("nan")
 
 
 def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
@@ -72,21 +105,25 @@ def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
     Raises:
         UserError: a and b are not of the same n images, or n is below 2 (4 when unbiased).
     """
-    a, b = _pair(a, b)
+    _check_pair(a, b)
     if len(a) < (4 if unbiased else 2):
         raise UserError(f"CKA needs at least {4 if unbiased else 2} images, but got {len(a)}.")
+    a, b = _double(a), _double(b)
     a, b = a - a.mean(0), b - b.mean(0)
     hsic = _hsic_unbiased if unbiased else _hsic
     return (hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt()).item()
 
 
-def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _check_pair(a: Tensor, b: Tensor) -> None:
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
         raise UserError(
             f"Representations to compare are (n, D) and (n, E) of the same n images, but got {tuple(a.shape)} "
             f"and {tuple(b.shape)}."
         )
-    return a.detach().cpu().double(), b.detach().cpu().double()
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).detach().double()
 
 
 def _hsic(a: Tensor, b: Tensor) -> Tensor:
@@ -103,71 +140,56 @@ def _hsic_unbiased(a: Tensor, b: Tensor) -> Tensor:
     return product + rows_a.sum() * rows_b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows_a @ rows_b)
 
 
-def _neighbours(x: Tensor, k: int, closeness: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Indices of the k closest other rows of x, (n, D) -> (n, k)."""
-    found = []
-    for start in range(0, len(x), BLOCK):
-        close = closeness(x[start : start + BLOCK], x)  # (rows, n)
-        own = torch.arange(len(close))
-        close[own, own + start] = -torch.inf
-        found.append(close.topk(k, dim=1).indices)
-    return torch.cat(found)
+def _blocks(n: int, row_bytes: int) -> list[slice]:
+    """n rows in blocks of at most BLOCK_BYTES, when a row takes row_bytes."""
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
-def _nearness(block: Tensor, x: Tensor) -> Tensor:
-    """Falls with the Euclidean distance along each row: 2uv - |v|^2."""
-    return torch.addmm(-x.square().sum(1), block, x.T, alpha=2)
+def _neighbours(x: Tensor, k: int, *, euclidean: bool) -> Tensor:
+    """Indices of the k closest other rows of x, (n, D) -> (n, k): by Euclidean distance, or by inner product."""
+    lengths = x.square().sum(1)
+    near = torch.empty(len(x), k, dtype=torch.int64, device=x.device)  # whole: small parts between blocks keep memory
+    for block in _blocks(len(x), 8 * len(x)):
+        if euclidean:  # 2uv - |v|^2 falls with the distance along each row
+            close = torch.addmm(-lengths, x[block], x.T, alpha=2)  # (rows, n)
+        else:
+            close = x[block] @ x.T
+        own = torch.arange(len(close), device=x.device)
+        close[own, own + block.start] = -torch.inf
+        near[block] = close.topk(k, dim=1).indices
+    return near
 
 
-def _inner(block: Tensor, x: Tensor) -> Tensor:
-    return block @ x.T
+def _kernel(side: Neighbourhoods, near: Tensor) -> Tensor:
+    """<x_i, x_j - centre> for j in near[i]: (n, k)."""
+    x, k = side.features, near.shape[1]
+    values = x.new_empty(near.shape)
+    for block in _blocks(len(x), 8 * k * x.shape[1]):
+        values[block] = torch.einsum("nd,nkd->nk", x[block], x[near[block]].sub_(side.centre))
+    return values
 
 
-def _shared(near: Tensor, other: Tensor) -> Tensor:
-    """Which neighbours (n, k) are neighbours in the other representation too."""
-    return (near[:, :, None] == other[:, None, :]).any(2)  # (n, k)
-
-
-def _kernel(x: Tensor, y: Tensor, near: Tensor) -> Tensor:
-    """Inner products of row i of x with the rows near[i] of y: (n, k)."""
-    blocks = (torch.einsum("nd,nkd->nk", x[i : i + BLOCK], y[near[i : i + BLOCK]]) for i in range(0, len(x), BLOCK))
-    return torch.cat(list(blocks))
-
-
-def _paper(a: Tensor, b: Tensor, k: int) -> float:
-    near_a, near_b = _neighbours(a, k, _nearness), _neighbours(b, k, _nearness)  # (n, k)
-
-    def align(x: Tensor, y: Tensor, near: Tensor, alpha: Tensor) -> Tensor:
-        # K_ij - mean_l K_il = <x_i, x_j - mean x>
-        return (alpha * _kernel(x, x - x.mean(0), near) * _kernel(y, y - y.mean(0), near)).sum()
-
-    everywhere = torch.ones_like(near_a, dtype=torch.bool)
-    both = align(a, b, near_a, _shared(near_a, near_b))
-    return (both / (align(a, a, near_a, everywhere) * align(b, b, near_b, everywhere)).sqrt()).item()
-
-
-def _platonic(a: Tensor, b: Tensor, k: int) -> float:
-    a, b = _prepare(a), _prepare(b)
-    near_a, near_b = _neighbours(a, k, _inner), _neighbours(b, k, _inner)  # (n, k)
-    everywhere = torch.ones_like(near_a, dtype=torch.bool)
-    both = _masked_hsic(a, b, near_a, _shared(near_a, near_b))
-    own = _masked_hsic(a, a, near_a, everywhere) * _masked_hsic(b, b, near_b, everywhere)
-    return (both / (own.sqrt() + 1e-6)).item()
+def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
+    """Align(K, L) of the paper, up to its constant factor; for "platonic" the unbiased HSIC of the masked kernels."""
+    near = a.near
+    shared = (near[:, :, None] == b.near[:, None, :]).any(2)  # (n, k), neighbours of both
+    k_values = shared * _kernel(a, near)
+    l_values = shared * _kernel(b, near)
+    if a.variant == "paper":
+        return (k_values * l_values).sum().item()
+    n = len(near)
+    rows = torch.arange(n, device=near.device)[:, None, None]
+    returned = ((near[near] == rows) & shared[near]).any(2)  # (n, k), whether entry (j, i) is kept too
+    columns = k_values.new_zeros(n).index_add_(0, near.flatten(), k_values.flatten())  # (n,), sums of K's
+    product = (k_values * l_values * returned).sum()
+    sums = k_values.sum() * l_values.sum() / ((n - 1) * (n - 2))
+    return ((product + sums - 2 / (n - 2) * (columns @ l_values.sum(1))) / (n * (n - 3))).item()
 
 
 def _prepare(x: Tensor) -> Tensor:
     """Clamp outliers, then unit length."""
-    bound = x.abs().flatten().kthvalue(int(0.95 * x.numel()) + 1).values
+    magnitudes, rank = x.abs().flatten().cpu().numpy(), int(0.95 * x.numel())
+    magnitudes.partition(rank)  # in place: kthvalue takes two more copies
+    bound = float(magnitudes[rank])
     return torch.nn.functional.normalize(x.clamp(-bound, bound), dim=1)
-
-
-def _masked_hsic(a: Tensor, b: Tensor, near: Tensor, mask: Tensor) -> Tensor:
-    """Unbiased HSIC of the kernels, all entries zero but (i, near[i, p]) where mask[i, p]; near and mask (n, k)."""
-    n = len(a)
-    k_values, l_values = mask * _kernel(a, a, near), mask * _kernel(b, b, near)  # (n, k)
-    rows = torch.arange(n)[:, None, None]
-    returned = ((near[near] == rows) & mask[near]).any(2)  # (n, k), whether entry (j, i) is kept too
-    columns = torch.zeros(n, dtype=a.dtype).index_add_(0, near.flatten(), k_values.flatten())  # (n,), sums of K's
-    product = (k_values * l_values * returned).sum()
-    sums = k_values.sum() * l_values.sum() / ((n - 1) * (n - 2))
-    return (product + sums - 2 / (n - 2) * (columns @ l_values.sum(1))) / (n * (n - 3))

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 
+FAR = 6  # LDS: patches at this Manhattan distance and more
+MAX_DISTANCE = 8  # CDS: the slope is taken up to here
 
-def local_distance_similarity(patches: Tensor, *, far: int = 6) -> Tensor:
+
+def local_distance_similarity(patches: Tensor, *, far: int = FAR) -> Tensor:
     """LDS: mean cosine of patches side by side minus that of patches at Manhattan distance `far` or more."""
     by_distance, num_pairs = _cosine_by_distance(patches, need=far)
     pairs = num_pairs[far:]
     return by_distance[:, 1] - (by_distance[:, far:] * pairs).sum(1) / pairs.sum()
 
 
-def correlation_decay_slope(patches: Tensor, *, max_distance: int = 8) -> Tensor:
+def correlation_decay_slope(patches: Tensor, *, max_distance: int = MAX_DISTANCE) -> Tensor:
     """CDS: minus the least-squares slope of the mean cosine against Manhattan distance 1 ... max_distance."""
     if max_distance < 2:
         raise UserError(f"A slope needs at least 2 distances, but got max_distance={max_distance}.")

@@ -65,13 +65,14 @@ class Autoencoder(nn.Module):
         return {}
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 images (N, 3, H, W) -> float32 moments (N, 2C, h, w): [mean, standard deviation], unscaled.
 
-        Computed in the precision of the weights, also under autocast: what is stored must not depend on who asked.
+        Computed in the precision of the weights, whatever autocast the caller runs under: what is stored must not
+        depend on who asked. Only `dtype`, bfloat16 or float16, computes the matrix products in another.
         """
         self._check_images(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return torch.cat(self.moments(images.float() / 127.5 - 1), dim=1).float()
 
     @torch.no_grad()
@@ -114,6 +115,11 @@ class Autoencoder(nn.Module):
         checksum = _digest(weights) if weights else None
         scale, shift = (list(v) if isinstance(v, Sequence) else v for v in (self.scale, self.shift))
         return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift}
+
+    def release_networks(self) -> None:
+        """Let encoder and decoder go, and the memory they take; `sample` needs scale and shift alone."""
+        for name, _ in list(self.named_children()):
+            delattr(self, name)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: it is frozen."""

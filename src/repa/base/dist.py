@@ -1,8 +1,11 @@
 """torch.distributed, or nothing: every function is a no-op in a single process. torchrun starts the several."""
 
+import contextlib
 import gc
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as td
@@ -11,13 +14,15 @@ from torch import Tensor
 from repa.base.errors import UserError
 
 TIMEOUT = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
+Value = TypeVar("Value")
 
 
-def setup() -> torch.device:
-    """Join the process group when torchrun started several processes; returns this process's device.
+class SharedError(UserError):
+    """A mistake that every process knows of and raises: only the main one need say it."""
 
-    cuda (NCCL), mps or cpu (gloo), whichever the machine has.
-    """
+
+def own_device() -> torch.device:
+    """This process's device, without joining a group: cuda by its local rank, mps or cpu, whichever the machine has."""
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if local > torch.cuda.device_count():
@@ -27,10 +32,13 @@ def setup() -> torch.device:
             )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ:
-        device = torch.device("mps")
-    else:
-        device = torch.device("cpu")
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ else "cpu")
+
+
+def setup() -> torch.device:
+    """Join the process group (NCCL, or gloo) when torchrun started several processes; returns this process's device."""
+    device = own_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics are reduced on the CPU
         td.init_process_group(backend, timeout=TIMEOUT)
@@ -96,6 +104,37 @@ def from_main(value):
     return box[0]
 
 
+def on_main(function: Callable[[], Value]) -> Value:
+    """What `function` returns in the main process, on every process. Its UserError is raised by all: none waits for ever."""
+    if not active():
+        return function()
+    value = sentence = None
+    if is_main():
+        try:
+            value = function()
+        except UserError as error:
+            sentence = str(error)
+    value, sentence = from_main((value, sentence))
+    if sentence is not None:
+        raise SharedError(sentence)
+    return value
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Processes check something each for itself: the UserError of any is raised by all. The block must not communicate."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        if not active():
+            raise
+        mine = error
+    sentences = [sentence for sentence in gather_objects(mine and str(mine)) if sentence]
+    if sentences:
+        raise SharedError(sentences[0]) from mine
+
+
 def gather_objects(value) -> list:
     """The (small, picklable) value of every process, in rank order."""
     if not active():
@@ -105,6 +144,6 @@ def gather_objects(value) -> list:
     return box
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """True everywhere when `flag` is true somewhere."""
-    return bool(sum_over(torch.tensor(float(flag), device=device)) > 0)
+def any_process(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag: whether it is true in some process."""
+    return (sum_over(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist() if active() else flags

@@ -1,6 +1,10 @@
 """Which arithmetic a machine gains from, and the autocast that uses it."""
 
+import contextlib
+
 import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def best_precision(device: torch.device) -> str:
@@ -14,7 +18,12 @@ def best_precision(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in bf16 for "bf16" (and "auto" where that is faster), nothing changed for "fp32"."""
+    """Matrix products in bf16 or fp16 as named (for "auto": bf16 where that is faster), nothing changed for "fp32"."""
     if precision == "auto":
         precision = best_precision(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """What is inside computes in the precision of its inputs; the meta device, which has no autocast, always does."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,50 +1,41 @@
-"""`repa analyse cknna|probe RUN --data DATA ...`."""
+"""`repa analyse WHAT ...`: which analysis, and its arguments."""
 
-from pathlib import Path
-from typing import Literal
+import importlib
 
-from repa.analysis.config import AnalyseConfig
-from repa.base import files
+from repa.base.config import Config
+from repa.base.errors import UserError, nearest
 from repa.cli import options
-from repa.cli.console import Progress, say
 
-ABOUT = (
-    "What the hidden states of a run know. cknna: how alike their neighbourhoods are to an encoder's. "
-    "probe: accuracy of a linear classifier on them. Both for every depth and noise level asked for."
-)
+# what -> module of cli, sentence
+WHATS = {
+    "cknna": ("analyse_runs", "likeness of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
+    "probe": ("analyse_runs", "linear probe of hidden states at every depth and noise level, and of encoders"),
+    "encoders": (
+        "analyse_encoders",
+        "which encoder to align to: structure, probe, likeness, speed and size in one table",
+    ),
+    "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, beside the images"),
+    "progress": ("analyse_pictures", "samples of several checkpoints and runs from the same noise"),
+    "neighbours": ("analyse_neighbours", "the nearest training images of samples: did the model copy?"),
+}
 
 
-class AnalyseArguments(AnalyseConfig):
-    what: Literal["cknna", "probe"]
-    """cknna or probe"""
-    run: str
-    """run folder"""
-    data: str
-    """Folder of prepared data."""
-    weights: Literal["ema", "model"] = "ema"
-    """Averaged weights or the raw ones."""
-    out: str = ""
-    """Name of a .json for the rows; empty only prints them."""
+def usage() -> str:
+    width = max(map(len, WHATS))
+    lines = [f"  {what:<{width}}  {sentence}" for what, (_, sentence) in WHATS.items()]
+    return "\n".join(["usage: repa analyse WHAT ...        repa analyse WHAT --help tells more", "", *lines])
+
+
+def arguments_of(what: str) -> type[Config]:
+    """The configuration whose fields are the options of `repa analyse what`."""
+    if what not in WHATS:
+        raise UserError(f"`repa analyse` has no {what!r}: allowed are {', '.join(WHATS)}.{nearest(what, WHATS)}")
+    return getattr(importlib.import_module(f"repa.cli.{WHATS[what][0]}"), f"{what.capitalize()}Arguments")
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(AnalyseArguments, argv, verb="analyse", about=ABOUT, positional=("what", "run"))
-    config = options.part(AnalyseConfig, given)
-    from repa.analysis import cknna_of_run, probe_of_run
-    from repa.base import dist
-    from repa.data import open_data
-    from repa.runs import load_run
-
-    run = load_run(given.run, given.weights, device=dist.setup())
-    job = {"cknna": cknna_of_run, "probe": probe_of_run}[given.what]
-    with Progress(f"hidden states of {given.run}", "images") as bar:
-        rows = job(run, open_data(Path(given.data)), config, bar)
-    if given.out:
-        files.write_json(
-            given.out, {"run": given.run, "step": run.step, **config.model_dump(mode="json"), "rows": rows}
-        )
-    say("    t  depth  " + ("CKNNA" if given.what == "cknna" else "top-1 accuracy"))
-    for row in rows:
-        t, depth, value = row.values()
-        say(f"{t:5.2f}  {depth:5d}  {value:.4f}")
-    return 0
+    if not argv or argv[0] in options.HELP:
+        print(usage())
+        return 0
+    arguments_of(argv[0])  # refuses what is none
+    return getattr(importlib.import_module(f"repa.cli.{WHATS[argv[0]][0]}"), argv[0])(argv[1:])

@@ -1,44 +1,203 @@
-"""`repa evaluate SAMPLES --reference DATA ...`."""
+"""`repa evaluate SAMPLES|RUN --reference REF ...` and `repa evaluate reference DATA --out ref.npz`."""
 
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from repa.base import files
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Progress, say
-from repa.evaluation.config import EvaluateConfig
+from repa.evaluation.config import EvaluateConfig, ReferenceConfig
+from repa.runs import layout
+from repa.sampling.config import SampleConfig
 
-ABOUT = "Measure samples (.npz with arr_0) against prepared data, in the pooled features of an encoder."
+ABOUT = (
+    "Measure samples: an .npz with arr_0, a folder or zip of images, or a run folder, whose samples are made and measured in one "
+    "pass by the options of `repa sample`. Against a reference .npz (ADM's, or by `repa evaluate reference`), prepared data, or "
+    "images. `repa evaluate reference DATA --out ref.npz` makes a reference."
+)
+ABOUT_REFERENCE = (
+    "Statistics of prepared data, a folder, a zip or an .npz of images, as a reference in the ADM evaluator's format."
+)
 
 
-class EvaluateArguments(EvaluateConfig):
+class EvaluateArguments(SampleConfig, EvaluateConfig):
     samples: str
-    """.npz of samples"""
+    """.npz, folder or zip of samples, or a run folder"""
     reference: str
-    """Folder of prepared data."""
+    """Reference .npz, prepared data, or images."""
     out: str = ""
-    """Name of a .json for the results; empty only prints them."""
+    """Name of a .json for the results; empty prints them, and keeps those of a run in its folder, for its report."""
+    num_images: int = Field(0, ge=0)
+    """Samples to make of a run folder."""
+    weights: str = "ema"
+    """Averaged weights of the run (ema), the raw ones (model), or another average by its name."""
+    checkpoint: int = -1
+    """Step of the run's checkpoint; -1 takes the newest."""
+
+
+class Bars:
+    """One task after the other, each with its bar: a terminal shows one at a time."""
+
+    def __init__(self):
+        self._stack, self._shown = ExitStack(), ""
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def of(self, what: str) -> Callable[[int, int], None]:
+        """What to call with (done, total): the first call shows the bar in place of another's."""
+
+        def progress(done: int, total: int) -> None:
+            if self._shown != what:
+                self._stack.close()
+                self._bar, self._shown = self._stack.enter_context(Progress(what, "images")), what
+            self._bar(done, total)
+
+        return progress
+
+
+class ReferenceArguments(ReferenceConfig):
+    data: str
+    """prepared data, folder or zip of images, or .npz"""
+    out: str
+    """Name of the .npz."""
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["reference"]:
+        return _reference(argv[1:])
     given = options.parse(EvaluateArguments, argv, verb="evaluate", about=ABOUT, positional=("samples",))
-    config = options.part(EvaluateConfig, given)
+    if given.out and Path(given.out).suffix != ".json":
+        raise UserError(f"Results are written as .json, but --out is {given.out}: give a name such as results.json.")
+    if given.samples.endswith(".npz") and Path(given.out) == Path(given.samples).with_suffix(".json"):
+        raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
+    is_run = (Path(given.samples) / layout.CONFIG).is_file()
+    _check(given, is_run)
+    results = (_of_run if is_run else _of_file)(given)
+    out = Path(given.out) if given.out else _place(given, results) if is_run else None
+    if out is not None:
+        from repa.base import dist
+
+        if dist.is_main():
+            files.write_json(out, results)
+    for name, value in results["metrics"].items():
+        say(f"{name:<20} {value:.4f}")
+    count = f"{results['num_reference']:,} images" if results["num_reference"] else "a reference of unknown size"
+    say(f"in the features of {given.features}, {results['num_samples']:,} samples against {count}")
+    if out is not None:
+        say(f"{out}: these figures, and how they were made")
+    for warning in results["warnings"]:
+        say(f"note: {warning}")
+    return 0
+
+
+def _check(given: EvaluateArguments, is_run: bool) -> None:
+    """Options of sampling are for run folders, and those need a number."""
+    if is_run and not given.num_images:
+        raise UserError(
+            f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
+        )
+    if is_run:
+        return
+    of_run = {*SampleConfig.model_fields, "num_images", "weights", "checkpoint"} - set(EvaluateConfig.model_fields)
+    fields = EvaluateArguments.model_fields
+    for name in sorted(of_run):
+        if getattr(given, name) != fields[name].default:
+            raise UserError(
+                f"--{name.replace('_', '-')} says how to sample a run folder, but {given.samples} is none: leave it out."
+            )
+
+
+def _place(given: EvaluateArguments, results: dict[str, Any]) -> Path:
+    """In the run's folder; the same measurement again replaces its file."""
+    measured = [results["made"], results["reference"], results["encoder"], results["arithmetic"], [*results["metrics"]]]
+    digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
+    step = layout.step_name(results["made"]["step"])
+    return Path(given.samples) / layout.EVALUATIONS / f"{step}-{given.weights}-{digest}.json"
+
+
+def _of_file(given: EvaluateArguments) -> dict[str, Any]:
     from repa.base import dist
-    from repa.data import open_data
     from repa.evaluation import evaluate_file
 
     device = dist.setup()
-    if dist.active():
-        raise UserError("`repa evaluate` runs in one process: start it without torchrun.")
-    with Progress(f"reading {given.samples}", "images") as bar:
-        results = evaluate_file(
-            Path(given.samples), open_data(Path(given.reference)), config, device=device, progress=bar
+    with Bars() as bars:
+        return evaluate_file(
+            given.samples, given.reference, options.part(EvaluateConfig, given), device=device,
+            progress=bars.of(f"looking at {given.samples}"), reference_progress=bars.of(f"looking at {given.reference}"),
+        )  # fmt: skip
+
+
+def _of_run(given: EvaluateArguments) -> dict[str, Any]:
+    """Samples of a run, measured as they are made."""
+    from dataclasses import replace
+
+    import torch
+
+    from repa.autoencoders import load_decoder
+    from repa.base import dist
+    from repa.evaluation import evaluate_stream
+    from repa.runs import load_run
+    from repa.sampling import generate
+
+    device = dist.setup()
+    config, sampling = options.part(EvaluateConfig, given), options.part(SampleConfig, given)
+    run = load_run(given.samples, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
+    if sampling.decoder:
+        decoder = load_decoder(
+            sampling.decoder, run.autoencoder, weights=sampling.decoder_weights or None, device=device
         )
-    if given.out:
-        files.write_json(given.out, results)
-    for name, value in results["metrics"].items():
-        say(f"{name:<20} {value:.4f}")
-    say(
-        f"in the features of {config.features}, {results['num_samples']:,} samples against {results['num_reference']:,} images"
+        run = replace(run, autoencoder=decoder)
+    run.diffusion.check_sampler(sampling.sampler)
+    made: dict[str, Any] = {
+        "run": given.samples, "step": run.step, "weights": run.weights, "weights_sha256": _checksum(given, run.step),
+        "num": given.num_images, "autoencoder": run.autoencoder.name, **sampling.model_dump(mode="json"),
+    }  # fmt: skip
+    size, num = sampling.batch_size, given.num_images
+
+    def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        bar = bars.of(f"sampling {given.samples}")
+        for start in range(dist.rank() * size, num, dist.world() * size):
+            indices = range(start, min(start + size, num))
+            samples = generate(run, sampling, indices)
+            made["nfe"] = samples.nfe
+            yield torch.tensor(indices), samples.images
+            bar(min(start + dist.world() * size, num), num)
+
+    with Bars() as bars:
+        return evaluate_stream(
+            stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, config,
+            device=device, samples=given.samples, made=made, progress=bars.of(f"looking at {given.reference}"),
+        )  # fmt: skip
+
+
+def _checksum(given: EvaluateArguments, step: int) -> str:
+    run = Path(given.samples)
+    file = layout.checkpoint_folder(run, step) / f"{given.weights}{layout.WEIGHTS}"
+    return files.sha256(file if file.is_file() else layout.average_file(run, step, given.weights))
+
+
+def _reference(argv: list[str]) -> int:
+    given = options.parse(
+        ReferenceArguments, argv, verb="evaluate reference", about=ABOUT_REFERENCE, positional=("data",)
     )
+    from repa.base import dist
+    from repa.evaluation import make_reference
+
+    device = dist.setup()
+    with Progress(f"looking at {given.data}", "images") as bar:
+        reference = make_reference(
+            given.data, Path(given.out), options.part(ReferenceConfig, given), device=device, progress=bar
+        )
+    say(f"{given.out}: statistics of {reference.statistics.count:,} images in the features of {given.features}.")
     return 0

@@ -1,79 +1,113 @@
-"""What `repa train` does beside training: previews from the EMA weights and their distance to the training images."""
+"""What `repa train` does beside training: pictures from the EMA weights, and how far samples are from the training images."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from repa.autoencoders import Autoencoder, load_decoder
 from repa.base import dist, files
 from repa.base.images import grid, save_png
 from repa.data import DataSet
-from repa.encoders import load_encoder
 from repa.encoders.loading import weights_for
-from repa.evaluation import evaluate, reference_of
+from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
 from repa.runs import LoadedRun, layout
 from repa.sampling import SampleConfig, generate
 from repa.training import Hook, TrainConfig, TrainState
 
 BATCH = 250
+LOGGED = {"fd": "frechet_distance"}  # names in metrics.jsonl where they differ from those of `repa evaluate`
 
 
 def preview_hooks(
     run: Path, data: DataSet, device: torch.device
 ) -> Callable[[TrainConfig, Autoencoder], Sequence[Hook]]:
-    """Hooks for `train`: none when the configuration asks for no previews."""
+    """Hooks for `train`: none when the configuration asks for no previews and no measurements."""
 
     def make(config: TrainConfig, autoencoder: Autoencoder) -> Sequence[Hook]:
         preview = config.preview
-        if not preview.every:
+        every = math.gcd(preview.every, preview.scored_every)
+        if not every:
             return ()
-        sample = SampleConfig(
-            sampler=preview.sampler, steps=preview.num_steps, guidance=preview.guidance, labels="balanced",
-            seed=config.seed, precision=config.precision,
-        )  # fmt: skip
         if preview.decoder:
-            autoencoder = load_decoder(
-                preview.decoder, autoencoder, weights=preview.decoder_weights or None, device=device
-            )
-        judge = reference = None
-        if preview.num_scored:
-            judge = load_encoder(
-                preview.features, weights=weights_for(preview.features, config.feature_weights), device=device
-            )
-            reference = reference_of(data, judge, preview.features)
-
-        def run_hook(state: TrainState) -> dict[str, Any]:
-            loaded = LoadedRun(
-                state.ema.model, config.diffusion, autoencoder, state.step, "ema", tuple(data.class_names)
-            )
-            num = max(preview.num_images, preview.num_scored)
-            mine = range(dist.rank(), num, dist.world())
-            batches = [generate(loaded, sample, mine[s : s + BATCH]) for s in range(0, len(mine), BATCH)]
-            side = data.resolution
-            none = torch.empty(
-                0, 3, side, side, dtype=torch.uint8
-            )  # of a process without any, when there are few images
-            images = torch.cat([none, *(batch.images for batch in batches)])
-            kept = [(index, image) for index, image in zip(mine, images, strict=True) if index < preview.num_images]
-            _save(run, state.step, kept)
-            values: dict[str, Any] = {
-                "weights": "ema", "sampler": preview.sampler, "steps": preview.num_steps, "nfe": batches[0].nfe if batches else None,
-                "guidance": preview.guidance.model_dump(mode="json"), "decoder": preview.decoder or autoencoder.name,
-            }  # fmt: skip
-            if judge is not None:
-                distance = evaluate(images.split(BATCH), judge, reference)["fd"]
-                values |= {"frechet_distance": distance, "features": judge.name, "num_samples": num}
-            return values
-
-        return (Hook(preview.every, run_hook),)
+            weights = preview.decoder_weights or None
+            autoencoder = load_decoder(preview.decoder, autoencoder, weights=weights, device=device)
+        return (Hook(every, Previews(config, autoencoder, run, data, device)),)
 
     return make
 
 
-def _save(run: Path, step: int, kept: Sequence[tuple[int, torch.Tensor]]) -> None:
+class Previews:
+    """Samples of the EMA network, always from the same noise: some are drawn, some measured, each at its own interval."""
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder, run: Path, data: DataSet, device: torch.device):
+        self.config, self.autoencoder, self.run, self.data = config, autoencoder, run, data
+        self.preview = preview = config.preview
+        self.sampling = SampleConfig(
+            sampler=preview.sampler, steps=preview.num_steps, guidance=preview.guidance, labels="balanced",
+            seed=config.seed, precision=config.precision,
+        )  # fmt: skip
+        if preview.scored_every:
+            self.metrics = EvaluateConfig(features=preview.features, metrics=preview.metrics).wanted
+            weights = weights_for(preview.features, config.feature_weights)
+            self.judge = load_judge(preview.features, weights=weights, device=device)
+            self.reference = reference_of(data, self.judge, preview.features)
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """Values for a row of kind "eval"."""
+        drawn, scored = (self._due(every, state.step) for every in (self.preview.every, self.preview.scored_every))
+        num_drawn, num_scored = drawn * self.preview.num_images, scored * self.preview.num_scored
+        kept: list[tuple[int, Tensor]] = []
+        nfe: set[int] = set()
+
+        def made(num: int) -> Iterator[Tensor]:
+            """This process's share of images 0 ... num - 1, a batch at a time: only those that are drawn stay in memory."""
+            mine = range(dist.rank(), num, dist.world())
+            for start in range(0, len(mine), BATCH):
+                indices = mine[start : start + BATCH]
+                batch = generate(loaded, self.sampling, indices)
+                nfe.add(batch.nfe)
+                kept.extend(
+                    (index, image) for index, image in zip(indices, batch.images, strict=True) if index < num_drawn
+                )
+                yield batch.images
+
+        values: dict[str, Any] = {
+            "weights": "ema", "sampler": self.preview.sampler, "steps": self.preview.num_steps, "labels": self.sampling.labels,
+            "guidance": self.preview.guidance.model_dump(mode="json"), "decoder": self.preview.decoder or self.autoencoder.name,
+        }  # fmt: skip
+        with state.whole_average() as model:
+            names = tuple(self.data.class_names)
+            loaded = LoadedRun(model, self.config.diffusion, self.autoencoder, state.step, "ema", names)
+            images = made(max(num_drawn, num_scored))
+            if scored:
+                found = evaluate(_first(images, num_scored), self.judge, self.reference, self.metrics)
+                values |= {LOGGED.get(name, name): value for name, value in found.items()}
+                values |= {"features": self.judge.name, "num_samples": num_scored}
+            for _ in images:  # that are drawn and not measured
+                pass
+        if drawn:
+            _save(self.run, state.step, kept)
+        return {**values, "nfe": max(nfe, default=None)}
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.num_steps)
+
+
+def _first(images: Iterator[Tensor], num: int) -> Iterator[Tensor]:
+    """Batches of this process's share of the first `num` images."""
+    left = len(range(dist.rank(), num, dist.world()))
+    while left > 0:
+        batch = next(images)[:left]
+        left -= len(batch)
+        yield batch
+
+
+def _save(run: Path, step: int, kept: Sequence[tuple[int, Tensor]]) -> None:
     """The kept images of every process, in index order, as .npz and .png."""
     rows = [pair for part in dist.gather_objects(list(kept)) for pair in part]
     if not dist.is_main():

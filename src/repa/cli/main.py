@@ -2,21 +2,27 @@
 
 import errno
 import importlib
+import os
 import sys
 
 from repa import __version__
 from repa.base.errors import UserError, nearest
+from repa.base.memory import keep_freed_memory
 
 VERBS = {
     "quickstart": "the whole main job on this machine: real images to a page that shows the difference",
+    "estimate": "what a recipe costs before anything runs: FLOPs, memory, disk, time",
     "prepare": "images -> shards of latents, labels and target tokens",
+    "check": "are prepared data whole, and do their models make the same today?",
     "train": "train a diffusion transformer, with alignment or without",
+    "bench": "how fast a recipe trains on this machine, and what to change next",
+    "ema": "an average of the weights of any width, made after training",
     "sample": "images from a run folder",
-    "evaluate": "Fréchet distance, precision and recall of samples",
-    "analyse": "linear probing and CKNNA of a run's hidden states",
+    "evaluate": "FID, sFID, IS, precision, recall of samples or of a run; references",
+    "analyse": "linear probes, CKNNA, encoders compared, pictures of tokens and samples, copies",
+    "report": "one HTML page that compares runs",
     "convert": "a released checkpoint of REPA, SiT or DiT -> a run folder",
     "export": "the averaged network of a run as safetensors, or for diffusers",
-    "report": "one HTML page that compares runs",
     "show": "print a recipe, prepared data, or a run",
     "list": "names of recipes, encoders, autoencoders, models, samplers, ...",
 }
@@ -45,11 +51,10 @@ def run(argv: list[str]) -> int:
         if verb not in VERBS:
             raise UserError(f"There is no verb {verb!r}: allowed are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
         code = importlib.import_module(f"repa.cli.{verb}").main(rest)
-        if "repa.base.dist" in sys.modules:
-            sys.modules["repa.base.dist"].teardown()
+        _part()
         return code
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), of_all=_shared(error))
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
         sys.stderr.close()
         return 0
@@ -66,10 +71,36 @@ def run(argv: list[str]) -> int:
         return 130
 
 
-def _refuse(sentence: str) -> int:
-    print("repa: " + sentence.replace("\n", " "), file=sys.stderr)
+def _shared(error: UserError) -> bool:
+    """Do all processes raise this? Before they meet, all read the same command line and files; later, when they agreed on it."""
+    dist = sys.modules.get("repa.base.dist")  # not imported by commands that need no torch
+    if dist is None or not dist.active():
+        return True
+    if isinstance(error, dist.SharedError):
+        _part()
+        return True
+    return False
+
+
+def _part() -> None:
+    if "repa.base.dist" in sys.modules:
+        sys.modules["repa.base.dist"].teardown()
+
+
+def _refuse(sentence: str, of_all: bool = True) -> int:
+    """Say it: once on each machine when it is the mistake of all processes, else by the process that made it."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    if local == 0 or not of_all:
+        print(f"repa: {'' if of_all else f'process {rank}: '}" + sentence.replace("\n", " "), file=sys.stderr)
     return 2
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:]))
+    keep_freed_memory()
+    code = run(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo's threads may outlive the group and abort an interpreter that tears itself down, which hides the exit code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,42 +1,169 @@
-"""`repa prepare SOURCE OUT ...`."""
+"""`repa prepare SOURCE DATA ...`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pydantic import model_validator
+
+from repa.base import files
+from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import Progress, duration, say
 from repa.data.config import PrepareConfig
+from repa.data.manifest import MANIFEST, PARTS, Manifest
+from repa.data.settings import started
+from repa.encoders import ENCODERS
 
 ABOUT = (
-    "Images (a folder or zip of class folders, or `photographs`, the ones that come with the package's dependencies) "
-    "-> shards for training: cropped images, latents, labels and target tokens. The same command continues after any stop."
+    "Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, the ones that come with "
+    "the package's dependencies) -> shards for training: cropped images, latents, labels and target tokens. The same command "
+    "continues after any stop; settings that are left out are then those of the folder. `repa prepare DATA --only ...` and "
+    "`--remove ...` work on what a folder already holds. `torchrun --nproc-per-node 8 -m repa prepare ...` shares the work."
 )
 
 
+FEATURES = "features:"
+
+
 class PrepareArguments(PrepareConfig):
+    resolution: int = 0
+    """Side of the square images, in pixels: ADM's centre crop of every picture. A new folder needs it."""
     source: str
-    """folder, zip, or photographs:num=10000"""
-    out: str
-    """folder of the prepared data"""
+    """folder, zip, tar shards, parquet, array, hf:OWNER/NAME, or photographs:num=10000"""
+    out: str = ""
+    """folder of the prepared data; left out with --only and --remove, whose only folder it is"""
+    only: tuple[str, ...] = ()
+    """Make these parts alone: base (labels, images, latents), features:ENCODER. Without a source: from the stored images."""
+    remove: tuple[str, ...] = ()
+    """Delete these fields of the folder: features:ENCODER, images."""
+    plan: bool = False
+    """Print counts, sizes and the time it takes, from a measurement of at most a minute, and write nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rest_from_folder(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What is not given is what the folder was started with; encoders, their weights and forms come on top of its own."""
+        folder = Path(values.get("out") or values.get("source", "."))
+        before = started(folder) if (folder / MANIFEST).is_file() or (folder / PARTS).is_dir() else None
+        old = before.config if before else None
+        stored, known = (old.model_dump(), old.features) if old else ({}, ())
+        named = [
+            *values.get("features", ()),
+            *(t.removeprefix(FEATURES) for t in values.get("only", ()) if FEATURES in t),
+        ]
+        named = [ENCODERS.check(name) for name in named]
+        new = [name for name in dict.fromkeys(named) if name not in known]
+        forms = [
+            text
+            for form in values.get("feature_forms", ())
+            for text in ([form] if "=" in form or not old else [f"{name}={form}" for name in new or named or known])
+        ]
+        return {
+            **stored,
+            **values,
+            "features": [*known, *new],
+            "feature_forms": [*stored.get("feature_forms", ()), *forms],
+            "feature_weights": [*values.get("feature_weights", ()), *stored.get("feature_weights", ())],
+        }
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(PrepareArguments, argv, verb="prepare", about=ABOUT, positional=("source", "out"))
-    config = options.part(PrepareConfig, given)
-    start(given.source, Path(given.out), config)
+    if given.remove:
+        _remove(Path(given.out or given.source), given.remove)
+    elif not given.out:
+        _add(Path(given.source), given)
+    elif not given.resolution:
+        raise UserError("`repa prepare` needs --resolution for a new folder: the side of the images, e.g. 256.")
+    elif given.plan:
+        _plan(given)
+    else:
+        start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
     return 0
 
 
-def start(source: str, out: Path, config: PrepareConfig) -> None:
+def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> None:
+    """Prepare in this process: its share of the work, when torchrun started several."""
     from repa.base import dist
     from repa.data import prepare
 
-    device = dist.setup()
-    with Progress(f"preparing {out.name}", "images") as bar:
-        manifest = prepare(source, out, config, progress=lambda done, total, what: bar(done, total), device=device)
+    rank, world = _place()
+    with Progress(_title(out, rank, world), "images") as bar:
+        manifest = prepare(
+            source, out, config, only=only, rank=rank, world=world, progress=bar, device=dist.own_device()
+        )
+    _tell(out, manifest)
+
+
+def _add(folder: Path, given: PrepareArguments) -> None:
+    if not given.only:
+        raise UserError(f"`repa prepare` needs a source and a folder, but got {given.source!r} alone: name both.")
+    wrong = [text for text in given.only if not text.startswith(FEATURES)]
+    if wrong:
+        raise UserError(f"--only {wrong[0]} needs the source too: only features:ENCODER comes from the stored images.")
+    from repa.base import dist
+    from repa.data import add_features
+
+    rank, world = _place()
+    for spec in (ENCODERS.check(text.removeprefix(FEATURES)) for text in given.only):
+        options_of = {"weights": given.weights_of(spec), "form": given.form_of(spec), "rank": rank, "world": world}
+        with Progress(_title(folder, rank, world), "images") as bar:
+            manifest = add_features(folder, spec, **options_of, progress=bar, device=dist.own_device())
+        _tell(folder, manifest)
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    from repa.data import remove
+
+    for name in names:
+        manifest = remove(folder, name)
+        say(f"{folder}: {name} removed." + (f" Left: {', '.join(manifest.fields)}." if manifest else ""))
+
+
+def _plan(given: PrepareArguments) -> None:
+    from repa.base import dist
+    from repa.data import make_plan
+
+    _, world = _place()
+    plan = make_plan(
+        given.source, given.out, options.part(PrepareConfig, given), only=given.only, device=dist.own_device()
+    )
+    copies = ", each also flipped" if plan.num_copies == 2 else ""
+    say(f"source    {plan.source}: {plan.num_images:,} images of {plan.num_classes} classes{copies}")
+    say(f"shards    {plan.num_shards:,}; parts are missing of {plan.num_todo:,} images")
+    for field, size in plan.sizes.items():
+        say(f"          {field:<24} {files.size(size):>12}")
+    say(f"          {'all together':<24} {files.size(plan.num_bytes):>12}")
+    for step, rate in plan.rates.items():
+        what = f"encode, {given.autoencoder}" if step == "base" else f"encode, {step}" if step != "decode" else step
+        say(f"measured  {what:<24} {rate:>12,.1f} images/s")
+    processes = f" with {world} processes like this one" if world > 1 else ""
+    say(f"time      {duration(plan.seconds(world))}{processes} for what is missing. Nothing was written.")
+
+
+def _place() -> tuple[int, int]:
+    """This process among those that share the work, as torchrun tells; they never meet, so no group is joined."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _title(out: Path, rank: int, world: int) -> str:
+    return f"preparing {out.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
+
+
+def _tell(out: Path, manifest: Manifest | None) -> None:
+    if manifest is None:
+        say(
+            f"{out}: this share is done, others are not. The last process to finish makes the folder whole; if none is at "
+            "work any more, the same command does the rest."
+        )
+        return
     skipped = f", {len(manifest.skipped)} unreadable left out ({_some(manifest.skipped)})" if manifest.skipped else ""
+    flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
     say(
-        f"{out}: {manifest.num_images:,} images of {len(manifest.class_names)} classes at {manifest.resolution} pixels{skipped}."
+        f"{out}: {len(manifest.originals):,} images of {len(manifest.class_names)} classes at {manifest.resolution} "
+        f"pixels{flipped}{skipped}."
     )
 
 

@@ -3,17 +3,23 @@
 from pathlib import Path
 
 from repa.base.config import Config
+from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = "One self-contained HTML page that compares runs: curves, distances, samples from the same noise. First the baseline."
+ABOUT = (
+    "One self-contained HTML page that compares runs: tables as in the paper, speed-up, curves, samples from the same noise; its "
+    "tables as .md and .csv beside it. First the baseline. Runs that differ in the seed only are taken together."
+)
 
 
 class ReportArguments(Config):
     runs: tuple[str, ...]
     """run folders, the baseline first"""
     out: str = "report.html"
-    """Name of the page."""
+    """Name of the page; .md and .csv lie beside it."""
+    results: tuple[str, ...] = ()
+    """Files by `repa evaluate --out`, beside those in the runs' folders evaluations/; also of samples that are of no run here."""
     names: tuple[str, ...] = ()
     """Names of the runs on the page; empty takes their folders'."""
     title: str = "Representation alignment: runs compared"
@@ -22,10 +28,13 @@ class ReportArguments(Config):
 
 def main(argv: list[str]) -> int:
     given = options.parse(ReportArguments, argv, verb="report", about=ABOUT, positional=("runs...",))
+    out = Path(given.out)
+    if out.suffix != ".html":
+        raise UserError(f"The report is an HTML page, but --out is {out}: give a name such as report.html.")
     from repa.report import write_report
 
-    out = write_report(
-        [Path(run) for run in given.runs], Path(given.out), title=given.title, names=list(given.names) or None
+    write_report(
+        given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True
     )
-    say(f"{out}: open it in a browser.")
+    say(f"{out}: open it in a browser. Its tables are in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
     return 0

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -20,8 +19,8 @@ class SampleArguments(SampleConfig):
     """Name of the .npz."""
     num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
     """Number of images."""
-    weights: Literal["ema", "model"] = "ema"
-    """Averaged weights or the raw ones."""
+    weights: str = "ema"
+    """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
 

@@ -16,8 +16,6 @@ ABOUT = "Print a recipe, a folder of prepared data, or a run folder."
 class ShowArguments(Config):
     name: str
     """recipe name, data folder or run folder"""
-    check: bool = False
-    """Compare every byte of a data folder with its checksum."""
 
 
 def main(argv: list[str]) -> int:
@@ -32,11 +30,6 @@ def main(argv: list[str]) -> int:
         from repa.data.manifest import Manifest
 
         say(Manifest.open(path).describe())
-        if given.check:
-            from repa.data import open_data
-
-            open_data(path).check()
-            say("every file has the bytes that were written")
     else:
         raise UserError(
             f"{given.name!r} is no recipe, run folder or data folder: `repa list recipes` prints the recipes."

@@ -1,10 +1,13 @@
 """`repa train RECIPE --data DATA --out RUN [overrides]`."""
 
+import os
+import shlex
 import signal
 from pathlib import Path
 
 from repa.cli import options
 from repa.cli.console import Progress, say
+from repa.evaluation.config import EvaluateConfig
 from repa.recipes import load_recipe
 from repa.training.config import TrainConfig
 
@@ -14,14 +17,14 @@ ABOUT = (
 )
 
 
-CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa show DATA --check` does it for more
+CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` does it for more
 
 
 class TrainArguments(TrainConfig):
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str
-    """Folder that `repa prepare` made."""
+    """Folder that `repa prepare` made, or the URL of a copy of it such as s3://bucket/data."""
     out: str
     """Run folder."""
 
@@ -31,21 +34,36 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(name) if name else None
     given = options.parse(TrainArguments, argv, verb="train", about=ABOUT, positional=("recipe",), values=recipe)
     config = options.part(TrainConfig, given)
-    stopped_by = start(config, Path(given.data), Path(given.out))
+    if config.preview.scored_every:
+        EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
+    stopped_by = start(config, given.data, Path(given.out), command=_again(argv))
     return 130 if stopped_by == signal.SIGINT else 0  # a scheduler's SIGTERM is no failure: the checkpoint is there
 
 
-def start(config: TrainConfig, data_folder: Path, run: Path) -> signal.Signals | None:
-    """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check."""
+def _again(argv: list[str]) -> str:
+    """The command line that continues this run: that which began it."""
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if everywhere == 1:
+        return shlex.join(["repa", "train", *argv])
+    nodes = [f"--nnodes={everywhere // here}", "..."] if everywhere > here else ["--standalone"]
+    return shlex.join(["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "repa", "train", *argv])
+
+
+def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str = "") -> signal.Signals | None:
+    """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check.
+
+    `command` is what the user types to continue; empty: the same command as before.
+    """
     from repa.base import dist
     from repa.cli.hooks import preview_hooks
     from repa.data import open_data
     from repa.training import train
 
     device = dist.setup()
-    data = open_data(data_folder)
-    if data.num_bytes <= CHECKED_AT_START:
-        data.check()
+    with dist.together():
+        data = open_data(data_folder)
+        if data.num_bytes <= CHECKED_AT_START and not data.stream:  # what is streamed is checked on arrival
+            data.check()
     with Progress(run.name, "steps") as bar:
 
         def progress(state) -> None:
@@ -67,8 +85,9 @@ def start(config: TrainConfig, data_folder: Path, run: Path) -> signal.Signals |
             say=say,
         )
     if finished.interrupted is not None:
+        name, step = finished.interrupted.name, finished.step
         say(
-            f"Stopped by {finished.interrupted.name} after step {finished.step:,}; a checkpoint is in {run}. The same command continues."
+            f"Stopped by {name} after step {step:,}; a checkpoint is in {run}. To continue: {command or 'the same command'}"
         )
         return finished.interrupted
     say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num-images 64 --out samples.npz")

@@ -1,9 +1,13 @@
 """What `repa prepare` makes of a source of images."""
 
+import re
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
+from repa.base.errors import UserError
 from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -21,6 +25,12 @@ class PrepareConfig(Config):
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
     feature_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
+    feature_forms: tuple[str, ...] = ()
+    """How tokens are stored: fp16, int8 (a scale for each token), pcaK (K numbers a token) or pcaK-int8; ENCODER=FORM for one encoder."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of autoencoder and encoders; bf16 and fp16 are faster where the hardware has them, and less exact."""
+    flip: bool = False
+    """Store a second, mirrored copy of every image after the originals."""
     grid: int = Field(0, ge=0)
     """Side of the stored token grid; 0 takes each encoder's own for this resolution."""
     store_images: bool = True
@@ -31,8 +41,10 @@ class PrepareConfig(Config):
     """Images that are encoded at a time, in each process."""
     skip_bad: bool = False
     """Leave out images that cannot be read, and name them in the manifest, instead of refusing the source."""
-    num_workers: int = Field(4, ge=1)
-    """Threads that read and decode images, in each process."""
+    num_workers: int = Field(4, ge=0)
+    """Processes that read, decode and crop images, for each process with a model; 0 does it in that process."""
+    labels: str = ""
+    """Where classes come from: empty for the source's own, folders, none, a dataset.json, or TABLE.csv:COLUMN."""
 
     @field_validator("autoencoder")
     @classmethod
@@ -59,6 +71,39 @@ class PrepareConfig(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _forms_belong(self):
+        """Written out as one ENCODER=FORM for each encoder whose tokens are not fp16, in the order of the features."""
+        forms = {}
+        for text in self.feature_forms:
+            encoder, _, form = text.rpartition("=")
+            split_format(form)
+            if encoder and canonical(encoder) not in self.features:
+                raise ValueError(
+                    f"feature_forms names {encoder!r}, but the features asked for are "
+                    f"{', '.join(self.features) or 'none'}: name the same encoder in both"
+                )
+            forms |= (
+                {canonical(encoder): form} if encoder else {spec: form for spec in self.features if spec not in forms}
+            )
+        written = tuple(f"{spec}={forms[spec]}" for spec in self.features if forms.get(spec, "fp16") != "fp16")
+        object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
+        return self
+
+    def form_of(self, encoder: str) -> str:
+        """How the tokens of an encoder are stored: fp16, int8, pcaK or pcaK-int8."""
+        return weights_for(encoder, self.feature_forms) or "fp16"
+
     def weights_of(self, encoder: str) -> str | None:
         """The local folder or file given for an encoder, or None."""
         return weights_for(encoder, self.feature_weights)
+
+
+def split_format(form: str) -> tuple[int, str]:
+    """'pca64-int8' -> (64, 'int8'): directions (0 for none) and type. Raises UserError for what is no form."""
+    match = re.fullmatch(r"pca([1-9]\d*)(?:-(int8))?|(fp16|int8)", form)
+    if match is None:
+        raise UserError(
+            f"{form!r} is no form of stored tokens: allowed are fp16, int8, pcaK and pcaK-int8, e.g. pca64."
+        )
+    return int(match[1] or 0), match[2] or match[3] or "fp16"

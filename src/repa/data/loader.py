@@ -1,23 +1,25 @@
 """Batches for training: which images a step sees is a function of (seed, step) alone."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.base.rng import fold
-from repa.data.manifest import FeatureField, Manifest
+from repa.data.dataset import DataSet
+from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
+from repa.data.packing import unpack
 from repa.data.prefetch import ahead
-from repa.data.shards import ShardReader
+from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 
-PREFETCH = 3  # batches
+DEPTH = 4  # batches that are read ahead, by one thread: from the page cache, two take longer than one
+BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
 
 
 class Batch(NamedTuple):
@@ -25,181 +27,155 @@ class Batch(NamedTuple):
 
     labels: Tensor  # (N,) int64
     images: Tensor | None  # (N, 3, R, R) uint8
-    moments: Tensor | None  # (N, 2C, h, w) float32
-    features: dict[str, Features]  # encoder -> patches (N, T, D), pooled (N, D) or None; float32
+    moments: Tensor | None  # (N, 2C, h, w) as stored, float16: `Autoencoder.sample` computes in float32
+    features: dict[str, Features]  # encoder -> patches (N, T, D) float16 as stored or float32, pooled (N, D) or None
 
 
-class DataSet:
-    """A prepared folder, opened: what it holds, and its rows."""
+class _Rows(NamedTuple):
+    """A batch as stored, on its way to the device."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest):
-        self.folder, self.manifest = Path(folder), manifest
-        self.reader = ShardReader(folder, manifest)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all arrays on disk."""
-        return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
-
-    @property
-    def num_images(self) -> int:
-        return self.manifest.num_images
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.manifest.class_names
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.manifest.class_names)
-
-    @property
-    def resolution(self) -> int:
-        return self.manifest.resolution
-
-    @property
-    def autoencoder(self) -> str:
-        """The spec of the autoencoder that it was prepared with."""
-        return self.manifest.config.autoencoder
-
-    @property
-    def has_images(self) -> bool:
-        return "images" in self.manifest.fields
-
-    @property
-    def has_moments(self) -> bool:
-        return "moments" in self.manifest.fields
-
-    @property
-    def features(self) -> dict[str, FeatureField]:
-        """Encoder -> facts of its stored tokens."""
-        return self.manifest.features
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels C of what the network sees; pixels when no moments (2C) are stored."""
-        _, shape = self.manifest.fields["moments" if self.has_moments else "images"]
-        return shape[0] // 2 if self.has_moments else shape[0]
-
-    @property
-    def latent_size(self) -> int:
-        """Side of what the network sees."""
-        return self.manifest.fields["moments" if self.has_moments else "images"][1][-1]
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """(N,) int64."""
-        return self.gather("labels", np.arange(self.num_images))
-
-    def gather(self, field: str, indices: np.ndarray) -> np.ndarray:
-        """Rows of a field (images, labels, moments, features.NAME, pooled.NAME), as stored, in the order of `indices` (n,).
-
-        Raises UserError when there is no such field.
-        """
-        return self.reader.gather(field, indices)
-
-    def check(self) -> None:
-        """Compare every byte with its checksum; raises UserError."""
-        self.reader.check()
-
-    def summary(self) -> dict[str, Any]:
-        """What identifies the data of a run; features may be added later without changing it."""
-        return {
-            "source": self.manifest.source,
-            "num_images": self.num_images,
-            "resolution": self.resolution,
-            "class_names": list(self.class_names),
-            "autoencoder": self.manifest.autoencoder,
-        }
-
-
-def open_data(path: str | Path) -> DataSet:
-    """Open a folder made by `prepare`; raises UserError when it is missing, unfinished or damaged."""
-    return DataSet(path, Manifest.open(path))
+    names: tuple[str, ...]  # of encoders
+    fields: dict[str, Tensor]
+    copied: "torch.cuda.Event | None"
 
 
 class Loader:
     """An endless sequence of shuffled batches.
 
-    Position p of the sequence is image permutation(epoch p // N)[p % N]; step s takes positions s*B to (s+1)*B - 1, and
-    process r of W the r-th of W equal parts. So any number of processes sees the same order, and resuming needs
-    the step alone.
+    Position p of the sequence is place p % N of epoch p // N; step s takes positions s*B to (s+1)*B - 1, and process r of W
+    the r-th of W equal parts. So any number of processes sees the same order, and resuming needs the step alone. Data
+    that is fetched from elsewhere is shuffled shard by shard (`order.WindowShuffle`), other data as a whole.
 
     Args:
         data: an opened data set.
         batch_size: B, images in a step over all processes.
         seed: of the order.
-        features: encoders whose stored tokens are wanted.
-        images: whether the images are wanted; stored moments always come.
+        features: encoders whose stored tokens are wanted, or a function of the step that names them; it is called by
+            another thread, some steps ahead.
+        images: whether the images are wanted, or a function of the step; stored moments always come.
+        pooled: whether pooled features are wanted beside the tokens.
         rank, world: this process, and how many there are.
-        device: where batches go.
+        device: where batches go. CUDA: copied from pinned memory on a stream of their own while other steps compute.
 
     Raises:
         UserError: B is no multiple of `world`, or the data hold no such tokens or no images.
     """
 
     def __init__(
-        self, data: DataSet, *, batch_size: int, seed: int, features: Sequence[str] = (), images: bool = False,
-        rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
+        self, data: DataSet, *, batch_size: int, seed: int,
+        features: Sequence[str] | Callable[[int], Sequence[str]] = (), images: bool | Callable[[int], bool] = False,
+        pooled: bool = False, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
     ):  # fmt: skip
         if batch_size % world:
             raise UserError(
                 f"A batch of {batch_size} images cannot be shared equally by {world} processes: "
                 f"choose a multiple of {world}."
             )
-        for name in features:
-            if name not in data.features:
-                stored = ", ".join(data.features) or "none"
-                raise UserError(
-                    f"The data in {data.folder} holds no tokens of {name!r} (it holds {stored}): "
-                    "add them with `repa prepare --features`."
-                )
-        if images and not data.has_images:
-            raise UserError(f"The data in {data.folder} holds no images: prepare it with --store-images.")
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.pooled = data, batch_size, pooled
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.fields = ["labels", *(["images"] if images else []), *(["moments"] if data.has_moments else [])]
-        for name in features:
-            self.fields += [f"features.{name}", *([f"pooled.{name}"] if data.features[name].pooled else [])]
-        self.names = tuple(features)
-        self._permutation = functools.lru_cache(2)(
-            self._permute
-        )  # a batch may need the end of one epoch and the start of the next
+        self._features = features if callable(features) else lambda step: features
+        self._images = images if callable(images) else lambda step: images
+        self.fields(0)  # refuses what the data does not hold
+        self.order = GlobalShuffle(data.num_images, seed)
+        if data.stream:
+            self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
+            data.stream.require_room(2 * WINDOW * self._largest_shard())
+        self._length = min(BLOCK, data.num_images)
+        self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
+        self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def indices(self, step: int) -> np.ndarray:
         """Images of this process in step `step`, (B / world,) int64."""
         size = self.batch_size // self.world
         start = step * self.batch_size + self.rank * size
-        epochs, places = np.divmod(np.arange(start, start + size), self.data.num_images)
-        return np.concatenate([self._permutation(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        first, last = start // self._length, (start + size - 1) // self._length
+        blocks = np.concatenate([self._block(number) for number in range(first, last + 1)])
+        return blocks[start - first * self._length :][:size]
+
+    def fields(self, step: int) -> list[str]:
+        """What is read for a step. Raises UserError when the data does not hold it."""
+        fields = ["labels", *(["moments"] if self.data.has_moments else [])]
+        if self._images(step):
+            if not self.data.has_images:
+                raise UserError(f"The data in {self.data.folder} holds no images: prepare it with --store-images.")
+            fields.append("images")
+        for name in self._features(step):
+            if name not in self.data.features:
+                stored = ", ".join(self.data.features) or "none"
+                raise UserError(
+                    f"The data in {self.data.folder} holds no tokens of {name!r} (it holds {stored}): "
+                    "add them with `repa prepare --features`."
+                )
+            facts = self.data.features[name]
+            fields.append(f"features.{name}")
+            fields += [f"scale.{name}"] * facts.form.endswith("int8") + [f"pooled.{name}"] * (
+                self.pooled and facts.pooled
+            )
+        return fields
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`: a pure function of (seed, step, rank, world)."""
-        return self._to_device(self._read(step))
+        return self._finish(self._read(step))
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of start_step, start_step + 1, ...; one thread reads ahead. Close the iterator to stop the thread."""
+        """Batches of start_step, start_step + 1, ...; a thread reads ahead. Close the iterator to stop it."""
         on_start = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
-        stream = ahead(self._read, itertools.count(start_step), PREFETCH, on_start=on_start)
-        try:
+        with contextlib.ExitStack() as stack:
+            fetcher = (
+                stack.enter_context(contextlib.closing(FetchAhead(self.data.stream))) if self.data.stream else None
+            )
+            steps = self._fetching(itertools.count(start_step), fetcher) if fetcher else itertools.count(start_step)
+            stream = stack.enter_context(contextlib.closing(ahead(self._read, steps, DEPTH, on_start=on_start)))
             for rows in stream:
-                yield self._to_device(rows)
-        finally:
-            stream.close()
+                yield self._finish(rows)
 
-    def _permute(self, epoch: int) -> np.ndarray:
-        stream = np.random.Generator(np.random.Philox(fold(self.seed, "epoch", epoch)))
-        return stream.permutation(self.data.num_images)
+    def _ordered(self, block: int) -> np.ndarray:
+        """Images at the positions of a block of the endless sequence."""
+        positions = np.arange(block * self._length, (block + 1) * self._length)
+        epochs, places = np.divmod(positions, self.data.num_images)
+        return np.concatenate([self.order.rows(int(e), places[epochs == e]) for e in np.unique(epochs)])
 
-    def _read(self, step: int) -> dict[str, Tensor]:
-        indices = self.indices(step)
-        rows = {field: torch.from_numpy(self.data.gather(field, indices)) for field in self.fields}
-        if self.device.type == "cuda":
-            rows = {field: tensor.pin_memory() for field, tensor in rows.items()}  # so that the copy does not wait
-        return rows
+    def _fetching(self, steps: Iterator[int], fetcher: FetchAhead) -> Iterator[int]:
+        """The steps, each after its shards and those that follow were asked for."""
+        for step in steps:
+            epoch, place = divmod(step * self.batch_size, self.data.num_images)
+            shards = [self.data.manifest.shards[number].files for number in self.order.shards_from(epoch, place)]
+            fetcher.want(files[field] for files in shards if files for field in self.fields(step))
+            yield step
 
-    def _to_device(self, rows: dict[str, Tensor]) -> Batch:
-        rows = {field: tensor.to(self.device, non_blocking=True) for field, tensor in rows.items()}
-        rows = {field: tensor.float() if tensor.dtype == torch.float16 else tensor for field, tensor in rows.items()}
-        features = {name: Features(rows[f"features.{name}"], rows.get(f"pooled.{name}")) for name in self.names}
-        return Batch(rows["labels"], rows.get("images"), rows.get("moments"), features)
+    def _largest_shard(self) -> int:
+        """Bytes of the fields of one shard."""
+        fields = self.fields(0)
+        return max(sum(shard.files[f].size for f in fields) for shard in self.data.manifest.shards if shard.num)
+
+    def _read(self, step: int) -> _Rows:
+        indices, fields = self.indices(step), {}
+        for field in self.fields(step):
+            dtype, shape = self.data.manifest.fields[field]
+            # rows are read into pinned memory: the copy to the device then needs neither another copy nor a wait
+            rows = torch.empty((len(indices), *shape), dtype=getattr(torch, dtype), pin_memory=self._side is not None)
+            self.data.gather(field, indices, out=rows.numpy())
+            fields[field] = rows
+        names = tuple(field.removeprefix("features.") for field in fields if field.startswith("features."))
+        if self._side is None:
+            return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None)
+        with torch.cuda.stream(self._side):
+            fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
+            return _Rows(names, fields, self._side.record_event())
+
+    def _finish(self, rows: _Rows) -> Batch:
+        """Tokens out of their stored form, on the device."""
+        if rows.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(rows.copied)
+            for tensor in rows.fields.values():
+                tensor.record_stream(current)  # or its memory would be given to the next copy while it is still read
+        features, fields = {}, rows.fields
+        for name in rows.names:
+            patches = fields[f"features.{name}"]
+            if self.data.features[name].form != "fp16":
+                patches = unpack(patches, fields.get(f"scale.{name}"), self._basis(name))
+            pooled = fields.get(f"pooled.{name}")
+            features[name] = Features(patches, pooled)
+        return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features)

@@ -2,70 +2,27 @@
 
 DATA/
   manifest.json               written last: a folder with a manifest is complete
-  images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, pooled.NAME
+  images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, scale.NAME, pooled.NAME
+  captions-00000.jsonl        a JSON list of captions for each image of the shard, where the source has some
+  basis.NAME.npy              mean and directions of tokens that are stored as coordinates
   parts/                      only while work is unfinished: settings.json, a record for each finished part
 """
 
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from repa.base import files
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
+from repa.data.records import ArrayFile, Shard, TextFile
 
 VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "parts"
 SETTINGS = "settings.json"
-
-
-class ArrayFile(Config):
-    """One .npy file."""
-
-    file: str
-    """Its name in the folder."""
-    dtype: str
-    """NumPy's name of its type, e.g. float16."""
-    shape: tuple[int, ...]
-    """Its shape, the number of images first."""
-    size: int
-    """Its bytes, header included."""
-    sha256: str
-    """Its checksum."""
-
-    @field_validator("file")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        """A manifest may come from anyone: it must not make us open files elsewhere."""
-        if not name.endswith(".npy") or any(part in name for part in ("/", "\\", "\0", ":")):
-            raise ValueError(f"{name!r} is not the plain name of a .npy file in this folder")
-        return name
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, dtype: str) -> str:
-        if dtype not in ("uint8", "int64", "float16"):
-            raise ValueError(f"{dtype!r} is not a type that shards hold: uint8, int64, float16")
-        return dtype
-
-    def intact(self, folder: Path) -> bool:
-        """Whether the file is there with its size; its bytes are compared by `check` only."""
-        path = folder / self.file
-        return path.is_file() and path.stat().st_size == self.size
-
-
-class Shard(Config):
-    """The files of some consecutive images, by field."""
-
-    num: int
-    """Images in it."""
-    files: dict[str, ArrayFile]
-    """Field -> file."""
-    skipped: tuple[str, ...] = ()
-    """Images that could not be read and are left out."""
 
 
 class FeatureField(Config):
@@ -77,6 +34,10 @@ class FeatureField(Config):
     """Side of the token grid."""
     pooled: bool
     """Whether the pooled features are stored too."""
+    form: str = "fp16"
+    """How tokens are stored: fp16, int8, pcaK or pcaK-int8."""
+    basis: ArrayFile | None = None
+    """Mean and K directions (1 + K, dim), for the forms with pca."""
     identity: dict[str, Any]
     """Which encoder, which weights."""
 
@@ -91,11 +52,11 @@ class Manifest(Config):
     config: PrepareConfig
     """How they were made."""
     num_images: int = Field(ge=1)
-    """Images in all shards."""
+    """Images in all shards, flipped copies included."""
     class_names: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     class_counts: tuple[int, ...]
-    """Images of each class."""
+    """Images of each class, flipped copies not counted."""
     autoencoder: dict[str, Any]
     """Which autoencoder, which weights."""
     features: dict[str, FeatureField]
@@ -115,13 +76,29 @@ class Manifest(Config):
                 raise ValueError(f"shard {number} has files that do not hold its {shard.num} images")
         expected = {"labels", *(f"features.{name}" for name in self.features)}
         expected |= {f"pooled.{name}" for name, facts in self.features.items() if facts.pooled}
+        expected |= {f"scale.{name}" for name, facts in self.features.items() if facts.form.endswith("int8")}
         if set(fields) - {"images", "moments"} != expected:
             raise ValueError(f"its shards hold {', '.join(sorted(fields))}, which is not what it announces")
+        originals = [shard.num for shard in self.shards[: len(self.shards) // 2]]
+        copied = [(False, num) for num in originals] + [(True, num) for num in originals]
+        if any(s.flipped for s in self.shards) and [(s.flipped, s.num) for s in self.shards] != copied:
+            raise ValueError("its flipped shards are not a second copy of the others, after them")
         return self
 
     @property
     def resolution(self) -> int:
         return self.config.resolution
+
+    @property
+    def records(self) -> list[ArrayFile | TextFile]:
+        """All files, of shards and bases."""
+        bases = [facts.basis for facts in self.features.values() if facts.basis]
+        return [*(record for shard in self.shards for record in shard.records), *bases]
+
+    @property
+    def originals(self) -> range:
+        """The rows that are no flipped copies: what counts, metrics and references are made of."""
+        return range(sum(shard.num for shard in self.shards if not shard.flipped))
 
     @property
     def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -132,7 +109,7 @@ class Manifest(Config):
     @property
     def skipped(self) -> list[str]:
         """Images that could not be read and were left out, in the order of the source."""
-        return [name for shard in self.shards for name in shard.skipped]
+        return [name for shard in self.shards if not shard.flipped for name in shard.skipped]
 
     def save(self, folder: Path) -> None:
         """Write DATA/manifest.json, whole or not at all."""
@@ -159,17 +136,19 @@ class Manifest(Config):
 
     def describe(self) -> str:
         """A few lines for people."""
-        size = sum(file.size for shard in self.shards for file in shard.files.values())
+        size = sum(record.size for record in self.records)
         fields = [
             " ".join((name, dtype, "x".join(map(str, shape)))).strip() for name, (dtype, shape) in self.fields.items()
         ]
-        tokens = [f"{name} ({facts.grid} x {facts.grid} x {facts.dim})" for name, facts in self.features.items()]
+        tokens = [f"{name} ({f.grid} x {f.grid} x {f.dim} as {f.form})" for name, f in self.features.items()]
+        copies = ", and a flipped copy of each" if len(self.originals) < self.num_images else ""
+        checksum = str(self.autoencoder.get("sha256") or "no weights")[:12]
         lines = [
             f"source       {self.source['name']}",
-            f"images       {self.num_images:,} of {len(self.class_names)} classes at {self.resolution} pixels",
-            f"autoencoder  {self.config.autoencoder}",
+            f"images       {len(self.originals):,} of {len(self.class_names)} classes at {self.resolution} pixels{copies}",
+            f"autoencoder  {self.config.autoencoder} ({checksum}), computed in {self.config.precision}",
             f"tokens       {', '.join(tokens) or 'none'}",
-            f"fields       {', '.join(fields)}",
+            f"fields       {', '.join(fields)}{', captions' if any(s.captions for s in self.shards) else ''}",
             f"on disk      {files.size(size)} in {len(self.shards)} shards",
         ]
         return "\n".join([*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])])

@@ -51,7 +51,7 @@ class ImprovedDDPM:
         self.num_timesteps = num_timesteps
         self.timesteps = np.arange(num_timesteps) if timesteps is None else np.asarray(timesteps)
         self.betas, self.alpha_bar, self.alpha_bar_prev = betas, bar, prev
-        self._constants = {
+        constants = {
             "signal": np.sqrt(bar),
             "noise": np.sqrt(1 - bar),
             "log_beta": np.log(betas),
@@ -59,6 +59,7 @@ class ImprovedDDPM:
             "mean_of_data": betas * np.sqrt(prev) / (1 - bar),
             "mean_of_x_t": (1 - prev) * np.sqrt(1 - betas) / (1 - bar),
         }
+        self._constants = {name: torch.from_numpy(values) for name, values in constants.items()}
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def respaced(self, num_steps: int, integer_stride: bool = False) -> "ImprovedDDPM":
@@ -138,7 +139,7 @@ class ImprovedDDPM:
             return float(self._constants[name][t])
         key = (name, x.device, x.dtype)
         if key not in self._tables:
-            self._tables[key] = torch.tensor(self._constants[name]).to(x.dtype).to(x.device)
+            self._tables[key] = self._constants[name].to(x.dtype).to(x.device)
         return self._tables[key][t].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
 
 

@@ -46,6 +46,16 @@ class VisionEncoder(nn.Module):
         """Stays in eval mode: a frozen target must not change when the model around it starts to train."""
         return super().train(False)
 
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Keep the weights of products (linear, convolution) in `dtype`, for use under an autocast to it.
+
+        Autocast would round them so in every forward: the features are the same bit for bit, the memory is half. Norms
+        and positions stay as they are.
+        """
+        for module in self.net.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int) -> Features:
         """Features of `images`, uint8 (N, 3, S, S) of any side S, on a grid of `grid` x `grid` tokens.

@@ -57,7 +57,8 @@ class ViTEncoder(VisionEncoder):
         class_rows = int(self.family.class_token)
         table = positions_of(self.net)
         if table is not None and table.shape[1] != class_rows + grid * grid:
-            place_positions(self.net, resample_positions(self.native_positions, grid, class_rows))
+            with torch.inference_mode(False):  # what stays must serve callers outside of inference mode too
+                place_positions(self.net, resample_positions(self.native_positions, grid, class_rows))
 
 
 def load_vit(name: str, weights: Path | None) -> ViTEncoder:

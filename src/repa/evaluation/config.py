@@ -2,27 +2,76 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
+from repa.base.errors import UserError
 from repa.encoders import ENCODERS
 
-Metric = Literal["fd", "kd", "precision", "recall"]
+INCEPTION = "inception"
+Metric = Literal["fid", "sfid", "inception_score", "kid", "fd", "kd", "precision", "recall"]
+OF_INCEPTION: tuple[Metric, ...] = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
+ASIDE = ("kid", "kd")  # measured only when asked for: papers' tables do not have them
 
 
-class EvaluateConfig(Config):
-    """Metrics of samples against a reference in the pooled features of an encoder."""
+def metrics_of(features: str) -> tuple[Metric, ...]:
+    """What can be measured in these features."""
+    return OF_INCEPTION if features == INCEPTION else OF_ENCODERS
 
-    features: str = "tiny-judge"
-    """Encoder whose pooled features are compared: choose one that the model was not aligned to."""
+
+class JudgeConfig(Config):
+    """In whose features images are compared."""
+
+    features: str = INCEPTION
+    """inception, whose distances papers report, or an encoder that the model was not aligned to, such as dinov2-l."""
     features_weights: str = ""
-    """Local folder of that encoder's weights; empty takes the hub's or the package's."""
-    metrics: tuple[Metric, ...] = ("fd", "precision", "recall")
-    """fd: Fréchet distance; kd: kernel distance; precision and recall: by nearest neighbours."""
-    batch_size: int = Field(256, ge=1)
-    """Images at a time."""
+    """Local weights: Inception's file, or that encoder's folder; empty takes the cache, the package's or the hub's."""
+    batch_size: int = Field(64, ge=1)
+    """Images at a time on each process."""
 
     @field_validator("features")
     @classmethod
     def _known(cls, spec: str) -> str:
-        return ENCODERS.check(spec)
+        if spec == INCEPTION:
+            return spec
+        try:
+            return ENCODERS.check(spec)
+        except UserError as error:
+            raise ValueError(f"{spec!r} is neither {INCEPTION} nor an encoder. {error}") from None
+
+
+class EvaluateConfig(JudgeConfig):
+    """Metrics of samples against a reference."""
+
+    metrics: tuple[Metric, ...] = ()
+    """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; empty: all but k*d."""
+    neighbours: Literal["float32", "float16"] = "float32"
+    """Arithmetic of precision and recall; float16 rounds as the ADM evaluator does, for figures beside published ones."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _short(cls, metrics):
+        return tuple("inception_score" if name == "is" else name for name in metrics)
+
+    @model_validator(mode="after")
+    def _measurable(self):
+        allowed = metrics_of(self.features)
+        for name in self.metrics:
+            if name not in allowed:
+                raise ValueError(
+                    f"metrics {name!r} is not measured in the features of {self.features}: allowed are {', '.join(allowed)}"
+                )
+        return self
+
+    @property
+    def wanted(self) -> tuple[Metric, ...]:
+        """The metrics, chosen or usual."""
+        return self.metrics or tuple(name for name in metrics_of(self.features) if name not in ASIDE)
+
+
+class ReferenceConfig(JudgeConfig):
+    """A reference file in the format of the ADM evaluator."""
+
+    resolution: int = Field(0, ge=0)
+    """Pixels of the side that images of a folder or zip are cropped to, as ADM crops; not needed for prepared data or .npz."""

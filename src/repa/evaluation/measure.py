@@ -1,87 +1,128 @@
-"""An iterable of uint8 batches against a reference: features, then statistics, then metrics."""
+"""A stream of uint8 images against a reference: features, then sums in fixed memory, then metrics."""
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from repa import __version__
 from repa.base import dist
 from repa.base.errors import UserError
-from repa.data import DataSet
-from repa.encoders import load_encoder
 from repa.encoders.contract import VisionEncoder
-from repa.evaluation.config import EvaluateConfig
-from repa.evaluation.reference import Reference, pooled_features, reference_of
-from repa.evaluation.samples import read_samples
-from repa.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
+from repa.evaluation.judges import Judge, as_judge
+from repa.evaluation.reference import Moments, Reference, accumulator_of
+from repa.evaluation.rows import gather_rows
+from repa.metrics import (
+    RunningScore,
+    Statistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    precision_recall_in_half,
+)
 
-NEEDS_FEATURES = {"kd", "precision", "recall"}  # the rows themselves, not only their statistics
+NEIGHBOURS = 3  # k of precision and recall
+KERNEL_SUBSET = 1000  # features in each subset of the kernel distance
+NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not only their sums
 
 
 def evaluate(
-    batches: Iterable[Tensor], encoder: VisionEncoder, reference: Reference, metrics: Sequence[str] = ("fd",)
-) -> dict[str, float]:
-    """Metrics of uint8 batches (n, 3, H, W) by name. Under several processes each gives its own images; all get the result."""
-    statistics, rows = Statistics(), []
-    for features in pooled_features(batches, encoder):
-        statistics.update(features)
-        if NEEDS_FEATURES & set(metrics):
-            rows.append(features)
-    statistics.reduce()
-    results: dict[str, float] = {}
-    if "fd" in metrics:
-        real = reference.statistics
-        results["fd"] = frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
-    if NEEDS_FEATURES & set(metrics):
-        samples = torch.cat([row for part in dist.gather_objects(rows) for row in part])
-        if "kd" in metrics:
-            size = min(1000, len(reference.subset), len(samples))
-            results["kd"] = kernel_distance(reference.subset, samples, subset_size=size)
-        if {"precision", "recall"} & set(metrics):
-            found = precision_recall(reference.subset, samples)
-            results |= {name: getattr(found, name) for name in ("precision", "recall") if name in metrics}
-    return results
-
-
-def evaluate_file(
-    samples: Path,
-    data: DataSet,
-    config: EvaluateConfig,
+    batches: Iterable[Tensor],
+    encoder: VisionEncoder | Judge,
+    reference: Reference,
+    metrics: Sequence[str] = ("fd",),
     *,
-    device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Measure an .npz of samples (single process); the results with what they were made from."""
-    file = read_samples(samples, config.batch_size)
-    if file.num < 2:
-        raise UserError(
-            f"{samples} holds {file.num} image: a distribution needs at least two, and thousands to mean something."
-        )
-    if (file.height, file.width) != (data.resolution, data.resolution):
-        raise UserError(
-            f"{samples} holds images of {file.height}x{file.width} pixels, {data.folder} of {data.resolution}: "
-            "compare what has the same size."
-        )
-    encoder = load_encoder(config.features, weights=config.features_weights or None, device=device)
-    reference = reference_of(data, encoder, config.features)
+    neighbours: str = "float32",
+) -> dict[str, float]:
+    """Metrics of uint8 batches (n, 3, H, W) by name.
 
-    def counted() -> Iterable[Tensor]:
-        done = 0
-        for batch in file.batches:
-            yield batch
-            done += len(batch)
-            progress(done, file.num)
+    Under several processes each gives its own images, also none, and all get the result. The order of images matters
+    for the inception score: image i of process r of W counts as number i * W + r.
 
-    return {
-        "metrics": evaluate(counted(), encoder, reference, config.metrics),
-        "num_samples": file.num,
-        "num_reference": reference.statistics.count,
-        "samples": str(samples),
-        "reference": str(data.folder),
-        "encoder": dict(encoder.identity),
-        "repa": __version__,
-        "torch": torch.__version__,
-    }
+    Args:
+        encoder: whose pooled features are compared; or what `load_judge` gives.
+        metrics: of an encoder fd, kd, precision, recall; of Inception fid, sfid, inception_score, kid, precision, recall.
+        neighbours: "float16" rounds precision and recall as the ADM evaluator does.
+
+    Raises:
+        UserError: a metric that these features or this reference do not have; features that are not finite; too few images.
+    """
+
+    def numbered() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for images in batches:
+            yield (start + torch.arange(len(images))) * dist.world() + dist.rank(), images
+            start += len(images)
+
+    return measure(numbered(), as_judge(encoder), reference, metrics, neighbours=neighbours)
+
+
+def measure(
+    stream: Iterable[tuple[Tensor, Tensor]],
+    judge: Judge,
+    reference: Reference,
+    metrics: Sequence[str],
+    *,
+    neighbours: str = "float32",
+) -> dict[str, float]:
+    """`evaluate` of (indices (n,), images (n, 3, H, W)): the number of each image among those of all processes."""
+    check_measurable(judge, reference, metrics)
+    statistics, spatial = (Statistics(accumulator_of(judge)) for _ in range(2))
+    score, rows, places = RunningScore(), [], []
+    for indices, images in stream:
+        seen = judge(images)
+        statistics.update(seen.pooled)
+        if "sfid" in metrics:
+            spatial.update(seen.spatial)
+        if "inception_score" in metrics:
+            score.update(seen.logits, indices)
+        if NEED_ROWS & set(metrics):
+            rows.append(seen.pooled.cpu())
+            places.append(indices)
+    found: dict[str, float] = {}
+    statistics.reduce()
+    if {"fid", "fd"} & set(metrics):
+        found["fid" if "fid" in metrics else "fd"] = _distance(reference.statistics, statistics)
+    if "sfid" in metrics:
+        spatial.reduce()
+        found["sfid"] = _distance(reference.spatial, spatial)
+    if "inception_score" in metrics:
+        score.reduce()
+        found["inception_score"] = score.value
+    if NEED_ROWS & set(metrics):
+        samples = gather_rows(rows, places)
+        found |= _of_rows(reference.subset.to(judge.device), samples.to(judge.device), metrics, neighbours)
+    return {name: found[name] for name in metrics}
+
+
+def check_measurable(judge: Judge, reference: Reference, metrics: Sequence[str]) -> None:
+    """Raises UserError for a metric that cannot be had, before any image is looked at."""
+    for name in metrics:
+        if name not in judge.metrics:
+            raise UserError(
+                f"{name!r} is not measured in the features of {judge.name}: allowed are {', '.join(judge.metrics)}."
+            )
+    if reference.subset is None and (needing := [name for name in metrics if name in NEED_ROWS]):
+        raise UserError(
+            f"The reference holds statistics only, and {', '.join(needing)} needs its images: leave it out of --metrics, "
+            "or give a reference with images."
+        )
+    if reference.spatial is None and "sfid" in metrics:
+        raise UserError("The reference has no mu_s and sigma_s, which sfid needs: leave it out of --metrics.")
+
+
+def _distance(real: Moments, statistics: Statistics) -> float:
+    return frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
+
+
+def _of_rows(reference: Tensor, samples: Tensor, metrics: Sequence[str], neighbours: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if {"kid", "kd"} & set(metrics):
+        size = min(KERNEL_SUBSET, len(reference), len(samples))
+        found["kid" if "kid" in metrics else "kd"] = kernel_distance(reference, samples, subset_size=size)
+    if {"precision", "recall"} & set(metrics):
+        if neighbours == "float16":
+            shares = precision_recall_in_half(reference, samples, NEIGHBOURS)
+        else:
+            shares = precision_recall(reference, samples, NEIGHBOURS, over_processes=True)
+        found |= shares._asdict()
+    return found

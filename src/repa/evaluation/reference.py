@@ -1,11 +1,12 @@
-"""What samples are measured against: statistics and a subset of the pooled features of real images."""
+"""What samples are measured against: statistics of real images and the features of a subset of them, kept once computed."""
 
 import hashlib
 import json
+import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,64 +16,132 @@ from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
+from repa.evaluation.images import Images
+from repa.evaluation.judges import Judge, as_judge
+from repa.evaluation.rows import gather_rows
+from repa.evaluation.sources import DataImages
 from repa.metrics import Statistics
 
-BATCH = 256
+BATCH = 64
 SUBSET = 10_000  # images for nearest neighbours and kernel distances, as many as the ADM evaluator's reference has
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Statistics of all reference images, and the pooled features of at most SUBSET evenly spaced ones of them."""
-
-    statistics: Statistics
-    subset: Tensor  # (M, D) float32
+Progress = Callable[[int, int], None]
 
 
-@torch.inference_mode()
-def pooled_features(batches: Iterable[Tensor], encoder: VisionEncoder) -> Iterator[Tensor]:
-    """Pooled features (n, D), float32 on the CPU, of uint8 batches (n, 3, H, W) at the encoder's own grid for their size."""
-    for images in batches:
-        pooled = encoder(images, encoder.grid_for(images.shape[-1])).pooled
-        if pooled is None:
-            raise UserError(f"The encoder {encoder.name} has no pooled features to compare images by: choose another.")
-        yield pooled.float().cpu()
+def silent(done: int, total: int) -> None:
+    """No progress is shown."""
 
 
-def reference_of(data: DataSet, encoder: VisionEncoder, spec: str) -> Reference:
-    """The reference of prepared data, computed once per encoder by the main process and kept in the data's folder.
+class Moments(NamedTuple):
+    """Mean (D,) and covariance (D, D), float64, and of how many images: None where a file does not say."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "Moments":
+        return cls(statistics.mean.cpu(), statistics.covariance.cpu(), statistics.count)
+
+
+class Reference(NamedTuple):
+    """Moments of all reference images, and the features of at most SUBSET evenly spaced ones of them."""
+
+    statistics: Moments
+    subset: Tensor | None  # (M, D) float32; None where a file has moments only
+    spatial: Moments | None = None  # of Inception's spatial features
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """mu, sigma, mu_s, sigma_s: the names of the ADM evaluator's files; and count and subset."""
+        arrays = {"mu": self.statistics.mean, "sigma": self.statistics.covariance, "subset": self.subset}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+        return {name: tensor.numpy() for name, tensor in arrays.items()} | {"count": np.array(self.statistics.count)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Reference":
+        """Of ours, or of the ADM evaluator, whose files have no count and no subset."""
+        count = int(arrays["count"]) if "count" in arrays else None
+
+        def moments(mu: str, sigma: str) -> Moments:
+            return Moments(*(torch.from_numpy(arrays[name].astype(np.float64)) for name in (mu, sigma)), count)
+
+        subset = torch.from_numpy(arrays["subset"]) if "subset" in arrays else None
+        return cls(moments("mu", "sigma"), subset, moments("mu_s", "sigma_s") if "mu_s" in arrays else None)
+
+
+def reference_of(data: DataSet, encoder: VisionEncoder | Judge, spec: str) -> Reference:
+    """The reference of prepared data, computed once by all processes and kept in the data's folder.
 
     `spec` is what the encoder was loaded by: its settings are part of what it computes, as its weights are.
     """
-    key = hashlib.sha256(json.dumps([spec, encoder.identity], sort_keys=True).encode()).hexdigest()[:12]
-    path = data.folder / "reference" / f"{encoder.name}-{key}.npz"
-    if dist.is_main() and not path.is_file():
-        _write(path, _compute(data, encoder))
-    dist.barrier()
-    return _read(path)
+    return kept_reference(DataImages(data), as_judge(encoder), spec)
 
 
-def _compute(data: DataSet, encoder: VisionEncoder) -> Reference:
-    if not data.has_images:
-        raise UserError(f"{data.folder} holds no images to measure against: prepare it with --store-images true.")
-    statistics, subset = Statistics(), []
-    stride = -(-data.num_images // SUBSET)
-    starts = range(0, data.num_images, BATCH)
-    batches = (torch.from_numpy(data.gather("images", np.arange(s, min(s + BATCH, data.num_images)))) for s in starts)
-    for start, features in zip(starts, pooled_features(batches, encoder), strict=True):
-        statistics.update(features)
-        subset.append(features[-start % stride :: stride])  # rows whose index in the data is a multiple of the stride
-    return Reference(statistics, torch.cat(subset))
+def kept_reference(
+    images: Images, judge: Judge, spec: str, *, batch_size: int = BATCH, progress: Progress = silent
+) -> Reference:
+    """The reference of any images: what was kept of them, else computed by all processes and kept.
+
+    It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written.
+    """
+    path = _place(images, judge, spec)
+    if dist.from_main(path.is_file()):
+        return _read(path)
+    reference = compute_reference(images, judge, batch_size, progress)
+    if dist.is_main():
+        with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **reference.arrays())
+    return reference
 
 
-def _write(path: Path, reference: Reference) -> None:
-    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **reference.statistics.state_dict(), subset=reference.subset.numpy())
+def compute_reference(images: Images, judge: Judge, batch_size: int = BATCH, progress: Progress = silent) -> Reference:
+    """Every process looks at its share of the images; all get the whole."""
+    statistics, spatial = (Statistics(accumulator_of(judge)) for _ in range(2))
+    chosen = torch.from_numpy(subset_of(images.num))
+    kept, places = [], []
+    for indices, pixels in images.batches(batch_size):
+        seen = judge(pixels)
+        statistics.update(seen.pooled)
+        if seen.spatial is not None:
+            spatial.update(seen.spatial)
+        wanted = torch.isin(indices, chosen)
+        kept.append(seen.pooled.cpu()[wanted])
+        places.append(indices[wanted])
+        progress(min(int(indices[0]) + dist.world() * batch_size, images.num), images.num)
+    statistics.reduce()
+    spatial.reduce()
+    return Reference(Moments.of(statistics), gather_rows(kept, places), Moments.of(spatial) if spatial.count else None)
+
+
+def subset_of(num: int) -> np.ndarray:
+    """Indices of at most SUBSET evenly spaced images of `num`."""
+    size = min(SUBSET, num)
+    return np.arange(size) * num // max(size, 1)
+
+
+def accumulator_of(judge: Judge) -> torch.device:
+    """Where float64 sums are kept: beside the features on a GPU, else on the CPU (MPS has no float64)."""
+    return judge.device if judge.device.type == "cuda" else torch.device("cpu")
+
+
+def _place(images: Images, judge: Judge, spec: str) -> Path:
+    key = [spec, judge.identity]
+    if images.home is not None:
+        folder = images.home / "reference"
+        path = folder / _name(judge, key)
+        if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
+            return path
+    return files.cache_folder() / "reference" / _name(judge, [*key, images.identity])
+
+
+def _name(judge: Judge, key: list) -> str:
+    return f"{judge.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
 
 
 def _read(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return Reference(Statistics.from_state_dict(dict(archive)), torch.from_numpy(archive["subset"]))
+            return Reference.from_arrays(dict(archive))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and it is computed again.") from None

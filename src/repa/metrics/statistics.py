@@ -51,9 +51,12 @@ class Statistics:
         if len(features) == 0:
             return
         features = features.detach().to(self.device).double()
+        if self.count == 0:
+            self._start(features.shape[1])
         mean = features.mean(0)
         centred = features - mean
-        self._join(len(features), mean, centred.T @ centred)
+        self._scatter.addmm_(centred.T, centred)  # in place: D * D numbers are more than a batch is
+        self._move(len(features), mean)
 
     def merge(self, other: "Statistics") -> None:
         """Take in everything that `other` has seen."""
@@ -78,9 +81,14 @@ class Statistics:
         if self.count == 0:
             self._start(len(mean))
         assert len(self._mean) == len(mean), "statistics of different features"
+        self._scatter += scatter
+        self._move(count, mean)
+
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Count features whose scatter about their own mean is in already."""
         total = self.count + count
         shift = mean - self._mean
-        self._scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self._scatter.addr_(shift, shift, alpha=self.count * count / total)
         self._mean += shift * (count / total)
         self.count = total
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repa.base.precision import no_autocast
+
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
 
@@ -60,7 +62,7 @@ class TimestepEmbedding(nn.Module):
         return self
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        with no_autocast(t.device):
             angles = t[:, None] * self.frequencies  # (N, 128)
             features = torch.cat([angles.cos(), angles.sin()], dim=1)
             return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)

@@ -1,4 +1,4 @@
-"""Named training configurations: the rows of the paper's tables, and the two runs of the quickstart.
+"""Named training configurations: the rows of the paper's tables, and small runs for one CPU.
 
 `repa list recipes` names them, `repa show NAME` prints one, and any field can be overridden on the command line.
 """
@@ -6,8 +6,9 @@
 from pathlib import Path
 
 from repa.base.errors import UserError, nearest
+from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.paper import paper_recipe
-from repa.recipes.quickstart import quickstart, quickstart_repa
+from repa.recipes.quickstart import quickstart, quickstart_muon, quickstart_repa
 from repa.recipes.recipe import Recipe
 from repa.report.paper import ROWS
 from repa.runs import layout
@@ -17,6 +18,9 @@ RECIPES: dict[str, Recipe] = {
     **{name: paper_recipe(name, row) for name, row in ROWS.items()},
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
+    "quickstart-muon": Recipe.of(quickstart_muon),
+    "cifar10": Recipe.of(cifar10),
+    "cifar10-repa": Recipe.of(cifar10_repa),
 }
 
 

@@ -4,15 +4,14 @@ from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.recipe import Recipe
-from repa.report.paper import FACTOR, SAMPLINGS, Figures, Row, printed
+from repa.report.paper import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 
-AUTOENCODER = "sd-vae-ft-ema"  # its encoder is also that of sd-vae-ft-mse; its decoder made the published figures
 DIFFERENCES = (
     "As in the paper: no augmentation, AdamW 1e-4, batch 256, gradients clipped at 1, EMA 0.9999.",
-    "Not as there: bf16 or float32 instead of fp16 with a loss scaler; labels are dropped once, with probability 0.1, where",
-    "some published runs may have dropped them twice (0.19 in all).",
+    "Not as there: bf16 or float32, unless --precision fp16 asks for the paper's fp16 with a loss scaler; labels are dropped",
+    "once, with probability 0.1, where some published runs may have dropped them twice (0.19 in all).",
 )
 
 
@@ -75,14 +74,13 @@ def commands(name: str, row: Row) -> list[str]:
     """Images -> figures, on one machine with eight GPUs."""
     data, samples = f"imagenet{row.resolution}", f"samples/{name}.npz"
     sampling = next((figures.sampling for figures in row.figures if figures.sampling), "sde")
-    judge = "dinov2-l" if row.target == "clip-l" else "clip-l"  # never the encoder that the network was aligned to
     eight = "torchrun --nproc-per-node 8 -m repa"
     return [
         f"repa prepare ILSVRC2012/train {data} --resolution {row.resolution} --autoencoder {AUTOENCODER}",
         f"{eight} train {name} --data {data} --out runs/{name}",
         f"{eight} sample runs/{name} --num-images 50000 {options(sampling)} --out {samples}",
-        f"repa evaluate {samples} --reference {data} --features {judge}",
-        f"The figures below are FIDs: give {samples} to ADM's evaluator, whose format it has.",
+        f"repa evaluate {samples} --reference {data} --neighbours float16",
+        f"The paper's reference is ADM's file of {row.resolution} pixels: give its .npz in place of {data} for figures beside those below.",
     ]
 
 

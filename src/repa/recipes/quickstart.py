@@ -1,4 +1,4 @@
-"""The two runs of `repa quickstart`."""
+"""The two runs of `repa quickstart`, and one of them with another optimizer."""
 
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
@@ -35,3 +35,9 @@ def quickstart() -> TrainConfig:
 def quickstart_repa() -> TrainConfig:
     """The aligned run of `repa quickstart`: the same network, seeds and budget, aligned to the embedded encoder."""
     return _quickstart(measure_only=False)
+
+
+def quickstart_muon() -> TrainConfig:
+    """quickstart-repa with Muon for the matrices of attention and MLP; docs/training.md compares the two at equal steps."""
+    recipe = quickstart_repa()
+    return recipe.override(optimizer=recipe.optimizer.override(name="muon"))

@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = exports(
         "read_runs": "records",
         "Speedup": "summary",
         "speedup": "summary",
+        "grouped": "seeds",
+        "group_speedups": "seeds",
         "summary_rows": "summary",
         "summary_table": "summary",
         "config_differences": "configs",

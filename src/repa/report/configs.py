@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from repa.report.records import RunRecord, is_number
+from repa.report.protocols import is_number
+from repa.report.records import RunRecord
 
 
 def alignment_text(item: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Curves of several runs in one axes: denoising loss, alignment and Fréchet distance, against steps or seconds."""
+"""Curves of several runs in one axes: losses, distances and what else was logged, against steps, seconds or images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from repa.base.errors import UserError, nearest
-from repa.report.records import Protocol, RunRecord
-from repa.report.style import TEXT, Horizontal, colour, dress, horizontal, legend_label, line, strong
-from repa.report.summary import baseline_of, speedup
+from repa.report.distances import draw_distances
+from repa.report.learning import QUANTITIES, Quantity
+from repa.report.protocols import Protocol, distance_name
+from repa.report.records import RunRecord, common_protocol
+from repa.report.seeds import Group, grouped
+from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, strong
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("denoising", "alignment", "frechet_distance")
-FRAME_OF_DISTANCES = 5  # times the last value of the worst run: the first values would flatten what matters
+KINDS = ("denoising", "alignment", "frechet_distance", *QUANTITIES)
+LOSS = Quantity("denoising loss")
 SMOOTHING = 0.04  # the running mean spans this part of the logged rows
 MOST_POINTS = 1500  # drawn per line: more cannot be seen and would swell the page
 
@@ -35,9 +38,10 @@ def curve_figure(
     Args:
         runs: from `read_runs`; a run without this quantity is left out of the picture.
         kind: "denoising" (a running mean over the faint raw values), "alignment" (the negative alignment loss, which
-            for the cosine is the similarity itself) or "frechet_distance" (linear between the evaluations).
-        against: "step" or "seconds".
-        protocol: which Fréchet distances, see `RunRecord.protocols`; the first that is found when None.
+            for the cosine is the similarity itself), "frechet_distance" (linear between the evaluations; of runs that
+            differ in the seed only the mean, over each run thinner), or a key of `QUANTITIES`.
+        against: "step", "seconds" or "images".
+        protocol: which Fréchet distances, see `RunRecord.protocols`; the one that most runs share when None.
         size: inches.
     """
     from matplotlib.figure import Figure
@@ -54,23 +58,26 @@ def draw_curves(
 ) -> None:
     """What `curve_figure` draws, into given axes."""
     x_axis = horizontal(runs, against)
+    groups = grouped(runs)
     if kind == "frechet_distance":
-        protocol = protocol or next((p for run in runs for p in run.protocols), None)
+        protocol = protocol or common_protocol(runs)
         if protocol is not None:
-            _draw_distances(axes, runs, x_axis, protocol)
-        label = "Fréchet distance"
-    elif kind == "denoising":
-        for i, run in enumerate(runs):
-            _draw_training(axes, *run.series("denoising", against), x_axis.scale, run.name, i)
-        _frame_settled(axes)
-        label = "denoising loss"
-    else:
+            draw_distances(axes, groups, x_axis, protocol)
+        label = "Fréchet distance" if protocol is None else distance_name(protocol)
+    elif kind == "alignment":
         single = len({name for run in runs for name in run.alignment_names}) == 1
-        for i, run in enumerate(runs):
-            for j, name in enumerate(run.alignment_names):
-                values = run.series(f"alignment/{name}", against)
-                _draw_training(axes, *values, x_axis.scale, alignment_label(run, name, single), i, j)
+        for i, group in enumerate(groups):
+            for j, name in enumerate(group.runs[0].alignment_names):
+                words = alignment_label(group, name, single)
+                _draw_training(axes, group, f"alignment/{name}", x_axis, words, i, j)
         label = alignment_axis(runs)
+    else:
+        quantity = QUANTITIES.get(kind, LOSS)
+        for i, group in enumerate(groups):
+            _draw_training(axes, group, kind, x_axis, group.label, i, quantity=quantity)
+        if quantity.is_noisy:
+            _frame_settled(axes)
+        label = quantity.label
     dress(axes, label, x_axis.label)
 
 
@@ -80,9 +87,9 @@ def alignment_axis(runs: Sequence[RunRecord]) -> str:
     return "cosine similarity" if similarities <= {"cosine"} else "alignment (− loss)"
 
 
-def alignment_label(run: RunRecord, name: str, single: bool) -> str:
-    label = run.name if single else f"{run.name}: {name}"
-    trained = {f"{item.get('target')}@{item.get('depth')}" for item in run.alignments}
+def alignment_label(group: Group, name: str, single: bool) -> str:
+    label = group.label if single else f"{group.label}: {name}"
+    trained = {f"{item.get('target')}@{item.get('depth')}" for item in group.runs[0].alignments}
     return label if name in trained else f"{label} (only measured)"
 
 
@@ -98,14 +105,25 @@ def smoothing_window(num_values: int) -> int:
     return 2 * (round(num_values * SMOOTHING) // 2) + 1
 
 
-def _draw_training(axes: Axes, x: list, y: list, scale: float, label: str, run: int, style: int = 0) -> None:
-    """Faint raw values, the running mean over them; `style` tells several quantities of one run apart."""
-    if not x:
-        return
-    thin = slice(None, None, -(-len(x) // MOST_POINTS))
-    x, smooth = np.asarray(x) / scale, running_mean(np.asarray(y), smoothing_window(len(y)))
-    axes.plot(x[thin], y[thin], color=colour(run), alpha=0.3, linewidth=0.7)
-    axes.plot(x[thin], smooth[thin], linestyle=line(style), markevery=0.15, label=legend_label(label), **strong(run))
+def _draw_training(
+    axes: Axes, group: Group, key: str, x_axis: Horizontal, label: str, number: int, style: int = 0,
+    quantity: Quantity = LOSS,
+) -> None:  # fmt: skip
+    """Of one run faint raw values and the running mean over them, of several the running means; `style` tells several
+    quantities of one run apart."""
+    alone = len(group.runs) == 1
+    for run in group.runs:
+        x, y = run.series(key, x_axis.key)
+        if not x:
+            continue
+        thin = slice(None, None, -(-len(x) // MOST_POINTS))
+        x, y = np.asarray(x) / x_axis.scale, np.asarray(y) * quantity.scale
+        look = strong(number) if alone else {**strong(number), "linewidth": 1.1, "alpha": 0.8}
+        if alone and quantity.is_noisy:
+            axes.plot(x[thin], y[thin], color=colour(number), alpha=0.3, linewidth=0.7)
+        drawn = running_mean(y, smoothing_window(len(y))) if quantity.is_noisy else y
+        name = legend_label(label) if run is group.runs[0] else None
+        axes.plot(x[thin], drawn[thin], linestyle=line(style), markevery=0.15, label=name, **look)
 
 
 def _frame_settled(axes: Axes) -> None:
@@ -115,37 +133,3 @@ def _frame_settled(axes: Axes) -> None:
         low, high = np.percentile(np.concatenate(settled), [0.5, 99.5])
         room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - room, high + room)
-
-
-def _draw_distances(axes: Axes, runs: Sequence[RunRecord], x_axis: Horizontal, protocol: Protocol) -> None:
-    lows, finals, highest = [], [], 0.0
-    for i, run in enumerate(runs):
-        rows = [row for row in run.distances(protocol) if row.get(x_axis.key) is not None]
-        if rows:
-            x, y = np.array([[row[x_axis.key] / x_axis.scale, row["frechet_distance"]] for row in rows]).T
-            axes.plot(x, y, label=legend_label(run.name), **strong(i))
-            lows, finals, highest = [*lows, y.min()], [*finals, y[-1]], max(highest, y.max())
-    if finals:  # linear, as the interpolation is; the first evaluations may lie above the frame
-        top = min(highest, FRAME_OF_DISTANCES * max(finals))
-        room = 0.06 * (top - min(lows)) or 0.1 * top or 1.0
-        axes.set_ylim(min(lows) - room, top + room)
-    _mark_speedups(axes, runs, x_axis, protocol)
-
-
-def _mark_speedups(axes: Axes, runs: Sequence[RunRecord], x_axis: Horizontal, protocol: Protocol) -> None:
-    """The baseline's final distance as a level, and where each aligned run first had it."""
-    baseline = baseline_of(runs)
-    found = [(i, speedup(baseline, run)) for i, run in enumerate(runs) if baseline is not None and run.is_aligned]
-    found = [(i, pair) for i, pair in found if pair is not None and pair.protocol == protocol]
-    if not found:
-        return
-    axes.axhline(found[0][1].target, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
-    bottom = axes.get_ylim()[0]
-    for i, pair in found:
-        where = getattr(pair.aligned, x_axis.key) if pair.aligned else None
-        if where is None:
-            continue
-        where /= x_axis.scale
-        axes.vlines(where, bottom, pair.target, color=colour(i), linewidth=1.1, linestyle=(0, (2, 2)))
-        axes.plot([where], [pair.target], marker="o", markersize=9, markerfacecolor="none", color=TEXT)
-    axes.set_ylim(bottom=bottom)

@@ -56,7 +56,7 @@ def _describe(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} ({_words(item)})" if item else str(key) for key, item in value.items())
+        return ", ".join(f"{key} ({_words(item)})" if item or item == 0 else str(key) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(_words(item) for item in value)
     return str(value)

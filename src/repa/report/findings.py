@@ -1,25 +1,21 @@
 """The one sentence on top of the page, computed from the evaluations, and what a careful reader must know beside it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from repa.report.configs import config_differences
+from repa.report.protocols import DISTANCE, distance_name
 from repa.report.records import RunRecord
+from repa.report.seeds import grouped
+from repa.report.seeds_findings import verdict_over_seeds
 from repa.report.summary import Reached, Speedup, baseline_of, speedup
-from repa.report.text import count, duration, figure, listed
-
-ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
-
-
-class Verdict(NamedTuple):
-    """The sentence, and the remarks that stand under it."""
-
-    sentence: str
-    notes: list[str]
+from repa.report.text import Verdict, count, duration, figure, listed, times
 
 
 def verdict(records: Sequence[RunRecord]) -> Verdict:
     """What the runs show, never more than they show."""
+    groups = grouped(records)
+    if len(groups) < len(records):
+        return verdict_over_seeds(groups)
     baseline, aligned = baseline_of(records), [run for run in records if run.is_aligned]
     pairs = [(run, found) for run in aligned if (found := speedup(baseline, run))] if baseline is not None else []
     if not pairs:
@@ -28,7 +24,7 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
     if reached:
         run, found = min(reached, key=lambda pair: pair[1].aligned.step)
     else:
-        run, found = min(pairs, key=lambda pair: pair[1].aligned_best["frechet_distance"])
+        run, found = min(pairs, key=lambda pair: pair[1].aligned_best[DISTANCE])
     ours = "the aligned run" if len(aligned) == 1 else run.name
     theirs = "the baseline" if len(records) == len(aligned) + 1 else baseline.name
     sentence = (_reached if reached else _not_reached)(ours, theirs, found, len(pairs))
@@ -46,7 +42,7 @@ def _reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> str:
         gain = f": {times(ratio, 'fewer', 'more', found.aligned.is_bound)}"
         if found.baseline.step < end:
             gain += f" than the {count(found.baseline.step)} after which {theirs} itself first had it"
-    what = f"{theirs}’s final Fréchet distance ({figure(found.target)} at {count(end)} steps)"
+    what = f"{theirs}’s final {distance_name(found.protocol)} ({figure(found.target)} at {count(end)} steps)"
     return f"{who} reached {what} {when}{gain}."
 
 
@@ -56,27 +52,14 @@ def _not_reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> s
     best, end = found.aligned_best, count(found.baseline_final["step"])
     closest = "its lowest was" if single else f"the lowest was {ours}’s"
     return (
-        f"{who} {theirs}’s final Fréchet distance ({figure(found.target)} at {end} steps): "
-        f"{closest} {figure(best['frechet_distance'])}, at {count(best['step'])} steps."
+        f"{who} {theirs}’s final {distance_name(found.protocol)} ({figure(found.target)} at {end} steps): "
+        f"{closest} {figure(best[DISTANCE])}, at {count(best['step'])} steps."
     )
 
 
 def _first_upper(words: str) -> str:
     """Our own phrases start a sentence; a run's name stays as it is."""
     return words[0].upper() + words[1:] if words.startswith("the ") else words
-
-
-def times(ratio: float, fewer: str, more: str, at_least: bool = False) -> str:
-    """1.92 -> '1.9 times fewer'; 0.5 -> '2.0 times more'; 1.02 -> 'about the same'."""
-    if at_least and ratio > 1:
-        return f"at least {_factor(ratio)} times {fewer}"
-    if abs(ratio - 1) < ABOUT_EQUAL:
-        return "about the same"
-    return f"{_factor(ratio)} times {fewer}" if ratio > 1 else f"{_factor(1 / ratio)} times {more}"
-
-
-def _factor(ratio: float) -> str:
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
@@ -89,7 +72,7 @@ def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
             spent = f"{duration(reached.seconds)} for {ours}, {duration(found.baseline.seconds)} for {theirs}"
             notes.append(f"In training time: {spent}, {times(ratio, 'less', 'more', reached.is_bound)}.")
     last = found.aligned_final, found.baseline_final
-    ends = [f"{figure(row['frechet_distance'])} at {count(row['step'])} steps" for row in last]
+    ends = [f"{figure(row[DISTANCE])} at {count(row['step'])} steps" for row in last]
     notes.append(f"Last evaluations: {ours} {ends[0]}, {theirs} {ends[1]}.")
     return notes
 
@@ -130,7 +113,7 @@ def _without_comparison(records: Sequence[RunRecord], baseline: RunRecord | None
     for run in evaluated:
         last = run.distances(run.protocols[0])[-1]
         ends.append(
-            f"{run.name}: Fréchet distance {figure(last['frechet_distance'])} after {count(last['step'])} steps"
+            f"{run.name}: {distance_name(run.protocols[0])} {figure(last[DISTANCE])} after {count(last['step'])} steps"
         )
     notes = []
     if len(records) > 1:

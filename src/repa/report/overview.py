@@ -7,7 +7,9 @@ from repa.base.errors import UserError
 from repa.base.files import atomic_path
 from repa.report.curves import draw_curves
 from repa.report.pictures import MOST_IMAGES, read_preview, tile_pixels
-from repa.report.records import RunRecord, read_runs
+from repa.report.protocols import DISTANCE, Protocol, distance_name
+from repa.report.records import RunRecord, common_protocol, read_runs
+from repa.report.seeds import group_indices, grouped
 from repa.report.style import colour
 from repa.report.text import count, figure
 from repa.runs import layout
@@ -39,21 +41,21 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     def panel(left: float, width: float):
         return picture.add_axes((left / size[0], BELOW / size[1], width / size[0], TILE / size[1]))
 
-    left = BESIDE
+    left, protocol, groups = BESIDE, common_protocol(records), group_indices(records, grouped(records))
     for (index, run, step), pixels, width in zip(drawn, tiles, widths, strict=True):
         axes = panel(left, width)
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        axes.set_title(_panel_title(run, step), fontsize=10, color=colour(index), parse_math=False)
+        axes.set_title(_panel_title(run, step, protocol), fontsize=10, color=colour(groups[index]), parse_math=False)
         left += width + BESIDE
     kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
-    draw_curves(panel(left + CURVE_LABELS, CURVE), records, kind)
+    draw_curves(panel(left + CURVE_LABELS, CURVE), records, kind, protocol=protocol)
     with atomic_path(out) as temporary:
         picture.savefig(temporary, format="png", dpi=DPI)
     return out
 
 
-def _panel_title(run: RunRecord, step: int) -> str:
-    rows = [row for protocol in run.protocols[:1] for row in run.distances(protocol) if row["step"] == step]
-    distance = f", Fréchet distance {figure(rows[-1]['frechet_distance'])}" if rows else ""
+def _panel_title(run: RunRecord, step: int, protocol: Protocol | None) -> str:
+    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
+    distance = f", {distance_name(protocol)} {figure(rows[-1][DISTANCE])}" if rows else ""
     return f"{run.name}\n{count(step)} steps{distance}"

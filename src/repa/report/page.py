@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from markupsafe import Markup, escape
 
 from repa.base.files import write_text
-from repa.report.captions import distance_alt, distance_caption, training_alt, training_caption
+from repa.report.analysis_results import accuracies, read_analyses
 from repa.report.configs import config_differences
-from repa.report.curves import alignment_axis, curve_figure
+from repa.report.drawn import Curve, alignment_curve, analysis_curve, distance_curves, learning_curve, loss_curve
+from repa.report.evaluations import add_evaluations
 from repa.report.facts import data_facts
 from repa.report.findings import verdict
-from repa.report.paper import printed, reported
-from repa.report.pictures import Tile, check_images, has_preview, preview_columns, read_preview, tile
-from repa.report.records import PROTOCOL, RunRecord, is_number, read_runs
+from repa.report.learning import logged
+from repa.report.paper import printed
+from repa.report.pictures import Tile, analysis_pictures, check_images, has_preview, preview_columns, read_preview, tile
+from repa.report.protocols import DISTANCE, PROTOCOL, Protocol, distance_name, is_number
+from repa.report.records import RunRecord, common_protocol, read_runs
+from repa.report.results import results as find_results
+from repa.report.results import without_paper
+from repa.report.seeds import group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
-from repa.report.summary import reached_text, summary_rows
-from repa.report.svg import inline_svg
+from repa.report.summary import reached_text, summary_rows, summary_table
+from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
 from repa.report.text import count, duration, figure, how_made, short_count
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
@@ -28,13 +35,6 @@ LAST_WIDTH = 320  # and for each of the larger pictures
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class Curve(NamedTuple):
-    """An inline SVG and its caption."""
-
-    svg: str
-    caption: str
 
 
 class Cell(NamedTuple):
@@ -51,35 +51,53 @@ def write_report(
     *,
     title: str = "Representation alignment: what the runs did",
     names: Sequence[str] | None = None,
+    results: Sequence[str | Path] = (),
     facts: Mapping[str, str] | None = None,
     commands: Sequence[str] | None = None,
     training_images: np.ndarray | None = None,
+    tables: bool = False,
 ) -> Path:
     """Write the report of one or several run folders; returns `out`.
 
     Args:
-        runs: run folders, in the order in which they are shown; the first without alignment is the baseline.
+        runs: run folders, in the order in which they are shown; the first without alignment is the baseline. Runs that
+            differ in nothing but the seed are taken together.
         out: the HTML file.
         title: heading of the page.
         names: what the runs are called, the folders' names when None.
+        results: files of `repa evaluate --out` beside those in the runs' folders, also of samples that are of no run here.
         facts: hardware, versions, sizes, times: name -> value. `machine_facts()` gives those of this process.
         commands: the shell commands that produced the runs.
         training_images: uint8 (N, H, W, 3), shown beside the last previews.
+        tables: write the tables as Markdown and CSV too, beside `out` under its name.
 
     Raises:
-        UserError: a folder is no run, names do not fit, a preview is damaged or training_images are no uint8 images.
+        UserError: a folder is no run, names do not fit, a file is damaged or training_images are no uint8 images.
     """
+    out = Path(out)
     if training_images is not None:
         check_images(training_images, "training_images")
-    records = read_runs(runs, names)
+    records, others = add_evaluations(read_runs(runs, names), results)
+    analyses, groups, said = read_analyses(records), grouped(records), verdict(records)
+    probed = accuracies(analyses)
+    measured, speedups = find_results(groups, others, probed), group_speedups(groups)
+    learning, constant = logged(records)
     values = {
         "title": title,
-        "verdict": verdict(records),
+        "verdict": said,
         "runs": records,
+        "colour_of": group_indices(records, groups),
         "num_colours": len(COLOURS),
         "rows": summary_rows(records),
-        "reported": reported(records),
+        "results": measured,
+        "speedups": [speedup_cells(each) for each in speedups],
+        "reported": without_paper(measured, groups),
         "curves": _curves(records),
+        "learning": [learning_curve(records, key) for key in learning],
+        "constant": constant,
+        "analyses": [analysis_curve(each, number) for number, each in enumerate(analyses) if each.best],
+        "probed": probed,
+        "analysis_pictures": [(run, picture) for run in records for picture in analysis_pictures(run)],
         **_samples(records, training_images),
         "differences": config_differences(records),
         "configs": [yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in records],
@@ -88,7 +106,11 @@ def write_report(
         "commands": list(commands or []),
     }
     write_text(out, _environment().get_template("page.html").render(values))
-    return Path(out)
+    if tables:
+        whole = find_results(groups, others, probed, thin=False)
+        write_markdown(out.with_suffix(".md"), title, said, measured, speedups, summary_table(records))
+        write_csv(out.with_suffix(".csv"), whole)
+    return out
 
 
 def _environment():
@@ -102,44 +124,37 @@ def _environment():
     )
     environment.filters |= {
         "count": count, "duration": duration, "figure": figure, "how_made": how_made, "short_count": short_count,
-        "printed": printed, "reached_text": reached_text,
+        "printed": printed, "reached_text": reached_text, "shown": shown, "has_seeds": has_seeds,
+        "distance_name": distance_name, "breakable": breakable,
     }  # fmt: skip
     return environment
 
 
+def breakable(name: str) -> Markup:
+    """A run's name that may break after a slash."""
+    return Markup("/<wbr>").join(escape(part) for part in name.split("/"))
+
+
 def _curves(records: Sequence[RunRecord]) -> list[Curve]:
-    """The Fréchet distance first (once per way it was made), then the losses; what nobody logged has no curve."""
+    """The distances first (once per way they were made), then the losses; what nobody logged has no curve."""
     curves = []
     protocols = list(dict.fromkeys(p for run in records for p in run.protocols))
     for number, protocol in enumerate(protocols):
-        for against in ("step", "seconds"):
-            timed = [row for run in records for row in run.distances(protocol) if is_number(row.get(against))]
-            if timed:
-                name = f"distance-{number}-{against}"
-                svg = inline_svg(
-                    curve_figure(records, "frechet_distance", against=against, protocol=protocol),
-                    name,
-                    distance_alt(records, protocol, against),
-                )
-                curves.append(Curve(svg, distance_caption(protocol, against)))
+        rows = [row for run in records for row in run.distances(protocol)]
+        if len({row["step"] for row in rows}) > 1:  # a single step is a table's, no curve
+            curves += distance_curves(records, protocol, number)
     if any(run.series("denoising")[0] for run in records):
-        svg = inline_svg(curve_figure(records, "denoising"), "denoising", training_alt(records, "denoising"))
-        curves.append(
-            Curve(svg, training_caption(records, "Denoising loss, lower is better; its first values may be cut off."))
-        )
+        curves.append(loss_curve(records))
     if any(run.alignment_names for run in records):
-        svg = inline_svg(curve_figure(records, "alignment"), "alignment", training_alt(records, "alignment"))
-        caption = (
-            f"Alignment ({alignment_axis(records)}) of projected hidden tokens and the encoder’s, higher is closer."
-        )
-        curves.append(Curve(svg, training_caption(records, caption)))
+        curves.append(alignment_curve(records))
     return curves
 
 
 def _samples(records: Sequence[RunRecord], training_images: np.ndarray | None) -> dict[str, Any]:
     """The grid (rows are runs, columns steps), and the last previews larger beside training images."""
     steps = preview_columns(records)
-    grid = [[_cell(run, step) for step in steps] for run in records]
+    protocol = common_protocol(records)
+    grid = [[_cell(run, step, protocol) for step in steps] for run in records]
     last = [[cell.tile for cell in cells if cell.tile] for cells in grid]
     return {
         "steps": steps,
@@ -151,19 +166,20 @@ def _samples(records: Sequence[RunRecord], training_images: np.ndarray | None) -
     }
 
 
-def _cell(run: RunRecord, step: int) -> Cell:
-    rows = [row for protocol in run.protocols[:1] for row in run.distances(protocol) if row["step"] == step]
-    distance = figure(rows[-1]["frechet_distance"]) if rows else ""
+def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
+    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
+    distance = figure(rows[-1][DISTANCE]) if rows else ""
     if not has_preview(run, step):
         return Cell(None, distance, "")
     drawn = tile(read_preview(run, step))
-    score = f", Fréchet distance {distance}" if distance else ""
+    score = f", {distance_name(protocol)} {distance}" if distance else ""
     return Cell(drawn, distance, f"{drawn.num_images} samples of {run.name} at {count(step)} steps{score}")
 
 
 def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) with everything the evaluations hold, in the order in which it was first written."""
-    keys = [key for key in dict.fromkeys(key for row in run.evals for key in row) if key != "kind"]
+    aside = ("kind", "run", "samples")
+    keys = [key for key in dict.fromkeys(key for row in run.evals for key in row) if key not in aside]
     keys.sort(key=lambda key: key in PROTOCOL)  # the numbers first, how they were made after
     return keys, [[_shown(row.get(key)) for key in keys] for row in run.evals]
 

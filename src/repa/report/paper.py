@@ -6,15 +6,15 @@ of 50,000 samples of the average of the weights, against ImageNet in Inception f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from repa.report.records import RunRecord
+from typing import Any, NamedTuple
 
 FACTOR = 8  # pixels per latent, along each side
 CLASSES = 1000
+AUTOENCODER = "sd-vae-ft-ema"  # its encoder is also that of sd-vae-ft-mse; its decoder made the published figures
+IMAGES = 1_281_167  # of ImageNet's training set
+SAMPLES = 50_000
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # ADM's statistics
 
 
 class Figures(NamedTuple):
@@ -226,44 +226,8 @@ ROWS: dict[str, Row] = {
 }
 
 
-def row_of(run: RunRecord) -> tuple[str, Row] | None:
-    """The row that a run trains as: the same network, alignment and batch, on latents of as many classes; else None."""
-    return next(((name, row) for name, row in ROWS.items() if _trains_as(run, row)), None)
-
-
-def _trains_as(run: RunRecord, row: Row) -> bool:
-    model, diffusion = run.config.get("model") or {}, run.config.get("diffusion") or {}
-    asked = {
-        "name": row.model,
-        "latent_size": row.resolution // FACTOR,
-        "num_classes": CLASSES,
-        "hidden_dim": 0,
-        "depth": 0,
-        "num_heads": 0,
-        "qk_norm": False,
-    }
-    same_network = all(model.get(key) == value for key, value in asked.items())
-    objective = {"objective": row.objective, "path": "linear", "prediction": "velocity", "timesteps": "uniform"}
-    same_objective = {"objective": "flow", **diffusion} == objective  # runs before there were two did not write it down
-    same_batch = run.config.get("batch_size") == 256
-    return same_network and same_objective and same_batch and _same_alignment(run.alignments, row.alignment)
-
-
-def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any] | None) -> bool:
-    """Is there just the one term of the row (or none), with the paper's projector, constant in time?"""
-    if asked is None:
-        return not found
-    whole = {**asked, "projector": "mlp", "schedule": "constant", "token_norm": "none"}
-    return len(found) == 1 and all(found[0].get(key) == value for key, value in whole.items())
-
-
 def printed(value: float | None) -> str:
     """A figure with as many decimals as the paper prints: 10.0, 1.42, 0.70."""
     if value is None:
         return "-"
     return f"{value:.1f}" if value >= 1 and round(value, 1) == value else f"{value:.2f}"
-
-
-def reported(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str, Row]]:
-    """(run, recipe, row) of the runs that train as a row of the paper does, where it gives figures without guidance."""
-    return [(run, *found) for run in runs if (found := row_of(run)) is not None and found[1].unguided]

@@ -1,11 +1,13 @@
 """Images as tiles inside a page: previews of runs, training images; PNG in data URIs."""
 
+from __future__ import annotations
+
 import base64
 import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,8 +15,16 @@ from repa.base.errors import UserError
 from repa.report.records import RunRecord
 from repa.runs import layout
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
+MOST_OF_ANALYSIS = 1600  # side of a picture of `repa analyse`
+CAPTIONS = {
+    "pictures": "Tokens as colours, their first three principal components, beside the images.",
+    "progress": "Samples of checkpoints from the same noise and labels.",
+}
 MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
 
 
@@ -41,10 +51,7 @@ def tile(images: np.ndarray) -> Tile:
     picture = Image.fromarray(canvas, "RGBA")
     if max(picture.size) > MOST_PIXELS:
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Tile(uri, *picture.size, len(images))
+    return Tile(_uri(picture), *picture.size, len(images))
 
 
 def tile_pixels(images: np.ndarray) -> np.ndarray:
@@ -90,3 +97,35 @@ def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
 
 def has_preview(run: RunRecord, step: int) -> bool:
     return Path(layout.preview(run.path, step, ".npz")).is_file()
+
+
+class AnalysisPicture(NamedTuple):
+    """A picture that `repa analyse` made, and what it shows."""
+
+    tile: Tile
+    caption: str
+
+
+def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
+    """Pictures in the folder of analyses that are no drawing of rows: those are drawn anew from the rows."""
+    found = []
+    for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
+        if file.with_suffix(".json").is_file():
+            continue
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(file) as opened:
+                picture = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"{file} is damaged: it cannot be read as a picture ({error}). Remove it.") from None
+        picture.thumbnail((MOST_OF_ANALYSIS, MOST_OF_ANALYSIS))
+        caption = CAPTIONS.get(file.stem, file.stem)
+        found.append(AnalysisPicture(Tile(_uri(picture), *picture.size, 1), caption))
+    return found
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,22 +1,17 @@
-"""A run folder read back: its configuration, its data and the rows of its metrics, as plain values."""
+"""A run folder read back: its configuration, its data, its metrics and what `repa evaluate` found, as plain values."""
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
+from repa.report.protocols import DISTANCE, Protocol, is_number, protocol_of, renamed
 from repa.runs import layout
 from repa.runs.log import read_metrics
-
-# The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
-PROTOCOL = ("features", "num_samples", "sampler", "steps", "nfe", "guidance", "decoder", "weights")
-
-Protocol = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +27,15 @@ class RunRecord:
     events: list[dict[str, Any]]
 
     @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images of a step."""
+        return self.config.get("batch_size") if is_number(self.config.get("batch_size")) else None
+
+    @property
     def alignments(self) -> list[dict[str, Any]]:
         """The alignment settings that reached the network: not those of weight 0 or those that only measure."""
         items = self.config.get("alignments") or []
@@ -45,6 +49,16 @@ class RunRecord:
     def steps(self) -> int:
         """The last step that left a row (0 when none did)."""
         return max((row["step"] for row in [*self.train, *self.evals]), default=0)
+
+    def images_at(self, step: int) -> dict[str, int]:
+        """{"images": how many were seen by a step}, with repetitions; empty where the batch size is not known."""
+        return {} if self.batch_size is None else {"images": step * self.batch_size}
+
+    @cached_property
+    def seconds_at(self) -> dict[int, float]:
+        """Training time at every step that left a row."""
+        rows = [*self.evals, *self.train]
+        return {row["step"]: row["seconds"] for row in rows if is_number(row.get("seconds"))}
 
     @cached_property
     def alignment_names(self) -> list[str]:
@@ -65,17 +79,17 @@ class RunRecord:
 
     def distances(self, protocol: Protocol) -> list[dict[str, Any]]:
         """The evaluations with a finite Fréchet distance made by `protocol`, by step."""
-        return [row for row in self.evals if is_number(row.get("frechet_distance")) and protocol_of(row) == protocol]
+        return [row for row in self.evals if is_number(row.get(DISTANCE)) and protocol_of(row) == protocol]
 
     @property
     def protocols(self) -> list[Protocol]:
-        """The ways this run's Fréchet distances were made; the one of the last evaluation first."""
-        rows = [row for row in reversed(self.evals) if is_number(row.get("frechet_distance"))]
-        return list(dict.fromkeys(protocol_of(row) for row in rows))
+        """The ways this run's Fréchet distances were made: the one of most evaluations first, of equals the latest."""
+        found = Counter(protocol_of(row) for row in reversed(self.evals) if is_number(row.get(DISTANCE)))
+        return [protocol for protocol, _ in found.most_common()]
 
 
 def read_run(path: str | Path, name: str | None = None) -> RunRecord:
-    """Read a run folder. Raises UserError, naming the folder, when it is none.
+    """Read a run folder. Raises UserError, naming the folder or the file, when it is none or damaged.
 
     Args:
         path: what `repa train --out` wrote; metrics, data.json and previews may be missing, the configuration may not.
@@ -84,11 +98,32 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     path = Path(path)
     config = layout.read_config(path)
     data = read_json(path / layout.DATA) if (path / layout.DATA).is_file() else {}
-    rows = [row for row in read_metrics(path) if isinstance(row.get("step"), int)]
+    if not isinstance(data, dict):
+        raise UserError(f"{path / layout.DATA} must hold a JSON object, but holds {type(data).__name__}.")
+    try:
+        rows = [row for row in read_metrics(path) if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path / layout.METRICS} is damaged: it is not text at byte {error.start:,}.") from None
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
-    latest = {(row["step"], protocol_of(row)): row for row in kinds["eval"]}
-    evals = sorted(latest.values(), key=lambda row: row["step"])
-    return RunRecord(path, name or path.resolve().name, config, data, kinds["train"], evals, kinds["event"])
+    events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
+    run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)
+    train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
+    return replace(run, train=train, evals=in_order(map(renamed, evals)))
+
+
+def with_evaluations(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
+    """The run with the rows of results files beside those of its metrics."""
+    timed = [{**row, "seconds": run.seconds_at.get(row["step"]), **run.images_at(row["step"])} for row in rows]
+    return replace(run, evals=in_order([*run.evals, *timed]))
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By step; of repeated evaluations (same step and protocol) the last, with what only earlier ones measured."""
+    latest: dict[tuple[int, Protocol], dict[str, Any]] = {}
+    for row in rows:
+        key = row["step"], protocol_of(row)
+        latest[key] = {**latest.get(key, {}), **{name: value for name, value in row.items() if value is not None}}
+    return sorted(latest.values(), key=lambda row: row["step"])
 
 
 def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | None = None) -> list[RunRecord]:
@@ -99,8 +134,9 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
         raise UserError(
             f"{len(names)} names were given for {len(runs)} runs: give one name per run, in the same order."
         )
+    called = names or _short_names([run.path if isinstance(run, RunRecord) else run for run in runs])
     records = [
-        run if isinstance(run, RunRecord) else read_run(run, names[i] if names else None) for i, run in enumerate(runs)
+        run if isinstance(run, RunRecord) else read_run(run, name) for run, name in zip(runs, called, strict=True)
     ]
     repeated = next((r.name for i, r in enumerate(records) if r.name in {other.name for other in records[:i]}), None)
     if repeated is not None:
@@ -108,10 +144,19 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
     return records
 
 
-def protocol_of(row: dict[str, Any]) -> Protocol:
-    """How an evaluation's numbers were made, as something that can be compared."""
-    return tuple((key, json.dumps(row[key], sort_keys=True)) for key in PROTOCOL if row.get(key) is not None)
+def common_protocol(records: Sequence[RunRecord]) -> Protocol | None:
+    """The way of measuring that most runs share, of equals the one of most evaluations: what stands in one column."""
+    found = dict.fromkeys(protocol for run in records for protocol in run.protocols)
+    shared = {p: [len(run.distances(p)) for run in records if p in run.protocols] for p in found}
+    return max(found, key=lambda protocol: (len(shared[protocol]), sum(shared[protocol])), default=None)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _short_names(runs: Sequence[str | Path]) -> list[str]:
+    """The folders' names, with as many parents before them as tell them apart."""
+    parts = [Path(run).resolve().parts for run in runs]
+    if len(set(parts)) < len(parts):  # a folder given twice: nothing tells it apart
+        return [path[-1] for path in parts]
+    length = 1
+    while len({path[-length:] for path in parts}) < len(parts):
+        length += 1
+    return ["/".join(path[-length:]) for path in parts]

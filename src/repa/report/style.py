@@ -51,11 +51,17 @@ class Horizontal(NamedTuple):
 
 
 def horizontal(runs: Sequence[RunRecord], against: str) -> Horizontal:
-    """Steps, or time in the unit that suits the longest run."""
+    """Steps, or images or time in the unit that suits the longest run."""
     if against == "step":
         return Horizontal("step", 1.0, "training steps")
+    if against == "images":
+        most = max((run.steps * (run.batch_size or 0) for run in runs), default=0)
+        scale, unit = next(
+            ((s, u) for s, u in ((1e6, " (millions)"), (1e3, " (thousands)")) if most >= 3 * s), (1.0, "")
+        )
+        return Horizontal("images", scale, f"training images{unit}")
     if against != "seconds":
-        raise UserError(f"Curves are drawn against 'step' or 'seconds', not {against!r}.")
+        raise UserError(f"Curves are drawn against 'step', 'seconds' or 'images', not {against!r}.")
     longest = max((row.get("seconds") or 0.0 for run in runs for row in [*run.train, *run.evals]), default=0.0)
     for scale, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if longest >= 3 * scale:

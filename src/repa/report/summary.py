@@ -8,7 +8,8 @@ from statistics import fmean, median
 from typing import Any
 
 from repa.report.configs import alignment_text
-from repa.report.records import Protocol, RunRecord, is_number, read_runs
+from repa.report.protocols import Protocol, is_number
+from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.text import count, duration, figure
 from repa.runs import layout
 
@@ -53,13 +54,14 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
     """When the aligned run first had the baseline's final Fréchet distance, linearly interpolated between evaluations.
 
     Returns:
-        None when the two share no way of evaluating (features, number of samples, sampler, NFE, weights).
-        Otherwise a `Speedup`, whose `aligned` is None when the distance was not reached.
+        None when the two share no way of evaluating (features, number of samples, sampler, NFE, weights, ...); of several
+        the one of most evaluations is taken. Otherwise a `Speedup`, whose `aligned` is None when the distance was not reached.
     """
     baseline, aligned = read_runs([baseline, aligned])
-    protocol = next((p for p in baseline.protocols if p in aligned.protocols), None)
-    if protocol is None:
+    common = [protocol for protocol in baseline.protocols if protocol in aligned.protocols]
+    if not common:
         return None
+    protocol = max(common, key=lambda p: min(len(run.distances(p)) for run in (baseline, aligned)))
     rows, aligned_rows = baseline.distances(protocol), aligned.distances(protocol)
     target = rows[-1]["frechet_distance"]
     first = first_reached(rows, target)
@@ -86,14 +88,17 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
 def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
     """One dictionary per run, the columns of the summary table; None where a run has no such figure.
 
-    Final `denoising` and `alignment` (negative loss per alignment) are means over the last tenth of the logged rows,
-    `images_per_second` is the median, `speedup` compares with the first run that was trained without alignment.
+    `frechet_distance` is the last that was made as most runs' were (`protocol`), None where a run has none such. Final
+    `denoising` and `alignment` (negative loss per alignment) are means over the last tenth of the logged rows,
+    `images_per_second` is the median, `speedup` compares with the first run that was trained without alignment, or with
+    its like of the same seed.
     """
     records = read_runs(runs)
-    baseline = baseline_of(records)
-    rows = []
+    rows, protocol = [], common_protocol(records)
     for run in records:
-        last = run.distances(run.protocols[0])[-1] if run.protocols else {}
+        baseline = baseline_of(records, run)
+        distances = run.distances(protocol) if protocol is not None else []
+        last = distances[-1] if distances else {}
         seconds = [row["seconds"] for row in [*run.train, *run.evals] if is_number(row.get("seconds"))]
         rates = run.series("images_per_second")[1]
         rows.append(
@@ -103,7 +108,7 @@ def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
                 "alignments": [alignment_text(item) for item in run.alignments],
                 "frechet_distance": last.get("frechet_distance"),
                 "frechet_step": last.get("step"),
-                "protocol": run.protocols[0] if run.protocols else None,
+                "protocol": protocol if distances else None,
                 "speedup": speedup(baseline, run) if baseline is not None and run.is_aligned else None,
                 "denoising": _tail(run.series("denoising")[1]),
                 "alignment": {name: _tail(run.series(f"alignment/{name}")[1]) for name in run.alignment_names},
@@ -144,9 +149,13 @@ def reached_text(found: Speedup | None) -> str:
     return f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
 
 
-def baseline_of(records: Sequence[RunRecord]) -> RunRecord | None:
-    """The first run trained without alignment."""
-    return next((run for run in records if not run.is_aligned), None)
+def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> RunRecord | None:
+    """The first run trained without alignment; for `run` its like of the same seed, where there is one."""
+    first = next((each for each in records if not each.is_aligned), None)
+    if first is None or run is None or run.seed == first.seed:
+        return first
+    changed = {**first.config, "seed": run.seed}
+    return next((each for each in records if each.config == changed and each.data == first.data), first)
 
 
 def num_parameters(run: Path) -> int | None:

@@ -1,9 +1,17 @@
 """Numbers and settings in words, as a reader wants them."""
 
-import json
-from typing import Any
+from typing import Any, NamedTuple
 
-from repa.report.records import Protocol
+from repa.report.protocols import Protocol, settings_of
+
+ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
+
+
+class Verdict(NamedTuple):
+    """The sentence on top of the page, and the remarks that stand under it."""
+
+    sentence: str
+    notes: list[str]
 
 
 def count(value: float) -> str:
@@ -39,22 +47,30 @@ def duration(seconds: float) -> str:
 
 
 def how_made(protocol: Protocol) -> str:
-    """The sentence that stands near a Fréchet distance: features, number of samples, sampler, NFE, weights."""
-    given = {key: json.loads(value) for key, value in protocol}
+    """The sentence that stands near a Fréchet distance: features, reference, samples and labels, sampler, NFE, weights."""
+    given = settings_of(protocol)
     parts = []
     if "num_samples" in given:
-        parts.append(f"{count(given['num_samples'])} samples")
+        labels = f" with {given['labels']} labels" if "labels" in given else ""
+        parts.append(f"{count(given['num_samples'])} samples{labels}")
     if "features" in given:
-        parts.append(f"features of {given['features']}")
+        checksum = f" (weights {given['judge_weights']})" if "judge_weights" in given else ""
+        parts.append(f"features of {given['features']}{checksum}")
+    if "reference" in given:
+        parts.append(f"against {given['reference']}")
     if "sampler" in given:
         steps = f", {given['steps']} steps" if "steps" in given else ""
         parts.append(f"sampler {given['sampler']}{steps}")
     if "nfe" in given:
         parts.append(f"{given['nfe']} network evaluations (NFE) per sample")
     if "guidance" in given:
-        parts.append(f"guidance {_plain(given['guidance'])}")
+        parts.append(_guidance(given["guidance"]))
+    if "decoder" in given:
+        parts.append(f"decoded by {given['decoder']}")
     if "weights" in given:
         parts.append("EMA weights" if given["weights"] == "ema" else f"weights: {given['weights']}")
+    if "neighbours" in given:
+        parts.append(f"precision and recall in {given['neighbours']}")
     return "; ".join(parts) or "how it was made was not recorded"
 
 
@@ -63,5 +79,27 @@ def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+def _guidance(given: Any) -> str:
+    """'no guidance', 'guidance 1.8 for t in [0, 0.7]'."""
+    if given == "off":
+        return "no guidance"
+    if not isinstance(given, dict) or "scale" not in given:
+        return f"guidance {given}"
+    low, high = given.get("interval") or (0, 1)
+    where = "" if (low, high) == (0, 1) else f" for t in [{low:g}, {high:g}]"
+    of = f" of {given['channels']} channels" if given.get("channels") else ""
+    return f"guidance {given['scale']:g}{where}{of}"
+
+
+def times(ratio: float, fewer: str, more: str, at_least: bool = False) -> str:
+    """1.92 -> '1.9 times fewer'; 0.5 -> '2.0 times more'; 1.02 -> 'about the same'."""
+    if at_least and ratio > 1:
+        return f"at least {factor(ratio)} times {fewer}"
+    if abs(ratio - 1) < ABOUT_EQUAL:
+        return "about the same"
+    return f"{factor(ratio)} times {fewer}" if ratio > 1 else f"{factor(1 / ratio)} times {more}"
+
+
+def factor(ratio: float) -> str:
+    """1.92 -> '1.9', 17.5 -> '18'."""
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"

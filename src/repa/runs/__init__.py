@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = exports(
         "save_checkpoint": "checkpoint",
         "load_checkpoint": "checkpoint",
         "Checkpoint": "checkpoint",
+        "Writer": "writer",
         "MetricsLog": "log",
         "read_metrics": "log",
     },

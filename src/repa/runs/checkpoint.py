@@ -1,13 +1,11 @@
 """Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
 
 import errno
-import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,55 +15,78 @@ from repa.base.errors import UserError
 from repa.runs import layout
 
 MARGIN = 2**20  # bytes: a write that failed with less than this free failed for want of room
+KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
 
 class Checkpoint(NamedTuple):
-    """Everything that must survive a restart. Randomness and data order are functions of (seed, step), so they are not in here."""
+    """Everything that must survive a restart. Randomness and data order are functions of (seed, step), so they are not in here.
+
+    All tensors are whole and on the CPU, whatever number of processes made them: any other number can continue.
+    """
 
     step: int
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     projectors: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    counters: dict[str, float]  # training seconds and the like
+    optimizer: dict[str, Tensor]  # "PARAMETER/WHAT", as in "model.x_embedder.proj.bias/exp_avg"; empty: only weights
+    counters: dict[str, Any]  # training seconds and other plain values
+    averages: Mapping[str, dict[str, Tensor]] = {}  # further averages of the network by the stem of their file
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """Name of the file -> its tensors."""
+        known = dict(zip(KNOWN, (self.model, self.ema, self.projectors, self.optimizer), strict=True))
+        return {**known, **{stem + layout.WEIGHTS: tensors for stem, tensors in self.averages.items()}}
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest `keep` (0 keeps every one)."""
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every: int = 0) -> Path:
+    """Write a checkpoint atomically, then remove the older ones that need not stay.
+
+    Args:
+        run: run folder.
+        checkpoint: what to write; when its step is there already, that one stays, as it is the same state.
+        keep: newest checkpoints that stay; 0 keeps every one.
+        keep_every: those whose step is a multiple of it stay too; 0: no further ones.
+
+    Raises:
+        UserError: the disk is full; the checkpoints that were there are whole.
+    """
     folder = layout.checkpoint_folder(run, checkpoint.step)
-    if folder.exists():  # the same step again: a run continued from here and came back with the same state
-        return folder
-    for leftover in folder.parent.glob(".*.tmp"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover)
-    with files.atomic_folder(folder) as temporary:
-        for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE):
-            tensors = getattr(checkpoint, name.removesuffix(".safetensors"))
-            tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-            _write(temporary / name, lambda path, tensors=tensors: save_file(tensors, path))
-        _write(temporary / layout.OPTIMIZER_FILE, lambda path: torch.save(checkpoint.optimizer, path))
-        checksums = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
-        files.write_json(
-            temporary / layout.STATE_FILE,
-            {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums},
-        )
-    if keep:
-        for step in layout.checkpoint_steps(run)[:-keep]:
-            shutil.rmtree(layout.checkpoint_folder(run, step))
+    if not folder.exists():
+        for leftover in folder.parent.glob(".*.tmp"):  # of a process that was killed while it wrote or removed
+            shutil.rmtree(leftover)
+        with files.atomic_folder(folder) as temporary:
+            for name, tensors in checkpoint.files().items():
+                _write(tensors, temporary / name)
+            checksums = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
+            state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums}
+            files.write_json(temporary / layout.STATE_FILE, state)
+    for step in layout.checkpoint_steps(run)[:-keep] if keep else ():
+        if not keep_every or step % keep_every:
+            _remove(layout.checkpoint_folder(run, step))
     return folder
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Run a library's writer; torch and safetensors report a full disk as errors of their own."""
+def _remove(folder: Path) -> None:
+    """Out of sight first: a kill amid the removal leaves no checkpoint that lacks files."""
+    hidden = folder.with_name(f".{folder.name}.removed.tmp")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
-        write(path)
-    except (RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(path.parent).free < MARGIN or "os error 28" in str(error) or "No space left" in str(error):
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, path)
+    except SafetensorError as error:  # which is how it reports a full disk
+        if shutil.disk_usage(path.parent).free < MARGIN or "os error 28" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
 
 
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
-    """The checkpoint of `step` (default: the highest), on the CPU; None when the run has none yet."""
+    """The checkpoint of `step` (default: the highest), on the CPU; None when the run has none yet.
+
+    Nothing in it is unpickled: a folder from elsewhere can hold wrong numbers, but no code.
+    """
     steps = layout.checkpoint_steps(run)
     if step is None:
         if not steps:
@@ -73,25 +94,36 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
         step = steps[-1]
     folder = _whole(run, step)
     state = files.read_json(folder / layout.STATE_FILE)
-    tensors = [load_file(folder / name) for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE)]
+    tensors = {name: _read(folder / name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)}
+    known = [tensors.pop(name, {}) for name in KNOWN]
+    averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
+    return Checkpoint(state["step"], *known, state["counters"], averages)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        optimizer = torch.load(folder / layout.OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder / layout.OPTIMIZER_FILE} is refused: it holds more than tensors ({reason})."
-        ) from None
-    return Checkpoint(state["step"], *tensors, optimizer, state["counters"])
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is refused: it is no safetensors file ({error}).") from None
 
 
 def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
-    """(step, state dict) of the network alone: `weights` is "ema" or "model"."""
-    if weights not in ("ema", "model"):
-        raise UserError(f"Weights {weights!r} do not exist in a checkpoint: choose 'ema' or 'model'.")
+    """(step, state dict) of the network alone: "ema", "model", or another average by its name, of a checkpoint or of `repa ema`."""
     steps = layout.checkpoint_steps(run)
     if not steps:
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
-    step = steps[-1] if step is None else step
+    made = layout.average_steps(run, weights)
+    wanted, step = step, steps[-1] if step is None else step
+    names = {path.stem for path in layout.checkpoint_folder(run, step).glob(f"*{layout.WEIGHTS}")}
+    names -= {Path(layout.PROJECTORS_FILE).stem, Path(layout.OPTIMIZER_FILE).stem}
+    if weights not in names and made and wanted in (None, *made):
+        step = made[-1] if wanted is None else wanted
+        return step, _read(layout.average_file(run, step, weights))
+    if names and weights not in names:
+        raise UserError(
+            f"{run} has no weights {weights!r} at step {step}: there are {', '.join(sorted(names))}, and `repa ema {run}` makes "
+            "averages of other widths where there are snapshots."
+        )
     folder = _whole(run, step, only=f"{weights}.safetensors")
     state = load_file(folder / f"{weights}.safetensors")
     if not state:  # of a converted run

@@ -5,8 +5,12 @@ RUN/
   data.json                   what the run was trained on: source, counts, class names, who encoded it
   metrics.jsonl               one JSON object a line: kind "train" (losses, rate) or "eval" (metrics of samples)
   log.txt                     when it started and continued, and a line for every logged step
-  checkpoints/0001000/        model, ema, projectors (safetensors), optimizer.pt, state.json
+  checkpoints/0001000/        model, ema, projectors, optimizer (safetensors), state.json
+  snapshots/0001000/          averages of power-function profiles in half precision, for `repa ema`
+  averages/0001000/           what `repa ema` made of them, by width
   samples/0001000.npz, .png   previews: uint8 NHWC under arr_0, and the grid of them
+  evaluations/*.json          results of `repa evaluate` that belong in the report
+  analysis/                   what `repa analyse` found: rows (.json, .csv), pictures, and its cache
   report.html
   converted.json              in a folder that `repa convert` made: what it was made from
 """
@@ -24,13 +28,19 @@ METRICS = "metrics.jsonl"
 LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+AVERAGES = "averages"
 SAMPLES = "samples"
+EVALUATIONS = "evaluations"
+ANALYSIS = "analysis"
 ORIGIN = "converted.json"
+WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which lies beside it
 
+WEIGHTS = ".safetensors"
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 PROJECTORS_FILE = "projectors.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
+OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"  # step, counters and the checksum of every other file
 
 
@@ -44,7 +54,26 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending: a folder gets its name only once it is whole."""
-    folder = run / CHECKPOINTS
+    return _steps(run / CHECKPOINTS)
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    return run / SNAPSHOTS / step_name(step)
+
+
+def snapshot_steps(run: Path) -> list[int]:
+    return _steps(run / SNAPSHOTS)
+
+
+def average_file(run: Path, step: int, name: str) -> Path:
+    return run / AVERAGES / step_name(step) / f"{name}{WEIGHTS}"
+
+
+def average_steps(run: Path, name: str) -> list[int]:
+    return [step for step in _steps(run / AVERAGES) if average_file(run, step, name).is_file()]
+
+
+def _steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
 

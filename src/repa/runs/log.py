@@ -1,10 +1,11 @@
-"""metrics.jsonl, log.txt and (when installed) TensorBoard, all written from here and by the main process only."""
+"""metrics.jsonl, log.txt, TensorBoard (when installed) and Weights & Biases (when asked for): written from here, by one process."""
 
 import json
 import math
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from repa.base import dist, files
 from repa.base.errors import UserError
@@ -25,30 +26,47 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path} is damaged in line {number}: it is no JSON. Remove that line.") from None
 
 
-class MetricsLog:
-    """Appends rows to metrics.jsonl; scalars go to TensorBoard too when that is installed."""
+class Board(Protocol):
+    """Somewhere else that numbers are shown."""
 
-    def __init__(self, run: Path, resume_step: int = 0):
-        """Rows after `resume_step` belong to steps that will be done again: they are dropped."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl; their numbers go to the boards too.
+
+    Args:
+        run: run folder.
+        resume_step: rows after it belong to steps that will be done again, and are dropped.
+        project: of Weights & Biases; empty: none.
+        config: settings that Weights & Biases shows beside the curves.
+
+    Raises:
+        UserError: Weights & Biases cannot be had.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0, *, project: str = "", config: Mapping[str, Any] | None = None):
         self.main = dist.is_main()
-        self.board = None
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
         files.write_text(run / layout.METRICS, "".join(json.dumps(row) + "\n" for row in kept) if resume_step else "")
+        boards = [_tensorboard(run, resume_step), WeightsAndBiases(run, project, config or {}) if project else None]
+        self.boards: list[Board] = [board for board in boards if board is not None]
         self.metrics = (run / layout.METRICS).open("a", buffering=1)
         self.text = (run / layout.LOG).open("a", buffering=1)
-        self.board = _tensorboard(run, resume_step)
 
     def row(self, kind: str, step: int, **values: Any) -> None:
         """One line. Values are plain numbers, strings or dictionaries of them; non-finite numbers become null, as JSON has none."""
         if not self.main:
             return
         self.metrics.write(json.dumps(_plain({"kind": kind, "step": step, **values})) + "\n")
-        if self.board is not None:
-            for name, value in _scalars(values):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{name}": value for name, value in _scalars(values)}
+        for board in self.boards if numbers else ():
+            board.scalars(step, numbers)
 
     def line(self, text: str) -> None:
         """A plain line for log.txt."""
@@ -59,16 +77,59 @@ class MetricsLog:
         if self.main:
             self.metrics.close()
             self.text.close()
-            if self.board is not None:
-                self.board.close()
+            for board in self.boards:
+                board.close()
 
 
-def _tensorboard(run: Path, resume_step: int):
+class WeightsAndBiases:
+    """One run there for one run folder, continued when training is; offline it lies in the folder's `wandb/` until synced."""
+
+    def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb is not installed: pip install 'repa[wandb]', or leave out --wandb.") from None
+        name = run / layout.WANDB_ID
+        if not name.is_file():
+            files.write_text(name, secrets.token_hex(4))
+        try:
+            self.run = wandb.init(
+                project=project, name=run.resolve().name, id=name.read_text(), resume="allow", dir=str(run),
+                config=dict(config), settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"Weights & Biases cannot be used ({reason}): run `wandb login`, set WANDB_MODE=offline, or leave out --wandb."
+            ) from None
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")  # its own counter cannot go back after a kill, ours does
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    def __init__(self, writer: Any):
+        self.writer = writer
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _tensorboard(run: Path, resume_step: int) -> TensorBoard | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an optional extra: repa[tensorboard]
         return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+    return TensorBoard(SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1))
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ class SampleConfig(Config):
     """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
     decoder_weights: str = ""
     """Local folder of that decoder's weights; empty takes the hub's."""
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Arithmetic of the network's matrix products; the sampler's state is float64."""
 
     @field_validator("sampler")

@@ -1,23 +1,29 @@
 """Everything that defines a training run. The resolved form is written into the run folder and is itself a recipe."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.alignment.config import AlignmentConfig
 from repa.base.config import Config
+from repa.base.registry import parse_spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
-from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
 from repa.models.config import ModelConfig
 
 
 class OptimizerConfig(Config):
-    """AdamW with a constant learning rate, as the paper trains."""
+    """AdamW with a constant learning rate, as the paper trains, or what was asked for instead."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Learning rate, constant."""
+    """Learning rate, after the warm-up and before the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes to 0 at num_steps: not at all, in a straight line, or down half a cosine."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0 in a straight line."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -36,9 +42,13 @@ class PreviewConfig(Config):
     num_images: int = Field(16, ge=1)
     """Images that are kept and drawn."""
     num_scored: int = Field(0, ge=0)
-    """Samples for the Fréchet distance to the training images; 0 measures none."""
+    """Samples that are measured against the training images; 0 measures none."""
+    score_every: int = Field(0, ge=0)
+    """Steps between measurements; 0 measures at every preview."""
+    metrics: tuple[str, ...] = ("fd",)
+    """What is measured, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
     features: str = "tiny-judge"
-    """Encoder whose pooled features the Fréchet distance compares; another one than the runs are aligned to."""
+    """In whose features: inception, or an encoder, another one than the runs are aligned to."""
     sampler: str = "heun"
     """Sampler of the previews."""
     num_steps: int = Field(25, ge=1)
@@ -55,10 +65,18 @@ class PreviewConfig(Config):
     def _known_sampler(cls, spec: str) -> str:
         return SAMPLERS.check(spec)
 
-    @field_validator("features")
-    @classmethod
-    def _known_features(cls, spec: str) -> str:
-        return ENCODERS.check(spec)
+    @model_validator(mode="after")
+    def _something_to_score(self):
+        if self.score_every and not self.num_scored:
+            raise ValueError(
+                f"preview.score_every is {self.score_every}, but preview.num_scored is 0: give it a number of samples"
+            )
+        return self
+
+    @property
+    def scored_every(self) -> int:
+        """Steps between measurements; 0: there are none."""
+        return (self.score_every or self.every) if self.num_scored else 0
 
 
 class TrainConfig(Config):
@@ -86,18 +104,42 @@ class TrainConfig(Config):
     """Steps to train in all."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a label is replaced by the null label, so that guidance is possible."""
+    accumulate: int = Field(1, ge=1)
+    """Parts into which a step's images are split to need less memory; the gradient stays that of all of them."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp)."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
+    compile: bool = False
+    """Compile the step with torch.compile: minutes at the start, faster steps."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    """Decays of further averages, kept beside the first as `ema-DECAY`."""
+    ema_widths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
+    """Relative widths of averages with a power-function profile, kept as `ema-width-WIDTH`; 0.05 and 0.1 suit `repa ema`."""
+    snapshot_every: int = Field(0, ge=0)
+    """Steps between snapshots of those, from which `repa ema` makes an average of any width; 0 keeps none."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the matrix products; weights, norms and losses stay float32. auto: bf16 where the machine gains from it."""
+    max_skipped_steps: int = Field(20, ge=0)
+    """Steps in a row that may be skipped because their gradient is not finite; after more of them training stops."""
     seed: int = 0
     """Seed of everything: weights, data order, noise, times, dropped labels."""
     log_every: int = Field(100, ge=1)
     """Steps between rows in metrics.jsonl: only these wait for the device."""
     save_every: int = Field(10_000, ge=1)
     """Steps between checkpoints."""
+    save_minutes: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Minutes after which a checkpoint is also written; 0 counts steps only."""
     keep_checkpoints: int = Field(2, ge=0)
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none of them."""
+    async_save: bool = False
+    """Write checkpoints from a copy in memory while training goes on."""
+    wandb: str = ""
+    """Weights & Biases project that gets the rows of metrics.jsonl too; empty: none. WANDB_MODE=offline stays on this machine."""
     preview: PreviewConfig = PreviewConfig()
     """Samples and their distance while training."""
 
@@ -121,4 +163,23 @@ class TrainConfig(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two alignments go from {name!r}: give each pair of target and depth once")
+        self._check_step()
         return self
+
+    def _check_step(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"a batch_size of {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        contrasting = [a.name for a in self.alignments if parse_spec(a.similarity)[0] == "nt_xent"]
+        if self.accumulate > 1 and contrasting:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but the alignment {contrasting[0]!r} contrasts every image with the whole "
+                "batch (nt_xent): choose accumulate 1, or the similarity cosine"
+            )
+        if self.optimizer.name == "muon" and self.parallel == "fsdp":
+            raise ValueError(
+                "the optimizer muon needs each matrix whole, and parallel fsdp divides them: choose ddp, or adamw"
+            )
+        if self.snapshot_every and not self.ema_widths:
+            raise ValueError(
+                "snapshot_every keeps the averages of ema_widths, of which there are none: give some, such as 0.05 0.1"
+            )

@@ -3,27 +3,30 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.base import dist
-from repa.base.errors import UserError
-from repa.base.precision import autocast
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
-from repa.runs import MetricsLog, layout
+from repa.runs import MetricsLog, Writer
+from repa.training import signals
 from repa.training.config import TrainConfig
+from repa.training.meters import Waiting
+from repa.training.microbatches import backward, check_parts
+from repa.training.parallel import running, whole
 from repa.training.resolve import claim_folder, resolve
+from repa.training.rows import Rows
 from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
 from repa.training.targets import Targets
+from repa.training.utilisation import ideal_seconds
 
 
 class Hook(NamedTuple):
@@ -56,92 +59,82 @@ def train(
     Continuing is the same call and bit-exact: all randomness is a function of (seed, step). `make_hooks` gets the resolved
     configuration and the autoencoder. `progress` is called after every step and must not touch the device.
     """
-    config = resolve(config, data, device)
-    new = begins(run)
-    targets = Targets(config, data, device)
+    with dist.together():
+        config = resolve(config, data, device)
+        check_parts(config.batch_size, dist.world(), config.accumulate)
+        new = begins(run)
+        targets = Targets(config, data, device)
     state = build_state(config, targets.dims, device, begins=new)
-    if dist.is_main():
-        claim_folder(run, config, data)
-    dist.barrier()
-    state.resume(run)
+    dist.on_main(lambda: claim_folder(run, config, data))
+    with dist.together():
+        state.resume(run)
     if state.step >= config.num_steps:
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
         return Finished(state.step)
 
     for note in targets.notes:
         say(note)
-    autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
+    wanted = state.objective.targets  # where a weight is 0, its encoder is not run, and nothing is read for it
+    with dist.together():
+        autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
+        loader = Loader(
+            data, batch_size=config.batch_size, seed=config.seed, features=lambda step: targets.stored(wanted(step)),
+            images=lambda step: targets.reads_images(wanted(step)),
+            rank=dist.rank(), world=dist.world(), device=device,
+        )  # fmt: skip
     hooks = make_hooks(config, autoencoder)
-    log = MetricsLog(run, state.step)
+    if data.has_moments and not hooks:
+        autoencoder.release_networks()
+    log = MetricsLog(run, state.step, project=config.wandb, config=config.model_dump(mode="json"))
     started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
     log.line(started)
     log.row("event", state.step, message=started)
-    loader = Loader(
-        data, batch_size=config.batch_size, seed=config.seed, features=targets.cached, images=targets.needs_images(data),
-        rank=dist.rank(), world=dist.world(), device=device,
-    )  # fmt: skip
-    objective = _wrap(state.objective, device)
+    objective = running(state.objective, config, device)
     groups = state.objective.trained_groups()
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32 for the float32 products that remain; fp32 means float32
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    since, since_step, images = time.perf_counter(), state.step, loader.iterate(state.step)
+    ideal = ideal_seconds(state.objective, config.precision, device)
+    batches = Waiting(loader.iterate(state.step))
+    writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
+    rows, saved = Rows(state, run, log, batches, ideal, device, say), time.monotonic()
 
-    with contextlib.closing(log), contextlib.closing(images), _signals() as caught:
-        for batch in images:
+    with contextlib.closing(log), contextlib.closing(batches), writer, signals.noted() as caught:
+        for batch, features in targets.along(batches, state.step, wanted):
             x = _latents(batch, autoencoder, config.seed, state.step)
-            with autocast(device, config.precision):
-                features = targets(batch, state.objective.targets(state.step))
-                losses = objective(x, batch.labels, features, state.step)
-            losses.total.mean().backward()
-            norms = [nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm) for group in groups]
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            state.ema.update()
-            state.step += 1
-            finite &= torch.isfinite(torch.stack(norms)).all()  # a non-finite loss makes its norm so; no wait here
+            draws, weights = state.objective.draw(x, state.step), state.objective.weights(state.step, device)
+            losses = backward(
+                objective, x, batch.labels, features, draws, weights,
+                accumulate=config.accumulate, precision=config.precision, scaled=state.guard.scaled,
+            )  # fmt: skip
+            state.guard.unscale(state.objective.parameters())
+            norms = [whole(nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm)) for group in groups]
+            state.advance(norms)
 
-            stop = _agree(bool(caught), state.step, device)
+            by_clock = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
+            stop, by_clock, failed = _agree([bool(caught), by_clock, writer.failed], state.step, device)
+            if failed:
+                dist.on_main(writer.check)
             last = state.step == config.num_steps
             hooks_due = [hook for hook in hooks if state.step % hook.every == 0 or last]
-            save_due = last or stop or state.step % config.save_every == 0
+            save_due = last or stop or by_clock or state.step % config.save_every == 0
             if state.step % config.log_every == 0 or save_due or hooks_due:
-                row = _reduce(losses, norms[0], finite)  # waits for the device
-                elapsed, since = time.perf_counter() - since, time.perf_counter()
-                state.seconds += elapsed
-                rate = config.batch_size * (state.step - since_step) / elapsed
-                since_step = state.step
-                _require_finite(row, state, run)
-                state.metrics = {**row, "images_per_second": rate}
-                log.line(
-                    f"step {state.step}/{config.num_steps}: denoising loss {row['denoising']:.4f}, {rate:.1f} images/s"
-                )
-                log.row("train", state.step, seconds=state.seconds, **_nested(state.metrics),
-                        learning_rate=config.optimizer.learning_rate)  # fmt: skip
+                rows.write(losses, norms[0])
             progress(state)
             for hook in hooks_due:
                 values = hook.run(state)
                 log.row("eval", state.step, **{"seconds": state.seconds, **values})
+            if config.snapshot_every and state.step % config.snapshot_every == 0:
+                state.keep_snapshot(run)
             if save_due:
-                if dist.is_main():
-                    state.save(run, config.keep_checkpoints)
-                dist.barrier()
-            if hooks_due or save_due:
-                since = time.perf_counter()
+                checkpoint = state.snapshot(copy=config.async_save)
+                dist.on_main(lambda checkpoint=checkpoint: writer.write(checkpoint))
+                saved = time.monotonic()
             if last or stop:
+                dist.on_main(writer.wait)
                 break
+            if hooks_due or save_due:
+                rows.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
-
-
-def _wrap(objective: nn.Module, device: torch.device) -> nn.Module:
-    if not dist.active():
-        return objective
-    return DistributedDataParallel(
-        objective,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-    )
 
 
 @torch.no_grad()
@@ -154,60 +147,8 @@ def _latents(batch: Batch, autoencoder: nn.Module, seed: int, step: int) -> Tens
     return autoencoder.sample(moments, noise=noise[dist.rank() * num : (dist.rank() + 1) * num])
 
 
-def _reduce(losses: Any, norm: Tensor, finite: Tensor) -> dict[str, float]:
-    """Means over the global batch as Python numbers: the one place that waits for the device."""
-    names = ["loss", *losses.terms]
-    means = torch.stack([losses.total.detach().mean(), *(term.mean() for term in losses.terms.values())])
-    values = dist.mean_over(means).tolist()
-    return {**dict(zip(names, values, strict=True)), "grad_norm": float(norm), "finite": float(finite)}
-
-
-def _require_finite(row: dict[str, float], state: TrainState, run: Path) -> None:
-    if row.pop("finite"):
-        return
-    steps = layout.checkpoint_steps(run)
-    raise UserError(
-        f"The loss or its gradient is not finite by step {state.step} (loss {row['loss']}, gradient norm {row['grad_norm']}): "
-        f"training stopped and wrote nothing of it. {f'The checkpoint of step {steps[-1]} is good. ' if steps else ''}"
-        "Look at the data, or start another --out with a lower --optimizer.learning-rate, --precision fp32 or --model.qk-norm."
-    )
-
-
-def _nested(values: dict[str, float]) -> dict[str, Any]:
-    """'alignment/tiny@3' becomes {'alignment': {'tiny@3': ...}}."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        room, _, rest = name.partition("/")
-        if rest:
-            out.setdefault(room, {})[rest] = value
-        else:
-            out[name] = value
-    return out
-
-
-def _agree(stop: bool, step: int, device: torch.device) -> bool:
-    """Whether to stop now. Several processes ask each other every tenth step only: asking costs a wait."""
-    if not dist.active():
-        return stop
-    return step % 10 == 0 and dist.any_process(stop, device)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second Ctrl-C stops at once."""
-    caught: list[signal.Signals] = []
-
-    def remember(number: int, frame: Any) -> None:
-        caught.append(signal.Signals(number))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread (a notebook, a test): signals are not ours to handle
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _agree(flags: list[bool], step: int, device: torch.device) -> list[bool]:
+    """Flags that any process raised. Several processes ask each other every tenth step only: asking costs a wait."""
+    if not dist.active() or step % 10 == 0:
+        return dist.any_process(flags, device)
+    return [False] * len(flags)

@@ -29,6 +29,10 @@ class Draws(NamedTuple):
     noise: Tensor  # (N, C, H, W)
     dropped: Tensor  # (N,) bool: label replaced by the null label
 
+    def rows(self, part: slice) -> "Draws":
+        """Those of some rows: a micro-batch's."""
+        return Draws(self.t[part], self.noise[part], self.dropped[part])
+
 
 class Objective(nn.Module):
     """Network and projectors.
@@ -64,9 +68,23 @@ class Objective(nn.Module):
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
         return Draws(t[rows], noise[rows], dropped[rows])
 
-    def forward(self, x: Tensor, labels: Tensor, features: Mapping[str, Features], step: int) -> Losses:
-        """x: clean latents (N, C, H, W); labels (N,) int64; features: target tokens by encoder name; -> per-sample losses."""
-        draws = self.draw(x, step)
+    def weights(self, step: int, device: torch.device) -> Tensor:
+        """(A,) lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
+        lambdas = [torch.full((), a.weight(step), device=device) for a in self.alignments]
+        return torch.stack(lambdas) if lambdas else torch.empty(0, device=device)
+
+    def forward(
+        self, x: Tensor, labels: Tensor, features: Mapping[str, Features], draws: Draws, weights: Tensor
+    ) -> Losses:
+        """Per-sample losses: a function of its arguments, with neither a generator nor a step in it (for torch.compile).
+
+        Args:
+            x: clean latents (N, C, H, W).
+            labels: (N,) int64.
+            features: target tokens by encoder name; an alignment whose encoder is not among them is left out.
+            draws: of these N rows, from `draw`.
+            weights: (A,), from `weights`.
+        """
         x_t = self.process.noised(x, draws.noise, draws.t)  # Eq. 1
         y = torch.where(draws.dropped, self.model.null_label, labels)
         output = self.model(x_t, self.process.network_time(draws.t), y, self.taps)
@@ -74,7 +92,7 @@ class Objective(nn.Module):
         denoising = self.process.losses(output.prediction, x, draws.noise, draws.t)  # Eq. 4, or Eq. 10 for DDPM
         total = torch.stack(list(denoising.values())).sum(0)  # (N,)
         terms = {name: loss.detach() for name, loss in denoising.items()}
-        for alignment in self.alignments:
+        for alignment, weight in zip(self.alignments, weights.unbind(), strict=True):
             if alignment.config.target not in features:  # its weight is 0 at this step, so nobody asked the encoder
                 total = total + _untouched(alignment)
                 continue
@@ -82,7 +100,7 @@ class Objective(nn.Module):
             if alignment.config.measure_only:
                 hidden = hidden.detach()
             loss = alignment(hidden, features[alignment.config.target].patches)  # (N,), Eq. 8
-            total = total + alignment.weight(step) * loss  # Eq. 9
+            total = total + weight * loss  # Eq. 9
             terms[f"alignment/{alignment.config.name}"] = loss.detach()
         return Losses(total, terms)
 

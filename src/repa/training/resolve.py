@@ -14,6 +14,14 @@ from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.runs import layout
 from repa.training.config import TrainConfig
 
+# What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
+# checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
+CHANGEABLE = (
+    "num_steps", "accumulate", "parallel", "checkpoint_activations", "compile", "max_skipped_steps",
+    "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
+    "preview", "wandb", "autoencoder_weights", "feature_weights",
+)  # fmt: skip
+
 
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
     """Fill in what is left to the data (latent size, channels, classes, autoencoder) and to the machine (precision)."""
@@ -36,7 +44,9 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
             f"{data.latent_size}: choose a model whose patch divides it, or another --resolution in `repa prepare`."
         )
     sampler, _ = parse_spec(config.preview.sampler)
-    if config.preview.every and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
+    if (
+        config.preview.every or config.preview.scored_every
+    ) and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     return config.override(
         model=config.model.override(**facts),
@@ -48,21 +58,12 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
 def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
     """Write config.yaml and data.json into a new run folder; refuse one that holds another run or other data.
 
-    How long to train, how often to log, save and preview may change between continuations; nothing else may.
+    Only what CHANGEABLE names may differ between continuations.
     """
     path = run / layout.CONFIG
     if path.is_file():
         before = TrainConfig.load(path)
-        changeable = (
-            "num_steps",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-            "preview",
-            "autoencoder_weights",
-            "feature_weights",
-        )
-        same = config.override(**{name: before.model_dump()[name] for name in changeable})
+        same = config.override(**{name: before.model_dump()[name] for name in CHANGEABLE})
         if lines := difference(before, same):
             raise UserError(
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): choose another --out, "

@@ -1,30 +1,43 @@
 """What a training run is made of, how it is built from a configuration, and what of it goes into a checkpoint."""
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from repa.alignment import Alignment
+from repa.base import dist
+from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.models import DiT, build
-from repa.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from repa.runs import layout
+from repa.runs.averaging import save_snapshot, weights_name
+from repa.runs.checkpoint import Checkpoint, load_checkpoint
 from repa.training.config import TrainConfig
-from repa.training.ema import EMA
+from repa.training.ema import EMA, build_averages, constant
+from repa.training.guards import Guard
 from repa.training.objective import Objective
+from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
+from repa.training.parallel import gather, load, place, shard, whole
 from repa.training.starting import start_from
 
 
 @dataclass
 class TrainState:
-    """The network, its average, the projectors and the optimizer, after `step` steps."""
+    """The network, its averages, the projectors and the optimizer, after `step` steps."""
 
     config: TrainConfig
     objective: Objective
     ema: EMA
+    averages: dict[str, EMA]  # beside `ema`, by the stem of their file
     optimizer: torch.optim.Optimizer
+    guard: Guard
     step: int = 0
+    rate: float = 0.0  # learning rate of the last step
     seconds: float = 0.0  # spent in training steps, previews and checkpoints not counted
     metrics: dict[str, float] = field(default_factory=dict)  # of the last logged step
 
@@ -32,30 +45,71 @@ class TrainState:
     def model(self) -> DiT:
         return self.objective.model
 
-    def save(self, run: Path, keep: int) -> Path:
-        return save_checkpoint(
-            run,
-            Checkpoint(
-                self.step,
-                self.model.state_dict(),
-                self.ema.model.state_dict(),
-                self.objective.alignments.state_dict(),
-                self.optimizer.state_dict(),
-                {"seconds": self.seconds},
-            ),
-            keep,
-        )
+    def advance(self, norms: Sequence[Tensor]) -> None:
+        """A step of optimizer and averages with the gradients that are there; where a norm is not finite, nothing but its count."""
+        skip = self.guard.judge(norms)
+        self.rate = learning_rate(self.config.optimizer, self.config.num_steps, self.step)
+        set_learning_rate(self.optimizer, self.rate)
+        step_unless(skip, self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        for average in (self.ema, *self.averages.values()):
+            average.update(self.step, skip)
+
+    def snapshot(self, *, copy: bool = False) -> Checkpoint:
+        """Everything that must survive a restart, whole, on the CPU of the main process; the others must ask too.
+
+        `copy`: it owns its tensors, so that training may go on while it is written.
+        """
+        model, ema, projectors, optimizer = (
+            gather(tensors, copy=copy)
+            for tensors in (
+                self.model.state_dict(), self.ema.model.state_dict(), self.objective.alignments.state_dict(),
+                named_state(self.optimizer, self.objective),
+            )
+        )  # fmt: skip
+        averages = {name: gather(average.model.state_dict(), copy=copy) for name, average in self.averages.items()}
+        counters = {"seconds": self.seconds, **self.guard.state()}
+        return Checkpoint(self.step, model, ema, projectors, optimizer, counters, averages)
+
+    def keep_snapshot(self, run: Path) -> None:
+        """The averages of ema_widths as they are now, for `repa ema`; every process must ask."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        averages = {}
+        for width in self.config.ema_widths:
+            average = self.averages[weights_name(width)].model
+            averages[width] = gather({name: p for name, p in average.named_parameters() if name in trained})
+        dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
-        """Continue from the newest checkpoint, when there is one."""
+        """Continue from the newest checkpoint, when there is one: made by any number of processes, whatever the strategy."""
         checkpoint = load_checkpoint(run)
         if checkpoint is None:
             return
-        self.model.load_state_dict(checkpoint.model)
-        self.ema.model.load_state_dict(checkpoint.ema)
-        self.objective.alignments.load_state_dict(checkpoint.projectors)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if not checkpoint.optimizer:
+            raise UserError(
+                f"{layout.checkpoint_folder(run, checkpoint.step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
+                f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
+            )
+        load(self.model, checkpoint.model)
+        load(self.ema.model, checkpoint.ema)
+        for name, average in self.averages.items():
+            load(average.model, checkpoint.averages[name])
+        load(self.objective.alignments, checkpoint.projectors)
+        load_named_state(self.optimizer, self.objective, checkpoint.optimizer)
+        self.guard.load(checkpoint.counters)
         self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
+
+    @contextlib.contextmanager
+    def whole_average(self) -> Iterator[DiT]:
+        """The average as a network that any process can run without the others; all processes must enter together."""
+        if not isinstance(next(self.ema.model.parameters()), DTensor):
+            yield self.ema.model
+            return
+        device = next(self.ema.model.parameters()).device
+        model = build(self.config.model).to(device).eval().requires_grad_(False)
+        model.load_state_dict({name: whole(value) for name, value in self.ema.model.state_dict().items()})
+        yield model
 
 
 def build_state(
@@ -70,6 +124,7 @@ def build_state(
     """
     with seeded(config.seed, "model"):
         model = build(config.model)
+    model.checkpoint_activations = config.checkpoint_activations
     alignments = []
     for alignment in config.alignments:
         with seeded(config.seed, "projector", alignment.name):
@@ -78,20 +133,34 @@ def build_state(
         device
     )
     if config.init and begins:
-        start_from(config.init, objective, config.model.dims().num_heads)
-    ema = EMA(objective.model, config.ema_decay)
-    return TrainState(config, objective, ema, build_optimizer(objective, config, device))
+        with dist.together():
+            start_from(config.init, objective, config.model.dims().num_heads)
+    ema, averages = EMA(objective.model, constant(config.ema_decay)), build_averages(objective.model, config)
+    if config.parallel == "fsdp" and dist.active():
+        shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
+    optimizer = build_optimizer(objective, config)
+    return TrainState(config, objective, ema, averages, optimizer, Guard(config.precision, device))
 
 
-def build_optimizer(objective: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    settings = config.optimizer
-    return torch.optim.AdamW(
-        [p for p in objective.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """An optimizer's tensors by the parameters they belong to, "PARAMETER/WHAT"; its settings are the configuration's."""
+    return {
+        f"{name}/{what}": value
+        for name, p in module.named_parameters()
+        for what, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """The way back: whole tensors into an optimizer whose parameters may be in parts."""
+    names = {p: name for name, p in module.named_parameters()}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, _, what = key.rpartition("/")
+        tensors.setdefault(name, {})[what] = value
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {what: place(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class seeded:

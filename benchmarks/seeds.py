@@ -1,7 +1,8 @@
-"""What the quickstart shows over several seeds: both recipes trained for each seed on the same data, and a table.
+"""What alignment does over several seeds: a recipe without and one with it, trained for each seed on the same data; a table.
 
-    python benchmarks/quickstart_seeds.py --out seeds/photographs
-    python benchmarks/quickstart_seeds.py --out seeds/cifar10 --source cifar10-train.zip
+    python benchmarks/seeds.py --out seeds/photographs
+    python benchmarks/seeds.py --out seeds/cifar10 --source cifar10-train.zip
+    python benchmarks/seeds.py --out seeds/tokens --source cifar10-train.zip --recipes cifar10 cifar10-repa --seeds 0 1
 
 Stopped, it continues by the same command; finished, it only prints the table again. `--jobs 2` trains two runs at a time with
 half the threads each.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from repa.report import speedup
 
-RECIPES = {"baseline": "quickstart", "aligned": "quickstart-repa"}
+NAMES = ("baseline", "aligned")  # of the runs, in the order of --recipes
 
 
 def repa(*arguments: str, threads: int) -> None:
@@ -35,7 +36,7 @@ def table(out: Path, seeds: list[int]) -> str:
     finals: list[tuple[float, float]] = []
     factors: list[float] = []
     for seed in seeds:
-        found = speedup(*(out / f"{name}-{seed}" for name in RECIPES))
+        found = speedup(*(out / f"{name}-{seed}" for name in NAMES))
         assert found is not None, "both runs are evaluated by the same recipe"
         finals.append((found.target, found.aligned_final["frechet_distance"]))
         reached = "not reached | "
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--source", default="photographs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="after --: options of `repa train` for every run")
     args = parser.parse_args()
@@ -61,7 +65,7 @@ def main() -> None:
     repa("prepare", args.source, str(data), "--resolution", "32", "--features", "tiny", threads=cores)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = []
-        for seed, (name, recipe) in itertools.product(args.seeds, RECIPES.items()):
+        for seed, (name, recipe) in itertools.product(args.seeds, zip(NAMES, args.recipes, strict=True)):
             words = [
                 "--data",
                 str(data),

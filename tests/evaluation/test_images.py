@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.evaluation import read_samples
+from repa.evaluation import open_images
 
 
 def pixels(num=7, height=6, width=4):
@@ -20,9 +20,10 @@ def pixels(num=7, height=6, width=4):
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_batches_are_the_images_in_order(save, size, tmp_path):
     save(tmp_path / "s.npz", arr_0=pixels(), arr_1=np.arange(7))  # labels beside them, as ADM's files have
-    file = read_samples(tmp_path / "s.npz", size)
+    file = open_images(tmp_path / "s.npz")
     assert (file.num, file.height, file.width) == (7, 6, 4)
-    batches = list(file.batches)
+    indices, batches = zip(*file.batches(size), strict=True)
+    assert torch.cat(indices).tolist() == list(range(7))
     assert [len(batch) for batch in batches] == [min(size, 7 - start) for start in range(0, 7, size)]
     assert batches[0].dtype == torch.uint8
     assert torch.equal(torch.cat(batches), torch.from_numpy(pixels()).permute(0, 3, 1, 2))
@@ -33,7 +34,7 @@ def test_newer_headers_are_read(tmp_path):
     np.lib.format.write_array(buffer, pixels(), version=(2, 0))
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue())
-    assert torch.equal(torch.cat(list(read_samples(tmp_path / "s.npz", 4).batches)).permute(0, 2, 3, 1),
+    assert torch.equal(open_images(tmp_path / "s.npz").rows(np.arange(7)).permute(0, 2, 3, 1),
                        torch.from_numpy(pixels()))  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_newer_headers_are_read(tmp_path):
 def test_another_array_is_refused(array, tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=array)
     with pytest.raises(UserError, match=r"s\.npz: arr_0 must be uint8 \(N, H, W, 3\), but is"):
-        read_samples(tmp_path / "s.npz", 4)
+        open_images(tmp_path / "s.npz")
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -65,7 +66,7 @@ def test_nothing_is_unpickled(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue())
     with pytest.raises(UserError, match="arr_0 must be uint8"):
-        read_samples(tmp_path / "s.npz", 4)
+        open_images(tmp_path / "s.npz")
 
 
 def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
@@ -74,8 +75,8 @@ def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
     whole = path.read_bytes()
     for end in range(0, len(whole), 37):
         path.write_bytes(whole[:end])
-        with pytest.raises(UserError, match=r"s\.npz cannot be read as samples"):
-            read_samples(path, 4)
+        with pytest.raises(UserError, match=r"s\.npz cannot be read as images"):
+            open_images(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -86,7 +87,7 @@ def test_other_bytes_inside_are_a_sentence(save, tmp_path):
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"s\.npz is (damaged|cut off)"):
-        list(read_samples(path, 4).batches)
+        list(open_images(path).batches(4))
 
 
 def test_fewer_images_than_announced(tmp_path):
@@ -95,20 +96,22 @@ def test_fewer_images_than_announced(tmp_path):
     buffer.write(pixels().tobytes())
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue())
-    with pytest.raises(UserError, match="is cut off: it announces 9 images and ends after 6"):
-        list(read_samples(tmp_path / "s.npz", 3).batches)
+    with pytest.raises(UserError, match="is cut off: it announces 9 images and holds 7"):
+        open_images(tmp_path / "s.npz")
 
 
 def test_what_is_no_npz(tmp_path):
     with pytest.raises(UserError, match=r"There is no file .*nothing\.npz"):
-        read_samples(tmp_path / "nothing.npz", 4)
-    with pytest.raises(UserError, match="cannot be read as samples"):
-        read_samples(tmp_path, 4)
+        open_images(tmp_path / "nothing.npz")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UserError, match="cannot be read as images"):
+        open_images(tmp_path / "folder.npz")
     (tmp_path / "text.npz").write_text("hello")
-    np.save(tmp_path / "array.npy", pixels())
+    np.save(tmp_path / "array.npz.npy", pixels())
+    (tmp_path / "array.npz.npy").rename(tmp_path / "array.npz")
     np.savez(tmp_path / "named.npz", images=pixels())
-    for name in ("text.npz", "array.npy", "named.npz"):
+    for name in ("text.npz", "array.npz", "named.npz"):
         with pytest.raises(
-            UserError, match="cannot be read as samples: .* must be an .npz with uint8 images under arr_0"
+            UserError, match="cannot be read as images: .* must be an .npz with uint8 images under arr_0"
         ):
-            read_samples(tmp_path / name, 4)
+            open_images(tmp_path / name)

@@ -11,6 +11,7 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.base.rng import fold
+from repa.data.sources.contract import Source
 
 SKIMAGE, SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
 PHOTOGRAPHS = {  # class name -> where its file lies
@@ -70,3 +71,26 @@ def photograph_crop(index: int, resolution: int, seed: int) -> Image.Image:
     box = (left, top, left + side, top + side)
     crop = photograph.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+class PhotographSource(Source):
+    """Random crops of the built-in photographs, one class for each photograph."""
+
+    def __init__(self, *, num: int = 10_000, seed: int = 0):
+        for key, value, least in (("num", num, 1), ("seed", seed, 0)):
+            if type(value) is not int or value < least:
+                raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
+        load_photographs()
+        self.seed = seed
+        self.class_names = list(PHOTOGRAPHS)
+        self.labels = np.arange(num, dtype=np.int64) % len(PHOTOGRAPHS)
+        self.identity = {"name": "photographs", "num_images": num, "seed": seed}
+
+    def name(self, index: int) -> str:
+        return f"photograph {index}"
+
+    def decode(self, index: int) -> Image.Image:
+        return load_photographs()[index % len(PHOTOGRAPHS)]
+
+    def image(self, index: int, resolution: int) -> Image.Image:
+        return photograph_crop(index, resolution, self.seed)

@@ -1,0 +1,95 @@
+"""Features of many images, collected once: rows in chunks on disk, so that what a killed process made is not made again.
+
+CACHE/1f3a.../               one folder for what the features are a function of, which identity.json says
+  depth08-000000000.npy      rows 0 to CHUNK - 1 of one field, float32 or float16
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.base import dist, files
+from repa.base.errors import UserError
+
+CHUNK = 512  # rows in a file: what a kill can cost
+IDENTITY = "identity.json"
+
+Make = Callable[[range, Sequence[str]], dict[str, Tensor]]  # rows and fields -> field -> (n, D)
+Load = Callable[[str], Tensor]  # field -> (N, D) on the CPU, in the stored type
+Progress = Callable[[int, int], None]
+
+
+def collect(
+    cache: Path | None,
+    identity: dict[str, Any],
+    fields: Sequence[str],
+    num: int,
+    make: Make,
+    *,
+    store: str = "float32",
+    progress: Progress = lambda done, total: None,
+) -> Load:
+    """Have `make` give the fields of rows 0 to num - 1, chunk by chunk, where the cache lacks them; returns what reads a field.
+
+    Several processes share the chunks and meet at the end. Without a cache (one process) the rows stay in memory.
+
+    Raises:
+        UserError: values that `store` cannot hold, no room on the disk, or a damaged file of the cache.
+    """
+    folder = None if cache is None else cache / _name({**identity, "num": num, "store": store})
+    chunks = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
+    kept: dict[str, list[Tensor]] = {field: [] for field in fields}
+    assert folder is not None or not dist.active(), "several processes need a folder to share"
+    if folder is not None and dist.is_main():
+        files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
+    for rows in chunks[dist.rank() :: dist.world()]:
+        missing = [f for f in fields if folder is None or not _path(folder, f, rows).exists()]
+        if missing:
+            made = {field: _stored(x, field, store) for field, x in make(rows, missing).items()}
+            if folder is not None and rows is chunks[0]:
+                needed = sum(x.nbytes for x in made.values()) * -(-num // CHUNK)
+                files.require_space(folder, needed, f"Keeping the features of {num:,} images")
+            for field, x in made.items():
+                assert len(x) == len(rows), (field, x.shape, rows)
+                if folder is None:
+                    kept[field].append(torch.from_numpy(x))
+                else:
+                    with files.atomic_path(_path(folder, field, rows)) as temporary, open(temporary, "wb") as file:
+                        np.save(file, x)
+        progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
+    dist.barrier()
+    if folder is None:
+        return lambda field: torch.cat(kept[field])
+    return lambda field: torch.from_numpy(np.concatenate([_read(_path(folder, field, rows), rows) for rows in chunks]))
+
+
+def _name(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _path(folder: Path, field: str, rows: range) -> Path:
+    return folder / f"{field}-{rows.start:09d}.npy"
+
+
+def _stored(x: Tensor, field: str, store: str) -> np.ndarray:
+    x = x.detach().cpu().to(getattr(torch, store))
+    if not torch.isfinite(x).all():
+        remedy = "keep it with --store float32" if store == "float16" else "the network or its input is damaged"
+        raise UserError(f"{field} has values that {store} cannot hold: {remedy}.")
+    return x.contiguous().numpy()
+
+
+def _read(path: Path, rows: range) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and it is made again.") from None
+    if array.ndim != 2 or len(array) != len(rows):
+        raise UserError(f"{path} does not hold {len(rows)} rows: remove it, and it is made again.")
+    return array

@@ -1,0 +1,99 @@
+"""Which encoder should I align to? Spatial structure, linear probe, likeness to the others, speed and size, in one table."""
+
+import time
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from repa.analysis.collection import Progress
+from repa.analysis.config import EncodersConfig
+from repa.analysis.images import pixels
+from repa.analysis.pooled import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
+from repa.analysis.probing import ProbeImages, probe_rows
+from repa.analysis.similarity import cknna_of, neighbourhoods
+from repa.analysis.work import Rows, Stages, silent
+from repa.base import dist
+from repa.base.errors import UserError
+from repa.data import DataSet
+from repa.encoders import VisionEncoder, load_encoder
+
+SECONDS = 1.0  # that the speed is measured for, at least
+
+
+class Comparison(NamedTuple):
+    """Rows {encoder, dim, grid, lds, cds, rmsc, top1, top5, images_per_second, bytes_fp16, bytes_int8} and {a, b, cknna}.
+
+    A figure that does not exist is None: CDS on a grid too small for it, the probe of data with one class.
+    """
+
+    encoders: Rows
+    pairs: Rows
+
+
+def compare_encoders(
+    data: DataSet,
+    config: EncodersConfig,
+    *,
+    val: DataSet | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Comparison:
+    """Ask every encoder for the same images; the probe and CKNNA are of its averaged patches, with the best learning rate.
+
+    Raises:
+        UserError: an encoder whose weights are missing (before any work), data without images, too few of them.
+    """
+    pixels(data, np.arange(0))
+    images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
+    if images.sizes[0] <= config.neighbours:
+        raise UserError(
+            f"{config.neighbours} neighbours need more images than that, but there are {images.sizes[0]}: "
+            "give a lower --neighbours."
+        )
+    for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
+        load_encoder(spec, weights=config.weights_of(spec))
+    stages = Stages(progress, images.sizes * len(config.encoders))
+    rows, sides = [], []
+    for spec in config.encoders:
+        encoder = load_encoder(spec, weights=config.weights_of(spec), device=device)
+        grid = config.grid or encoder.grid_for(data.resolution)
+        shown = [name for name, distance in STRUCTURE_DISTANCE.items() if distance <= 2 * grid - 2]
+        names = [PATCHES, *shown]
+        loads = images.collect(
+            lambda d, i, p, e=encoder, s=spec, g=grid, n=names: features_of_encoder(e, s, g, d, i, config, p, n), stages
+        )
+        features = [load(PATCHES) for load in loads]
+        accuracy: dict[str, Any] = {"top1": None, "top5": None}
+        if data.num_classes > 1:
+            accuracy = max(probe_rows(images, features, config, config.seed, device), key=lambda row: row["top1"])
+        rows.append({
+            "encoder": spec, "dim": encoder.dim, "grid": grid,
+            **{name: loads[0](name).double().mean().item() if name in shown else None for name in STRUCTURE},
+            "top1": accuracy["top1"], "top5": accuracy["top5"],
+            "images_per_second": dist.from_main(_speed(encoder, data, grid, config.batch_size)),
+            "bytes_fp16": 2 * grid**2 * encoder.dim,
+            "bytes_int8": grid**2 * (encoder.dim + 4),  # and a float32 scale for each token
+        })  # fmt: skip
+        sides.append(neighbourhoods(features[0].to(device), config.neighbours, config.variant))
+    pairs = [
+        {"a": config.encoders[i], "b": config.encoders[j], "cknna": cknna_of(sides[i], sides[j])}
+        for i, j in combinations(range(len(sides)), 2)
+    ]
+    return Comparison(rows, pairs)
+
+
+def _speed(encoder: VisionEncoder, data: DataSet, grid: int, batch_size: int) -> float:
+    """Images a second that the encoder takes, resizing included; after one batch that does not count."""
+    images = pixels(data, np.arange(min(batch_size, data.num_images))).to(next(encoder.parameters()).device)
+    _wait_for(encoder, images, grid)
+    begin, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - begin < SECONDS:
+        _wait_for(encoder, images, grid)
+        done += len(images)
+    return done / (time.perf_counter() - begin)
+
+
+def _wait_for(encoder: VisionEncoder, images: torch.Tensor, grid: int) -> None:
+    encoder(images, grid).patches[0, 0, 0].item()  # the number itself: a GPU would answer before it has worked

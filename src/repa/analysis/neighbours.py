@@ -1,0 +1,160 @@
+"""Did the model copy? The nearest training images of samples, and how near images that were not trained on come.
+
+A distance alone says nothing: what counts is whether samples lie nearer to the training images than real images that were
+not among them do. Without such images, each training image's distance to its nearest other one takes their place.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repa.analysis.collection import Progress
+from repa.analysis.config import NeighboursConfig
+from repa.analysis.images import batches, evenly, pixels, spread
+from repa.analysis.work import Rows, Stages, silent
+from repa.base.errors import UserError
+from repa.data import DataSet
+from repa.encoders import VisionEncoder, load_encoder
+
+BLOCK = 1024  # queries at a time
+NEAR = 0.01  # share of held-out images that come nearer than the distance that counts as a likely copy
+
+
+class Nearest(NamedTuple):
+    """The k nearest images of m queries, nearest first."""
+
+    distances: Tensor  # (m, k) float64: Euclidean, between features of unit length, so from 0 to 2
+    indices: Tensor  # (m, k) rows of the images
+
+
+class Verdict(NamedTuple):
+    """Samples against held-out images, by the distance to the nearest training image."""
+
+    median: float  # of the samples
+    median_held_out: float
+    threshold: float  # the distance that NEAR of the held-out images fall below
+    share_near: float  # of the samples below the threshold: about NEAR when nothing is copied
+
+
+class Copies(NamedTuple):
+    """What was found about samples."""
+
+    near: Nearest  # rows of the data, for each sample
+    held_out: Tensor  # (h,) distances of held-out images to their nearest training image
+    verdict: Verdict
+
+    def rows(self) -> Rows:
+        """{sample, nearest (row of the data), distance, nearer_than (share of held-out images that are farther)}."""
+        distances = self.near.distances[:, 0]
+        return [
+            {"sample": i, "nearest": nearest, "distance": d.item(), "nearer_than": (self.held_out > d).double().mean().item()}
+            for i, (nearest, d) in enumerate(zip(self.near.indices[:, 0].tolist(), distances, strict=True))
+        ]  # fmt: skip
+
+
+def find_copies(
+    samples: Iterable[Tensor],
+    num_samples: int,
+    data: DataSet,
+    config: NeighboursConfig,
+    *,
+    held_out: DataSet | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Copies:
+    """Compare samples, uint8 batches (n, 3, R, R), with the images of `data`, and those of `held_out` with them too.
+
+    Raises:
+        UserError: data without images or with too few, held-out data of another resolution, an encoder without weights.
+    """
+    if held_out is not None and held_out.resolution != data.resolution:
+        raise UserError(
+            f"{held_out.folder} holds images of {held_out.resolution} pixels, {data.folder} of {data.resolution}: "
+            "compare what has the same size."
+        )
+    indices = spread(data, config.num_images)
+    if len(indices) <= config.neighbours:
+        raise UserError(f"{config.neighbours} neighbours need more images than that, but there are {len(indices)}.")
+    pixels(data, indices[:0])
+    encoder = load_encoder(config.features, weights=config.features_weights or None, device=device)
+    others = None if held_out is None else spread(held_out, config.num_held_out)
+    stages = Stages(progress, [len(indices), num_samples, 0 if others is None else len(others)])
+
+    def rows_of(source: DataSet, rows: np.ndarray) -> Iterable[Tensor]:
+        return (pixels(source, part) for part in batches(rows, config.batch_size))
+
+    trained = summary_features(rows_of(data, indices), encoder, stages.next())
+    near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
+    if others is None:
+        own = torch.from_numpy(evenly(len(trained), config.num_held_out))
+        real = nearest_images(trained[own], trained, own=own).distances[:, 0]
+    else:
+        real = nearest_images(summary_features(rows_of(held_out, others), encoder, stages.next()), trained).distances[
+            :, 0
+        ]
+    near = near._replace(indices=torch.from_numpy(indices)[near.indices])
+    return Copies(near, real, judge(near.distances[:, 0], real))
+
+
+def summary_features(images: Iterable[Tensor], encoder: VisionEncoder, progress: Progress = silent) -> Tensor:
+    """Features (N, D) of uint8 batches (n, 3, S, S): the encoder's own pooled ones, else the mean of its patches."""
+    rows, done = [], 0
+    for batch in images:
+        features = encoder(batch, encoder.grid_for(batch.shape[-1]))
+        pooled = features.patches.mean(1) if features.pooled is None else features.pooled
+        rows.append(pooled.float().cpu())
+        done += len(batch)
+        progress(done, done)
+    return torch.cat(rows)
+
+
+def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | None = None) -> Nearest:
+    """The k nearest rows of images (n, D) for each of queries (m, D), by the direction of their features.
+
+    Args:
+        queries: features.
+        images: features of the training images.
+        k: how many.
+        own: (m,) the row of `images` that each query is itself, which does not count.
+
+    Raises:
+        UserError: widths differ, fewer than k images, or a value that is not finite.
+    """
+    if queries.ndim != 2 or images.ndim != 2 or queries.shape[1] != images.shape[1]:
+        raise UserError(
+            f"Neighbours are sought between features (m, D) and (n, D), but got {tuple(queries.shape)} "
+            f"and {tuple(images.shape)}."
+        )
+    if not 1 <= k <= len(images) - (own is not None):
+        raise UserError(f"{k} neighbours were asked for among {len(images)} images: give more images or ask for fewer.")
+    if not (torch.isfinite(queries).all() and torch.isfinite(images).all()):
+        raise UserError("Neighbours need finite features, but some hold NaN or infinity.")
+    queries, images = F.normalize(queries.float(), dim=1), F.normalize(images.float(), dim=1)
+    distances, indices = [], []
+    for start in range(0, len(queries), BLOCK):
+        block = queries[start : start + BLOCK]
+        close = block @ images.T  # (rows, n)
+        if own is not None:
+            close[torch.arange(len(block)), own[start : start + BLOCK]] = -torch.inf
+        near = close.topk(k, dim=1).indices
+        # 2 - 2 <u, v> cancels for copies, which are what matters: the differences themselves, in float64
+        exact = (block[:, None].double() - images[near].double()).norm(dim=2)  # (rows, k)
+        exact, order = exact.sort(dim=1)
+        distances.append(exact)
+        indices.append(near.gather(1, order))
+    return Nearest(torch.cat(distances), torch.cat(indices))
+
+
+def judge(samples: Tensor, held_out: Tensor) -> Verdict:
+    """Compare distances to the nearest training image, of samples (m,) and of held-out images (h,)."""
+    threshold = float(np.quantile(held_out.numpy(), NEAR))
+    return Verdict(
+        median=samples.median().item(),
+        median_held_out=held_out.median().item(),
+        threshold=threshold,
+        share_near=(samples < threshold).double().mean().item(),
+    )

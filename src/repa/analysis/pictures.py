@@ -1,0 +1,62 @@
+"""Tokens to look at: principal components as colours, of a run's blocks and of encoders."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.analysis.images import check_run, device_of, latents
+from repa.base.errors import UserError
+from repa.base.rng import SampleStreams
+from repa.data import DataSet
+from repa.diffusion import interpolate
+from repa.runs import LoadedRun
+
+RANGE = 0.01, 0.99  # quantiles that become black and full colour: single outliers would leave the rest grey
+
+
+def principal_colours(tokens: Tensor) -> Tensor:
+    """The first three principal components of tokens (N, T, D) as red, green and blue in [0, 1]: (N, T, 3).
+
+    One basis and one scale for all images, so that equal colours mean equal features in all of them. Signs are fixed
+    (the largest entry of a component is positive); otherwise the same tokens could show as negatives.
+
+    Raises:
+        UserError: fewer than 3 channels, fewer than 4 tokens in all, or values that are not finite.
+    """
+    num, length, dim = tokens.shape
+    if dim < 3 or num * length < 4 or not torch.isfinite(tokens).all():
+        raise UserError(
+            f"Three principal components need at least 4 finite tokens of 3 channels, but got {num * length} of {dim}."
+        )
+    x = tokens.detach().cpu().double().flatten(0, 1)  # (N * T, D)
+    x = x - x.mean(0)
+    directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)  # (D, 3), largest first
+    largest = directions.abs().argmax(0)
+    directions = directions * directions[largest, torch.arange(3)].sign()
+    parts = x @ directions  # (N * T, 3)
+    low, high = (torch.from_numpy(np.quantile(parts.numpy(), q, axis=0)) for q in RANGE)
+    spread = (high - low).where(high > low, torch.ones(()).double())
+    return ((parts - low) / spread).clamp(0, 1).float().unflatten(0, (num, length))
+
+
+def colour_pictures(tokens: Tensor, side: int) -> np.ndarray:
+    """Tokens (N, G * G, D) as uint8 pictures (N, side, side, 3), each token a square of its colours."""
+    grid = round(tokens.shape[1] ** 0.5)
+    colours = principal_colours(tokens).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (N, 3, G, G)
+    large = torch.nn.functional.interpolate(colours, size=(side, side), mode="nearest-exact")
+    return (255 * large).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@torch.inference_mode()
+def tokens_of_run(
+    run: LoadedRun, data: DataSet, indices: np.ndarray, depths: tuple[int, ...], t: float, seed: int
+) -> dict[int, Tensor]:
+    """Hidden states (n, T, D) by depth, of images noised to level t with the null label; image i has its own noise."""
+    depths = check_run(run, data, depths)
+    x = latents(run, data, indices, seed)
+    noise = SampleStreams(seed, [int(i) for i in indices]).randn_like(x)
+    times = torch.full((len(x),), t, device=device_of(run))  # (n,)
+    labels = torch.full((len(x),), run.model.null_label, device=device_of(run))
+    x_t, _ = interpolate(run.path, x, noise, times)
+    hidden = run.model(x_t, run.process.network_time(times), labels, depths).hidden
+    return {depth: hidden[depth].float().cpu() for depth in depths}

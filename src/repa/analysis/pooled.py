@@ -1,0 +1,124 @@
+"""Features averaged over tokens, of a run's blocks or of an encoder, for images of prepared data; collected once."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from repa.analysis.collection import Load, Progress, collect
+from repa.analysis.config import FOLDER, ImagesConfig
+from repa.analysis.hidden import collect_hidden
+from repa.analysis.images import batches, device_of, latents, pixels
+from repa.analysis.spatial import (
+    FAR,
+    MAX_DISTANCE,
+    correlation_decay_slope,
+    local_distance_similarity,
+    rms_spatial_contrast,
+)
+from repa.base import files
+from repa.data import DataSet
+from repa.encoders import Features, VisionEncoder
+from repa.runs import LoadedRun, layout
+
+PATCHES, POOLED = "patches", "pooled"  # fields of an encoder: the mean of its patches, its own summary
+STRUCTURE = {"lds": local_distance_similarity, "cds": correlation_decay_slope, "rmsc": rms_spatial_contrast}
+STRUCTURE_DISTANCE = {"lds": FAR, "cds": MAX_DISTANCE, "rmsc": 0}  # that the token grid must have
+
+
+def field(depth: int) -> str:
+    """The name of a block among the fields of a run."""
+    return f"depth{depth:02d}"
+
+
+def hidden_of_run(
+    run: LoadedRun,
+    data: DataSet,
+    indices: np.ndarray,
+    depths: Sequence[int],
+    t: float,
+    config: ImagesConfig,
+    seed: int,
+    progress: Progress,
+) -> Load:
+    """Hidden states (n, D) at noise level t by `field(depth)`: null label, mean over tokens."""
+
+    def make(rows: range, fields: Sequence[str]) -> dict[str, torch.Tensor]:
+        mine = indices[rows.start : rows.stop]
+        hidden = collect_hidden(
+            run.model,
+            (latents(run, data, part, seed) for part in batches(mine, config.batch_size)),
+            depths=[depth for depth in depths if field(depth) in fields],
+            t=t,
+            path=run.path,
+            seed=seed,
+            streams=[int(i) for i in mine],
+            null_label=run.model.null_label,
+            network_time=run.process.network_time,
+        )
+        return {field(depth): x for depth, x in hidden.items()}
+
+    cache = Path(config.cache) if config.cache else run.folder / FOLDER / "cache" if run.folder else None
+    identity = {} if cache is None else {**_identity_of_run(run), "t": t, "seed": seed, "data": _facts(data, indices)}
+    fields = [field(depth) for depth in depths]
+    return collect(cache, identity, fields, len(indices), make, store=config.store, progress=progress)
+
+
+def features_of_encoder(
+    encoder: VisionEncoder,
+    spec: str,
+    grid: int,
+    data: DataSet,
+    indices: np.ndarray,
+    config: ImagesConfig,
+    progress: Progress,
+    names: Sequence[str] = (PATCHES,),
+) -> Load:
+    """Features (n, D) of an encoder, by name: "patches", the mean over its patches; "pooled", its own; "lds" ... (n, 1)."""
+
+    def make(rows: range, fields: Sequence[str]) -> dict[str, torch.Tensor]:
+        parts = [
+            {name: of(features, name) for name in fields}
+            for part in batches(indices[rows.start : rows.stop], config.batch_size)
+            for features in [encoder(pixels(data, part), grid)]
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in fields}
+
+    def of(features: Features, name: str) -> torch.Tensor:
+        if name == PATCHES:
+            return features.patches.float().mean(1).cpu()  # (n, D)
+        if name == POOLED:
+            return features.pooled.float().cpu()
+        return STRUCTURE[name](features.patches)[:, None].cpu()  # (n, 1)
+
+    cache = Path(config.cache) if config.cache else files.cache_folder() / FOLDER
+    identity = {"encoder": encoder.identity, "spec": spec, "grid": grid, "data": _facts(data, indices)}
+    return collect(cache, identity, names, len(indices), make, store=config.store, progress=progress)
+
+
+def features_in(encoder: VisionEncoder, data: DataSet, grid: int) -> list[str]:
+    """ "patches", and "pooled" where the encoder has a summary of its own."""
+    first = encoder(pixels(data, np.arange(1)), grid)
+    return [PATCHES] if first.pooled is None else [PATCHES, POOLED]
+
+
+def _identity_of_run(run: LoadedRun) -> dict[str, Any]:
+    """The weights themselves, not their file's name: a step may be trained again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(run.model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return {
+        "weights": digest.hexdigest(),
+        "model": layout.read_config(run.folder)["model"] if run.folder else {},
+        "diffusion": run.diffusion.model_dump(mode="json"),
+        "autoencoder": run.autoencoder.identity,
+        "device": device_of(run).type,
+    }
+
+
+def _facts(data: DataSet, indices: np.ndarray) -> dict[str, Any]:
+    return {**data.summary(), "rows": hashlib.sha256(indices.tobytes()).hexdigest()}

@@ -1,0 +1,61 @@
+"""`repa analyse encoders DATA --encoders ...`."""
+
+from pathlib import Path
+
+from repa.analysis.config import EncodersConfig
+from repa.cli import options, tables
+from repa.cli.console import Progress, say
+
+ABOUT = (
+    "Which encoder should I align to? Spatial structure (LDS, CDS, RMSC: the higher, the more an encoder helped in the study "
+    "that proposed them), linear probe, likeness to the others, speed on this machine and size of stored tokens."
+)
+COLUMNS = {
+    "encoder": "encoder", "dim": "channels", "grid": "grid", "lds": "LDS|.3f", "cds": "CDS|.4f", "rmsc": "RMSC|.3f",
+    "top1": "top-1|.4f", "top5": "top-5|.4f", "images_per_second": "images/s|,.1f", "bytes_fp16": "fp16 B/image|,",
+    "bytes_int8": "int8 B/image|,",
+}  # fmt: skip
+
+
+class EncodersArguments(EncodersConfig):
+    data: str
+    """folder of prepared data"""
+    val: str = ""
+    """Folder of prepared data to test the probe on; empty keeps a fifth of the images for it."""
+    out: str = ""
+    """Name of a .json; .csv lies beside it. Empty only prints."""
+
+
+def encoders(argv: list[str]) -> int:
+    given = options.parse(EncodersArguments, argv, verb="analyse encoders", about=ABOUT, positional=("data",))
+    config = options.part(EncodersConfig, given)
+    out = tables.output(given.out, Path("encoders.json"))
+    from repa import __version__
+    from repa.analysis import compare_encoders
+    from repa.base import dist
+    from repa.data import open_data
+
+    device, data = dist.setup(), open_data(given.data)
+    val = open_data(given.val) if given.val else None
+    with Progress(f"encoders on {given.data}", "images") as bar:
+        found = compare_encoders(data, config, val=val, device=device, progress=bar)
+    say(tables.text(found.encoders, COLUMNS))
+    matrix = _matrix(found.pairs, config.encoders)
+    if len(config.encoders) > 1:
+        say(f"\nCKNNA ({config.variant}, k = {config.neighbours}) to each other")
+        say(tables.text(matrix, {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}))
+    if given.out:
+        how = {"analysis": "encoders", **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
+        flat = [
+            {**row, **{f"cknna.{name}": pair[name] for name in config.encoders if len(config.encoders) > 1}}
+            for row, pair in zip(found.encoders, matrix, strict=True)
+        ]
+        tables.write(out, {**how, "device": str(device)}, flat)
+        say(f"{out} and .csv.")
+    return 0
+
+
+def _matrix(pairs: tables.Rows, encoders: tuple[str, ...]) -> list[dict]:
+    """A row for each encoder, a column for each; nothing on the diagonal, where it is 1 by definition."""
+    value = {frozenset((pair["a"], pair["b"])): pair["cknna"] for pair in pairs}
+    return [{"encoder": a, **{b: value.get(frozenset((a, b))) for b in encoders}} for a in encoders]

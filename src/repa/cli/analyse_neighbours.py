@@ -1,0 +1,76 @@
+"""`repa analyse neighbours SAMPLES --data DATA --features ENCODER`."""
+
+from pathlib import Path
+
+from repa.analysis.config import NeighboursConfig
+from repa.base.errors import UserError
+from repa.cli import options, tables
+from repa.cli.console import Progress, say
+
+ABOUT = (
+    "The nearest training images of samples in the features of an encoder, and whether samples come nearer to the training "
+    "images than real images that were not trained on do. Writes rows (.json, .csv) and a picture (.png)."
+)
+SHOWN = 8  # samples in the picture: the nearest of all
+
+
+class NeighboursArguments(NeighboursConfig):
+    samples: str
+    """samples: an .npz with arr_0, a folder or zip of images"""
+    data: str
+    """Folder of prepared data that the model was trained on."""
+    held_out: str = ""
+    """Folder of prepared data that it was not trained on; empty compares each training image with its nearest other."""
+    out: str = "neighbours.json"
+    """Name of the .json; .csv and .png lie beside it."""
+
+
+def neighbours(argv: list[str]) -> int:
+    given = options.parse(NeighboursArguments, argv, verb="analyse neighbours", about=ABOUT, positional=("samples",))
+    config = options.part(NeighboursConfig, given)
+    out = tables.output(given.out, Path())
+    import numpy as np
+
+    from repa import __version__
+    from repa.analysis import find_copies
+    from repa.analysis.images import pixels
+    from repa.base import dist
+    from repa.data import open_data
+    from repa.evaluation import open_images
+    from repa.report.analysis_figures import picture_table, save
+
+    device = dist.setup()
+    if dist.active():
+        raise UserError("`repa analyse neighbours` runs in one process: start it without torchrun.")
+    data, samples = open_data(given.data), open_images(given.samples)
+    held_out = open_data(given.held_out) if given.held_out else None
+    if (samples.height, samples.width) != (data.resolution, data.resolution):
+        raise UserError(
+            f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "
+            "compare what has the same size."
+        )
+    with Progress(f"features of {config.features}", "images") as bar:
+        made = (images for _, images in samples.batches(config.batch_size))
+        found = find_copies(made, samples.num, data, config, held_out=held_out, device=device, progress=bar)
+    verdict = found.verdict
+    how = {"analysis": "neighbours", **given.model_dump(mode="json", exclude={"out"}), "repa": __version__}
+    tables.write(out, {**how, "verdict": verdict._asdict()}, found.rows())
+    what = "held-out images" if held_out else "training images (each to its nearest other)"
+    say(
+        f"distance to the nearest training image, median: samples {verdict.median:.4f}, {what} {verdict.median_held_out:.4f}"
+    )
+    say(
+        f"nearer than {verdict.threshold:.4f}, as 1 % of the {what} are: {100 * verdict.share_near:.1f} % of the samples "
+        "(about 1 % where nothing is copied)"
+    )
+    distances, nearest = found.near
+    shown = distances[:, 0].argsort()[:SHOWN].tolist()
+    pictures = [
+        [image.permute(1, 2, 0).numpy() for image in (*samples.rows(np.array([i])), *pixels(data, nearest[i].numpy()))]
+        for i in shown
+    ]
+    labels = [f"sample {i}\n{distances[i, 0]:.3f}" for i in shown]
+    columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
+    save(picture_table(pictures, labels, columns), out.with_suffix(".png"))
+    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance beside their nearest images.")
+    return 0

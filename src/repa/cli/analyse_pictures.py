@@ -1,0 +1,164 @@
+"""`repa analyse pictures RUN --data DATA` and `repa analyse progress RUN...`."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from repa.analysis.config import FOLDER, HiddenConfig
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.cli import options, tables
+from repa.cli.analyse_runs import loaded, networks_of
+from repa.cli.console import Progress, say, speaks
+from repa.encoders import ENCODERS
+from repa.encoders.loading import check_pairs, weights_for
+from repa.sampling.config import SampleConfig
+
+ABOUT_PICTURES = (
+    "Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, beside the "
+    "images. Each picture has components of its own, shared by all images of a column."
+)
+ABOUT_PROGRESS = "Samples of several checkpoints and runs from the same noise and labels, a row for each checkpoint."
+MOST_CHECKPOINTS = 6
+
+
+class PicturesArguments(Config):
+    run: str
+    """run folder"""
+    data: str
+    """Folder of prepared data."""
+    encoders: tuple[str, ...] = ("tiny",)
+    """Vision encoders to show beside the run; `--encoders` alone shows none."""
+    encoder_weights: tuple[str, ...] = ()
+    """Local weights of encoders, written ENCODER=PATH."""
+    depths: tuple[int, ...] = ()
+    """Blocks, counted from 1; empty takes a quarter, half, three quarters and all of the network."""
+    times: tuple[float, ...] = (0.0, 0.5)
+    """Noise levels t in [0, 1]; 0 is data."""
+    images: tuple[int, ...] = ()
+    """Rows of the data; empty takes --num-images, evenly spaced."""
+    num_images: int = Field(6, ge=1, le=64)
+    """How many images."""
+    seed: int = 0
+    """Seed of the noise."""
+    weights: str = "ema"
+    """Averaged weights (ema), the raw ones (model), or another average by its name."""
+    checkpoint: int = -1
+    """Step of the checkpoint; -1 takes the newest."""
+    out: str = ""
+    """Name of the .png; empty: analysis/pictures.png in the run."""
+
+    @field_validator("encoders")
+    @classmethod
+    def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(ENCODERS.check(spec) for spec in specs)
+
+    @field_validator("times")
+    @classmethod
+    def _in_range(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        return HiddenConfig.parse({"times": times}).times
+
+
+class ProgressArguments(SampleConfig):
+    runs: tuple[str, ...] = ()
+    """run folders"""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of checkpoints; empty takes up to six of each run, evenly spaced, the newest among them."""
+    num_images: int = Field(8, ge=1, le=64)
+    """Images in a row."""
+    weights: str = "ema"
+    """Averaged weights (ema), the raw ones (model), or another average by its name."""
+    out: str = ""
+    """Name of the .png; empty: analysis/progress.png in the first run."""
+
+
+def pictures(argv: list[str]) -> int:
+    given = options.parse(PicturesArguments, argv, verb="analyse pictures", about=ABOUT_PICTURES, positional=("run",))
+    check_pairs(given.encoder_weights)
+    out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
+    networks = networks_of([given.run], [given.checkpoint] if given.checkpoint >= 0 else [])
+    import numpy as np
+
+    from repa.analysis.images import pixels, spread
+    from repa.analysis.pictures import colour_pictures, tokens_of_run
+    from repa.base import dist
+    from repa.data import open_data
+    from repa.encoders import load_encoder
+    from repa.report.analysis_figures import picture_table, save
+
+    device, data = dist.setup(), open_data(given.data)
+    if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
+        raise UserError(f"{given.data} has no image {wrong[0]}: its rows are 0 to {data.num_images - 1}.")
+    indices = np.array(given.images) if given.images else spread(data, given.num_images)
+    images = pixels(data, indices)
+    side = data.resolution
+    columns, labels = [images.permute(0, 2, 3, 1).numpy()], ["image"]
+    for spec in given.encoders:
+        encoder = load_encoder(spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        patches = encoder(images, encoder.grid_for(side)).patches
+        columns.append(colour_pictures(patches, side))
+        labels.append(spec)
+    ((label, run),) = loaded(networks, given.weights, device)
+    depths = given.depths or tuple(sorted({max(1, round(run.model.depth * part / 4)) for part in (1, 2, 3, 4)}))
+    for t in given.times:
+        for depth, tokens in tokens_of_run(run, data, indices, depths, t, given.seed).items():
+            columns.append(colour_pictures(tokens, side))
+            labels.append(f"block {depth}\nt = {t:g}")
+    if speaks():
+        names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
+        save(picture_table(list(zip(*columns, strict=True)), names, labels), out)
+        say(f"{out}: tokens of {label}, step {run.step:,}, beside {len(images)} images.")
+    return 0
+
+
+def progress(argv: list[str]) -> int:
+    given = options.parse(
+        ProgressArguments, argv, verb="analyse progress", about=ABOUT_PROGRESS, positional=("runs...",)
+    )
+    config = options.part(SampleConfig, given)
+    if not given.runs:
+        raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
+    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
+    networks = [network for run in given.runs for network in networks_of([run], given.checkpoints or _evenly(run))]
+    from dataclasses import replace
+
+    from repa.autoencoders import load_decoder
+    from repa.base import dist
+    from repa.report.analysis_figures import picture_table, save
+    from repa.sampling import generate
+
+    device = dist.setup()
+    if dist.active():
+        raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
+    rows, names = [], []
+    with Progress("samples", "images") as bar:
+        for label, run in loaded(networks, given.weights, device):
+            if config.decoder:
+                weights = config.decoder_weights or None
+                run = replace(
+                    run, autoencoder=load_decoder(config.decoder, run.autoencoder, weights=weights, device=device)
+                )
+            row = []
+            for start in range(0, given.num_images, config.batch_size):
+                part = range(start, min(start + config.batch_size, given.num_images))
+                row += list(generate(run, config, part).images.permute(0, 2, 3, 1).numpy())
+                bar(len(rows) * given.num_images + len(row), len(networks) * given.num_images)
+            rows.append(row)
+            names.append(f"{label}\nstep {run.step:,}" if len(given.runs) > 1 else f"step {run.step:,}")
+    save(picture_table(rows, names, []), out)
+    say(f"{out}: {len(rows)} checkpoints, {given.num_images} samples each, from the same noise.")
+    return 0
+
+
+def _evenly(run: str) -> list[int]:
+    """At most six checkpoints of a run, the first and the newest among them."""
+    from repa.runs import layout
+
+    steps = layout.checkpoint_steps(Path(run))
+    if len(steps) <= MOST_CHECKPOINTS:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (MOST_CHECKPOINTS - 1))] for i in range(MOST_CHECKPOINTS)]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}…"

@@ -1,0 +1,137 @@
+"""`repa bench RECIPE [--data DATA]`: what a recipe's step costs on this machine, and what to change next."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.cli import options
+from repa.cli.console import say
+from repa.recipes import load_recipe
+from repa.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from repa.training.measure import Figures
+
+ABOUT = (
+    "Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate, memory, and "
+    "where the time goes. Ends with the next thing to change. Trains nothing, and writes nothing but --out."
+)
+UNNAMED = {"latent_size": 32, "latent_channels": 4, "num_classes": 1000}  # without data: ImageNet at 256 pixels
+
+
+class BenchArguments(Config):
+    recipe: str
+    """recipe name, .yaml file, or run folder"""
+    data: str = ""
+    """Folder that `repa prepare` made; empty: random latents and tokens of the size of ImageNet at 256 pixels."""
+    batch_size: tuple[int, ...] = ()
+    """Images in a step, one or more sizes; empty takes the recipe's."""
+    precision: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32", "bf16")
+    """Precisions to measure beside the recipe's own."""
+    compiled: bool = False
+    """Measure compiled steps too, which takes minutes."""
+    rounds: int = Field(5, ge=1)
+    """Each figure is the median of so many."""
+    token_width: int = Field(768, ge=1)
+    """Without data: channels of the random target tokens; DINOv2-B has 768."""
+    out: str = ""
+    """File (.json) for the figures; empty writes none."""
+
+
+def main(argv: list[str]) -> int:
+    given = options.parse(BenchArguments, argv, verb="bench", about=ABOUT, positional=("recipe",))
+    recipe = load_recipe(given.recipe)
+
+    import torch
+
+    from repa.base import dist, files
+    from repa.base.precision import best_precision
+    from repa.training.advice import advise, table
+    from repa.training.measure import product_rate
+    from repa.training.meters import peak_memory
+
+    device = dist.setup()
+    if dist.active():
+        raise UserError("`repa bench` measures one process and its device: start it without torchrun.")
+    own = best_precision(device) if recipe.precision == "auto" else recipe.precision
+    recipe = recipe.override(precision=own, init="")
+    sizes = given.batch_size or (recipe.batch_size,)
+    precisions = dict.fromkeys((own, *given.precision))
+    rates = {precision: product_rate(precision, device) for precision in precisions}
+    say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
+        + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items()))  # fmt: skip
+    figures = []
+    variants = itertools.product(sizes, precisions, {recipe.compile, recipe.compile or given.compiled})
+    for batch_size, precision, compiled in sorted(variants):
+        config = recipe.override(batch_size=batch_size, precision=precision, compile=compiled)
+        figures.append(_figures(config, given, rates, device))
+        say(f"{batch_size} images, {precision}{', compiled' * compiled}: {figures[-1].images_per_second:.1f} images/s")
+    say("\n" + table(figures) + "\n")
+    now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
+    advice = advise(now, [f for f in figures if f is not now])
+    if not advice:
+        say(f"Nothing that was measured would make it faster: it runs at {now.utilisation:.0%} of the machine's rate.")
+    for number, (_, sentence) in enumerate(advice):
+        say(f"{'Next' if number == 0 else 'Then'}: {sentence}")
+    say(f"Memory at most: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'in all'}.")
+    if given.out:
+        rows = {"device": str(device), "rates": rates, "rows": [f.row() for f in figures], "advice": advice}
+        files.write_json(Path(given.out), rows)
+    return 0
+
+
+def _figures(config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device") -> "Figures":
+    import torch
+
+    from repa.training.measure import Step, measure
+
+    torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
+    # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+    source = _prepared(config, Path(given.data), device) if given.data else _random(config, given.token_width, device)
+    with source as (config, dims, feed, data, teacher, where):
+        return measure(Step(config, dims, feed, device), rates, given.rounds, data, teacher, where)
+
+
+@contextlib.contextmanager
+def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> Iterator[tuple[Any, ...]]:
+    """Batches of a prepared folder, read and encoded as training does."""
+    from repa.data import Loader, open_data
+    from repa.training.resolve import resolve
+    from repa.training.targets import Targets
+
+    data = open_data(folder)
+    config = resolve(config, data, device)
+    targets = Targets(config, data, device)
+    names = tuple(targets.dims)
+    loader = Loader(
+        data, batch_size=config.batch_size, seed=config.seed, features=targets.stored(names),
+        images=targets.reads_images(names), device=device,
+    )  # fmt: skip
+    where = "online" if targets.encoders else "cached" if names else "none"
+    steps = itertools.count()
+    with contextlib.closing(loader.iterate()) as batches:
+        feed = targets.along(batches, 0, lambda step: names)
+        yield config, targets.dims, feed, lambda: loader.batch(next(steps)), lambda b: targets(b, names), where
+
+
+@contextlib.contextmanager
+def _random(config: TrainConfig, width: int, device: "torch.device") -> Iterator[tuple[Any, ...]]:
+    """One random batch that stays in memory, with tokens that are there already."""
+    from repa.training.measure import Synthetic, endless
+
+    given = config.model.model_dump()
+    config = config.override(model=config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()}))
+    dims = dict.fromkeys((a.target for a in config.alignments), width)
+    synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
+    batch = synthetic.batch(config, device, resolution=1)
+    where = "cached" if dims else "none"
+    yield config, dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where

@@ -1,0 +1,54 @@
+"""`repa check DATA`: are prepared data whole, and are they what their models make?"""
+
+from pathlib import Path
+
+from repa.base import files
+from repa.base.config import Config
+from repa.cli import options
+from repa.cli.console import Progress, say
+
+ABOUT = (
+    "Check a folder of prepared data: its manifest and the sizes of all files; with --full every byte against its checksum, "
+    "and a sample of its images, encoded again, against what is stored. Exit code 2 when something is wrong."
+)
+
+
+class CheckArguments(Config):
+    data: str
+    """folder of prepared data"""
+    full: bool = False
+    """Read every byte, and encode a sample of the images again."""
+    num_images: int = 64
+    """Images that are encoded again."""
+    autoencoder_weights: str | None = None
+    """Local folder of the autoencoder's weights; left out, they are looked for where `repa prepare` found them."""
+    feature_weights: tuple[str, ...] = ()
+    """Local weights of encoders, written ENCODER=PATH."""
+
+
+def main(argv: list[str]) -> int:
+    given = options.parse(CheckArguments, argv, verb="check", about=ABOUT, positional=("data",))
+    from repa.data import open_data
+
+    manifest = open_data(given.data).manifest
+    size = sum(record.size for record in manifest.records)
+    say(f"{given.data}: {len(manifest.records)} files of {files.size(size)} have the size that was written")
+    return _full(Path(given.data), given) if given.full else 0
+
+
+def _full(folder: Path, given: CheckArguments) -> int:
+    from repa.base import dist
+    from repa.data import check_bytes, check_models
+
+    with Progress(f"reading {folder.name}", "bytes") as bar:
+        check_bytes(folder, bar)
+    say("every file has the bytes that were written")
+    findings = check_models(
+        folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights,
+        feature_weights=given.feature_weights, device=dist.own_device(),
+    )  # fmt: skip
+    for field, error, trouble in findings:
+        found = "" if error is None else f"encoded again: relative error {error:.2g}"
+        say(f"{field:<28} {trouble or found}")
+    wrong = [finding for finding in findings if finding.trouble and not finding.trouble.startswith("not encoded")]
+    return 2 if wrong else 0

@@ -1,0 +1,35 @@
+"""`repa ema RUN --width W`."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from repa.base.config import Config
+from repa.cli import options
+from repa.cli.console import say
+
+ABOUT = (
+    "Make an average of a run's weights of any width after training, from its snapshots (train with --ema-widths 0.05 0.1 and "
+    "--snapshot-every). The width is relative: the standard deviation of the steps that it averages, as a share of all steps."
+)
+
+
+class EmaArguments(Config):
+    run: str
+    """run folder"""
+    width: float = Field(gt=0, le=0.28)
+    """Relative width, such as 0.05 (short) or 0.2 (long)."""
+    step: int = -1
+    """Step of the snapshot to end at; -1 takes the newest."""
+
+
+def main(argv: list[str]) -> int:
+    given = options.parse(EmaArguments, argv, verb="ema", about=ABOUT, positional=("run",))
+    from repa.runs.averaging import write_average
+
+    step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)
+    say(
+        f"{given.run}: made the weights {name} of step {step:,}. "
+        f"Next: repa sample {given.run} --weights {name} --num-images 64 --out samples.npz"
+    )
+    return 0

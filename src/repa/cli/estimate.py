@@ -1,0 +1,147 @@
+"""`repa estimate RECIPE --images N --devices K [overrides]`."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
+
+from repa.base.errors import nearest
+from repa.cli import options
+from repa.cli.console import duration, say
+from repa.recipes import load_recipe
+from repa.training.config import TrainConfig
+from repa.training.devices import PEAKS
+
+if TYPE_CHECKING:
+    from repa.base.cost import Cost
+    from repa.training.estimate import Estimate
+
+ABOUT = (
+    "What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and time, and "
+    "whether stored target tokens pay. Any field of the recipe can be overridden as in `repa train`."
+)
+AUTOENCODER = "sd-vae-ft-mse"
+
+
+class EstimateArguments(TrainConfig):
+    recipe: str
+    """recipe name, .yaml file, or run folder"""
+    images: int = Field(1_281_167, ge=1)
+    """Images of the data set; ImageNet's training set has 1,281,167."""
+    classes: int = Field(1000, ge=0)
+    """Classes of the data set."""
+    devices: int = Field(8, ge=1)
+    """Devices that share the batch."""
+    device: str = "h100"
+    """Which; `--tflops` is for others."""
+    tflops: float = Field(0.0, ge=0)
+    """Peak TFLOP/s of a device in the precision of the run; 0 takes the table's."""
+    utilisation: float = Field(0.35, gt=0, le=1)
+    """Part of the peak that the run reaches; `repa bench` measures it."""
+    resolution: int = Field(256, ge=8)
+    """Side of the images, in pixels."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PEAKS:
+            raise ValueError(
+                f"{name!r} is not in the table: allowed are {', '.join(PEAKS)}; for others give --tflops.{nearest(name, PEAKS)}"
+            )
+        return name
+
+
+def main(argv: list[str]) -> int:
+    name = options.first(EstimateArguments, argv, "estimate", "recipe")
+    recipe = load_recipe(name) if name else None
+    given = options.parse(EstimateArguments, argv, verb="estimate", about=ABOUT, positional=("recipe",), values=recipe)
+    config = options.part(TrainConfig, given)
+    if not config.autoencoder:
+        config = config.override(autoencoder=AUTOENCODER)
+    peak = given.tflops or PEAKS[given.device]
+
+    from repa.training.estimate import estimate
+
+    found = estimate(
+        config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,
+        rate=peak * 1e12 * given.utilisation, num_classes=given.classes,
+    )  # fmt: skip
+    where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
+    say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)")))
+    return 0
+
+
+def report(found: "Estimate", machine: str) -> list[str]:
+    """Lines for people."""
+    config, model = found.config, found.config.model
+    head = (
+        f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
+        f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
+        f"{found.seen / found.num_images:.1f} epochs of {found.num_images:,} images"
+    )
+    return [head, *_networks(found), *_memory(found), *_disk(found), *_time(found, machine)]
+
+
+def _networks(found: "Estimate") -> list[str]:
+    lines = ["", _row("", "parameters", "GFLOP/image"), _network("network", found.network, "forward and backward")]
+    if found.config.alignments:
+        lines.append(_network("projectors", found.projectors, "forward and backward"))
+    for name, teacher in found.teachers.items():
+        lines.append(
+            _network(name, teacher.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
+        )
+    if found.autoencoder.stores_moments:
+        lines.append(_network(found.config.autoencoder, found.autoencoder.cost, "encodes, once an image"))
+    return lines
+
+
+def _network(name: str, cost: "Cost", note: str) -> str:
+    return _row(name, f"{cost.parameters / 1e6:,.1f} M", f"{cost.training / 1e9:,.1f}", note)
+
+
+def _memory(found: "Estimate") -> list[str]:
+    held = found.memory(cached=False)
+    lines = ["", f"memory of a device ({found.config.parallel}; without the workspace of kernels)"]
+    return [
+        *lines,
+        *(_row(what, _size(size)) for what, size in held.items() if size),
+        _row("sum", _size(sum(held.values()))),
+    ]
+
+
+def _disk(found: "Estimate") -> list[str]:
+    lines = ["", f"disk for {found.num_images:,} images (flipped copies double it)"]
+    pixels = 3 * (found.config.model.latent_size * found.autoencoder.factor) ** 2
+    use = "they are the latents"
+    if found.autoencoder.stores_moments:
+        use = "needed only by teachers that run, and for metrics"
+        lines.append(_row("latents", _size(found.num_images * found.moments_bytes())))
+    lines.append(_row("images", _size(found.num_images * pixels), note=use))
+    per_second = found.seen / found.training_seconds(cached=True)
+    for name in found.teachers:
+        for form in found.forms(name):
+            size = found.tokens_bytes(name, form)
+            note = f"read at {size * per_second / 1e6:,.0f} MB/s by all devices together"
+            lines.append(_row(f"{name} as {form}", _size(found.num_images * size), note=note))
+    return lines
+
+
+def _time(found: "Estimate", machine: str) -> list[str]:
+    lines = ["", f"time on {machine}", _row("", "prepare", "train")]
+    for what, cached in (("teachers run in training", False), ("stored tokens", True)):
+        if cached and not found.teachers:
+            break
+        times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
+        lines.append(_row(what if found.teachers else "the run", *map(duration, times)))
+    return lines
+
+
+def _row(name: str, first: str, second: str = "", note: str = "") -> str:
+    return f"  {name:<28}{first:>12}{second:>14}  {note}".rstrip()
+
+
+def _size(num_bytes: float) -> str:
+    """Decimal units, as disks are sold."""
+    unit, size = next(
+        (unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if num_bytes >= size or unit == "MB"
+    )
+    return f"{num_bytes / size:,.{2 if unit == 'TB' else 1}f} {unit}"

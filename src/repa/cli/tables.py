@@ -1,0 +1,69 @@
+"""Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv beside it."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.cli.console import speaks
+
+Rows = Sequence[dict[str, Any]]
+
+
+def text(rows: Rows, columns: dict[str, str]) -> str:
+    """Aligned columns; `columns` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
+    titles = [title.partition("|")[0] for title in columns.values()]
+    shown = [[_shown(row.get(key), title.partition("|")[2]) for key, title in columns.items()] for row in rows]
+    widths = [max(len(line[i]) for line in [titles, *shown]) for i in range(len(titles))]
+    left = [any(isinstance(row.get(key), str) for row in rows) for key in columns]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_text else cell.rjust(width)
+            for cell, width, is_text in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in [titles, *shown]
+    )
+
+
+def _shown(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else format(value, form)
+
+
+def csv_text(rows: Rows) -> str:
+    """All keys of all rows as columns; empty where a row has no such value."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
+    """`out` (.json) with `how`, the rows and whatever more there is, and the rows as .csv beside it; by the main process.
+
+    NaN, a measure that could tell nothing, becomes null and an empty cell: JSON has no NaN.
+    """
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    if speaks():
+        files.write_json(out, {**how, "rows": rows, **more})
+        files.write_text(out.with_suffix(".csv"), csv_text(rows))
+
+
+def output(given: str, default: Path, suffix: str = ".json") -> Path:
+    """The file to write: what --out names, or the default; refuses another suffix before any work."""
+    out = Path(given) if given else default
+    if out.suffix != suffix:
+        raise UserError(f"--out is {out}: give a name that ends in {suffix}.")
+    return out
+
+
+def plain(name: str) -> str:
+    """A name for a file: dinov2-b:size=2 -> dinov2-b_size_2."""
+    return re.sub(r"[^\w.-]", "_", name)

@@ -1,0 +1,123 @@
+"""A prepared folder, here or on an object store: what it holds, and its rows."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.data.manifest import FeatureField, Manifest
+from repa.data.packing import read_basis
+from repa.data.reader import ShardReader
+from repa.data.remote import Stream, is_url
+
+
+class DataSet:
+    """What a prepared folder holds, and its rows. `stream` is where its shards come from when they are not here."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, stream: Stream | None = None):
+        self.folder, self.manifest, self.stream = folder, manifest, stream
+        self.reader = ShardReader(folder, manifest, stream.path if stream else None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays."""
+        return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
+
+    @property
+    def num_images(self) -> int:
+        return self.manifest.num_images
+
+    @property
+    def originals(self) -> range:
+        """The rows that are no flipped copies: what metrics are made of."""
+        return self.manifest.originals
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.manifest.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.class_names)
+
+    @property
+    def resolution(self) -> int:
+        return self.manifest.resolution
+
+    @property
+    def autoencoder(self) -> str:
+        """The spec of the autoencoder that it was prepared with."""
+        return self.manifest.config.autoencoder
+
+    @property
+    def has_images(self) -> bool:
+        return "images" in self.manifest.fields
+
+    @property
+    def has_moments(self) -> bool:
+        return "moments" in self.manifest.fields
+
+    @property
+    def features(self) -> dict[str, FeatureField]:
+        """Encoder -> facts of its stored tokens."""
+        return self.manifest.features
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of what the network sees; pixels when no moments (2C) are stored."""
+        _, shape = self.manifest.fields["moments" if self.has_moments else "images"]
+        return shape[0] // 2 if self.has_moments else shape[0]
+
+    @property
+    def latent_size(self) -> int:
+        """Side of what the network sees."""
+        return self.manifest.fields["moments" if self.has_moments else "images"][1][-1]
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: 8 bytes an image, read when asked for."""
+        return self.gather("labels", np.arange(self.num_images))
+
+    def gather(self, field: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows of a field (images, labels, moments, features.NAME, scale.NAME, pooled.NAME), as stored, in the order of
+        `indices` (n,); into `out`, when given.
+
+        Raises UserError when there is no such field.
+        """
+        return self.reader.gather(field, indices, out)
+
+    def basis(self, encoder: str, device: torch.device | str) -> Tensor | None:
+        """What `packing.unpack` needs for stored tokens that are coordinates; None for others."""
+        facts = self.features[encoder]
+        if facts.basis is None:
+            return None
+        return read_basis(self.reader.path(facts.basis).parent, facts, device)
+
+    def check(self) -> None:
+        """Compare every byte with its checksum; raises UserError."""
+        self.reader.check()
+
+    def summary(self) -> dict[str, Any]:
+        """What identifies the data of a run; features may be added later without changing it."""
+        return {
+            "source": self.manifest.source,
+            "num_images": self.num_images,
+            "resolution": self.resolution,
+            "class_names": list(self.class_names),
+            "autoencoder": self.manifest.autoencoder,
+        }
+
+
+def open_data(path: str | Path) -> DataSet:
+    """Open a folder made by `prepare`, or a URL of a copy of one that fsspec understands, such as s3://bucket/data.
+
+    Raises UserError when it is missing, unfinished or damaged, or cannot be reached.
+    """
+    if is_url(path):
+        stream = Stream(str(path))
+        return DataSet(str(path), stream.manifest(), stream)
+    return DataSet(Path(path), Manifest.open(path))

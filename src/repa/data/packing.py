@@ -1,0 +1,110 @@
+"""Stored forms of tokens: halves, bytes with one scale a token, coordinates in a basis of principal directions.
+
+    fp16         the tokens
+    int8         q = round(x / s), s = max|x| / 127 of each token; x' = q s
+    pcaK         c = (x - mean) B^T in K directions; x' = mean + c B
+    pcaK-int8    the coordinates of pcaK as int8
+
+The error of int8 is at most s/2 an entry, so cos(x, x') >= sqrt(1 - r^2) with r = peak / (254 rms) of the token: 0.9997
+where the peak is 6 times the root mean square. That of pcaK is the variance outside the K directions.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.data.config import split_format
+from repa.data.manifest import FeatureField
+
+LARGEST = 127  # of int8; -128 is not used, so that the codes are symmetric
+
+
+def pack(tokens: Tensor, form: str, basis: Tensor | None = None) -> dict[str, Tensor]:
+    """Tokens (n, T, D) -> what is stored of them: `features` (n, T, D or K), and `scale` (n, T) for int8.
+
+    Args:
+        form: fp16, int8, pcaK or pcaK-int8.
+        basis: float32 (1 + K, D), from `principal_basis`; for the forms with pca.
+
+    Raises:
+        UserError: values that are not finite, or beyond float16.
+    """
+    x = tokens.float()
+    num_directions, dtype = split_format(form)
+    if num_directions:
+        assert basis is not None, form
+        assert basis.shape == (1 + num_directions, x.shape[-1]), (form, basis.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            x = (x - basis[0]) @ basis[1:].T  # (n, T, K)
+    if not torch.isfinite(x.half()).all():
+        raise UserError("float16 cannot hold its values: leave it out here, it can run while training.")
+    if dtype == "fp16":
+        return {"features": x.half()}
+    scale = x.abs().amax(-1) / LARGEST  # (n, T)
+    codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-LARGEST, LARGEST)
+    return {"features": codes.to(torch.int8), "scale": scale}
+
+
+def unpack(features: Tensor, scale: Tensor | None = None, basis: Tensor | None = None) -> Tensor:
+    """Stored rows (n, T, D or K), on any device -> float32 tokens (n, T, D), on that device.
+
+    Args:
+        features: field features.NAME.
+        scale: field scale.NAME (n, T), where the manifest's form of NAME has int8.
+        basis: what `read_basis` gave for NAME, on the same device.
+    """
+    x = features.float()
+    if scale is not None:
+        x = x * scale[..., None]
+    if basis is None:
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        return basis[0] + x @ basis[1:]  # (n, T, D)
+
+
+def read_basis(folder: str | Path, facts: FeatureField, device: torch.device | str = "cpu") -> Tensor | None:
+    """The mean and the directions of an encoder's stored tokens, float32 (1 + K, D); None where they are stored whole."""
+    if facts.basis is None:
+        return None
+    path = Path(folder) / facts.basis.file
+    try:
+        basis = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): run the same `repa prepare` again, which finds it anew."
+        ) from error
+    if basis.dtype != np.float32 or basis.shape != facts.basis.shape:
+        raise UserError(
+            f"{path} holds {basis.dtype} {basis.shape}, not float32 {facts.basis.shape}: delete it and run the same "
+            "`repa prepare` again, which finds it anew."
+        )
+    return torch.from_numpy(basis).to(device)
+
+
+def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarray:
+    """Mean and leading principal directions of tokens, float32 (1 + K, D): row 0 the mean, the others orthonormal.
+
+    Args:
+        batches: tokens (n, T, D), as many as shall be looked at; sums are in float64.
+        num_directions: K.
+
+    Raises:
+        UserError: K above D.
+    """
+    count, total, square = 0, 0.0, 0.0
+    for tokens in batches:
+        x = tokens.flatten(0, 1).double()  # (n T, D)
+        count, total, square = count + len(x), total + x.sum(0), square + x.T @ x
+    assert count, "no tokens to find directions of"
+    mean = total / count
+    if num_directions > len(mean):
+        raise UserError(f"has tokens of {len(mean)} numbers, fewer than {num_directions} directions: ask for fewer.")
+    covariance = square / count - torch.outer(mean, mean)
+    _, vectors = torch.linalg.eigh(covariance.cpu())  # in ascending order
+    directions = vectors.flip(1)[:, :num_directions].T  # (K, D)
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()  # a sign of its own for each

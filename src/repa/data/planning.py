@@ -1,0 +1,127 @@
+"""What a preparation would make, how large it gets and how long it takes, from a short measurement. Writes nothing."""
+
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from repa.base.errors import UserError
+from repa.data.config import PrepareConfig
+from repa.data.encode import chosen_groups, load_later
+from repa.data.groups import FeatureGroup, Group
+from repa.data.parts import Progress
+from repa.data.reading import FromSource, Images, Planned, plan_shards, spread
+from repa.data.settings import Settings, agree
+from repa.data.sources.opening import open_source
+from repa.data.sources.reference_layout import require_autoencoder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preparation on paper."""
+
+    source: str
+    num_images: int
+    num_classes: int
+    num_copies: int
+    """1, or 2 with flipped ones."""
+    num_shards: int
+    num_todo: int
+    """Images that some part is missing of."""
+    sizes: dict[str, int]
+    """Field -> bytes of all images together."""
+    rates: dict[str, float]
+    """Step -> images in a second: decode (all worker processes together), then each model."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def rate(self) -> float:
+        """Images in a second of one process: workers decode while the models, one after another, encode."""
+        decode, *models = self.rates.values()
+        return min(decode, 1 / sum(1 / rate for rate in models))
+
+    def seconds(self, world: int = 1) -> float:
+        """Time that `world` processes like this one need for what is to be done."""
+        return self.num_todo / self.rate / world
+
+
+def make_plan(
+    source: str | Path,
+    out: str | Path,
+    config: PrepareConfig,
+    *,
+    only: Sequence[str] = (),
+    seconds: float = 60.0,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """Look at the source and at what is done, load the models, and try them on images from all over the source.
+
+    Args:
+        source, out, config, only, device: as for `prepare`.
+        seconds: how long to measure at most, over all steps; small sources take less.
+
+    Raises:
+        UserError: whatever `prepare` would refuse before its first image.
+    """
+    out, device = Path(out), torch.device(device)
+    images = open_source(source, labels=config.labels)
+    require_autoencoder(images, config)
+    asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
+    config = agree(out, asked).config
+    groups = {name: load() for name, load in load_later(config, device, chosen_groups(only, config)).items()}
+    for group in groups.values():
+        if isinstance(group, FeatureGroup) and group.num_directions:  # any basis takes as long
+            group.use_basis(np.zeros((1 + group.num_directions, group.model.dim), np.float32), "")
+    shards = plan_shards(len(images), config.shard_size, config.flip)
+    finished = Progress(out)
+    todo = sum(len(s.rows) for k, s in enumerate(shards) if any(finished.part(k, n) is None for n in groups))
+    rows = sum(len(shard.rows) for shard in shards)
+    read = FromSource(images, config.resolution, config.num_workers)
+    return Plan(
+        source=images.identity["name"],
+        num_images=len(images),
+        num_classes=len(images.class_names),
+        num_copies=1 + config.flip,
+        num_shards=len(shards),
+        num_todo=todo,
+        sizes={field: size * rows for group in groups.values() for field, size in group.sizes.items()},
+        rates=_measure(read, groups, shards, config.batch_size, seconds),
+    )
+
+
+def _measure(
+    read: FromSource, groups: dict[str, Group], shards: Sequence[Planned], batch_size: int, seconds: float
+) -> dict[str, float]:
+    """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
+    pieces = spread(shards, sum(len(shard.rows) for shard in shards))
+    random.Random(0).shuffle(pieces)  # a sorted source may begin with its smallest images
+    budget, kept = seconds / (1 + len(groups)), []
+    with contextlib.closing(read(pieces)) as stream:
+        decoded, begin = 0, time.perf_counter()
+        for _, images in stream:
+            if not decoded:
+                begin = time.perf_counter()  # the workers have started
+            decoded += 1
+            kept += [images] if len(kept) < batch_size and len(images.labels) else []
+            if (spent := time.perf_counter() - begin) > budget:
+                break
+    if not kept:
+        raise UserError("None of the images that were tried can be read: try another source.")
+    rates = {"decode": max(decoded - 1, 1) / spent}
+    batch = Images(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
+    for name, group in groups.items():
+        group.encode(batch)  # the first is slow: kernels are chosen
+        num, begin = 0, time.perf_counter()
+        while num == 0 or (num < len(pieces) and time.perf_counter() - begin < budget):
+            group.encode(batch)
+            num += len(batch.labels)
+        rates[name] = num / (time.perf_counter() - begin)
+    return rates

@@ -1,0 +1,145 @@
+"""The shards of a data set as one array for each field.
+
+Rows are read by position, straight into their place in the result: one copy, out of the page cache. A memory map would be as
+fast, but its pages count as this process's memory, it reads far more than a row from a cold disk, and a file that is cut short
+while it is read kills the process instead of raising.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.manifest import ArrayFile, Manifest, TextFile
+
+MAX_OPEN = 500  # files, each with a descriptor, of which processes commonly get 1024
+HEADER = 4096  # bytes that hold the header of any array of ours
+
+
+class ShardReader:
+    """Rows of any field by their index in the data set; sizes are checked on opening, bytes by `check`. Thread-safe.
+
+    Args:
+        folder: where the shards are, or what to call that place in messages when `fetch` is given.
+        manifest: what it holds.
+        fetch: gives the local path of a file that lies elsewhere; None reads `folder` itself.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, fetch: Callable[[ArrayFile], Path] | None = None):
+        self.folder, self.manifest = folder, manifest
+        nums = np.array([shard.num for shard in manifest.shards])
+        self.ends = nums.cumsum()  # index in the data set of the end of each shard
+        self.starts = self.ends - nums
+        if fetch is None:
+            for record in self._records():
+                if not record.intact(Path(folder)):
+                    raise UserError(
+                        _damaged(Path(folder, record.file), "is missing or has another size than when it was written")
+                    )
+        self.path = fetch or (lambda record: Path(folder, record.file))
+        self._open = functools.lru_cache(MAX_OPEN)(self._opened)
+
+    def __len__(self) -> int:
+        return self.manifest.num_images
+
+    def gather(self, field: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows `indices` (n,) of a field, in that order and contiguous: (n, ...). Each shard is read in file order.
+
+        Args:
+            out: where to put them, an array of their shape and type; a new one when None.
+
+        Raises:
+            UserError: there is no such field, or a file cannot be read.
+        """
+        if field not in self.manifest.fields:
+            raise UserError(
+                f"The data in {self.folder} has no field {field!r}: it holds {', '.join(sorted(self.manifest.fields))}."
+            )
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"{self.folder} has images 0 to {len(self) - 1}, but {indices.min()} to {indices.max()} were asked for."
+            )
+        dtype, shape = self.manifest.fields[field]
+        if out is None:
+            out = np.empty((len(indices), *shape), dtype)
+        assert (out.shape, out.dtype) == ((len(indices), *shape), dtype), (out.shape, out.dtype)
+        if out.size:
+            self._fill(memoryview(out).cast("B"), field, indices)
+        return out
+
+    def _fill(self, buffer: memoryview, field: str, indices: np.ndarray) -> None:
+        """Read in the order of the files; rows that follow each other in the file and in the result are one read."""
+        order = np.argsort(indices, kind="stable")
+        rows = indices[order]
+        shards = np.searchsorted(self.ends, rows, side="right")
+        joined = (np.diff(rows) == 1) & (np.diff(order) == 1) & (np.diff(shards) == 0)
+        first = np.flatnonzero(np.r_[True, ~joined])  # of each run
+        nums = np.diff(np.r_[first, len(rows)])
+        shards, size = shards[first], len(buffer) // len(indices)
+        arrays = {shard: self._open(shard, field) for shard in np.unique(shards).tolist()}
+        offsets = (rows[first] - self.starts[shards]) * size
+        places = order[first] * size
+        runs = zip(shards.tolist(), offsets.tolist(), places.tolist(), (places + nums * size).tolist(), strict=True)
+        for shard, offset, begin, end in runs:
+            arrays[shard].read(buffer[begin:end], offset)
+
+    def batches(self, field: str, size: int) -> Iterator[np.ndarray]:
+        """The whole field in order, (at most size, ...) at a time."""
+        for start in range(0, len(self), size):
+            yield self.gather(field, np.arange(start, min(start + size, len(self))))
+
+    def check(self) -> None:
+        """Compare every file's bytes with its checksum; raises UserError that names the first that changed."""
+        for record in self._records():
+            path = self.path(record)
+            if files.sha256(path) != record.sha256:
+                raise UserError(_damaged(path, "has other bytes than when it was written"))
+
+    def _records(self) -> Iterator[ArrayFile | TextFile]:
+        return (record for shard in self.manifest.shards for record in shard.records)
+
+    def _opened(self, shard: int, field: str) -> "_Array":
+        record = self.manifest.shards[shard].files[field]
+        return _Array(self.path(record), record)
+
+
+class _Array:
+    """An open .npy file. Whoever reads holds it, so one that leaves the cache of open files is closed after its last read."""
+
+    def __init__(self, path: Path, record: ArrayFile):
+        self.path = path
+        try:
+            self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+            self.handle, start = self.file.fileno(), self.file.read(HEADER)
+        except OSError as error:
+            raise UserError(_damaged(path, f"cannot be opened ({error.strerror})")) from error
+        if start[:8] != np.lib.format.magic(1, 0):
+            raise UserError(_damaged(path, "is no .npy file of version 1.0"))
+        self.start = 10 + int.from_bytes(start[8:10], "little")
+        # compared as text, because Python 3.11 must not evaluate it in several threads at a time (its issue 106905)
+        header, wanted = start[10 : self.start].strip().decode("latin1"), _header(record)
+        if header != wanted:
+            raise UserError(_damaged(path, f"holds {header}, not {wanted}"))
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` of the array on."""
+        position = self.start + offset
+        while (num := os.preadv(self.handle, (buffer,), position)) < len(buffer):  # Linux reads at most 2 GiB at a time
+            if not num:
+                raise UserError(_damaged(self.path, "has become shorter while it was read"))
+            buffer, position = buffer[num:], position + num
+
+
+def _header(record: ArrayFile) -> str:
+    """What an .npy file says of its array."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(record.dtype))
+    return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {record.shape!r}, }}"
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it anew."

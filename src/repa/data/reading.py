@@ -1,0 +1,140 @@
+"""Batches of images for the encoders: decoded and cropped from a source by worker processes, or read back from shards."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from repa.base.errors import UserError
+from repa.data.prefetch import ahead
+from repa.data.reader import ShardReader
+from repa.data.sources.contract import Source
+
+AHEAD = 3  # batches of each worker
+
+
+class Planned(NamedTuple):
+    """A shard to be made: rows of the source, or of the stored images."""
+
+    rows: range
+    flipped: bool = False
+
+
+class Piece(NamedTuple):
+    """Images of one shard that are read and encoded at a time."""
+
+    shard: int
+    rows: range
+    flipped: bool
+
+
+class Images(NamedTuple):
+    """The images of a piece, without those that cannot be read."""
+
+    pixels: np.ndarray  # (n, 3, R, R) uint8
+    labels: np.ndarray  # (n,) int64
+    captions: list[tuple[str, ...]]  # of each image; empty where the source has none
+    bad: list[tuple[str, str]]  # name, reason
+    moments: np.ndarray | None = None  # (n, 2C, h, w) float32, where they come with the source
+
+
+Read = Callable[[Iterable[Piece]], Iterator[tuple[Piece, Images]]]
+
+
+def plan_shards(num_images: int, size: int, flip: bool) -> list[Planned]:
+    """Shards of `size` images; with `flip` a second copy of them all behind."""
+    ranges = [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+    return [Planned(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
+
+
+def cut(shard: int, planned: Planned, size: int) -> list[Piece]:
+    """The pieces of a shard, `size` images at a time."""
+    rows = planned.rows
+    return [Piece(shard, rows[at : at + size], planned.flipped) for at in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class FromSource(Dataset):
+    """Decodes pieces in worker processes: Python runs one thread at a time between Pillow's calls, and the models need
+    theirs. Batches come through pipes, since shared memory is 64 MB in many containers."""
+
+    source: Source
+    resolution: int
+    num_workers: int
+
+    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+        """Pieces are taken from `pieces` a few ahead, in this process; workers exist before the first is."""
+        with warnings.catch_warnings():  # of more workers than cores, which is right where the source is far away
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=_as_it_is,
+                prefetch_factor=AHEAD if self.num_workers else None,
+            )  # fmt: skip
+            stream = iter(loader)
+        for piece, images in stream:
+            if isinstance(images, UserError):
+                raise images
+            yield piece, images
+
+    def __getitem__(self, piece: Piece) -> tuple[Piece, Images | UserError]:
+        try:
+            return piece, self.decode(piece)
+        except UserError as error:  # the loader would wrap it in a traceback of the worker
+            return piece, error
+
+    def decode(self, piece: Piece) -> Images:
+        source, pixels, given, kept, bad = self.source, [], [], [], []
+        for index in piece.rows:
+            try:
+                image, moments = np.asarray(source.image(index, self.resolution)), source.moments(index)
+                pixels.append(image)
+                given.append(moments)
+                kept.append(index)
+            except UserError as error:
+                bad.append((source.name(index), str(error)))
+        captions = [source.captions(index) for index in kept] if source.has_captions else []
+        if not kept:
+            return Images(
+                np.empty((0, 3, self.resolution, self.resolution), np.uint8), source.labels[:0], captions, bad
+            )
+        batch = np.stack(pixels)  # (n, R, R, 3)
+        if piece.flipped:
+            batch = batch[:, :, ::-1]
+        batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+        moments = np.stack(given) if source.moments_shape and not piece.flipped else None  # those are of the originals
+        return Images(batch, source.labels[kept], captions, bad, moments)
+
+
+@dataclass(frozen=True)
+class FromShards:
+    """Reads stored images; threads do, because all they do is wait for the disk."""
+
+    reader: ShardReader
+
+    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+        with contextlib.closing(ahead(self._read, pieces, depth=AHEAD)) as stream:
+            yield from stream
+
+    def _read(self, piece: Piece) -> tuple[Piece, Images]:
+        indices = np.arange(piece.rows.start, piece.rows.stop)
+        return piece, Images(self.reader.gather("images", indices), self.reader.gather("labels", indices), [], [])
+
+
+def spread(shards: Sequence[Planned], num: int) -> list[Piece]:
+    """About `num` images at equal distances over all shards, each a piece: a sample of every class of a sorted source."""
+    ends = np.cumsum([len(shard.rows) for shard in shards])
+    places = np.unique(np.linspace(0, ends[-1] - 1, min(num, int(ends[-1]))).astype(np.int64))
+    numbers = np.searchsorted(ends, places, side="right")
+    pieces = []
+    for place, k in zip(places.tolist(), numbers.tolist(), strict=True):
+        row = shards[k].rows[place - int(ends[k]) + len(shards[k].rows)]
+        pieces.append(Piece(k, range(row, row + 1), shards[k].flipped))
+    return pieces
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

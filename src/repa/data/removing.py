@@ -1,0 +1,88 @@
+"""Fields that are no longer wanted."""
+
+import re
+from pathlib import Path
+
+from repa.base.errors import UserError
+from repa.data.bases import basis_name
+from repa.data.groups import fields_of
+from repa.data.manifest import MANIFEST, PARTS, Manifest
+from repa.data.parts import begin, forget
+from repa.data.settings import Settings, started
+from repa.data.shards import array_name, plain_name
+
+
+def remove(out: str | Path, name: str) -> Manifest | None:
+    """Delete a field of a folder, or the wish for it; nothing else changes.
+
+    The manifest forgets the field before its files go, so a kill leaves a whole folder; the same call then deletes the
+    rest. Runs that need the field can no longer use the folder.
+
+    Args:
+        out: a folder of `prepare`, finished or not.
+        name: "features:ENCODER" (tokens, scales, pooled features, basis), or "images" where moments are stored.
+
+    Returns:
+        The new manifest; None while the folder is unfinished.
+
+    Raises:
+        UserError: no such field, or the one that everything else needs.
+    """
+    out = Path(out)
+    before = started(out)
+    if before is None:
+        raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")
+    manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
+    spec = name.removeprefix("features:")
+    if name == "images":
+        config, gone = _without_images(out, manifest), ("images",)
+    elif name.startswith("features:") and (spec in before.config.features or _files(out, *fields_of(spec))):
+        config, gone = _without_features(before, spec), fields_of(spec)
+    else:
+        stored = ", ".join(["images", *(f"features:{spec}" for spec in before.config.features)])
+        raise UserError(f"{out} has no {name!r} to remove: allowed are {stored}.")
+    if manifest:
+        shards = [
+            shard.override(files={field: file for field, file in shard.files.items() if field not in gone})
+            for shard in manifest.shards
+        ]
+        features = {other: facts for other, facts in manifest.features.items() if f"features.{other}" not in gone}
+        manifest = manifest.override(config=config, features=features, shards=shards)
+        manifest.save(out)
+    if (out / PARTS).is_dir():
+        begin(out, before.override(config=config))
+        for path in (out / PARTS).glob(f"{array_name(spec, 0).removesuffix('00000.npy')}*.json"):
+            path.unlink()
+    for path in _files(out, *gone):
+        path.unlink()
+    if name != "images":
+        (out / basis_name(spec)).unlink(missing_ok=True)
+    if manifest and set(config.features) <= set(manifest.features):  # nothing is wanted any more
+        forget(out)
+    return manifest
+
+
+def _without_images(out: Path, manifest: Manifest | None):
+    if manifest is None or (out / PARTS).is_dir():
+        raise UserError(f"The preparation of {out} is not finished: finish it before its images are removed.")
+    if "images" not in manifest.fields:
+        raise UserError(f"{out} holds no images.")
+    if "moments" not in manifest.fields:
+        raise UserError(f"{out} holds no moments, so a network trains on its images: they cannot be removed.")
+    return manifest.config.override(store_images=False)
+
+
+def _without_features(before: Settings, spec: str):
+    config = before.config
+    others = tuple(other for other in config.features if other != spec)
+    return config.override(
+        features=others,
+        feature_forms=tuple(f"{other}={config.form_of(other)}" for other in others),
+        feature_weights=tuple(f"{o}={path}" for o in others if (path := config.weights_of(o))),
+    )
+
+
+def _files(out: Path, *fields: str):
+    """The shards' files of fields, whether a manifest names them or not."""
+    names = "|".join(re.escape(plain_name(field)) for field in fields)
+    return [path for path in out.glob("*.npy") if re.fullmatch(rf"(?:{names})-\d+\.npy", path.name)]

@@ -1,0 +1,152 @@
+"""Images in a zip file, and reading of parts of files. Nothing is ever unpacked to disk."""
+
+import itertools
+import os
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.sources.contract import Strings
+from repa.data.sources.folders import CAPTION, EXTENSIONS, LISTING, MAX_FILE_SIZE, FileSource, hidden
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
+
+FACTS = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
+
+
+class Slices:
+    """Parts of one file, read without a position of its own: by any thread, and after a fork or a pickle."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the object)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; raises EOFError when the file ends before."""
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) < size:
+            raise EOFError(f"the file ends {size - len(data):,} bytes too early")
+        return data
+
+    def __reduce__(self):
+        return Slices, (self.path,)
+
+
+class Members:
+    """The wanted members of a zip in a few arrays: the objects of the zipfile module take many times their memory."""
+
+    def __init__(self, path: Path, members: list[zipfile.ZipInfo]):
+        members = sorted(members, key=lambda member: member.filename)
+        self.names = Strings(member.filename for member in members)
+        facts = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
+        self._facts = np.array(facts, FACTS)
+        self._slices = Slices(path)
+
+    @property
+    def checksums(self) -> np.ndarray:
+        return self._facts["crc"]
+
+    def locate(self, index: int) -> int:
+        """Where the data of a member begins."""
+        offset = int(self._facts[index]["offset"])
+        signature, name, extra = LOCAL_HEADER.unpack(self._slices.read(offset, LOCAL_HEADER.size))
+        if signature != b"PK\x03\x04":
+            raise zipfile.BadZipFile("Bad signature")
+        return offset + LOCAL_HEADER.size + name + extra
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a member, never more than it declares; raises OSError, EOFError, BadZipFile or zlib.error."""
+        _, packed, size, crc, method = self._facts[index].item()
+        data = self._slices.read(self.locate(index), packed)
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size) if size else b""
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise zipfile.BadZipFile("Bad CRC")
+        return data
+
+    def find(self, name: str) -> int | None:
+        """The place of a member by its name: a binary search, as the names are sorted."""
+        low, high = 0, len(self.names)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.names[middle] < name else (low, middle)
+        return low if low < len(self.names) and self.names[low] == name else None
+
+
+class ZipSource(FileSource):
+    """Images in a zip file."""
+
+    def __init__(self, path: Path, labels: str = ""):
+        self.path = path
+        with open_zip(path) as archive:
+            members = archive.infolist()
+        for member in members:
+            _require_safe(path, member)
+        wanted = [member for member in members if _is_wanted(member)]
+        if len({member.filename for member in wanted}) < len(wanted):
+            names = sorted(member.filename for member in wanted)
+            twice = next(a for a, b in itertools.pairwise(names) if a == b)
+            raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
+        self._members = Members(path, wanted)
+        names = list(self._members.names)
+        images = [index for index, name in enumerate(names) if name.lower().endswith(EXTENSIONS)]
+        marks = self._members.checksums[images].tolist()
+        texts = {name for name in names if name.endswith(CAPTION)}
+        super().__init__(str(path), [names[index] for index in images], marks, texts, labels)
+
+    def read(self, path: str, name: str) -> bytes:
+        index = self._members.find(path)
+        assert index is not None, path
+        try:
+            return self._members.read(index)
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{name} in {self.path} cannot be read: {error}.") from error
+
+    def read_listing(self) -> bytes | None:
+        return self.read(LISTING, LISTING) if self._members.find(LISTING) is not None else None
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """A zip file; raises UserError when it is none."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path} is not a folder and cannot be read as a zip file: {error}.") from error
+
+
+def _is_wanted(member: zipfile.ZipInfo) -> bool:
+    if member.is_dir() or any(hidden(part) for part in member.filename.split("/")):
+        return False
+    return member.filename.lower().endswith(EXTENSIONS) or member.filename.endswith((CAPTION, LISTING))
+
+
+def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
+    """Refuse archives made to do harm, before anything of them is read."""
+    name = member.orig_filename.replace("\\", "/")
+    if leads_out(name):
+        raise UserError(
+            f"{path} holds {member.orig_filename!r}, a path that leads out of the archive: "
+            "it is refused, pack it again without that path."
+        )
+    if max(member.file_size, member.compress_size) > MAX_FILE_SIZE:
+        raise UserError(
+            f"{name} in {path} unpacks to {files.size(max(member.file_size, member.compress_size))}, more than an image "
+            f"may ({files.size(MAX_FILE_SIZE)}): the archive is refused, pack it again without that file."
+        )
+    if member.flag_bits & 1:
+        raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
+    if member.compress_type not in METHODS:
+        raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path of an archive would leave the folder it is unpacked to."""
+    name = name.replace("\\", "/")
+    return name.startswith("/") or re.match(r"[A-Za-z]:", name) is not None or ".." in name.split("/")

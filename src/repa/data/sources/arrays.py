@@ -1,0 +1,213 @@
+"""Images in one array: .npy, or .npz with the labels beside them."""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.sources.archives import Members, open_zip
+from repa.data.sources.contract import Source
+from repa.data.sources.labels import Classes, classes_of, labels_digest, no_classes
+
+IMAGES = ("images", "image", "arr_0", "x", "x_train", "data")
+LABELS = ("labels", "label", "arr_1", "y", "y_train", "targets")
+MAX_UNPACKED = 1 << 32  # bytes of a compressed array, which is held in memory whole
+CHANNELS = (1, 3)
+PIECES, PIECE = 8, 1 << 20  # of the file, which its checksum covers: all of it would take minutes at every start
+
+
+class ArraySource(Source):
+    """A uint8 array (N, H, W, C), (N, C, H, W) or (N, H, W) with 1 or 3 channels. Pickles are never read.
+
+    An .npy, and what `np.savez` wrote, is read from the file image by image; what `np.savez_compressed` wrote is held
+    in memory.
+    """
+
+    def __init__(self, path: Path, labels: str = "", *, image: str = "", label: str = ""):
+        """
+        Args:
+            path: an .npy or .npz file.
+            labels: "" for the array of labels in the .npz, "none", or an .npy file.
+            image: key of the images in the .npz; one of IMAGES when empty.
+            label: key of the labels; one of LABELS when empty.
+        """
+        self.path = path
+        self._images = self._open(str(image))
+        self._require_images(self._images)
+        self._last = _channels_last(self._images.shape, path)
+        classes = self._classes(labels, str(label))
+        self.labels, self.class_names = classes
+        self.identity = {
+            "name": path.name,
+            "num_images": len(self),
+            "sha256": _fingerprint(path),
+            "labels_sha256": labels_digest(classes),
+        }
+
+    def name(self, index: int) -> str:
+        return f"{self.path.name}[{index}]"
+
+    def decode(self, index: int) -> Image.Image:
+        pixels = np.asarray(self._images[index])
+        if pixels.ndim == 3:
+            pixels = pixels if self._last else pixels.transpose(1, 2, 0)  # (H, W, C)
+            pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+
+    def _open(self, image: str) -> np.ndarray:
+        if self.path.suffix.lower() == ".npy":
+            if image:
+                raise UserError(f"{self.path} is one array and has no key {image!r}: leave out the setting 'image'.")
+            return load_array(self.path)
+        archive = _Npz(self.path)
+        self._key = archive.choose(image, IMAGES, "images")
+        return archive.array(self._key)
+
+    def _require_images(self, images: np.ndarray) -> None:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+            raise UserError(
+                f"{self.path} holds {images.dtype} {images.shape}: images are uint8 (N, H, W, C), (N, C, H, W) or "
+                "(N, H, W), of values 0 to 255. Convert them, and save them again."
+            )
+
+    def _classes(self, labels: str, key: str) -> Classes:
+        num = len(self._images)
+        if labels == "none":
+            return no_classes(num)
+        if labels.endswith(".npy"):
+            return self._checked(load_array(Path(labels)), labels)
+        if labels:
+            raise UserError(
+                f"labels was given {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file."
+            )
+        if self.path.suffix.lower() == ".npy":
+            return no_classes(num)
+        archive = _Npz(self.path)
+        if not key and not any(name in archive.names for name in LABELS):
+            return no_classes(num)
+        key = archive.choose(key, LABELS, "labels")
+        return self._checked(archive.array(key), f"{key!r} of {self.path}")
+
+    def _checked(self, labels: np.ndarray, where: str) -> Classes:
+        num = len(self._images)
+        if labels.shape not in ((num,), (num, 1)) or labels.dtype.kind not in "iuU":
+            raise UserError(
+                f"{where} is {labels.dtype} {labels.shape}, but a whole number or text for each of the {num:,} images "
+                f"is wanted: ({num},)."
+            )
+        return classes_of(labels.reshape(num).tolist(), self.name, where)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": None}  # opened again: an array must not travel to every process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._images = self._open("" if self.path.suffix.lower() == ".npy" else self._key)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An .npy file as a memory map; raises UserError when it is none, cut short, or holds pickles."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an array: {_pickled(error)}.") from error
+
+
+def _pickled(error: Exception) -> str:
+    if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
+        return "it holds Python objects, which can run any program when they are read; save plain numbers"
+    return str(error).rstrip(".")
+
+
+class _Npz:
+    """The arrays of an .npz by name, without trusting it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open_zip(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        self._members = Members(path, members)
+        self._packed = {m.filename: (m.compress_type, m.file_size, m.flag_bits) for m in members}
+        self.names = [name.removesuffix(".npy") for name in self._members.names]
+
+    def choose(self, given: str, usual: tuple[str, ...], what: str) -> str:
+        """The key asked for, or the one usual name that is there."""
+        found = [given] if given in self.names else [name for name in usual if name in self.names and not given]
+        if not found:
+            raise UserError(
+                f"{self.path} has no array {given or ' or '.join(usual)!r}: it has {', '.join(self.names) or 'none'}. "
+                f"Name that of the {what} as {self.path}:{'image' if what == 'images' else 'label'}=NAME."
+            )
+        return found[0]
+
+    def array(self, name: str) -> np.ndarray:
+        method, size, flags = self._packed[f"{name}.npy"]
+        index = self._members.find(f"{name}.npy")
+        assert index is not None
+        try:
+            if method == zipfile.ZIP_STORED and not flags & 1:
+                return self._map(index, size)
+            if size > MAX_UNPACKED:
+                raise ValueError(
+                    f"it is compressed and unpacks to {files.size(size)}, more than {files.size(MAX_UNPACKED)}; "
+                    "save it with np.savez, or as .npy"
+                )
+            with np.load(self.path, allow_pickle=False) as archive:
+                return archive[name]
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            MemoryError,
+        ) as error:
+            raise UserError(f"{name!r} of {self.path} cannot be read as an array: {_pickled(error)}.") from error
+
+    def _map(self, index: int, size: int) -> np.ndarray:
+        """An array that lies in the archive as it is."""
+        start = self._members.locate(index)
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            offset = file.tell()
+        if dtype.hasobject:
+            raise ValueError("Object arrays")
+        num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
+        if offset - start + num_bytes != size or offset + num_bytes > os.path.getsize(self.path):
+            raise ValueError("it is cut short")
+        order = "F" if fortran else "C"
+        return np.memmap(self.path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)
+
+
+def _fingerprint(path: Path) -> str:
+    """A checksum of a file's size and of PIECES evenly spaced parts."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for place in np.linspace(0, max(size - PIECE, 0), PIECES).astype(np.int64).tolist():
+            file.seek(place)
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
+    """Whether channels are the last axis; told by their number."""
+    if len(shape) == 3:
+        return True
+    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
+    if first == last:
+        raise UserError(
+            f"{path} holds images of shape {shape[1:]}: which axis is colour cannot be told. "
+            f"Save them as (N, H, W, C) with C one of {', '.join(map(str, CHANNELS))}, larger than {max(CHANNELS)} pixels."
+        )
+    return last

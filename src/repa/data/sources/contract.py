@@ -1,0 +1,85 @@
+"""What a source of images is."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repa.base.errors import UserError
+from repa.base.images import adm_centre_crop
+
+
+class Source(ABC):
+    """Images in a fixed order, each with a class; read by index, from several threads and, pickled or forked, from
+    several processes. A source over shards (tar, parquet) is read fastest in order."""
+
+    class_names: list[str]
+    """Names of the classes, in the order of the labels."""
+    labels: np.ndarray
+    """(N,) int64."""
+    identity: dict[str, Any]
+    """What it is and a checksum of its list: equal for equal images, wherever they lie."""
+    has_captions: bool = False
+    """Whether any image may have one."""
+    moments_shape: tuple[int, ...] | None = None
+    """(2C, h, w) of the moments that an autoencoder made of the images before; None where there are none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+
+    @abstractmethod
+    def decode(self, index: int) -> Image.Image:
+        """Image `index` as it is, RGB; raises UserError, which names it, if it cannot be read."""
+
+    def image(self, index: int, resolution: int) -> Image.Image:
+        """Image `index` as RGB (resolution, resolution), by ADM's centre crop; raises UserError if it cannot be read."""
+        image = self.decode(index)
+        try:
+            return adm_centre_crop(image, resolution)
+        except UserError as error:
+            raise UserError(f"{self.name(index)}: {error}") from error
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of an image: none, one, or several that describe it in turn."""
+        return ()
+
+    def moments(self, index: int) -> np.ndarray | None:
+        """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
+        return None
+
+
+class Strings(Sequence[str]):
+    """Many short texts in two arrays: 8 bytes and its letters for each, where a list of str takes 50 more."""
+
+    def __init__(self, texts: Iterable[str]):
+        encoded = [text.encode(errors="surrogatepass") for text in texts]
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._letters = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends.tolist():
+            yield self._letters[start:end].decode(errors="surrogatepass")
+            start = end
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        end = int(self._ends[index])
+        start = int(self._ends[index - 1]) if index % len(self) else 0
+        return self._letters[start:end].decode(errors="surrogatepass")
+
+
+def printable(name: str) -> str:
+    """File names that are not UTF-8 cannot be written into a manifest as they are."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)

@@ -1,0 +1,218 @@
+"""Which class an image has: from its folder, a dataset.json, a column of a table, or none."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from repa.base import files
+from repa.base.errors import UserError, nearest
+from repa.data.sources.contract import printable
+
+ONE_CLASS = "all"
+MAX_CLASSES = 1_000_000  # a label far beyond them is no label, and would make as many names
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "image", "name", "key")
+TABLES = (".csv", ".tsv", ".parquet")
+
+
+class Classes(NamedTuple):
+    """A class for each image."""
+
+    labels: np.ndarray  # (N,) int64
+    names: list[str]
+
+
+def no_classes(num: int) -> Classes:
+    """One class for all."""
+    return Classes(np.zeros(num, np.int64), [ONE_CLASS])
+
+
+def labels_digest(classes: Classes) -> str:
+    """A checksum of the labels and the names of their classes."""
+    names = "\n".join(classes.names).encode()
+    return hashlib.sha256(classes.labels.tobytes() + names).hexdigest()
+
+
+def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str) -> Classes:
+    """Labels as they were written, one for each image, as classes.
+
+    Whole numbers (also written as text) are labels already and their classes are named by them; other texts are the
+    names of classes, in sorted order.
+
+    Args:
+        values: int or str for each image; None and "" are missing.
+        name_of: what to call image i in a message.
+        where: what they were read from, for messages.
+
+    Raises:
+        UserError: a label is missing, no whole number from 0 on, or of another type.
+    """
+    values = list(values)
+    for index, value in enumerate(values):
+        if value is None or value == "" or value != value:
+            raise UserError(
+                f"{name_of(index)} has no label in {where}: give one to every image, or set labels to 'none'."
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer, str)):
+            raise UserError(
+                f"The label of {name_of(index)} in {where} is {value!r}: a label is a whole number or the name of a class."
+            )
+    if all(_is_whole(value) for value in values):
+        return _numbered([int(value) for value in values], name_of, where)
+    texts = [str(value) for value in values]
+    names = sorted(set(texts))
+    position = {name: label for label, name in enumerate(names)}
+    return Classes(np.array([position[text] for text in texts], np.int64), [printable(name) for name in names])
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, str) or re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value) is not None
+
+
+def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) -> Classes:
+    for index, label in enumerate(labels):
+        if not 0 <= label < MAX_CLASSES:
+            raise UserError(
+                f"The label of {name_of(index)} in {where} is {label}: labels are 0 to {MAX_CLASSES - 1:,}. "
+                "Mend it, or set labels to 'none'."
+            )
+    return Classes(np.array(labels, np.int64), [str(label) for label in range(max(labels, default=0) + 1)])
+
+
+def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:
+    """Labels whose classes have names; raises UserError for a label without one."""
+    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(bad):
+        index = int(bad[0])
+        raise UserError(
+            f"The label of {name_of(index)} in {where} is {labels[index]}, but there are {len(names)} classes: "
+            "mend it, or set labels to 'none'."
+        )
+    return Classes(labels.astype(np.int64), [printable(name) for name in names])
+
+
+def from_file(spec: str, names: Sequence[str]) -> Classes:
+    """The classes that a file gives to images by their names.
+
+    Args:
+        spec: a `dataset.json`, or `TABLE.csv[:COLUMN]` (.tsv and .parquet too; the column is "label" unless given).
+        names: paths of the images in the source.
+
+    Raises:
+        UserError: the file cannot be read, or does not give a label to exactly the images of the source.
+    """
+    path, _, column = spec, "", ""
+    if not Path(spec).is_file() and ":" in spec:
+        path, _, column = spec.rpartition(":")
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", *TABLES):
+        raise UserError(
+            f"labels was given {spec!r}: allowed are 'none', 'folders', a dataset.json, or a table such as "
+            "labels.csv:COLUMN (.csv, .tsv, .parquet)."
+        )
+    if not Path(path).is_file():
+        raise UserError(f"labels names {path!r}, but there is no such file: give its path.")
+    if suffix == ".json":
+        return from_listing(files.read_json(path), names, path)
+    keys, values = _read_table(Path(path), column or "label")
+    return by_name(_unique(zip(keys, values, strict=True), path), names, path)
+
+
+def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
+    """The labels of a dataset.json: {"labels": [[path, label], ...]}, or null when the images have no classes."""
+    if not isinstance(listing, dict) or "labels" not in listing:
+        raise UserError(
+            f"{where} holds no labels: it must be an object with 'labels', a list of [path, label] or null."
+        )
+    pairs = listing["labels"]
+    if pairs is None:
+        return no_classes(len(names))
+    if not isinstance(pairs, list):
+        raise UserError(f"'labels' in {where} is {type(pairs).__name__}: it must be a list of [path, label] or null.")
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{where} has an entry {str(pair)[:80]}: every entry of 'labels' is [path, label].")
+    return by_name(_unique(pairs, where), names, where)
+
+
+def _unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise UserError(f"{where} names {printable(str(name))!r} twice: give every image one label.")
+        table[name] = value
+    return table
+
+
+def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Classes:
+    """The classes of images from a table of their paths; the table must hold exactly those images."""
+    values = []
+    for name in names:
+        if name not in table:
+            raise UserError(
+                f"{printable(name)} has no label in {where}{nearest(name, _near(table, name))} "
+                "Paths there are those from the root of the source; give a label to every image."
+            )
+        values.append(table[name])
+    if len(table) > len(names):
+        known = set(names)
+        extra = [name for name in table if name not in known]
+        raise UserError(
+            f"{where} gives labels to {len(extra):,} images that are not in the source; the first is "
+            f"{printable(str(extra[0]))}: remove them from it, or mend the source."
+        )
+    return classes_of(values, lambda index: printable(names[index]), where)
+
+
+def _near(table: Mapping[str, Any], name: str) -> list[str]:
+    """A few names worth comparing with: comparing with a million takes minutes."""
+    base = name.rpartition("/")[2]
+    first = next(iter(table), None)
+    return [str(key) for key in table if str(key).rpartition("/")[2] == base][:5] or ([str(first)] if first else [])
+
+
+def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
+    """The column of paths, and the column asked for."""
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, column)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            key = _columns(path, list(reader.fieldnames or ()), column)
+            rows = [(row[key], row[column]) for row in reader]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise UserError(f"{path} cannot be read as a table ({error}): save it as comma-separated UTF-8.") from error
+    for line, (name, _) in enumerate(rows, start=2):
+        if not name:
+            raise UserError(f"Row {line} of {path} names no image: fill in the column {key!r}.")
+    return [name for name, _ in rows], [value for _, value in rows]
+
+
+def _read_parquet(path: Path, column: str) -> tuple[list[str], list[Any]]:
+    from pyarrow import lib, parquet
+
+    try:
+        key = _columns(path, parquet.read_schema(path).names, column)
+        table = parquet.read_table(path, columns=[key, column])
+    except (lib.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as a parquet file: {error}.") from error
+    return table.column(key).to_pylist(), table.column(column).to_pylist()
+
+
+def _columns(path: Path, there: list[str], column: str) -> str:
+    """The column that names the images; the one asked for must be there too."""
+    if column not in there:
+        raise UserError(
+            f"{path} has no column {column!r}: it has {', '.join(map(repr, there)) or 'none'}."
+            f"{nearest(column, there)} Write the column as {path}:COLUMN."
+        )
+    keys = [name for name in FILE_COLUMNS if name in there and name != column]
+    if not keys:
+        raise UserError(
+            f"{path} has no column that names the images: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."
+        )
+    return keys[0]

@@ -1,0 +1,134 @@
+"""Where images come from: what each kind of source looks like, and which class reads it."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from repa.base.errors import UserError, nearest
+from repa.base.registry import parse_spec
+from repa.data.sources.archives import ZipSource
+from repa.data.sources.arrays import ArraySource
+from repa.data.sources.cifar import CifarSource, is_cifar
+from repa.data.sources.contract import Source
+from repa.data.sources.folders import EXTENSIONS, FolderSource, hidden
+from repa.data.sources.huggingface import open_arrow, open_hub, open_saved
+from repa.data.sources.parquet import ParquetSource
+from repa.data.sources.patterns import expand, is_pattern, is_remote
+from repa.data.sources.photographs import PhotographSource
+from repa.data.sources.reference_layout import ReferenceSource, is_reference
+from repa.data.sources.webdataset import WebDataset
+
+SETTINGS = re.compile(r"(.+?):([a-z_]+=[^,]*(?:,[a-z_]+=[^,]*)*)")
+PIPE_SETTINGS = re.compile(
+    r"(pipe:.+):((?:image|label|caption|cache)=[^,\s]*(?:,(?:image|label|caption|cache)=[^,\s]*)*)"
+)
+COLUMNS = ("image", "label", "caption")
+KINDS = (
+    "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
+    "'hf:OWNER/NAME', or 'photographs'"
+)
+
+
+def open_source(spec: str | Path, *, labels: str = "") -> Source:
+    """A source of images by its name.
+
+    Args:
+        spec: a folder, a zip, tar shards (`shard-{0000..0099}.tar`, URLs, `pipe:COMMAND`), parquet or arrow files, an
+            array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`; each with
+            settings behind a colon where it has some, e.g. `hf:OWNER/NAME:split=train,image=img`. See docs/sources.md.
+        labels: "" for those the source has itself, "folders", "none", a `dataset.json`, `TABLE.csv:COLUMN` (.tsv and
+            .parquet too), or for arrays an .npy file.
+
+    Raises:
+        UserError: nothing there, no images, missing or impossible labels, a damaged or unsafe file, unknown settings.
+    """
+    path, settings = _split(str(spec))
+    open_it, allowed = _kind(path, labels)
+    for key in settings:
+        if key not in allowed:
+            raise UserError(
+                f"{str(spec)!r} has no setting {key!r}: allowed are {', '.join(allowed) or 'none'}.{nearest(key, allowed)}"
+            )
+    return open_it(**settings)
+
+
+def _split(spec: str) -> tuple[str, dict[str, Any]]:
+    """The path and the settings behind it."""
+    if spec.partition(":")[0] == "photographs" and Path(spec).exists():
+        raise UserError(
+            f"{spec!r} names the built-in photographs, and here is a folder of that name: write ./{spec} for it."
+        )
+    pattern = PIPE_SETTINGS if spec.startswith("pipe:") else SETTINGS
+    match = None if Path(spec).exists() else pattern.fullmatch(spec)
+    return (match[1], parse_spec(f"source:{match[2]}")[1]) if match else (spec, {})
+
+
+def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
+    """What opens a source, and the settings it takes."""
+    path = Path(name)
+    if name == "photographs":
+        _require_own(labels, name)
+        return PhotographSource, ("num", "seed")
+    if name.startswith("hf:"):
+        return (lambda **s: open_hub(name[3:], labels, **s)), ("config", "split", "revision", *COLUMNS, "streaming")
+    if path.is_dir():
+        return _folder_kind(path, labels)
+    if path.is_file() or is_remote(name) or is_pattern(name):
+        return _file_kind(name, labels)
+    raise UserError(f"There is no source {name!r}: give {KINDS}.")
+
+
+def _folder_kind(path: Path, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
+    if is_reference(path):
+        _require_own(labels, str(path))
+        return (lambda: ReferenceSource(path)), ()
+    if is_cifar(path):
+        _require_own(labels, str(path))
+        return (lambda **s: CifarSource(path, labels, **s)), ("split", "label")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return (lambda **s: open_saved(path, labels, **s)), ("split", *COLUMNS)
+    if shards := _shards(path, path.glob("*.tar")):
+        return (lambda **s: WebDataset(shards, labels, **s)), (*COLUMNS, "cache")
+    if shards := _shards(path, [*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+        return (lambda **s: ParquetSource(shards, labels, **s)), COLUMNS
+    return (lambda: FolderSource(path, labels)), ()
+
+
+def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
+    if name.startswith("pipe:"):
+        return (lambda **s: WebDataset(expand(name), labels, **s)), (*COLUMNS, "cache")
+    ending = Path(name.partition("?")[0]).suffix.lower() if is_remote(name) else Path(name).suffix.lower()
+    if ending == ".tar":
+        return (lambda **s: WebDataset(expand(name), labels, **s)), (*COLUMNS, "cache")
+    if ending == ".parquet":
+        return (lambda **s: ParquetSource(expand(name), labels, **s)), COLUMNS
+    if is_remote(name):
+        raise UserError(f"{name!r} is not read from afar: allowed are .tar and .parquet. Fetch the file first.")
+    if ending == ".arrow":
+        return (lambda **s: open_arrow(expand(name), labels, **s)), COLUMNS
+    if ending in (".npz", ".npy"):
+        return (lambda **s: ArraySource(Path(name), labels, **s)), ("image", "label")
+    if ending in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
+        raise UserError(f"{name} is compressed as a whole, so that no image in it can be read alone: unpack it first.")
+    if ending in (".pkl", ".pickle", ".pt", ".pth"):
+        raise UserError(f"{name} is a pickle, which can run any program when it is read: save it as .npz or .npy.")
+    return (lambda: ZipSource(Path(name), labels)), ()
+
+
+def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """The shards of a folder; raises UserError when it holds images beside them, of which one would be left out."""
+    shards = sorted(str(path) for path in paths if not hidden(path.name))
+    data = {Path(shard).parent for shard in shards}
+    for path in folder.iterdir() if shards else ():
+        if not hidden(path.name) and (path.suffix.lower() in EXTENSIONS or (path.is_dir() and path not in data)):
+            raise UserError(
+                f"{folder} holds both shards ({Path(shards[0]).name}) and {path.name}: give the shards as "
+                f"{Path(shards[0]).parent}/*{Path(shards[0]).suffix}, or move them out of the folder."
+            )
+    return shards
+
+
+def _require_own(labels: str, what: str) -> None:
+    if labels not in ("", "none"):
+        raise UserError(f"labels was given {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")

@@ -1,0 +1,206 @@
+"""Parquet files with the bytes of images in a column, here or at a URL; read row group by row group."""
+
+import collections
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes
+from repa.data.sources.contract import Source
+from repa.data.sources.labels import labels_digest, no_classes
+from repa.data.sources.patterns import is_remote
+from repa.data.sources.webdataset import caption_values
+
+MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
+GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart
+SPLITS = ("train", "test", "validation", "val", "dev")
+
+
+class ParquetSource(Source):
+    """Rows of parquet files in order. A URL (`hf://datasets/OWNER/NAME/data/train-{00..09}.parquet`) is streamed.
+
+    Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
+    """
+
+    def __init__(self, shards: Sequence[str], labels: str = "", **columns: str):
+        """
+        Args:
+            shards: paths or URLs.
+            labels: "" for a column of the file, or "none".
+            columns: image, label, caption: the names of those columns.
+        """
+        self.shards = list(shards)
+        self._require_one_split()
+        self._start()
+        first = self._open(0)
+        self._columns = choose(self._where, _columns_of(first.schema_arrow), labels, **_texts(columns))
+        groups = [self._groups(shard) for shard in range(len(self.shards))]
+        self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
+        self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
+        num = int(self._rows[-1])
+        if not num:
+            raise UserError(f"{self._where} holds no rows: give files with images.")
+        self.has_captions = bool(self._columns.caption)
+        classes = no_classes(num)
+        if self._columns.label:
+            values = [value for shard in range(len(groups)) for value in self._read_labels(shard)]
+            classes = classes_of_column(self._columns, values, self.name, self._where)
+        self.labels, self.class_names = classes
+        sizes = json.dumps([size for shard in groups for size in shard])
+        self.identity = {
+            "name": Path(self._where).name,
+            "num_images": num,
+            "sha256": hashlib.sha256(sizes.encode()).hexdigest(),
+            "labels_sha256": labels_digest(classes),
+        }
+
+    def name(self, index: int) -> str:
+        group, row = self._find(index)
+        shard = self._group[group][0]
+        start = next(g for g in range(group, -1, -1) if g == 0 or self._group[g - 1][0] != shard)
+        return f"{Path(self.shards[shard]).name}[{int(self._rows[group] - self._rows[start]) + row}]"
+
+    def decode(self, index: int) -> Image.Image:
+        name = self.name(index)
+        return decode_image(image_bytes(self._cell(self._columns.image, index), name), name)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if not self.has_captions:
+            return ()
+        return caption_values(self._cell(self._columns.caption, index), self.name(index))
+
+    @property
+    def _where(self) -> str:
+        return self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
+
+    def _require_one_split(self) -> None:
+        splits = sorted({s for s in SPLITS for shard in self.shards if Path(shard).name.split("-")[0] == s})
+        if len(splits) > 1:
+            raise UserError(
+                f"{Path(self.shards[0]).parent} holds several splits ({', '.join(splits)}): give the files of one, e.g. "
+                f"{Path(self.shards[0]).parent / splits[0]}-*.parquet."
+            )
+
+    def _find(self, index: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self._rows, index, side="right")) - 1
+        return group, int(index - self._rows[group])
+
+    def _groups(self, shard: int) -> list[tuple[int, int]]:
+        """Rows and bytes of the images of each row group."""
+        opened = self._open(shard)
+        if (names := _columns_of(opened.schema_arrow)) != _columns_of(self._open(0).schema_arrow):
+            raise UserError(
+                f"{self.shards[shard]} has other columns ({', '.join(names)}) than {self.shards[0]}: mend it."
+            )
+        return [self._measure(shard, opened.metadata.row_group(g)) for g in range(opened.metadata.num_row_groups)]
+
+    def _measure(self, shard: int, group: Any) -> tuple[int, int]:
+        columns = [group.column(i) for i in range(group.num_columns)]
+        images = [c for c in columns if c.path_in_schema.split(".")[0] == self._columns.image]
+        size = sum(column.total_uncompressed_size for column in images)
+        if size > MAX_GROUP:
+            raise UserError(
+                f"{self.shards[shard]} has a row group of {files.size(size)}, more than {files.size(MAX_GROUP)}: "
+                "write it again with fewer rows in a row group."
+            )
+        return group.num_rows, size
+
+    def _read_labels(self, shard: int) -> list[Any]:
+        return self._reading(shard, lambda f: f.read(columns=[self._columns.label], use_threads=False))[0].to_pylist()
+
+    def _cell(self, column: str, index: int) -> Any:
+        group, row = self._find(index)
+        return self._column(column, group)[row].as_py()
+
+    def _column(self, column: str, group: int) -> Any:
+        """One column of a row group; the last GROUPS_KEPT of each column are kept."""
+        with self._lock:  # one reads, the others want the same group
+            kept = self._kept[column]
+            if group not in kept:
+                shard, number = self._group[group]
+                table = self._reading(
+                    shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False)
+                )  # threads of pyarrow do not survive a fork
+                kept[group] = table.column(0)
+                while len(kept) > GROUPS_KEPT:
+                    kept.popitem(last=False)
+            kept.move_to_end(group)
+            return kept[group]
+
+    def _reading(self, shard: int, read: Any) -> Any:
+        from pyarrow import lib
+
+        try:
+            return read(self._open(shard))
+        except (lib.ArrowException, OSError) as error:
+            raise UserError(f"{self.shards[shard]} cannot be read: {error}.") from error
+
+    def _open(self, shard: int) -> Any:
+        """A file, opened anew in each process: its position is shared with nobody."""
+        key = (os.getpid(), shard)
+        if key not in self._opened:
+            while len(self._opened) >= GROUPS_KEPT:
+                del self._opened[next(iter(self._opened))]
+            self._opened[key] = _open(self.shards[shard])
+        return self._opened[key]
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
+        self._opened: dict[tuple[int, int], Any] = {}
+        self._kept: dict[str, collections.OrderedDict] = collections.defaultdict(collections.OrderedDict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_opened", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+
+def _open(where: str) -> Any:
+    try:
+        from pyarrow import lib, parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow: pip install 'repa[hf]'.") from error
+    try:
+        if not is_remote(where):
+            return parquet.ParquetFile(where, memory_map=True)
+        import fsspec
+
+        return parquet.ParquetFile(fsspec.open(where, "rb").open())
+    except (lib.ArrowException, OSError, ImportError, ValueError) as error:
+        raise UserError(f"{where} cannot be read as a parquet file: {error}.") from error
+
+
+def _columns_of(schema: Any) -> dict[str, Column]:
+    """What the columns hold, by their types and by what Hugging Face writes beside them."""
+    from pyarrow import types
+
+    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    columns = {}
+    for field in schema:
+        feature = said.get(field.name)
+        feature = feature if isinstance(feature, dict) else {}
+        binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
+        if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
+            columns[field.name] = Column("image")
+        elif feature.get("_type") == "ClassLabel":
+            columns[field.name] = Column("class", tuple(feature.get("names", ())))
+        else:
+            columns[field.name] = Column("other")
+    return columns
+
+
+def _texts(columns: dict[str, Any]) -> dict[str, str]:
+    """Settings are read as Python values where they can be; names of columns are texts."""
+    return {key: str(name) for key, name in columns.items()}

@@ -1,0 +1,180 @@
+"""The folders that REPA's own preprocessing writes: cropped images, and the moments of a Stable Diffusion autoencoder.
+
+    DATA/images/00000/img00000000.png                 RGB, square, already cropped
+    DATA/vae-sd/00000/img-mean-std-00000000.npy       float32 (2C, h, w): mean, then standard deviation, unscaled
+    DATA/vae-sd/dataset.json                          {"labels": [["00000/img-mean-std-00000000.npy", 3], ...]}
+
+Images and moments belong together by their numbers, never by their positions in two sorted lists.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.config import PrepareConfig
+from repa.data.sources.contract import Source
+from repa.data.sources.folders import LISTING, FolderSource, scan
+from repa.data.sources.labels import from_listing, labels_digest
+
+IMAGES, MOMENTS = "images", "vae-sd"
+IMAGE_PREFIX, MOMENTS_PREFIX = "img", "img-mean-std-"
+
+
+SAME = 0.05  # of the size of the means, as root mean square: arithmetic differs by less, another autoencoder by more
+
+
+def require_autoencoder(source: Source, config: PrepareConfig) -> None:
+    """Moments are kept only under the name of the autoencoder that made them, at the size they were made for."""
+    if not isinstance(source, ReferenceSource):
+        return
+    if config.autoencoder == "pixels":
+        raise UserError(
+            f"{source.root} holds moments, but the autoencoder is 'pixels': name the one that made them (REPA's is "
+            f"sd-vae-ft-mse), or give {source.root / IMAGES} as the source to leave them out."
+        )
+    if config.resolution != source.side:
+        raise UserError(
+            f"{source.root} holds moments of images of {source.side} pixels, but the resolution is {config.resolution}: "
+            f"give {source.side}, or {source.root / IMAGES} as the source to encode anew."
+        )
+
+
+def require_same_moments(stored: np.ndarray, ours: np.ndarray, spec: str) -> None:
+    """Compare stored moments (n, 2C, h, w) with those that the autoencoder makes of the same images.
+
+    Raises:
+        UserError: they are those of another autoencoder, or of other images.
+    """
+    if stored.shape != ours.shape:
+        raise UserError(
+            f"The stored moments are {stored.shape[1:]}, but {spec} makes {ours.shape[1:]}: name the autoencoder that made them."
+        )
+    mean, other = (x[:, : x.shape[1] // 2].astype(np.float64) for x in (stored, ours))
+    error = float(np.sqrt(((mean - other) ** 2).mean() / (other**2).mean()))
+    if not error <= SAME:
+        raise UserError(
+            f"The stored means differ from what {spec} makes of the same images by {error:.0%} (up to {SAME:.0%} is "
+            "arithmetic): they are of another autoencoder, or paired with other images."
+        )
+
+
+def is_reference(folder: Path) -> bool:
+    return (folder / IMAGES).is_dir() and (folder / MOMENTS).is_dir()
+
+
+class ReferenceSource(Source):
+    """Images with the moments that were made of them."""
+
+    def __init__(self, root: Path):
+        """
+        Raises:
+            UserError: an image without moments or moments without an image, no labels, or other arrays than announced.
+        """
+        self.root = root
+        listing = root / MOMENTS / LISTING
+        if not listing.is_file():
+            raise UserError(f"{listing} is missing: it gives the labels of the images; take it from where the data is.")
+        self._images = FolderSource(root / IMAGES, "none")
+        found = scan(root / MOMENTS, (".npy",))
+        self._moments = self._paired(sorted(found))
+        self.side = self._images.decode(0).width
+        self.moments_shape = self.moments(0).shape
+        _, height, width = self.moments_shape
+        if height != width or self.side % height:
+            raise UserError(
+                f"{self._moments[0]} has moments of {height} x {width} for images of {self.side} pixels: square ones, a "
+                "whole number of times smaller, are wanted."
+            )
+        classes = from_listing(files.read_json(listing), self._moments, str(listing))
+        self._require_agreement(classes.labels)
+        self.labels, self.class_names = classes
+        self.identity = {
+            **self._images.identity,
+            "name": root.name,
+            "labels_sha256": labels_digest(classes),
+            "moments": list(self.moments_shape),
+        }
+
+    def name(self, index: int) -> str:
+        return f"{IMAGES}/{self._images.name(index)}"
+
+    def decode(self, index: int) -> Image.Image:
+        return self._images.decode(index)
+
+    def image(self, index: int, resolution: int) -> Image.Image:
+        """An image as it is: its moments were made of exactly these pixels."""
+        image = self.decode(index)
+        if image.size != (resolution, resolution):
+            raise UserError(
+                f"{self.name(index)} is {image.width} x {image.height}, but its moments are to be kept: import it with "
+                f"the resolution that the data has, {self.side}."
+            )
+        return image
+
+    def moments(self, index: int) -> np.ndarray:
+        """(2C, h, w) float32: mean and standard deviation, unscaled; raises UserError, which names the file."""
+        path = self.root / MOMENTS / self._moments[index]
+        array = _load(path)
+        if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] % 2 or 0 in array.shape:
+            raise UserError(f"{path} holds {array.dtype} {array.shape}: moments are float32 (2C, h, w).")
+        if self.moments_shape not in (None, array.shape):
+            raise UserError(
+                f"{path} holds {array.shape}, but the first of its kind {self.moments_shape}: encode it again."
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{path} holds numbers that are not finite: encode it again.")
+        if (array[array.shape[0] // 2 :] < 0).any():
+            raise UserError(
+                f"{path} has negative standard deviations: its second half is a logarithm of variances, as some other "
+                "tools store it. Encode the images with `repa prepare` instead."
+            )
+        return array
+
+    def _paired(self, moments: Sequence[str]) -> list[str]:
+        """The moments of each image, by the number in the names."""
+        images = {_number(path, IMAGE_PREFIX): path for path in self._images.paths}
+        latents = {_number(path, MOMENTS_PREFIX): path for path in moments}
+        for there, missing, what, where in ((images, latents, "moments", MOMENTS), (latents, images, "image", IMAGES)):
+            alone = [path for number, path in there.items() if number not in missing]
+            if alone:
+                raise UserError(
+                    f"{self.root} has {len(alone):,} files without their {what} in {where}/; the first is {alone[0]}: "
+                    "finish the preprocessing, or remove them."
+                )
+        if not len(images) == len(latents) == len(self._images) == len(moments):
+            raise UserError(f"{self.root} has two images or moments of one number: remove one of the two.")
+        return [latents[_number(path, IMAGE_PREFIX)] for path in self._images.paths]
+
+    def _require_agreement(self, labels: np.ndarray) -> None:
+        """The labels beside the images, where there are any, are those beside the moments."""
+        listing = self.root / IMAGES / LISTING
+        if not listing.is_file():
+            return
+        theirs = from_listing(files.read_json(listing), list(self._images.paths), str(listing)).labels
+        if (differ := np.flatnonzero(theirs != labels)).size:
+            index = int(differ[0])
+            raise UserError(
+                f"{self.name(index)} has the label {theirs[index]} in {IMAGES}/{LISTING}, but {labels[index]} in "
+                f"{MOMENTS}/{LISTING}: {differ.size:,} differ, and one of the two files is wrong."
+            )
+
+
+def _number(path: str, prefix: str) -> str:
+    """'00000/img00000012.png' -> '00000/00000012'."""
+    folder, slash, name = path.rpartition("/")
+    stem = name.rpartition(".")[0]
+    if not (stem.startswith(prefix) and stem.removeprefix(prefix).isdecimal()):
+        raise UserError(f"{path} is not named like REPA's files, {prefix} and a number: move it out of the folder.")
+    return f"{folder}{slash}{stem.removeprefix(prefix)}"
+
+
+def _load(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an array: {str(error).rstrip('.')}.") from error

@@ -1,0 +1,207 @@
+"""What lies where in a tar shard: read once, kept in the cache folder."""
+
+import hashlib
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.sources.archives import Slices, leads_out
+from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
+
+FORMAT = 1  # of the files in the cache
+MAX_TEXT = 1 << 24  # bytes of a label, caption or json
+NONE = (0, -1)  # a part that a sample does not have
+
+
+class Index(NamedTuple):
+    """The samples of one shard, in its order."""
+
+    keys: list[str]
+    labels: list[str | None]
+    """From .cls, else from the .json; None for neither."""
+    parts: np.ndarray
+    """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 for none."""
+    size: int
+    """Bytes of the shard."""
+
+
+def index_of(path: Path, name: str, *, version: str, image: str, label: str) -> Index:
+    """The index of a shard, from the cache when it was made before.
+
+    Args:
+        path: the shard on this machine.
+        name: what to call it in messages.
+        version: changes when the shard does.
+        image: extension of the images in each sample; any image when empty.
+        label: key of the label in the .json of a sample.
+
+    Raises:
+        UserError: no tar file, cut short, unsafe, or its samples are not one image each.
+    """
+    cached = cached_path(version, image, label)
+    if not cached.is_file():
+        index = _scan(path, name, image, label)
+        with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
+            text = json.dumps([index.keys, index.labels]).encode()
+            np.savez(file, text=np.frombuffer(text, np.uint8), parts=index.parts, size=index.size)
+        return index
+    return load_index(cached)
+
+
+def cached_path(version: str, image: str, label: str) -> Path:
+    """Where the index of a shard is kept."""
+    key = hashlib.sha256(json.dumps([FORMAT, version, image, label]).encode()).hexdigest()[:32]
+    return files.cache_folder() / "sources" / "indices" / f"{key}.npz"
+
+
+def load_index(path: Path) -> Index:
+    """An index from the cache."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            keys, labels = json.loads(arrays["text"].tobytes())
+            return Index(keys, labels, arrays["parts"], int(arrays["size"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}, the index of a shard, is damaged ({error}): delete it, it is made again.") from error
+
+
+def _scan(path: Path, name: str, image: str, label: str) -> Index:
+    size = os.path.getsize(path)
+    keys, labels, parts = [], [], []
+    slices = Slices(path)
+    for key, members in _samples(path, name, size):
+        found = _image_of(key, members, name, image)
+        text, meta = members.get("txt", NONE), members.get("json", NONE)
+        for part, what in ((text, "txt"), (meta, "json"), (members.get("cls", NONE), "cls")):
+            if part[1] > MAX_TEXT:
+                raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
+        if "cls" in members:
+            labels.append(_text(slices.read(*members["cls"]), f"{key}.cls in {name}").strip() or None)
+        elif "json" in members:
+            said = f"{key}.json in {name}"
+            labels.append(_label(read_json(slices.read(*meta), said).get(label), said))
+        else:
+            labels.append(None)
+        keys.append(key)
+        parts.append((found, text, meta))
+    if not keys:
+        raise UserError(f"{name} holds no images: files named {' '.join(EXTENSIONS)} are looked for.")
+    return Index(keys, labels, np.array(parts, np.int64), size)
+
+
+def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size)."""
+    key, members, seen = None, {}, set()
+    for member in _members(path, name, size):
+        folder, slash, base = _plain(member.name).rpartition("/")
+        stem, _, extension = base.partition(".")
+        this, extension = f"{folder}{slash}{stem}", extension.lower()
+        if this != key:
+            if key is not None:
+                yield key, members
+            if this in seen:
+                raise UserError(f"{name} holds the sample {this!r} twice: pack it again with every sample once.")
+            key, members = this, {}
+            seen.add(this)
+        if extension in members:
+            raise UserError(f"{name} holds {member.name!r} twice: pack it again with every file once.")
+        members[extension] = (member.offset_data, member.size)
+    if key is not None:
+        yield key, members
+
+
+def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                archive.members = []  # the module would keep every header
+                if leads_out(member.name):
+                    raise UserError(
+                        f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "
+                        "pack it again without that path."
+                    )
+                if member.isdir() or any(hidden(part) for part in _plain(member.name).split("/")):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{member.name} in {name} is no plain file (a link, a device or a sparse file): pack the shard "
+                        "again with the files themselves (tar --dereference)."
+                    )
+                if member.size > MAX_FILE_SIZE:
+                    raise UserError(
+                        f"{member.name} in {name} has {files.size(member.size)}, more than an image may have "
+                        f"({files.size(MAX_FILE_SIZE)}): remove it."
+                    )
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member
+            _require_end(path, archive.offset)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} cannot be read as an uncompressed tar file: {error}.") from error
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """The module takes a damaged header, or the end of a shard that was cut, for the end of the archive."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        found = 0
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {offset:,}, or several archives one after the other")
+            found += len(block)
+    if found < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+
+
+def _plain(name: str) -> str:
+    """'./a/b.png' -> 'a/b.png'."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: str) -> tuple[int, int]:
+    endings = [image.lower().lstrip(".")] if image else [end for end in members if f".{end}".endswith(EXTENSIONS)]
+    found = [end for end in endings if end in members]
+    if len(found) == 1:
+        return members[found[0]]
+    if found:
+        raise UserError(
+            f"The sample {key} in {name} holds several images ({', '.join(found)}): say which one as image={found[0]}."
+        )
+    raise UserError(f"The sample {key} in {name} holds no image, only {', '.join(members)}: every sample needs one.")
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error}.") from error
+
+
+def read_json(data: bytes, name: str) -> dict[str, Any]:
+    """The object in a .json of a sample; raises UserError when it is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is damaged: it cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
+    return value
+
+
+def _label(value: Any, name: str) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, str, type(None))):
+        raise UserError(
+            f"The label in {name} is {str(value)[:80]}: it must be a whole number or the name of a class. Another key is "
+            "chosen by label=KEY."
+        )
+    return None if value is None else str(value)

@@ -1,0 +1,157 @@
+"""WebDataset: tar shards in which neighbouring files of one name (0001.jpg, 0001.cls, 0001.txt, 0001.json) are a sample."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.data.sources.archives import Slices
+from repa.data.sources.contract import Source, Strings, printable
+from repa.data.sources.fetching import Fetcher
+from repa.data.sources.folders import caption_lines, from_folders
+from repa.data.sources.labels import Classes, classes_of, from_file, labels_digest, no_classes
+from repa.data.sources.patterns import is_remote
+from repa.data.sources.tar_index import Index, cached_path, index_of, load_index, read_json
+
+MAX_OPEN = 16  # shards open at a time: rows are read in order
+IMAGE, TEXT, JSON = range(3)
+
+
+class WebDataset(Source):
+    """Samples in the order of the shards. Shards elsewhere (URLs, `pipe:`) are copied here as they are needed.
+
+    Every shard is read once when the source is opened first, for an index that is kept in the cache folder. The label
+    of a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        labels: str = "",
+        *,
+        image: str = "",
+        label: str = "label",
+        caption: str = "caption",
+        cache: float = 64,
+    ):
+        """
+        Args:
+            shards: paths, URLs, or `pipe:COMMAND`.
+            labels: "", "none", "folders" (the first part of a sample's path), or a file with labels by path.
+            image: extension of the image of a sample that holds several.
+            label: key of the label in the .json.
+            caption: key of the caption in the .json.
+            cache: GiB of copies of shards that lie elsewhere to keep.
+        """
+        if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not cache > 0:
+            raise UserError(f"cache was given {cache!r}: it is the size of the cache of shards in GiB, more than 0.")
+        self.shards = list(shards)
+        self._caption = str(caption)
+        self._fetch = Fetcher(int(cache * 2**30))
+        indices = [self._index(shard, str(image), str(label)) for shard in self.shards]
+        self._sizes = [index.size for index in indices]
+        self._ends = np.cumsum([len(index.keys) for index in indices])
+        self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
+        self.keys = Strings(key for index in indices for key in index.keys)
+        self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
+        classes = self._classes(labels, [value for index in indices for value in index.labels])
+        self.labels, self.class_names = classes
+        self.identity = {
+            "name": Path(self.shards[0]).name,
+            "num_images": len(self.keys),
+            "num_shards": len(self.shards),
+            "sha256": self._digest(),
+            "labels_sha256": labels_digest(classes),
+        }
+        self._forget()
+
+    def name(self, index: int) -> str:
+        return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
+
+    def decode(self, index: int) -> Image.Image:
+        return decode_image(self._read(index, IMAGE), self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if self._parts[index, TEXT, 1] >= 0:
+            return caption_lines(self._read(index, TEXT), self.name(index))
+        if self._parts[index, JSON, 1] < 0:
+            return ()
+        value = read_json(self._read(index, JSON), self.name(index)).get(self._caption)
+        return caption_values(value, self.name(index))
+
+    def _classes(self, labels: str, written: list[str | None]) -> Classes:
+        if labels == "folders":
+            return from_folders(self._shard_name(0), self.keys)
+        if labels not in ("", "none"):
+            return from_file(labels, self.keys)
+        if labels == "none" or not any(value is not None for value in written):
+            return no_classes(len(self.keys))
+        return classes_of(written, self.name, "its shard (.cls, or the label in .json)")
+
+    def _index(self, shard: str, image: str, label: str) -> Index:
+        if is_remote(shard):
+            cached = cached_path(shard, image, label)
+            if cached.is_file():  # the shard itself is not needed until an image of it is
+                return load_index(cached)
+            return index_of(self._fetch.local(shard), shard, version=shard, image=image, label=label)
+        path = Path(shard)
+        if not path.is_file():
+            raise UserError(f"There is no shard {shard!r}: give its path.")
+        stat = path.stat()
+        version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        return index_of(path, shard, version=version, image=image, label=label)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self._parts[:, IMAGE, 1]).tobytes())
+        digest.update("\n".join(self.keys).encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def _shard_name(self, shard: int) -> str:
+        return Path(self.shards[shard]).name
+
+    def _read(self, index: int, part: int) -> bytes:
+        offset, size = self._parts[index, part].tolist()
+        try:
+            return self._open(self._shard_of(index)).read(offset, size)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{self.name(index)} cannot be read: {error}.") from error
+
+    def _open_shard(self, shard: int) -> Slices:
+        where = self.shards[shard]
+        path = self._fetch.local(where) if is_remote(where) else Path(where)
+        if (size := os.path.getsize(path)) != self._sizes[shard]:
+            raise UserError(
+                f"{where} has {size:,} bytes, but had {self._sizes[shard]:,} when its index was made: it changed. "
+                "Start again; for a shard that lies elsewhere, empty the folder sources/ of the cache first."
+            )
+        return Slices(path)
+
+    def _forget(self) -> None:
+        self._open = functools.lru_cache(MAX_OPEN)(self._open_shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def caption_values(value: Any, name: str) -> tuple[str, ...]:
+    """A caption, or a list of them, as they lie in a .json or a column; raises UserError for anything else."""
+    if value is None or value == "":
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
+        raise UserError(f"The caption of {name} is {str(value)[:80]!r}: it must be a text, or a list of texts.")
+    return tuple(values)

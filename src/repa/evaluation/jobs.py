@@ -1,0 +1,157 @@
+"""What `repa evaluate` does: samples of a file, or of a stream that is being made, to results with their provenance."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa import __version__
+from repa.base import dist, files
+from repa.base.errors import UserError
+from repa.evaluation.config import EvaluateConfig, ReferenceConfig
+from repa.evaluation.judges import InceptionJudge, Judge, load_judge
+from repa.evaluation.measure import NEIGHBOURS, check_measurable, measure
+from repa.evaluation.reference import Progress, Reference, kept_reference, silent
+from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
+from repa.evaluation.sources import open_images
+from repa.metrics.score import SPLIT_SIZE
+
+TIME = "t = 0 is data, t = 1 is noise; guidance.interval is in this t"
+
+Stream = Iterable[tuple[Tensor, Tensor]]  # indices (n,) and images (n, 3, H, W) of this process's share
+
+
+def evaluate_file(
+    samples: str | Path,
+    reference: str | Path,
+    config: EvaluateConfig,
+    *,
+    device: torch.device,
+    progress: Progress = silent,
+    reference_progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure an .npz, a folder or a zip of samples; results with what they were made from.
+
+    An .npz by `repa sample` has a .json beside it that says how it was made: it is taken over.
+    """
+    images = open_images(samples)
+    if images.height != images.width:
+        raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: square ones are measured.")
+    path = Path(samples).with_suffix(".json")
+    made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
+    if not isinstance(made, dict) or made.get("num") != images.num:
+        made = None  # nothing, or about another file
+
+    def counted() -> Stream:
+        for indices, pixels in images.batches(config.batch_size):
+            yield indices, pixels
+            progress(min(int(indices[0]) + dist.world() * config.batch_size, images.num), images.num)
+
+    return evaluate_stream(
+        counted(), images.num, images.height, reference, config, device=device, samples=str(samples), made=made,
+        progress=reference_progress,
+    )  # fmt: skip
+
+
+def evaluate_stream(
+    stream: Stream,
+    num: int,
+    side: int,
+    reference: str | Path,
+    config: EvaluateConfig,
+    *,
+    device: torch.device,
+    samples: str,
+    made: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure `num` images of `side` pixels of a stream, none of which is kept.
+
+    Args:
+        stream: read only once everything else is checked and the reference is there.
+        samples: what to call them in the results.
+        made: how they were made.
+        progress: of the reference, where it has to be computed.
+    """
+    if num < 2:
+        raise UserError(
+            f"{samples} holds {num} image: a distribution needs at least two, and thousands to mean something."
+        )
+    opened = open_reference(reference, side)
+    judge = load_judge(config.features, weights=config.features_weights or None, device=device)
+    real = load_reference(opened, judge, config.features, config.batch_size, progress)
+    check_measurable(judge, real, config.wanted)
+    found = measure(stream, judge, real, config.wanted, neighbours=config.neighbours)
+    return {
+        "metrics": found,
+        "num_samples": num,
+        "num_reference": real.statistics.count,
+        "num_reference_neighbours": None if real.subset is None else len(real.subset),
+        "warnings": _warnings(judge, num, config.wanted),
+        "samples": samples,
+        "made": None if made is None else {**made, "time": TIME},
+        "reference": str(reference),
+        "reference_kind": "statistics" if isinstance(opened, ReferenceFile) else "images",
+        **provenance(judge, config, device),
+    }
+
+
+def make_reference(
+    where: str | Path, out: Path, config: ReferenceConfig, *, device: torch.device, progress: Progress = silent
+) -> Reference:
+    """Write `out` (.npz) with the statistics of all images of `where` and what precision and recall need of 10,000 of them."""
+    if out.suffix != ".npz":
+        raise UserError(
+            f"A reference is written as one .npz file, but --out is {out}: give a name such as reference.npz."
+        )
+    images = open_images(where, resolution=config.resolution or None)
+    if images.height != images.width:
+        raise UserError(
+            f"{where} holds images of {images.height}x{images.width} pixels: give --resolution to crop them to squares."
+        )
+    if config.resolution not in (0, images.height):
+        raise UserError(
+            f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
+        )
+    judge = load_judge(config.features, weights=config.features_weights or None, device=device)
+    reference = kept_reference(images, judge, config.features, batch_size=config.batch_size, progress=progress)
+    if dist.is_main():
+        write_reference(out, reference, images, judge, config.features)
+    dist.barrier()
+    return reference
+
+
+def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    """Whose features, by which arithmetic, and the versions that computed them."""
+    return {
+        "features": config.features,
+        "encoder": judge.identity,
+        "arithmetic": {"features": "float32", "statistics": "float64", "neighbours": config.neighbours},
+        "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT_SIZE},
+        "device": device.type,
+        "processes": dist.world(),
+        "repa": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _warnings(judge: Judge, num: int, metrics: Sequence[str]) -> list[str]:
+    warnings = []
+    if num < judge.dim and {"fid", "sfid", "fd"} & set(metrics):
+        warnings.append(
+            f"{num:,} samples are fewer than the {judge.dim:,} dimensions of the features, so their covariance has not full "
+            "rank and Fréchet distances are too large: compare only figures of the same number of samples."
+        )
+    if isinstance(judge, InceptionJudge) and not judge.is_published:
+        warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
+    if "inception_score" in metrics and num % SPLIT_SIZE:
+        warnings.append(
+            f"{num:,} samples are no multiple of {SPLIT_SIZE:,}: the last split of the inception score is smaller, which lowers it."
+        )
+    return warnings

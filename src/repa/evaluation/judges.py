@@ -1,0 +1,87 @@
+"""Who looks at images: Inception, or the pooled features of an encoder. Behind one contract."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.encoders import load_encoder
+from repa.encoders.contract import VisionEncoder
+from repa.evaluation.config import INCEPTION, OF_ENCODERS, OF_INCEPTION
+from repa.metrics import load_inception
+from repa.metrics.inception_weights import LoadedInception
+
+
+class Seen(NamedTuple):
+    """Features of a batch, float32, on the judge's device."""
+
+    pooled: Tensor  # (N, D)
+    spatial: Tensor | None = None  # (N, 2023), Inception's
+    logits: Tensor | None = None  # (N, 1008), Inception's
+
+
+class EncoderJudge:
+    """The pooled features of an encoder, at its own grid for the images' size."""
+
+    metrics = OF_ENCODERS
+
+    def __init__(self, encoder: VisionEncoder):
+        self.encoder, self.name, self.dim = encoder, encoder.name, encoder.dim
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whose features, and the checksum of the weights."""
+        return dict(self.encoder.identity)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Seen:
+        """uint8 (N, 3, S, S) -> what is seen."""
+        pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
+        if pooled is None:
+            raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
+        return Seen(pooled.float())
+
+
+class InceptionJudge:
+    """Inception-v3, as FID, sFID and the inception score are defined by."""
+
+    metrics = OF_INCEPTION
+    name = INCEPTION
+    dim = 2048
+
+    def __init__(self, loaded: LoadedInception):
+        self.net, self.checksum, self.is_published = loaded.net, loaded.weights_sha256, loaded.is_published
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whose features, the checksum of the weights, and whether papers measure with these."""
+        return {"name": self.name, "weights_sha256": self.checksum, "published": self.is_published}
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.fc.weight.device
+
+    def __call__(self, images: Tensor) -> Seen:
+        """uint8 (N, 3, H, W) -> what is seen."""
+        return Seen(*self.net(images))
+
+
+Judge = EncoderJudge | InceptionJudge
+
+
+def load_judge(features: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Judge:
+    """ "inception" or an encoder's spec; raises UserError when there are no weights."""
+    if features == INCEPTION:
+        return InceptionJudge(load_inception(weights, device))
+    return EncoderJudge(load_encoder(features, weights=weights, device=device))
+
+
+def as_judge(judge: Judge | VisionEncoder) -> Judge:
+    """An encoder judges by its pooled features."""
+    return EncoderJudge(judge) if isinstance(judge, VisionEncoder) else judge

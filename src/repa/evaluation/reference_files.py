@@ -1,0 +1,135 @@
+"""References as files: those of the ADM evaluator, and our own in the same format."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.evaluation.config import INCEPTION
+from repa.evaluation.images import Images
+from repa.evaluation.judges import InceptionJudge, Judge
+from repa.evaluation.npz import UNREADABLE, NpzImages
+from repa.evaluation.reference import BATCH, Progress, Reference, kept_reference, silent, subset_of
+from repa.evaluation.sources import open_images
+
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
+
+
+class ReferenceFile:
+    """An .npz with mu and sigma, perhaps mu_s and sigma_s, perhaps images under arr_0: opened, its small arrays read.
+
+    Ours also say whose features they are (judge, JSON), of how many images, of which resolution, and hold the features of
+    the subset. ADM's say nothing of the sort: they are Inception's, by its published weights.
+    """
+
+    def __init__(self, path: Path, names: list[str]):
+        self.path, self.where = path, str(path)
+        with np.load(path, allow_pickle=False) as archive:
+            self.arrays = {name: archive[name] for name in MOMENTS if name in names}
+            self.judge = json.loads(str(archive["judge"])) if "judge" in names else None
+            self.resolution = int(archive["resolution"]) if "resolution" in names else None
+        self.images = NpzImages(path) if "arr_0" in names else None
+        if self.images is not None:
+            self.resolution = self.images.height
+        if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
+            raise UserError(f"{path} is no reference: it holds {', '.join(names)}, but mu needs its sigma.")
+
+    def load(self, judge: Judge, spec: str, batch_size: int, progress: Progress) -> Reference:
+        """Raises UserError when the statistics are of other features than `judge`'s."""
+        if self.judge is None and not isinstance(judge, InceptionJudge):
+            if self.images is None:
+                raise UserError(
+                    f"{self.path} holds statistics of Inception's features and no images, so nothing can be measured "
+                    f"against it in the features of {spec}: choose --features {INCEPTION} or another reference."
+                )
+            return kept_reference(self.images, judge, spec, batch_size=batch_size, progress=progress)
+        if self.judge is None and not judge.is_published:
+            raise UserError(
+                f"{self.path} holds statistics by the published weights of Inception, but other weights were given: "
+                "make a reference with these by `repa evaluate reference`, or leave --features-weights out."
+            )
+        if self.judge is not None and self.judge != [spec, judge.identity]:
+            raise UserError(
+                f"{self.path} holds {_called(*self.judge)}, but samples are to be measured in {_called(spec, judge.identity)}: "
+                "give the same --features and --features-weights."
+            )
+        reference = Reference.from_arrays(self.arrays)
+        if len(reference.statistics.mean) != judge.dim:
+            raise UserError(
+                f"{self.path} is no reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
+                f"the features have {judge.dim}."
+            )
+        if reference.subset is None and self.images is not None:
+            seen = kept_reference(self.images, judge, spec, batch_size=batch_size, progress=progress)
+            reference = reference._replace(subset=seen.subset)
+        return reference
+
+
+def _called(spec: str, identity: dict[str, Any]) -> str:
+    return f"features of {spec} (weights {str(identity.get('weights_sha256'))[:12]})"
+
+
+def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
+    """What to measure images of `side` pixels against; nothing slow is done.
+
+    Args:
+        where: an .npz of the ADM evaluator or of `repa evaluate reference`; prepared data; images in an .npz, a folder or a
+            zip, which are cropped to `side` where they are files.
+
+    Raises:
+        UserError: nothing there, unreadable, or of another resolution.
+    """
+    path = Path(where)
+    found: ReferenceFile | Images | None = None
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "mu" in names:
+                found = ReferenceFile(path, names)
+        except UserError:
+            raise
+        except UNREADABLE as error:
+            raise UserError(f"{path} cannot be read as a reference: {error}.") from None
+    if found is None:
+        found = open_images(where, resolution=side)
+    sizes = {found.height, found.width} if isinstance(found, Images) else {found.resolution or side}
+    if sizes != {side}:
+        raise UserError(
+            f"The samples are of {side} pixels, {where} of {' x '.join(map(str, sorted(sizes)))}: "
+            "compare what has the same size."
+        )
+    return found
+
+
+def load_reference(
+    opened: ReferenceFile | Images, judge: Judge, spec: str, batch_size: int = BATCH, progress: Progress = silent
+) -> Reference:
+    """The reference as `judge` sees it: read, or computed by all processes and kept."""
+    if isinstance(opened, ReferenceFile):
+        return opened.load(judge, spec, batch_size, progress)
+    return kept_reference(opened, judge, spec, batch_size=batch_size, progress=progress)
+
+
+def write_reference(path: Path, reference: Reference, images: Images, judge: Judge, spec: str) -> None:
+    """An .npz that the ADM evaluator reads too: it needs the images of the subset, uint8 (M, H, W, 3) under arr_0."""
+    arrays = reference.arrays() | {
+        "judge": np.array(json.dumps([spec, judge.identity])),
+        "resolution": np.array(images.height),
+    }
+    chosen = subset_of(images.num)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), images.height, images.width, 3)}
+    with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+        if isinstance(judge, InceptionJudge):
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(chosen), BATCH):
+                    pixels = images.rows(chosen[start : start + BATCH])
+                    file.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())

@@ -1,0 +1,102 @@
+"""Inception-v3 as the FID measures it: the network of TensorFlow's inception-2015-12-05 graph (Szegedy et al. 2015).
+
+It differs from the network of the same name in image classification libraries by its 1008 outputs, by average pooling
+that leaves the padding out, and by max-pooling in the last block. Parameter names are those of the published weights
+(`inception_weights.py`). Letters: N batch, C channels, H W height and width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repa.base.errors import UserError
+from repa.metrics.arithmetic import exact_float32
+from repa.metrics.inception_blocks import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
+
+SIDE = 299  # pixels that the network sees
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, the ADM evaluator's choice
+
+
+class InceptionFeatures(NamedTuple):
+    """What the metrics need of a batch of images, float32."""
+
+    pool: Tensor
+    """(N, 2048): pool_3, for FID, KID, precision and recall."""
+    spatial: Tensor
+    """(N, 2023): the first 7 channels of mixed_6/conv on their 17 x 17 grid in the order H, W, C, for sFID."""
+    logits: Tensor
+    """(N, 1008): without the bias of the last layer, for the inception score."""
+
+
+class InceptionV3(nn.Module):
+    """uint8 images of any side in, features out; frozen. `load_inception` gives it its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, pool_channels=32)
+        self.Mixed_5c = InceptionA(256, pool_channels=64)
+        self.Mixed_5d = InceptionA(288, pool_channels=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, channels=128)
+        self.Mixed_6c = InceptionC(768, channels=160)
+        self.Mixed_6d = InceptionC(768, channels=160)
+        self.Mixed_6e = InceptionC(768, channels=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, average=True)
+        self.Mixed_7c = InceptionE(2048, average=False)
+        self.fc = nn.Linear(2048, 1008)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "InceptionV3":
+        """Stays in eval mode: the statistics of its normalisation are part of the metric."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        """Features of uint8 (N, 3, H, W), in float32 whatever the caller's autocast.
+
+        Raises:
+            UserError: images of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"Inception takes uint8 images (N, 3, H, W), but got {images.dtype} {tuple(images.shape)}.")
+        device = self.fc.weight.device
+        with exact_float32(device):
+            x = (resize_as_tensorflow(images.to(device).float(), SIDE) - 128) / 128  # (N, 3, 299, 299)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
+            x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
+            x = F.max_pool2d(x, 3, stride=2)  # (N, 192, 35, 35)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
+            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (N, 768, 17, 17)
+            x, branch1x1 = self.Mixed_6d.with_branch1x1(x)  # (N, 768, 17, 17), (N, 192, 17, 17)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
+            pool = x.mean((2, 3))  # (N, 2048)
+            spatial = branch1x1[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
+            return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)
+
+
+def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
+    """Bilinear resize of TensorFlow 1: (N, C, H, W) -> (N, C, side, side).
+
+    Output pixel i lies at i * H / side of the input: pixels are points, their centres are not shifted by half a pixel, and
+    shrinking is not antialiased. F.interpolate has no such mode, so the two nearest rows and columns are mixed here.
+    """
+    return _mix(_mix(images, 3, side), 2, side)  # along rows first, as there
+
+
+def _mix(images: Tensor, dim: int, side: int) -> Tensor:
+    size = images.shape[dim]
+    place = torch.arange(side, device=images.device, dtype=torch.float32) * (size / side)  # float32 as in TensorFlow
+    low = place.long().clamp(max=size - 1)
+    high = (low + 1).clamp(max=size - 1)
+    share = (place - low).view([-1 if d == dim else 1 for d in range(images.ndim)])
+    first, second = images.index_select(dim, low), images.index_select(dim, high)
+    return first + (second - first) * share

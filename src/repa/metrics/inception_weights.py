@@ -1,0 +1,102 @@
+"""Where the weights of Inception-v3 lie, and the network that they make."""
+
+import pickle
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repa.base import dist, files
+from repa.base.errors import UserError
+from repa.metrics.inception import InceptionV3
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+ALSO = "pt_inception-2015-12-05-6726825d.pth"  # the same bytes as pytorch-fid names them
+SHA256 = "6726825d"  # the first digits of the file's checksum, as its name says
+
+
+class LoadedInception(NamedTuple):
+    """The network, and whose weights it has."""
+
+    net: InceptionV3
+    weights_sha256: str
+
+    @property
+    def is_published(self) -> bool:
+        """Whether these are the weights with which papers measure."""
+        return self.weights_sha256.startswith(SHA256)
+
+
+def load_inception(weights: str | Path | None = None, device: torch.device | str = "cpu") -> LoadedInception:
+    """Inception-v3 with the weights of a local file; else of the caches of this package, torch-fidelity and pytorch-fid;
+    else downloaded into the first of them, by the main process.
+
+    Raises:
+        UserError: no such file, no network, a damaged file, another network's weights.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"There is no file {weights} with Inception's weights: give the path of {FILE}.")
+    path = Path(weights) if weights is not None else _cached()
+    checksum = files.sha256(path)
+    if weights is None and not checksum.startswith(SHA256):
+        raise UserError(f"{path} is damaged: its checksum does not begin with {SHA256}. Remove it and run again.")
+    net = InceptionV3()
+    tensors = _read(path)
+    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    if missing := expected.keys() - tensors.keys():
+        raise UserError(f"{path} lacks weights of Inception-v3, for example {min(missing)}: give {FILE}.")
+    if extra := tensors.keys() - expected.keys():
+        raise UserError(f"{path} holds another network: Inception-v3 has no {min(extra)}. Give {FILE}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{path} holds another network: {name} is {tuple(tensors[name].shape)}, not {tuple(shape)}. Give {FILE}."
+            )
+    net.load_state_dict(tensors)
+    return LoadedInception(net.to(device), checksum)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read as weights ({reason}): give {FILE}.") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no dictionary of tensors: give {FILE}.")
+    return tensors
+
+
+def _cached() -> Path:
+    """The first file that is there; the main process fetches it when none is."""
+    problem = _download() if dist.is_main() and _found() is None else ""
+    problem = dist.from_main(problem)
+    if (path := _found()) is not None:
+        return path
+    raise UserError(
+        f"The weights of Inception-v3 are not on this machine and could not be fetched from {URL} "
+        f"({problem or 'they were fetched to another machine'}): give --features-weights FILE, put the file at {_places()[0]}, "
+        "or measure in the features of an encoder inside this package with --features tiny-judge."
+    )
+
+
+def _places() -> list[Path]:
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    return [files.cache_folder() / "metrics" / FILE, hub / FILE, hub / ALSO]
+
+
+def _found() -> Path | None:
+    return next((place for place in _places() if place.is_file()), None)
+
+
+def _download() -> str:
+    """Fetch the file and compare its checksum; returns what went wrong, or nothing."""
+    try:
+        with files.atomic_path(_places()[0]) as temporary:
+            torch.hub.download_url_to_file(URL, str(temporary), hash_prefix=SHA256, progress=False)
+    except (OSError, RuntimeError, HTTPException) as error:  # no network; other bytes than expected; cut off
+        return str(error)
+    return ""

@@ -1,0 +1,68 @@
+"""Which row of the paper a run trains as, and whether it was measured as that was. Free of torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repa.report.paper import AUTOENCODER, CLASSES, FACTOR, IMAGES, REFERENCE, ROWS, SAMPLES, SAMPLINGS, Row
+from repa.report.protocols import INCEPTION, Protocol, settings_of
+from repa.report.records import RunRecord
+
+
+def row_of(run: RunRecord) -> tuple[str, Row] | None:
+    """The row that a run trains as: the same network, alignment and batch, on latents of as many classes; else None."""
+    return next(((name, row) for name, row in ROWS.items() if _trains_as(run, row)), None)
+
+
+def _trains_as(run: RunRecord, row: Row) -> bool:
+    model, diffusion = run.config.get("model") or {}, run.config.get("diffusion") or {}
+    asked = {
+        "name": row.model,
+        "latent_size": row.resolution // FACTOR,
+        "num_classes": CLASSES,
+        "hidden_dim": 0,
+        "depth": 0,
+        "num_heads": 0,
+        "qk_norm": False,
+    }
+    same_network = all(model.get(key) == value for key, value in asked.items())
+    objective = {"objective": row.objective, "path": "linear", "prediction": "velocity", "timesteps": "uniform"}
+    same_objective = {"objective": "flow", **diffusion} == objective  # runs before there were two did not write it down
+    same_batch = run.config.get("batch_size") == 256
+    return same_network and same_objective and same_batch and _same_alignment(run.alignments, row.alignment)
+
+
+def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any] | None) -> bool:
+    """Is there just the one term of the row (or none), with the paper's projector, constant in time?"""
+    if asked is None:
+        return not found
+    whole = {**asked, "projector": "mlp", "schedule": "constant", "token_norm": "none"}
+    return len(found) == 1 and all(found[0].get(key) == value for key, value in whole.items())
+
+
+def measured_as(protocol: Protocol, run: RunRecord) -> str | None:
+    """The name in SAMPLINGS that an evaluation of a run was made by; None where it was made in any other way."""
+    given = settings_of(protocol)
+    asked = {
+        "features": INCEPTION,
+        "num_samples": SAMPLES,
+        "labels": "uniform",
+        "weights": "ema",
+        "decoder": AUTOENCODER,
+        "reference": REFERENCE,
+    }
+    data = run.data
+    same_data = (data.get("num_images"), data.get("resolution")) == (IMAGES, 256)
+    if not same_data or any(given.get(key) != value for key, value in asked.items()):
+        return None
+    for name, sampling in SAMPLINGS.items():
+        same_sampler = all(given.get(key) == sampling[key] for key in ("sampler", "steps"))
+        if same_sampler and _same_guidance(given.get("guidance"), sampling.get("guidance")):
+            return name
+    return None
+
+
+def _same_guidance(found: Any, asked: Mapping[str, Any] | None) -> bool:
+    if asked is None or not isinstance(found, dict):
+        return asked is None and found == "off"
+    interval = tuple(found.get("interval") or ()) == tuple(asked["interval"])
+    return interval and found.get("scale") == asked["scale"] and not found.get("channels")

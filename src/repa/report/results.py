@@ -1,0 +1,141 @@
+"""Results in the layout of the paper's tables: Iter., FID, sFID, IS, Prec., Rec., Acc.; one table per way of measuring."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from repa.report.evaluations import OtherSamples
+from repa.report.paper import Figures, Row
+from repa.report.paper_runs import measured_as, row_of
+from repa.report.protocols import DISTANCE, Protocol, distance_name, is_number, protocol_of
+from repa.report.records import RunRecord
+from repa.report.seeds import Group, Spread, spread
+
+MOST_STEPS = 8  # of one run in a table: the others are in the .csv
+METRICS = {
+    "sfid": "sFID ↓",
+    "inception_score": "IS ↑",
+    "precision": "Prec. ↑",
+    "recall": "Rec. ↑",
+    "accuracy": "Acc. ↑",
+    "kid": "KID ↓",
+    "kd": "Kernel distance ↓",
+}
+
+
+class Accuracy(NamedTuple):
+    """Of the linear probe of a run's best block, in per cent."""
+
+    value: float
+    depth: int
+    t: float
+
+
+Accuracies = Mapping[tuple[str, int], Accuracy]  # (name of the run, step)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table; what was not measured is not in `values`."""
+
+    name: str
+    step: int | None
+    values: dict[str, Spread]
+    images: int | None = None
+    num_runs: int = 1
+    group: int | None = None  # which colour; None: samples of no run here
+    is_of_paper: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that was measured in one way; nothing that was measured in another stands in its columns."""
+
+    protocol: Protocol
+    lines: list[Line] = field(default_factory=list)
+    is_thinned: bool = False
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Key and title of every column that some line fills."""
+        titles = {DISTANCE: f"{distance_name(self.protocol)} ↓", **METRICS}
+        return {key: title for key, title in titles.items() if any(key in line.values for line in self.lines)}
+
+    @property
+    def has_paper(self) -> bool:
+        return any(line.is_of_paper for line in self.lines)
+
+
+def results(
+    groups: Sequence[Group], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool = True
+) -> list[Table]:
+    """A table for each way of measuring, in the order of the runs; `thin` keeps few steps of each run."""
+    rows = [row for group in groups for run in group.runs for row in run.evals] + [other.row for other in others]
+    measured = [row for row in rows if any(is_number(row.get(key)) for key in (DISTANCE, *METRICS))]
+    return [
+        _table(protocol, groups, others, accuracies, thin) for protocol in dict.fromkeys(map(protocol_of, measured))
+    ]
+
+
+def without_paper(tables: Sequence[Table], groups: Sequence[Group]) -> list[tuple[RunRecord, str, Row]]:
+    """(run, recipe, row) of runs that train as a row of the paper, but are measured otherwise: nothing stands beside them."""
+    beside = {line.group for table in tables if table.has_paper for line in table.lines}
+    found = [(group.runs[0], row_of(group.runs[0])) for number, group in enumerate(groups) if number not in beside]
+    return [(run, *row) for run, row in found if row is not None and row[1].unguided]
+
+
+def _table(
+    protocol: Protocol, groups: Sequence[Group], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool
+) -> Table:
+    lines, is_thinned = [], False
+    for number, group in enumerate(groups):
+        mine = _lines_of(group, number, protocol, accuracies)
+        if thin and len(mine) > MOST_STEPS:
+            mine, is_thinned = [mine[i * (len(mine) - 1) // (MOST_STEPS - 1)] for i in range(MOST_STEPS)], True
+        lines += mine
+        if mine:
+            lines += _of_paper(group, number, protocol)
+    for other in others:
+        if protocol_of(other.row) == protocol:
+            values = {key: spread([other.row[key]]) for key in (DISTANCE, *METRICS) if is_number(other.row.get(key))}
+            lines.append(Line(other.name, other.row.get("step"), values))
+    return Table(protocol, lines, is_thinned)
+
+
+def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accuracies) -> list[Line]:
+    """A line for every step at which some run of the group was measured: means over the runs that were."""
+    rows = [
+        {**row, **_accuracy(accuracies, run, row["step"])}
+        for run in group.runs
+        for row in run.evals
+        if protocol_of(row) == protocol
+    ]
+    lines = []
+    for step in sorted({row["step"] for row in rows}):
+        here = [row for row in rows if row["step"] == step]
+        found = {key: spread([row[key] for row in here if is_number(row.get(key))]) for key in (DISTANCE, *METRICS)}
+        values = {key: value for key, value in found.items() if value is not None}
+        if values.keys() - {"accuracy"}:
+            lines.append(Line(group.name, step, values, here[0].get("images"), len(here), number))
+    return lines
+
+
+def _accuracy(accuracies: Accuracies, run: RunRecord, step: int) -> dict[str, float]:
+    found = accuracies.get((run.name, step))
+    return {} if found is None else {"accuracy": found.value}
+
+
+def _of_paper(group: Group, number: int, protocol: Protocol) -> list[Line]:
+    """The paper's figures for a run that trains as one of its rows and was measured as that was."""
+    sampling, row = measured_as(protocol, group.runs[0]), row_of(group.runs[0])
+    if sampling is None or row is None:
+        return []
+    name = f"the paper’s {row[0]} ({row[1].table})"
+    figures = [each for each in row[1].figures if each.sampling == sampling]
+    return [Line(name, each.step, _printed(each), group=number, is_of_paper=True) for each in figures]
+
+
+def _printed(figures: Figures) -> dict[str, Spread]:
+    """Our names of the paper's columns; the probe's accuracy is in per cent there too."""
+    values = {DISTANCE: figures.fid, **{key: getattr(figures, key) for key in METRICS if hasattr(figures, key)}}
+    return {key: spread([value]) for key, value in values.items() if value is not None}

@@ -1,0 +1,214 @@
+"""What a run will cost before anything is downloaded or trained: arithmetic, memory, disk and time.
+
+FLOPs are counted by torch on networks without weights; the time is those FLOPs at a rate that the caller states.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repa.alignment import Alignment
+from repa.autoencoders.cost import AutoencoderCost, autoencoder_cost
+from repa.base.cost import Cost, cost_of
+from repa.base.errors import UserError
+from repa.base.precision import autocast
+from repa.data.config import split_format
+from repa.encoders.cost import EncoderCost, encoder_cost
+from repa.encoders.loading import weights_for
+from repa.models import build
+from repa.models.cost import model_cost
+from repa.training.config import TrainConfig
+
+FORMS = ("fp16", "int8", "pca256", "pca256-int8")
+"""Stored forms of tokens that are compared."""
+RECOMPUTED = 4 / 3
+"""Arithmetic of a step with activation checkpointing, which runs the forward twice, to one without."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """FLOPs are those of one image, bytes those of one image (disk) or of one device (memory)."""
+
+    config: TrainConfig
+    num_images: int
+    num_devices: int
+    rate: float  # FLOP/s of a device, as used
+    network: Cost
+    projectors: Cost
+    teachers: dict[str, EncoderCost]
+    autoencoder: AutoencoderCost
+    activations: int  # bytes that the backward of one image needs
+    tokens: int
+
+    @property
+    def step_flops(self) -> float:
+        """Of one image in training, teachers not counted."""
+        once = self.network.training + self.projectors.training
+        return once * (RECOMPUTED if self.config.checkpoint_activations else 1)
+
+    @property
+    def teacher_flops(self) -> int:
+        """Of all teachers on one image."""
+        return sum(teacher.cost.forward for teacher in self.teachers.values())
+
+    @property
+    def seen(self) -> int:
+        """Images that the run sees."""
+        return self.config.num_steps * self.config.batch_size
+
+    def share(self, teacher: str) -> float:
+        """A teacher's forward in units of the network's training."""
+        return self.teachers[teacher].cost.forward / self.network.training
+
+    def training_seconds(self, *, cached: bool) -> float:
+        flops = self.step_flops + (0 if cached else self.teacher_flops)
+        return self.seen * flops / (self.rate * self.num_devices)
+
+    def preparing_seconds(self, *, cached: bool) -> float:
+        """Encoding every image once: the autoencoder and, for cached tokens, the teachers."""
+        flops = self.autoencoder.cost.forward + (self.teacher_flops if cached else 0)
+        return self.num_images * flops / (self.rate * self.num_devices)
+
+    def memory(self, *, cached: bool) -> dict[str, float]:
+        """Bytes on each device by what they hold."""
+        divided = self.num_devices if self.config.parallel == "fsdp" else 1
+        trained = self.network.parameters + self.projectors.parameters
+        averages = 1 + len(self.config.ema_decays) + len(self.config.ema_widths)
+        images = self.config.batch_size / self.num_devices / self.config.accumulate
+        half = self.config.precision != "fp32"
+        teachers = sum(teacher.cost.parameters for teacher in self.teachers.values()) * (2 if half else 4)
+        return {
+            "weights": 4 * trained / divided,
+            "gradients": 4 * trained / divided,
+            "AdamW": 8 * trained / divided,
+            "averages": 4 * averages * self.network.parameters / divided,
+            "weights in half precision": 2.0 * trained * half,
+            "activations": images * self.activations,
+            "autoencoder": 4 * self.autoencoder.cost.parameters,
+            "teachers": 0 if cached else teachers,
+        }
+
+    def moments_bytes(self) -> int:
+        """On disk, of one image: mean and deviation in float16."""
+        return 4 * self.autoencoder.channels * self.config.model.latent_size**2 * self.autoencoder.stores_moments
+
+    def forms(self, teacher: str) -> list[str]:
+        """Those of FORMS in which a teacher's tokens can be stored."""
+        return [form for form in FORMS if split_format(form)[0] < self.teachers[teacher].dim]
+
+    def tokens_bytes(self, teacher: str, form: str) -> int:
+        """On disk, of one image."""
+        directions, dtype = split_format(form)
+        numbers = directions or self.teachers[teacher].dim
+        return self.tokens * (numbers + 4 if dtype == "int8" else 2 * numbers)  # int8: and one float32 scale
+
+
+def estimate(
+    config: TrainConfig, *, num_images: int, num_devices: int, resolution: int, rate: float, num_classes: int
+) -> Estimate:
+    """Count what a run costs.
+
+    Args:
+        config: the run; what it leaves to the data is filled in from the other arguments.
+        num_images: of the data set.
+        num_devices: that share the batch.
+        resolution: side of the images.
+        rate: FLOP/s that a device reaches: its peak times the utilisation.
+        num_classes: of the data set.
+
+    Raises:
+        UserError: sizes that do not fit together, or an encoder or autoencoder that has to be loaded and cannot be.
+    """
+    if config.batch_size % (num_devices * config.accumulate):
+        raise UserError(
+            f"A batch of {config.batch_size} images cannot be shared equally by {num_devices} devices in "
+            f"{config.accumulate} parts: choose another batch_size."
+        )
+    autoencoder = autoencoder_cost(config.autoencoder, resolution, config.autoencoder_weights or None)
+    facts = {"latent_size": resolution // autoencoder.factor, "latent_channels": autoencoder.channels}
+    for name, value in facts.items():
+        if getattr(config.model, name) not in (0, value):
+            raise UserError(
+                f"model.{name} is {getattr(config.model, name)}, but {config.autoencoder} makes {value} of {resolution} "
+                "pixels: give another --resolution or --autoencoder."
+            )
+    model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
+    config = config.override(model=model)
+    grid = model.latent_size // model.dims().patch_size
+    targets = dict.fromkeys(alignment.target for alignment in config.alignments)
+    teachers = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in targets}
+    dims = {name: teacher.dim for name, teacher in teachers.items()}
+    return Estimate(
+        config=config, num_images=num_images, num_devices=num_devices, rate=rate, network=model_cost(model),
+        projectors=_projectors(config, dims, grid**2), teachers=teachers, autoencoder=autoencoder,
+        activations=activation_bytes(config, dims), tokens=grid**2,
+    )  # fmt: skip
+
+
+def _projectors(config: TrainConfig, dims: dict[str, int], num_tokens: int) -> Cost:
+    """Of all alignments together. A projector's backward is not asked for the gradient of what it sees when it measures only."""
+    total = Cost(0, 0, 0)
+    width = config.model.dims().hidden_dim
+    for alignment in config.alignments:
+        with torch.device("meta"):
+            projector = Alignment(alignment, width, dims[alignment.target]).projector
+            hidden = torch.empty(1, num_tokens, width, requires_grad=not alignment.measure_only)
+        cost = cost_of(projector, functools.partial(projector, hidden))
+        total = Cost(*map(sum, zip(total, cost, strict=True)))
+    return total
+
+
+def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
+    """Bytes that autograd keeps of one image between forward and backward.
+
+    Measured on this machine's CPU with networks of one block and of two, and extended to all blocks: they are alike. Matrices of
+    attention weights (T, T) are left out, as fused attention on a GPU never stores them. Other precisions than fp32 count
+    as bf16.
+
+    Args:
+        config: with latent size and channels filled in.
+        dims: target -> width of its tokens.
+    """
+    one, two = (_kept(config, depth, dims) for depth in (1, 2))
+    block, depth = two - one, config.model.dims().depth
+    if not config.checkpoint_activations:
+        return one + (depth - 1) * block
+    model = config.model
+    tokens = (model.latent_size // model.dims().patch_size) ** 2
+    return (
+        one + (depth - 1) * 4 * tokens * model.dims().hidden_dim
+    )  # of every block its input, of one at a time the rest
+
+
+def _kept(config: TrainConfig, depth: int, dims: dict[str, int]) -> int:
+    """Of a network of `depth` blocks: what two images need more than one, so that weights do not count."""
+    model = build(config.model.override(depth=depth))
+    terms = [Alignment(a, model.hidden_dim, dims[a.target]) for a in config.alignments]
+    tokens = model.grid**2
+
+    def forward(num: int) -> Tensor:
+        x = torch.randn(num, model.latent_channels, model.latent_size, model.latent_size)
+        output = model(x, torch.rand(num), torch.zeros(num, dtype=torch.int64), taps=(1,))
+        losses = [term(output.hidden[1], torch.randn(num, tokens, term.feature_dim)) for term in terms]
+        return sum(losses, output.prediction.square().mean((1, 2, 3)))
+
+    with autocast(torch.device("cpu"), "fp32" if config.precision == "fp32" else "bf16"):
+        return saved_bytes(lambda: forward(2), tokens) - saved_bytes(lambda: forward(1), tokens)
+
+
+def saved_bytes(forward: Callable[[], Tensor], num_tokens: int) -> int:
+    """Bytes of the storages that autograd saves in a forward, each once, those of attention weights left out."""
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no two have one address
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] != (num_tokens, num_tokens):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())

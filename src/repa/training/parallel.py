@@ -1,0 +1,99 @@
+"""How several processes share the work: whole copies whose gradients are averaged (DDP), or parameters in parts (FSDP2).
+
+Both average gradients over processes, and every draw is of the global batch, so the number of processes and the
+strategy change sums in the last digits only.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from repa.base import dist
+from repa.models import DiT
+from repa.training.config import TrainConfig
+from repa.training.objective import Objective
+
+
+def shard(objective: Objective, averages: list[DiT], device: torch.device, precision: str) -> None:
+    """Leave each process its part of every parameter, in place (FSDP2): of the objective, and of averages of its network.
+
+    A block's parameters are gathered when it runs and let go after it. They are float32; under bf16 the blocks are gathered
+    and multiplied in bf16, and their gradients summed in float32. The rest (embeddings, head, projectors) is small and
+    stays float32, and autocast treats it as it does in a single process. Copies of the network must be made before this:
+    what is sharded cannot be copied.
+    """
+    mesh = init_device_mesh(device.type, (dist.world(),))
+    half = torch.bfloat16 if precision == "bf16" else None
+    # the residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for average in averages:  # never run: `gather` makes them whole first
+        fully_shard(average, mesh=mesh)
+
+
+def running(objective: Objective, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The module to call: the objective itself, or DDP around it, which averages gradients while the backward goes on."""
+    module: nn.Module = objective
+    if dist.active() and config.parallel == "ddp":
+        with warnings.catch_warnings():
+            # newer releases warn of a second name of broadcast_buffers, which older ones do not know
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            module = DistributedDataParallel(
+                objective,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # all of them are constants
+            )
+    if config.compile:
+        # in place, so that names stay; blocks by themselves where each gathers its parameters before it runs
+        for part in objective.model.blocks if isinstance(objective, FSDPModule) else [module]:
+            part.compile()
+    return module
+
+
+def without_reduction(objective: nn.Module) -> contextlib.AbstractContextManager:
+    """For all micro-batches but the last: gradients are averaged once a step.
+
+    FSDP2 averages after each instead: it would hold whole gradients until the last, which is what it is there to avoid.
+    """
+    return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part; all processes must ask at once."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gather(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
+    """Whole tensors on the CPU in the main process, nothing in the others, which must ask too; `copy`: never views."""
+    out = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())  # one at a time, so that a device never holds the whole network twice
+        if dist.is_main():
+            out[name] = full.to("cpu", copy=copy)
+    return out
+
+
+def place(value: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds, laid out as `like`; one of another shape is kept whole."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(
+            value, like.device_mesh, like.placements, src_data_rank=None
+        )  # each has read it itself
+    return value
+
+
+def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """load_state_dict of whole tensors into a module that may be in parts."""
+    own = module.state_dict()
+    module.load_state_dict({name: place(value, own[name]) if name in own else value for name, value in state.items()})

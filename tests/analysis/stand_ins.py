@@ -1,0 +1,63 @@
+"""Stand-ins whose answers can be foretold: a network, an autoencoder, and data seen in another way."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from repa.autoencoders.contract import Autoencoder
+from repa.encoders import load_encoder
+from repa.models import DiT, Output
+
+
+class Knowing(nn.Module):
+    """Depth 1 holds the pixels it sees, as tokens; depth 2 holds the tokens that `tiny` has of them; depth 3 nothing."""
+
+    depth, null_label, latent_channels, latent_size = 3, 2, 3, 16
+    check_taps = DiT.check_taps
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.encoder = load_encoder("tiny")
+
+    def forward(self, x_t, t, labels, taps=()):
+        assert (labels == self.null_label).all(), "the true class must not be told"
+        images = (127.5 * x_t + 128).clamp(0, 255).to(torch.uint8)
+        pixels = x_t.flatten(2).transpose(1, 2)  # (N, T, C)
+        states = {1: pixels, 2: self.encoder(images, x_t.shape[-1] // 4).patches, 3: torch.zeros_like(pixels)}
+        return Output(x_t, {tap: states[tap] for tap in taps})
+
+
+class Sampling(Autoencoder):
+    """Latents are drawn from N(0, 1) whatever the image."""
+
+    def __init__(self):
+        super().__init__("sampling", channels=3, factor=1, scale=1.0, shift=0.0)
+
+
+class Rearranged:
+    """Prepared data with some facts or fields replaced, and rows taken in another order or several times."""
+
+    def __init__(self, data, rows=None, fields=None, autoencoder=None, **facts):
+        self.data, self.rows, self.fields, self.facts = data, rows, fields or {}, facts
+        self.manifest = SimpleNamespace(autoencoder=autoencoder or data.manifest.autoencoder)
+
+    def __getattr__(self, name):
+        return self.facts[name] if name in self.facts else getattr(self.data, name)
+
+    @property
+    def num_images(self):
+        return self.data.num_images if self.rows is None else len(self.rows)
+
+    @property
+    def originals(self):
+        return range(self.num_images)
+
+    def summary(self):
+        return {**self.data.summary(), "rows": None if self.rows is None else self.rows.tolist()}
+
+    def gather(self, field, indices):
+        rows = np.asarray(indices) if self.rows is None else self.rows[indices]
+        return self.fields[field][rows] if field in self.fields else self.data.gather(field, rows)

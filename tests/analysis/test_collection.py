@@ -1,0 +1,111 @@
+"""Collected features: made once, continued after a kill, shared by processes, refused when they cannot be kept."""
+
+import json
+
+import pytest
+import torch
+
+from repa.analysis import collection
+from repa.analysis.collection import collect
+from repa.base.errors import UserError
+
+NUM = 50
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(collection, "CHUNK", 16)
+
+
+class Maker:
+    """Row i of "twice" is 2 i, of "square" i * i; remembers what it was asked, and may be killed."""
+
+    def __init__(self, dies_at=None):
+        self.asked, self.dies_at = [], dies_at
+
+    def __call__(self, rows, fields):
+        if rows.start == self.dies_at:
+            raise KeyboardInterrupt
+        self.asked.append((rows.start, rows.stop, tuple(fields)))
+        i = torch.arange(rows.start, rows.stop)[:, None]
+        return {field: {"twice": 2.0 * i, "square": i * i / 7}[field] for field in fields}
+
+
+def test_rows_come_back_in_order_and_a_second_call_makes_none(tmp_path):
+    first, second, seen = Maker(), Maker(), []
+    load = collect(tmp_path, {"a": 1}, ["twice", "square"], NUM, first, progress=lambda *n: seen.append(n))
+    assert first.asked == [(s, min(s + 16, NUM), ("twice", "square")) for s in (0, 16, 32, 48)]
+    assert torch.equal(load("twice"), 2.0 * torch.arange(NUM)[:, None])
+    assert seen == [(16, NUM), (32, NUM), (48, NUM), (50, NUM)]
+    again = collect(tmp_path, {"a": 1}, ["square"], NUM, second)
+    assert second.asked == []
+    assert torch.allclose(again("square"), torch.arange(NUM)[:, None] ** 2 / 7)
+
+
+def test_a_killed_collection_is_continued(tmp_path):
+    killed, rest = Maker(dies_at=32), Maker()
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path, {}, ["twice"], NUM, killed)
+    load = collect(tmp_path, {}, ["twice"], NUM, rest)
+    assert [start for start, *_ in rest.asked] == [32, 48]
+    assert torch.equal(load("twice"), 2.0 * torch.arange(NUM)[:, None])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_only_the_missing_field_of_a_chunk_is_made(tmp_path):
+    collect(tmp_path, {}, ["twice"], NUM, Maker())
+    more = Maker()
+    collect(tmp_path, {}, ["twice", "square"], NUM, more)
+    assert {fields for *_, fields in more.asked} == {("square",)}
+
+
+def test_anything_else_lies_elsewhere_and_says_what_it_is(tmp_path):
+    for identity, num, store in [({"t": 0.5}, NUM, "float32"), ({"t": 0.6}, NUM, "float32"), ({"t": 0.5}, 20, "float32"),
+                                 ({"t": 0.5}, NUM, "float16")]:  # fmt: skip
+        maker = Maker()
+        load = collect(tmp_path, identity, ["twice"], num, maker, store=store)
+        assert maker.asked
+        assert load("twice").dtype == getattr(torch, store)
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("*/identity.json")]
+    assert {"t": 0.6, "num": NUM, "store": "float32"} in told
+    assert len(told) == 4
+
+
+def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = collect(None, {}, ["square"], NUM, Maker())
+    assert torch.allclose(load("square"), torch.arange(NUM)[:, None] ** 2 / 7)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_share_the_chunks(tmp_path, monkeypatch):
+    """Two processes one after the other: each makes every second chunk, and both read all."""
+    makers = [Maker(), Maker()]
+    monkeypatch.setattr(collection.dist, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(collection.dist, "rank", lambda rank=rank: rank)
+        load = collect(tmp_path, {}, ["twice"], NUM, makers[rank])
+    assert [[start for start, *_ in maker.asked] for maker in makers] == [[0, 32], [16, 48]]
+    assert torch.equal(load("twice"), 2.0 * torch.arange(NUM)[:, None])
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path):
+    def large(rows, fields):
+        return {"x": torch.full((len(rows), 2), 1e5)}
+
+    with pytest.raises(UserError, match="x has values that float16 cannot hold: keep it with --store float32"):
+        collect(tmp_path, {}, ["x"], NUM, large, store="float16")
+    with pytest.raises(UserError, match="values that float32 cannot hold"):
+        collect(tmp_path, {}, ["x"], NUM, lambda rows, fields: {"x": torch.full((len(rows), 2), torch.nan)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collection.files.shutil, "disk_usage", lambda _: type("U", (), {"free": 100})())
+        with pytest.raises(UserError, match="Keeping the features of 50 images needs"):
+            collect(tmp_path, {"new": 1}, ["twice"], NUM, Maker())
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    load = collect(tmp_path, {}, ["twice"], NUM, Maker())
+    (path,) = tmp_path.glob("*/twice-000000016.npy")
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(UserError, match=r"twice-000000016.npy cannot be read .*: remove it, and it is made again"):
+        load("twice")

@@ -1,0 +1,133 @@
+"""Linear probes of a run and of encoders, with a stand-in for the network whose hidden states can be foretold."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from repa.analysis import linear_probe, probe_of_encoder, probe_of_run
+from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
+from repa.analysis.images import spread
+from repa.base.errors import UserError
+from repa.diffusion.config import DiffusionConfig
+from repa.encoders import load_encoder
+from repa.models import DiT
+from repa.runs import LoadedRun
+from tests.analysis.stand_ins import Knowing, Rearranged, Sampling
+
+
+def test_a_probe_finds_the_classes_where_they_are_and_not_where_nothing_is(run, data):
+    config = ProbeConfig(times=(0.0, 0.3), depths=(1, 3), epochs=400)
+    rows = probe_of_run(run, data, config)
+    assert [(row["t"], row["depth"]) for row in rows] == [(0.0, 1), (0.0, 3), (0.3, 1), (0.3, 3)]
+    for row in rows:  # 8 test images: dark and light ones are told apart by their mean colour alone
+        assert row["top1"] == 1 if row["depth"] == 1 else row["top1"] < 0.8, row
+        assert row["top5"] is None
+        assert row["lr"] == 1e-3
+
+
+def test_a_probe_of_labels_that_mean_nothing_is_no_better_than_chance(run, data):
+    shuffled = np.random.default_rng(0).permutation(data.gather("labels", np.arange(40)))
+    many = Rearranged(
+        data, rows=np.tile(np.arange(40), 10), fields={"labels": shuffled}
+    )  # enough for a test share of 80
+    (row,) = probe_of_run(run, many, ProbeConfig(times=(1.0,), depths=(1,), epochs=100))  # t = 1: noise alone
+    assert row["top1"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_validation_data_test_and_training_data_train(run, data):
+    """Tested on data whose labels are swapped, a perfect probe is always wrong; trained on it, too."""
+    swapped = Rearranged(data, fields={"labels": 1 - data.gather("labels", np.arange(40))})
+    config = ProbeConfig(times=(0.0,), depths=(1,), epochs=200)
+    seen = []
+    assert probe_of_run(run, data, config, data)[0]["top1"] == 1
+    assert probe_of_run(run, data, config, swapped, lambda *n: seen.append(n))[0]["top1"] == 0
+    assert seen == [(40, 80), (80, 80)]
+    wrong = data.gather("labels", np.arange(40))
+    wrong[10:15] = 1 - wrong[10:15]
+    few = Rearranged(data, rows=np.arange(10, 30), fields={"labels": wrong})  # 20 images, 5 labels of them wrong
+    seen.clear()
+    assert probe_of_run(run, data, config, few, lambda *n: seen.append(n))[0]["top1"] == 0.75
+    assert seen == [(40, 60), (60, 60)]
+
+
+def test_images_are_spread_over_the_originals():
+    mirrored = SimpleNamespace(originals=range(0, 80, 2))
+    assert spread(mirrored, 0).tolist() == list(range(0, 80, 2))
+    assert spread(mirrored, 3).tolist() == [0, 40, 78]
+    assert spread(SimpleNamespace(originals=range(7)), 100).tolist() == list(range(7))
+
+
+def test_every_learning_rate_has_a_row(run, data):
+    config = ProbeConfig(times=(0.0,), depths=(1, 3), learning_rates=(1e-9, 1e-1), epochs=60)
+    rows = probe_of_run(run, data, config)
+    assert [(row["depth"], row["lr"]) for row in rows] == [(1, 1e-9), (1, 1e-1), (3, 1e-9), (3, 1e-1)]
+    assert rows[1]["top1"] == 1
+
+
+def test_a_probe_of_an_encoder_is_that_of_its_features(data):
+    encoder = load_encoder("tiny")
+    rows = probe_of_encoder(encoder, "tiny", data, ImagesConfig(num_images=0), HeadsConfig(epochs=3), val=data)
+    assert [row["features"] for row in rows] == ["patches", "pooled"]
+    features = encoder(torch.from_numpy(data.gather("images", np.arange(40))), 4)
+    labels = torch.from_numpy(data.labels)
+    for row, x in zip(rows, (features.patches.mean(1), features.pooled), strict=True):
+        assert row["top1"] == linear_probe(x, labels, x, labels, epochs=3, batch_size=256)
+
+
+def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):
+    """With means 0 and deviations 1 at t = 0 the state at depth 1 is the posterior's noise itself."""
+    moments = np.concatenate([np.zeros((40, 3, 4, 4)), np.ones((40, 3, 4, 4))], axis=1).astype(np.float16)
+    own = Sampling().identity
+    fake = Rearranged(data, fields={"moments": moments}, has_moments=True, latent_size=4, autoencoder=own)
+    states = []
+    network = Knowing()
+    network.latent_size = 4
+    run = LoadedRun(network, DiffusionConfig(), Sampling(), step=0, weights="ema")
+    run.model.register_forward_hook(lambda module, args, output: states.append(output.hidden[1]))
+    config = ProbeConfig(times=(0.0,), depths=(1,), batch_size=16, seed=3, epochs=1)
+    probe_of_run(run, fake, config)
+    drawn = torch.cat(states)
+    assert drawn.std() == pytest.approx(1, abs=0.1)
+    first = drawn.clone()
+    states.clear()
+    probe_of_run(run, fake, config.override(batch_size=64))
+    assert torch.equal(torch.cat(states), first)
+    states.clear()
+    probe_of_run(run, fake, config.override(num_images=20))  # other companions
+    chosen = np.linspace(0, 39, 20).round().astype(int)
+    assert torch.equal(torch.cat(states), first[chosen])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_the_noise_of_an_image_is_its_own_too(run, data):
+    states = []
+    run.model.register_forward_hook(lambda module, args, output: states.append(output.hidden[1]))
+    config = ProbeConfig(times=(1.0,), depths=(1,), epochs=1)
+    probe_of_run(run, data, config)
+    probe_of_run(run, data, config.override(num_images=20))
+    assert torch.equal(states[1], states[0][np.linspace(0, 39, 20).round().astype(int)])
+
+
+def test_mistakes_are_sentences(run, data):
+    with pytest.raises(UserError, match="no hidden state at depth 4: this model has blocks 1 to 3"):
+        probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
+    with pytest.raises(UserError, match="one class: a linear probe needs at least two"):
+        probe_of_run(run, Rearranged(data, num_classes=1), ProbeConfig())
+    with pytest.raises(UserError, match="2 classes at 16 pixels, .* their names must agree"):
+        probe_of_run(run, data, ProbeConfig(), Rearranged(data, class_names=("light", "dark")))
+    with pytest.raises(UserError, match="at least one positive number"):
+        HeadsConfig.parse({"learning_rates": (0.0,)})
+
+
+def test_a_real_network(data):
+    from repa.autoencoders import load_autoencoder
+
+    model = DiT(
+        latent_size=16, latent_channels=3, patch_size=4, hidden_dim=32, depth=2, num_heads=2, num_classes=2
+    ).eval()
+    real = LoadedRun(model, DiffusionConfig(), load_autoencoder("pixels"), step=0, weights="model")
+    rows = probe_of_run(real, data, ProbeConfig(times=(0.0,), epochs=300))
+    assert [row["depth"] for row in rows] == [1, 2]
+    assert all(row["top1"] == 1 for row in rows)

@@ -1,0 +1,39 @@
+"""Whether freed memory stays with the process, seen in the page faults of a process of its own."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import repa
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, {src!r})
+import numpy as np
+from repa.base.memory import keep_freed_memory
+if {keep}:
+    assert keep_freed_memory()
+blocks = lambda: [np.ones(2**20) for _ in range(2)]  # 8 MiB each, written to
+blocks()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    blocks()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_blocks_that_are_freed_and_taken_again_need_no_new_pages():
+    def faults(keep: bool) -> int:
+        code = FAULTS.format(src=str(Path(repa.__file__).parents[1]), keep=keep)
+        # no threads of NumPy's: each may have a heap of its own; no huge pages: their faults are few anyway
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMPY_MADVISE_HUGEPAGE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        return int(done.stdout)
+
+    given_back, kept = faults(False), faults(True)
+    assert given_back > 20_000  # 20 blocks of 2,048 pages of 4 KiB, nearly all of them new
+    assert kept < given_back / 20

@@ -1,0 +1,79 @@
+"""`repa bench`: a tiny recipe on this machine."""
+
+import json
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.cli import bench
+from repa.cli.main import run
+from repa.training import measure
+
+
+@pytest.fixture
+def recipe(tiny_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_config.to_yaml())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _small_products(monkeypatch):
+    monkeypatch.setitem(measure.PRODUCT_SIDE, "cpu", 64)
+
+
+def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    words = ["--data", str(data_folder), "--batch-size", "4", "8", "--rounds", "1", "--out", str(out)]
+    assert run(["bench", str(recipe), *words]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    kinds = [(row["batch_size"], row["precision"], row["teacher"]) for row in found["rows"]]
+    assert sorted(kinds) == [(n, p, "cached") for n in (4, 8) for p in ("bf16", "fp32")]
+    assert all(row["parts"]["data"] > 0 for row in found["rows"])
+    assert printed.count("| SiT-S/4 |") == 4
+    assert "Next: " in printed or "Nothing that was measured" in printed
+    for gain, sentence in found["advice"]:
+        assert gain >= 1.03
+        assert sentence in printed
+
+
+def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, capsys):
+    assert run(["bench", str(recipe), "--rounds", "1", "--precision", "fp32", "--token-width", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| SiT-S/4 | cached | 8 | fp32 | eager |") == 1
+
+
+def test_a_teacher_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    assert run(["prepare", str(image_folder), str(data), "--resolution", "16"]) == 0
+    assert run(["bench", str(recipe), "--data", str(data), "--rounds", "1", "--precision", "fp32"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| SiT-S/4 | online | 8 |") == 1
+    assert "Store the target tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["no-such-recipe"], "There is no recipe 'no-such-recipe'"),
+        ([], "needs recipe"),
+        (["quickstart", "--rounds", "0"], "rounds"),
+        (["quickstart", "--precision", "int8"], "int8"),
+        (["quickstart", "--data", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, sentence, capsys):
+    assert run(["bench", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(recipe, monkeypatch):
+    from repa.base import dist
+
+    monkeypatch.setattr(dist, "setup", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dist, "active", lambda: True)
+    monkeypatch.setattr(dist, "teardown", lambda: None)
+    with pytest.raises(UserError, match="without torchrun"):
+        bench.main([str(recipe)])

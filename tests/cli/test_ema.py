@@ -1,0 +1,83 @@
+"""`repa ema`: an average that nobody tracked, from snapshots, against a run that tracked it; then sampled by its name."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa.cli.main import run as repa
+from repa.runs import layout, load_checkpoint, load_run
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, data_folder, tmp_path_factory):
+    """(with snapshots of two widths, the same training tracking 0.07): averages do not change what is trained."""
+    from repa.data import open_data
+    from repa.training import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    common = tiny_config.override(
+        num_steps=60, save_every=30, log_every=60, optimizer={"learning_rate": 3e-3}, ema_decays=(0.5,)
+    )
+    for name, change in {
+        "snapshots": {"ema_widths": (0.05, 0.1), "snapshot_every": 4},
+        "tracked": {"ema_widths": (0.07,)},
+    }.items():
+        config = common.override(**change)
+        train(config, open_data(data_folder), folder / name, device=torch.device("cpu"), say=lambda text: None)
+    return folder / "snapshots", folder / "tracked"
+
+
+def vector(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in state.values()])
+
+
+def command(*words) -> int:
+    return repa([str(word) for word in words])
+
+
+def test_an_average_of_another_width_is_made_and_sampled(runs, tmp_path, capsys):
+    snapshots, tracked = runs
+    assert layout.snapshot_steps(snapshots) == list(range(4, 61, 4))
+    assert command("ema", snapshots, "--width", 0.07) == 0
+    assert f"repa sample {snapshots} --weights ema-width-0.07" in capsys.readouterr().out
+    made = load_run(snapshots, "ema-width-0.07")
+    wanted = load_checkpoint(tracked, 60)
+    raw, average = vector(wanted.model), vector(wanted.averages["ema-width-0.07"])
+    found = vector({key: made.model.state_dict()[key] for key in wanted.model})
+    assert made.step == 60
+    assert (found - average).norm() < 0.03 * (raw - average).norm()
+    assert torch.equal(made.model.pos_embed, wanted.model["pos_embed"])
+
+    sampled = ["--num-images", 4, "--steps", 2, "--batch-size", 4, "--out"]
+    assert command("sample", snapshots, "--weights", "ema-width-0.07", *sampled, tmp_path / "made.npz") == 0
+    assert command("sample", tracked, "--weights", "ema-width-0.07", *sampled, tmp_path / "tracked.npz") == 0
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("made", "tracked"))
+    assert np.abs(a - b).max() <= 2
+
+
+def test_an_earlier_step(runs):
+    snapshots, _ = runs
+    assert command("ema", snapshots, "--width", 0.07, "--step", 28) == 0
+    assert load_run(snapshots, "ema-width-0.07", step=28).step == 28
+    assert layout.checkpoint_steps(snapshots) == [30, 60]  # averages are no checkpoints
+
+
+def test_averages_of_a_checkpoint_have_names(runs):
+    snapshots, _ = runs
+    names = ("ema", "ema-0.5", "ema-width-0.05", "ema-width-0.1", "model")
+    vectors = [vector(load_run(snapshots, name).model.state_dict()) for name in names]
+    assert all(not torch.equal(vectors[i], vectors[j]) for i in range(5) for j in range(i))
+
+
+def test_mistakes_are_sentences(runs, capsys):
+    snapshots, tracked = runs
+    for words, sentence in (
+        (("ema", tracked, "--width", 0.1), "has no snapshots to average: train with --ema-widths 0.05 0.1"),
+        (("ema", snapshots, "--width", 0.4), "width"),
+        (("ema", snapshots, "--width", 0.1, "--step", 5), "has no snapshot of step 5: there are 4, 8"),
+        (("sample", snapshots, "--weights", "emma", "--out", "x.npz"),
+         "has no weights 'emma' at step 60: there are ema, ema-0.5, ema-width-0.05, ema-width-0.1, model"),
+        (("sample", snapshots, "--weights", "optimizer", "--out", "x.npz"), "has no weights 'optimizer'"),
+    ):  # fmt: skip
+        assert command(*words) == 2
+        assert sentence in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""`repa evaluate` as a user calls it: files, runs, references, and what is said when something is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from repa.base import files
+from repa.cli import main
+from repa.runs import layout
+
+JUDGE = ("--features", "tiny-judge")
+SAMPLING = ("--num-images", "10", "--steps", "2", "--labels", "balanced", "--batch-size", "4", "--seed", "3")
+
+
+def repa(*words):
+    return main.run([str(word) for word in words])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, capsys):
+    """In one pass the same figures as by way of a file, and the same record of how they were made."""
+    metrics = ("--metrics", "fd", "kd", "precision", "recall")
+    arguments = ("--reference", data_folder, *JUDGE, *metrics, "--batch-size", 4)
+    assert repa("evaluate", random_run, *SAMPLING, *arguments, "--out", tmp_path / "direct.json") == 0
+    assert "10 samples against 40 images" in capsys.readouterr().out
+    assert repa("sample", random_run, *SAMPLING, "--out", tmp_path / "s.npz") == 0
+    assert repa("evaluate", tmp_path / "s.npz", *arguments, "--out", tmp_path / "file.json") == 0
+    direct, file = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("direct", "file"))
+    assert direct["metrics"] == pytest.approx(file["metrics"])
+    for made in (direct["made"], file["made"]):
+        for key, value in {"step": 20, "weights": "ema", "sampler": "euler_maruyama", "steps": 2, "labels": "balanced",
+                           "seed": 3, "num": 10}.items():  # fmt: skip
+            assert made[key] == value
+        assert made["guidance"]["interval"] == [0.0, 1.0]
+        assert made["time"].startswith("t = 0 is data, t = 1 is noise")
+    ema = layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE
+    assert direct["made"]["weights_sha256"] == files.sha256(ema)
+    assert direct["made"]["nfe"] >= 2
+    assert direct["encoder"]["name"] == "tiny-judge"
+    assert direct["arithmetic"]["neighbours"] == "float32"
+    assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
+
+
+def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    for _ in range(2):
+        assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *JUDGE, "--metrics", "fd") == 0
+    assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *JUDGE, "--checkpoint", 10) == 0
+    first, second = sorted((run / layout.EVALUATIONS).iterdir())  # the same measurement replaced its file
+    assert first.name.startswith("0000010-ema-")
+    assert json.loads(second.read_text())["made"]["step"] == 20
+
+
+def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, capsys):
+    reference = tmp_path / "ref.npz"
+    assert repa("evaluate", "reference", data_folder, "--out", reference, *JUDGE) == 0
+    assert "statistics of 40 images in the features of tiny-judge" in capsys.readouterr().out
+    np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    for number, against in enumerate((data_folder, reference, image_folder)):
+        words = ("--reference", against, *JUDGE, "--out", tmp_path / f"{number}.json")
+        assert repa("evaluate", tmp_path / "s.npz", *words) == 0
+    found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)]
+    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"])
+    assert found[0]["metrics"] == pytest.approx(
+        found[2]["metrics"]
+    )  # the data were cropped from that folder to 16 pixels
+    assert [row["reference_kind"] for row in found] == ["images", "statistics", "images"]
+    assert found[0]["made"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("RUN", "--reference", "DATA", *JUDGE), "is a run folder: say how many samples to make of it"),
+        (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "--steps says how to sample a run folder, but"),
+        (("S", "--reference", "DATA", *JUDGE, "--guidance.scale", "2"), "--guidance says how to sample a run folder"),
+        (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "Results are written as .json"),
+        (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
+        (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),
+        (("S", "--reference", "none.npz", *JUDGE), "There is no file none.npz"),
+        (("S", "--reference", "DATA", "--features", "incepton"), "'incepton' is neither inception nor an encoder"),
+        (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),
+        (("S", "--reference", "DATA"), "weights of Inception-v3 are not on this machine"),
+        (("reference", "DATA", "--out", "ref.txt"), "A reference is written as one .npz file"),
+        (("reference", "DATA", "--out", "ref.npz", "--resolution", "8"), "of 16 pixels, which are not resized to 8"),
+    ],
+)  # fmt: skip
+def test_mistakes(words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("repa.metrics.inception_weights.URL", (tmp_path / "offline").as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    np.savez(tmp_path / "S.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    names = {"RUN": random_run, "DATA": data_folder, "S": tmp_path / "S.npz", "S.json": tmp_path / "S.json"}
+    assert repa("evaluate", *(names.get(word, word) for word in words)) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Pictures and measurements while training: each at its own interval, and the measurement is that of the weights it names."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.cli.main import run as repa
+from repa.data import open_data
+from repa.evaluation import evaluate, load_judge, reference_of
+from repa.runs import layout, load_run, read_metrics
+from repa.sampling import SampleConfig, generate
+from repa.training import TrainConfig
+
+PREVIEW = {
+    "every": 4, "num_images": 3, "num_scored": 20, "score_every": 6, "metrics": ("fd", "kd", "precision", "recall"),
+    "num_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hooks")
+    config = tiny_config.override(num_steps=14, log_every=14, save_every=6, keep_checkpoints=0, preview=PREVIEW)
+    (folder / "recipe.yaml").write_text(config.to_yaml())
+    assert repa(["train", str(folder / "recipe.yaml"), "--data", str(data_folder), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def rows(run) -> dict[int, dict]:
+    return {row["step"]: row for row in read_metrics(run) if row["kind"] == "eval"}
+
+
+def test_intervals_are_separate(run):
+    assert layout.preview_steps(run) == [4, 8, 12, 14]
+    assert [step for step, row in rows(run).items() if "frechet_distance" in row] == [6, 12, 14]
+    with np.load(layout.preview(run, 14, ".npz")) as archive:
+        assert archive["arr_0"].shape == (3, 16, 16, 3)
+    assert rows(run)[12]["nfe"] == rows(run)[6]["nfe"] == 5  # heun: two a step, one in the last
+    assert rows(run)[6]["num_samples"] == 20
+
+
+@pytest.mark.parametrize("step", [6, 12])  # measured only; measured and drawn
+def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
+    data, judge = open_data(data_folder), load_judge("tiny-judge")
+    row = rows(run)[step]
+    config = SampleConfig(sampler="heun", steps=3, labels=row["labels"], precision="fp32")
+    images = generate(load_run(run, step=step), config, range(20)).images
+    found = evaluate([images], judge, reference_of(data, judge, "tiny-judge"), PREVIEW["metrics"])
+    assert row["frechet_distance"] == pytest.approx(found["fd"], rel=1e-4)
+    for name in ("kd", "precision", "recall"):
+        assert row[name] == pytest.approx(found[name], rel=1e-3, abs=1e-6)
+    if step == 12:
+        with np.load(layout.preview(run, 12, ".npz")) as archive:
+            assert torch.equal(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), images[:3])
+
+
+def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):
+    common = ["train", "quickstart", "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
+    for words, sentence in (
+        (["--preview.metrics", "fid"], "metrics 'fid' is not measured in the features of tiny-judge: allowed are fd, kd"),
+        (["--preview.metrics", "fud"], "fud"),
+        (["--preview.features", "inceptoin"], "neither inception nor an encoder"),
+        (["--preview.num-scored", "0", "--preview.score-every", "5"], "preview.score_every is 5, but preview.num_scored is 0"),
+    ):  # fmt: skip
+        assert repa([*common, *words]) == 2
+        assert sentence in capsys.readouterr().err
+    with pytest.raises(UserError, match="score_every"):
+        TrainConfig.parse({"preview": {"score_every": 5}})

@@ -1,0 +1,35 @@
+"""`repa report`: the page and its tables from the command line."""
+
+from repa.cli.main import run as repa
+from tests.report.fakes import config, fake_run, results_file
+
+
+def test_page_and_tables_lie_side_by_side(tmp_path, capsys):
+    runs = []
+    for seed in range(2):
+        for name in ("base", "ours"):
+            aligned = name == "ours"
+            distances = {50: 20.0 - 8 * aligned, 100: 10.0 - 3 * aligned}
+            folder = tmp_path / str(seed) / name
+            runs.append(fake_run(folder, aligned=aligned, distances=distances, settings=config(aligned, seed=seed)))
+    published = results_file(tmp_path / "adm.json", {"fid": 4.6}, None, samples="adm.npz")
+    out = tmp_path / "pages" / "r.html"
+    out.parent.mkdir()
+    assert repa(["report", *map(str, runs), "--results", str(published), "--out", str(out)]) == 0
+    assert "r.md" in capsys.readouterr().out
+    text = out.with_suffix(".md").read_text()
+    assert "ours (2 seeds) reached the final Fréchet distance of base (2 seeds)" in text
+    assert "| adm.npz |  | 4.60 |" in text
+    assert "0/ours" in out.read_text().replace("<wbr>", "")
+    assert out.with_suffix(".csv").read_text().count("\n") == 1 + 2 * 2 + 1
+
+
+def test_mistakes_are_sentences(tmp_path, capsys):
+    run = fake_run(tmp_path / "a")
+    for words, sentence in (
+        ([str(run), "--out", "r.pdf"], "The report is an HTML page"),
+        ([str(tmp_path / "b")], "b is not a run folder"),
+        ([str(run), "--results", str(tmp_path / "absent.json")], "There is no file"),
+    ):
+        assert repa(["report", *words]) == 2
+        assert sentence in capsys.readouterr().err

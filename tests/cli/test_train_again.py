@@ -1,0 +1,35 @@
+"""The command that a stopped run prints is the one that continues it, also when torchrun started it."""
+
+import shlex
+
+import pytest
+
+from repa.cli.train import _again
+
+ARGV = ["sit-b2", "--data", "my data", "--out", "r"]
+ALONE = "sit-b2 --data 'my data' --out r"
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, f"repa train {ALONE}"),
+        ({"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}, f"repa train {ALONE}"),
+        (
+            {"WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8},
+            f"torchrun --standalone --nproc-per-node=8 -m repa train {ALONE}",
+        ),
+        (
+            {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8},  # where the nodes meet is for the user to say
+            f"torchrun --nnodes=2 ... --nproc-per-node=8 -m repa train {ALONE}",
+        ),
+    ],
+)
+def test_it_is_the_command_that_began_it(environment, wanted, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    again = _again(ARGV)
+    assert again == wanted
+    assert shlex.split(again)[-len(ARGV) :] == ARGV

@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+
+from repa.base.errors import UserError
+from repa.data import PrepareConfig, check_bytes, check_models, make_plan, prepare
+from tests.data.conftest import content, spoil
+
+FULL = PrepareConfig(
+    resolution=8, shard_size=3, batch_size=2, num_workers=0, autoencoder="kl", features=("tiny",),
+    feature_forms=("pca2-int8",),
+)  # fmt: skip
+
+
+@pytest.fixture
+def out(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "out", FULL)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["images-00002.npy", "basis.tiny.npy", "scale.tiny-00000.npy"])
+def test_a_changed_byte_is_found_in_any_file(out, name):
+    total = sum(p.stat().st_size for p in out.glob("*.npy"))
+    seen = []
+    assert check_bytes(out, lambda *report: seen.append(report)) == total
+    assert seen[-1][:2] == (total, total)
+    data = bytearray((out / name).read_bytes())
+    data[-1] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"1 of 25 files in .* are not as they were written \({name}\): delete them"):
+        check_bytes(out)
+
+
+def test_the_models_of_today_make_what_is_stored(out):
+    findings = check_models(out, num=5)
+    assert [finding.field for finding in findings] == ["moments", "features.tiny"]
+    assert all(finding.error == 0 and not finding.trouble for finding in findings)
+
+
+def test_a_model_that_makes_something_else_is_found(out, fakes, monkeypatch):
+    encode = type(fakes[0]).encode
+    monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images, dtype: 1.1 * encode(self, images, dtype))
+    moments, tokens = check_models(out)
+    assert moments.error == pytest.approx(0.1, rel=0.02)
+    assert "differs by 0.1 from what is stored, more than 0.01" in moments.trouble
+    assert tokens.error == 0
+
+
+def test_stored_values_that_are_not_of_their_images_are_found(out):
+    """Whole files, right checksums: only encoding again tells."""
+    a, b = (np.load(out / f"moments-0000{k}.npy") for k in (0, 1))
+    np.save(out / "moments-00000.npy", b), np.save(out / "moments-00001.npy", a)
+    moments, _ = check_models(out)
+    assert moments.error > 0.02
+    assert moments.trouble
+
+
+def test_other_weights_are_named_with_both_sides(out, fakes):
+    fakes[1].identity["weights_sha256"] = "d" * 64
+    moments, tokens = check_models(out)
+    assert not moments.trouble
+    assert tokens.error is None
+    assert f"made by weights_sha256 {'b' * 64!r}, but here is {'d' * 64!r}" in tokens.trouble
+
+
+def test_weights_that_cannot_be_had_are_no_failure(out, monkeypatch):
+    def lost(spec, **options):
+        raise UserError("no network.")
+
+    monkeypatch.setattr("repa.data.groups.load_encoder", lost)
+    moments, tokens = check_models(out)
+    assert moments.error == 0
+    assert (tokens.error, tokens.trouble) == (None, "not encoded again: no network.")
+
+
+def test_nothing_can_be_encoded_again_without_images(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "lean", FULL.override(store_images=False))
+    with pytest.raises(UserError, match="holds no images, so there is nothing to encode again"):
+        check_models(tmp_path / "lean")
+
+
+def test_a_plan_is_what_is_made_and_writes_nothing(folder, tmp_path, fakes):
+    config = FULL.override(flip=True)
+    plan = make_plan(folder, tmp_path / "out", config, seconds=0.2)
+    assert not (tmp_path / "out").exists()
+    manifest = prepare(folder, tmp_path / "out", config)
+    made = dict.fromkeys(plan.sizes, 0)
+    for shard in manifest.shards:
+        for field, record in shard.files.items():
+            made[field] += int(np.prod(record.shape)) * np.dtype(record.dtype).itemsize
+    assert plan.sizes == made
+    assert (plan.num_images, plan.num_classes, plan.num_copies) == (11, 2, 2)
+    assert (plan.num_shards, plan.num_todo) == (len(manifest.shards), 22)
+    assert list(plan.rates) == ["decode", "base", "tiny"]
+    assert all(rate > 0 for rate in plan.rates.values())
+    models = 1 / (1 / plan.rates["base"] + 1 / plan.rates["tiny"])
+    assert plan.rate == pytest.approx(min(plan.rates["decode"], models))
+    assert plan.seconds(world=2) == pytest.approx(11 / plan.rate)
+
+
+def test_a_plan_counts_what_is_left(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "out", FULL, rank=1, world=2)
+    before = content(tmp_path / "out")
+    assert make_plan(folder, tmp_path / "out", FULL, seconds=0.1).num_todo == 6  # shards 0 and 2
+    assert content(tmp_path / "out") == before
+    with pytest.raises(UserError, match=r"config\.resolution: 8 -> 12"):
+        make_plan(folder, tmp_path / "out", FULL.override(resolution=12))
+    for path in folder.rglob("*.png"):
+        spoil(path)
+    with pytest.raises(UserError, match="None of the images that were tried can be read"):
+        make_plan(folder, tmp_path / "new", FULL, seconds=0.1)
+
+
+def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folder, tmp_path, fakes):
+    config = FULL.override(feature_forms=())
+    prepare(folder, tmp_path / "out", config)
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    for key in ("feature_forms", "precision", "flip", "labels"):
+        values["config"].pop(key)
+    for key in ("form", "basis"):
+        values["features"]["tiny"].pop(key)
+    for shard in values["shards"]:
+        shard.pop("flipped"), shard.pop("captions")
+    path.write_text(json.dumps(values))
+    manifest = prepare(folder, tmp_path / "out", config)  # and is continued
+    assert (manifest.features["tiny"].form, manifest.originals) == ("fp16", range(11))
+    assert all(not finding.trouble for finding in check_models(tmp_path / "out"))

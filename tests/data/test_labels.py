@@ -1,0 +1,190 @@
+"""Labels from folders, dataset.json, tables, or none."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repa.base.errors import UserError
+from repa.data import open_source
+from repa.data.sources.contract import Strings, printable
+from tests.data.conftest import pack
+from tests.oracles.data import noise_image
+
+NAMES = ["00000/img0.png", "00000/img1.png", "00001/img2.png"]
+
+
+@pytest.fixture
+def edm(tmp_path) -> Path:
+    """Images whose folders are no classes."""
+    root = tmp_path / "data"
+    for i, name in enumerate(NAMES):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(i).save(root / name)
+    return root
+
+
+def listing(root: Path, labels) -> None:
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+
+def table(tmp_path: Path, text: str, name: str = "labels.csv") -> str:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dataset_json_at_the_root_gives_the_labels(edm, tmp_path, packed):
+    folders = open_source(edm)
+    listing(edm, [[NAMES[2], 0], [NAMES[0], 4], [NAMES[1], 2]])  # in another order than the images
+    source = open_source(pack(edm, tmp_path / "d.zip") if packed else edm)
+    assert source.labels.tolist() == [4, 2, 0]
+    assert source.class_names == ["0", "1", "2", "3", "4"]
+    assert source.identity["labels_sha256"]
+    assert "labels_sha256" not in folders.identity
+    assert open_source(edm, labels="folders").class_names == ["00000", "00001"]
+
+
+def test_null_labels_are_one_class(edm):
+    listing(edm, None)
+    source = open_source(edm)
+    assert source.labels.tolist() == [0, 0, 0]
+    assert source.class_names == ["all"]
+
+
+def test_a_dataset_json_may_lie_elsewhere(edm, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"labels": [[name, 1] for name in NAMES]}))
+    assert open_source(edm, labels=str(tmp_path / "other.json")).labels.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[NAMES[0], 0], [NAMES[1], 0]], rf"{NAMES[2]} has no label in dataset\.json"),
+        (
+            [[name, 0] for name in [*NAMES, "x.png"]],
+            r"labels to 1 images that are not in the source; the first is x\.png",
+        ),
+        ([[NAMES[0], 0], [NAMES[0], 1], [NAMES[1], 0], [NAMES[2], 0]], "names '00000/img0.png' twice"),
+        ([[name, -1] for name in NAMES], "is -1: labels are 0 to"),
+        ([[name, 10**7] for name in NAMES], "is 10000000: labels are 0 to"),
+        ([[name, None] for name in NAMES], "has no label in"),
+        ([[name, [0.0, 1.0]] for name in NAMES], r"is \[0\.0, 1\.0\]: a label is a whole number"),
+        ([[name, 1.5] for name in NAMES], r"is 1\.5: a label is a whole number"),
+        ([[name, True] for name in NAMES], "is True: a label is a whole number"),
+        ({"a": 1}, "'labels' in dataset.json of .* is dict"),
+        ([NAMES], "every entry of 'labels' is"),
+        ([[3, 4]], "every entry of 'labels' is"),
+    ],
+)
+def test_bad_listings_are_refused(edm, labels, message):
+    listing(edm, labels)
+    with pytest.raises(UserError, match=message):
+        open_source(edm)
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", "\udcff"])
+def test_damaged_listings_are_refused(edm, text):
+    (edm / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"dataset\.json of .* (is damaged|holds no labels)"):
+        open_source(edm)
+
+
+def test_a_column_of_names_makes_sorted_classes(edm, tmp_path):
+    text = "wnid,file_name\nn02,00001/img2.png\nn10,00000/img0.png\nn02,00000/img1.png\n"
+    source = open_source(edm, labels=f"{table(tmp_path, text)}:wnid")
+    assert source.class_names == ["n02", "n10"]
+    assert source.labels.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "mark"), [("labels.csv", ","), ("labels.tsv", "\t")])
+def test_a_column_of_numbers_is_the_labels_themselves(edm, tmp_path, name, mark):
+    rows = [("path", "label"), (NAMES[0], "10"), (NAMES[1], "9"), (NAMES[2], "0")]
+    source = open_source(edm, labels=table(tmp_path, "\ufeff" + "\n".join(mark.join(row) for row in rows), name))
+    assert source.labels.tolist() == [10, 9, 0]
+    assert len(source.class_names) == 11
+
+
+def test_a_column_of_parquet(edm, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"key": NAMES, "kind": ["b", "a", "b"]}), tmp_path / "labels.parquet")
+    source = open_source(edm, labels=f"{tmp_path / 'labels.parquet'}:kind")
+    assert (source.class_names, source.labels.tolist()) == (["a", "b"], [1, 0, 1])
+    with pytest.raises(UserError, match=r"no column 'kin': it has 'key', 'kind'. Did you mean 'kind'"):
+        open_source(edm, labels=f"{tmp_path / 'labels.parquet'}:kin")
+    (tmp_path / "labels.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read as a parquet file"):
+        open_source(edm, labels=str(tmp_path / "labels.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\n00000/img0.png,a\n", "00000/img1.png has no label in"),
+        ("file,label\n00000/img0.png,a\n00000/img1.png,\n00001/img2.png,b\n", "00000/img1.png has no label in"),
+        ("file,label\n00000/img0.png,a\n00000/img1.png\n00001/img2.png,b\n", "00000/img1.png has no label in"),
+        ("file,label\n,a\n", "Row 2 of .* names no image"),
+        ("file,lable\nx,a\n", "no column 'label': it has 'file', 'lable'. Did you mean 'lable'"),
+        ("id,label\nx,a\n", "no column that names the images: call it 'file_name'"),
+        ("", "no column 'label': it has none"),
+        ("file,label\nimg0.png,a\n", r"00000/img0\.png has no label in .* Did you mean 'img0\.png'.* from the root"),
+    ],
+)
+def test_bad_tables_are_refused(edm, tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        open_source(edm, labels=table(tmp_path, text))
+
+
+def test_what_is_no_text_is_no_table(edm, tmp_path):
+    (tmp_path / "labels.csv").write_bytes(b"file,label\n\xff\xfe,a\n")
+    with pytest.raises(UserError, match=r"labels\.csv cannot be read as a table"):
+        open_source(edm, labels=str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("label", "labels was given 'label': allowed are 'none', 'folders'"),
+        ("no.csv:x", "no such file"),
+        ("no.json", "no such"),
+    ],
+)
+def test_what_is_no_choice_of_labels_is_refused(edm, labels, message):
+    with pytest.raises(UserError, match=message):
+        open_source(edm, labels=labels)
+
+
+def test_none_allows_loose_images_beside_folders(edm):
+    noise_image(0).save(edm / "loose.png")
+    assert open_source(edm, labels="none").labels.tolist() == [0] * 4
+
+
+def test_unicode_names_match(tmp_path):
+    (tmp_path / "d").mkdir()
+    noise_image(0).save(tmp_path / "d" / "Grünspecht 🐦.png")
+    source = open_source(tmp_path / "d", labels=table(tmp_path, "file,label\nGrünspecht 🐦.png,Vögel\n"))
+    assert source.class_names == ["Vögel"]
+
+
+def test_compact_strings_are_a_list():
+    texts = ["", "a", "Käfer", "🐞", "", "caf\udce9", "\ud800", "z" * 300]
+    compact = Strings(texts)
+    assert list(compact) == texts
+    assert [compact[-i] for i in range(1, 9)] == texts[::-1]
+    assert compact[2:5] == texts[2:5]
+    with pytest.raises(IndexError):
+        compact[8]
+    assert printable("caf\udce9 🐞") == "caf\ufffd 🐞"
+    assert len(Strings([])) == 0
+
+
+def test_names_take_few_bytes():
+    import sys
+
+    compact = Strings(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000))
+    assert sys.getsizeof(compact._letters) + compact._ends.nbytes < 40 * 100_000
+    assert compact[99_999] == "n00000999/n00000999_99999.JPEG"
+    assert isinstance(compact._ends, np.ndarray)

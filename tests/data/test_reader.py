@@ -1,0 +1,93 @@
+"""Rows by position: what is read at once, and what happens to files that change under us."""
+
+import gc
+import os
+
+import numpy as np
+import pytest
+
+from repa.base.errors import UserError
+from repa.data import open_data
+from tests.oracles.shards import label, moments, write_data
+
+SIZES = (5, 3, 0, 6)
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_data(tmp_path / "data", SIZES)
+    return open_data(tmp_path / "data")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Sizes of all reads."""
+    sizes, real = [], os.preadv
+
+    def preadv(handle, buffers, position):
+        sizes.append(sum(len(buffer) for buffer in buffers))
+        return real(handle, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return sizes
+
+
+def test_rows_are_those_of_the_images(data):
+    for indices in ([13, 0, 5, 5, 4, 7, 8], [0], range(14), [6, 7, 8, 9, 1, 2, 3]):
+        np.testing.assert_array_equal(data.gather("moments", indices), np.stack([moments(i) for i in indices]))
+        assert data.gather("labels", indices).tolist() == [label(i) for i in indices]
+
+
+def test_rows_that_follow_each_other_are_one_read(data, reads):
+    size = moments(0).nbytes
+    data.gather("moments", range(14))
+    assert sorted(reads) == [3 * size, 5 * size, 6 * size]
+    reads.clear()
+    data.gather("moments", [9, 10, 2, 11])  # 9, 10 are neighbours in file and result; 11 is not in the result
+    assert sorted(reads) == [size, size, 2 * size]
+
+
+def test_rows_go_where_they_are_wanted(data):
+    whole = np.zeros((4, *moments(0).shape), np.float16)
+    assert data.gather("moments", [3, 12], out=whole[1:3]).base is not None
+    np.testing.assert_array_equal(
+        whole, [np.zeros_like(moments(0)), moments(3), moments(12), np.zeros_like(moments(0))]
+    )
+    with pytest.raises(AssertionError):
+        data.gather("moments", [3, 12], out=whole[:1])
+    with pytest.raises(AssertionError):
+        data.gather("moments", [3], out=np.zeros((1, *moments(0).shape), np.float32))
+
+
+def test_short_answers_of_the_system_are_asked_again(data, monkeypatch):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: real(handle, [buffers[0][:7]], at))
+    np.testing.assert_array_equal(data.gather("moments", [13, 2]), np.stack([moments(13), moments(2)]))
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_crash(data):
+    data.gather("moments", [0])
+    path = data.folder / "moments-00000.npy"
+    os.truncate(path, 300)
+    with pytest.raises(UserError, match=r"moments-00000\.npy has become shorter while it was read: delete it and run"):
+        data.gather("moments", [4])
+
+
+def test_other_versions_of_the_format_are_refused(data):
+    path = data.folder / "labels-00001.npy"
+    with open(path, "r+b") as file:
+        file.seek(6)
+        file.write(b"\x02")
+    with pytest.raises(UserError, match=r"labels-00001\.npy is no \.npy file of version 1\.0"):
+        data.gather("labels", [6])
+
+
+def test_files_are_closed_when_they_leave_the_cache(data, monkeypatch):
+    monkeypatch.setattr("repa.data.reader.MAX_OPEN", 2)
+    reader = open_data(data.folder).reader
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        for field in ("labels", "moments", "images"):
+            reader.gather(field, range(14))
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) <= before + 2

@@ -1,0 +1,215 @@
+"""Parquet files and the data sets of `datasets`: columns, splits, damage."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from repa.base.errors import UserError
+from repa.data import open_source
+from repa.data.sources import columns, huggingface
+from repa.data.sources import parquet as tables
+from tests.data.kinds import _table, as_parquet, as_saved, pictures, pixels
+
+BYTES = [item.data for item in pictures()]
+
+
+def write(path, **columns) -> str:
+    parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_plain_columns_without_hugging_face(tmp_path):
+    path = write(tmp_path / "p.parquet", jpg=BYTES, label=[4, 0, 0, 1, 2], text=list("abcde"))
+    source = open_source(path)
+    assert (source.labels.tolist(), len(source.class_names)) == ([4, 0, 0, 1, 2], 5)
+    assert source.captions(3) == ("d",)
+    np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[4])
+    texts = write(tmp_path / "q.parquet", a=BYTES, b=BYTES[::-1], kind=["y", "x", "y", "y", "x"])
+    with pytest.raises(UserError, match="has 2 columns that could be the image, among a, b, kind: .*:image=COLUMN"):
+        open_source(texts)
+    source = open_source(f"{texts}:image=b,label=kind")
+    assert (source.class_names, source.labels.tolist()) == (["x", "y"], [1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[0])
+
+
+def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
+    source = open_source(as_parquet(tmp_path, pictures()))
+    read = []
+    real = parquet.ParquetFile.read_row_group
+
+    def spy(self, group, columns, **options):
+        read.append((group, columns))
+        return real(self, group, columns=columns, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", spy)
+    for index in (0, 1, 0, 2, 1):
+        source.decode(index)
+    assert read == [(0, ["image"]), (1, ["image"])]  # rows 0 and 1, then row 2
+    source.decode(3)  # the other file
+    source.decode(2)  # given up meanwhile
+    assert read[2:] == [(0, ["image"]), (1, ["image"])]
+    assert [source.name(i) for i in range(5)] == [
+        *(f"part-0.parquet[{i}]" for i in range(3)), *(f"part-1.parquet[{i}]" for i in range(2))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"label": [1], "x": ["a"]}, "has no columns that could be the image, among label, x"),
+        ({"image": [b""], "label": [None]}, r"p\.parquet\[0\] has no label in the column 'label'"),
+        ({"image": [b""], "label": [-1]}, r"is -1: labels are 0 to .* set labels to 'none'"),
+        ({"image": [b""], "label": [0.5]}, "is 0.5: a label is a whole number"),
+        ({"image": pyarrow.array([], pyarrow.binary())}, "holds no rows"),
+    ],
+)
+def test_tables_without_images_or_labels_are_refused(tmp_path, table, message):
+    path = write(tmp_path / "p.parquet", **table)
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_rows_without_images_are_named(tmp_path):
+    cells = [{"bytes": None, "path": "a.png"}, None, {"bytes": BYTES[0], "path": None}]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    source = open_source(write(tmp_path / "p.parquet", image=pyarrow.array(cells, kind)))
+    for index, message in ((0, r"p\.parquet\[0\] holds only the path"), (1, r"p\.parquet\[1\] holds no image")):
+        with pytest.raises(UserError, match=message):
+            source.decode(index)
+    assert source.decode(2).size == (12, 12)
+
+
+def test_labels_beyond_the_names_are_refused(tmp_path):
+    said = {"info": {"features": {"y": {"_type": "ClassLabel", "names": ["a", "b"]}}}}
+    table = pyarrow.table({"image": BYTES, "y": [0, 1, -1, 0, 0]})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(said)}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet\[2\] in the column 'y' of .* is -1, but there are 2 classes"):
+        open_source(tmp_path / "p.parquet")
+    table = pyarrow.table({"image": BYTES, "y": [0, 1, 0, None, 0]})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(said)}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet\[3\] has no label in the column 'y'"):
+        open_source(tmp_path / "p.parquet")
+
+
+def test_several_splits_other_columns_and_damage_are_refused(tmp_path):
+    write(tmp_path / "train-0.parquet", image=BYTES)
+    write(tmp_path / "test-0.parquet", image=BYTES)
+    with pytest.raises(
+        UserError, match=r"holds several splits \(test, train\): give the files of one, .*test-\*\.parquet"
+    ):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "train-*.parquet")) == 5
+    write(tmp_path / "train-1.parquet", image=BYTES, label=[0] * 5)
+    with pytest.raises(UserError, match=r"train-1\.parquet has other columns \(image, label\) than"):
+        open_source(tmp_path / "train-*.parquet")
+    data = (tmp_path / "test-0.parquet").read_bytes()
+    for spoilt in (b"", b"no table", data[:-3], data[: len(data) // 2]):
+        (tmp_path / "test-0.parquet").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"test-0\.parquet cannot be read as a parquet file"):
+            open_source(tmp_path / "test-0.parquet")
+
+
+def test_damage_between_is_named_when_it_is_read(tmp_path):
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"image": BYTES}), path)
+    data = bytearray(path.read_bytes())
+    data[4:40] = b"\xff" * 36  # the header of the first page
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"p\.parquet cannot be read: "):
+        open_source(path).decode(0)
+
+
+def test_huge_cells_are_named(tmp_path, monkeypatch):
+    source = open_source(write(tmp_path / "p.parquet", image=BYTES))
+    monkeypatch.setattr(columns, "MAX_FILE_SIZE", 100)
+    with pytest.raises(UserError, match=r"p\.parquet\[4\] has .*, more than an image may have \(100 B\)"):
+        source.decode(4)
+
+
+def test_captions_that_are_no_texts_are_named(tmp_path):
+    source = open_source(write(tmp_path / "p.parquet", image=BYTES, caption=[1, 2, 3, 4, 5]))
+    with pytest.raises(UserError, match=r"caption of p\.parquet\[1\] is '2': it must be a text"):
+        source.captions(1)
+
+
+def test_huge_row_groups_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_GROUP", 100)
+    with pytest.raises(UserError, match="has a row group of .* write it again with fewer rows"):
+        open_source(write(tmp_path / "p.parquet", image=BYTES))
+
+
+def test_the_hub_is_asked_for_config_split_and_revision(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, *, split, revision):
+        asked.append((name, config, split, revision))
+        return _table(pictures())
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source("hf:owner/name:config=small,split=test,revision=abc,caption=caption")
+    assert asked == [("owner/name", "small", "test", "abc")]
+    assert source.class_names == ["ant", "bee"]
+    assert source.name(3) == "hf:owner/name[3]"
+    assert source.identity["name"] == "hf:owner/name"
+    assert pickle.loads(pickle.dumps(source)).decode(3).size == (12, 12)
+    assert open_source("hf:owner/name").labels.tolist() == [0, 0, 0, 1, 1]
+    assert asked[1] == ("owner/name", None, "train", None)
+
+
+def test_streaming_is_refused_with_another_way():
+    with pytest.raises(UserError, match=r"has no length .*hf://datasets/o/n@refs/convert/parquet/default/train/"):
+        open_source("hf:o/n:streaming=true")
+
+
+def test_what_the_hub_cannot_give_is_one_sentence(monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("Couldn't reach 'o/n' on the Hub\nmore lines")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(UserError, match=r"^hf:o/n cannot be loaded: Couldn't reach 'o/n' on the Hub\.$"):
+        open_source("hf:o/n")
+    with pytest.raises(UserError, match=r"no setting 'spilt': allowed are .*Did you mean 'split'"):
+        open_source("hf:o/n:spilt=x")
+
+
+def test_saved_splits_are_chosen(tmp_path):
+    import datasets
+
+    table = _table(pictures())
+    datasets.DatasetDict(train=table, test=table.select(range(2))).save_to_disk(tmp_path / "both")
+    with pytest.raises(UserError, match=r"holds the splits train, test: say which one as .*:split=NAME"):
+        open_source(tmp_path / "both")
+    assert len(open_source(f"{tmp_path / 'both'}:split=test")) == 2
+    one = as_saved(tmp_path, pictures())
+    with pytest.raises(UserError, match="holds one split: leave out split=train"):
+        open_source(f"{one}:split=train")
+    for path in (tmp_path / "saved").glob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="saved cannot be loaded"):
+        open_source(one)
+
+
+def test_images_beside_the_table_are_read(tmp_path):
+    """A data set made by `imagefolder` holds paths."""
+    import datasets
+
+    (tmp_path / "a.png").write_bytes(BYTES[0])
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "gone.png")]
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    source = huggingface.TableSource(table, "here")
+    np.testing.assert_array_equal(np.asarray(source.decode(0)), pixels(pictures())[0])
+    with pytest.raises(UserError, match=r"^here\[1\] cannot be read"):
+        source.decode(1)
+
+
+@pytest.mark.parametrize("labels", ["folders", "labels.csv"])
+def test_labels_of_tables_are_columns(tmp_path, labels):
+    path = write(tmp_path / "p.parquet", image=BYTES)
+    with pytest.raises(UserError, match=rf"labels was given '{labels}': of .* they are a column"):
+        open_source(path, labels=labels)

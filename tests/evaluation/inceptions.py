@@ -1,0 +1,28 @@
+"""A stand-in for Inception that is fast: 6 features, 4 spatial ones, 5 logits, all linear in the colours of an image."""
+
+import torch
+from torch import nn
+
+from repa.evaluation.judges import InceptionJudge
+from repa.metrics import InceptionFeatures
+from repa.metrics.inception_weights import SHA256, LoadedInception
+
+PUBLISHED = SHA256 + "0" * 56
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+        g = torch.Generator().manual_seed(0)
+        self.mix = [torch.randn(3 * 4 * 4, dim, generator=g) for dim in (6, 4, 5)]
+
+    def forward(self, images):
+        x = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+        return InceptionFeatures(*(x @ mix for mix in self.mix))
+
+
+def small_inception(checksum=PUBLISHED):
+    judge = InceptionJudge(LoadedInception(Small(), checksum))
+    judge.dim = 6
+    return judge

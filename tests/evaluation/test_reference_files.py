@@ -1,0 +1,194 @@
+"""References of the ADM evaluator and our own are the same to a sample."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.data import open_data
+from repa.encoders import load_encoder
+from repa.evaluation import evaluate
+from repa.evaluation.judges import EncoderJudge
+from repa.evaluation.measure import measure
+from repa.evaluation.reference import compute_reference, subset_of
+from repa.evaluation.reference_files import load_reference, open_reference, write_reference
+from repa.evaluation.sources import DataImages, open_images
+from repa.metrics import inception_score
+from tests.evaluation.inceptions import small_inception
+from tests.oracles import metrics as oracle
+
+ALL = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def real(data_folder):
+    return DataImages(open_data(data_folder))
+
+
+@pytest.fixture(scope="module")
+def samples(real):
+    pixels = real.rows(np.arange(30)).float()
+    noise = 25 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    return (pixels + noise).clamp(0, 255).byte()
+
+
+def numbers(x):
+    return x.double().numpy()
+
+
+def adm_file(path, judge, images, *leave_out, statistics_of=None):
+    """mu, sigma, mu_s, sigma_s as ADM's evaluator computes them, and the images as it stores them."""
+    seen = judge(images if statistics_of is None else statistics_of)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+    for end, x in (("", seen.pooled), ("_s", seen.spatial)):
+        arrays |= {"mu" + end: np.mean(x.numpy(), axis=0), "sigma" + end: np.cov(x.numpy(), rowvar=False)}
+    np.savez(path, **{name: array for name, array in arrays.items() if name not in leave_out})
+    return path
+
+
+def measured(path, samples, metrics=ALL, judge=None):
+    judge = judge or small_inception()
+    reference = load_reference(open_reference(path, samples.shape[-1]), judge, "inception")
+    return evaluate(samples.split(7), judge, reference, metrics)
+
+
+def test_an_adm_reference_gives_the_evaluators_figures(tmp_path, real, samples):
+    judge, every = small_inception(), real.rows(np.arange(40))
+    path = adm_file(tmp_path / "VIRTUAL.npz", judge, every[::2], statistics_of=every)
+    found = measured(path, samples)
+    assert list(found) == list(ALL)
+    a, b = judge(every), judge(samples)
+    for name, x, y in (("fid", a.pooled, b.pooled), ("sfid", a.spatial, b.spatial)):
+        x, y = numbers(x), numbers(y)
+        assert found[name] == pytest.approx(oracle.frechet(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)), rel=1e-5)
+    assert found["inception_score"] == pytest.approx(inception_score(b.logits, splits=1))
+    x, y = numbers(judge(every[::2]).pooled), numbers(b.pooled)
+    assert found["precision"] == oracle.share_within(y, x, 3)
+    assert found["recall"] == oracle.share_within(x, y, 3)
+    assert found["recall"] != found["precision"]
+
+
+def test_without_images_there_are_no_neighbours(tmp_path, real, samples):
+    path = adm_file(tmp_path / "stats.npz", small_inception(), real.rows(np.arange(40)), "arr_0")
+    assert measured(path, samples, ("fid", "sfid", "inception_score"))["fid"] > 0
+    with pytest.raises(UserError, match="statistics only, and kid, precision, recall needs its images"):
+        measured(path, samples)
+    path = adm_file(tmp_path / "no-spatial.npz", small_inception(), samples, "mu_s", "sigma_s")
+    with pytest.raises(UserError, match="no mu_s and sigma_s, which sfid needs"):
+        measured(path, samples)
+
+
+def test_images_alone_are_a_reference(tmp_path, real, samples):
+    every = real.rows(np.arange(40))
+    with_all = adm_file(tmp_path / "a.npz", small_inception(), every)
+    alone = adm_file(tmp_path / "b.npz", small_inception(), every, "mu", "sigma", "mu_s", "sigma_s")
+    assert measured(alone, samples) == pytest.approx(measured(with_all, samples), rel=1e-4)
+
+
+def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
+    judge = EncoderJudge(load_encoder("tiny-judge"))
+    for name, images in {"a": samples, "b": 255 - samples}.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    distances = [
+        evaluate([samples], judge, load_reference(open_reference(tmp_path / name, 16), judge, "tiny-judge"))["fd"]
+        for name in ("a.npz", "b.npz", "a.npz")
+    ]
+    assert distances[0] < 1e-5 < 1 < distances[1]
+    assert distances[2] == distances[0]
+    assert len(list((tmp_path / "cache/reference").iterdir())) == 2
+
+
+def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, monkeypatch):
+    monkeypatch.setattr("repa.evaluation.reference.SUBSET", 15)
+    judge = small_inception()
+    reference = compute_reference(real, judge)
+    write_reference(tmp_path / "ref.npz", reference, real, judge, "inception")
+    monkeypatch.setattr("repa.evaluation.reference.compute_reference", lambda *a: pytest.fail("looked at again"))
+    assert measured(tmp_path / "ref.npz", samples) == evaluate(samples.split(7), judge, reference, ALL)
+    with np.load(tmp_path / "ref.npz", allow_pickle=False) as archive:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(archive.files)
+        wanted = real.rows(subset_of(40)).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(archive["arr_0"], wanted)
+        assert len(wanted) == 15
+
+
+def test_an_encoders_file(tmp_path, real, samples):
+    judge = EncoderJudge(load_encoder("tiny-judge"))
+    write_reference(tmp_path / "ref.npz", compute_reference(real, judge), real, judge, "tiny-judge")
+    opened = open_reference(tmp_path / "ref.npz", 16)
+    assert evaluate([samples], judge, load_reference(opened, judge, "tiny-judge"), ("fd",))["fd"] > 0
+    with pytest.raises(UserError, match="holds features of tiny-judge .* measured in features of inception"):
+        load_reference(opened, small_inception(), "inception")
+    with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare what has the same size"):
+        open_reference(tmp_path / "ref.npz", 8)
+
+
+def test_statistics_are_whose_they_are(tmp_path, real, samples):
+    path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
+    with pytest.raises(UserError, match="statistics of Inception's features and no images"):
+        measured(path, samples, ("fd",), EncoderJudge(load_encoder("tiny-judge")))
+    with pytest.raises(UserError, match="by the published weights of Inception, but other weights were given"):
+        measured(path, samples, ("fid",), small_inception("0" * 64))
+    judge = small_inception()
+    judge.dim = 2048
+    with pytest.raises(UserError, match="mu has 6 entries, the features have 2048"):
+        measured(path, samples, ("fid",), judge)
+    with_images = adm_file(tmp_path / "images.npz", small_inception(), samples)
+    found = measured(with_images, samples, ("fd",), EncoderJudge(load_encoder("tiny-judge")))
+    assert found["fd"] < 1e-5  # against its own images in the encoder's features
+
+
+def test_damaged_and_strange_files(tmp_path, samples):
+    path = adm_file(tmp_path / "r.npz", small_inception(), samples)
+    with pytest.raises(UserError, match=r"samples are of 8 pixels, .*r\.npz of 16"):
+        open_reference(path, 8)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read as a reference"):
+        open_reference(path, 16)
+    np.savez(path, mu=np.array([{}], dtype=object), sigma=np.eye(2))
+    with pytest.raises(UserError, match="cannot be read as a reference: .*allow_pickle"):
+        open_reference(path, 16)
+    np.savez(path, mu=np.zeros(6))
+    with pytest.raises(UserError, match="mu needs its sigma"):
+        open_reference(path, 16)
+    np.savez(path, mu=np.full(6, np.nan), sigma=np.eye(6))
+    with pytest.raises(UserError, match="finite statistics"):
+        measured(path, samples, ("fid",))
+    with pytest.raises(UserError, match="There is no"):
+        open_reference(tmp_path / "none.npz", 16)
+
+
+def test_an_image_folder_is_cropped_to_the_samples(image_folder, samples):
+    opened = open_reference(image_folder, 16)
+    assert (opened.num, opened.height, opened.width) == (40, 16, 16)
+    with pytest.raises(UserError, match="There is no source"):
+        open_reference(image_folder / "none", 16)
+
+
+def test_samples_of_a_folder_have_one_size(image_folder, tmp_path):
+    from PIL import Image
+
+    images = open_images(image_folder)
+    assert (images.num, images.height, images.width) == (40, 20, 20)
+    first = np.asarray(Image.open(image_folder / "dark" / "00.png"))
+    assert np.array_equal(images.rows(np.arange(1))[0].permute(1, 2, 0).numpy(), first)
+    for name, side in (("a.png", 8), ("b.png", 9)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"b\.png in .* has 9 x 9 pixels, the first image 8 x 8"):
+        list(open_images(tmp_path).batches(4))
+
+
+def test_splits_of_the_score_follow_the_numbers_of_the_images(real, samples, monkeypatch):
+    monkeypatch.setattr("repa.metrics.score.RunningScore.__init__.__defaults__", (10,), raising=False)
+    judge = small_inception()
+    reference = compute_reference(real, judge)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    stream = [(order[start : start + 8], samples[order[start : start + 8]]) for start in range(0, 30, 8)]
+    found = measure(stream, judge, reference, ("inception_score",))
+    assert found["inception_score"] == pytest.approx(inception_score(judge(samples).logits, splits=3))

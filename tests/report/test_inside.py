@@ -1,0 +1,128 @@
+"""What training logged beside its losses, and what `repa analyse` left in the folders."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repa.base.errors import UserError
+from repa.report import curve_figure, read_run, read_runs, write_report
+from repa.report.analysis_results import accuracies, read_analyses
+from repa.report.learning import logged
+from repa.runs import layout
+from tests.report.fakes import analysis_file, fake_run
+
+
+def with_columns(run, **columns):
+    """The run with further keys in its training rows, each a function of the step."""
+    rows = [json.loads(line) for line in (run / layout.METRICS).read_text().splitlines()]
+    rows = [{**row, **{key: value(row["step"]) for key, value in columns.items()}} for row in rows]
+    (run / layout.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_what_moves_is_drawn_and_what_stands_still_is_said(tmp_path):
+    run = with_columns(
+        fake_run(tmp_path / "r"), skipped_steps=lambda _: 0.0, learning_rate=lambda _: 1e-4,
+        grad_norm=lambda step: 1.0 / step, data_wait=lambda step: None if step == 10 else step / 1e4,
+    )  # fmt: skip
+    moving, sentences = logged(read_runs([run]))
+    assert moving == ["grad_norm", "data_wait"]
+    assert "The learning rate was 0.0001 throughout." in sentences
+    assert "Steps skipped for gradients that are not finite: 0." in sentences
+    text = write_report([run], tmp_path / "r.html").read_text()
+    assert "How training went" in text
+    assert "wait for data (ms a step) against training steps: r from 2.00 to 10.00." in text  # 0.002 s at step 20
+
+
+def test_skipped_steps_are_drawn_as_they_are(tmp_path):
+    """A count is no noise: a running mean would invent half a step."""
+    run = with_columns(fake_run(tmp_path / "r"), skipped_steps=lambda step: float(step > 50))
+    drawn = curve_figure([read_run(run)], "skipped_steps").axes[0].lines
+    assert len(drawn) == 1
+    assert set(drawn[0].get_ydata()) == {0.0, 1.0}
+
+
+def rows_of(run, values, step=100, t=0.5, key="cknna"):
+    return [{"run": run, "step": step, "t": t, "depth": depth + 1, key: value} for depth, value in enumerate(values)]
+
+
+def test_rows_of_several_runs_come_together_under_their_names_here(tmp_path):
+    runs = [fake_run(tmp_path / name) for name in ("base", "ours")]
+    analysis_file(runs[0], "cknna-e", "cknna", rows_of("base", [0.1, 0.2]) + rows_of("ours", [0.3, 0.5]), encoder="e")
+    analysis_file(runs[1], "cknna-e", "cknna", rows_of("ours", [0.4, 0.6], step=200), encoder="e")
+    analysis_file(runs[1], "other", "cknna", rows_of("ours", [0.9, 0.9]), encoder="e", variant="platonic")
+    first, second = read_analyses(read_runs(runs, ["A", "B"]))
+    best = {(row["run"], row["step"]): row["cknna"] for row in first.best}
+    assert best == {("A", 100): 0.2, ("B", 100): 0.5, ("B", 200): 0.6}
+    assert [row["cknna"] for row in second.rows] == [0.9, 0.9]  # another variant is another figure
+    page = write_report(runs, tmp_path / "r.html").read_text()
+    section = page.split("Inside the networks")[1]
+    assert section.count("<svg") == 2
+    assert "CKNNA with e" in section
+
+
+def test_accuracy_is_the_best_learning_rates_of_the_best_block(tmp_path):
+    run = fake_run(tmp_path / "r")
+    rows = [
+        {**row, "lr": rate, "top5": 1.0}
+        for rate, values in ((1e-3, [0.1, 0.3]), (1e-2, [0.5, 0.2]))
+        for row in rows_of("r", values, key="top1")
+    ]
+    rows.append({"run": "tiny", "step": None, "t": None, "depth": None, "features": "patches", "lr": 1e-3, "top1": 0.9})
+    analysis_file(run, "probe", "probe", rows)
+    records = read_runs([run])
+    (analysis,) = read_analyses(records)
+    assert len(analysis.rows) == 3
+    found = accuracies([analysis])
+    assert {key: (value.value, value.depth) for key, value in found.items()} == {("r", 100): (50.0, 1)}
+
+
+def test_equal_folder_names_are_told_apart_by_where_they_lie(tmp_path):
+    runs = [fake_run(tmp_path / place / name) for place in "xy" for name in ("base", "ours")]
+    analysis_file(runs[2], "cknna-e", "cknna", rows_of("ours", [0.4]) + rows_of("base", [0.1]), encoder="e")
+    (found,) = read_analyses(read_runs(runs))
+    assert [row["run"] for row in found.rows] == ["y/ours", "y/base"]
+
+
+def test_pictures_are_shown_and_drawings_of_rows_are_not_shown_twice(tmp_path):
+    run = fake_run(tmp_path / "r")
+    analysis_file(run, "cknna-e", "cknna", rows_of("r", [0.1, 0.2]), encoder="e")
+    for name in ("cknna-e", "pictures"):
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(run / layout.ANALYSIS / f"{name}.png")
+    section = write_report([run], tmp_path / "r.html").read_text().split("Inside the networks")[1]
+    assert len(re.findall(r"<img[^>]*alt=\"r: Tokens as colours", section)) == 1
+    assert section.count("<img") == 1
+    (run / layout.ANALYSIS / "pictures.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"pictures\.png is damaged"):
+        write_report([run], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"rows": [', "[1]", '{"analysis": "probe"}', '{"analysis": "probe", "rows": [{}]}']
+)
+def test_damaged_analyses_are_named(tmp_path, content):
+    run = fake_run(tmp_path / "r")
+    analysis_file(run, "probe", "probe", []).write_text(content)
+    with pytest.raises(UserError, match=r"probe\.json"):
+        read_analyses(read_runs([run]))
+
+
+def test_damaged_metrics_are_a_sentence(tmp_path):
+    run = fake_run(tmp_path / "r")
+    whole = (run / layout.METRICS).read_bytes()
+    (run / layout.METRICS).write_bytes(whole + b"7\nnull\n" + b'{"kind": "event", "step": 3}\n')
+    assert len(read_run(run).train) == 10  # what is no row is none, and an event says something
+    assert "r" in write_report([run], tmp_path / "r.html").read_text()
+    (run / layout.METRICS).write_bytes(whole + b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it is not text"):
+        read_run(run)
+    (run / layout.METRICS).write_bytes(b'{"kind":\n' + whole)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 1"):
+        read_run(run)
+    (run / layout.METRICS).write_bytes(whole)
+    (run / layout.DATA).write_text("[]")
+    with pytest.raises(UserError, match=r"data\.json must hold a JSON object"):
+        read_run(run)

@@ -1,0 +1,188 @@
+"""Tables in the paper's layout: nothing in a column that was measured in another way, nothing invented."""
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+
+from repa.base.errors import UserError
+from repa.recipes import load_recipe
+from repa.report import read_runs, write_report
+from repa.report.analysis_results import accuracies, read_analyses
+from repa.report.evaluations import add_evaluations
+from repa.report.results import MOST_STEPS, results, without_paper
+from repa.report.seeds import grouped
+from repa.report.tables import shown
+from repa.report.text import how_made
+from repa.runs import layout
+from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file
+
+IMAGENET = {"source": "imagenet", "num_images": 1_281_167, "resolution": 256, "class_names": []}
+FIVE = {"fid": 8.1, "sfid": 5.2, "inception_score": 120.0, "precision": 0.701, "recall": 0.65}
+
+
+def tables_of(runs, files=(), **settings):
+    records, others = add_evaluations(read_runs(runs), files)
+    return results(grouped(records), others, accuracies(read_analyses(records)), **settings)
+
+
+@pytest.fixture
+def repa_xl(tmp_path):
+    """A run that trains as the paper's SiT-XL/2 with REPA, and was measured as that was."""
+    settings = load_recipe("sit-xl2-repa").model_dump(mode="json")
+    settings["model"]["num_classes"], settings["model"]["latent_size"] = 1000, 32
+    run = fake_run(tmp_path / "xl", settings=settings, data=IMAGENET, num_steps=40)
+    results_file(run / layout.EVALUATIONS / "fid.json", FIVE, made_by(run, 40))
+    return run
+
+
+def test_the_papers_lines_stand_beside_what_was_measured_as_the_paper_did(repa_xl):
+    (table,) = tables_of([repa_xl])
+    assert list(table.columns.values()) == ["FID ↓", "sFID ↓", "IS ↑", "Prec. ↑", "Rec. ↑", "Acc. ↑"]
+    ours, *paper = table.lines
+    assert [shown(ours, key) for key in table.columns] == ["8.10", "5.20", "120.0", "0.70", "0.65", ""]
+    assert (ours.step, ours.images) == (40, 40 * 256)
+    assert all(line.is_of_paper for line in paper)
+    at_400k = next(line for line in paper if line.step == 400_000)
+    assert [shown(at_400k, key) for key in table.columns] == ["7.9", "5.06", "122.6", "0.70", "0.65", "70.3"]
+    assert not any(line.values["frechet_distance"].mean == 1.42 for line in paper)  # guided
+    records, _ = add_evaluations(read_runs([repa_xl]))
+    assert without_paper([table], grouped(records)) == []
+
+
+@pytest.mark.parametrize(("autoencoder", "is_beside"), [("sd-vae-ft-ema", True), ("sd-vae-ft-mse", False)])
+def test_samples_that_name_no_decoder_are_of_the_runs_own(repa_xl, autoencoder, is_beside):
+    settings = yaml.safe_load((repa_xl / layout.CONFIG).read_text()) | {"autoencoder": autoencoder}
+    (repa_xl / layout.CONFIG).write_text(yaml.safe_dump(settings))
+    results_file(repa_xl / layout.EVALUATIONS / "fid.json", FIVE, made_by(repa_xl, 40, decoder=""))
+    (table,) = tables_of([repa_xl])
+    assert f"decoded by {autoencoder}" in how_made(table.protocol)
+    assert table.has_paper == is_beside
+
+
+def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
+    guidance = {"scale": 1.8, "interval": [0.0, 0.7], "channels": 0}
+    results_file(repa_xl / layout.EVALUATIONS / "fid.json", FIVE, made_by(repa_xl, 40, guidance=guidance))
+    (table,) = tables_of([repa_xl])
+    assert [line.values["frechet_distance"].mean for line in table.lines] == [8.1, 1.42]
+    assert "guidance 1.8 for t in [0, 0.7]" in how_made(table.protocol)
+
+
+@pytest.mark.parametrize(
+    ("made", "changes"),
+    [
+        ({"labels": "balanced"}, {}),
+        ({"sampler": "heun"}, {}),
+        ({"steps": 50}, {}),
+        ({"weights": "model"}, {}),
+        ({"decoder": "taesd"}, {}),
+        ({"guidance": {"scale": 1.5, "interval": [0.0, 1.0], "channels": 0}}, {}),
+        ({}, {"num_samples": 10_000}),
+        ({}, {"features": "dinov2-l"}),
+        ({}, {"reference": "my-reference.npz"}),
+        ({}, {"encoder": {"name": "inception", "weights_sha256": "0" * 64, "published": False}}),
+    ],
+)  # fmt: skip
+def test_what_was_measured_otherwise_has_a_table_of_its_own_without_the_paper(repa_xl, made, changes):
+    results_file(repa_xl / layout.EVALUATIONS / "other.json", {"fid": 8.0}, made_by(repa_xl, 40, **made), **changes)
+    first, second = sorted(tables_of([repa_xl]), key=lambda table: table.has_paper, reverse=True)
+    assert first.has_paper
+    assert first.lines[0].values["frechet_distance"].mean == 8.1
+    assert [line.values["frechet_distance"].mean for line in second.lines] == [8.0]
+
+
+def test_another_data_set_is_not_the_papers(repa_xl):
+    (repa_xl / layout.DATA).write_text(json.dumps({**IMAGENET, "num_images": 1000}))
+    (table,) = tables_of([repa_xl])
+    assert not table.has_paper
+    records, _ = add_evaluations(read_runs([repa_xl]))
+    assert [name for _, name, _ in without_paper([table], grouped(records))] == ["sit-xl2-repa"]
+
+
+def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):
+    runs = []
+    for seed, end in enumerate([10.0, 14.0]):
+        settings = config(False, seed=seed)
+        runs.append(fake_run(tmp_path / f"b-{seed}", distances={100: end}, settings=settings))
+    rows = [{"run": "b-0", "step": 100, "t": 0.5, "depth": d, "lr": 1e-3, "top1": v} for d, v in ((1, 0.2), (2, 0.4))]
+    analysis_file(runs[0], "probe", "probe", rows)
+    (table,) = tables_of(runs)
+    (line,) = table.lines
+    assert (line.name, line.num_runs) == ("b", 2)
+    assert shown(line, "frechet_distance") == "12.00 ± 2.83"
+    assert shown(line, "accuracy") == "40.00 (1 of 2)"  # the best block's, and of one run
+    assert shown(line, "recall") == ""
+
+
+def test_many_steps_are_thinned_the_ends_stay_and_the_csv_has_all(tmp_path):
+    run = fake_run(tmp_path / "a", num_steps=200, distances={step: 100.0 / step for step in range(10, 201, 10)})
+    (table,) = tables_of([run])
+    assert len(table.lines) == MOST_STEPS
+    assert (table.lines[0].step, table.lines[-1].step) == (10, 200)
+    assert len(tables_of([run], thin=False)[0].lines) == 20
+    write_report([run], tmp_path / "r.html", tables=True)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
+    assert [int(row["iterations"]) for row in rows] == list(range(10, 201, 10))
+    assert float(rows[1]["frechet_distance"]) == 5.0
+    assert rows[0]["features"] == "tiny-judge"
+
+
+def test_samples_of_no_run_here_have_a_line(tmp_path):
+    run = fake_run(tmp_path / "a", distances={100: 3.0})
+    file = results_file(tmp_path / "adm.json", FIVE, None, samples="published/adm.npz")
+    elsewhere = results_file(tmp_path / "x.json", FIVE, made_by(tmp_path / "gone", 70))
+    second, third = tables_of([run], [file, elsewhere])[1:]  # nothing is known of how the first were made
+    assert [(line.name, line.step, line.group) for line in [*second.lines, *third.lines]] == [
+        ("adm.npz", None, None),
+        ("gone", 70, None),
+    ]
+
+
+def test_results_given_by_name_find_their_run(tmp_path, monkeypatch):
+    run = fake_run(tmp_path / "a", seconds_per_step=0.5)
+    monkeypatch.chdir(tmp_path)
+    file = results_file(tmp_path / "x.json", {"fid": 3.0}, made_by("a", 100))
+    (record,), others = add_evaluations(read_runs([run]), [file])
+    assert others == []
+    assert [(row["step"], row["seconds"], row["frechet_distance"]) for row in record.evals] == [(100, 50.0, 3.0)]
+
+
+def test_damaged_results_are_named(tmp_path):
+    run = fake_run(tmp_path / "a")
+    file = results_file(run / layout.EVALUATIONS / "x.json", FIVE, None)
+    with pytest.raises(UserError, match=r"x\.json does not say which checkpoint"):
+        add_evaluations(read_runs([run]))
+    file.write_text('{"metrics": {"fid": ')
+    with pytest.raises(UserError, match=r"x\.json is damaged"):
+        add_evaluations(read_runs([run]))
+    file.write_text("[]")
+    with pytest.raises(UserError, match="holds no results of `repa evaluate`"):
+        add_evaluations(read_runs([run]))
+
+
+def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):
+    """While training, too, where a row names it by the judge's own name."""
+    run = fake_run(tmp_path / "a", distances={100: 3.0})
+    rows = [{"kind": "eval", "step": step, "fid": 500.0 / step, "features": "inception"} for step in (50, 100)]
+    with open(run / layout.METRICS, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    inception, judged = tables_of([run])
+    assert list(judged.columns.values()) == ["Fréchet distance ↓"]
+    assert list(inception.columns.values()) == ["FID ↓"]
+    assert [line.values["frechet_distance"].mean for line in inception.lines] == [10.0, 5.0]
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "a: FID 5.00 after 100 steps" in page
+    assert "FID against training steps: a goes from 10.00 at 50 steps to 5.00 at 100 steps." in page
+
+
+def test_markdown_is_the_page_in_text(repa_xl, tmp_path):
+    write_report([repa_xl], tmp_path / "r.html", names=["a|b*"], tables=True)
+    text = (tmp_path / "r.md").read_text()
+    assert r"| a\|b\* | 40 | 8.10 | 5.20 | 120.0 | 0.70 | 0.65 |  |" in text
+    assert "50,000 samples with uniform labels" in text
+    assert "no guidance" in text
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
+    assert [row["source"] for row in rows] == ["run", *["paper"] * (len(rows) - 1)]
+    assert rows[0]["accuracy"] == ""  # not measured

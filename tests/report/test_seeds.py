@@ -1,0 +1,151 @@
+"""Runs that differ in the seed only: who belongs together, what holds on average, and how far it spreads."""
+
+import json
+
+import numpy as np
+import pytest
+
+from repa.report import curve_figure, read_run, read_runs, summary_rows, verdict
+from repa.report.distances import mean_curve
+from repa.report.seeds import group_speedups, grouped, spread
+from repa.runs import layout
+from tests.report.fakes import PROTOCOL, config, fake_run
+
+
+def seeded(folder, seed, aligned=False, **more):
+    settings = config(aligned, seed=seed, batch_size=32, **more.pop("changes", {}))
+    return fake_run(folder, aligned=aligned, settings=settings, **more)
+
+
+@pytest.fixture
+def six(tmp_path):
+    """The baselines end at 10, 12, 14; the aligned runs have these after 50, 40 and 25 of 100 steps."""
+    runs = []
+    for seed, (end, step) in enumerate([(10.0, 50), (12.0, 40), (14.0, 25)]):
+        runs.append(seeded(tmp_path / f"baseline-{seed}", seed, distances={50: 20.0, 100: end}))
+        distances = {10: 30.0, 60: 30.0 - (30.0 - end) * 50 / (step - 10), 100: 1.0}
+        runs.append(seeded(tmp_path / f"aligned-{seed}", seed, aligned=True, distances=distances))
+    return runs
+
+
+def test_groups_are_of_runs_that_differ_in_the_seed_only(tmp_path):
+    runs = [
+        seeded(tmp_path / "a-0", 0),
+        seeded(tmp_path / "b", 0, aligned=True),
+        seeded(tmp_path / "a-1", 1),
+        seeded(tmp_path / "other", 2, changes={"num_steps": 7}),
+        seeded(tmp_path / "again", 1),  # the same seed again is no further seed
+        seeded(tmp_path / "data", 3, data={"source": "elsewhere"}),
+    ]
+    found = grouped(read_runs(runs))
+    assert [[run.name for run in group.runs] for group in found] == [
+        ["a-0", "a-1"],
+        ["b"],
+        ["other"],
+        ["again"],
+        ["data"],
+    ]
+    assert [group.name for group in found] == ["a", "b", "other", "again", "data"]
+    assert found[0].label == "a (2 seeds)"
+    assert found[1].label == "b"
+
+
+def test_groups_of_folders_with_one_name_are_called_by_it(tmp_path):
+    runs = [seeded(tmp_path / f"try{seed}" / "base", seed) for seed in range(2)]
+    records = read_runs(runs)
+    assert [run.name for run in records] == ["try0/base", "try1/base"]
+    assert [group.name for group in grouped(records)] == ["base"]
+
+
+def test_spread_is_of_the_sample():
+    found = spread([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.deviation == pytest.approx(np.std([1, 2, 4], ddof=1))
+    assert (found.low, found.high, found.num) == (1.0, 4.0, 3)
+    assert spread([3.0]).deviation is None
+    assert spread([]) is None
+
+
+def test_speedup_over_seeds_pairs_equal_seeds(six):
+    (found,) = group_speedups(grouped(read_runs(six[::-1])))
+    assert found.by_seed
+    factors = found.factors("steps")
+    expected = [100 / 50, 100 / 40, 100 / 25]  # pairing any other seeds gives other factors
+    assert factors.mean == pytest.approx(np.mean(expected))
+    assert (factors.low, factors.high, factors.num) == (pytest.approx(2.0), pytest.approx(4.0), 3)
+    sentence, notes = verdict(read_runs(six))
+    assert "2.8 times fewer (3 pairs of the same seed: 2.0 to 4.0)" in sentence
+    assert any("baseline of its seed" in note for note in notes)
+    assert any("With 3 seeds" in note for note in notes)
+    assert not any("another seed was not measured" in note for note in notes)
+
+
+def test_images_count_the_batch(tmp_path):
+    baseline = seeded(tmp_path / "b", 0, distances={50: 20.0, 100: 10.0})
+    settings = {**config(True, seed=0), "batch_size": 64}
+    aligned = fake_run(tmp_path / "a", aligned=True, settings=settings, distances={30: 20.0, 50: 10.0})
+    (found,) = group_speedups(grouped(read_runs([baseline, aligned])))
+    assert found.factors("steps").mean == pytest.approx(2.0)
+    assert found.factors("images").mean == pytest.approx(1.0)  # half the steps with twice the batch
+
+
+def test_other_seeds_are_all_compared_with_all(six):
+    found = group_speedups(grouped(read_runs([six[0], *six[3::2]])))[0]
+    assert not found.by_seed
+    assert len(found.pairs) == 2  # one baseline, two aligned runs
+    assert {pair.target for pair in found.pairs} == {10.0}
+    notes = verdict(read_runs([six[0], *six[3::2]])).notes
+    assert any("There is one baseline" in note for note in notes)
+
+
+def test_no_mean_where_not_all_got_there(six):
+    rows = [json.loads(line) for line in (six[1] / layout.METRICS).read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "eval":
+            row["frechet_distance"] = 50.0
+    (six[1] / layout.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = group_speedups(grouped(read_runs(six)))
+    assert len(found.reached) == 2
+    assert found.factors("steps") is None
+    assert "in 2 of 3 comparisons, so no mean speed-up is stated" in verdict(read_runs(six)).sentence
+
+
+def test_each_run_is_compared_with_the_baseline_of_its_seed_in_the_summary(six):
+    targets = [row["speedup"].target for row in summary_rows(six) if row["speedup"]]
+    assert targets == [10.0, 12.0, 14.0]
+
+
+def test_each_seed_is_drawn_and_ringed_where_it_got_there(six):
+    axes = curve_figure(read_runs(six), "frechet_distance", against="images").axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["baseline (3 seeds)", "aligned (3 seeds)"]
+    rings = [line for line in axes.lines if line.get_markersize() == 9]
+    assert sorted(float(ring.get_xdata()[0]) for ring in rings) == pytest.approx([25 * 32e-3, 40 * 32e-3, 50 * 32e-3])
+    assert sorted(float(ring.get_ydata()[0]) for ring in rings) == [10.0, 12.0, 14.0]
+    strong = next(line for line in axes.lines if line.get_label() == labels[0])
+    assert list(strong.get_ydata()) == pytest.approx([20.0, 12.0])  # means over seeds
+    assert sum(len(line.get_xdata()) > 1 and line.get_linewidth() < 1 for line in axes.lines) == 6
+
+
+def test_mean_curve_is_over_steps_that_all_have():
+    curves = [{1: (1.0, 10.0), 2: (2.0, 20.0)}, {2: (4.0, 40.0), 3: (9.0, 1.0)}, {1: (1.0, 10.0), 2: (3.0, 90.0)}]
+    assert mean_curve(curves) == [(3.0, 50.0)]
+
+
+def test_one_column_holds_one_way_of_measuring(tmp_path):
+    """What only one run was measured by stands in no column beside the others, whatever came last."""
+    runs = [fake_run(tmp_path / name, distances={50: 12.0, 100: 10.0}) for name in "ab"]
+    with open(runs[1] / layout.METRICS, "a") as file:
+        file.write(
+            json.dumps({"kind": "eval", "step": 200, "frechet_distance": 1.0, **PROTOCOL, "num_samples": 9}) + "\n"
+        )
+    assert [row["frechet_distance"] for row in summary_rows(runs)] == [10.0, 10.0]
+
+
+def test_guidance_of_scale_one_is_none_whatever_its_interval(tmp_path):
+    protocols = []
+    for name, interval in (("a", [0.0, 1.0]), ("b", [0.0, 0.7])):
+        guidance = {"scale": 1.0, "interval": interval, "channels": 0}
+        run = fake_run(tmp_path / name, distances={100: 1.0}, protocol={**PROTOCOL, "guidance": guidance})
+        protocols += read_run(run).protocols
+    assert protocols[0] == protocols[1]

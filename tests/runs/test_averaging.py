@@ -1,0 +1,103 @@
+"""Averages of any width from snapshots: against integrals, and against averages that were tracked."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.runs import layout
+from repa.runs.averaging import gamma_of, inner, mixture, reconstruct, save_snapshot
+from tests.oracles import averaging as oracle
+
+WIDTHS = (0.05, 0.1)
+STEPS, EVERY = 240, 10
+
+
+@pytest.fixture(scope="module")
+def walk() -> torch.Tensor:
+    """The weights of every step (STEPS, 6): a drift with noise, as training is."""
+    stream = torch.Generator().manual_seed(0)
+    steps = torch.randn(STEPS, 6, generator=stream, dtype=torch.float64) * 0.05
+    return (steps + 0.02 * torch.linspace(1, 0, STEPS)[:, None]).cumsum(0)
+
+
+def tracked(walk: torch.Tensor, step: int, width: float) -> torch.Tensor:
+    return torch.from_numpy(oracle.profile_of_steps(step, gamma_of(width))) @ walk[:step]
+
+
+@pytest.fixture(scope="module")
+def run(walk, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    for step in range(EVERY, STEPS + 1, EVERY):
+        save_snapshot(run, step, {width: {"w": tracked(walk, step, width).float()} for width in WIDTHS})
+    return run
+
+
+@pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_exponents_are_those_of_the_paper(width, gamma):
+    assert gamma_of(width) == pytest.approx(gamma, abs=0.005)
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.15, 0.28])
+def test_the_width_is_the_standard_deviation_of_the_profile(width):
+    tau = np.linspace(0, 1, 400_001)
+    p = oracle.density(tau, 1.0, gamma_of(width))
+    mean = oracle.integral(p * tau, tau)
+    assert oracle.integral(p, tau) == pytest.approx(1, abs=1e-4)
+    assert np.sqrt(oracle.integral(p * (tau - mean) ** 2, tau)) == pytest.approx(width, rel=1e-3)
+
+
+@pytest.mark.parametrize("width", [0.0, -0.1, 0.289, 1.0, float("nan")])
+def test_widths_that_no_profile_has_are_refused(width):
+    with pytest.raises(UserError, match=r"above 0 and at most 0.28, but got"):
+        gamma_of(width)
+
+
+@pytest.mark.parametrize(("a", "b"), [((3.0, 2.0), (7.0, 5.0)), ((7.0, 2.0), (3.0, 5.0)), ((4.0, 0.5), (4.0, 9.0))])
+def test_inner_products_are_integrals(a, b):
+    tau = np.linspace(0, 8, 800_001)
+    wanted = oracle.integral(oracle.density(tau, *a) * oracle.density(tau, *b), tau)
+    assert inner(a, b) == pytest.approx(wanted, rel=1e-4)
+    assert inner(a, b) == inner(b, a)
+
+
+def test_a_stored_profile_is_its_own_mixture():
+    stored = [(float(t), gamma_of(w)) for t in (100, 1000, 10_000) for w in WIDTHS]
+    np.testing.assert_allclose(mixture(stored, stored[3]), np.eye(6)[3], atol=1e-8)
+
+
+@pytest.mark.parametrize("width", [0.04, 0.07, 0.13, 0.2])
+@pytest.mark.parametrize("step", [120, 240])
+def test_reconstructed_is_close_to_tracked(run, walk, width, step):
+    """The distance of the average to the raw weights is the yardstick: what the reconstruction must get right."""
+    found, state = reconstruct(run, width, step)
+    wanted = tracked(walk, step, width)
+    assert found == step
+    assert state["w"].dtype == torch.float32
+    assert (state["w"] - wanted).norm() < 0.02 * (walk[step - 1] - wanted).norm()
+    others = [w for w in (0.04, 0.07, 0.13, 0.2) if w != width]
+    nearest = min((state["w"] - tracked(walk, step, w)).norm() for w in others)
+    assert (state["w"] - wanted).norm() < 0.1 * nearest
+
+
+def test_snapshots_after_the_step_do_not_count(run, walk, tmp_path):
+    early = tmp_path / "early"
+    for step in range(EVERY, 121, EVERY):
+        save_snapshot(early, step, {w: {"w": tracked(walk, step, w).float()} for w in WIDTHS})
+    assert torch.equal(reconstruct(early, 0.07)[1]["w"], reconstruct(run, 0.07, 120)[1]["w"])
+
+
+def test_mistakes_are_sentences(run, tmp_path):
+    with pytest.raises(UserError, match="has no snapshots to average: train with --ema-widths 0.05 0.1"):
+        reconstruct(tmp_path, 0.1)
+    with pytest.raises(UserError, match="has no snapshot of step 7: there are 10, 20"):
+        reconstruct(run, 0.1, 7)
+    with pytest.raises(UserError, match="but got 0.5"):
+        reconstruct(run, 0.5)
+
+
+def test_the_same_snapshot_is_written_once(run):
+    before = reconstruct(run, 0.1, EVERY)[1]["w"]
+    save_snapshot(run, EVERY, {0.05: {"w": torch.zeros(6)}})
+    assert torch.equal(reconstruct(run, 0.1, EVERY)[1]["w"], before)
+    assert layout.snapshot_steps(run)[-1] == STEPS

@@ -1,0 +1,79 @@
+"""Checkpoints written by a thread are the same, in order, and their errors are not lost."""
+
+import threading
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.runs import Checkpoint, Writer, layout, load_checkpoint, writer
+
+
+def make(step: int) -> Checkpoint:
+    weights = {"weight": torch.full((3,), float(step))}
+    return Checkpoint(step, weights, weights, {}, {"weight/step": torch.tensor(float(step))}, {"seconds": 0.0})
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """save_checkpoint waits for this event."""
+    opened, write = threading.Event(), writer.save_checkpoint
+
+    def slow(*arguments):
+        assert opened.wait(20)
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "save_checkpoint", slow)
+    yield opened
+    opened.set()
+
+
+def test_a_thread_writes_while_the_caller_goes_on(gate, tmp_path):
+    with Writer(tmp_path, background=True) as background:
+        background.write(make(1))
+        assert layout.checkpoint_steps(tmp_path) == []
+        assert not background.failed
+        background.check()  # does not wait
+        gate.set()
+        background.wait()
+        assert layout.checkpoint_steps(tmp_path) == [1]
+
+
+def test_the_last_one_is_waited_for(gate, tmp_path):
+    threading.Timer(0.1, gate.set).start()
+    with Writer(tmp_path, keep=2, background=True) as background:
+        for step in (1, 2, 3):
+            background.write(make(step))
+    assert layout.checkpoint_steps(tmp_path) == [2, 3]
+    assert torch.equal(load_checkpoint(tmp_path).model["weight"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("where", ["check", "write", "wait", "end"])
+def test_an_error_of_the_thread_is_raised(where, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise UserError("The disk is full")
+
+    monkeypatch.setattr(writer, "save_checkpoint", full)
+    with pytest.raises(UserError, match="disk is full"), Writer(tmp_path, background=True) as background:
+        background.write(make(1))
+        if where != "end":
+            while not background.failed:
+                pass
+            {"check": background.check, "wait": background.wait, "write": lambda: background.write(make(2))}[where]()
+            pytest.fail("the error was lost")
+
+
+def test_an_error_of_the_block_is_the_one_that_is_raised(gate, tmp_path):
+    gate.set()
+    with pytest.raises(KeyError), Writer(tmp_path, background=True) as background:
+        background.write(make(1))
+        raise KeyError
+    assert layout.checkpoint_steps(tmp_path) == [1]  # and what was under way is whole
+
+
+def test_without_a_thread_it_is_on_disk_at_once(tmp_path):
+    with Writer(tmp_path, keep=1, keep_every=2) as foreground:
+        for step in (1, 2, 3):
+            foreground.write(make(step))
+            assert layout.checkpoint_steps(tmp_path)[-1] == step
+    assert layout.checkpoint_steps(tmp_path) == [2, 3]

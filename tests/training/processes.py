@@ -1,0 +1,63 @@
+"""Training in processes of their own, forked from a server that has torch imported: a fresh start would cost seconds each.
+
+(Forking the test's own process would not do: where there is a GPU, a process that has run a backward cannot be forked.)
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from repa.base import dist
+from repa.data import open_data
+from repa.training import Hook, train
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "repa.training.loop", "repa.autoencoders.pixels", "torch._dynamo", "torch.utils.tensorboard"]
+)
+Job = tuple[object, Path, Path]  # configuration, data folder, run folder
+
+
+def probes(config, autoencoder) -> list[Hook]:
+    """Hooks that run the averaged network in the main process alone, as previews do when there are few images."""
+
+    def probe(state) -> dict[str, float]:
+        model = state.model
+        x = torch.ones(1, model.latent_channels, model.latent_size, model.latent_size)
+        with state.whole_average() as average, torch.no_grad():
+            output = average(x, torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)) if dist.is_main() else None
+        return {"probe": float(output.prediction.abs().mean()) if output else 0.0}
+
+    return [Hook(10, probe)]
+
+
+def begin(jobs: Sequence[Job], rank: int = 0, world: int = 1, meeting: Path | None = None) -> multiprocessing.Process:
+    """Start a process that trains one run after the other."""
+    process = CONTEXT.Process(target=_train, args=(jobs, rank, world, meeting), daemon=True)
+    process.start()
+    return process
+
+
+def run_all(jobs: Sequence[Job], world: int, folder: Path) -> None:
+    """`world` processes (gloo) train the runs together; fails when one does."""
+    processes = [begin(jobs, rank, world, folder / "meeting") for rank in range(world)]
+    limit = time.monotonic() + 240
+    for process in processes:
+        process.join(max(1.0, limit - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def _train(jobs: Sequence[Job], rank: int, world: int, meeting: Path | None) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    for config, data, run in jobs:
+        train(config, open_data(data), run, device=torch.device("cpu"), make_hooks=probes, say=lambda text: None)
+    dist.teardown()
+    os._exit(0)

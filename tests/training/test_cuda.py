@@ -1,0 +1,89 @@
+"""What only a GPU can show: run by benchmarks/gpu.sh, skipped elsewhere."""
+
+import itertools
+
+import pytest
+import torch
+
+from repa.alignment.config import AlignmentConfig
+from repa.models.config import ModelConfig
+from repa.training import TrainConfig
+from repa.training.measure import Step, Synthetic, endless
+from repa.training.targets import Targets
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICE = torch.device("cuda")
+
+
+def configuration(**changes) -> TrainConfig:
+    model = ModelConfig(name="SiT-S/2", latent_size=16, latent_channels=4, num_classes=10, depth=3)
+    alignments = (AlignmentConfig(target="tiny", depth=2),)
+    return TrainConfig(model=model, alignments=alignments, batch_size=8, precision="bf16").override(**changes)
+
+
+def cached_step(config: TrainConfig) -> Step:
+    data = Synthetic({"tiny": 192}, 8)
+    batch = data.batch(config, DEVICE, 32)
+    return Step(config, data.widths, endless(batch, batch.features), DEVICE)
+
+
+def gradients(step: Step) -> dict[str, torch.Tensor]:
+    step.student(*next(step.feed))
+    return {name: p.grad.float() for name, p in step.state.objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_never_waits_for_the_device(precision):
+    step = cached_step(configuration(precision=precision))
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_tokens_made_ahead_on_another_stream_are_those_made_in_turn():
+    config, data = configuration(), Synthetic({}, 8)
+    targets = Targets(config, data, DEVICE)
+    assert targets.stream is not None
+    batches = [data.batch(config, DEVICE, 32) for _ in range(6)]
+    for number, batch in enumerate(batches):
+        batch.images.copy_(batch.images.roll(number, 0))
+    wanted = [targets(batch, ("tiny",))["tiny"].patches for batch in batches]
+    for (batch, tokens), patches in zip(targets.along(iter(batches), 0, lambda step: ("tiny",)), wanted, strict=True):
+        torch.cuda._sleep(10**6)  # so that the other stream is ahead
+        assert torch.equal(tokens["tiny"].patches, patches), batch.labels
+
+
+def test_compiled_gradients_are_those_of_the_eager_step():
+    """On a GPU the two round at other places, so the whole gradient is compared, not each number."""
+    eager, compiled = (gradients(cached_step(configuration(compile=c, precision="fp32"))) for c in (False, True))
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        assert (value - compiled[name]).norm() <= 1e-3 * value.norm() + 1e-6, name
+
+
+def test_recomputed_activations_give_the_same_gradients_and_take_less_memory():
+    peaks, found = [], []
+    for recompute in (False, True):
+        step = cached_step(configuration(checkpoint_activations=recompute, batch_size=64))
+        torch.cuda.reset_peak_memory_stats()
+        found.append(gradients(step))
+        peaks.append(torch.cuda.max_memory_allocated())
+        del step
+    for name, value in found[0].items():  # the backward of fused attention adds in any order
+        assert (value - found[1][name]).norm() <= 1e-2 * value.norm() + 1e-6, name
+    assert peaks[1] < peaks[0]
+
+
+def test_two_steps_in_fp16_scale_the_loss_and_move_the_weights():
+    step = cached_step(configuration(precision="fp16"))
+    before = [p.detach().clone() for p in step.state.objective.parameters()]
+    for _ in itertools.repeat(None, 2):
+        step()
+    after = list(step.state.objective.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

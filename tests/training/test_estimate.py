@@ -1,0 +1,261 @@
+"""What a run costs: against formulas, the figures of the literature, and what autograd really keeps."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from repa.alignment.config import AlignmentConfig
+from repa.autoencoders.cost import autoencoder_cost
+from repa.base.errors import UserError
+from repa.cli.main import run
+from repa.encoders.cost import encoder_cost
+from repa.models import build
+from repa.models.config import ModelConfig
+from repa.models.cost import model_cost
+from repa.training import estimate as estimates
+from repa.training.config import TrainConfig
+from repa.training.estimate import activation_bytes, estimate, saved_bytes
+from tests.oracles.cost import dit_forward, vit_forward
+
+IMAGENET = 1_281_167
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _counted_once():
+    """Networks are counted once for all tests: it takes a second each."""
+    counted = {name: getattr(estimates, name) for name in ("encoder_cost", "autoencoder_cost", "model_cost")}
+    for name, function in counted.items():
+        setattr(estimates, name, functools.cache(function))
+    yield
+    for name, function in counted.items():
+        setattr(estimates, name, function)
+
+
+def sit(name: str) -> ModelConfig:
+    return ModelConfig(name=name, latent_size=32, latent_channels=4, num_classes=1000)
+
+
+def aligned(name: str, *targets: str, **changes) -> TrainConfig:
+    alignments = tuple(AlignmentConfig(target=target, depth=4) for target in targets)
+    return TrainConfig(model=ModelConfig(name=name), alignments=alignments, autoencoder="sd-vae-ft-mse", **changes)
+
+
+def estimated(config: TrainConfig, **changes):
+    settings = {"num_images": IMAGENET, "num_devices": 8, "resolution": 256, "rate": 1e14, "num_classes": 1000}
+    return estimate(config, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def base():
+    return estimated(aligned("SiT-B/2", "dinov2-b", precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "millions"),
+    [("SiT-S/2", 384, 12, 33), ("SiT-B/2", 768, 12, 130), ("SiT-XL/2", 1152, 28, 675)],
+)
+def test_network_against_the_formula_and_the_paper(name, width, depth, millions):
+    cost = estimates.model_cost(sit(name))
+    assert cost.forward == dit_forward(width, depth, 256, 16, 16)
+    assert cost.training / cost.forward == pytest.approx(3, rel=1e-3)  # less the gradient of the input
+    assert round(cost.parameters / 1e6) == millions
+
+
+def test_network_against_a_counter_on_a_real_one():
+    config = ModelConfig(
+        name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2, latent_size=8, latent_channels=4, qk_norm=True
+    )
+    model = build(config)
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # torch does not count the CPU's fused kernel
+        model(torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)).prediction.sum().backward()
+    cost = model_cost(config)
+    assert cost.training == counter.get_total_flops()
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "prefix", "patch", "gigaflops"),
+    [("dinov2-s", 384, 12, 1, 14, 12), ("dinov2-b", 768, 12, 1, 14, 46), ("dinov2-l", 1024, 24, 1, 14, 162),
+     ("dinov2-reg-b", 768, 12, 5, 14, 47), ("siglip-b", 768, 12, 0, 16, 46), ("ijepa-h", 1280, 32, 0, 14, 333)],
+)  # fmt: skip
+def test_encoders_against_the_formula(name, width, depth, prefix, patch, gigaflops):
+    dim, cost = estimates.encoder_cost(name, 16, None)
+    assert dim == width
+    assert cost.forward == cost.training == pytest.approx(vit_forward(width, depth, 256, prefix, patch), rel=2e-3)
+    assert round(cost.forward / 1e9) == gigaflops
+
+
+def test_the_giant_and_an_encoder_of_the_package():
+    assert estimates.encoder_cost("dinov2-g", 16, None).cost.forward == pytest.approx(598e9, rel=5e-3)
+    tiny = encoder_cost("tiny", 8)
+    assert tiny.dim == 192
+    assert 0 < tiny.cost.forward < encoder_cost("tiny", 16).cost.forward
+
+
+def test_autoencoder_against_a_counter_on_a_real_one():
+    """Of Stable Diffusion's shape on a small image: the cost grows with the pixels, but for the attention in the middle."""
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+    )  # fmt: skip
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        vae.encoder(torch.randn(1, 3, 32, 32))
+    found = autoencoder_cost("sd-vae-ft-mse", 32)
+    assert found.cost.forward == counter.get_total_flops()
+    assert found.cost.parameters == sum(p.numel() for p in vae.parameters()) == 83_653_863
+    assert (found.channels, found.factor) == (4, 8)
+    assert autoencoder_cost("sd3-vae", 32).channels == 16
+    assert autoencoder_cost("pixels", 32)[:3] == (3, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("student", "shares"),
+    [
+        ("SiT-B/2", (0.09, 0.33, 1.17, 4.34)),
+        ("SiT-L/2", (0.025, 0.095, 0.33, 1.24)),
+        ("SiT-XL/2", (0.017, 0.065, 0.23, 0.84)),
+    ],
+)
+def test_share_of_the_teacher_in_a_step(student, shares, monkeypatch):
+    """As the literature's table of teachers and students has it, to its digits."""
+    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    teachers = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
+    found = estimated(aligned(student, *teachers))
+    for teacher, share in zip(teachers, shares, strict=True):
+        assert found.share(teacher) == pytest.approx(share, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "gigabytes"), [("dinov2-s", 252), ("dinov2-b", 504), ("dinov2-l", 672), ("dinov2-g", 1008)]
+)
+def test_disk_for_tokens(teacher, gigabytes, monkeypatch):
+    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    found = estimated(aligned("SiT-S/2", teacher))
+    assert round(IMAGENET * found.tokens_bytes(teacher, "fp16") / 1e9) == gigabytes
+
+
+def test_disk_in_other_forms(base):
+    assert round(IMAGENET * base.moments_bytes() / 1e9) == 21
+    assert base.tokens_bytes("dinov2-b", "int8") == 256 * (768 + 4)
+    assert base.tokens_bytes("dinov2-b", "pca256") == 256 * 256 * 2
+    assert base.tokens_bytes("dinov2-b", "pca256-int8") == 256 * (256 + 4)
+
+
+def test_a_teacher_is_not_stored_in_more_directions_than_it_has(monkeypatch):
+    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    found = estimated(aligned("SiT-S/2", "tiny", "dinov2-b"))
+    assert found.forms("tiny") == ["fp16", "int8"]
+    assert found.forms("dinov2-b") == ["fp16", "int8", "pca256", "pca256-int8"]
+
+
+def test_the_bytes_of_a_form_are_those_that_are_packed(base):
+    from repa.data.packing import pack
+
+    tokens = torch.randn(1, 256, 768)
+    for form, basis in (("fp16", None), ("int8", None), ("pca256-int8", torch.randn(257, 768))):
+        packed = pack(tokens, form, basis).values()
+        assert base.tokens_bytes("dinov2-b", form) == sum(t.numel() * t.element_size() for t in packed)
+
+
+def test_time_is_the_flops_at_the_rate(base):
+    images, flops = 400_000 * 256, 138.005e9 + base.projectors.training
+    assert base.training_seconds(cached=True) == pytest.approx(images * flops / 8e14, rel=1e-3)
+    extra = base.training_seconds(cached=False) - base.training_seconds(cached=True)
+    assert extra == pytest.approx(images * 46.32e9 / 8e14, rel=1e-3)
+    assert base.preparing_seconds(cached=True) == pytest.approx(IMAGENET * (272.7e9 + 46.32e9) / 8e14, rel=1e-3)
+    mlp = 256 * (768 * 2048 + 2048 * 2048 + 2048 * 768)
+    assert base.projectors.training == 6 * mlp
+
+
+def test_memory_by_what_it_holds(base):
+    weights = base.network.parameters + base.projectors.parameters
+    memory = base.memory(cached=False)
+    assert (memory["weights"], memory["AdamW"]) == (4 * weights, 8 * weights)
+    assert memory["averages"] == 4 * base.network.parameters
+    assert memory["activations"] == 256 / 8 * base.activations
+    assert base.memory(cached=True)["teachers"] == 0 < memory["teachers"]
+
+
+def test_memory_of_several_processes(monkeypatch):
+    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 1000)
+    whole = estimated(aligned("SiT-S/2")).memory(cached=True)
+    shared = estimated(aligned("SiT-S/2", parallel="fsdp", accumulate=2)).memory(cached=True)
+    for what in ("weights", "gradients", "AdamW", "averages"):
+        assert shared[what] == whole[what] / 8
+    assert (whole["activations"], shared["activations"]) == (32_000, 16_000)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_a_deep_network_follow_from_one_block_and_two(precision):
+    config = TrainConfig(
+        model=ModelConfig(name="SiT-S/2", hidden_dim=64, depth=5, num_heads=2, latent_size=8, latent_channels=4),
+        precision=precision,
+    )
+    model, dtype = build(config.model), torch.bfloat16
+
+    def forward(num):
+        return (
+            model(torch.randn(num, 4, 8, 8), torch.rand(num), torch.zeros(num, dtype=torch.int64))
+            .prediction.square()
+            .sum()
+        )
+
+    with torch.autocast("cpu", dtype, enabled=precision == "bf16"):
+        kept = saved_bytes(lambda: forward(4), 16) - saved_bytes(lambda: forward(1), 16)
+    assert activation_bytes(config, {}) == pytest.approx(kept / 3, rel=0.05)
+    fewer = config.override(checkpoint_activations=True)
+    assert activation_bytes(fewer, {}) < activation_bytes(config, {}) / 2
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_attention_weights():
+    x = torch.randn(3, 5, requires_grad=True)
+    assert saved_bytes(lambda: (x.exp() * 2).sum(), 7) == 3 * 5 * 4  # exp keeps its result
+
+    def twice():
+        y = x.exp()
+        return (y.sin() * y.cos()).sum()  # y is kept by both, their results by the product
+
+    assert saved_bytes(twice, 7) == 3 * (3 * 5 * 4)
+    q = torch.randn(1, 2, 5, 5, requires_grad=True)
+    assert saved_bytes(lambda: q.exp().sum(), 5) == 0
+
+
+def test_mistakes_are_said():
+    with pytest.raises(UserError, match="A batch of 256 images cannot be shared equally by 7 devices"):
+        estimated(aligned("SiT-S/2"), num_devices=7)
+    config = aligned("SiT-S/2")
+    config = config.override(model=config.model.override(latent_size=64))
+    with pytest.raises(UserError, match=r"model\.latent_size is 64, but sd-vae-ft-mse makes 32 of 256 pixels"):
+        estimated(config)
+    with pytest.raises(UserError, match=r"latents of 33 .*patch|33 cannot be cut into patches of 2"):
+        estimated(aligned("SiT-S/2"), resolution=264)
+
+
+def test_the_command(capsys):
+    small = ["--model.depth", "2", "--model.hidden-dim", "64", "--model.num-heads", "2", "--alignments.0.depth", "1"]
+    assert run(["estimate", "sit-b2-repa", *small, "--device", "a100", "--devices", "4", "--utilisation", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line[2:30].strip(): line[30:].split("  ") for line in lines if line.startswith("  ")}
+    assert "503.8 GB" in " ".join(table["dinov2-b as fp16"])
+    assert "21.0 GB" in " ".join(table["latents"])
+    assert "85.7 M" in " ".join(table["dinov2-b"])
+    assert "time on 4 x a100 of 312 TFLOP/s at 50% utilisation (assumed)" in lines
+    assert {"teachers run in training", "stored tokens"} <= set(table)
+    assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "8 x a device of 100 TFLOP/s" in out
+    assert "stored tokens" not in out
+    pixels = ["--autoencoder", "pixels", "--resolution", "32", "--images", "50000", "--classes", "10", "--devices", "1"]
+    assert run(["estimate", "cifar10-repa", *pixels]) == 0
+    out = capsys.readouterr().out
+    assert "153.6 MB" in out  # 50,000 x 3 x 32 x 32
+    assert "they are the latents" in out
+    assert run(["estimate", "sit-b2", "--device", "h1000"]) == 2
+    assert "Did you mean 'h100'?" in capsys.readouterr().err

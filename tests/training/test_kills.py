@@ -1,0 +1,105 @@
+"""SIGKILL at any moment, also amid the writing of a checkpoint: the same call continues, and the result is the same to the bit."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repa.runs import layout, read_metrics
+from tests.training.processes import begin
+
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    """Saves at every step, so that about half of the time goes into checkpoints."""
+    return tiny_config.override(num_steps=NUM_STEPS, save_every=1, keep_checkpoints=2, keep_every=5, ema_decays=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def whole(config, data_folder, tmp_path_factory) -> tuple[Path, float]:
+    """An uninterrupted run, and the seconds that its steps took."""
+    run = tmp_path_factory.mktemp("kills") / "whole"
+    child = begin([(config, data_folder, run)])
+    await_steps(child, run, 0)
+    start = time.monotonic()
+    child.join()
+    assert child.exitcode == 0
+    return run, time.monotonic() - start
+
+
+def starts(run: Path) -> int:
+    """How often the run's steps began; a line of the log says so each time."""
+    return (run / layout.LOG).read_text().count("from step") if (run / layout.LOG).is_file() else 0
+
+
+def await_steps(child, run: Path, before: int) -> None:
+    while child.is_alive() and starts(run) == before:
+        time.sleep(0.002)
+
+
+def killed(config, data_folder, run: Path, seconds: float, setting_up: bool) -> bool:
+    """Train in another process and kill it `seconds` after its steps begin, or after its start; False when it was done before."""
+    before = starts(run)
+    child = begin([(config, data_folder, run)])
+    if not setting_up:
+        await_steps(child, run, before)
+    child.join(seconds)
+    child.kill()  # SIGKILL; nothing when it is done
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), f"the child failed with exit code {child.exitcode}"
+    return child.exitcode != 0
+
+
+def contents(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint: network, averages, projectors, optimizer."""
+    folder = layout.checkpoint_folder(run, NUM_STEPS)
+    return {f"{p.name}/{key}": value for p in folder.glob("*.safetensors") for key, value in load_file(p).items()}
+
+
+def losses(run: Path) -> list[tuple]:
+    names = ("step", "loss", "denoising", "grad_norm")
+    return [tuple(row[name] for name in names) for row in read_metrics(run) if row["kind"] == "train"]
+
+
+def endure(num_kills: int, config, data_folder, whole, folder: Path) -> int:
+    """Kill runs at random moments until `num_kills` hit; every one that is finished must equal the whole one.
+
+    Returns how many kills left a half-written checkpoint behind.
+    """
+    reference, duration = whole
+    stream, kills, torn, finished, number = random.Random(0), 0, 0, 0, 0
+    while kills < num_kills or finished == 0:
+        run, seconds = folder / str(number), stream.uniform(0, duration / 3)  # so that each run is hit a few times
+        if kills == num_kills:
+            seconds = 60.0
+        done = not killed(config, data_folder, run, seconds, setting_up=stream.random() < 0.1)
+        kills += not done
+        checkpoints = run / layout.CHECKPOINTS
+        torn += checkpoints.is_dir() and any(p.name.endswith(".tmp") for p in checkpoints.iterdir())
+        if done:
+            assert losses(run) == losses(reference)
+            mine, yours = contents(run), contents(reference)
+            assert mine.keys() == yours.keys()
+            assert [name for name in yours if not torch.equal(mine[name], yours[name])] == []
+            assert layout.checkpoint_steps(run) == [5, 10, NUM_STEPS - 1, NUM_STEPS]
+            finished, number = finished + 1, number + 1
+    return torn
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_few_kills(background, config, data_folder, whole, tmp_path):
+    endure(4, config.override(async_save=background), data_folder, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_hundred_kills(background, config, data_folder, whole, tmp_path):
+    torn = endure(100, config.override(async_save=background), data_folder, whole, tmp_path)
+    assert torn >= 10  # kills did hit the writing of checkpoints

@@ -1,0 +1,145 @@
+"""Work counted and time shared out: against sums by hand."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from repa.alignment.config import AlignmentConfig
+from repa.diffusion.config import DiffusionConfig
+from repa.models.config import ModelConfig
+from repa.training import TrainConfig
+from repa.training.advice import advise, table
+from repa.training.measure import (
+    PARTS,
+    PRODUCT_SIDE,
+    Figures,
+    Step,
+    Synthetic,
+    endless,
+    flops_per_image,
+    measure,
+    product_rate,
+    timed,
+)
+
+CPU = torch.device("cpu")
+SIZE = {"hidden_dim": 32, "depth": 3, "num_heads": 2, "latent_size": 8, "latent_channels": 3, "num_classes": 5}
+
+
+def configuration(**changes) -> TrainConfig:
+    alignments = (AlignmentConfig(target="tiny", depth=2, projector="mlp:width=24"),)
+    return TrainConfig(
+        model=ModelConfig(name="SiT-S/2", **SIZE), alignments=alignments, batch_size=4, precision="fp32"
+    ).override(**changes)
+
+
+def multiply_adds(tokens=16, width=32, depth=3, patch=4 * 3, out=4 * 3) -> tuple[int, int]:
+    """Of a forward, layer by layer; and those whose input needs no gradient, because it is no function of weights."""
+    block = tokens * (3 + 1 + 4 + 4) * width**2 + 2 * tokens**2 * width + 6 * width**2
+    leaves = tokens * patch * width + 256 * width
+    return depth * block + leaves + width**2 + tokens * width * out + 2 * width**2, leaves
+
+
+def test_work_is_that_of_every_product_forward_and_backward():
+    network, leaves = multiply_adds()
+    assert flops_per_image(configuration(alignments=()), {}) == 2 * (3 * network - leaves)
+    projector = 16 * (32 * 24 + 24 * 24 + 24 * 7)
+    assert flops_per_image(configuration(), {"tiny": 7}) == 2 * (3 * network - leaves + 3 * projector)
+
+
+@pytest.mark.parametrize("changes", [
+    {"checkpoint_activations": True}, {"precision": "bf16"}, {"batch_size": 8},
+    {"diffusion": DiffusionConfig(path="vp")},
+])  # fmt: skip
+def test_what_is_computed_again_or_otherwise_is_no_more_work(changes):
+    assert flops_per_image(configuration(**changes), {"tiny": 7}) == flops_per_image(configuration(), {"tiny": 7})
+
+
+def test_nt_xent_compares_with_every_image_of_the_batch():
+    """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the student."""
+    contrasting = configuration(alignments=(configuration().alignments[0].override(similarity="nt_xent"),))
+    more = flops_per_image(contrasting, {"tiny": 7}) - flops_per_image(configuration(), {"tiny": 7})
+    assert more == 2 * 2 * 16 * 2 * 7
+
+
+def test_a_step_is_measured_whole_and_in_parts():
+    config, data = configuration(), Synthetic({"tiny": 7}, 4)
+    batch = data.batch(config, CPU, 16)
+    step = Step(config, data.widths, endless(batch, batch.features), CPU)
+    before = [p.detach().clone() for p in step.state.objective.parameters()]
+
+    def slow_teacher(batch):
+        time.sleep(0.05)
+        return batch.features
+
+    figures = measure(step, {"fp32": 1e9}, 2, lambda: batch, slow_teacher, "online")
+    assert tuple(figures.parts) == PARTS
+    assert figures.parts["teacher"] == pytest.approx(0.05, abs=0.03)
+    assert figures.parts["student"] > figures.parts["data"]
+    assert sum(figures.share(part) for part in PARTS) == pytest.approx(1)
+    assert figures.floor == 4 * flops_per_image(config, {"tiny": 7}) / 1e9
+    assert figures.utilisation == figures.floor / figures.seconds
+    assert figures.images_per_second == 4 / figures.seconds
+    assert step.state.step == 1 + 2 + 1  # one not counted, two rounds, one in parts
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.state.objective.parameters(), strict=True))
+
+
+def test_rates_and_times_are_of_the_work_asked_for(monkeypatch):
+    assert timed(lambda: time.sleep(0.05), CPU) == pytest.approx(0.05, abs=0.04)
+    monkeypatch.setitem(PRODUCT_SIDE, "cpu", 64)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 2.0 * next(ticks))  # every product takes two seconds
+    assert product_rate("fp32", CPU) == 2 * 64**3 / 2
+
+
+def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, teacher="cached", **parts) -> Figures:
+    shares = {"teacher": 0.0, "student": 0.8, "optimizer": 0.0, "averages": 0.0, "data": 0.0, **parts}
+    return Figures("SiT-B/2", teacher, batch, precision, compiled, seconds, 0.5, None, shares)
+
+
+def test_the_largest_gain_comes_first():
+    now = figures(teacher="online", student=0.6, optimizer=0.1)
+    now.parts["teacher"] = 0.3  # the name is taken
+    others = [figures(0.5, precision="bf16", teacher="online"), figures(0.9, compiled=True, teacher="online")]
+    gains = [advice.gain for advice in advise(now, others)]
+    assert gains == pytest.approx([2.0, 1 / 0.7, 1 / 0.9, 1 / 0.95])
+    sentences = [advice.sentence for advice in advise(now, others)]
+    assert "--precision bf16: 2.00 times" in sentences[0]
+    assert "the teacher takes 30% of the step" in sentences[1]
+    assert "--compile true: 1.11 times" in sentences[2]
+    assert "take 10% of a step of 8 images" in sentences[3]
+
+
+def test_a_slower_way_and_noise_are_not_advised():
+    assert advise(figures(), [figures(1.2, precision="bf16"), figures(0.98, compiled=True)]) == []
+
+
+def test_reading_is_named_when_it_takes_longer_than_computing():
+    assert advise(figures(data=0.7), []) == []  # hidden behind 0.8 s of computing
+    (advice,) = advise(figures(data=1.6), [])
+    assert advice.gain == pytest.approx(2)
+    assert "reading a batch takes 1.600 s, computing its step 0.800 s" in advice.sentence
+
+
+def test_the_table_has_a_column_for_every_part():
+    row = figures(seconds=0.25, student=0.75, teacher="online", optimizer=0.25)
+    head, _, line = table([row]).splitlines()
+    cells = [dict(zip(*([c.strip() for c in text.split("|")[1:-1]] for text in (head, line)), strict=True))]
+    assert cells[0]["images/s"] == "32.0"
+    assert cells[0]["of the rate"] == "200%"
+    assert cells[0]["student"] == "75%"
+    assert cells[0]["optimizer"] == "25%"
+    assert cells[0]["memory"] == ""
+
+
+def test_the_averages_are_taken_out_of_the_time_of_the_optimizer(monkeypatch):
+    config, data = configuration(), Synthetic({"tiny": 7}, 4)
+    batch = data.batch(config, CPU, 16)
+    step = Step(config, data.widths, endless(batch, batch.features), CPU)
+    monkeypatch.setattr(step, "advance", lambda: time.sleep(0.2))
+    monkeypatch.setattr(step, "average", lambda: time.sleep(0.15))
+    parts = step.parts(lambda: batch, lambda batch: batch.features)
+    assert parts["averages"] == pytest.approx(0.15, abs=0.04)
+    assert parts["optimizer"] == pytest.approx(0.05, abs=0.04)

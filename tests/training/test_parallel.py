@@ -1,0 +1,105 @@
+"""Two processes (gloo), DDP or FSDP2, do the work of one; a run goes on with another number of them, or the other strategy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repa.alignment.config import AlignmentConfig
+from repa.base.errors import UserError
+from repa.data import open_data
+from repa.runs import layout, read_metrics
+from repa.training import train
+from repa.training.microbatches import check_parts
+from tests.training.processes import probes, run_all
+
+NUM_STEPS, HALF = 20, 10
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    """Both similarities; nt_xent contrasts the images of all processes. The projector of `tiny@1` has a bias of odd length."""
+    alignments = (
+        AlignmentConfig(target="tiny", depth=1, projector="mlp:width=15"),
+        AlignmentConfig(target="tiny", depth=2, projector="linear", similarity="nt_xent:temperature=0.2"),
+    )
+    return tiny_config.override(
+        alignments=alignments, num_steps=NUM_STEPS, save_every=HALF, keep_checkpoints=0, optimizer={"learning_rate": 1e-3},
+        ema_decays=(0.5,),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(config, data_folder, tmp_path_factory) -> Path:
+    """Runs by name: `one` process, two by `ddp` and `fsdp`, and runs of which each did ten steps; `plain` is without NT-Xent."""
+    folder = tmp_path_factory.mktemp("parallel")
+    plain = config.override(alignments=config.alignments[:1])
+    parts = plain.override(accumulate=2)
+
+    def alone(config, name):
+        device, silent = torch.device("cpu"), lambda text: None
+        train(config, open_data(data_folder), folder / name, device=device, make_hooks=probes, say=silent)
+
+    alone(config, "one")
+    alone(plain, "plain")
+    alone(config.override(num_steps=HALF), "one, then ddp")
+    jobs = [
+        (config, "ddp"), (config.override(parallel="fsdp"), "fsdp"), (config, "one, then ddp"),
+        (config.override(num_steps=HALF), "ddp, then fsdp"), (config.override(parallel="fsdp"), "ddp, then fsdp"),
+        (config.override(parallel="fsdp", num_steps=HALF), "fsdp, then one"),
+        (parts, "in parts, ddp"), (parts.override(parallel="fsdp", async_save=True), "in parts, fsdp"),
+    ]  # fmt: skip
+    run_all([(config, data_folder, folder / name) for config, name in jobs], 2, folder)
+    alone(config, "fsdp, then one")
+    return folder
+
+
+def rows(run: Path) -> list[dict]:
+    return [row for row in read_metrics(run) if row["kind"] == "train"]
+
+
+def contents(run: Path) -> dict[str, torch.Tensor]:
+    folder = layout.checkpoint_folder(run, NUM_STEPS)
+    return {f"{p.name}/{key}": value for p in folder.glob("*.safetensors") for key, value in load_file(p).items()}
+
+
+OTHERS = ("ddp", "fsdp", "one, then ddp", "ddp, then fsdp", "fsdp, then one")
+PARTS = ("in parts, ddp", "in parts, fsdp")
+
+
+@pytest.mark.parametrize(("name", "like"), [*((n, "one") for n in OTHERS), *((n, "plain") for n in PARTS)])
+def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
+    mine, yours = rows(runs / name), rows(runs / like)
+    assert [row["step"] for row in mine] == [row["step"] for row in yours] == list(range(1, NUM_STEPS + 1))
+    for a, b in zip(mine, yours, strict=True):
+        for key in ("loss", "denoising"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
+        assert a["alignment"] == pytest.approx(b["alignment"], abs=1e-5), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
+    probed, wanted = ([r["probe"] for r in read_metrics(runs / n) if r["kind"] == "eval"] for n in (name, like))
+    assert len(wanted) == 2
+    assert min(wanted) > 0.001
+    assert probed == pytest.approx(wanted, rel=1e-3)
+    a, b = contents(runs / name), contents(runs / like)
+    assert a.keys() == b.keys()
+    assert {"ema-0.5.safetensors/pos_embed", "optimizer.safetensors/model.x_embedder.proj.bias/exp_avg_sq"} <= a.keys()
+    for key, value in a.items():
+        assert value.shape == b[key].shape
+        torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_runs_did_learn_and_contrast(runs):
+    """Else the comparisons would compare nothing."""
+    first, *_, last = rows(runs / "one")
+    assert last["loss"] < first["loss"] - 0.2
+    assert (
+        rows(runs / "one")[-1]["alignment"]["tiny@2"] > 0
+    )  # an NT-Xent of 8 images, not of 4: log 4 would be its chance level
+    assert first["alignment"]["tiny@2"] > 1.6
+
+
+def test_a_batch_that_cannot_be_cut_is_said():
+    check_parts(24, 3, 4)
+    with pytest.raises(UserError, match="8 images cannot be cut into 6 equal parts.*multiple of 6"):
+        check_parts(8, 2, 3)

@@ -1,0 +1,144 @@
+"""Target tokens of a step: what is read, what is run, in which precision, and in which order."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from repa.alignment import Alignment
+from repa.alignment.config import AlignmentConfig
+from repa.base.precision import autocast
+from repa.data import DataSet
+from repa.encoders import load_encoder
+from repa.models.config import ModelConfig
+from repa.training import TrainConfig
+from repa.training.measure import Synthetic
+from repa.training.targets import Targets, one_ahead
+
+CPU = torch.device("cpu")
+TINY = AlignmentConfig(target="tiny", depth=1)
+
+
+def configuration(**changes) -> TrainConfig:
+    model = ModelConfig(name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2, latent_size=16, latent_channels=3)
+    return TrainConfig(model=model, alignments=(TINY,), batch_size=4, precision="bf16").override(**changes)
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A DINOv2 of two layers with random weights, as the hub stores one."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=70)
+    folder = tmp_path_factory.mktemp("dinov2")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny", "dinov2-b"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_rounded_once_give_the_tokens_of_autocast_bit_for_bit(name, precision, dinov2):
+    encoder = load_encoder(name, weights=dinov2 if name == "dinov2-b" else None)
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = sum(p.nbytes for p in encoder.parameters())
+    with torch.no_grad(), autocast(CPU, precision):
+        wanted = encoder(images, 4).patches
+        encoder.round_weights(torch.bfloat16 if precision == "bf16" else torch.float16)
+        found = encoder(images, 4).patches
+    assert torch.equal(found, wanted)
+    assert sum(p.nbytes for p in encoder.parameters()) < 0.7 * before
+
+
+def test_the_network_of_a_teacher_is_one_graph(dinov2):
+    encoder = load_encoder("dinov2-b", weights=dinov2)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    wanted = encoder(images, 3).patches
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    encoder.net.compile(backend=counter, fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(encoder(images, 3).patches, wanted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_computed_tokens_can_be_aligned_to(precision):
+    """They are made under inference mode, whose tensors autograd refuses to save."""
+    data = Synthetic({}, 4)
+    config = configuration(precision=precision)
+    targets = Targets(config, data, CPU)
+    batch = data.batch(config, CPU, 16)
+    patches = targets(batch, ("tiny",))["tiny"].patches
+    assert not patches.is_inference()
+    hidden = torch.randn(4, 16, 32, requires_grad=True)
+    Alignment(TINY, 32, targets.dims["tiny"])(hidden, patches).sum().backward()
+    assert hidden.grad.abs().sum() > 0
+    exact = load_encoder("tiny")(batch.images, 4).patches
+    assert (patches.float() - exact).norm() < (0.02 if precision == "bf16" else 1e-6) * exact.norm()
+
+
+def test_an_encoder_that_nobody_wants_is_neither_run_nor_fed(monkeypatch):
+    targets = Targets(configuration(), Synthetic({}, 4), CPU)
+    assert targets.reads_images(("tiny",))
+    assert not targets.reads_images(())
+    assert targets.stored(("tiny",)) == ()
+    monkeypatch.setitem(targets.encoders, "tiny", None)  # calling it would raise
+    batch = Synthetic({}, 4).batch(configuration(), CPU, 16)._replace(images=None)
+    assert targets(batch, ()) == {}
+
+
+def test_stored_tokens_are_read_as_long_as_they_are_wanted():
+    data = Synthetic({"tiny": 7}, 4)
+    targets = Targets(configuration(), data, CPU)
+    assert (targets.dims, targets.encoders) == ({"tiny": 7}, {})
+    assert targets.stored(("tiny",)) == ("tiny",)
+    assert targets.stored(()) == ()
+    assert not targets.reads_images(("tiny",))
+    assert Targets(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
+
+
+def test_every_batch_comes_with_the_tokens_of_its_own_step():
+    config, data = configuration(precision="fp32"), Synthetic({}, 4)
+    targets = Targets(config, data, CPU)
+    first = data.batch(config, CPU, 16)
+    batches = [first._replace(images=first.images.roll(n, 0), labels=torch.tensor([n])) for n in range(4)]
+    wanted = {5: ("tiny",), 6: (), 7: ("tiny",), 8: ("tiny",)}
+    pairs = list(targets.along(iter(batches), 5, wanted.__getitem__))
+    assert [int(batch.labels) for batch, _ in pairs] == [0, 1, 2, 3]
+    assert [tuple(features) for _, features in pairs] == list(wanted.values())
+    for batch, features in pairs:
+        if features:
+            torch.testing.assert_close(features["tiny"].patches, targets(batch, ("tiny",))["tiny"].patches)
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 5])
+def test_one_ahead_asks_for_the_next_before_it_hands_out_the_one_in_front(num):
+    asked = []
+
+    def items():
+        for number in range(num):
+            asked.append(number)
+            yield number
+
+    got = []
+    for number in one_ahead(items()):
+        got.append(number)
+        assert len(asked) == min(number + 2, num)
+    assert got == list(range(num))
+
+
+@pytest.mark.parametrize("measured_twice", [False, True])
+def test_stored_tokens_are_no_longer_read_once_their_weight_is_zero(
+    measured_twice, tiny_config, run_training, tmp_path, monkeypatch
+):
+    stops = tiny_config.alignments[0].override(schedule="stop:step=3")
+    others = (stops.override(depth=2, schedule="stop:step=6"),) if measured_twice else ()
+    read, gather = [], DataSet.gather
+    monkeypatch.setattr(
+        DataSet, "gather", lambda data, field, *a, **k: read.append(field) or gather(data, field, *a, **k)
+    )
+    run_training(tiny_config.override(alignments=(stops, *others)), tmp_path / "r")
+    assert read.count("features.tiny") == (6 if measured_twice else 3)
+    assert read.count("images") >= 10  # the latents of these data are their pixels
+    assert not any(field.startswith("pooled") for field in read)

@@ -1,0 +1,58 @@
+"""What a configuration refuses, and which of its settings may change when a run continues."""
+
+import pytest
+
+from repa.base.errors import UserError
+from repa.runs import layout
+from repa.training import TrainConfig
+from repa.training.resolve import CHANGEABLE
+
+CONTRAST = {"target": "tiny", "depth": 1, "similarity": "nt_xent:temperature=0.1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"batch_size": 10, "accumulate": 4}, "batch_size of 10 is not divisible by accumulate 4"),
+        ({"accumulate": 2, "alignments": [CONTRAST]}, "'tiny@1' contrasts every image with the whole batch .nt_xent.: choose"),
+        ({"snapshot_every": 5}, "snapshot_every keeps the averages of ema_widths, of which there are none"),
+        ({"ema_widths": [0.3]}, "ema_widths"),
+        ({"ema_decays": [1.0]}, "ema_decays"),
+        ({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        TrainConfig.parse(values)
+
+
+def test_a_configuration_of_before_these_settings_means_what_it_meant():
+    """The fields that runs of version 0.1.0 wrote, for the settings that were renamed or added since."""
+    old = {
+        "optimizer": {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0},
+        "preview": {"every": 200, "num_images": 16, "num_scored": 500, "features": "tiny-judge", "sampler": "heun"},
+        "precision": "bf16", "ema_decay": 0.98,
+    }  # fmt: skip
+    config = TrainConfig.parse(old)
+    assert (config.optimizer.name, config.optimizer.schedule, config.optimizer.warmup_steps) == ("adamw", "constant", 0)
+    assert (config.preview.scored_every, config.preview.metrics) == (200, ("fd",))
+    assert (config.accumulate, config.parallel, config.compile, config.ema_decays) == (1, "ddp", False, ())
+
+
+def test_how_to_compute_and_how_often_may_change_and_nothing_else(tiny_config, run_training, tmp_path):
+    run = tmp_path / "r"
+    run_training(tiny_config.override(num_steps=2), run)
+    free = {
+        "num_steps": 3, "accumulate": 2, "checkpoint_activations": True, "max_skipped_steps": 3, "log_every": 2,
+        "save_every": 3, "save_minutes": 5.0, "keep_checkpoints": 1, "keep_every": 2, "async_save": True,
+    }  # fmt: skip
+    assert set(free) <= set(CHANGEABLE)
+    run_training(tiny_config.override(**free), run)
+    assert layout.checkpoint_steps(run) == [2, 3]  # 2 by keep_every
+    for change in (
+        {"ema_decays": (0.5,)}, {"ema_widths": (0.1,)}, {"precision": "fp16"}, {"label_dropout": 0.2},
+        {"optimizer": {"name": "muon"}}, {"optimizer": {"warmup_steps": 3}},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"another configuration.*{next(iter(change))}"):
+            run_training(tiny_config.override(num_steps=4, **change), run)
