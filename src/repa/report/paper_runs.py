@@ -1,4 +1,4 @@
-"""Which row of the paper a run trains as, and whether it was measured as that was. Free of torch."""
+"""Which row of the paper a run trains as, and whether it was measured as that was."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
