@@ -150,6 +150,17 @@ def test_a_state_file_cut_in_half_is_said(tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_a_foreign_state_file_names_no_file_elsewhere(tmp_path):
+    elsewhere = tmp_path / "model.safetensors"
+    folder = save_checkpoint(tmp_path / "run", make(5))
+    elsewhere.write_bytes((folder / layout.MODEL_FILE).read_bytes())
+    state = json.loads((folder / layout.STATE_FILE).read_text())
+    state["sha256"]["../../../model.safetensors"] = files.sha256(elsewhere)
+    (folder / layout.STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        load_checkpoint(tmp_path / "run")
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path

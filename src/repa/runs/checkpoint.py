@@ -145,6 +145,8 @@ def _whole(run: Path, step: int, only: str | None = None) -> Path:
     )
     try:
         checksums = files.read_json(folder / layout.STATE_FILE)["sha256"]
+        if any(Path(name).name != name for name in checksums):  # a checkpoint from elsewhere opens no file elsewhere
+            raise KeyError
     except (UserError, KeyError, TypeError):
         raise UserError(f"{folder / layout.STATE_FILE} is damaged: it is not what was written. {remedy}") from None
     for name, checksum in checksums.items():
