@@ -66,6 +66,17 @@ def test_every_learning_rate_has_a_row(run, data):
     assert rows[1]["top1"] == 1
 
 
+def test_epochs_of_the_heads_are_counted(run, data):
+    seen = []
+    config = ProbeConfig(times=(0.0, 0.5), depths=(1, 3), epochs=2)
+    probe_of_run(run, data, config, heads_progress=lambda *n: seen.append(n))
+    assert seen == [(done, 8) for done in range(1, 9)]  # 2 noise levels, 2 blocks, 2 epochs
+    seen.clear()
+    heads, images = HeadsConfig(epochs=3), ImagesConfig(num_images=0)
+    probe_of_encoder(load_encoder("tiny"), "tiny", data, images, heads, heads_progress=lambda *n: seen.append(n))
+    assert seen == [(done, 6) for done in range(1, 7)]  # patches and pooled
+
+
 def test_a_probe_of_an_encoder_is_that_of_its_features(data):
     encoder = load_encoder("tiny")
     rows = probe_of_encoder(encoder, "tiny", data, ImagesConfig(num_images=0), HeadsConfig(epochs=3), val=data)

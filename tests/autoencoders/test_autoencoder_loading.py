@@ -126,6 +126,14 @@ def test_a_file_that_is_missing(name, kind, tmp_path, request):
         load_autoencoder(name, weights=folder)
 
 
+@pytest.mark.parametrize("place", ["{}/nowhere", "./nowhere", "../nowhere"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.AutoencoderKL.load_config", lambda *_, **__: pytest.fail("the hub was asked"))
+    source = place.format(tmp_path)
+    with pytest.raises(UserError, match=f"there is no folder {source}"):
+        load_autoencoder("sd-vae-ft-ema", weights=source)
+
+
 def test_encoders_are_told_apart_by_their_weights(tmp_path):
     identities = [
         load_autoencoder("taesd", weights=save_tiny(tmp_path / str(seed), seed=seed)).identity["sha256"]

@@ -83,6 +83,16 @@ def test_cka_lies_in_the_run_unless_told_otherwise(random_run, data_folder):
     assert [(row["step"], row["depth"]) for row in rows] == [(20, 2)]  # the newest checkpoint
 
 
+def test_the_two_numbers_called_cknna_never_share_a_name(random_run, data_folder, capsys):
+    words = ["analyse", "cknna", str(random_run), "--data", str(data_folder), "--neighbours", "5", "--depths", "2"]
+    assert run(words) == 0
+    assert "platonic" not in capsys.readouterr().out
+    assert run([*words, "--variant", "platonic"]) == 0
+    assert "CKNNA (platonic)" in capsys.readouterr().out
+    for name, variant in (("cknna-tiny", "paper"), ("cknna-platonic-tiny", "platonic")):
+        assert read(random_run / "analysis" / f"{name}.json")[0]["variant"] == variant
+
+
 def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys):
     words = ["analyse", "probe", str(random_run), "tiny", "--data", str(data_folder), "--val", str(data_folder)]
     assert run([*words, "--times", "0", "--learning-rates", "1e-9", "0.01", "--epochs", "20", "--out", "p.json"]) == 0
@@ -155,6 +165,11 @@ def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
     assert "at least one run folder" in refused(capsys, "cknna", "--data", data)
     assert "a run folder or an encoder" in refused(capsys, "probe", "--data", data)
     assert "is not a run folder" in refused(capsys, "cknna", tmp_path, "--data", data)
+    for what in (["pictures", "runs/x", "--data", data], ["progress", "runs/x"]):
+        assert "runs/x is not a run folder" in refused(capsys, *what)
+        assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(capsys, "encoders", data, "--out", "file/e.json")
     assert "no checkpoint of step 15: there are 10, 20" in refused(
         capsys, "cknna", run_, "--data", data, "--checkpoints", 15
     )

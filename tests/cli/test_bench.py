@@ -69,6 +69,15 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_wrong_folders_are_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("repa.training.measure.product_rate", lambda *_: pytest.fail("measured first"))
+    assert run(["bench", "quickstart", "--data", str(tmp_path)]) == 2
+    assert "holds no prepared data" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(["bench", "quickstart", "--out", str(tmp_path / "file" / "x.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused(recipe, monkeypatch):
     from repa.base import dist
 

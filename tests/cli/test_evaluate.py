@@ -8,6 +8,8 @@ import pytest
 
 from repa.base import files
 from repa.cli import main
+from repa.report.evaluations import evaluation_row
+from repa.report.protocols import protocol_of
 from repa.runs import layout
 
 JUDGE = ("--features", "tiny-judge")
@@ -40,8 +42,10 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
         assert made["guidance"]["interval"] == [0.0, 1.0]
         assert made["time"].startswith("t = 0 is data, t = 1 is noise")
     ema = layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE
-    assert direct["made"]["weights_sha256"] == files.sha256(ema)
-    assert direct["made"]["nfe"] >= 2
+    assert direct["made"]["weights_sha256"] == file["made"]["weights_sha256"] == files.sha256(ema)
+    assert direct["made"]["nfe"] == file["made"]["nfe"] >= 2
+    protocols = [protocol_of(evaluation_row(tmp_path / f"{name}.json")) for name in ("direct", "file")]
+    assert protocols[0] == protocols[1]  # the report compares them
     assert direct["encoder"]["name"] == "tiny-judge"
     assert direct["arithmetic"]["neighbours"] == "float32"
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
@@ -55,6 +59,37 @@ def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_pa
     first, second = sorted((run / layout.EVALUATIONS).iterdir())  # the same measurement replaced its file
     assert first.name.startswith("0000010-ema-")
     assert json.loads(second.read_text())["made"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--num-images", 9, "--out", "file/r.json"),
+            "r.json cannot be written (file: File exists): choose another place",
+        ),
+        (("--num-images", 9, "--out", "folder.json"), "folder.json cannot be written: it is a folder"),
+        (("--num-images", 3), "need more than 3 images, but "),
+    ],
+)
+def test_what_cannot_end_well_is_said_before_a_sample_is_made(
+    words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr("repa.sampling.generate", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("repa.evaluation.jobs.load_judge", lambda *_, **__: pytest.fail("looked"))
+    assert repa("evaluate", random_run, "--reference", data_folder, *JUDGE, *words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_reference_of_too_few_images_is_said_first(data_folder, tmp_path, capsys, monkeypatch):
+    for name, num in (("s", 5), ("r", 3)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((num, 16, 16, 3), np.uint8))
+    monkeypatch.setattr("repa.evaluation.jobs.load_judge", lambda *_, **__: pytest.fail("looked"))
+    assert repa("evaluate", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", *JUDGE) == 2
+    assert "r.npz has 3: give more" in capsys.readouterr().err
 
 
 def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, capsys):
@@ -83,6 +118,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
         (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "Results are written as .json"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
         (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),
+        (("S", "--reference", "RUN", *JUDGE), "is a run folder: give the data that it was trained on"),
         (("S", "--reference", "none.npz", *JUDGE), "There is no file none.npz"),
         (("S", "--reference", "DATA", "--features", "incepton"), "'incepton' is neither inception nor an encoder"),
         (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),

@@ -67,3 +67,12 @@ def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys
         assert sentence in capsys.readouterr().err
     with pytest.raises(UserError, match="score_every"):
         TrainConfig.parse({"preview": {"score_every": 5}})
+
+
+def test_too_few_samples_for_a_metric_are_said_before_training(tiny_config, data_folder, tmp_path, capsys):
+    config = tiny_config.override(num_steps=4, preview={**PREVIEW, "num_scored": 3})
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    words = ["train", str(tmp_path / "recipe.yaml"), "--data", str(data_folder), "--out", str(tmp_path / "run")]
+    assert repa(words) == 2
+    assert "--preview.num-scored has 3: give more" in capsys.readouterr().err
+    assert not layout.checkpoint_steps(tmp_path / "run")

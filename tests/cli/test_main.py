@@ -23,7 +23,7 @@ def refused(capsys):
         captured = capsys.readouterr()
         *progress, line = captured.err.splitlines()
         assert line.startswith("repa: ")
-        assert all(" images (" in before for before in progress)
+        assert all(" images" in before for before in progress)
         return line
 
     return run
@@ -193,3 +193,17 @@ def test_the_exit_code_reaches_the_shell():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("repa: There is no verb 'lsit'")
+
+
+def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):
+    from repa.cli import console
+    from repa.cli.console import Progress
+
+    monkeypatch.setattr(console, "MEASURED", 1e-9)
+    with Progress("sampling", "images") as bar:
+        bar(16, 16)
+    assert capsys.readouterr().err == "sampling: 16/16 images\n"
+    with Progress("sampling", "images") as bar:
+        bar(8, 16)
+        bar(16, 16)
+    assert "/s)" in capsys.readouterr().err

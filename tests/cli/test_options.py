@@ -88,6 +88,7 @@ def test_lists_take_what_follows():
         ("--skip-bad s o --resolution 32", True, True),
         ("--skip-bad true s --store-images False o --resolution 32", True, False),
         ("--skip-bad=false s o --resolution 32 --store-images=true", False, True),
+        ("s o --resolution 32 --skip-bad yes --store-images off", True, False),
     ],
 )
 def test_booleans(argv, skip, store):
@@ -162,7 +163,9 @@ def test_the_recipe_is_found_anywhere(argv):
         ("r --out s -n 3", "'-n' is no option: options start with two dashes"),
         ("r --out s -- 3", "'--' is no option"),
         ("--out s", r"needs run \(run folder\)"),
-        ("r", r"needs --out \(Name of the .npz.\)"),
+        ("r", r"needs --out \(Name of the .npz\):"),
+        ("r --out s --scale 3", r"no option --scale: .* Did you mean '--guidance\.scale'"),
+        ("r --out s --bs 3", "Did you mean '--batch-size'"),
     ],
 )  # fmt: skip
 def test_mistakes(argv, sentence):
@@ -181,6 +184,10 @@ def test_mistakes(argv, sentence):
         ("--alignments.0 tiny", r"--alignments\.0 is set part by part: --alignments\.0\.target"),
         ("--alignments tiny", "does not know what to do with 'tiny'"),
         ("--alignments.0.tagret tiny", "Did you mean 'target'"),
+        ("--encoder-depth 4", r"Did you mean '--model\.depth' or '--alignments\.0\.depth'\?"),
+        ("--target tiny", r"Did you mean '--alignments\.0\.target'"),
+        ("--learning-rate 1e-3", r"Did you mean '--optimizer\.learning-rate'"),
+        ("--optimizer.lr 1e-3", r"Did you mean '--optimizer\.learning-rate'"),
         ("--alignments.0.measure-only maybe", "does not know what to do with 'maybe'"),
         ("--alignments.0.depth 99", "alignments.0.depth is 99, but SiT-S/4 has 6 blocks: choose 1 to 6"),
         ("--model.depth 1", "alignments.0.depth is 2, but SiT-S/4 has 1 blocks"),
@@ -215,7 +222,7 @@ def test_a_field_without_a_default_is_asked_for_by_its_own_name():
         long_name: int
         """A number."""
 
-    with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\.\): see `repa x --help`"):
+    with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\): see `repa x --help`"):
         options.parse(Arguments, [], verb="x", about="")
 
 

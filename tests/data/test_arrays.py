@@ -205,3 +205,25 @@ def test_images_are_mapped_not_read(tmp_path):
     """Of an .npz as np.savez writes it, and of an .npy, nothing is held in memory."""
     spec = as_npz(tmp_path, pictures())
     assert isinstance(open_source(spec)._images, np.memmap)
+
+
+@pytest.mark.parametrize("whole", [1 << 30, 0])
+def test_a_changed_array_is_another_source(tmp_path, monkeypatch, whole):
+    """Of one that is too large to be read at every start, the evenly spaced pieces are compared."""
+    monkeypatch.setattr("repa.data.sources.arrays.WHOLE", whole)
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    before = open_source(tmp_path / "a.npy").identity
+    images[23, 4, 4, 1] = 1
+    np.save(tmp_path / "a.npy", images)
+    assert open_source(tmp_path / "a.npy").identity["sha256"] != before["sha256"]
+
+
+def test_a_byte_between_the_pieces_counts_in_a_file_that_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("repa.data.sources.arrays.PIECE", 1)
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    for value in (0, 1):
+        images[23, 4, 4, 1] = value
+        np.save(tmp_path / f"{value}.npy", images)
+    a, b = (open_source(tmp_path / f"{value}.npy").identity["sha256"] for value in (0, 1))
+    assert a != b

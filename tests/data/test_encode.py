@@ -150,6 +150,15 @@ def test_a_deleted_file_is_made_anew(folder, tmp_path, fakes, field):
     assert content(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["features.tiny-00002.npy", "pooled.tiny-00000.npy", "basis.tiny.npy"])
+def test_lost_tokens_are_made_anew_from_the_stored_images(folder, tmp_path, fakes, name):
+    prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    add_features(tmp_path / "out", "tiny")
+    assert content(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -169,6 +178,15 @@ def test_another_configuration_is_refused(folder, tmp_path, fakes, change, line,
         prepare(folder, out, FULL.override(**change))
     assert line in str(caught.value)
     assert content(out) == before
+
+
+def test_of_long_differences_only_the_field_is_named(folder, tmp_path):
+    prepare(folder, tmp_path / "out", SMALL)
+    for number in range(40):
+        shutil.copytree(folder / "ants", folder / f"class{number:04}")
+    with pytest.raises(UserError, match=r"\(other class_names; source\.num_images: ") as caught:
+        prepare(folder, tmp_path / "out", SMALL)
+    assert len(str(caught.value)) < 500
 
 
 def test_another_source_is_refused(folder, tmp_path):

@@ -69,7 +69,7 @@ def test_order_of_all_images_is_equally_likely():
     """Every image comes first about equally often over epochs and seeds."""
 
     class Numbers:
-        num_images, has_images, has_moments, features, stream = 5, False, False, {}, None
+        num_images, has_images, has_moments, features, stream, small_labels = 5, False, False, {}, None, None
 
     first = [Loader(Numbers(), batch_size=1, seed=s).indices(5 * e)[0] for s in range(40) for e in range(25)]
     counts = np.bincount(first, minlength=5)
@@ -182,7 +182,7 @@ def test_cifar(tmp_path):
     path = root / "cifar10-test.zip"
     if not path.is_file():
         pytest.skip(f"there is no {path}")
-    prepare(path, tmp_path / "out", PrepareConfig(resolution=32))
+    prepare(path, tmp_path / "out", PrepareConfig(resolution=32, num_workers=0))
     data = open_data(tmp_path / "out")
     assert data.manifest.class_counts == (1000,) * 10
     assert data.class_names[:3] == ("airplane", "automobile", "bird")
@@ -284,3 +284,44 @@ class TestStored:
 def resident() -> int:
     """Bytes of this process in memory, mapped files included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class TestLabels:
+    """Labels of the whole data set are held in memory, in as few bytes as their number allows."""
+
+    def test_they_take_one_byte_an_image_and_are_those_of_the_images(self, tmp_path, monkeypatch):
+        write_data(tmp_path / "data", (5, 3, 0, 6))
+        data = open_data(tmp_path / "data")
+        loader = Loader(data, batch_size=7, seed=1)
+        assert (data.small_labels.dtype, data.small_labels.tolist()) == (np.uint8, [i % 3 for i in range(14)])
+        reads, real = [], data.reader.gather
+        monkeypatch.setattr(data.reader, "gather", lambda field, *rest: (reads.append(field), real(field, *rest))[1])
+        for step in range(4):
+            labels = loader.batch(step).labels
+            assert (labels.dtype, labels.tolist()) == (torch.int64, (loader.indices(step) % 3).tolist())
+        assert set(reads) == {"moments"}
+
+    def test_more_than_fit_are_read_with_each_batch(self, tmp_path, monkeypatch):
+        write_data(tmp_path / "data", (5, 9))
+        batch = Loader(open_data(tmp_path / "data"), batch_size=7, seed=1).batch(1)
+        monkeypatch.setattr("repa.data.dataset.LABELS_IN_MEMORY", 13)
+        data = open_data(tmp_path / "data")
+        assert data.small_labels is None
+        assert torch.equal(Loader(data, batch_size=7, seed=1).batch(1).labels, batch.labels)
+
+    @pytest.mark.parametrize("wrong", [-1, 3, 2, 256])  # 256 is 0 in one byte
+    def test_labels_that_were_changed_are_noticed_at_the_start(self, tmp_path, wrong):
+        write_data(tmp_path / "data", (5, 9))
+        path = tmp_path / "data" / "labels-00001.npy"
+        labels = np.load(path)
+        assert labels[1] == 0
+        labels[1] = wrong
+        np.save(path, labels)
+        with pytest.raises(UserError, match="are not those its manifest counts: `repa check .* --full`"):
+            Loader(open_data(tmp_path / "data"), batch_size=7, seed=1)
+
+    def test_mirrored_copies_count_too(self, folder, tmp_path):
+        config = FULL.override(autoencoder="pixels", features=(), flip=True)
+        prepare(folder, tmp_path / "out", config)
+        data = open_data(tmp_path / "out")
+        assert data.small_labels.tolist() == ([0] * 7 + [1] * 4) * 2

@@ -2,12 +2,13 @@
 
 import gc
 import os
+import resource
 
 import numpy as np
 import pytest
 
 from repa.base.errors import UserError
-from repa.data import open_data
+from repa.data import open_data, reader
 from tests.oracles.shards import label, moments, write_data
 
 SIZES = (5, 3, 0, 6)
@@ -84,10 +85,40 @@ def test_other_versions_of_the_format_are_refused(data):
 
 def test_files_are_closed_when_they_leave_the_cache(data, monkeypatch):
     monkeypatch.setattr("repa.data.reader.MAX_OPEN", 2)
-    reader = open_data(data.folder).reader
+    rows = open_data(data.folder).reader
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
         for field in ("labels", "moments", "images"):
-            reader.gather(field, range(14))
+            rows.gather(field, range(14))
     gc.collect()
     assert len(os.listdir("/dev/fd")) <= before + 2
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "num", "raised", "kept"),
+    [
+        (1024, 4096, 300, 1024, 300),  # there is room
+        (1024, 4096, 2000, 2500, 2000),
+        (1024, resource.RLIM_INFINITY, 2000, 2500, 2000),
+        (1024, 2000, 3000, 2000, 1500),  # as many as there may be
+        (256, 256, 3000, 256, 64),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 2000, resource.RLIM_INFINITY, 2000),
+        (1024, 1 << 20, 10**6, 60_500, 60_000),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_for_many_shards(monkeypatch, soft, hard, num, raised, kept):
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.append(new))
+    assert reader._descriptors(num) == kept
+    assert limits[-1] == (raised, hard)
+
+
+def test_a_reader_of_some_fields_needs_no_others(data):
+    (data.folder / "moments-00001.npy").unlink()
+    with pytest.raises(UserError, match=r"moments-00001\.npy is missing"):
+        open_data(data.folder)
+    some = reader.ShardReader(data.folder, data.manifest, only=("labels", "images"))
+    assert some.gather("labels", [6]).tolist() == [label(6)]
+    with pytest.raises(UserError, match="no field 'moments': it holds images, labels"):
+        some.gather("moments", [0])

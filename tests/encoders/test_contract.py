@@ -113,6 +113,13 @@ def test_missing_weights_path_is_named(tmp_path):
         load_encoder("tiny", weights=tmp_path / "nowhere")
 
 
+def test_weights_in_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves the ~ of dinov2-b=~/folder as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
+        load_encoder("tiny", weights="~/nowhere")
+
+
 def test_private_encoder_by_dotted_name(tiny):
     assert load_encoder("tests.encoders.private.load").dim == 3
     with pytest.raises(UserError, match="but dict came back"):

@@ -62,6 +62,7 @@ def test_rows_of_several_runs_come_together_under_their_names_here(tmp_path):
     section = page.split("Inside the networks")[1]
     assert section.count("<svg") == 2
     assert "CKNNA with e" in section
+    assert "CKNNA (platonic) with e" in section
 
 
 def test_accuracy_is_the_best_learning_rates_of_the_best_block(tmp_path):

@@ -107,6 +107,15 @@ def test_distances_made_differently_are_not_compared(tmp_path, change):
     assert any("no speed-up is stated" in note for note in notes)
 
 
+def test_the_calls_of_an_adaptive_sampler_are_no_setting(tmp_path):
+    """They differ from network to network; those of a sampler of fixed steps do not."""
+    for sampler, compared in (("dopri5:rtol=1e-5", True), ("heun", False)):
+        ours, theirs = ({**PROTOCOL, "sampler": sampler, "nfe": nfe} for nfe in (90, 96))
+        baseline = fake_run(tmp_path / f"b-{compared}", distances={50: 12.0, 100: 10.0}, protocol=theirs)
+        aligned = fake_run(tmp_path / f"a-{compared}", aligned=True, distances={50: 9.0, 100: 8.0}, protocol=ours)
+        assert (speedup(baseline, aligned) is not None) == compared
+
+
 def test_other_differences_are_told(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={100: 10.0})
     settings = config(True, optimizer={"learning_rate": 2e-4}, seed=1)

@@ -101,3 +101,12 @@ def test_the_same_snapshot_is_written_once(run):
     save_snapshot(run, EVERY, {0.05: {"w": torch.zeros(6)}})
     assert torch.equal(reconstruct(run, 0.1, EVERY)[1]["w"], before)
     assert layout.snapshot_steps(run)[-1] == STEPS
+
+
+def test_what_a_kill_left_of_a_snapshot_is_removed_and_is_none(tmp_path):
+    torn = tmp_path / layout.SNAPSHOTS / ".0000010.abc.tmp"
+    torn.mkdir(parents=True)
+    (torn / "ema-width-0.1.safetensors").write_bytes(b"half")
+    assert layout.snapshot_steps(tmp_path) == []
+    save_snapshot(tmp_path, 20, {0.1: {"w": torch.zeros(2)}})
+    assert [path.name for path in (tmp_path / layout.SNAPSHOTS).iterdir()] == ["0000020"]

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 
 import pytest
 
@@ -81,6 +82,9 @@ def offline_rows(folder) -> list[dict]:
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
+    deadline = time.monotonic() + 20
+    while len(path.read_bytes()) <= 7 and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process writes it, on a busy machine after `finish` has returned
     data, position, rows = path.read_bytes(), 7, []
     assert len(data) < 2**15  # one block, so no record is cut
     while position < len(data):

@@ -1,6 +1,8 @@
 """Image i is a function of (run, configuration, i), whoever makes it, in whatever company, and after any interruption."""
 
+import hashlib
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -15,7 +17,7 @@ from repa.base.images import grid
 from repa.base.rng import SampleStreams
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import build_model
-from repa.runs import LoadedRun, load_run
+from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate, write_samples
 
 ODE = SampleConfig(sampler="heun", steps=3, guidance=GuidanceConfig(scale=1.5), batch_size=4, seed=1)
@@ -256,6 +258,19 @@ def test_the_job_is_on_paper(run, tmp_path):
     job = json.loads((tmp_path / "s.parts" / "job.json").read_text())
     assert SampleConfig.parse({name: job[name] for name in SampleConfig.model_fields}) == ODE
     assert (job["step"], job["weights"], job["num"]) == (20, "ema", 8)
+    ema = layout.checkpoint_folder(run.folder, 20) / layout.EMA_FILE
+    assert job["weights_sha256"] == hashlib.sha256(ema.read_bytes()).hexdigest()
+
+
+def test_a_step_that_was_trained_again_is_another_job(random_run, tmp_path):
+    """The same run, step and settings; other weights."""
+    folder = shutil.copytree(random_run, tmp_path / "run")
+    out = write_samples(load_run(folder), ODE, 5, tmp_path / "s.npz")
+    checkpoint = load_checkpoint(folder, 10)
+    shutil.rmtree(layout.checkpoint_folder(folder, 20))
+    save_checkpoint(folder, checkpoint._replace(step=20))
+    with pytest.raises(UserError, match=r"is of another job \(weights_sha256: .* -> "):
+        write_samples(load_run(folder), ODE, 5, out)
 
 
 def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, tmp_path, monkeypatch):

@@ -42,10 +42,10 @@ def begin(jobs: Sequence[Job], rank: int = 0, world: int = 1, meeting: Path | No
     return process
 
 
-def run_all(jobs: Sequence[Job], world: int, folder: Path) -> None:
-    """`world` processes (gloo) train the runs together; fails when one does."""
+def run_all(jobs: Sequence[Job], world: int, folder: Path, limit: float = 240) -> None:
+    """`world` processes (gloo) train the runs together; fails when one does, or when it takes longer than `limit` seconds."""
     processes = [begin(jobs, rank, world, folder / "meeting") for rank in range(world)]
-    limit = time.monotonic() + 240
+    limit += time.monotonic()
     for process in processes:
         process.join(max(1.0, limit - time.monotonic()))
         if process.is_alive():

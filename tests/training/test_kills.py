@@ -18,7 +18,10 @@ NUM_STEPS = 12
 @pytest.fixture(scope="module")
 def config(tiny_config):
     """Saves at every step, so that about half of the time goes into checkpoints."""
-    return tiny_config.override(num_steps=NUM_STEPS, save_every=1, keep_checkpoints=2, keep_every=5, ema_decays=(0.5,))
+    return tiny_config.override(
+        num_steps=NUM_STEPS, save_every=1, keep_checkpoints=2, keep_every=5, ema_decays=(0.5,), ema_widths=(0.1,),
+        snapshot_every=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,14 @@ def killed(config, data_folder, run: Path, seconds: float, setting_up: bool) -> 
 
 
 def contents(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint: network, averages, projectors, optimizer."""
-    folder = layout.checkpoint_folder(run, NUM_STEPS)
-    return {f"{p.name}/{key}": value for p in folder.glob("*.safetensors") for key, value in load_file(p).items()}
+    """Every tensor of the last checkpoint (network, averages, projectors, optimizer) and of all snapshots."""
+    folders = [layout.checkpoint_folder(run, NUM_STEPS), *(run / layout.SNAPSHOTS).iterdir()]
+    assert layout.snapshot_steps(run) == list(range(2, NUM_STEPS + 1, 2))
+    return {
+        f"{folder.name}/{p.name}/{key}": value
+        for folder in folders if folder.name.isdigit()
+        for p in folder.glob("*.safetensors") for key, value in load_file(p).items()
+    }  # fmt: skip
 
 
 def losses(run: Path) -> list[tuple]:

@@ -179,6 +179,41 @@ def test_a_folder_of_something_else_is_refused(tiny_config, run_training, tmp_pa
         run_training(tiny_config, tmp_path)
 
 
+def test_a_kill_amid_the_first_files_of_a_folder_is_continued(finished, tiny_config, run_training, tmp_path):
+    for name in (layout.DATA, f".{layout.CONFIG}.abc.tmp"):
+        (tmp_path / name).write_text((finished / layout.DATA).read_text())
+    assert run_training(tiny_config.override(num_steps=1), tmp_path).step == 1
+
+
+def test_snapshots_of_steps_that_are_done_again_are_made_again(tiny_config, run_training, tmp_path):
+    """Ten steps under a schedule that ends with them; its last checkpoint is lost, and the run goes on to step 12 from step 5."""
+    config = tiny_config.override(
+        ema_widths=(0.1,), snapshot_every=3, optimizer={"schedule": "linear", "learning_rate": 1e-2}
+    )
+
+    def snapshots(run) -> dict[str, bytes]:
+        return {path.parent.name: path.read_bytes() for path in sorted((run / layout.SNAPSHOTS).rglob("*.safetensors"))}
+
+    run_training(config, tmp_path / "r")
+    shutil.rmtree(layout.checkpoint_folder(tmp_path / "r", 10))
+    before = snapshots(tmp_path / "r")
+    run_training(config.override(num_steps=12), tmp_path / "r")
+    after = snapshots(tmp_path / "r")
+    assert list(before) == ["0000003", "0000006", "0000009"]
+    assert [name for name in before if before[name] == after[name]] == ["0000003"]
+    assert list(after) == [*before, "0000012"]
+
+
+@pytest.mark.parametrize(("precision", "products"), [("bf16", "high"), ("fp32", "highest")])
+def test_fp32_means_float32_whatever_ran_before(precision, products, tiny_config, run_training, tmp_path):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run_training(tiny_config.override(precision=precision, num_steps=1), tmp_path / "r")
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("name", [layout.MODEL_FILE, layout.OPTIMIZER_FILE, layout.STATE_FILE])
 def test_a_checkpoint_cut_in_half_is_named(name, finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "copy"
@@ -267,6 +302,11 @@ def test_minutes_save_too(tiny_config, run_training, tmp_path, monkeypatch):
     config = tiny_config.override(num_steps=9, save_every=100, save_minutes=3.0, keep_checkpoints=0)
     run_training(config, tmp_path / "r")
     assert layout.checkpoint_steps(tmp_path / "r") == [3, 6, 9]
+
+
+def test_checkpoints_that_stay_are_written_between_the_others_too(tiny_config, run_training, tmp_path):
+    run_training(tiny_config.override(save_every=4, keep_every=3, keep_checkpoints=1), tmp_path / "r")
+    assert layout.checkpoint_steps(tmp_path / "r") == [3, 6, 9, 10]
 
 
 def test_a_full_disk_under_asynchronous_writing_ends_the_run_at_the_next_step(

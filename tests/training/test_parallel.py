@@ -89,6 +89,23 @@ def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
         torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_steps_of_two_processes_are_those_of_one(parallel, recompute, config, data_folder, tmp_path):
+    """DDP cuts the graph at its buckets, of which this network has several; FSDP2 compiles each block by itself."""
+    size = {"hidden_dim": 128, "depth": 3} if parallel == "ddp" else {}
+    config = config.override(model=config.model.override(**size), num_steps=4, save_every=4)
+    train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
+    compiled = config.override(parallel=parallel, compile=True, checkpoint_activations=recompute)
+    run_all([(compiled, data_folder, tmp_path / "two")], 2, tmp_path, limit=600)
+    mine, yours = ([(row["loss"], row["grad_norm"]) for row in rows(tmp_path / n)] for n in ("two", "one"))
+    assert len(mine) == 4
+    for a, b in zip(mine, yours, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
 def test_the_runs_did_learn_and_contrast(runs):
     """Else the comparisons would compare nothing."""
     first, *_, last = rows(runs / "one")

@@ -39,6 +39,7 @@ def compare_encoders(
     val: DataSet | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    heads_progress: Progress = silent,
 ) -> Comparison:
     """Ask every encoder for the same images; the probe and CKNNA are of its averaged patches, with the best learning rate.
 
@@ -55,6 +56,7 @@ def compare_encoders(
     for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
         load_encoder(spec, weights=config.weights_of(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))
+    epochs = Stages(heads_progress, [config.epochs] * len(config.encoders))
     rows, sides = [], []
     for spec in config.encoders:
         encoder = load_encoder(spec, weights=config.weights_of(spec), device=device)
@@ -67,7 +69,8 @@ def compare_encoders(
         features = [load(PATCHES) for load in loads]
         accuracy: dict[str, Any] = {"top1": None, "top5": None}
         if data.num_classes > 1:
-            accuracy = max(probe_rows(images, features, config, config.seed, device), key=lambda row: row["top1"])
+            probed = probe_rows(images, features, config, config.seed, device, epochs.next())
+            accuracy = max(probed, key=lambda row: row["top1"])
         rows.append({
             "encoder": spec, "dim": encoder.dim, "grid": grid,
             **{name: loads[0](name).double().mean().item() if name in shown else None for name in STRUCTURE},

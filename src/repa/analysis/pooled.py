@@ -106,18 +106,23 @@ def features_in(encoder: VisionEncoder, data: DataSet, grid: int) -> list[str]:
 
 
 def _identity_of_run(run: LoadedRun) -> dict[str, Any]:
-    """The weights themselves, not their file's name: a step may be trained again."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(run.model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    """The weights' checksum, not their file's name: a step may be trained again."""
     return {
-        "weights": digest.hexdigest(),
+        "weights": run.weights_sha256 or _checksum(run.model),
         "model": layout.read_config(run.folder)["model"] if run.folder else {},
         "diffusion": run.diffusion.model_dump(mode="json"),
         "autoencoder": run.autoencoder.identity,
         "device": device_of(run).type,
     }
+
+
+def _checksum(model: torch.nn.Module) -> str:
+    """Of a network that was not read from a file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _facts(data: DataSet, indices: np.ndarray) -> dict[str, Any]:

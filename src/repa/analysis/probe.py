@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repa.analysis.collection import Progress
+from repa.analysis.work import silent
 from repa.base import rng
 from repa.base.errors import UserError
 
@@ -56,13 +58,14 @@ def linear_probes(
     batch_size: int = PAPER_BATCH,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    progress: Progress = silent,
 ) -> list[Accuracy]:
     """Accuracies of one linear layer for each learning rate, after parameter-free batch normalisation.
 
     The defaults are the paper's protocol (that of l-DAE, arXiv 2401.14404): Adam, cosine learning rate to 0. All heads
     are trained in one pass: each batch is read and normalised once. They start at zero, so the seed decides the order of the
     images only, and each ends as it would alone. Features are pooled hidden states, (N, D) and (M, D), of any floating type;
-    labels (N,) and (M,) integers.
+    labels (N,) and (M,) integers. `progress` is told the epochs done.
 
     Raises:
         UserError: shapes do not fit, a label is negative, a feature is not finite, or fewer than 2 training images.
@@ -87,6 +90,7 @@ def linear_probes(
             torch.stack([F.cross_entropy(head(batch), target) for head in heads]).sum().backward()
             optimizer.step()
             schedule.step()
+        progress(epoch + 1, epochs)
     return [_accuracy(nn.Sequential(norm, head).eval(), test_features, test_labels, device) for head in heads]
 
 

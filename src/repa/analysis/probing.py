@@ -13,7 +13,7 @@ from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
 from repa.analysis.images import check_run, device_of, spread
 from repa.analysis.pooled import features_in, features_of_encoder, field, hidden_of_run
 from repa.analysis.probe import linear_probes, suitable_batch
-from repa.analysis.work import Rows, Stages, each, silent
+from repa.analysis.work import Rows, Stages, each, share, silent
 from repa.base.errors import UserError
 from repa.base.rng import generator
 from repa.data import DataSet
@@ -64,20 +64,30 @@ class ProbeImages:
 
 
 def probe_of_run(
-    run: LoadedRun, data: DataSet, config: ProbeConfig, val: DataSet | None = None, progress: Progress = silent
+    run: LoadedRun,
+    data: DataSet,
+    config: ProbeConfig,
+    val: DataSet | None = None,
+    progress: Progress = silent,
+    heads_progress: Progress = silent,
 ) -> Rows:
-    """Rows {t, depth, lr, top1, top5}: trained on `data` and tested on `val`, or on 80 % and 20 % of `data`."""
+    """Rows {t, depth, lr, top1, top5}: trained on `data` and tested on `val`, or on 80 % and 20 % of `data`.
+
+    `progress` is told the images whose features are there, `heads_progress` the epochs of this process's heads.
+    """
     images = ProbeImages.of(data, val, config.num_images, config.seed)
     depths = check_run(run, data, config.depths)
     if val is not None:
         check_run(run, val, depths)
     stages = Stages(progress, images.sizes * len(config.times))
+    heads = Stages(heads_progress, [config.epochs] * share(len(depths)) * len(config.times))
     rows: Rows = []
     for t in config.times:
         loads = images.collect(lambda d, i, p, t=t: hidden_of_run(run, d, i, depths, t, config, config.seed, p), stages)
 
         def probed(depth: int, t: float = t, loads: list[Load] = loads) -> Rows:
-            found = probe_rows(images, [load(field(depth)) for load in loads], config, config.seed, device_of(run))
+            features = [load(field(depth)) for load in loads]
+            found = probe_rows(images, features, config, config.seed, device_of(run), heads.next())
             return [{"t": t, "depth": depth, **row} for row in found]
 
         rows += each(depths, probed)
@@ -95,10 +105,11 @@ def probe_of_encoder(
     grid: int = 0,
     val: DataSet | None = None,
     progress: Progress = silent,
+    heads_progress: Progress = silent,
 ) -> Rows:
     """Rows {features, lr, top1, top5} of a frozen encoder: of its averaged patches, and of its own pooled features if it has any.
 
-    `grid` 0 takes the encoder's own for this resolution.
+    `grid` 0 takes the encoder's own for this resolution. Progress is told as by `probe_of_run`.
     """
     images = ProbeImages.of(data, val, config.num_images, seed)
     stages = Stages(progress, images.sizes)
@@ -106,21 +117,27 @@ def probe_of_encoder(
     names = features_in(encoder, data, grid)
     loads = images.collect(lambda d, i, p: features_of_encoder(encoder, spec, grid, d, i, config, p, names), stages)
     device = next(encoder.parameters()).device
+    epochs = Stages(heads_progress, [heads.epochs] * share(len(names)))
 
     def probed(name: str) -> Rows:
-        found = probe_rows(images, [load(name) for load in loads], heads, seed, device)
+        found = probe_rows(images, [load(name) for load in loads], heads, seed, device, epochs.next())
         return [{"features": name, **row} for row in found]
 
     return each(names, probed)
 
 
 def probe_rows(
-    images: ProbeImages, features: Sequence[Tensor], config: HeadsConfig, seed: int, device: torch.device | str
+    images: ProbeImages,
+    features: Sequence[Tensor],
+    config: HeadsConfig,
+    seed: int,
+    device: torch.device | str,
+    progress: Progress = silent,
 ) -> Rows:
     """Rows {lr, top1, top5} of the features of each set of images."""
     train, test = images.pairs(features)
     heads = linear_probes(
         *train, *test, learning_rates=config.learning_rates, epochs=config.epochs,
-        batch_size=config.probe_batch or suitable_batch(len(train[0])), seed=seed, device=device,
+        batch_size=config.probe_batch or suitable_batch(len(train[0])), seed=seed, device=device, progress=progress,
     )  # fmt: skip
     return [{"lr": rate, **head._asdict()} for rate, head in zip(config.learning_rates, heads, strict=True)]

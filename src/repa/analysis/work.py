@@ -20,6 +20,11 @@ def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
     return [row for _, rows in done for row in rows]
 
 
+def share(num: int) -> int:
+    """How many of `num` items `each` gives to this process."""
+    return len(range(dist.rank(), num, dist.world()))
+
+
 class Stages:
     """One count over several stages of known sizes."""
 

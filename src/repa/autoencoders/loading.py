@@ -22,6 +22,11 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
     """
     diffusers = _diffusers()
     local = Path(source).is_dir()
+    if not local and (Path(source).is_absolute() or str(source).startswith(".")):  # which no name on the hub is
+        raise UserError(
+            f"The autoencoder {name!r} cannot be loaded: there is no folder {source}. Give one with config.json and "
+            "diffusion_pytorch_model.safetensors."
+        )
     if local:
         inside = Path(source) / subfolder
         source, subfolder = inside if inside.is_dir() else source, ""

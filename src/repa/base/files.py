@@ -64,6 +64,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the folders that `atomic_folder` was filling in `folder` when its process was killed; nobody else may be at it now."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -101,6 +107,20 @@ def require_space(folder: str | Path, num_bytes: int, what: str) -> None:
         raise UserError(
             f"{what} needs {size(num_bytes)}, but {folder} has {size(free)} free: make room or choose another folder."
         )
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse before work starts what could not be written after it: the folder of `path` is made, and tried."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.filename}: {error.strerror}): choose another place."
+        ) from None
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder. Choose another name.")
 
 
 def size(num_bytes: float) -> str:

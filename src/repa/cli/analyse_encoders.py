@@ -4,7 +4,7 @@ from pathlib import Path
 
 from repa.analysis.config import EncodersConfig
 from repa.cli import options, tables
-from repa.cli.console import Progress, say
+from repa.cli.console import Bars, say
 
 ABOUT = (
     "Which encoder should I align to? Spatial structure (LDS, CDS, RMSC: the higher, the more an encoder helped in the study "
@@ -29,7 +29,7 @@ class EncodersArguments(EncodersConfig):
 def encoders(argv: list[str]) -> int:
     given = options.parse(EncodersArguments, argv, verb="analyse encoders", about=ABOUT, positional=("data",))
     config = options.part(EncodersConfig, given)
-    out = tables.output(given.out, Path("encoders.json"))
+    out = tables.output(given.out, Path()) if given.out else None
     from repa import __version__
     from repa.analysis import compare_encoders
     from repa.base import dist
@@ -37,14 +37,15 @@ def encoders(argv: list[str]) -> int:
 
     device, data = dist.setup(), open_data(given.data)
     val = open_data(given.val) if given.val else None
-    with Progress(f"encoders on {given.data}", "images") as bar:
-        found = compare_encoders(data, config, val=val, device=device, progress=bar)
+    with Bars() as bars:
+        shown, heads = bars.of(f"encoders on {given.data}"), bars.of("their heads", "epochs")
+        found = compare_encoders(data, config, val=val, device=device, progress=shown, heads_progress=heads)
     say(tables.text(found.encoders, COLUMNS))
     matrix = _matrix(found.pairs, config.encoders)
     if len(config.encoders) > 1:
         say(f"\nCKNNA ({config.variant}, k = {config.neighbours}) to each other")
         say(tables.text(matrix, {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}))
-    if given.out:
+    if out is not None:
         how = {"analysis": "encoders", **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
         flat = [
             {**row, **{f"cknna.{name}": pair[name] for name in config.encoders if len(config.encoders) > 1}}

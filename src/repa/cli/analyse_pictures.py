@@ -75,8 +75,8 @@ class ProgressArguments(SampleConfig):
 def pictures(argv: list[str]) -> int:
     given = options.parse(PicturesArguments, argv, verb="analyse pictures", about=ABOUT_PICTURES, positional=("run",))
     check_pairs(given.encoder_weights)
-    out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     networks = networks_of([given.run], [given.checkpoint] if given.checkpoint >= 0 else [])
+    out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
     from repa.analysis.images import pixels, spread
@@ -118,8 +118,8 @@ def progress(argv: list[str]) -> int:
     config = options.part(SampleConfig, given)
     if not given.runs:
         raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
-    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     networks = [network for run in given.runs for network in networks_of([run], given.checkpoints or _evenly(run))]
+    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from dataclasses import replace
 
     from repa.autoencoders import load_decoder

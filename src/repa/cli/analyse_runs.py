@@ -8,7 +8,7 @@ from repa.analysis.config import FOLDER, ImagesConfig, ProbeConfig, SimilarityCo
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
-from repa.cli.console import Progress, say, speaks
+from repa.cli.console import Bars, Progress, say, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -57,7 +57,8 @@ def cknna(argv: list[str]) -> int:
     if not given.runs:
         raise UserError("`repa analyse cknna` needs at least one run folder: see `repa analyse cknna --help`.")
     networks = networks_of(given.runs, given.checkpoints)
-    name = f"{config.measure}-{tables.plain(config.encoder)}.json"
+    platonic = config.measure == "cknna" and config.variant == "platonic"  # another number: never under the same name
+    name = f"{config.measure}{'-platonic' * platonic}-{tables.plain(config.encoder)}.json"
     out = tables.output(given.out, _folder(given.runs[0]) / name)
     from repa.analysis import cknna_of_run
     from repa.base import dist
@@ -69,7 +70,7 @@ def cknna(argv: list[str]) -> int:
         with Progress(f"{label}, step {run.step:,}", "images") as bar:
             rows += [{"run": label, "step": run.step, **row} for row in cknna_of_run(run, data, config, bar)]
     tables.write(out, _how(given, config.measure), rows)
-    title = config.measure.upper().replace("-UNBIASED", ", unbiased")
+    title = config.measure.upper().replace("-UNBIASED", ", unbiased") + " (platonic)" * platonic
     columns = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth", config.measure: f"{title}|.4f"}
     say(tables.text(rows, columns))
     _draw(rows, config.measure, f"{title} with {config.encoder}", out)
@@ -103,13 +104,18 @@ def probe(argv: list[str]) -> int:
     val = open_data(given.val) if given.val else None
     rows: list[dict[str, Any]] = []
     for label, run in loaded(networks, given.weights, device):
-        with Progress(f"{label}, step {run.step:,}", "images") as bar:
-            rows += [{"run": label, "step": run.step, **row} for row in probe_of_run(run, data, config, val, bar)]
+        name = f"{label}, step {run.step:,}"
+        with Bars() as bars:
+            found = probe_of_run(run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs"))
+        rows += [{"run": label, "step": run.step, **row} for row in found]
     images = options.part(ImagesConfig, given)
     for spec in encoders:
         encoder = load_encoder(spec, weights=weights_for(spec, given.encoder_weights), device=device)
-        with Progress(spec, "images") as bar:
-            found = probe_of_encoder(encoder, spec, data, images, config, seed=config.seed, val=val, progress=bar)
+        with Bars() as bars:
+            found = probe_of_encoder(
+                encoder, spec, data, images, config, seed=config.seed, val=val, progress=bars.of(spec),
+                heads_progress=bars.of(f"heads of {spec}", "epochs"),
+            )  # fmt: skip
         rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
     tables.write(out, _how(given, "probe"), rows)
     best = best_rates(rows)

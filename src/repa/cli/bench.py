@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
 
     from repa.base import dist, files
     from repa.base.precision import best_precision
+    from repa.data import open_data
     from repa.training.advice import advise, table
     from repa.training.measure import product_rate
     from repa.training.meters import peak_memory
@@ -61,6 +62,10 @@ def main(argv: list[str]) -> int:
     device = dist.setup()
     if dist.active():
         raise UserError("`repa bench` measures one process and its device: start it without torchrun.")
+    if given.data:
+        open_data(given.data)  # a wrong folder is said before anything is measured
+    if given.out:
+        files.require_writable(given.out)
     own = best_precision(device) if recipe.precision == "auto" else recipe.precision
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)

@@ -3,8 +3,11 @@
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
+MEASURED = 1.0  # seconds of work before its rate is worth telling
 
 
 def speaks() -> bool:
@@ -50,18 +53,21 @@ class Progress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.perf_counter()
-        if self.first is None:  # the first call may already report work
+        if self.first is None:  # before it, models were loaded, or another process did the work
             self.first, self.begin = done, now
         if not speaks():
             return
-        rate = (done - self.first) / (now - self.begin) if now > self.begin else 0.0
+        spent = now - self.begin
+        rate = (done - self.first) / spent if spent >= MEASURED else 0.0
         if self.bar:
-            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} {self.unit}/s", note=note)
+            told = f"{rate:,.1f} {self.unit}/s" if rate else ""
+            self.bar.update(self.task, completed=done, total=total, rate=told, note=note)
         elif now - self.said >= LINE_EVERY or done >= total:
             self.said = now
             left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+            speed = f" ({rate:.1f}/s{left})" if rate else ""  # work that is told once, when it is done, has none
             print(
-                f"{self.what}: {done:,}/{total:,} {self.unit} ({rate:.1f}/s{left}) {note}".rstrip(),
+                f"{self.what}: {done:,}/{total:,} {self.unit}{speed} {note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
@@ -69,3 +75,27 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.bar:
             self.bar.stop()
+
+
+class Bars:
+    """One task after the other, each with its bar: a terminal shows one at a time."""
+
+    def __init__(self):
+        self._stack, self._shown = ExitStack(), ""
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def of(self, what: str, unit: str = "images") -> Callable[[int, int], None]:
+        """What to call with (done, total): the first call shows the bar in place of another's."""
+
+        def progress(done: int, total: int) -> None:
+            if self._shown != what:
+                self._stack.close()
+                self._bar, self._shown = self._stack.enter_context(Progress(what, unit)), what
+            self._bar(done, total)
+
+        return progress

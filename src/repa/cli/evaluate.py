@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from pydantic import Field
 from repa.base import files
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import Bars, Progress, say
 from repa.evaluation.config import EvaluateConfig, ReferenceConfig
 from repa.runs import layout
 from repa.sampling.config import SampleConfig
@@ -42,30 +41,6 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     """Step of the run's checkpoint; -1 takes the newest."""
 
 
-class Bars:
-    """One task after the other, each with its bar: a terminal shows one at a time."""
-
-    def __init__(self):
-        self._stack, self._shown = ExitStack(), ""
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
-
-    def of(self, what: str) -> Callable[[int, int], None]:
-        """What to call with (done, total): the first call shows the bar in place of another's."""
-
-        def progress(done: int, total: int) -> None:
-            if self._shown != what:
-                self._stack.close()
-                self._bar, self._shown = self._stack.enter_context(Progress(what, "images")), what
-            self._bar(done, total)
-
-        return progress
-
-
 class ReferenceArguments(ReferenceConfig):
     data: str
     """prepared data, folder or zip of images, or .npz"""
@@ -83,6 +58,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
     is_run = (Path(given.samples) / layout.CONFIG).is_file()
     _check(given, is_run)
+    if given.out or is_run:
+        files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
     results = (_of_run if is_run else _of_file)(given)
     out = Path(given.out) if given.out else _place(given, results) if is_run else None
     if out is not None:
@@ -106,6 +83,10 @@ def _check(given: EvaluateArguments, is_run: bool) -> None:
     if is_run and not given.num_images:
         raise UserError(
             f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
+        )
+    if (Path(given.reference) / layout.CONFIG).is_file():
+        raise UserError(
+            f"--reference {given.reference} is a run folder: give the data that it was trained on, or an .npz."
         )
     if is_run:
         return
@@ -160,17 +141,18 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
         run = replace(run, autoencoder=decoder)
     run.diffusion.check_sampler(sampling.sampler)
     made: dict[str, Any] = {
-        "run": given.samples, "step": run.step, "weights": run.weights, "weights_sha256": _checksum(given, run.step),
+        "run": given.samples, "step": run.step, "weights": run.weights, "weights_sha256": run.weights_sha256,
         "num": given.num_images, "autoencoder": run.autoencoder.name, **sampling.model_dump(mode="json"),
     }  # fmt: skip
     size, num = sampling.batch_size, given.num_images
 
     def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         bar = bars.of(f"sampling {given.samples}")
+        bar(0, num)
         for start in range(dist.rank() * size, num, dist.world() * size):
             indices = range(start, min(start + size, num))
             samples = generate(run, sampling, indices)
-            made["nfe"] = samples.nfe
+            made["nfe"] = max(made.get("nfe", 0), samples.nfe)
             yield torch.tensor(indices), samples.images
             bar(min(start + dist.world() * size, num), num)
 
@@ -179,12 +161,6 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
             stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, config,
             device=device, samples=given.samples, made=made, progress=bars.of(f"looking at {given.reference}"),
         )  # fmt: skip
-
-
-def _checksum(given: EvaluateArguments, step: int) -> str:
-    run = Path(given.samples)
-    file = layout.checkpoint_folder(run, step) / f"{given.weights}{layout.WEIGHTS}"
-    return files.sha256(file if file.is_file() else layout.average_file(run, step, given.weights))
 
 
 def _reference(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ from repa.base.images import grid, save_png
 from repa.data import DataSet
 from repa.encoders.loading import weights_for
 from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
+from repa.evaluation.measure import check_number
 from repa.runs import LoadedRun, layout
 from repa.sampling import SampleConfig, generate
 from repa.training import Hook, TrainConfig, TrainState
@@ -53,6 +54,7 @@ class Previews:
         )  # fmt: skip
         if preview.scored_every:
             self.metrics = EvaluateConfig(features=preview.features, metrics=preview.metrics).wanted
+            check_number(preview.num_scored, self.metrics, "--preview.num-scored")
             weights = weights_for(preview.features, config.feature_weights)
             self.judge = load_judge(preview.features, weights=weights, device=device)
             self.reference = reference_of(data, self.judge, preview.features)

@@ -5,6 +5,7 @@ tyro draws the help pages; it does not parse, because its errors are boxes and o
 
 import sys
 import typing
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from repa.base.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
 HELP = ("-h", "--help")
+TRUTHS = ("true", "false", "yes", "no", "on", "off")  # after a switch; another word is not its value
 
 
 def parse(
@@ -43,7 +45,7 @@ def parse(
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
             shown = name if name in [p.rstrip(".") for p in positional] else f"--{name.replace('_', '-')}"
-            raise UserError(f"`repa {verb}` needs {shown} ({info.description}): see `repa {verb} --help`.")
+            raise UserError(f"`repa {verb}` needs {shown} ({info.description.rstrip('.')}): see `repa {verb} --help`.")
     return cls.parse(start)
 
 
@@ -66,8 +68,10 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
     given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
+    ordered = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})  # what must be given stands on top
+    ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
     tyro.cli(
-        cls, args=["--help"], prog=f"repa {verb} {names}".rstrip(), description=about, default=cls.model_construct(**given),
+        ordered, args=["--help"], prog=f"repa {verb} {names}".rstrip(), description=about, default=ordered.model_construct(**given),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )  # fmt: skip
 
@@ -122,9 +126,10 @@ def _annotation(cls: type[BaseModel], flag: str, verb: str) -> Any:
         if _is_model(annotation):
             fields = annotation.model_fields
             if part not in fields:
-                near = nearest(part, fields).replace("_", "-")
                 names = ", ".join("--" + ".".join([*parts[:depth], n]).replace("_", "-") for n in fields)
-                raise UserError(f"`repa {verb}` has no option --{flag}: allowed here are {names}.{near}")
+                raise UserError(
+                    f"`repa {verb}` has no option --{flag}: allowed here are {names}.{_meant(cls, parts, fields)}"
+                )
             annotation = fields[part].annotation
         elif (item := _item_model(annotation)) and part.isdecimal():
             annotation = item
@@ -133,6 +138,33 @@ def _annotation(cls: type[BaseModel], flag: str, verb: str) -> Any:
             example = f", only numbered ones such as --{above}.0" if item else ""
             raise UserError(f"`repa {verb}` has no option --{flag}: --{above} has no part {part!r}{example}.")
     return annotation
+
+
+def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str:
+    """The option that was meant: one that ends so elsewhere (--learning-rate), by its initials (--lr), or the nearest here."""
+    word = parts[-1]
+    names = list(_names(cls))
+    ends = [name.rpartition(".")[2] for name in names]
+    initials = ["".join(piece[0] for piece in end.split("_")) for end in ends]
+    tails = [end if word.endswith(f"_{end}") else "" for end in ends]  # --encoder-depth
+    for sought, spellings in ((word, ends), (word, initials), (max(tails, key=len) or None, tails)):
+        if same := [f"--{name.replace('_', '-')}" for name, end in zip(names, spellings, strict=True) if end == sought]:
+            return f" Did you mean {' or '.join(map(repr, same))}?"
+    return nearest(word, fields).replace("_", "-")
+
+
+def _names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
+    nested = []
+    for name, info in cls.model_fields.items():
+        if _is_model(info.annotation):
+            nested.append((info.annotation, f"{above}{name}."))
+        elif item := _item_model(info.annotation):
+            nested.append((item, f"{above}{name}.0."))
+        else:
+            yield above + name
+    for inner, prefix in nested:
+        yield from _names(inner, prefix)
 
 
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
@@ -147,7 +179,7 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
         if len(given) < len(types):
             raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
         return given[: len(types)], given[len(types) :]
-    if annotation is bool and (not given or given[0].lower() not in ("true", "false")):
+    if annotation is bool and (not given or given[0].lower() not in TRUTHS):
         return True, given
     if not given:
         raise UserError(f"--{flag} needs a value: see `repa {verb} --help`.")

@@ -132,11 +132,13 @@ def _plan(given: PrepareArguments) -> None:
     )
     copies = ", each also flipped" if plan.num_copies == 2 else ""
     say(f"source    {plan.source}: {plan.num_images:,} images of {plan.num_classes} classes{copies}")
-    say(f"shards    {plan.num_shards:,}; parts are missing of {plan.num_todo:,} images")
+    say(f"shards    {plan.num_shards:,}; {plan.num_todo:,} images are still to do")
     for field, size in plan.sizes.items():
         say(f"          {field:<24} {files.size(size):>12}")
     say(f"          {'all together':<24} {files.size(plan.num_bytes):>12}")
     for step, rate in plan.rates.items():
+        if step == "base" and given.autoencoder == "pixels":  # a copy in memory: its rate says nothing
+            continue
         what = f"encode, {given.autoencoder}" if step == "base" else f"encode, {step}" if step != "decode" else step
         say(f"measured  {what:<24} {rate:>12,.1f} images/s")
     processes = f" with {world} processes like this one" if world > 1 else ""

@@ -23,6 +23,8 @@ class SampleArguments(SampleConfig):
     """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
+    compile: bool = False
+    """Compile the network with torch.compile: up to minutes at the start, which many images repay; pixels may differ by one."""
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
     if config.decoder:
         decoder = load_decoder(config.decoder, run.autoencoder, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)
+    if given.compile:
+        run.model.compile()
     calls: list[int] = []
     with Progress(f"sampling {given.run}", "images") as bar:
         out = write_samples(run, config, given.num_images, Path(given.out), progress=bar, count=calls.append)

@@ -57,10 +57,11 @@ def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
 
 
 def output(given: str, default: Path, suffix: str = ".json") -> Path:
-    """The file to write: what --out names, or the default; refuses another suffix before any work."""
+    """The file to write: what --out names, or the default; refuses another suffix, or an impossible place, before any work."""
     out = Path(given) if given else default
     if out.suffix != suffix:
         raise UserError(f"--out is {out}: give a name that ends in {suffix}.")
+    files.require_writable(out)
     return out
 
 

@@ -13,7 +13,8 @@ from repa.training.config import TrainConfig
 
 ABOUT = (
     "Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared data. "
-    "The same command continues after any stop; give another --num-steps to train longer."
+    "The same command continues after any stop; give another --num-steps to train longer. With a recipe, the values shown are its "
+    "own, and its alignments are set by number: --alignments.0.weight 0.3; the number after the last adds one."
 )
 
 

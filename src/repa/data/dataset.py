@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.base.errors import UserError
+from repa.data.captions import Captions
 from repa.data.manifest import FeatureField, Manifest
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import Stream, is_url
+
+LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
+LABELS_CHUNK = 1 << 16  # that are read at a time
 
 
 class DataSet:
@@ -21,6 +26,7 @@ class DataSet:
     def __init__(self, folder: str | Path, manifest: Manifest, stream: Stream | None = None):
         self.folder, self.manifest, self.stream = folder, manifest, stream
         self.reader = ShardReader(folder, manifest, stream.path if stream else None)
+        self._captions = Captions(self.reader)
 
     @property
     def num_bytes(self) -> int:
@@ -77,10 +83,35 @@ class DataSet:
         """Side of what the network sees."""
         return self.manifest.fields["moments" if self.has_moments else "images"][1][-1]
 
-    @functools.cached_property
+    @property
     def labels(self) -> np.ndarray:
         """(N,) int64: 8 bytes an image, read when asked for."""
         return self.gather("labels", np.arange(self.num_images))
+
+    @functools.cached_property
+    def small_labels(self) -> np.ndarray | None:
+        """(N,) in the smallest type that holds the classes. None of data that lie elsewhere, whose labels would all have
+        to be fetched, and of so many images that they take more than LABELS_IN_MEMORY.
+
+        Raises UserError when they are not what the manifest counts.
+        """
+        dtype = np.min_scalar_type(self.num_classes - 1)
+        if self.stream or self.num_images * dtype.itemsize > LABELS_IN_MEMORY:
+            return None
+        labels, counts = np.empty(self.num_images, dtype), np.zeros(self.num_classes, np.int64)
+        copies, done = self.num_images // len(self.originals), 0
+        for rows in self.reader.batches("labels", LABELS_CHUNK):
+            if rows.min() < 0 or rows.max() >= self.num_classes:
+                break  # before the conversion, which would hide it
+            labels[done : done + len(rows)] = rows
+            counts += np.bincount(rows, minlength=self.num_classes)
+            done += len(rows)
+        if counts.tolist() != [copies * count for count in self.manifest.class_counts]:
+            raise UserError(
+                f"The labels in {self.folder} are not those its manifest counts: `repa check {self.folder} --full` names "
+                "the files that changed."
+            )
+        return labels
 
     def gather(self, field: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows of a field (images, labels, moments, features.NAME, scale.NAME, pooled.NAME), as stored, in the order of
@@ -89,6 +120,14 @@ class DataSet:
         Raises UserError when there is no such field.
         """
         return self.reader.gather(field, indices, out)
+
+    @property
+    def has_captions(self) -> bool:
+        return any(shard.captions for shard in self.manifest.shards)
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
+        """The texts that came with the images `indices` (n,), in that order; () for an image without any."""
+        return self._captions.gather(indices)
 
     def basis(self, encoder: str, device: torch.device | str) -> Tensor | None:
         """What `packing.unpack` needs for stored tokens that are coordinates; None for others."""

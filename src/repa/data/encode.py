@@ -90,7 +90,7 @@ def add_features(
         forms = (*config.feature_forms, f"{spec}={form}")
         config = config.override(features=(*config.features, spec), feature_forms=forms)
     settings = agree(out, Settings(source=manifest.source, class_names=manifest.class_names, config=config))
-    reader = ShardReader(out, manifest)
+    reader = ShardReader(out, manifest, only=("images", "labels"))
     shards = [Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)]
     models: dict[str, Callable[[], Group]] = {spec: lambda: FeatureGroup(spec, weights, settings.config, device)}
     return fill(Job(out, settings, shards, models, FromShards(reader), device, rank, world, progress))

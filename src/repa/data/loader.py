@@ -80,6 +80,7 @@ class Loader:
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
             data.stream.require_room(2 * WINDOW * self._largest_shard())
+        self._labels = data.small_labels
         self._length = min(BLOCK, data.num_images)
         self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
         self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
@@ -152,10 +153,13 @@ class Loader:
     def _read(self, step: int) -> _Rows:
         indices, fields = self.indices(step), {}
         for field in self.fields(step):
-            dtype, shape = self.data.manifest.fields[field]
+            dtype, shape = self.data.reader.fields[field]
             # rows are read into pinned memory: the copy to the device then needs neither another copy nor a wait
             rows = torch.empty((len(indices), *shape), dtype=getattr(torch, dtype), pin_memory=self._side is not None)
-            self.data.gather(field, indices, out=rows.numpy())
+            if field == "labels" and self._labels is not None:
+                rows.numpy()[:] = self._labels[indices]
+            else:
+                self.data.gather(field, indices, out=rows.numpy())
             fields[field] = rows
         names = tuple(field.removeprefix("features.") for field in fields if field.startswith("features."))
         if self._side is None:

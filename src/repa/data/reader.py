@@ -7,6 +7,8 @@ while it is read kills the process instead of raising.
 
 import functools
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from repa.base import files
 from repa.base.errors import UserError
 from repa.data.manifest import ArrayFile, Manifest, TextFile
 
-MAX_OPEN = 500  # files, each with a descriptor, of which processes commonly get 1024
+MAX_OPEN = 60_000  # files, each with a descriptor; a shuffled batch reads almost all there are
+SPARE = 500  # descriptors that are left to the rest of the process
 HEADER = 4096  # bytes that hold the header of any array of ours
 
 
@@ -27,21 +30,29 @@ class ShardReader:
         folder: where the shards are, or what to call that place in messages when `fetch` is given.
         manifest: what it holds.
         fetch: gives the local path of a file that lies elsewhere; None reads `folder` itself.
+        only: fields that will be read: other files may be missing, which are about to be made anew. None: all files.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, fetch: Callable[[ArrayFile], Path] | None = None):
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, fetch: Callable[[ArrayFile | TextFile], Path] | None = None,
+        only: Sequence[str] | None = None,
+    ):  # fmt: skip
         self.folder, self.manifest = folder, manifest
+        self.fields = {field: facts for field, facts in manifest.fields.items() if only is None or field in only}
         nums = np.array([shard.num for shard in manifest.shards])
         self.ends = nums.cumsum()  # index in the data set of the end of each shard
         self.starts = self.ends - nums
         if fetch is None:
-            for record in self._records():
+            needed = manifest.records
+            if only is not None:
+                needed = [shard.files[field] for shard in manifest.shards for field in only if shard.num]
+            for record in needed:
                 if not record.intact(Path(folder)):
                     raise UserError(
                         _damaged(Path(folder, record.file), "is missing or has another size than when it was written")
                     )
         self.path = fetch or (lambda record: Path(folder, record.file))
-        self._open = functools.lru_cache(MAX_OPEN)(self._opened)
+        self._open = functools.lru_cache(_descriptors(len(manifest.records)))(self._opened)
 
     def __len__(self) -> int:
         return self.manifest.num_images
@@ -55,16 +66,12 @@ class ShardReader:
         Raises:
             UserError: there is no such field, or a file cannot be read.
         """
-        if field not in self.manifest.fields:
+        if field not in self.fields:
             raise UserError(
-                f"The data in {self.folder} has no field {field!r}: it holds {', '.join(sorted(self.manifest.fields))}."
+                f"The data in {self.folder} has no field {field!r}: it holds {', '.join(sorted(self.fields))}."
             )
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(
-                f"{self.folder} has images 0 to {len(self) - 1}, but {indices.min()} to {indices.max()} were asked for."
-            )
-        dtype, shape = self.manifest.fields[field]
+        indices = self.checked(indices)
+        dtype, shape = self.fields[field]
         if out is None:
             out = np.empty((len(indices), *shape), dtype)
         assert (out.shape, out.dtype) == ((len(indices), *shape), dtype), (out.shape, out.dtype)
@@ -72,21 +79,35 @@ class ShardReader:
             self._fill(memoryview(out).cast("B"), field, indices)
         return out
 
+    def checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n,) int64; raises IndexError for what is no image."""
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"{self.folder} has images 0 to {len(self) - 1}, but {indices.min()} to {indices.max()} were asked for."
+            )
+        return indices
+
     def _fill(self, buffer: memoryview, field: str, indices: np.ndarray) -> None:
         """Read in the order of the files; rows that follow each other in the file and in the result are one read."""
         order = np.argsort(indices, kind="stable")
         rows = indices[order]
         shards = np.searchsorted(self.ends, rows, side="right")
         joined = (np.diff(rows) == 1) & (np.diff(order) == 1) & (np.diff(shards) == 0)
-        first = np.flatnonzero(np.r_[True, ~joined])  # of each run
-        nums = np.diff(np.r_[first, len(rows)])
-        shards, size = shards[first], len(buffer) // len(indices)
-        arrays = {shard: self._open(shard, field) for shard in np.unique(shards).tolist()}
-        offsets = (rows[first] - self.starts[shards]) * size
-        places = order[first] * size
-        runs = zip(shards.tolist(), offsets.tolist(), places.tolist(), (places + nums * size).tolist(), strict=True)
-        for shard, offset, begin, end in runs:
-            arrays[shard].read(buffer[begin:end], offset)
+        first = np.concatenate(([0], np.flatnonzero(~joined) + 1))  # of each run
+        nums = np.append(first[1:], len(rows)) - first
+        size = len(buffer) // len(indices)
+        numbers, which = np.unique(shards[first], return_inverse=True)
+        arrays = [
+            self._open(shard, field) for shard in numbers.tolist()
+        ]  # held, so none is closed before its last read
+        starts = np.array([array.start for array in arrays]) - self.starts[numbers] * size
+        positions, places = starts[which] + rows[first] * size, order[first] * size
+        runs = zip(which.tolist(), positions.tolist(), places.tolist(), (places + nums * size).tolist(), strict=True)
+        preadv, handles = os.preadv, [array.handle for array in arrays]  # the loop below is most of the loader's time
+        for array, position, begin, end in runs:
+            if (num := preadv(handles[array], (buffer[begin:end],), position)) < end - begin:
+                arrays[array].read_rest(buffer[begin:end], position, num)
 
     def batches(self, field: str, size: int) -> Iterator[np.ndarray]:
         """The whole field in order, (at most size, ...) at a time."""
@@ -95,13 +116,10 @@ class ShardReader:
 
     def check(self) -> None:
         """Compare every file's bytes with its checksum; raises UserError that names the first that changed."""
-        for record in self._records():
+        for record in self.manifest.records:
             path = self.path(record)
             if files.sha256(path) != record.sha256:
                 raise UserError(_damaged(path, "has other bytes than when it was written"))
-
-    def _records(self) -> Iterator[ArrayFile | TextFile]:
-        return (record for shard in self.manifest.shards for record in shard.records)
 
     def _opened(self, shard: int, field: str) -> "_Array":
         record = self.manifest.shards[shard].files[field]
@@ -126,13 +144,25 @@ class _Array:
         if header != wanted:
             raise UserError(_damaged(path, f"holds {header}, not {wanted}"))
 
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` with the bytes from `offset` of the array on."""
-        position = self.start + offset
-        while (num := os.preadv(self.handle, (buffer,), position)) < len(buffer):  # Linux reads at most 2 GiB at a time
-            if not num:
-                raise UserError(_damaged(self.path, "has become shorter while it was read"))
+    def read_rest(self, buffer: memoryview, position: int, num: int) -> None:
+        """Fill what a read of `num` bytes from `position` of the file has left of `buffer`."""
+        while num:  # Linux reads at most 2 GiB at a time, and 0 bytes at the end of the file
             buffer, position = buffer[num:], position + num
+            if not buffer:
+                return
+            num = os.preadv(self.handle, (buffer,), position)
+        raise UserError(_damaged(self.path, "has become shorter while it was read"))
+
+
+def _descriptors(num: int) -> int:
+    """How many of `num` files may stay open. The soft limit, which most systems set to 1024 for the sake of programs that
+    call select(), is raised for them as far as the hard one allows."""
+    wanted = min(num, MAX_OPEN)
+    soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < wanted + SPARE:
+        soft = min(wanted + SPARE, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(min(wanted, max(soft - SPARE, soft // 4)), 1)
 
 
 def _header(record: ArrayFile) -> str:

@@ -4,20 +4,19 @@ Cached files are named by their checksum: one that is there is right, whichever 
 machine share them.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.data.manifest import MANIFEST, ArrayFile, Manifest
+from repa.data.cache import FileCache
+from repa.data.manifest import MANIFEST, ArrayFile, Manifest, TextFile
 
 LIMIT = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
 DEFAULT_LIMIT = 100.0
@@ -46,6 +45,7 @@ class Stream:
         except (ImportError, ValueError) as error:
             raise UserError(f"{url} cannot be opened: {error}.") from error
         self.folder = files.cache_folder() / "streams"
+        self.cache = FileCache(self.folder, self.limit)
 
     def manifest(self) -> Manifest:
         """Read and check the manifest, anew at every call."""
@@ -54,25 +54,19 @@ class Stream:
         files.write_bytes(folder / MANIFEST, data)
         return Manifest.open(folder)
 
-    def path(self, record: ArrayFile) -> Path:
+    def path(self, record: ArrayFile | TextFile) -> Path:
         """Where a file lies here, fetched and compared with its checksum when it was not here yet. Thread-safe."""
         if not re.fullmatch("[0-9a-f]{64}", record.sha256):  # it becomes the name of a folder
             raise UserError(
                 f"The manifest of {self.url} is damaged: the checksum of {record.file} is {record.sha256!r}."
             )
-        folder = self.folder / record.sha256
-        path = folder / record.file
-        with self._alone(record.sha256):
-            if not record.intact(folder):
-                with files.atomic_path(path) as temporary:
-                    self._try(record.file, lambda place: self.fs.get_file(place, str(temporary)))
-                    if files.sha256(temporary) != record.sha256:
-                        raise UserError(
-                            f"{self.url}/{record.file} has other bytes than its manifest says: copy it anew."
-                        )
-                self._evict(keep=path)
-            os.utime(path)  # used now: evicted last
-        return path
+
+        def fetch(temporary: Path) -> None:
+            self._try(record.file, lambda place: self.fs.get_file(place, str(temporary)))
+            if files.sha256(temporary) != record.sha256:
+                raise UserError(f"{self.url}/{record.file} has other bytes than its manifest says: copy it anew.")
+
+        return self.cache.path(record.sha256, record.file, fetch, record.size)
 
     def require_room(self, num_bytes: int) -> None:
         """Raises UserError unless the cache may hold so much at once."""
@@ -100,30 +94,6 @@ class Stream:
                     raise UserError(f"{self.url.rstrip('/')}/{name} cannot be fetched: {reason}.") from error
                 time.sleep(pause)
         raise AssertionError
-
-    @contextlib.contextmanager
-    def _alone(self, checksum: str) -> Iterator[None]:
-        """One thread of one process at a time, for this file and those few that begin with the same digits."""
-        path = self.folder / "locks" / checksum[:2]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _evict(self, keep: Path) -> None:
-        """Remove what was used longest ago until the cache fits. Files that are being read stay readable until closed."""
-        found = []
-        for path in self.folder.glob(f"{'[0-9a-f]' * 64}/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process evicts too
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self.limit:
-                return
-            if path != keep:
-                path.unlink(missing_ok=True)
-                total -= size
 
 
 class FetchAhead:

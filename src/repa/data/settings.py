@@ -18,6 +18,8 @@ FREE = (
     "feature_weights",
 )  # may change: weights are compared by checksum, labels by the source's
 
+READABLE = 100  # characters: of longer differences (a thousand class names) only the field is named
+
 
 class Settings(Config):
     """What a folder is being prepared from and how: parts/settings.json."""
@@ -50,9 +52,8 @@ def agree(out: Path, asked: Settings) -> Settings:
     new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))
     same = {name: getattr(new, name) for name in (*FREE, "features", "feature_forms")}
     asked = Settings(source=asked.source, class_names=asked.class_names, config=new)
-    lines += difference(
-        Settings(source=before.source, class_names=before.class_names, config=old.override(**same)), asked
-    )
+    was = Settings(source=before.source, class_names=before.class_names, config=old.override(**same))
+    lines += [line if len(line) <= READABLE else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
     if lines:
         raise UserError(
             f"{out} holds data of another source or configuration ({'; '.join(lines[:5])}): "

@@ -75,10 +75,11 @@ def load_encoder(
     from repa.encoders.contract import VisionEncoder
 
     spec = ENCODERS.check(spec)
-    if weights is not None and not Path(weights).exists():
-        raise UserError(f"weights={weights} for the encoder {spec} does not exist.")
+    weights = None if weights is None else Path(weights).expanduser()  # a shell leaves the ~ of ENCODER=~/folder
+    if weights is not None and not weights.exists():
+        raise UserError(f"weights={weights} for the encoder {spec} does not exist: give a file or folder that does.")
     name, _ = parse_spec(spec)
-    encoder = ENCODERS.build(spec)(name, None if weights is None else Path(weights))
+    encoder = ENCODERS.build(spec)(name, weights)
     if not isinstance(encoder, VisionEncoder):
         raise UserError(
             f"The encoder {spec} must be a repa.encoders.VisionEncoder, but {type(encoder).__name__} came back."

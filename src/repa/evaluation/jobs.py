@@ -14,7 +14,7 @@ from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.evaluation.config import EvaluateConfig, ReferenceConfig
 from repa.evaluation.judges import InceptionJudge, Judge, load_judge
-from repa.evaluation.measure import NEIGHBOURS, check_measurable, measure
+from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
 from repa.evaluation.sources import open_images
@@ -47,6 +47,7 @@ def evaluate_file(
         made = None  # nothing, or about another file
 
     def counted() -> Stream:
+        progress(0, images.num)
         for indices, pixels in images.batches(config.batch_size):
             yield indices, pixels
             progress(min(int(indices[0]) + dist.world() * config.batch_size, images.num), images.num)
@@ -81,7 +82,10 @@ def evaluate_stream(
         raise UserError(
             f"{samples} holds {num} image: a distribution needs at least two, and thousands to mean something."
         )
+    check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)
+    if not isinstance(opened, ReferenceFile):
+        check_number(opened.num, config.wanted, str(reference))
     judge = load_judge(config.features, weights=config.features_weights or None, device=device)
     real = load_reference(opened, judge, config.features, config.batch_size, progress)
     check_measurable(judge, real, config.wanted)
@@ -117,6 +121,7 @@ def make_reference(
         raise UserError(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
+    files.require_writable(out)
     judge = load_judge(config.features, weights=config.features_weights or None, device=device)
     reference = kept_reference(images, judge, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():

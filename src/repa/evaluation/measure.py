@@ -90,6 +90,7 @@ def measure(
         found["inception_score"] = score.value
     if NEED_ROWS & set(metrics):
         samples = gather_rows(rows, places)
+        rows.clear()  # they are in `samples`: held twice no longer than that
         found |= _of_rows(reference.subset.to(judge.device), samples.to(judge.device), metrics, neighbours)
     return {name: found[name] for name in metrics}
 
@@ -108,6 +109,15 @@ def check_measurable(judge: Judge, reference: Reference, metrics: Sequence[str])
         )
     if reference.spatial is None and "sfid" in metrics:
         raise UserError("The reference has no mu_s and sigma_s, which sfid needs: leave it out of --metrics.")
+
+
+def check_number(num: int, metrics: Sequence[str], where: str) -> None:
+    """Raises UserError for a metric that so few images do not have, before any is made or looked at."""
+    if num <= NEIGHBOURS and {"precision", "recall"} & set(metrics):
+        raise UserError(
+            f"Precision and recall look at {NEIGHBOURS} neighbours, so they need more than {NEIGHBOURS} images, but {where} "
+            f"has {num}: give more, or leave both out of the metrics."
+        )
 
 
 def _distance(real: Moments, statistics: Statistics) -> float:

@@ -19,4 +19,5 @@ def gather_rows(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
         padded[: len(rows), : rows.shape[1]], places[: len(rows)] = rows, index
         rows, index = dist.gather(padded), dist.gather(places)  # (world * num, D)
         rows, index = rows[index >= 0], index[index >= 0]
-    return rows[index.argsort()]
+    in_order = bool((index[1:] > index[:-1]).all())
+    return rows if in_order else rows[index.argsort()]  # a copy of all rows, which one process need not make

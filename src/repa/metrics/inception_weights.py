@@ -78,8 +78,9 @@ def _cached() -> Path:
         return path
     raise UserError(
         f"The weights of Inception-v3 are not on this machine and could not be fetched from {URL} "
-        f"({problem or 'they were fetched to another machine'}): give --features-weights FILE, put the file at {_places()[0]}, "
-        "or measure in the features of an encoder inside this package with --features tiny-judge."
+        f"({problem or 'they were fetched to another machine'}): give --features-weights FILE (of `repa train`: "
+        f"--feature-weights inception=FILE), put the file at {_places()[0]}, or measure in the features of an encoder inside "
+        "this package with --features tiny-judge (--preview.features tiny-judge)."
     )
 
 

@@ -40,7 +40,8 @@ class Analysis:
 
     @property
     def label(self) -> str:
-        return NAMES[self.kind] + (f" with {self.settings['encoder']}" if "encoder" in self.settings else "")
+        variant = " (platonic)" if self.kind == "cknna" and self.settings.get("variant") == "platonic" else ""
+        return NAMES[self.kind] + variant + (f" with {self.settings['encoder']}" if "encoder" in self.settings else "")
 
     @property
     def best(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ PROTOCOL = (
     "features", "judge_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
     "weights", "neighbours",
 )  # fmt: skip
+ADAPTIVE = ("dopri5",)  # samplers whose NFE is no setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
 INCEPTION = "inception"
 SAME = {"fid": DISTANCE, "fd": DISTANCE}
@@ -20,6 +21,8 @@ Protocol = tuple[tuple[str, str], ...]
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
     """The settings of an evaluation; guidance of scale 1 is none, whatever its interval."""
     found = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
+    if str(found.get("sampler")).partition(":")[0] in ADAPTIVE:
+        found.pop("nfe", None)
     guidance = found.get("guidance")
     if isinstance(guidance, Mapping) and guidance.get("scale") == 1:
         found["guidance"] = "off"

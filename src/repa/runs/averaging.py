@@ -4,6 +4,7 @@ A profile of exponent gamma at step t weights the network of step tau <= t by (g
 relative width is its standard deviation as a share of t.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,10 +55,18 @@ def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]]
     folder = layout.snapshot_folder(run, step)
     if folder.exists():
         return
+    files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote
     with files.atomic_folder(folder) as temporary:
         for width, state in averages.items():
             half = {name: value.half().contiguous().cpu() for name, value in state.items()}
             save_file(half, temporary / f"{weights_name(width)}.safetensors")
+
+
+def drop_snapshots(run: Path, step: int) -> None:
+    """Remove those after `step`: their steps will be done again, perhaps with another end of the schedule."""
+    for later in layout.snapshot_steps(run):
+        if later > step:
+            shutil.rmtree(layout.snapshot_folder(run, later))
 
 
 def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, dict[str, Tensor]]:

@@ -52,8 +52,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
     """
     folder = layout.checkpoint_folder(run, checkpoint.step)
     if not folder.exists():
-        for leftover in folder.parent.glob(".*.tmp"):  # of a process that was killed while it wrote or removed
-            shutil.rmtree(leftover)
+        files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote or removed
         with files.atomic_folder(folder) as temporary:
             for name, tensors in checkpoint.files().items():
                 _write(tensors, temporary / name)
@@ -131,6 +130,15 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
             f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
         )
     return step, state
+
+
+def weights_checksum(run: Path, weights: str, step: int) -> str:
+    """SHA-256 of the file that `load_weights` read: what its checkpoint has on record, or of an average by `repa ema`."""
+    name = f"{weights}{layout.WEIGHTS}"
+    folder = layout.checkpoint_folder(run, step)
+    if (folder / name).is_file():
+        return files.read_json(folder / layout.STATE_FILE)["sha256"][name]
+    return files.sha256(layout.average_file(run, step, weights))
 
 
 def _whole(run: Path, step: int, only: str | None = None) -> Path:

@@ -16,7 +16,7 @@ from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import DiT, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
-from repa.runs.checkpoint import load_weights
+from repa.runs.checkpoint import load_weights, weights_checksum
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
@@ -37,6 +37,11 @@ class LoadedRun:
     def process(self) -> Process:
         """Path, prediction, and what the network is given for t."""
         return build_process(self.diffusion)
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """Checksum of the file that the network was read from; None of one that is in memory only."""
+        return None if self.folder is None else weights_checksum(self.folder, self.weights, self.step)
 
     @property
     def path(self) -> Interpolant:

@@ -86,17 +86,19 @@ def write_samples(
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
+    calls: list[int] = []
     for done, start in enumerate(mine):
         path = parts / f"{start:09d}.npy"
         if not path.exists():
             images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)))
+            calls.append(nfe)
             count(nfe)
             with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
         progress(min((done + 1) * config.batch_size * dist.world(), num), num)
-    dist.barrier()
+    made = [nfe for part in dist.gather_objects(calls) for nfe in part]  # the others wait here too
     if dist.is_main():
-        files.write_json(out.with_suffix(".json"), job)
+        files.write_json(out.with_suffix(".json"), job | ({"nfe": max(made)} if made else {}))
         _assemble([parts / f"{start:09d}.npy" for start in starts], num, out)
         for path in parts.iterdir():
             path.unlink()
@@ -111,7 +113,9 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
         "run": str(run.folder),
         "step": run.step,
         "weights": run.weights,
+        "weights_sha256": run.weights_sha256,
         "num": num,
+        "autoencoder": run.autoencoder.name,
         **config.model_dump(mode="json"),
     }
 

@@ -135,7 +135,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(2, ge=0)
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none of them."""
+    """Steps between checkpoints that are kept for ever, beside the newest; 0 keeps none of them."""
     async_save: bool = False
     """Write checkpoints from a copy in memory while training goes on."""
     wandb: str = ""

@@ -16,6 +16,7 @@ from repa.base import dist
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
 from repa.runs import MetricsLog, Writer
+from repa.runs.averaging import drop_snapshots
 from repa.training import signals
 from repa.training.config import TrainConfig
 from repa.training.meters import Waiting
@@ -72,6 +73,7 @@ def train(
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
         return Finished(state.step)
 
+    dist.on_main(lambda: drop_snapshots(run, state.step))
     for note in targets.notes:
         say(note)
     wanted = state.objective.targets  # where a weight is 0, its encoder is not run, and nothing is read for it
@@ -91,8 +93,8 @@ def train(
     log.row("event", state.step, message=started)
     objective = running(state.objective, config, device)
     groups = state.objective.trained_groups()
-    if config.precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products that remain; fp32 means float32
+    # TF32 for the float32 products that remain in half precision; fp32 means float32, also after another run in this process
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     ideal = ideal_seconds(state.objective, config.precision, device)
     batches = Waiting(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
@@ -115,15 +117,18 @@ def train(
             if failed:
                 dist.on_main(writer.check)
             last = state.step == config.num_steps
-            hooks_due = [hook for hook in hooks if state.step % hook.every == 0 or last]
-            save_due = last or stop or by_clock or state.step % config.save_every == 0
-            if state.step % config.log_every == 0 or save_due or hooks_due:
+            hooks_due = [hook for hook in hooks if _due(hook.every, state.step) or last]
+            save_due = (
+                last or stop or by_clock or _due(config.save_every, state.step) or _due(config.keep_every, state.step)
+            )
+            snapshot_due = _due(config.snapshot_every, state.step)
+            if _due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:
                 rows.write(losses, norms[0])
             progress(state)
             for hook in hooks_due:
                 values = hook.run(state)
                 log.row("eval", state.step, **{"seconds": state.seconds, **values})
-            if config.snapshot_every and state.step % config.snapshot_every == 0:
+            if snapshot_due:
                 state.keep_snapshot(run)
             if save_due:
                 checkpoint = state.snapshot(copy=config.async_save)
@@ -132,7 +137,7 @@ def train(
             if last or stop:
                 dist.on_main(writer.wait)
                 break
-            if hooks_due or save_due:
+            if hooks_due or save_due or snapshot_due:
                 rows.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
 
@@ -145,6 +150,10 @@ def _latents(batch: Batch, autoencoder: nn.Module, seed: int, step: int) -> Tens
     stream = generator(seed, "posterior", step, device=moments.device)
     noise = torch.randn((dist.world() * num, channels, *moments.shape[2:]), generator=stream, device=moments.device)
     return autoencoder.sample(moments, noise=noise[dist.rank() * num : (dist.rank() + 1) * num])
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _agree(flags: list[bool], step: int, device: torch.device) -> list[bool]:

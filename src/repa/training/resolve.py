@@ -69,7 +69,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): choose another --out, "
                 "or give the settings it was started with."
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and any(not _ours(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
     summary = data.summary()
     if path.is_file() and (before_data := files.read_json(run / layout.DATA)) != summary:
@@ -80,3 +80,10 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
         )
     files.write_json(run / layout.DATA, summary)  # first, so that a folder with a configuration has its data too
     files.write_text(path, config.to_yaml())
+
+
+def _ours(name: str) -> bool:
+    """Whether a file is what a kill amid `claim_folder` leaves behind."""
+    return name == layout.DATA or (
+        name.startswith((f".{layout.DATA}.", f".{layout.CONFIG}.")) and name.endswith(".tmp")
+    )

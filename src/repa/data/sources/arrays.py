@@ -19,7 +19,8 @@ IMAGES = ("images", "image", "arr_0", "x", "x_train", "data")
 LABELS = ("labels", "label", "arr_1", "y", "y_train", "targets")
 MAX_UNPACKED = 1 << 32  # bytes of a compressed array, which is held in memory whole
 CHANNELS = (1, 3)
-PIECES, PIECE = 8, 1 << 20  # of the file, which its checksum covers: all of it would take minutes at every start
+WHOLE = 1 << 30  # bytes of a file whose checksum covers all of it: about a second at every start
+PIECES, PIECE = 64, 1 << 20  # of a larger one, where all of it could take minutes
 
 
 class ArraySource(Source):
@@ -190,8 +191,10 @@ class _Npz:
 
 
 def _fingerprint(path: Path) -> str:
-    """A checksum of a file's size and of PIECES evenly spaced parts."""
+    """A checksum of a file, or of the size and of PIECES evenly spaced parts of one beyond WHOLE bytes."""
     size = path.stat().st_size
+    if size <= WHOLE:
+        return files.sha256(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for place in np.linspace(0, max(size - PIECE, 0), PIECES).astype(np.int64).tolist():

@@ -1,17 +1,14 @@
 """Shards that lie elsewhere: copied here one by one as they are needed, the longest unused removed first."""
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from repa.base import files
 from repa.base.errors import UserError
+from repa.data.cache import FileCache
 
 CHUNK = 1 << 20
 
@@ -20,39 +17,16 @@ class Fetcher:
     """A folder of copies, shared by processes, that keeps at most `limit` bytes besides the newest file."""
 
     def __init__(self, limit: int):
-        self.folder = files.cache_folder() / "sources" / "shards"
-        self.limit = limit
+        self.cache = FileCache(files.cache_folder() / "sources" / "shards", limit)
 
     def local(self, url: str) -> Path:
         """The copy of a URL or of the output of `pipe:COMMAND`, made now if it is not there.
 
-        A copy that is open while another process removes it stays readable until it is closed.
-
         Raises:
             UserError: the URL cannot be read, or the command fails.
         """
-        path = self.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if path.is_file():
-                os.utime(path)  # used now: the last to be removed
-                return path
-            with files.atomic_path(path) as temporary:
-                _fetch(url, temporary)
-            self._remove_oldest(path)
-            return path
-
-    def _remove_oldest(self, newest: Path) -> None:
-        copies = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process removed it
-                if path != newest and not path.suffix and not path.name.startswith("."):
-                    copies.append((path.stat().st_mtime, path.stat().st_size, path))
-        total = sum(size for _, size, _ in copies) + newest.stat().st_size
-        for _, size, path in sorted(copies):
-            if total > self.limit:
-                path.unlink(missing_ok=True)
-                total -= size
+        key = hashlib.sha256(url.encode()).hexdigest()
+        return self.cache.path(key, "shard", lambda temporary: _fetch(url, temporary))
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -80,11 +54,3 @@ def _run(command: str, path: Path) -> None:
         last = messages.read()[-300:].decode(errors="replace").strip().replace("\n", " ")
     if code:
         raise UserError(f"The command {command!r} failed with code {code}{f' ({last})' if last else ''}: mend it.")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait instead of fetching the same shard."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -98,7 +98,7 @@ def from_folders(where: str, paths: Sequence[str]) -> Classes:
         loose = paths[nested.index(False)]
         raise UserError(
             f"{where} holds folders of images and loose images such as {printable(loose)}: "
-            "move every image into the folder of its class."
+            "move every image into the folder of its class, or give --labels none for one class."
         )
     names = sorted({_folder(path) for path in paths})
     position = {name: label for label, name in enumerate(names)}

@@ -154,7 +154,7 @@ def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Class
     for name in names:
         if name not in table:
             raise UserError(
-                f"{printable(name)} has no label in {where}{nearest(name, _near(table, name))} "
+                f"{printable(name)} has no label in {where}.{nearest(name, _near(table, name))} "
                 "Paths there are those from the root of the source; give a label to every image."
             )
         values.append(table[name])

@@ -1,0 +1,41 @@
+"""Progress in a log: what it says of jobs that are short, continued, or long."""
+
+import pytest
+
+from repa.cli import console
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_short_job_tells_no_rate(capsys, clock):
+    with console.Progress("work", "images") as bar:
+        clock[0] += 30.0  # models are loaded
+        bar(64, 96)
+        clock[0] += 0.0004
+        bar(96, 96, "1 MiB written")
+    assert lines(capsys) == ["work: 64/96 images", "work: 96/96 images 1 MiB written"]
+
+
+def test_a_job_of_one_report_tells_no_rate(capsys, clock):
+    with console.Progress("work", "images") as bar:
+        bar(5, 5)
+    assert lines(capsys) == ["work: 5/5 images"]
+
+
+def test_the_rate_is_that_of_this_process(capsys, clock):
+    with console.Progress("work", "images") as bar:
+        bar(1000, 4000)  # done before
+        clock[0] += 20.0
+        bar(2000, 4000)
+        clock[0] += 20.0
+        bar(4000, 4000)
+    assert lines(capsys) == ["work: 2,000/4,000 images (50.0/s, 0:40 left)", "work: 4,000/4,000 images (75.0/s)"]

@@ -1,0 +1,37 @@
+"""A folder of copies of bounded size."""
+
+import os
+
+from repa.data.cache import FileCache
+
+
+def test_the_longest_unused_goes_first_and_files_under_way_stay(tmp_path):
+    cache, fetched = FileCache(tmp_path, 25), []
+
+    def get(key):
+        return cache.path(key, "file", lambda path: (fetched.append(key), path.write_bytes(key.encode() * 5))[1])
+
+    under_way = tmp_path / "ff" / ".file.1234.tmp"  # by another process
+    under_way.parent.mkdir()
+    under_way.write_bytes(b"x" * 100)
+    os.utime(under_way, (0, 0))
+    for time, key in enumerate(["aa", "bb", "aa", "cc"]):  # 10 bytes each
+        os.utime(get(key), (time, time))
+    assert sorted(path.parent.name for path in tmp_path.glob("*/file")) == ["aa", "cc"]
+    assert under_way.is_file()
+    assert get("bb").read_bytes() == b"bbbbbbbbbb"
+    assert fetched == ["aa", "bb", "cc", "bb"]
+
+
+def test_what_a_killed_process_left_goes_when_its_file_is_fetched(tmp_path):
+    left = tmp_path / "aa" / ".file.1234.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    path = FileCache(tmp_path, 100).path("aa", "file", lambda path: path.write_bytes(b"whole"))
+    assert (path.read_bytes(), left.exists()) == (b"whole", False)
+
+
+def test_a_file_of_another_size_is_fetched_again(tmp_path):
+    cache = FileCache(tmp_path, 100)
+    cache.path("aa", "file", lambda path: path.write_bytes(b"old"))
+    assert cache.path("aa", "file", lambda path: path.write_bytes(b"whole"), size=5).read_bytes() == b"whole"
