@@ -18,7 +18,8 @@ from repa.data.prefetch import ahead
 from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 
-DEPTH = 4  # batches that are read ahead, by one thread: from the page cache, two take longer than one
+DEPTH = 4  # batches that are read ahead
+READERS = 2  # threads: a read is mostly the system's copy, in which another thread can go on
 BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
 
 
@@ -120,14 +121,16 @@ class Loader:
         return self._finish(self._read(step))
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of start_step, start_step + 1, ...; a thread reads ahead. Close the iterator to stop it."""
+        """Batches of start_step, start_step + 1, ...; threads read ahead. Close the iterator to stop them."""
         on_start = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         with contextlib.ExitStack() as stack:
             fetcher = (
                 stack.enter_context(contextlib.closing(FetchAhead(self.data.stream))) if self.data.stream else None
             )
             steps = self._fetching(itertools.count(start_step), fetcher) if fetcher else itertools.count(start_step)
-            stream = stack.enter_context(contextlib.closing(ahead(self._read, steps, DEPTH, on_start=on_start)))
+            stream = stack.enter_context(
+                contextlib.closing(ahead(self._read, steps, DEPTH, READERS, on_start=on_start))
+            )
             for rows in stream:
                 yield self._finish(rows)
 
