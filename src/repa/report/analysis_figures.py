@@ -11,7 +11,7 @@ import numpy as np
 
 from repa.base.errors import UserError
 from repa.base.files import atomic_path
-from repa.report.style import RULE, TEXT, legend_label, line, strong
+from repa.report.style import TEXT, frame, legend_label, line, strong
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +109,7 @@ def _draw_depths(axes: Axes, rows: Rows, value: str, label: str) -> None:
     encoders = [row for row in rows if row.get("depth") is None and row["features"] == "patches"]
     for number, row in enumerate(encoders):  # averaged over tokens, as the hidden states are
         axes.axhline(row[value], color=TEXT, linewidth=1.2, linestyle=line(number + 1), label=legend_label(row["run"]))
-    _dress(axes, "depth (block)", label)
+    frame(axes, "depth (block)", label)
     axes.set_xticks(_ticks(sorted({row["depth"] for row in of_runs})))
     if len(series) + len(encoders) > 1:
         _legend(axes)
@@ -146,7 +146,7 @@ def _draw_training(axes: Axes, rows: Rows, value: str, label: str) -> None:
         steps = sorted({row["step"] for row in mine})
         best = [np.fmax.reduce([row[value] for row in mine if row["step"] == step]) for step in steps]
         axes.plot(steps, best, label=legend_label(f"{run}, t = {t:g}"), **strong(number))
-    _dress(axes, "training steps", f"{label}, best block")
+    frame(axes, "training steps", f"{label}, best block")
     if len(series) <= MOST_IN_LEGEND:
         _legend(axes)
 
@@ -161,13 +161,3 @@ def _legend(axes: Axes) -> None:
 def _ticks(depths: Sequence[int]) -> list[int]:
     """At most ten of the depths, the first among them."""
     return list(depths[:: -(-len(depths) // 10)])
-
-
-def _dress(axes: Axes, horizontal: str, vertical: str) -> None:
-    axes.set_xlabel(horizontal, color=TEXT)
-    axes.set_ylabel(vertical, color=TEXT)
-    axes.grid(color=RULE, linewidth=0.6, alpha=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(color=RULE, labelcolor=TEXT, labelsize=9)

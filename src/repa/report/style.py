@@ -69,6 +69,17 @@ def horizontal(runs: Sequence[RunRecord], against: str) -> Horizontal:
     return Horizontal("seconds", 1.0, "training time (seconds)")
 
 
+def frame(axes: Axes, horizontal: str, vertical: str) -> None:
+    """Labels and a quiet grid."""
+    axes.set_xlabel(horizontal, color=TEXT)
+    axes.set_ylabel(vertical, color=TEXT)
+    axes.grid(color=RULE, linewidth=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(color=RULE, labelcolor=TEXT, labelsize=9)
+
+
 def dress(axes: Axes, label: str, horizontal_label: str) -> None:
     """Labels, a quiet grid and a legend; no frame."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -76,13 +87,7 @@ def dress(axes: Axes, label: str, horizontal_label: str) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_xlabel(horizontal_label, color=TEXT)
-    axes.set_ylabel(label, color=TEXT)
-    axes.grid(color=RULE, linewidth=0.6, alpha=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    axes.tick_params(color=RULE, labelcolor=TEXT, labelsize=9)
+    frame(axes, horizontal_label, label)
     if axes.get_legend_handles_labels()[0]:
         for text in axes.legend(frameon=False, labelcolor=TEXT, fontsize=9).get_texts():
             text.set_parse_math(False)  # a dollar in a run's name is a dollar
