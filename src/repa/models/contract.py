@@ -1,0 +1,111 @@
+"""What every network that repa trains looks like from outside: state, time and condition in; predictions and taps out.
+
+N batch, C channels, T tokens of the grid, D width, h attention heads, S text tokens, E width of text tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by its name, (N, F)
+
+
+class Tap(NamedTuple):
+    """A place in the network that can be looked at; hashable, and fixed before torch.compile."""
+
+    depth: int  # block, counted from 1
+    kind: Literal["hidden", "attention"] = "hidden"
+
+    def __str__(self) -> str:
+        return f"{self.depth}" if self.kind == "hidden" else f"{self.depth}.{self.kind}"
+
+
+class Condition(NamedTuple):
+    """What a sample is conditioned on. First axis N everywhere; a pytree, so that it passes through torch.compile."""
+
+    labels: Tensor  # (N,) int64
+    text: Tensor | None = None  # (N, S, E)
+    text_mask: Tensor | None = None  # (N, S) bool, True where there is a token
+
+    def where(self, keep: Tensor, other: "Condition") -> "Condition":
+        """This condition where `keep` (N,) is true, `other` elsewhere."""
+
+        def choose(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+            if own is None:
+                return None
+            return torch.where(keep.reshape(-1, *[1] * (own.ndim - 1)), own, others)
+
+        return Condition(*map(choose, self, other))
+
+    def cat(self, other: "Condition") -> "Condition":
+        """Both, one behind the other along the batch: (2N, ...)."""
+        return Condition(*(None if a is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
+
+    def rows(self, part: slice | Tensor) -> "Condition":
+        """Some of the samples."""
+        return Condition(*(None if value is None else value[part] for value in self))
+
+
+class Output(NamedTuple):
+    """What one pass of a network gives."""
+
+    prediction: State  # keyed as the state; "x" is (N, 2C, H, W) where the network also answers a variance
+    taps: dict[Tap, Tensor]  # hidden: residual stream after the block (N, T, D); attention: logits (N, h, T, T)
+    heads: dict[int, Tensor]  # depth -> prediction of x from that block (N, C, H, W)
+    kept: Tensor | None = None  # (N, K) ids of the tokens in the taps; None: all T
+
+
+class Backbone(nn.Module, ABC):
+    """A network that alignment, objectives, samplers and the training loop can use.
+
+    A backbone is a function of its arguments: it drops no labels and draws no random numbers, so that train() and eval()
+    agree. Tokens of streams, classes or text that it puts in front of the grid never reach a tap of kind "hidden" unless
+    `prefix_tokens` says so.
+
+    Attributes:
+        hidden_dim: width D of the taps.
+        depth: number of blocks.
+        grid: (rows, columns) of image tokens; T is their product.
+        state_shapes: name -> shape of one sample, "x": (C, H, W) first.
+        prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
+    """
+
+    hidden_dim: int
+    depth: int
+    grid: tuple[int, int]
+    state_shapes: dict[str, tuple[int, ...]]
+    prefix_tokens: int = 0
+
+    @abstractmethod
+    def forward(
+        self,
+        state: State,
+        t: Tensor,
+        condition: Condition,
+        taps: tuple[Tap, ...] = (),
+        keep: Tensor | None = None,
+    ) -> Output:
+        """Predict from the noised state.
+
+        Args:
+            state: keyed and shaped as `state_shapes`, with N in front.
+            t: (N,), or (N, T) where a method gives every token its own time; passed on as it is.
+            condition: of N samples.
+            taps: the places to return.
+            keep: (N, K) ids of the tokens that the middle of the network sees, where it routes tokens; None: all.
+        """
+
+    @abstractmethod
+    def null(self, like: Condition) -> Condition:
+        """The condition that means "none" (the null class, the empty text), shaped as `like`."""
+
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes."""
+
+    @abstractmethod
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """The weights that Muon takes: the network knows, the optimizer does not."""
