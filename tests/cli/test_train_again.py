@@ -28,7 +28,7 @@ ALONE = "sit-b2 --data 'my data' --out r"
 def test_it_is_the_command_that_began_it(environment, wanted, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
+    for name, value in {**environment, "RANK": 0, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     again = _again(ARGV)
     assert again == wanted

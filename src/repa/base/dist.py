@@ -3,6 +3,9 @@
 import contextlib
 import gc
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -11,8 +14,11 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from repa.base import launch
 from repa.base.errors import UserError
+from repa.base.faults import sentence_of
 
+NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
 TIMEOUT = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
 Value = TypeVar("Value")
 
@@ -24,13 +30,14 @@ class SharedError(UserError):
 def own_device() -> torch.device:
     """This process's device, without joining a group: cuda by its local rank, mps or cpu, whichever the machine has."""
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here = launch.place()
+        local = here.local_world
         if local > torch.cuda.device_count():
             raise UserError(
                 f"{local} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
                 f"give torchrun --nproc-per-node {torch.cuda.device_count()}."
             )
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     return torch.device("mps" if torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ else "cpu")
@@ -39,10 +46,52 @@ def own_device() -> torch.device:
 def setup() -> torch.device:
     """Join the process group (NCCL, or gloo) when torchrun started several processes; returns this process's device."""
     device = own_device()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
+    if launch.place().world > 1 and not td.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics are reduced on the CPU
-        td.init_process_group(backend, timeout=TIMEOUT)
+        _join(backend)
     return device
+
+
+def _join(backend: str) -> None:
+    """Meet the other processes; who does not come within REPA_JOIN_MINUTES is named, in place of a wait without end."""
+    here, minutes = launch.place(), launch.join_minutes()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE is {here.world}, but {missing[0]} is not set: start the processes by torchrun, or unset RANK and "
+            "WORLD_SIZE for one process."
+        )
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    told = f"process {here.rank} of {here.world} waits for the others at {where}, at most {minutes:g} minutes"
+    note = threading.Timer(NOTE_AFTER, lambda: print(f"repa: {told} ({launch.JOIN})", file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    deadline = time.monotonic() + 60 * minutes
+    try:
+        store, rank, world = next(td.rendezvous("env://", here.rank, here.world, timeout=timedelta(minutes=minutes)))
+        store = td.PrefixStore("repa", store)
+        store.set(f"here/{rank}", "1")
+        absent = list(range(world))
+        while absent := [other for other in absent if not store.check([f"here/{other}"])]:
+            if time.monotonic() > deadline:
+                raise UserError(_alone(f"processes {', '.join(map(str, absent[:8]))}", minutes))
+            time.sleep(0.05)
+    except (td.DistError, TimeoutError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            _alone(f"the other processes at {where}", minutes) + f" (PyTorch said: {reason[:200]})"
+        ) from error
+    finally:
+        note.cancel()
+    td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def _alone(whom: str, minutes: float) -> str:
+    return (
+        f"Waited {minutes:g} minutes for {whom}, which did not come: see whether they started and reach each other, or set "
+        f"{launch.JOIN} to wait longer."
+    )
 
 
 def teardown() -> None:
@@ -112,8 +161,9 @@ def on_main(function: Callable[[], Value]) -> Value:
     if is_main():
         try:
             value = function()
-        except UserError as error:
-            sentence = str(error)
+        except Exception as error:
+            if (sentence := sentence_of(error)) is None:
+                raise
     value, sentence = from_main((value, sentence))
     if sentence is not None:
         raise SharedError(sentence)
@@ -126,11 +176,11 @@ def together() -> Iterator[None]:
     mine = None
     try:
         yield
-    except UserError as error:
-        if not active():
+    except Exception as error:
+        if not active() or sentence_of(error) is None:
             raise
         mine = error
-    sentences = [sentence for sentence in gather_objects(mine and str(mine)) if sentence]
+    sentences = [sentence for sentence in gather_objects(mine and sentence_of(mine)) if sentence]
     if sentences:
         raise SharedError(sentences[0]) from mine
 

@@ -1,11 +1,22 @@
-"""The one exception that is meant for the user."""
+"""The one exception that is meant for the user, and texts made safe to print."""
+
+import re
+
+# C0, C1 and DEL move the cursor or colour the terminal; bidirectional controls and line separators reorder what is read; lone
+# surrogates stand for bytes that are no UTF-8
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what was given, what is allowed and what to do next.
+    """An error the user can fix: the message says what was given, what is allowed and what to do next.
 
     The command line prints it as one sentence and exits with code 2. Every other exception is a bug of ours: traceback, exit code 1.
     """
+
+
+def escaped(text: str) -> str:
+    r"""Text as a terminal may show it: control characters are written out (\\x1b), newlines and tabs stay."""
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def nearest(given: str, allowed) -> str:

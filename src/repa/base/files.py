@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, checksums, the cache folder, space checks."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from repa.base import faults
 from repa.base.errors import UserError
 
 
 def cache_folder() -> Path:
     """Where downloads and derived files live: $REPA_CACHE, else $XDG_CACHE_HOME/repa, else ~/.cache/repa."""
-    base = os.environ.get("REPA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "repa"
+    base = os.environ.get("REPA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repa"
     return Path(base)
 
 
@@ -26,42 +28,49 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The data is on disk (fsync) before the name changes, so a kill at any moment leaves the old file or the new one.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        _sync(temporary)
+        _permit(temporary, 0o666)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise _full(error, path) from error
+    except Exception as error:
+        if said := faults.written(error, path):
+            raise said from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # of a failing disk: the error that came before is the one to tell
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like atomic_path for a folder of several files; an existing folder at `path` is an error of ours."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        os.chmod(temporary, 0o777 & ~_umask())
+                _sync(file)
+        _permit(temporary, 0o777)
         os.rename(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise _full(error, path) from error
+    except Exception as error:
+        if said := faults.written(error, path):
+            raise said from error
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -84,12 +93,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: it cannot be read as JSON ({error}).") from None
+    with faults.reading(path, "JSON", missing=f"There is no file {path}."):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def sha256(path: str | Path) -> str:
@@ -142,18 +147,23 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def _sync(path: Path) -> None:
+    """Bytes on the disk, where the file system can say so."""
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+def _permit(path: Path, mode: int) -> None:
+    """The usual permissions in place of a temporary file's; a file system without any (CIFS) keeps its own."""
+    with contextlib.suppress(PermissionError):
+        os.chmod(path, mode & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _full(error: OSError, path: Path) -> Exception:
-    """A full disk is the user's to mend; any other error stays what it is."""
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"The disk is full: {path} was not written; what was there before is whole. Make room, then run the same command again."
-        )
-    return error

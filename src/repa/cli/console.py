@@ -1,24 +1,26 @@
 """Progress for people (a bar with rate and time left on a terminal) and for logs (a plain line now and then)."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+
+from repa.base import launch
+from repa.base.errors import escaped
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
 MEASURED = 1.0  # seconds of work before its rate is worth telling
 
 
 def speaks() -> bool:
-    """Is this the process that talks? Asked of torchrun's variables, because torch takes a second to import."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Is this the process that talks?"""
+    return launch.place(strict=False).rank == 0
 
 
 def say(text: str = "") -> None:
-    """A line from the main process only."""
+    """A line from the main process only; control characters in names are written out."""
     if speaks():
-        print(text, flush=True)
+        print(escaped(text), flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -31,7 +33,7 @@ class Progress:
     """One task: call it with (done, total, note). Use as a context manager."""
 
     def __init__(self, what: str, unit: str):
-        self.what, self.unit = what, unit
+        self.what, self.unit = escaped(what).replace("\n", " "), unit
         self.bar = None
         self.begin = self.said = time.perf_counter()
         self.first: int | None = None  # where this process started: a continued job's rate counts only its own work
@@ -43,8 +45,8 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
             )  # fmt: skip
             self.task = self.bar.add_task(self.what, total=None, rate="", note="")
@@ -52,7 +54,7 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        now = time.perf_counter()
+        note, now = escaped(note), time.perf_counter()
         if self.first is None:  # before it, models were loaded, or another process did the work
             self.first, self.begin = done, now
         if not speaks():

@@ -1,12 +1,13 @@
 """`repa VERB ...`: find the verb, run it, turn what goes wrong into an exit code."""
 
-import errno
 import importlib
 import os
 import sys
 
 from repa import __version__
-from repa.base.errors import UserError, nearest
+from repa.base import launch
+from repa.base.errors import UserError, escaped, nearest
+from repa.base.faults import sentence_of
 from repa.base.memory import keep_freed_memory
 
 VERBS = {
@@ -50,28 +51,24 @@ def run(argv: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"There is no verb {verb!r}: allowed are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+        launch.place()  # variables that do not fit together are refused before a process waits for others
         code = importlib.import_module(f"repa.cli.{verb}").main(rest)
         _part()
         return code
-    except UserError as error:
-        return _refuse(str(error), of_all=_shared(error))
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
         sys.stderr.close()
         return 0
-    except (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
             raise
-        return _refuse(f"{error.filename}: {error.strerror}. Choose another path, or mend this one.")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _refuse("The disk is full: make room, then run the same command again; what was whole before still is.")
+        return _refuse(sentence, of_all=isinstance(error, UserError) and _shared(error))
     except KeyboardInterrupt:
         print("repa: stopped by Ctrl-C; the same command continues where it was.", file=sys.stderr)
         return 130
 
 
-def _shared(error: UserError) -> bool:
+def _shared(error: Exception) -> bool:
     """Do all processes raise this? Before they meet, all read the same command line and files; later, when they agreed on it."""
     dist = sys.modules.get("repa.base.dist")  # not imported by commands that need no torch
     if dist is None or not dist.active():
@@ -89,16 +86,20 @@ def _part() -> None:
 
 def _refuse(sentence: str, of_all: bool = True) -> int:
     """Say it: once on each machine when it is the mistake of all processes, else by the process that made it."""
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if local == 0 or not of_all:
-        print(f"repa: {'' if of_all else f'process {rank}: '}" + sentence.replace("\n", " "), file=sys.stderr)
+    here = launch.place(strict=False)
+    if here.local_rank == 0 or not of_all:
+        who = f"process {here.rank}: " if not of_all and here.world > 1 else ""
+        print(f"repa: {who}{escaped(' '.join(sentence.split()))}", file=sys.stderr)
     return 2
 
 
 def main() -> None:
     keep_freed_memory()
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # names of any script in a locale of few letters; stderr does so anyway
     code = run(sys.argv[1:])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launch.place(strict=False).world > 1:
         # gloo's threads may outlive the group and abort an interpreter that tears itself down, which hides the exit code
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,13 +1,12 @@
 """`repa prepare SOURCE DATA ...`."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
-from repa.base import files
+from repa.base import files, launch
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Progress, duration, say
@@ -147,7 +146,7 @@ def _plan(given: PrepareArguments) -> None:
 
 def _place() -> tuple[int, int]:
     """This process among those that share the work, as torchrun tells; they never meet, so no group is joined."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return launch.place()[:2]
 
 
 def _title(out: Path, rank: int, world: int) -> str:

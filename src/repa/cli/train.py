@@ -1,10 +1,10 @@
 """`repa train RECIPE --data DATA --out RUN [overrides]`."""
 
-import os
 import shlex
 import signal
 from pathlib import Path
 
+from repa.base import launch
 from repa.cli import options
 from repa.cli.console import Progress, say
 from repa.evaluation.config import EvaluateConfig
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 def _again(argv: list[str]) -> str:
     """The command line that continues this run: that which began it."""
-    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    _, everywhere, _, here = launch.place()
     if everywhere == 1:
         return shlex.join(["repa", "train", *argv])
     nodes = [f"--nnodes={everywhere // here}", "..."] if everywhere > here else ["--standalone"]

@@ -1,0 +1,79 @@
+"""Which of several processes this one is, by the variables that torchrun sets. Free of torch, which takes a second to import."""
+
+import os
+from typing import NamedTuple
+
+from repa.base.errors import UserError
+
+JOIN = "REPA_JOIN_MINUTES"  # environment variable: how long processes wait for each other at the start
+JOIN_MINUTES = 10.0
+PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+
+class Place(NamedTuple):
+    """This process among all, and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def place(*, strict: bool = True) -> Place:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a process that torchrun did not start is alone.
+
+    Args:
+        strict: False takes variables that make no sense for absent, to print an error.
+
+    Raises:
+        UserError: one is set without the other, is no number, or a rank is outside of its world.
+    """
+    try:
+        (rank, world), (local_rank, local_world) = (_pair(*names) for names in PAIRS)
+    except UserError:
+        if strict:
+            raise
+        return Place()
+    return Place(rank, world, local_rank, local_world)
+
+
+def join_minutes() -> float:
+    """How long processes wait for each other at the start."""
+    text = os.environ.get(JOIN, str(JOIN_MINUTES))
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e5:
+        raise UserError(f"The environment variable {JOIN} is {text!r}: give minutes above 0, such as 10.")
+    return minutes
+
+
+def _pair(rank_name: str, world_name: str) -> tuple[int, int]:
+    given = {name: os.environ[name] for name in (rank_name, world_name) if name in os.environ}
+    if not given:
+        return 0, 1
+    for name, text in given.items():
+        if not (text.isascii() and text.isdecimal() and len(text) <= 6):
+            raise UserError(
+                f"The environment variable {name} is {text!r}, not a number. {_remedy(rank_name, world_name)}"
+            )
+    if len(given) == 1:
+        there = next(iter(given))
+        lacking = world_name if there == rank_name else rank_name
+        if int(given[there]) == (0 if there == rank_name else 1):  # one process, said twice
+            return 0, 1
+        if rank_name == "LOCAL_RANK":  # some launchers set one of the two
+            return (int(given[there]), int(given[there]) + 1) if there == rank_name else (0, int(given[there]))
+        raise UserError(f"{there} is set, but {lacking} is not. {_remedy(rank_name, world_name)}")
+    rank, world = int(given[rank_name]), int(given[world_name])
+    if rank >= world:
+        raise UserError(
+            f"{rank_name} is {rank}, but {world_name} is {world}: ranks are 0 to {world_name} - 1. "
+            f"{_remedy(rank_name, world_name)}"
+        )
+    return rank, world
+
+
+def _remedy(rank_name: str, world_name: str) -> str:
+    return f"Start several processes by torchrun, or unset {rank_name} and {world_name} for one process."

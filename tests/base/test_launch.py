@@ -1,0 +1,91 @@
+"""torchrun's variables: all of them, none, or a sentence; and a process whose peers never come."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from repa.base.errors import UserError
+from repa.base.launch import Place, place
+from repa.cli import main
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    def put(**values):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, Place()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Place(3, 8, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 0, 1)),
+        ({"WORLD_SIZE": "1"}, Place()),
+        ({"RANK": "0"}, Place()),
+    ],
+)
+def test_places(values, wanted, launched):
+    launched(**values)
+    assert place() == wanted
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"RANK": "x"}, {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "²"},
+        {"RANK": "0", "WORLD_SIZE": "1e3"}, {"RANK": "0", "WORLD_SIZE": "9" * 5000}, {"LOCAL_RANK": "x"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+    ],
+)  # fmt: skip
+def test_variables_that_do_not_fit_are_refused_before_anything_runs(values, launched, capsys):
+    launched(**values)
+    with pytest.raises(UserError):
+        place()
+    assert main.run(["show", "quickstart"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert any(name in said.err for name in values)
+    assert len(said.err.splitlines()) == 1
+
+
+def alone(rank: int, tmp_path, **more) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "REPA_JOIN_MINUTES": "0.03", "CUDA_VISIBLE_DEVICES": "", **more,
+    }  # fmt: skip
+    script = "from repa.base import dist; dist.NOTE_AFTER = 0.3; from repa.cli import main; main.main()"
+    argv = ["sample", "nowhere", "--out", "s.npz"]
+    return subprocess.run(
+        [sys.executable, "-c", script, *argv], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_peers_never_come_says_so_and_ends(rank, tmp_path):
+    ended = alone(rank, tmp_path)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    note, *_, refusal = [line for line in ended.stderr.splitlines() if line.startswith("repa: ")]
+    assert "waits for the others" in note
+    assert "REPA_JOIN_MINUTES" in refusal
+
+
+def test_no_address_to_meet_at(tmp_path):
+    ended = alone(0, tmp_path, MASTER_ADDR="")
+    assert ended.returncode == 2
+    assert "MASTER_ADDR" in ended.stderr
