@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shards._Array, "append", full)
-        with pytest.raises(UserError, match=r"The disk is full: .* Make room, then run the same command"):
+        with pytest.raises(UserError, match="the disk is full"):
             prepare(folder, tmp_path / "out", SMALL)
     assert not list((tmp_path / "out").glob(".*"))
     assert (tmp_path / "out" / "images-00000.npy").exists()

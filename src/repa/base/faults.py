@@ -79,6 +79,11 @@ def sentence_of(error: BaseException) -> str | None:
     return _of_system(error) if isinstance(error, OSError) else None
 
 
+def is_of_disk(error: BaseException) -> bool:
+    """Whether it tells the state of a disk (full, failing, read-only, ...), whatever was asked of it."""
+    return isinstance(error, OSError) and error.errno in NAMELESS
+
+
 def written(error: Exception, path: Path) -> UserError | None:
     """The error of a block that writes `path`, naming it where the error does not; None for a bug of ours.
 
@@ -162,7 +167,7 @@ def _of_system(error: OSError) -> str | None:
     if isinstance(path, (str, os.PathLike)):
         ours = PACKAGE in Path(path).absolute().parents  # a file that the package should bring along
         return None if ours else _sentence(error.errno, path, error.strerror)
-    return _sentence(error.errno, None) if error.errno in NAMELESS else None
+    return _sentence(error.errno, None) if is_of_disk(error) else None
 
 
 def _sentence(number: int | None, path: object, strerror: str | None = None) -> str:

@@ -4,7 +4,6 @@ Cached files are named by their checksum: one that is there is right, whichever 
 machine share them.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from repa.base import files
 from repa.base.errors import UserError
+from repa.base.faults import is_of_disk
 from repa.data.cache import FileCache
 from repa.data.manifest import MANIFEST, ArrayFile, Manifest, TextFile
 
@@ -87,7 +87,7 @@ class Stream:
                     f"There is no {self.url.rstrip('/')}/{name}: copy a whole folder of `repa prepare`."
                 ) from None
             except Exception as error:  # every store has exceptions of its own
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_of_disk(error):
                     raise  # the disk here, which atomic_path explains
                 if pause is None:
                     reason = " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from repa.base import files
 from repa.base.errors import UserError
+from repa.base.faults import is_of_disk
 from repa.data.cache import FileCache
 
 CHUNK = 1 << 20
@@ -40,7 +41,7 @@ def _fetch(url: str, path: Path) -> None:
     except ImportError as error:
         raise UserError(f"{url} needs a package that is not installed: {error}.") from error
     except Exception as error:  # every kind of store has errors of its own, many of which are no OSError
-        if isinstance(error, OSError) and error.filename == str(path):
+        if is_of_disk(error) or (isinstance(error, OSError) and error.filename == str(path)):
             raise  # the disk here, which atomic_path explains
         raise UserError(f"{url} cannot be fetched: {type(error).__name__}: {error}.") from error
     return None
