@@ -30,12 +30,13 @@ from repa.base import files
 from repa.base.memory import keep_freed_memory
 from repa.diffusion import interpolate
 from repa.diffusion.interpolants import linear
+from repa.models import Condition
 from repa.models.config import ModelConfig
 from repa.training.advice import table
 from repa.training.config import TrainConfig
+from repa.training.features import EncoderFeatures
 from repa.training.measure import Feed, Figures, Step, Synthetic, endless, latents, measure, product_rate, timed
 from repa.training.state import build_state
-from repa.training.targets import Targets
 
 TEACHER = "dinov2-b"
 RESOLUTION = 256  # of the images that an online teacher sees, of which it makes 16 x 16 tokens
@@ -74,9 +75,9 @@ def source_of(
     batch = synthetic.batch(config, device, RESOLUTION if teacher == "online" else 1)
     if teacher != "online":
         return widths, endless(batch, batch.features), lambda: batch, lambda batch: batch.features
-    targets = Targets(config, Synthetic({}, synthetic.grid), device)
-    feed = targets.along(itertools.repeat(batch), 0, lambda step: (TEACHER,))
-    return targets.dims, feed, lambda: batch, lambda batch: targets(batch, (TEACHER,))
+    encoders = EncoderFeatures(config, Synthetic({}, synthetic.grid), device)
+    feed = encoders.along(itertools.repeat(batch), 0, lambda step: encoders.wanted)
+    return encoders.dims, feed, lambda: batch, lambda batch: encoders(batch, encoders.wanted)
 
 
 def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> Callable[[], None]:
@@ -85,7 +86,7 @@ def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> C
     batch = data()
     x, labels = latents(batch), batch.labels
     objective = build_state(config, dims, device).objective
-    model, projector = objective.model, objective.alignments[0].projector if dims else None
+    model, projector = objective.model, next(iter(objective.alignments.values())).projector if dims else None
     ema = copy.deepcopy(model)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0)
@@ -95,11 +96,11 @@ def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> C
         noise = torch.randn_like(x)
         x_t, velocity = interpolate(linear, x, noise, t)
         y = torch.where(torch.rand(len(x), device=device) < 0.1, model.null_label, labels)
-        output = model(x_t, t, y, objective.taps)
-        loss = ((output.prediction - velocity) ** 2).mean(dim=(1, 2, 3)).mean()
+        output = model({"x": x_t}, t, Condition(y), objective.taps)
+        loss = ((output.prediction["x"] - velocity) ** 2).mean(dim=(1, 2, 3)).mean()
         if projector is not None:
             target = tokens_of(batch)[TEACHER].patches
-            loss = loss + 0.5 * loop_alignment(projector(output.hidden[objective.taps[0]]), target)
+            loss = loss + 0.5 * loop_alignment(projector(output.taps[objective.taps[0]]), target)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

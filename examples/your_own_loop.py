@@ -39,7 +39,7 @@ def main(num_steps: int = 100) -> list[tuple[float, float]]:
         x_t = (1 - t) * x + t * noise
         prediction = network(torch.cat([x_t, t.expand(-1, 1, 32, 32)], dim=1))
         denoising = (prediction - (noise - x)).square().mean()
-        aligned = alignment(hidden.pop(), encoder(batch, grid=8).patches).mean()  # (N,) -> mean
+        aligned = alignment.compare(hidden.pop(), encoder(batch, grid=8).patches).mean()  # (N,) -> mean
         (denoising + alignment.weight(step) * aligned).backward()
         optimizer.step()
         optimizer.zero_grad()

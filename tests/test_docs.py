@@ -123,11 +123,11 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     train = [
         "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
         "--preview.every", "0", "--alignments.0.target", "mylab.encoders.random_patches:dim=32",
-        "--alignments.0.similarity", "mylab.similarities.smooth_l1:beta=0.5", "--alignments.0.projector", "linear",
+        "--alignments.0.loss", "mylab.losses.smooth_l1:beta=0.5", "--alignments.0.projector", "linear",
     ]  # fmt: skip
     assert run(train) == 0
     sample = ["sample", "run", "--num-images", "2", "--steps", "2", "--sampler", "mylab.samplers.midpoint"]
     assert run([*sample, "--out", "samples.npz"]) == 0
     assert (tmp_path / "samples.npz").is_file()
-    assert run([*train, "--alignments.0.similarity", "mylab.similarities.smooth_l2", "--out", "other"]) == 2
+    assert run([*train, "--alignments.0.loss", "mylab.losses.smooth_l2", "--out", "other"]) == 2
     assert "smooth_l2" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_every_row_of_the_tables_has_its_recipe():
 def test_names_say_what_is_trained(name, alignment):
     config = load_recipe(name)
     (term,) = config.alignments
-    assert (term.target, term.depth, term.similarity, term.weight) == alignment
+    assert (term.target, term.depth, term.loss, term.weight) == alignment
     assert (term.projector, term.schedule, term.token_norm, term.measure_only) == ("mlp", "constant", "none", False)
     family, size = name.split("-")[:2]
     assert config.model.name == {"sit": "SiT", "dit": "DiT"}[family] + f"-{size[:-1].upper()}/{size[-1]}"
@@ -144,7 +144,7 @@ def kinds() -> dict[tuple, str]:
     found: dict[tuple, str] = {}
     for name in ROWS:
         config = load_recipe(name)
-        terms = [(term.similarity, term.depth, term.weight) for term in config.alignments]
+        terms = [(term.loss, term.depth, term.weight) for term in config.alignments]
         found.setdefault((config.diffusion.objective, *terms), name)
     return found
 

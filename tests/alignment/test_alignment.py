@@ -24,29 +24,29 @@ def test_eq_8_projects_then_compares():
     alignment = build()
     hidden, target = inputs()
     expected = oracle.cosine(alignment.projector(hidden).detach(), target)
-    assert torch.allclose(alignment(hidden, target).double(), torch.tensor(expected).double(), atol=1e-6)
+    assert torch.allclose(alignment.compare(hidden, target).double(), torch.tensor(expected).double(), atol=1e-6)
 
 
 def test_gradients_reach_hidden_and_projector_but_not_the_target():
-    alignment = build(similarity="nt_xent", token_norm="zscore")
+    alignment = build(loss="nt_xent", token_norm="zscore")
     hidden, target = (x.requires_grad_() for x in inputs())
-    alignment(hidden, target).mean().backward()
+    alignment.compare(hidden, target).mean().backward()
     assert hidden.grad.abs().sum() > 0
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in alignment.named_parameters() if "weight" in name)
     assert target.grad is None
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "nt_xent"])
-def test_autocast_does_not_reach_the_comparison(similarity):
+@pytest.mark.parametrize("loss_name", ["cosine", "nt_xent"])
+def test_autocast_does_not_reach_the_comparison(loss_name):
     """Under bf16 the projector runs in bf16; from there on everything is as exact as float32."""
-    alignment = build(similarity=similarity)
+    alignment = build(loss=loss_name)
     hidden, target = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         projected = alignment.projector(hidden)
-        loss = alignment(hidden, target)
+        loss = alignment.compare(hidden, target)
     assert projected.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    reference = oracle.cosine if similarity == "cosine" else lambda a, b: oracle.nt_xent(a, b, 0.07)
+    reference = oracle.cosine if loss_name == "cosine" else lambda a, b: oracle.nt_xent(a, b, 0.07)
     assert torch.allclose(
         loss.double(), torch.tensor(reference(projected.detach().float(), target)).double(), atol=1e-5
     )
@@ -55,9 +55,9 @@ def test_autocast_does_not_reach_the_comparison(similarity):
 def test_half_precision_target_with_huge_values_gives_no_nan():
     alignment = build()
     hidden, target = inputs()
-    loss = alignment(hidden, target.half() * 2e4)
+    loss = alignment.compare(hidden, target.half() * 2e4)
     assert loss.isfinite().all()
-    assert torch.allclose(loss, alignment(hidden, target), atol=2e-3)
+    assert torch.allclose(loss, alignment.compare(hidden, target), atol=2e-3)
 
 
 def test_the_targets_grid_follows_the_students():
@@ -66,14 +66,14 @@ def test_the_targets_grid_follows_the_students():
     small = torch.stack(
         [target.view(4, 4, 4, 6)[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)], 1
     )
-    assert torch.allclose(alignment(hidden, target), alignment(hidden, small), atol=1e-6)
+    assert torch.allclose(alignment.compare(hidden, target), alignment.compare(hidden, small), atol=1e-6)
 
 
 def test_token_norm_acts_on_the_matched_target():
     hidden, target = inputs()
     plain, normed = build(), build(token_norm="zscore:alpha=1.0")
     centred = (target - target.mean(1, keepdim=True)) / (target.std(1, keepdim=True) + 1e-6)
-    assert torch.allclose(normed(hidden, target), plain(hidden, centred), atol=1e-6)
+    assert torch.allclose(normed.compare(hidden, target), plain.compare(hidden, centred), atol=1e-6)
 
 
 def test_weight_is_lambda_times_the_schedule():
@@ -83,12 +83,12 @@ def test_weight_is_lambda_times_the_schedule():
 
 
 def test_several_alignments_train_their_own_projectors():
-    first, second = build(), build(similarity="nt_xent", projector="conv")
+    first, second = build(), build(loss="nt_xent", projector="conv")
     hidden, target = inputs()
-    (first(hidden, target) + second(hidden, target)).mean().backward()
+    (first.compare(hidden, target) + second.compare(hidden, target)).mean().backward()
     together = [p.grad.clone() for p in first.parameters()]
     first.zero_grad()
-    first(hidden, target).mean().backward()
+    first.compare(hidden, target).mean().backward()
     assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(together, first.parameters(), strict=True))
 
 
@@ -98,7 +98,7 @@ def test_training_the_projector_aligns():
     optimizer = torch.optim.Adam(alignment.parameters(), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()
-        loss = alignment(hidden, target).mean()
+        loss = alignment.compare(hidden, target).mean()
         loss.backward()
         optimizer.step()
     assert loss < -0.9
@@ -107,10 +107,10 @@ def test_training_the_projector_aligns():
 def test_features_of_another_encoder_are_refused():
     hidden, target = inputs()
     with pytest.raises(UserError, match=r"'tiny' have 5 channels, but their projector was built for 6"):
-        build()(hidden, target[..., :5])
+        build().compare(hidden, target[..., :5])
 
 
 def test_grids_that_differ_must_be_square():
     hidden, target = inputs(tokens=9, target_tokens=10)
     with pytest.raises(UserError, match="10 tokens are not a square grid"):
-        build()(hidden, target)
+        build().compare(hidden, target)

@@ -14,7 +14,7 @@ def parse(**settings):
 
 def test_defaults_are_the_papers():
     config = parse()
-    assert (config.weight, config.similarity, config.projector, config.schedule, config.token_norm) == (
+    assert (config.weight, config.loss, config.projector, config.schedule, config.token_norm) == (
         0.5,
         "cosine",
         "mlp",
@@ -27,15 +27,15 @@ def test_defaults_are_the_papers():
     ("settings", "message"),
     [
         (
-            {"similarity": "nt_xnet"},
+            {"loss": "nt_xnet"},
             "'nt_xnet': allowed are cosine, nt_xent. Did you mean 'nt_xent'?",
         ),
         (
-            {"similarity": "nt_xent:temprature=0.1"},
+            {"loss": "nt_xent:temprature=0.1"},
             "allowed are temperature. Did you mean 'temperature'?",
         ),
-        ({"similarity": "nt_xent:target=3"}, "no setting 'target'"),
-        ({"similarity": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are none"),
+        ({"loss": "nt_xent:target=3"}, "no setting 'target'"),
+        ({"loss": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are none"),
         ({"projector": "conv:kernal=3"}, "Did you mean 'kernel'?"),
         ({"projector": "mlpp"}, "Did you mean 'mlp'?"),
         ({"token_norm": "zscore:beta=1"}, "allowed are alpha"),
@@ -45,7 +45,7 @@ def test_defaults_are_the_papers():
         ({"depth": 0}, "setting 'depth' was given 0"),
         ({"weight": -0.5}, "setting 'weight' was given -0.5"),
         ({"weight": float("nan")}, "setting 'weight'"),
-        ({"target": " "}, "needs the name of an encoder"),
+        ({"target": " "}, "needs a target"),
         ({"lambda": 1}, "unknown setting 'lambda'"),
     ],
 )
@@ -57,11 +57,11 @@ def test_mistakes_are_one_sentence(settings, message):
 
 
 def test_name_tells_the_terms_apart():
-    assert [parse().name, parse(depth=4).name, parse(target="tiny").name] == ["dinov2-b@8", "dinov2-b@4", "tiny@8"]
+    assert [parse().key, parse(depth=4).key, parse(target="tiny").key] == ["dinov2-b@8", "dinov2-b@4", "tiny@8"]
 
 
 def test_specs_of_private_code_are_left_alone():
-    assert parse(similarity="my.own.loss").similarity == "my.own.loss"
+    assert parse(loss="my.own.loss").loss == "my.own.loss"
 
 
 def test_configuration_and_its_errors_need_no_torch():
@@ -69,7 +69,7 @@ def test_configuration_and_its_errors_need_no_torch():
 import sys
 from repa.alignment import AlignmentConfig
 from repa.base.errors import UserError
-AlignmentConfig(target="tiny", depth=1, similarity="nt_xent", projector="conv:kernel=3", token_norm="zscore")
+AlignmentConfig(target="tiny", depth=1, loss="nt_xent", projector="conv:kernel=3", token_norm="zscore")
 try:
     AlignmentConfig.parse({"target": "tiny", "depth": 1, "projector": "cnov"})
 except UserError:

@@ -8,26 +8,32 @@ from torch import nn
 
 from repa.autoencoders.contract import Autoencoder
 from repa.encoders import load_encoder
-from repa.models import DiT, Output
+from repa.models import Backbone, Output
 
 
-class Knowing(nn.Module):
+class Knowing(Backbone):
     """Depth 1 holds the pixels it sees, as tokens; depth 2 holds the tokens that `tiny` has of them; depth 3 nothing."""
 
-    depth, null_label, latent_channels, latent_size = 3, 2, 3, 16
-    check_taps = DiT.check_taps
+    depth, null_label, grid, state_shapes, blocks = 3, 2, (16, 16), {"x": (3, 16, 16)}, ()
 
     def __init__(self):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(()))
         self.encoder = load_encoder("tiny")
 
-    def forward(self, x_t, t, labels, taps=()):
-        assert (labels == self.null_label).all(), "the true class must not be told"
+    def null(self, like):
+        return like._replace(labels=torch.full_like(like.labels, self.null_label))
+
+    def matrices(self):
+        return []
+
+    def forward(self, state, t, condition, taps=(), keep=None):
+        x_t = state["x"]
+        assert (condition.labels == self.null_label).all(), "the true class must not be told"
         images = (127.5 * x_t + 128).clamp(0, 255).to(torch.uint8)
         pixels = x_t.flatten(2).transpose(1, 2)  # (N, T, C)
         states = {1: pixels, 2: self.encoder(images, x_t.shape[-1] // 4).patches, 3: torch.zeros_like(pixels)}
-        return Output(x_t, {tap: states[tap] for tap in taps})
+        return Output({"x": x_t}, {tap: states[tap.depth] for tap in taps}, {})
 
 
 class Sampling(Autoencoder):

@@ -1,5 +1,3 @@
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import nn
@@ -8,28 +6,32 @@ from repa.analysis import collect_hidden
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
 from repa.diffusion import PATHS
+from repa.models import Backbone, Output
 
 
-class Output(NamedTuple):
-    prediction: torch.Tensor
-    hidden: dict
-
-
-class Recorder(nn.Module):
+class Recorder(Backbone):
     """Its hidden state at depth k is k times the tokens of x_t (1 x 1 patches), plus label and time."""
 
     def __init__(self):
         super().__init__()
+        self.state_shapes = {"x": (4, 2, 2)}
         self.anchor = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x_t, t, labels, taps=()):
+    def null(self, like):
+        return like._replace(labels=torch.full_like(like.labels, 7))
+
+    def matrices(self):
+        return []
+
+    def forward(self, state, t, condition, taps=(), keep=None):
+        x_t, labels = state["x"], condition.labels
         tokens = x_t.flatten(2).transpose(1, 2)  # (N, T, C)
         rest = 100 * labels[:, None, None] + 1000 * t[:, None, None]
-        return Output(x_t, {k: k * tokens + rest for k in taps})
+        return Output({"x": x_t}, {tap: tap.depth * tokens + rest for tap in taps}, {})
 
 
 def collect(batches, **settings):
-    settings = {"depths": (1, 3), "t": 0.25, "path": PATHS.build("linear"), "null_label": 7, **settings}
+    settings = {"depths": (1, 3), "t": 0.25, "path": PATHS.build("linear"), **settings}
     return collect_hidden(Recorder(), batches, **settings)
 
 
@@ -81,7 +83,6 @@ def test_with_the_real_backbone():
         depths=(2,),
         t=0.5,
         path=PATHS.build("linear"),
-        null_label=model.null_label,
     )
     assert got[2].shape == (3, 16)
     assert got[2].std(0).min() > 0

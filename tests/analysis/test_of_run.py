@@ -53,7 +53,7 @@ def test_cka_of_a_run(run, data, unbiased):
 
 
 def test_mistakes_are_sentences(run, data):
-    with pytest.raises(UserError, match="no hidden state at depth 0"):
+    with pytest.raises(UserError, match="no block 0"):
         cknna_of_run(run, data, SimilarityConfig(depths=(0,)))
     with pytest.raises(UserError, match="Unknown encoder 'tinny'.*'tiny'"):
         SimilarityConfig.parse({"encoder": "tinny"})

@@ -56,7 +56,7 @@ def test_tokens_of_a_run_are_its_hidden_states_with_the_noise_of_each_image(run,
     got = tokens_of_run(run, data, indices, (1,), 0.25, seed=3)
     expected = (0.75 * images + 0.25 * noise).flatten(2).transpose(1, 2)
     assert torch.allclose(got[1], expected, atol=1e-6)
-    with pytest.raises(UserError, match="no hidden state at depth 9"):
+    with pytest.raises(UserError, match="no block 9"):
         tokens_of_run(run, data, indices, (9,), 0.25, seed=3)
 
 

@@ -12,7 +12,7 @@ from repa.analysis.images import spread
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders import load_encoder
-from repa.models import DiT
+from repa.models import DiT, Tap
 from repa.runs import LoadedRun
 from tests.analysis.stand_ins import Knowing, Rearranged, Sampling
 
@@ -94,9 +94,9 @@ def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):
     fake = Rearranged(data, fields={"moments": moments}, has_moments=True, latent_size=4, autoencoder=own)
     states = []
     network = Knowing()
-    network.latent_size = 4
+    network.state_shapes = {"x": (3, 4, 4)}
     run = LoadedRun(network, DiffusionConfig(), Sampling(), step=0, weights="ema")
-    run.model.register_forward_hook(lambda module, args, output: states.append(output.hidden[1]))
+    run.model.register_forward_hook(lambda module, args, output: states.append(output.taps[Tap(1)]))
     config = ProbeConfig(times=(0.0,), depths=(1,), batch_size=16, seed=3, epochs=1)
     probe_of_run(run, fake, config)
     drawn = torch.cat(states)
@@ -114,7 +114,7 @@ def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):
 
 def test_the_noise_of_an_image_is_its_own_too(run, data):
     states = []
-    run.model.register_forward_hook(lambda module, args, output: states.append(output.hidden[1]))
+    run.model.register_forward_hook(lambda module, args, output: states.append(output.taps[Tap(1)]))
     config = ProbeConfig(times=(1.0,), depths=(1,), epochs=1)
     probe_of_run(run, data, config)
     probe_of_run(run, data, config.override(num_images=20))
@@ -122,7 +122,7 @@ def test_the_noise_of_an_image_is_its_own_too(run, data):
 
 
 def test_mistakes_are_sentences(run, data):
-    with pytest.raises(UserError, match="no hidden state at depth 4: this model has blocks 1 to 3"):
+    with pytest.raises(UserError, match="no block 4 to tap: this model has blocks 1 to 3"):
         probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
     with pytest.raises(UserError, match="one class: a linear probe needs at least two"):
         probe_of_run(run, Rearranged(data, num_classes=1), ProbeConfig())

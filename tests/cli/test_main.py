@@ -178,8 +178,8 @@ for argv in commands:
 def test_help_and_mistakes_import_nothing_heavy():
     commands = [
         *([verb, "--help"] for verb in main.VERBS), ["--help"], ["nonsense"], ["show", "quickstart"],
-        *(["list", kind] for kind in ("", "recipes", "encoders", "similarities", "models", "samplers")),
-        ["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.similarity", "cosin"],
+        *(["list", kind] for kind in ("", "recipes", "encoders", "losses", "models", "samplers")),
+        ["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.loss", "cosin"],
         ["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.depth", "40"],
         ["train", "sit-xl2-repa"], ["sample", "r", "--out", "s.npz", "--sampler", "heum"],
         ["prepare", "s", "o", "--resolution", "32", "--features", "dinov9"],

@@ -112,14 +112,14 @@ def test_alignments_are_appended_and_removed():
     assert (alignment.target, alignment.depth, alignment.weight) == ("tiny", 1, 0.5)
     given = train(
         *("--alignments.1.target", "tiny", "--alignments.1.depth", "3"),
-        *("--alignments.1.similarity", "nt_xent:temperature=0.1"),
+        *("--alignments.1.loss", "nt_xent:temperature=0.1"),
         recipe="sit-b2-repa",
     )
-    assert [a.name for a in given.alignments] == ["dinov2-b@4", "tiny@3"]
-    assert given.alignments[1].similarity == "nt_xent:temperature=0.1"
+    assert [a.key for a in given.alignments] == ["dinov2-b@4", "tiny@3"]
+    assert given.alignments[1].loss == "nt_xent:temperature=0.1"
     assert train("--alignments", recipe="sit-b2-repa").alignments == ()
     given = train("--alignments", "--alignments.0.target", "tiny", "--alignments.0.depth", "2", recipe="sit-b2-repa")
-    assert [a.name for a in given.alignments] == ["tiny@2"]
+    assert [a.key for a in given.alignments] == ["tiny@2"]
 
 
 def test_recipes_stay_as_they_are():
@@ -191,8 +191,8 @@ def test_mistakes(argv, sentence):
         ("--alignments.0.measure-only maybe", "does not know what to do with 'maybe'"),
         ("--alignments.0.depth 99", "alignments.0.depth is 99, but SiT-S/4 has 6 blocks: choose 1 to 6"),
         ("--model.depth 1", "alignments.0.depth is 2, but SiT-S/4 has 1 blocks"),
-        ("--alignments.0.similarity cosin", "Unknown similarity 'cosin'.* Did you mean 'cosine'"),
-        ("--alignments.0.similarity nt_xent:temprature=1", "Did you mean 'temperature'"),
+        ("--alignments.0.loss cosin", "Unknown loss 'cosin'.* Did you mean 'cosine'"),
+        ("--alignments.0.loss nt_xent:temprature=1", "Did you mean 'temperature'"),
         ("--model SiT-B/2", r"--model is set part by part: --model\.name"),
         ("--model.name SiT-Q/2", "Unknown model 'SiT-Q/2'"),
         ("--diffusion.path straight", "Unknown path 'straight'"),
@@ -214,7 +214,7 @@ def test_help_shows_every_field_with_its_default(capsys):
     assert "--batch-size" in text
     assert "(default: 32)" in text
     assert "--optimizer.learning-rate" in text
-    assert "--alignments.0.similarity" in text
+    assert "--alignments.0.loss" in text
 
 
 def test_a_field_without_a_default_is_asked_for_by_its_own_name():

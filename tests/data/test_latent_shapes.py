@@ -16,6 +16,7 @@ from repa.runs import load_run
 from repa.sampling import SampleConfig, generate
 from repa.training import TrainConfig, train
 from tests.autoencoders.folders import save_dc, save_kl, save_tiny
+from tests.calls import call
 from tests.data.conftest import all_rows
 
 CASES = {  # spec, tiny stand-in, its settings, resolution, expected (channels, side)
@@ -66,7 +67,7 @@ def test_a_run_trains_and_samples_at_that_shape(case, tmp_path):
     run = load_run(tmp_path / "run")
     assert run.autoencoder.name == spec
     assert run.latent_shape == (channels, side, side)
-    assert run.model(torch.zeros(1, *run.latent_shape), torch.ones(1), torch.zeros(1).long(), (1,)).hidden[1].shape == (
+    assert call(run.model, torch.zeros(1, *run.latent_shape), torch.ones(1), torch.zeros(1).long(), (1,)).hidden[1].shape == (
         1, (side // 4) ** 2, 16,
     )  # fmt: skip
     samples = generate(run, SampleConfig(sampler="euler", steps=2, precision="fp32"), range(2)).images

@@ -109,7 +109,7 @@ def test_tokens_are_those_of_transformers_at_the_native_grid(made, name):
     features = encoder(images, NATIVE)
     assert features.patches.shape == (2, NATIVE**2, WIDTH)
     with torch.no_grad():
-        patches, pooled = (through_last_norm(name, model, part) for part in features)
+        patches, pooled = (through_last_norm(name, model, part) for part in features[:2])
     torch.testing.assert_close(patches, tokens[:, prefix:], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(pooled, tokens[:, 0] if prefix else tokens.mean(1), atol=1e-3, rtol=1e-3)
 

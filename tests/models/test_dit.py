@@ -4,6 +4,7 @@ import torch
 from repa.base.errors import UserError
 from repa.models import DiT, ModelConfig, build, build_model
 from repa.models.layers import Block
+from tests.calls import call
 from tests.oracles import dit as oracle
 
 
@@ -23,7 +24,7 @@ def test_forward_equals_the_literal_network(random_dit, arguments):
     tolerance = 2e-6
     if arguments.get("learn_sigma"):
         t, tolerance = torch.tensor([0.0, 37.0]), 1e-3  # timesteps of DDPM magnify the rounding of the frequencies
-    out = model(x_t.double(), t.double(), labels, taps=(1, 3))
+    out = call(model, x_t.double(), t.double(), labels, taps=(1, 3))
     prediction, hidden = oracle.forward(model.state_dict(), x_t, t, labels, num_heads=2)
     assert out.prediction.abs().max() > 0.1
     torch.testing.assert_close(out.prediction, prediction, rtol=1e-4, atol=tolerance)
@@ -37,9 +38,9 @@ def test_float32_and_bfloat16_autocast_stay_near_the_literal_network(random_dit)
     model = random_dit()
     x_t, t, labels = inputs()
     prediction, hidden = oracle.forward(model.state_dict(), x_t, t, labels, num_heads=2)
-    torch.testing.assert_close(model(x_t, t, labels).prediction, prediction.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call(model, x_t, t, labels).prediction, prediction.float(), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(x_t, t, labels, taps=(3,))
+        out = call(model, x_t, t, labels, taps=(3,))
     assert out.hidden[3].dtype == torch.float32  # the residual stream keeps full precision
     error = (out.hidden[3] - hidden[3]).norm() / hidden[3].norm()
     assert error < 0.02
@@ -77,14 +78,14 @@ def test_time_keeps_full_precision_in_every_dtype(random_dit):
 def test_train_and_eval_agree(random_dit):
     model = random_dit()
     x_t, t, labels = inputs()
-    assert torch.equal(model.train()(x_t, t, labels).prediction, model.eval()(x_t, t, labels).prediction)
+    assert torch.equal(call(model.train(), x_t, t, labels).prediction, call(model.eval(), x_t, t, labels).prediction)
 
 
 def test_at_initialisation_the_prediction_is_zero_and_blocks_are_the_identity():
     torch.manual_seed(0)
     model = DiT(latent_size=8, hidden_dim=64, depth=4, num_heads=4, num_classes=10)
     x_t, t, labels = inputs(channels=4, size=8)
-    out = model(x_t, t, labels, taps=(1, 2, 4))
+    out = call(model, x_t, t, labels, taps=(1, 2, 4))
     assert torch.equal(out.prediction, torch.zeros(2, 4, 8, 8))
     tokens = model.x_embedder(x_t) + model.pos_embed
     for depth in (1, 2, 4):
@@ -138,14 +139,14 @@ def test_dit_predicts_the_variance_too():
     assert dit.final_layer.linear.out_features == 4 * 4 * 8
     x_t, t, labels = torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
     small = build_model("DiT-S/4", latent_size=8, num_classes=3, hidden_dim=8, depth=1, num_heads=1)
-    assert small(x_t, t, labels).prediction.shape == (2, 8, 8, 8)
+    assert call(small, x_t, t, labels).prediction.shape == (2, 8, 8, 8)
 
 
 def test_build_follows_the_configuration():
     size = {"hidden_dim": 16, "depth": 2, "num_heads": 4}
     config = ModelConfig(name="DiT-S/4", latent_size=8, latent_channels=3, num_classes=7, qk_norm=True, **size)
     model = build(config)
-    assert (model.hidden_dim, model.depth, model.patch_size, model.grid) == (16, 2, 4, 2)
+    assert (model.hidden_dim, model.depth, model.patch_size, model.grid) == (16, 2, 4, (2, 2))
     assert (model.latent_channels, model.num_classes, model.null_label) == (3, 7, 7)
     assert model.blocks[0].attn.num_heads == 4
     assert model.blocks[0].attn.q_norm.weight.shape == (4,)
@@ -156,13 +157,13 @@ def test_unlabelled_data_has_the_null_label_only(random_dit):
     model = random_dit(num_classes=0)
     assert model.null_label == 0
     x_t, t, _ = inputs()
-    assert model(x_t, t, torch.zeros(2, dtype=torch.long)).prediction.shape == x_t.shape
+    assert call(model, x_t, t, torch.zeros(2, dtype=torch.long)).prediction.shape == x_t.shape
 
 
 def test_every_parameter_receives_a_gradient(random_dit):
     model = random_dit(qk_norm=True)
     x_t, t, labels = inputs()
-    model(x_t, t, labels).prediction.square().mean().backward()
+    call(model, x_t, t, labels).prediction.square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
@@ -172,10 +173,10 @@ def test_mistakes_are_answered(random_dit):
     model = random_dit()
     x_t, t, labels = inputs()
     for tap in (0, 4):
-        with pytest.raises(UserError, match=f"depth {tap}.*1 to 3"):
-            model(x_t, t, labels, taps=(2, tap))
+        with pytest.raises(UserError, match=f"block {tap}.*1 to 3"):
+            call(model, x_t, t, labels, taps=(2, tap))
     with pytest.raises(UserError, match=r"\(N, 3, 6, 6\), but got \(2, 3, 8, 8\)"):
-        model(torch.zeros(2, 3, 8, 8), t, labels)
+        call(model, torch.zeros(2, 3, 8, 8), t, labels)
     with pytest.raises(UserError, match=r"latent_size 7.*patches of 2"):
         random_dit(latent_size=7)
     with pytest.raises(UserError, match="num_heads 5"):
@@ -198,21 +199,20 @@ def test_activations_computed_again_give_the_same_bits(random_dit, precision, mo
         model = random_dit()
         model.checkpoint_activations = recompute
         with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-            out = model(x_t, t, labels, taps=(2,))
+            out = call(model, x_t, t, labels, taps=(2,))
             loss = out.prediction.float().square().sum() + out.hidden[2].float().square().sum()
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert len(calls) == 3 + 2 * 3  # the second model ran each of its three blocks twice
     with torch.no_grad():
-        model(x_t, t, labels)
+        call(model, x_t, t, labels)
     assert len(calls) == 9 + 3
 
 
 def test_shapes_can_be_had_without_memory():
     with torch.device("meta"):
-        out = build_model("SiT-XL/2", latent_size=32, num_classes=1000)(
-            torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long), (8,)
-        )
+        model = build_model("SiT-XL/2", latent_size=32, num_classes=1000)
+        out = call(model, torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long), (8,))
     assert out.prediction.is_meta
     assert (out.prediction.shape, out.hidden[8].shape) == ((2, 4, 32, 32), (2, 256, 1152))

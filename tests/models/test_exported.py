@@ -11,6 +11,7 @@ from repa.models import constructor_arguments, load_exported, to_diffusers
 from repa.models.conventions import for_frequencies_of_diffusers
 from repa.models.diffusers_export import exact_times
 from repa.models.exported import save_exported
+from tests.calls import call
 
 
 def inputs(t):
@@ -30,7 +31,7 @@ def test_an_exported_network_is_the_same(exported):
     folder, model = exported
     loaded = load_exported(folder)
     x_t, t, labels = inputs([0.13, 0.82])
-    assert torch.equal(loaded(x_t, t, labels).prediction, model(x_t, t, labels).prediction)
+    assert torch.equal(call(loaded, x_t, t, labels).prediction, call(model, x_t, t, labels).prediction)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -72,7 +73,7 @@ def test_diffusers_computes_the_same(learn_sigma, t, random_dit, tmp_path):
     assert not report["unexpected_keys"]
     x_t, t, labels = inputs(t)
     with torch.no_grad():
-        expected = ours(x_t, t, labels).prediction
+        expected = call(ours, x_t, t, labels).prediction
         plain = theirs(x_t, timestep=t, class_labels=labels).sample
         exact = exact_times(theirs)(x_t, timestep=t, class_labels=labels).sample
     found = exact if learn_sigma else plain
@@ -100,7 +101,10 @@ def test_diffusers_norms_have_our_epsilon(random_dit):
     x_t, t, labels = inputs([0.2, 0.7])
     with torch.no_grad():
         torch.testing.assert_close(
-            theirs(x_t, timestep=t, class_labels=labels).sample, ours(x_t, t, labels).prediction, rtol=1e-4, atol=1e-4
+            theirs(x_t, timestep=t, class_labels=labels).sample,
+            call(ours, x_t, t, labels).prediction,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 

@@ -5,6 +5,7 @@ import torch
 
 from repa.models import build_model
 from repa.models.layers import sincos_positions
+from tests.calls import call
 from tests.oracles.dit import position
 
 
@@ -37,9 +38,9 @@ def test_patches_go_where_they_came_from_for_every_shape_of_latents(factor, chan
     torch.nn.init.ones_(model.final_layer.linear.weight[:, :1])
     x, row, column = torch.zeros(1, channels, side, side), side - 4, 2
     at = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    without = model(x, *at, (1,))
+    without = call(model, x, *at, (1,))
     x[0, channels - 1, row, column] = 5.0
-    output = model(x, *at, (1,))
+    output = call(model, x, *at, (1,))
     assert output.hidden[1].shape == (1, tokens, 8)
     changed = (output.prediction - without.prediction).abs() > 1e-3  # (1, C, h, w)
     expected = torch.zeros_like(changed)
@@ -48,7 +49,7 @@ def test_patches_go_where_they_came_from_for_every_shape_of_latents(factor, chan
 
 
 def test_positions_of_a_32_by_32_grid_are_row_major():
-    positions = sincos_positions(8, 32)
+    positions = sincos_positions(8, (32, 32))
     for row, column in ((0, 0), (0, 31), (1, 0), (17, 5), (31, 31)):
         expected = torch.as_tensor(position(row, column, 8)).float()
         torch.testing.assert_close(positions[0, 32 * row + column], expected, atol=1e-6, rtol=1e-5)

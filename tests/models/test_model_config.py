@@ -12,14 +12,14 @@ def test_dimensions_are_the_names_unless_overridden():
     assert ModelConfig(name="SiT-XL/2").dims() == (1152, 28, 16, 2)
     assert ModelConfig(name="DiT-S/8").dims() == (384, 12, 6, 8)
     assert ModelConfig(name="SiT-L/4", depth=3, hidden_dim=32, num_heads=2).dims() == (32, 3, 2, 4)
-    assert len(model_names()) == len(set(model_names())) == 24
+    assert len(model_names()) == len(set(model_names())) == 32
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"name": "SiT-B-2"}, "Did you mean 'SiT-B/2'"),
-        ({"name": "SiT-B/3"}, "patch of 2, 4, 8"),
+        ({"name": "SiT-B/3"}, "patch of 1, 2, 4, 8"),
         ({"hidden_dim": 100}, "num_heads 12"),
         ({"latent_size": 33}, "latent_size 33 cannot be cut into patches of 2"),
         ({"depth": -1}, "'depth' was given -1"),

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from repa.base.errors import UserError
 from repa.models import DiT, constructor_arguments, load_published
+from tests.calls import call
 from tests.oracles import dit, published
 
 
@@ -46,7 +47,7 @@ def test_repa_checkpoints(tmp_path, repa_state, wrapped):
     assert torch.equal(projectors["0.2.bias"], repa_state["projectors.0.2.bias"])
     x_t, t, labels = inputs()
     expected, _ = dit.forward(repa_state, x_t, t, labels, num_heads=2)
-    torch.testing.assert_close(loaded(state)(x_t, t, labels).prediction, expected.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call(loaded(state), x_t, t, labels).prediction, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
@@ -60,7 +61,7 @@ def test_sit_is_reversed_in_time_and_sign(random_dit, learn_sigma):
     expected = -published.sit_velocity(sit, x_t, 1 - t, labels, num_heads=2)
     assert not torch.allclose(expected, -published.sit_velocity(sit, x_t, t, labels, num_heads=2), atol=0.1)
     model = loaded(state).double()
-    torch.testing.assert_close(model(x_t.double(), t.double(), labels).prediction, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(call(model, x_t.double(), t.double(), labels).prediction, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dit_keeps_the_variance_channels(random_dit):
@@ -69,12 +70,19 @@ def test_dit_keeps_the_variance_channels(random_dit):
     t = torch.tensor([3.0, 980.0])
     expected, _ = dit.forward(state, x_t, t, labels, num_heads=2)
     assert expected.shape == (2, 6, 6, 6)
-    torch.testing.assert_close(loaded(state)(x_t, t, labels).prediction, expected.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(call(loaded(state), x_t, t, labels).prediction, expected.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_arguments_are_read_from_the_shapes(random_dit):
     given = {"latent_size": 9, "latent_channels": 2, "patch_size": 3, "hidden_dim": 8, "depth": 2, "num_heads": 4}
-    given |= {"num_classes": 7, "mlp_ratio": 2.0, "learn_sigma": True, "qk_norm": True}
+    given |= {
+        "num_classes": 7,
+        "mlp_ratio": 2.0,
+        "learn_sigma": True,
+        "qk_norm": True,
+        "heads": (1,),
+        "streams": {"class": 6},
+    }
     state = random_dit(**given).state_dict()
     assert constructor_arguments(state, num_heads=4) == given
     with pytest.raises(UserError, match="width 8 and depth 2: give the number of heads"):

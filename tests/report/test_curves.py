@@ -57,7 +57,7 @@ def test_alignment_is_the_negative_loss(two):
 
 def test_other_similarities_are_not_called_cosine(tmp_path):
     settings = config(True)
-    settings["alignments"] = [{**settings["alignments"][0], "similarity": "nt_xent:temperature=0.07"}]
+    settings["alignments"] = [{**settings["alignments"][0], "loss": "nt_xent:temperature=0.07"}]
     run = fake_run(tmp_path / "r", aligned=True, settings=settings)
     assert curve_figure(read_runs([run]), "alignment").axes[0].get_ylabel() != "cosine similarity"
 

@@ -12,6 +12,7 @@ import yaml
 from repa.cli.main import run as repa
 from repa.models import load_exported
 from repa.runs import layout, load_run
+from tests.calls import call
 from tests.oracles import released
 
 
@@ -36,9 +37,9 @@ def ddpm_run(tmp_path_factory):
 @pytest.mark.parametrize("step", [10, 20])
 def test_safetensors(step, random_run, tmp_path):
     text = export(random_run, tmp_path / "out", *(["--checkpoint", "10"] if step == 10 else []))
-    wanted = load_run(random_run, step=step).model(*inputs()).prediction
+    wanted = call(load_run(random_run, step=step).model, *inputs()).prediction
     assert wanted.abs().max() > 0
-    assert torch.equal(load_exported(tmp_path / "out")(*inputs()).prediction, wanted)
+    assert torch.equal(call(load_exported(tmp_path / "out"), *inputs()).prediction, wanted)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["step"], config["autoencoder"], config["class_names"]) == (step, "pixels", ["dark", "light"])
@@ -80,7 +81,7 @@ def run_card(text, folder, t):
 def test_the_code_of_the_card_gives_the_run_s_outputs(form, kind, random_run, ddpm_run, tmp_path):
     run, t = (random_run, (0.1, 0.9)) if kind == "flow" else (ddpm_run, (5.0, 950.0))
     text = export(run, tmp_path / "out", "--format", form)
-    wanted = load_run(run).model(*inputs(t)).prediction
+    wanted = call(load_run(run).model, *inputs(t)).prediction
     found = run_card(text, tmp_path / "out", t)
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert f"library_name: {'repa' if form == 'safetensors' else 'diffusers'}" in text

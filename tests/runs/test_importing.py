@@ -57,8 +57,8 @@ def test_repa(form, tmp_path):
             load_run(run, "model")
     else:
         (alignment,) = config.alignments
-        assert (alignment.name, alignment.weight, alignment.projector) == ("dinov2-b@1", 0.25, "mlp:width=16")
-        ours = checkpoint.projectors["0.projector.2.bias"]
+        assert (alignment.key, alignment.weight, alignment.projector) == ("dinov2-b@1", 0.25, "mlp:width=16")
+        ours = checkpoint.projectors["dinov2-b@1.projector.2.bias"]
         assert torch.equal(ours, released.projectors()["projectors.0.2.bias"])
         assert len(checkpoint.projectors) == 6
         assert checkpoint.step == 30
@@ -70,8 +70,8 @@ def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsy
     content = {**released.random_state(), **released.projectors(number=2)}
     code, run = convert(content, tmp_path, "--targets", "dinov2-b", "tiny", "--depth", "2")
     assert code == 0
-    assert [a.name for a in TrainConfig.load(run / layout.CONFIG).alignments] == ["dinov2-b@2", "tiny@2"]
-    assert torch.equal(load_checkpoint(run).projectors["1.projector.4.bias"], content["projectors.1.4.bias"])
+    assert [a.key for a in TrainConfig.load(run / layout.CONFIG).alignments] == ["dinov2-b@2", "tiny@2"]
+    assert torch.equal(load_checkpoint(run).projectors["tiny@2.projector.4.bias"], content["projectors.1.4.bias"])
     (tmp_path / "other").mkdir()
     capsys.readouterr()
     assert convert(content, tmp_path / "other")[0] == 0

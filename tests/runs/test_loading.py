@@ -11,6 +11,7 @@ from repa.data import open_data
 from repa.diffusion.config import GuidanceConfig
 from repa.runs import layout, load_run
 from repa.training import train
+from tests.calls import call
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def test_a_folder_alone_gives_the_network_that_was_in_memory(trained, tmp_path):
         loaded = load_run(moved, weights)
         assert (loaded.step, loaded.weights, loaded.folder) == (4, weights, moved)
         with torch.no_grad():
-            wanted = network(*inputs()).prediction
+            wanted = call(network, *inputs()).prediction
         assert wanted.abs().max() > 0
-        assert torch.equal(loaded.model(*inputs()).prediction, wanted)
+        assert torch.equal(call(loaded.model, *inputs()).prediction, wanted)
 
 
 def test_what_is_loaded_is_ready_to_use(random_run):
@@ -62,21 +63,21 @@ def test_the_denoiser_closes_over_labels_and_guidance(random_run):
     x, _, _ = inputs()
     labels, null = torch.tensor([0, 1, 0]), torch.full((3,), loaded.model.null_label)
     t = torch.full((3,), 0.3)
-    conditional, unconditional = (loaded.model(x, t, y).prediction for y in (labels, null))
+    conditional, unconditional = (call(loaded.model, x, t, y).prediction for y in (labels, null))
     torch.testing.assert_close(loaded.denoiser(labels).velocity(x, 0.3), conditional)
     guided = loaded.denoiser(labels, GuidanceConfig(scale=2.5, interval=(0, 0.4)))
     torch.testing.assert_close(guided.velocity(x, 0.3), unconditional + 2.5 * (conditional - unconditional))
     t = torch.full((3,), 0.5)
-    torch.testing.assert_close(guided.velocity(x, 0.5), loaded.model(x, t, labels).prediction)
+    torch.testing.assert_close(guided.velocity(x, 0.5), call(loaded.model, x, t, labels).prediction)
 
 
 def test_steps_and_weights_differ(random_run):
     outputs = [
-        load_run(random_run, weights, step=step).model(*inputs()).prediction
+        call(load_run(random_run, weights, step=step).model, *inputs()).prediction
         for step in (10, 20)
         for weights in ("ema", "model")
     ]
-    newest = load_run(random_run).model(*inputs()).prediction
+    newest = call(load_run(random_run).model, *inputs()).prediction
     assert [torch.equal(output, newest) for output in outputs] == [False, False, True, False]
 
 

@@ -19,6 +19,7 @@ from repa.runs import LoadedRun, layout, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate
 from repa.training.resolve import claim_folder, resolve
 from repa.training.state import build_state
+from tests.calls import call
 from tests.oracles import ddpm as oracle
 
 BARS = oracle.alpha_bars(oracle.BETAS)
@@ -47,7 +48,7 @@ def run(folder):
 
 def answers(run, x, k, channels, scale=1.5):
     """[noise; v] for class 1 at timestep k; the first channels of the noise guided, the null label being 2."""
-    both = [run.model(x.float(), torch.tensor([float(k)]), torch.tensor([y])).prediction.double() for y in (1, 2)]
+    both = [call(run.model, x.float(), torch.tensor([float(k)]), torch.tensor([y])).prediction.double() for y in (1, 2)]
     both[0][:, :channels] = both[1][:, :channels] + scale * (both[0] - both[1])[:, :channels]
     return both[0].chunk(2, dim=1)
 
@@ -104,7 +105,7 @@ def test_dits_guidance_is_of_the_first_three_channels():
     x, labels = torch.randn(2, 4, 4, 4), torch.tensor([1, 4])
     got = run.denoiser(labels, GuidanceConfig(scale=4.0, channels=3)).output(x, 0.5)
     k = torch.full((2,), 499.0)
-    conditional, null = (model(x, k, y).prediction for y in (labels, torch.tensor([5, 5])))
+    conditional, null = (call(model, x, k, y).prediction for y in (labels, torch.tensor([5, 5])))
     wanted = null[:, :3] + 4 * (conditional - null)[:, :3]
     torch.testing.assert_close(got[:, :3], wanted, rtol=1e-3, atol=1e-3)  # 4 times the rounding of another batch size
     torch.testing.assert_close(
@@ -165,10 +166,10 @@ def test_analysis_asks_the_network_for_its_timestep(run):
     from repa.analysis import collect_hidden
 
     x = SampleStreams(5, range(3)).randn(3, 16, 16)
-    settings = {"depths": (2,), "t": 0.3, "path": run.path, "seed": 4, "null_label": 2}
+    settings = {"depths": (2,), "t": 0.3, "path": run.path, "seed": 4}
     got = collect_hidden(run.model, [x], network_time=run.process.network_time, **settings)[2]
     x_t = math.sqrt(BARS[299]) * x + math.sqrt(1 - BARS[299]) * SampleStreams(4, range(3)).randn(3, 16, 16)
-    wanted = run.model(x_t, torch.full((3,), 299.0), torch.full((3,), 2), (2,)).hidden[2].mean(1)
+    wanted = call(run.model, x_t, torch.full((3,), 299.0), torch.full((3,), 2), (2,)).hidden[2].mean(1)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -19,6 +19,7 @@ from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate, write_samples
+from tests.calls import call
 
 ODE = SampleConfig(sampler="heun", steps=3, guidance=GuidanceConfig(scale=1.5), batch_size=4, seed=1)
 SDE = ODE.override(sampler="euler_maruyama", steps=5)
@@ -73,7 +74,10 @@ def test_euler_is_the_equation_written_out(run):
     for index, image in zip((3, 8), images, strict=True):
         x = SampleStreams(1, [index]).randn(3, 16, 16).double()
         for t in (1.0, 0.75, 0.5, 0.25):
-            v = [run.model(x.float(), torch.tensor([t]), torch.tensor([label])).prediction.double() for label in (1, 2)]
+            v = [
+                call(run.model, x.float(), torch.tensor([t]), torch.tensor([label])).prediction.double()
+                for label in (1, 2)
+            ]
             x = x - 0.25 * (v[1] + 1.5 * (v[0] - v[1]))
         wanted = (127.5 * x[0] + 127.5).round().clamp(0, 255)
         assert (image - wanted).abs().max() <= 1
@@ -114,9 +118,9 @@ def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
     seen = []
     forward = type(run.model).forward
 
-    def watched(self, x, t, y, *rest):
-        seen.append((round(float(t[0]), 6), len(x), y.tolist()))
-        return forward(self, x, t, y, *rest)
+    def watched(self, state, t, condition, *rest):
+        seen.append((round(float(t[0]), 6), len(state["x"]), condition.labels.tolist()))
+        return forward(self, state, t, condition, *rest)
 
     monkeypatch.setattr(type(run.model), "forward", watched)
     config = ODE.override(sampler="euler", steps=5, labels="1,0", guidance={"scale": 2.0, "interval": (0.2, 0.6)})

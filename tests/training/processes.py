@@ -14,6 +14,7 @@ import torch
 from repa.base import dist
 from repa.data import open_data
 from repa.training import Hook, train
+from tests.calls import call
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -27,9 +28,11 @@ def probes(config, autoencoder) -> list[Hook]:
 
     def probe(state) -> dict[str, float]:
         model = state.model
-        x = torch.ones(1, model.latent_channels, model.latent_size, model.latent_size)
+        x = torch.ones(1, *model.state_shapes["x"])
         with state.whole_average() as average, torch.no_grad():
-            output = average(x, torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)) if dist.is_main() else None
+            output = (
+                call(average, x, torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)) if dist.is_main() else None
+            )
         return {"probe": float(output.prediction.abs().mean()) if output else 0.0}
 
     return [Hook(10, probe)]

@@ -8,7 +8,7 @@ from repa.alignment import Alignment
 from repa.base.precision import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import build_model
+from repa.models import Condition, build_model
 from repa.training import Objective
 from tests.training.test_objective import COSINE, losses_of
 
@@ -22,7 +22,9 @@ def make(alignment, checkpointed=False, **diffusion) -> Objective:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.checkpoint_activations = checkpointed
-    return Objective(model, [Alignment(alignment, 16, 5)], DiffusionConfig(**diffusion), label_dropout=0.3, seed=0)
+    return Objective(
+        model, [Alignment.of(alignment, model, {"tiny": 5})], DiffusionConfig(**diffusion), label_dropout=0.3, seed=0
+    )
 
 
 def batch(num=6):
@@ -42,7 +44,7 @@ def counter():
     ("settings", "alignment"),
     [
         ({}, COSINE.override(schedule="linear:steps=10")),
-        ({"path": "vp", "prediction": "noise"}, COSINE.override(similarity="nt_xent", token_norm="zscore")),
+        ({"path": "vp", "prediction": "noise"}, COSINE.override(loss="nt_xent", token_norm="zscore")),
         ({"path": "trigonometric"}, COSINE.override(measure_only=True)),
     ],
 )
@@ -53,7 +55,9 @@ def test_the_objective_is_one_graph_compiled_once(settings, alignment, counter):
     for step in (0, 1, 5):  # other draws, another weight
         with autocast(CPU, "bf16"):
             mine = losses_of(objective, x, labels, features, step)
-            theirs = compiled(x, labels, features, objective.draw(x, step), objective.weights(step, CPU))
+            theirs = compiled(
+                {"x": x}, Condition(labels), features, objective.draw({"x": x}, step), objective.weights(step, CPU)
+            )
         mine.total.sum().backward()
         wanted = [p.grad.clone() for p in objective.parameters() if p.requires_grad]
         objective.zero_grad()
@@ -72,8 +76,10 @@ def test_ddpm_and_a_weight_that_becomes_zero_are_compiled_without_breaks(counter
     x, labels, features = batch()
     frames = []
     for step in range(5):
-        tokens = features if objective.targets(step) else {}
-        losses = compiled(x, labels, tokens, objective.draw(x, step), objective.weights(step, CPU))
+        tokens = features if objective.needs(step) else {}
+        losses = compiled(
+            {"x": x}, Condition(labels), tokens, objective.draw({"x": x}, step), objective.weights(step, CPU)
+        )
         torch.testing.assert_close(losses.total, losses_of(objective, x, labels, tokens, step).total)
         frames.append(counter.frame_count)
     assert frames[4] == frames[2]  # once more without the alignment, and never again
@@ -87,7 +93,7 @@ def test_blocks_that_are_computed_again_are_part_of_the_graph():
     x, labels, features = batch()
     with autocast(CPU, "bf16"):
         losses_of(plain, x, labels, features).total.sum().backward()
-        losses = compiled(x, labels, features, objective.draw(x, 0), objective.weights(0, CPU))
+        losses = compiled({"x": x}, Condition(labels), features, objective.draw({"x": x}, 0), objective.weights(0, CPU))
     losses.total.sum().backward()
     assert counter.frame_count == 1
     for (name, p), q in zip(plain.named_parameters(), objective.parameters(), strict=True):

@@ -8,8 +8,8 @@ import torch
 from repa.alignment.config import AlignmentConfig
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig
+from repa.training.features import EncoderFeatures
 from repa.training.measure import Step, Synthetic, endless
-from repa.training.targets import Targets
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE = torch.device("cuda")
@@ -47,13 +47,15 @@ def test_a_step_never_waits_for_the_device(precision):
 
 def test_tokens_made_ahead_on_another_stream_are_those_made_in_turn():
     config, data = configuration(), Synthetic({}, 8)
-    targets = Targets(config, data, DEVICE)
-    assert targets.stream is not None
+    encoders = EncoderFeatures(config, data, DEVICE)
+    assert encoders.stream is not None
     batches = [data.batch(config, DEVICE, 32) for _ in range(6)]
     for number, batch in enumerate(batches):
         batch.images.copy_(batch.images.roll(number, 0))
-    wanted = [targets(batch, ("tiny",))["tiny"].patches for batch in batches]
-    for (batch, tokens), patches in zip(targets.along(iter(batches), 0, lambda step: ("tiny",)), wanted, strict=True):
+    wanted = [encoders(batch, encoders.wanted)["tiny"].patches for batch in batches]
+    for (batch, tokens), patches in zip(
+        encoders.along(iter(batches), 0, lambda step: encoders.wanted), wanted, strict=True
+    ):
         torch.cuda._sleep(10**6)  # so that the other stream is ahead
         assert torch.equal(tokens["tiny"].patches, patches), batch.labels
 

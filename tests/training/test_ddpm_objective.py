@@ -15,9 +15,10 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
 from repa.diffusion import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import build_model
+from repa.models import Condition, build_model
 from repa.runs import layout, read_metrics
 from repa.training import Objective, TrainConfig
+from tests.calls import call
 from tests.oracles import ddpm as oracle
 
 DDPM = DiffusionConfig(objective="ddpm")
@@ -31,7 +32,7 @@ def objective():
     model = build_model("DiT-S/2", latent_size=4, latent_channels=2, num_classes=3, **size)
     for p in model.parameters():  # leave the zero initialisation, under which every prediction is 0
         torch.nn.init.normal_(p, std=0.3)
-    return Objective(model, [Alignment(ALIGNMENT, 16, 5)], DDPM, label_dropout=0.3, seed=0)
+    return Objective(model, [Alignment.of(ALIGNMENT, model, {"tiny": 5})], DDPM, label_dropout=0.3, seed=0)
 
 
 @pytest.fixture
@@ -55,20 +56,20 @@ def batch(num=8):
 def test_total_is_the_hybrid_loss_and_the_alignment_written_out(objective):
     x, labels, features = batch()
     bars = oracle.alpha_bars(oracle.BETAS)
-    draws = objective.draw(x, 3)
-    losses = objective(x, labels, features, draws, objective.weights(3, x.device))
+    draws = objective.draw({"x": x}, 3)
+    losses = objective({"x": x}, Condition(labels), features, draws, objective.weights(3, x.device))
     assert set(losses.terms) == {"denoising", "vb", "alignment/tiny@1"}
     assert 0 < int(draws.dropped.sum()) < len(x)
     seen = set()
     for n in range(len(x)):
         k = round(float(draws.t[n]) * 1000) - 1
         seen.add(k)
-        x_k = math.sqrt(bars[k]) * x[n] + math.sqrt(1 - bars[k]) * draws.noise[n]
+        x_k = math.sqrt(bars[k]) * x[n] + math.sqrt(1 - bars[k]) * draws.noise["x"][n]
         label = 3 if draws.dropped[n] else int(labels[n])
         with torch.no_grad():
-            output = objective.model(x_k[None], torch.tensor([float(k)]), torch.tensor([label]), (1,))
-            projected = objective.alignments[0].projector(output.hidden[1])[0]
-        arrays = (a.double().numpy()[None] for a in (output.prediction[0], x[n], draws.noise[n]))
+            output = call(objective.model, x_k[None], torch.tensor([float(k)]), torch.tensor([label]), (1,))
+            projected = objective.alignments["tiny@1"].projector(output.hidden[1])[0]
+        arrays = (a.double().numpy()[None] for a in (output.prediction[0], x[n], draws.noise["x"][n]))
         (mse,), (vb,) = oracle.losses(*arrays, [k])
         similarity = 0.0
         for z, y in zip(projected, features["tiny"].patches[n], strict=True):
@@ -83,13 +84,13 @@ def test_the_bound_reaches_only_the_rows_of_the_variance(objective):
     """Eq. 10's gradient of noise prediction is that of the squared error alone; alignment reaches no row of the head."""
     x, labels, features = batch()
     rows = objective.model.final_layer.linear.bias  # (p p 2C,), channels fastest: noise, then v
-    draws = objective.draw(x, 0)
-    losses = objective(x, labels, features, draws, objective.weights(0, x.device))
+    draws = objective.draw({"x": x}, 0)
+    losses = objective({"x": x}, Condition(labels), features, draws, objective.weights(0, x.device))
     (gradient,) = torch.autograd.grad(losses.total.sum(), rows)
-    x_t, k = objective.process.noised(x, draws.noise, draws.t), objective.process.network_time(draws.t)
+    x_t, k = objective.process.noised(x, draws.noise["x"], draws.t), objective.process.network_time(draws.t)
     y = torch.where(draws.dropped, 3, labels)
-    noise = objective.model(x_t, k, y).prediction[:, :2]
-    (wanted,) = torch.autograd.grad((noise - draws.noise).square().mean((1, 2, 3)).sum(), rows)
+    noise = call(objective.model, x_t, k, y).prediction[:, :2]
+    (wanted,) = torch.autograd.grad((noise - draws.noise["x"]).square().mean((1, 2, 3)).sum(), rows)
     gradient, wanted = gradient.reshape(4, 4), wanted.reshape(4, 4)  # (p p, 2C)
     torch.testing.assert_close(gradient[:, :2], wanted[:, :2])
     assert (gradient[:, 2:] != 0).all()
@@ -170,5 +171,5 @@ def test_dit_xl_2_has_the_published_118_6_gmac_at_256_tokens():
         model = build_model("DiT-XL/2", latent_size=32, num_classes=1000)
         inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            model(*inputs)
+            call(model, *inputs)
     assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(118.6, abs=0.05)

@@ -19,6 +19,7 @@ from repa.models.cost import model_cost
 from repa.training import estimate as estimates
 from repa.training.config import TrainConfig
 from repa.training.estimate import activation_bytes, estimate, saved_bytes
+from tests.calls import call
 from tests.oracles.cost import dit_forward, vit_forward
 
 IMAGENET = 1_281_167
@@ -74,7 +75,9 @@ def test_network_against_a_counter_on_a_real_one():
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):  # torch does not count the CPU's fused kernel
-        model(torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)).prediction.sum().backward()
+        call(
+            model, torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
+        ).prediction.sum().backward()
     cost = model_cost(config)
     assert cost.training == counter.get_total_flops()
     assert cost.parameters == sum(p.numel() for p in model.parameters())
@@ -202,7 +205,7 @@ def test_activations_of_a_deep_network_follow_from_one_block_and_two(precision):
 
     def forward(num):
         return (
-            model(torch.randn(num, 4, 8, 8), torch.rand(num), torch.zeros(num, dtype=torch.int64))
+            call(model, torch.randn(num, 4, 8, 8), torch.rand(num), torch.zeros(num, dtype=torch.int64))
             .prediction.square()
             .sum()
         )

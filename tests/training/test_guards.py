@@ -35,11 +35,11 @@ def poison(monkeypatch, *steps: int, value: float = NAN) -> None:
         now[:] = [step]
         return draw(self, x, step)
 
-    def poisoned(self, x, *rest):
+    def poisoned(self, clean, *rest):
         if now[0] in steps:
-            x = x.clone()
-            x[1] = value
-        return forward(self, x, *rest)
+            clean = {"x": clean["x"].clone()}
+            clean["x"][1] = value
+        return forward(self, clean, *rest)
 
     monkeypatch.setattr(Objective, "draw", drawn)
     monkeypatch.setattr(Objective, "forward", poisoned)

@@ -59,7 +59,7 @@ def test_what_is_computed_again_or_otherwise_is_no_more_work(changes):
 
 def test_nt_xent_compares_with_every_image_of_the_batch():
     """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the student."""
-    contrasting = configuration(alignments=(configuration().alignments[0].override(similarity="nt_xent"),))
+    contrasting = configuration(alignments=(configuration().alignments[0].override(loss="nt_xent"),))
     more = flops_per_image(contrasting, {"tiny": 7}) - flops_per_image(configuration(), {"tiny": 7})
     assert more == 2 * 2 * 16 * 2 * 7
 

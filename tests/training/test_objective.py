@@ -10,8 +10,9 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.precision import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import build_model
+from repa.models import Condition, build_model
 from repa.training import Objective
+from tests.calls import call
 
 
 def make(alignments=(), label_dropout=0.1, seed=0, **diffusion) -> Objective:
@@ -19,7 +20,7 @@ def make(alignments=(), label_dropout=0.1, seed=0, **diffusion) -> Objective:
     model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=2, num_heads=2)
     for p in model.parameters():  # leave the zero initialisation, under which every prediction is 0
         torch.nn.init.normal_(p, std=0.3)
-    terms = [Alignment(config, 16, 5) for config in alignments]
+    terms = [Alignment.of(config, model, {"tiny": 5}) for config in alignments]
     return Objective(model, terms, DiffusionConfig(**diffusion), label_dropout=label_dropout, seed=seed)
 
 
@@ -31,7 +32,9 @@ def batch(num=6):
 
 
 def losses_of(objective, x, labels, features, step=0):
-    return objective(x, labels, features, objective.draw(x, step), objective.weights(step, x.device))
+    return objective(
+        {"x": x}, Condition(labels), features, objective.draw({"x": x}, step), objective.weights(step, x.device)
+    )
 
 
 COSINE = AlignmentConfig(target="tiny", depth=2, weight=0.7, projector="linear")
@@ -41,15 +44,15 @@ def test_total_is_equation_9_written_out():
     objective = make([COSINE])
     x, labels, features = batch()
     losses = losses_of(objective, x, labels, features, step=3)
-    draws = objective.draw(x, 3)
+    draws = objective.draw({"x": x}, 3)
     for n in range(len(x)):
         t = float(draws.t[n])
-        x_t = (1 - t) * x[n] + t * draws.noise[n]
+        x_t = (1 - t) * x[n] + t * draws.noise["x"][n]
         label = 3 if draws.dropped[n] else int(labels[n])
-        output = objective.model(x_t[None], torch.tensor([t]), torch.tensor([label]), (2,))
-        error = output.prediction[0] - (draws.noise[n] - x[n])
+        output = call(objective.model, x_t[None], torch.tensor([t]), torch.tensor([label]), (2,))
+        error = output.prediction[0] - (draws.noise["x"][n] - x[n])
         denoising = sum(float(e) ** 2 for e in error.flatten()) / error.numel()
-        projected = objective.alignments[0].projector(output.hidden[2])[0]
+        projected = objective.alignments["tiny@2"].projector(output.hidden[2])[0]
         similarity = 0.0
         for z, y in zip(projected, features["tiny"].patches[n], strict=True):
             norms = math.sqrt(float(z @ z)) * math.sqrt(float(y @ y))
@@ -70,25 +73,25 @@ def test_velocity_target_follows_the_path(path, d_alpha, d_sigma):
         objective.model.final_layer.linear.bias
     )  # prediction 0: the loss is the mean square of the target
     x, labels, _ = batch()
-    losses, draws = losses_of(objective, x, labels, {}), objective.draw(x, 0)
+    losses, draws = losses_of(objective, x, labels, {}), objective.draw({"x": x}, 0)
     for n, t in enumerate(draws.t.tolist()):
-        target = d_alpha(t) * x[n] + d_sigma(t) * draws.noise[n]
+        target = d_alpha(t) * x[n] + d_sigma(t) * draws.noise["x"][n]
         assert float(losses.total[n].detach()) == pytest.approx(float(target.square().mean()), rel=1e-5)
 
 
 def test_draws_are_functions_of_seed_and_step():
     x, _, _ = batch()
-    a, b = make().draw(x, 5), make().draw(x, 5)
-    assert torch.equal(a.noise, b.noise)
+    a, b = make().draw({"x": x}, 5), make().draw({"x": x}, 5)
+    assert torch.equal(a.noise["x"], b.noise["x"])
     assert torch.equal(a.t, b.t)
-    assert not torch.equal(a.noise, make().draw(x, 6).noise)
-    assert not torch.equal(a.noise, make(seed=1).draw(x, 5).noise)
+    assert not torch.equal(a.noise["x"], make().draw({"x": x}, 6).noise["x"])
+    assert not torch.equal(a.noise["x"], make(seed=1).draw({"x": x}, 5).noise["x"])
 
 
 def test_labels_are_dropped_at_the_asked_rate():
     x = torch.zeros(20_000, 1, 1, 1)
     for rate in (0.0, 0.1, 1.0):
-        assert float(make(label_dropout=rate).draw(x, 0).dropped.float().mean()) == pytest.approx(rate, abs=0.01)
+        assert float(make(label_dropout=rate).draw({"x": x}, 0).dropped.float().mean()) == pytest.approx(rate, abs=0.01)
 
 
 def test_measuring_moves_the_projector_but_not_the_network():
@@ -108,8 +111,8 @@ def test_measuring_moves_the_projector_but_not_the_network():
 
 def test_an_encoder_whose_weight_is_zero_is_not_asked_for():
     objective = make([COSINE.override(schedule="stop:step=10")])
-    assert objective.targets(9) == ("tiny",)
-    assert objective.targets(10) == ()
+    assert [need.encoder for need in objective.needs(9)] == ["tiny"]
+    assert objective.needs(10) == ()
     x, labels, _ = batch()
     losses = losses_of(objective, x, labels, {}, step=10)
     assert set(losses.terms) == {"denoising"}
@@ -140,11 +143,11 @@ def test_half_precision_keeps_norms_and_losses_in_float32():
 def test_rows_of_the_draws_are_those_of_a_micro_batch():
     objective = make([COSINE])
     x, labels, features = batch()
-    draws, weights = objective.draw(x, 2), objective.weights(2, x.device)
-    whole = objective(x, labels, features, draws, weights)
+    draws, weights = objective.draw({"x": x}, 2), objective.weights(2, x.device)
+    whole = objective({"x": x}, Condition(labels), features, draws, weights)
     part = slice(2, 4)
     tokens = {"tiny": Features(features["tiny"].patches[part], None)}
-    losses = objective(x[part], labels[part], tokens, draws.rows(part), weights)
+    losses = objective({"x": x[part]}, Condition(labels[part]), tokens, draws.rows(part), weights)
     torch.testing.assert_close(losses.total, whole.total[part])
 
 

@@ -26,7 +26,7 @@ def make(name: str, **settings):
     torch.manual_seed(0)
     size = {"hidden_dim": 16, "depth": 2, "num_heads": 2}
     model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, **size)
-    alignment = Alignment(AlignmentConfig(target="tiny", depth=1, projector="linear"), 16, 5)
+    alignment = Alignment.of(AlignmentConfig(target="tiny", depth=1, projector="linear"), model, {"tiny": 5})
     objective = Objective(model, [alignment], DiffusionConfig(), label_dropout=0.1, seed=0)
     for p in objective.parameters():
         torch.nn.init.normal_(p, std=0.1)

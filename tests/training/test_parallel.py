@@ -22,7 +22,7 @@ def config(tiny_config):
     """Both similarities; nt_xent contrasts the images of all processes. The projector of `tiny@1` has a bias of odd length."""
     alignments = (
         AlignmentConfig(target="tiny", depth=1, projector="mlp:width=15"),
-        AlignmentConfig(target="tiny", depth=2, projector="linear", similarity="nt_xent:temperature=0.2"),
+        AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
     )
     return tiny_config.override(
         alignments=alignments, num_steps=NUM_STEPS, save_every=HALF, keep_checkpoints=0, optimizer={"learning_rate": 1e-3},

@@ -7,7 +7,7 @@ from repa.runs import layout
 from repa.training import TrainConfig
 from repa.training.resolve import CHANGEABLE
 
-CONTRAST = {"target": "tiny", "depth": 1, "similarity": "nt_xent:temperature=0.1"}
+CONTRAST = {"target": "tiny", "depth": 1, "loss": "nt_xent:temperature=0.1"}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def recipe(tiny_config, tmp_path_factory) -> Path:
     """Both similarities at once; nt_xent contrasts images of both processes."""
     alignments = (
         tiny_config.alignments[0],
-        AlignmentConfig(target="tiny", depth=2, projector="linear", similarity="nt_xent:temperature=0.2"),
+        AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
     )
     preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers: the shares are not equal
     path = tmp_path_factory.mktemp("recipe") / "two.yaml"

@@ -20,7 +20,9 @@ def test_flops_are_those_that_torch_counts(projector):
         alignments=(AlignmentConfig(target="tiny", depth=2, projector=projector),),
     )  # fmt: skip
     model = build(config.model)
-    objective = Objective(model, [Alignment(config.alignments[0], 64, 48)], config.diffusion, label_dropout=0.0, seed=0)
+    objective = Objective(
+        model, [Alignment.of(config.alignments[0], model, {"tiny": 48})], config.diffusion, label_dropout=0.0, seed=0
+    )
     # the gradients of the latents and of the time's features are not needed, which the shapes do not say
     assert flops_of(objective) == pytest.approx(flops_per_image(config, {"tiny": 48}), rel=0.01)
 

@@ -1,25 +1,33 @@
-"""Layer 2: representation alignment (Eqs. 8, 9): project a hidden state, compare it with a frozen encoder's patches."""
+"""Layer 2: one term of the loss: a tap, seen through a projector, is compared with a target (Eqs. 8, 9)."""
 
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
-# f(projected (N, T, F), target (N, T, F), **settings) -> (N,) loss, lower is better
-SIMILARITIES = Registry(
-    "similarity",
-    {"cosine": "repa.alignment.similarities:cosine", "nt_xent": "repa.alignment.similarities:nt_xent"},
+# f(student (N, T, F), target (N, T, F) or None, **settings) -> (N,), whose mean is the loss; lower is better
+LOSSES = Registry("loss", {"cosine": "repa.alignment.losses:cosine", "nt_xent": "repa.alignment.losses:nt_xent"})
+# f(dims, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
+TARGETS = Registry(
+    "target",
+    {
+        "block": "repa.alignment.targets:block",
+        "ema": "repa.alignment.targets:ema",
+        "latent": "repa.alignment.targets:latent",
+        "none": "repa.alignment.targets:none",
+    },
 )
-# f(hidden_dim, feature_dim, **settings) -> nn.Module, (N, T, D) -> (N, T, F)
+# f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F)
 PROJECTORS = Registry(
     "projector",
     {
         "mlp": "repa.alignment.projectors:mlp",
         "linear": "repa.alignment.projectors:linear",
         "conv": "repa.alignment.projectors:conv",
+        "none": "repa.alignment.projectors:none",
     },
 )
 # f(tokens (N, T, F), **settings) -> (N, T, F)
 TOKEN_NORMS = Registry(
-    "token normalisation", {"none": "repa.alignment.targets:identity", "zscore": "repa.alignment.targets:zscore"}
+    "token normalisation", {"none": "repa.alignment.tokens:identity", "zscore": "repa.alignment.tokens:zscore"}
 )
 # f(step, **settings) -> multiplier of the weight at that step
 SCHEDULES = Registry(
@@ -37,7 +45,8 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Alignment": "alignment",
         "AlignmentConfig": "config",
-        "resize_tokens": "targets",
+        "Seen": "targets",
+        "resize_tokens": "tokens",
     },
-    local=("PROJECTORS", "SCHEDULES", "SIMILARITIES", "TOKEN_NORMS"),
+    local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TOKEN_NORMS"),
 )

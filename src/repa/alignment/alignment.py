@@ -1,53 +1,135 @@
-"""Eq. 8 as a module: project the hidden state, match token grids, compare; and the weight of Eq. 9."""
+"""Eq. 8 as a module: project a tap, match token grids, compare; and the weight of Eq. 9."""
 
+from collections.abc import Mapping
+from typing import Self
+
+import torch
 import torch.nn as nn
 from torch import Tensor
 
-from repa.alignment import PROJECTORS, SCHEDULES, SIMILARITIES, TOKEN_NORMS
+from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.targets import resize_tokens
+from repa.alignment.targets import Seen, Target, build_target
+from repa.alignment.tokens import resize_tokens
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
+from repa.models.contract import Backbone, Tap
 
 
 class Alignment(nn.Module):
-    """One alignment term: the hidden state of a block against the patches of a frozen encoder.
+    """One term of the loss: a tap of the network against a target.
+
+    In a loop of one's own `compare` is all that is needed; the training loop calls `forward` with all that a step has seen.
 
     Args:
-        config: which term; `config.depth` and `config.target` tell the caller what to hand to `forward`.
+        config: which term.
         hidden_dim: width D of the transformer.
-        feature_dim: width F of the encoder's patches.
+        feature_dim: width F of the target's tokens; 0 where there is no target, or it has the width of the tap.
+        grid: (rows, columns) of the transformer's tokens; None: a square.
+        target: what `forward` compares with; None where only `compare` is used.
+        prefix_tokens: tokens in front of the grid in the tap.
     """
 
-    def __init__(self, config: AlignmentConfig, hidden_dim: int, feature_dim: int):
+    def __init__(
+        self,
+        config: AlignmentConfig,
+        hidden_dim: int,
+        feature_dim: int,
+        grid: tuple[int, int] | None = None,
+        *,
+        target: Target | None = None,
+        prefix_tokens: int = 0,
+    ):
         super().__init__()
-        self.config = config
-        self.feature_dim = feature_dim
-        self.projector = PROJECTORS.build(config.projector)(hidden_dim, feature_dim)
-        self.similarity = SIMILARITIES.build(config.similarity)
+        self.config, self.feature_dim, self.grid = config, feature_dim, grid
+        self.target, self.prefix_tokens = target, prefix_tokens
+        self.tap = Tap(config.depth, config.tap)
+        self.projector = PROJECTORS.build(config.projector)(hidden_dim, feature_dim or hidden_dim, grid)
+        self.loss = LOSSES.build(config.loss)
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Eq. 8, per image: hidden (N, T, D), target (N, M, F) -> (N,) in float32, lower is better.
+    @classmethod
+    def of(cls, config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Self:
+        """The term of a run that trains `model`; `dims`: encoder -> width of its patches."""
+        target = build_target(config, model, dims)
+        tap = model.checked(Tap(config.depth, config.tap))
+        if target.prefix and tap.kind == "hidden" and model.prefix_tokens != 1:
+            raise UserError(
+                f"The target {config.target!r} has a token for the whole image, and the network has {model.prefix_tokens} "
+                "tokens in front of its grid: give the run one stream, or take part=patches."
+            )
+        return cls(config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens)
 
-        Where M is not T, the target's grid is resampled to the student's. Gradients reach `hidden` and the projector,
-        never the target.
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What this term needs to see of the network's pass."""
+        return (self.tap, *self.target.own)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Eq. 8, per image, (N,): lower is better. Gradients reach the tap and the projector, never the target."""
+        student, target = seen.output.taps[self.tap], self.target(seen)
+        if self.tap.kind == "hidden" and not self.target.prefix:
+            student = student[:, self.prefix_tokens :]
+        if self.config.measure_only:
+            student = student.detach()
+        loss = self.compare(student, target, seen.output.kept)
+        low, high = self.config.times
+        if (low, high) == (0.0, 1.0):
+            return loss
+        t = seen.t if seen.t.ndim == 1 else seen.t.mean(1)
+        return torch.where((t >= low) & (t <= high), loss, 0.0)
+
+    def compare(self, student: Tensor, target: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
+
+        Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
+        `kept` (N, K): the tokens that the student has, where a network routes tokens.
 
         Raises:
-            UserError: the target has another width than the projector was built for, or the grids differ and one is
-                not square.
+            UserError: the target has another width than the projector was built for, or the grids differ and one has no
+                shape.
         """
-        if target.shape[-1] != self.feature_dim:
-            raise UserError(
-                f"The features {self.config.target!r} have {target.shape[-1]} channels, but their projector was built "
-                f"for {self.feature_dim}: they come from another encoder than the alignment names."
-            )
-        projected = self.projector(hidden)  # (N, T, F)
-        with no_autocast(hidden.device):  # norms and logits need float32
-            matched = resize_tokens(target.detach().float(), hidden.shape[1])  # (N, T, F)
-            return self.similarity(projected.float(), self.token_norm(matched))  # (N,)
+        if self.tap.kind == "attention":
+            with no_autocast(student.device):
+                return self.loss(_precise(student), None if target is None else _precise(target.detach()))
+        projected = self.projector(student)  # (N, T, F)
+        with no_autocast(student.device):  # norms and logits need float32
+            projected = _precise(projected)
+            if target is None:
+                return self.loss(projected, None)
+            self._check_width(target)
+            projected, matched = self._match(projected, _precise(target.detach()), kept)
+            return self.loss(projected, self.token_norm(matched))  # (N,)
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""
         return self.config.weight * self.schedule(step)
+
+    def _match(self, projected: Tensor, target: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both on one grid, (N, T, F) and (N, T, F)."""
+        prefix = 1 if self.target is not None and self.target.prefix else 0
+        head, target = target[:, :prefix], target[:, prefix:]
+        if self.config.resample == "target":
+            tokens = resize_tokens(projected[:, prefix:], target.shape[1])
+            return torch.cat([projected[:, :prefix], tokens], 1), torch.cat([head, target], 1)
+        routed = kept is not None and projected.shape[1] - prefix == kept.shape[1]
+        if not routed:
+            target = resize_tokens(target, projected.shape[1] - prefix, self.grid)
+        elif target.shape[1] != kept.shape[1]:
+            rows, columns = self.grid
+            target = resize_tokens(target, rows * columns, self.grid)
+            target = target.gather(1, kept[:, :, None].expand(-1, -1, target.shape[2]))  # (N, K, F)
+        return projected, torch.cat([head, target], 1) if prefix else target
+
+    def _check_width(self, target: Tensor) -> None:
+        if self.feature_dim and target.shape[-1] != self.feature_dim:
+            raise UserError(
+                f"The features {self.config.target!r} have {target.shape[-1]} channels, but their projector was built "
+                f"for {self.feature_dim}: they come from another encoder than the alignment names."
+            )
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

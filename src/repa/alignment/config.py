@@ -1,21 +1,32 @@
-"""What one alignment term is: which hidden state, which encoder, how projected, compared and weighted. Torch-free."""
+"""What one term of the loss is: which tap, which target, how projected, compared and weighted. Torch-free."""
 
-from pydantic import Field, field_validator
+from typing import Any, Literal
 
-from repa.alignment import PROJECTORS, SCHEDULES, SIMILARITIES, TOKEN_NORMS
+from pydantic import Field, field_validator, model_validator
+
+from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TOKEN_NORMS
 from repa.base.config import Config
 from repa.base.errors import UserError
+from repa.base.registry import parse_spec
 from repa.encoders import ENCODERS
+
+PARTS = ("part", "layer")  # settings of a target that is an encoder: which of its features
 
 
 class AlignmentConfig(Config):
-    """One alignment term of Eq. 9; a run has as many as it likes, each with its own projector and weight."""
+    """One term of Eq. 9; a run has as many as it likes, each with its own projector and weight."""
 
     target: str
-    """Encoder whose patch features are the target, e.g. "dinov2-b"; also the name of the cached feature field."""
+    """An encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"; or ema:depth=20, block:depth=16, latent, none."""
 
     depth: int = Field(ge=1)
     """Block whose output is aligned, counted from 1 (the paper: 8 for the sizes L and XL; 4 for B)."""
+
+    tap: Literal["hidden", "attention"] = "hidden"
+    """What of that block is aligned: its output tokens, or the logits of its attention."""
+
+    name: str = ""
+    """Names the term in logs and checkpoints; empty: target and depth, as in "dinov2-b@8"."""
 
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """Lambda of Eq. 9: how much this term counts beside the denoising loss."""
@@ -23,34 +34,59 @@ class AlignmentConfig(Config):
     schedule: str = "constant"
     """Multiplier of the weight over training: constant, stop:step=250000, linear:steps=400000, cosine:steps=400000."""
 
-    similarity: str = "cosine"
-    """How projected and target patches are compared: cosine, nt_xent:temperature=0.07."""
+    times: tuple[float, float] = (0.0, 1.0)
+    """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
+
+    loss: str = "cosine"
+    """How projected tokens and target are compared: cosine, nt_xent:temperature=0.07, see `repa list losses`."""
 
     projector: str = "mlp"
-    """Map from the hidden state to the encoder's features: mlp:width=2048, linear, conv:kernel=3."""
+    """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, none."""
 
     token_norm: str = "none"
-    """Normalisation of the target's patches within an image: none, zscore:alpha=0.6."""
+    """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6."""
+
+    resample: Literal["student", "target"] = "student"
+    """Whose token grid both are compared on, where they differ."""
 
     measure_only: bool = False
-    """Train the projector on detached hidden states: shows how aligned a baseline is, its network untouched."""
+    """Train the projector on a detached tap: shows how aligned a baseline is, its network untouched."""
 
     @property
-    def name(self) -> str:
-        """Target and depth, as in "dinov2-b@8": names the term in logs and checkpoints."""
-        return f"{self.target}@{self.depth}"
+    def key(self) -> str:
+        """Names the term: `name`, or target and tap, as in "dinov2-b@8"."""
+        return self.name or f"{self.target}@{self.depth}{'.attention' if self.tap == 'attention' else ''}"
+
+    @property
+    def module(self) -> str:
+        """The key as the name of a module, which holds no dot: keys of projectors in a checkpoint begin with it."""
+        return self.key.replace(".", "_")
+
+    @property
+    def encoder(self) -> tuple[str, dict[str, Any]]:
+        """The encoder that the target names and which of its features, e.g. ("dinov2-b", {"part": "all"}); ("", {}): none."""
+        name, settings = parse_spec(self.target)
+        if name in TARGETS.table:
+            return "", {}
+        items = self.target.partition(":")[2].split(",")
+        own = ",".join(item for item in items if item.partition("=")[0].strip() not in PARTS)
+        return f"{name}:{own}" if own else name, {key: settings[key] for key in PARTS if key in settings}
 
     @field_validator("target")
     @classmethod
-    def _named(cls, value: str) -> str:
+    def _target(cls, value: str) -> str:
         if not value.strip():
-            raise UserError("an alignment needs the name of an encoder, but was given an empty text.")
-        return ENCODERS.check(value)
+            raise UserError("an alignment needs a target, such as the name of an encoder, but was given an empty text.")
+        if parse_spec(value)[0] in TARGETS.table:
+            return TARGETS.check(value)
+        encoder, _ = cls.model_construct(target=value).encoder
+        checked = ENCODERS.check(encoder)
+        return checked if encoder == value else value
 
-    @field_validator("similarity")
+    @field_validator("loss")
     @classmethod
-    def _similarity(cls, value: str) -> str:
-        return SIMILARITIES.check(value)
+    def _loss(cls, value: str) -> str:
+        return LOSSES.check(value)
 
     @field_validator("projector")
     @classmethod
@@ -62,8 +98,27 @@ class AlignmentConfig(Config):
     def _token_norm(cls, value: str) -> str:
         return TOKEN_NORMS.check(value)
 
+    @field_validator("times")
+    @classmethod
+    def _times(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise UserError(f"times needs 0 <= low < high <= 1, but got {value[0]}, {value[1]}.")
+        return value
+
     @field_validator("schedule")
     @classmethod
     def _schedule(cls, value: str) -> str:
         SCHEDULES.build(SCHEDULES.check(value))(0)  # schedules are plain Python: an impossible value is found here
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        encoder, settings = self.encoder
+        if encoder and (settings.get("part") == "attention") != (self.tap == "attention"):
+            raise UserError(
+                f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "
+                "part=attention and layer=N, and only it."
+            )
+        if self.tap == "attention" and self.projector != "none":
+            raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")
+        return self

@@ -6,11 +6,13 @@ They are trained with the model and have no use afterwards. An impossible settin
 import torch.nn as nn
 from torch import Tensor
 
-from repa.alignment.targets import grid_side
+from repa.alignment.tokens import grid_side
 from repa.base.errors import UserError
 
+Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
 
-def mlp(hidden_dim: int, feature_dim: int, *, width: int = 2048) -> nn.Sequential:
+
+def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: int = 2048) -> nn.Sequential:
     """The paper's projector: three linear layers with SiLU between.
 
     Its state-dict keys (0, 2, 4) are those of the published checkpoints.
@@ -23,27 +25,38 @@ def mlp(hidden_dim: int, feature_dim: int, *, width: int = 2048) -> nn.Sequentia
     return _initialise(layers)
 
 
-def linear(hidden_dim: int, feature_dim: int) -> nn.Linear:
+def linear(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Linear:
     """One linear layer."""
     return _initialise(nn.Linear(hidden_dim, feature_dim))
 
 
-def conv(hidden_dim: int, feature_dim: int, *, kernel: int = 3) -> nn.Module:
-    """iREPA's projector (arXiv 2512.10794): one convolution over the square token grid, which keeps the grid's size."""
+def none(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Identity:
+    """No projector, for targets as wide as the tap (another block) and losses without one."""
+    if feature_dim != hidden_dim:
+        raise UserError(
+            f"The projector 'none' needs a target as wide as the tap, but the tap has {hidden_dim} channels and the target "
+            f"{feature_dim}: take linear or mlp."
+        )
+    return nn.Identity()
+
+
+def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: int = 3) -> nn.Module:
+    """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
     if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
         raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
-    return _initialise(_Convolution(hidden_dim, feature_dim, kernel))
+    return _initialise(_Convolution(hidden_dim, feature_dim, kernel, grid))
 
 
 class _Convolution(nn.Module):
-    def __init__(self, hidden_dim: int, feature_dim: int, kernel: int):
+    def __init__(self, hidden_dim: int, feature_dim: int, kernel: int, grid: Grid):
         super().__init__()
+        self.grid = grid
         self.conv = nn.Conv2d(hidden_dim, feature_dim, kernel, padding=kernel // 2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        side = grid_side(hidden.shape[1])
-        grid = hidden.transpose(1, 2).unflatten(2, (side, side))  # (N, D, G, G)
-        return self.conv(grid).flatten(2).transpose(1, 2)  # (N, T, F)
+        grid = self.grid or (grid_side(hidden.shape[1]),) * 2
+        image = hidden.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
+        return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
 
 
 def _initialise(module: nn.Module) -> nn.Module:

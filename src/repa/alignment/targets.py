@@ -1,60 +1,181 @@
-"""The encoder's patches made comparable with the transformer's tokens: same grid, optionally normalised per image.
+"""What a tap is compared with: an encoder's features, another block, the averaged network, the clean latents, or nothing.
 
-Tokens are row-major on a square grid: (N, G * G, F).
+A target says what it needs to see, so that nobody runs more than the terms of a run ask for.
 """
 
-import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
+from repa.encoders.contract import Features
+from repa.models.contract import Backbone, Output, State, Tap
+from repa.models.layers import patchify
 
 
-def grid_side(num_tokens: int) -> int:
-    """Side of the square grid of tokens: 256 -> 16; raises UserError where they are none."""
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens or side == 0:
-        raise UserError(
-            f"{num_tokens} tokens are not a square grid: patch tokens come as 16 x 16, 32 x 32 and so on, "
-            "without class or register tokens."
-        )
-    return side
+class Seen(NamedTuple):
+    """All that a term may look at in a step."""
+
+    output: Output
+    """Of the network in training."""
+    features: Mapping[str, Features]
+    """Encoder -> its features of the clean images; an encoder that no term needs at this step is not among them."""
+    averaged: Output | None
+    """Of the averaged network, without gradient; None when no term asks for it."""
+    clean: State
+    """What was noised."""
+    t: Tensor
+    """(N,) or (N, T) times of the noise."""
 
 
-def resize_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
-    """Resample a square token grid to another: (N, M, F) -> (N, num_tokens, F), the same tensor when M fits.
+class Need(NamedTuple):
+    """What a target wants of one encoder."""
 
-    A smaller grid takes the mean over the area that each new token covers, a larger one is interpolated bilinearly.
-    Raises UserError when the grids differ and one is not square.
+    encoder: str
+    pooled: bool = False
+    attention: tuple[int, ...] = ()
+
+
+def merged(needs: Iterable[Need]) -> tuple[Need, ...]:
+    """One for each encoder, with all that is wanted of it."""
+    found: dict[str, Need] = {}
+    for need in needs:
+        other = found.get(need.encoder, Need(need.encoder))
+        layers = tuple(sorted({*other.attention, *need.attention}))
+        found[need.encoder] = Need(need.encoder, other.pooled or need.pooled, layers)
+    return tuple(found.values())
+
+
+class Target:
+    """Nothing: for losses of the tap alone, as `dispersive`. The base of the other targets.
+
+    Attributes:
+        dim: width of the target's tokens; 0 where the projector has nothing to match.
+        need: the encoder whose features it reads, or None.
+        own: further taps of the same pass.
+        averaged: taps of the averaged network.
+        earlier: how much less noise the averaged network sees, at most: its time is t - u * earlier, u ~ U(0, 1).
+        cleanest: whether the averaged network sees all tokens at the least noisy time of the image.
+        prefix: whether the target has a row for the token of a stream in front of the grid.
     """
-    if tokens.shape[1] == num_tokens:
-        return tokens
-    old, new = grid_side(tokens.shape[1]), grid_side(num_tokens)
-    grid = tokens.transpose(1, 2).unflatten(2, (old, old))  # (N, F, G, G)
-    if new < old:
-        grid = F.interpolate(grid, size=(new, new), mode="area")
-    else:
-        grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)
-    return grid.flatten(2).transpose(1, 2)  # (N, T, F)
+
+    dim: int = 0
+    need: Need | None = None
+    own: tuple[Tap, ...] = ()
+    averaged: tuple[Tap, ...] = ()
+    earlier: float = 0.0
+    cleanest: bool = False
+    prefix: bool = False
+
+    def ready(self, seen: Seen) -> bool:
+        """Whether what it reads was made at this step."""
+        return (self.need is None or self.need.encoder in seen.features) and not (self.averaged and not seen.averaged)
+
+    def __call__(self, seen: Seen) -> Tensor | None:
+        """(N, M, F) tokens or (N, h, M, M) attention logits, without gradient."""
+        return None
 
 
-def identity(tokens: Tensor) -> Tensor:
-    """The paper's choice: patches as the encoder gives them."""
-    return tokens
+class EncoderTarget(Target):
+    """Features of a frozen encoder: `part` patches, attention (logits of block `layer`) or all ([pooled; patches])."""
+
+    def __init__(self, encoder: str, dim: int, part: str = "patches", layer: int = 0):
+        if part not in ("patches", "attention", "all"):
+            raise UserError(f"An encoder has the parts patches, attention and all, but the target says part={part!r}.")
+        if (part == "attention") != (layer > 0):
+            raise UserError(
+                "A target with part=attention names a block of its encoder with layer=9; other parts do not."
+            )
+        self.part, self.layer, self.dim, self.prefix = part, layer, dim, part == "all"
+        self.need = Need(encoder, part == "all", (layer,) if layer else ())
+        if part == "attention":
+            self.dim = 0  # logits have the shape of the tap's, and no projector
+
+    def __call__(self, seen: Seen) -> Tensor | None:
+        features = seen.features[self.need.encoder]
+        if self.part == "attention":
+            return features.attention[self.layer]
+        if self.part == "all":
+            return torch.cat([features.pooled[:, None], features.patches], dim=1)  # (N, 1 + M, F)
+        return features.patches
 
 
-def zscore(tokens: Tensor, *, alpha: float = 0.6) -> Tensor:
-    """Spatial normalisation of iREPA (arXiv 2512.10794): (y - alpha * mean(y)) / (std(y) + 1e-6), same shape (N, T, F).
+class OwnTarget(Target):
+    """A tap of the same pass, without gradient."""
 
-    Mean and unbiased standard deviation are over the tokens of an image, per channel. What all patches share says
-    nothing about places; alpha is the part of it that is taken away.
-    """
-    if not isinstance(alpha, (int, float)):
-        raise UserError(f"The token normalisation 'zscore' needs a number as 'alpha', but got {alpha!r}.")
-    if tokens.shape[1] < 2:
-        raise UserError(
-            "The token normalisation 'zscore' needs at least 2 tokens per image, but got 1: use token_norm none."
-        )
-    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (N, 1, F), unbiased
-    return (tokens - alpha * mean) / (std + 1e-6)
+    def __init__(self, tap: Tap, model: Backbone):
+        self.tap, self.dim, self.own = tap, model.hidden_dim, (tap,)
+        self.skip = model.prefix_tokens if tap.kind == "hidden" else 0
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return seen.output.taps[self.tap][:, self.skip :].detach()
+
+
+class AveragedTarget(Target):
+    """A tap of the averaged network, which sees the same images with less noise."""
+
+    def __init__(self, tap: Tap, model: Backbone, earlier: float, cleanest: bool):
+        self.tap, self.dim, self.averaged = tap, model.hidden_dim, (tap,)
+        self.earlier, self.cleanest = earlier, cleanest
+        self.skip = model.prefix_tokens if tap.kind == "hidden" else 0
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return seen.averaged.taps[self.tap][:, self.skip :]
+
+
+class LatentTarget(Target):
+    """The clean latents, cut into the network's patches: (N, T, p * p * C)."""
+
+    def __init__(self, patch: tuple[int, int], dim: int):
+        self.patch, self.dim = patch, dim
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return patchify(seen.clean["x"], self.patch)
+
+
+def block(model: Backbone, tap: Tap, *, depth: int) -> Target:
+    """Another block of the same pass (LayerSync, arXiv 2510.12581)."""
+    return OwnTarget(model.checked(Tap(depth, tap.kind)), model)
+
+
+def ema(model: Backbone, tap: Tap, *, depth: int, earlier: float = 0.0, cleanest: bool = False) -> Target:
+    """A block of the averaged network at a less noisy time (SRA, arXiv 2505.02831: earlier=0.2; Self-Flow: cleanest)."""
+    if not 0 <= earlier <= 1:
+        raise UserError(f"The target ema needs 'earlier' between 0 and 1, but got {earlier!r}.")
+    return AveragedTarget(model.checked(Tap(depth, tap.kind)), model, float(earlier), cleanest)
+
+
+def latent(model: Backbone, tap: Tap) -> Target:
+    """The clean latents themselves (VAE-REPA, arXiv 2601.17830)."""
+    channels, height, width = model.state_shapes["x"]
+    patch = height // model.grid[0], width // model.grid[1]
+    return LatentTarget(patch, patch[0] * patch[1] * channels)
+
+
+def none(model: Backbone, tap: Tap) -> Target:
+    """No target: the loss looks at the tap alone."""
+    return Target()
+
+
+def needs_of(alignments: Iterable[AlignmentConfig]) -> tuple[Need, ...]:
+    """What terms want of encoders, known before there is a network."""
+    found = []
+    for config in alignments:
+        encoder, settings = config.encoder
+        if encoder:
+            layer = settings.get("layer")
+            found.append(Need(encoder, settings.get("part") == "all", (layer,) if layer else ()))
+    return merged(found)
+
+
+def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Target:
+    """The target that a term names; `dims`: encoder -> width of its patches."""
+    from repa.alignment import TARGETS
+
+    encoder, settings = config.encoder
+    if encoder:
+        return EncoderTarget(encoder, dims[encoder], **settings)
+    return TARGETS.build(config.target)(model, Tap(config.depth, config.tap))

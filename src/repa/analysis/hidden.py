@@ -3,16 +3,17 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
 from repa.diffusion import Interpolant, interpolate
+from repa.models import Backbone, Condition, Tap
 
 
 @torch.inference_mode()
 def collect_hidden(
-    model: nn.Module,
+    model: Backbone,
     latents: Iterable[Tensor],
     *,
     depths: Sequence[int],
@@ -20,7 +21,6 @@ def collect_hidden(
     path: Interpolant,
     seed: int = 0,
     streams: Sequence[int] | None = None,
-    null_label: int,
     network_time: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> dict[int, Tensor]:
     """Run noised latents through the model with no class given: depth -> (N, D), the mean over tokens, float32 on CPU.
@@ -29,14 +29,13 @@ def collect_hidden(
     on t: the same noise is seen at every noise level.
 
     Args:
-        model: forward(x_t, t, labels, taps) -> output with `.hidden[depth]` (N, T, D), such as DiT.
+        model: a backbone, such as DiT.
         latents: batches (n, C, H, W) of clean latents, scaled as in training.
         depths: 1-based; hidden[k] is the residual stream after block k.
         t: noise level in [0, 1]; 0 is data.
         path: the interpolant that the model was trained with.
         seed: of the noise.
         streams: number of each row's stream of noise; 0, 1, 2, ... when None.
-        null_label: the label that means "no class"; probing with the true one would leak it.
         network_time: what the model is given for t (n,); a network of timesteps has its own (`Process.network_time`).
 
     Raises:
@@ -56,11 +55,26 @@ def collect_hidden(
         noise = SampleStreams(seed, numbers).randn_like(x)
         times = torch.full((len(x),), t, device=x.device)  # (n,)
         x_t, _ = interpolate(path, x, noise, times)
-        labels = torch.full((len(x),), null_label, device=x.device)  # (n,)
-        hidden = model(x_t, network_time(times), labels, taps).hidden
+        hidden = hidden_states(model, x_t, network_time(times), taps)
         for depth in taps:
             pooled[depth].append(hidden[depth].float().mean(1).cpu())  # (n, D)
         seen += len(x)
     if seen == 0:
         raise UserError("There are no latents to collect hidden states from.")
     return {depth: torch.cat(rows) for depth, rows in pooled.items()}
+
+
+def hidden_states(model: Backbone, x_t: Tensor, t: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
+    """The residual stream after blocks of the network, with no class given: depth -> (n, T, D), tokens of the grid alone.
+
+    The true class would leak into what a probe finds. Raises UserError for a network with streams (REG), whose vectors
+    are not known here.
+    """
+    if set(model.state_shapes) != {"x"}:
+        names = ", ".join(name for name in model.state_shapes if name != "x")
+        raise UserError(
+            f"This network also noises {names}, and hidden states are read from latents alone: choose another run."
+        )
+    condition = model.null(Condition(torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)))
+    output = model({"x": x_t}, t, condition, tuple(Tap(depth) for depth in depths))
+    return {tap.depth: tokens[:, model.prefix_tokens :] for tap, tokens in output.taps.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams, fold
 from repa.data import DataSet
+from repa.models import Tap
 from repa.runs import LoadedRun
 
 
@@ -50,7 +51,8 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
 def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int, ...]:
     """The depths asked for (all when none are); refuses blocks that do not exist, and data that the run cannot read."""
     depths = tuple(depths) or tuple(range(1, run.model.depth + 1))
-    run.model.check_taps(depths)
+    for depth in depths:
+        run.model.checked(Tap(depth))
     if not data.has_moments:
         pixels(data, np.arange(0))
     stored = data.manifest.autoencoder if data.has_moments else {}

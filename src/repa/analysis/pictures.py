@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.analysis.hidden import hidden_states
 from repa.analysis.images import check_run, device_of, latents
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
@@ -56,7 +57,6 @@ def tokens_of_run(
     x = latents(run, data, indices, seed)
     noise = SampleStreams(seed, [int(i) for i in indices]).randn_like(x)
     times = torch.full((len(x),), t, device=device_of(run))  # (n,)
-    labels = torch.full((len(x),), run.model.null_label, device=device_of(run))
     x_t, _ = interpolate(run.path, x, noise, times)
-    hidden = run.model(x_t, run.process.network_time(times), labels, depths).hidden
+    hidden = hidden_states(run.model, x_t, run.process.network_time(times), depths)
     return {depth: hidden[depth].float().cpu() for depth in depths}

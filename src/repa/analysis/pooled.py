@@ -56,7 +56,6 @@ def hidden_of_run(
             path=run.path,
             seed=seed,
             streams=[int(i) for i in mine],
-            null_label=run.model.null_label,
             network_time=run.process.network_time,
         )
         return {field(depth): x for depth, x in hidden.items()}

@@ -110,32 +110,36 @@ def _figures(config: TrainConfig, given: BenchArguments, rates: dict[str, float]
 def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> Iterator[tuple[Any, ...]]:
     """Batches of a prepared folder, read and encoded as training does."""
     from repa.data import Loader, open_data
-    from repa.training.resolve import resolve
-    from repa.training.targets import Targets
+    from repa.training.features import EncoderFeatures
+    from repa.training.resolve import resolve, with_streams
 
     data = open_data(folder)
     config = resolve(config, data, device)
-    targets = Targets(config, data, device)
-    names = tuple(targets.dims)
+    encoders = EncoderFeatures(config, data, device)
+    config, needs = with_streams(config, encoders.dims), encoders.wanted
     loader = Loader(
-        data, batch_size=config.batch_size, seed=config.seed, features=targets.stored(names),
-        images=targets.reads_images(names), device=device,
+        data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
+        images=encoders.reads_images(needs), pooled=encoders.pooled, device=device,
     )  # fmt: skip
-    where = "online" if targets.encoders else "cached" if names else "none"
+    where = "online" if encoders.encoders else "cached" if needs else "none"
     steps = itertools.count()
     with contextlib.closing(loader.iterate()) as batches:
-        feed = targets.along(batches, 0, lambda step: names)
-        yield config, targets.dims, feed, lambda: loader.batch(next(steps)), lambda b: targets(b, names), where
+        feed = encoders.along(batches, 0, lambda step: needs)
+        yield config, encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where
 
 
 @contextlib.contextmanager
 def _random(config: TrainConfig, width: int, device: "torch.device") -> Iterator[tuple[Any, ...]]:
     """One random batch that stays in memory, with tokens that are there already."""
     from repa.training.measure import Synthetic, endless
+    from repa.training.resolve import with_streams
 
     given = config.model.model_dump()
     config = config.override(model=config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()}))
-    dims = dict.fromkeys((a.target for a in config.alignments), width)
+    from repa.training.features import wanted_by
+
+    dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
+    config = with_streams(config, dims)
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, resolution=1)
     where = "cached" if dims else "none"

@@ -5,9 +5,7 @@ from repa.base.errors import UserError, nearest
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = (
-    "List names: recipes, models, encoders, autoencoders, paths, times, samplers, similarities, projectors, schedules."
-)
+ABOUT = "List names: recipes, models, encoders, autoencoders, paths, times, samplers, losses, projectors, schedules."
 
 
 class ListArguments(Config):
@@ -33,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 def _kinds():
-    from repa.alignment import PROJECTORS, SCHEDULES, SIMILARITIES
+    from repa.alignment import LOSSES, PROJECTORS, SCHEDULES
     from repa.autoencoders import AUTOENCODERS
     from repa.diffusion import PATHS, SAMPLERS, TIMESTEPS
     from repa.encoders import ENCODERS
@@ -42,7 +40,7 @@ def _kinds():
 
     registries = {
         "encoders": ENCODERS, "autoencoders": AUTOENCODERS, "paths": PATHS, "times": TIMESTEPS, "samplers": SAMPLERS,
-        "similarities": SIMILARITIES, "projectors": PROJECTORS, "schedules": SCHEDULES,
+        "losses": LOSSES, "projectors": PROJECTORS, "schedules": SCHEDULES,
     }  # fmt: skip
     kinds = {
         kind: (lambda registry=registry: dict.fromkeys(registry.names(), "")) for kind, registry in registries.items()

@@ -30,6 +30,9 @@ class DiffusionConfig(Config):
     timesteps: str = "uniform"
     """Distribution of the training times: uniform or logit_normal[:mean=..,std=..,shift=..,path=..]."""
 
+    token_times: float = Field(0.0, ge=0, lt=1)
+    """Share of an image's tokens that has its time; the others have a second one. 0: one time an image."""
+
     @field_validator("path")
     @classmethod
     def _path(cls, value: str) -> str:
@@ -48,7 +51,7 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self):
         if self.objective == "ddpm":
-            for name in ("path", "prediction", "timesteps"):
+            for name in ("path", "prediction", "timesteps", "token_times"):
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
                     raise UserError(

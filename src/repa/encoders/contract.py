@@ -1,6 +1,7 @@
 """What every frozen vision encoder promises: uint8 images in, a row-major grid of tokens out."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,13 @@ class Features(NamedTuple):
     """(N, G*G, D) tokens, row-major (token i is row i // G, column i % G); never class or register tokens."""
     pooled: Tensor | None
     """(N, D), one vector for the whole image; None where the encoder has none."""
+    attention: dict[int, Tensor] | None = None
+    """Block, counted from 1 -> logits (N, h, G*G, G*G) of its attention between patches; those that were asked for."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """The same change to every tensor: rows, a device, a copy."""
+        attention = self.attention and {layer: change(logits) for layer, logits in self.attention.items()}
+        return Features(change(self.patches), None if self.pooled is None else change(self.pooled), attention)
 
 
 class VisionEncoder(nn.Module):
@@ -57,18 +65,21 @@ class VisionEncoder(nn.Module):
                 module.to(dtype)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: int) -> Features:
+    def forward(self, images: Tensor, grid: int, attention: tuple[int, ...] = ()) -> Features:
         """Features of `images`, uint8 (N, 3, S, S) of any side S, on a grid of `grid` x `grid` tokens.
 
+        `attention`: blocks, counted from 1, whose attention logits are wanted too.
+
         Raises:
-            UserError: images of another type or shape, or a grid below 1.
+            UserError: images of another type or shape, a grid below 1, or attention of an encoder that shows none.
         """
         check_images(images, self.name)
         if grid < 1:
             raise UserError(f"The encoder {self.name} was asked for a token grid of {grid}: it must be at least 1.")
         weights = next(self.net.parameters())
         pixels = self.prepare(images.to(weights.device).float() / 255, grid * self.patch_size)
-        return self.extract(pixels.to(weights.dtype), grid)
+        pixels = pixels.to(weights.dtype)
+        return self.extract_attention(pixels, grid, attention) if attention else self.extract(pixels, grid)
 
     def grid_for(self, resolution: int) -> int:
         """Side of the token grid for images of `resolution` pixels: 16 per full 256, as in the paper; below, one a patch."""
@@ -81,6 +92,12 @@ class VisionEncoder(nn.Module):
     def extract(self, pixels: Tensor, grid: int) -> Features:
         """Prepared images (N, 3, grid * patch_size, grid * patch_size) -> features."""
         raise NotImplementedError
+
+    def extract_attention(self, pixels: Tensor, grid: int, layers: tuple[int, ...]) -> Features:
+        """As `extract`, with the attention logits of these blocks."""
+        raise UserError(
+            f"The encoder {self.name} does not show its attention: choose a vision transformer, as dinov2-b."
+        )
 
     @functools.cached_property
     def identity(self) -> dict[str, str | None]:

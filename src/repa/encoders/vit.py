@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repa.base.errors import UserError
 from repa.encoders.checkpoints import locate, read
 from repa.encoders.contract import Features, VisionEncoder, resize
 from repa.encoders.families import Colours, Family, family_of
@@ -41,11 +42,31 @@ class ViTEncoder(VisionEncoder):
         return resize(normalise(pixels, self.family.colours), side, antialias=False)  # no antialias in the reference
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
+        return self._features(self._run(pixels, grid).last_hidden_state)
+
+    def extract_attention(self, pixels: Tensor, grid: int, layers: tuple[int, ...]) -> Features:
+        """The logits are log probabilities: a softmax over patches of them is the attention among patches alone."""
+        if max(layers) > self.net.config.num_hidden_layers or min(layers) < 1:
+            raise UserError(
+                f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked for."
+            )
+        self.net.set_attn_implementation("eager")  # the fused kernels keep no probabilities
+        output = self._run(pixels, grid, output_attentions=True)
+        attention = {}
+        for layer in layers:
+            patches = output.attentions[layer - 1][:, :, self.prefix :, self.prefix :].float()  # (N, h, G*G, G*G)
+            attention[layer] = patches.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return self._features(output.last_hidden_state)._replace(attention=attention)
+
+    def _run(self, pixels: Tensor, grid: int, **arguments):
         self.place(grid)
-        arguments = dict(self.family.call)
+        arguments |= self.family.call
         if self.family.masks:  # patches are sorted by this noise, and none is masked: they stay in their order
             arguments["noise"] = torch.arange(grid * grid, device=pixels.device).float().expand(len(pixels), -1)
-        tokens = self.net(pixels, **arguments).last_hidden_state  # (N, P + G*G, D)
+        return self.net(pixels, **arguments)
+
+    def _features(self, tokens: Tensor) -> Features:
+        """(N, P + G*G, D) -> patches and what stands for the whole image."""
         patches = tokens[:, self.prefix :]
         return Features(patches, tokens[:, 0] if self.family.class_token else patches.mean(1))
 

@@ -5,9 +5,13 @@ from repa.base.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "Backbone": "contract",
+        "Condition": "contract",
         "DiT": "dit",
         "ModelConfig": "config",
-        "Output": "dit",
+        "Output": "contract",
+        "State": "contract",
+        "Tap": "contract",
         "build": "dit",
         "build_model": "dit",
         "constructor_arguments": "published",

@@ -23,12 +23,12 @@ SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }  # hidden_dim, depth, num_heads
-PATCH_SIZES = (2, 4, 8)
+PATCH_SIZES = (1, 2, 4, 8)
 FAMILIES = {"SiT": False, "DiT": True}  # does the network also predict the variance (learn_sigma)?
 
 
 def model_names() -> list[str]:
-    """Every name that build_model knows: SiT-S/2 ... DiT-XL/8."""
+    """Every name that build_model knows: SiT-S/1 ... DiT-XL/8."""
     return [f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in PATCH_SIZES]
 
 
@@ -68,7 +68,7 @@ class ModelConfig(Config):
     """The network to train."""
 
     name: str = "SiT-B/2"
-    """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
+    """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
     latent_size: int = Field(default=0, ge=0)
     """Side of the latent; 0 = taken from the data."""
     latent_channels: int = Field(default=0, ge=0)
@@ -83,10 +83,19 @@ class ModelConfig(Config):
     """Attention heads; 0 = by name."""
     qk_norm: bool = False
     """Normalise queries and keys per head (steadier in low precision)."""
+    heads: tuple[int, ...] = ()
+    """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
+    separate_times: bool = False
+    """Where tokens have different times (diffusion.token_times), they attend only to tokens of the same time."""
+    streams: tuple[tuple[str, int], ...] = ()
+    """Name and width of each vector that is noised beside the latents; filled in from the setting `streams` of the run."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         check_dimensions(*self.dims(), latent_size=self.latent_size)
+        for depth in self.heads:
+            if not 1 <= depth <= self.dims().depth:
+                raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
         return self
 
     def dims(self) -> Dimensions:
@@ -113,4 +122,7 @@ class ModelConfig(Config):
             "num_classes": self.num_classes,
             "learn_sigma": self.learn_sigma,
             "qk_norm": self.qk_norm,
+            "heads": self.heads,
+            "streams": dict(self.streams),
+            "separate_times": self.separate_times,
         }

@@ -4,11 +4,13 @@ N batch, C channels, T tokens of the grid, D width, h attention heads, S text to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from repa.base.errors import UserError
 
 State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by its name, (N, F)
 
@@ -70,13 +72,15 @@ class Backbone(nn.Module, ABC):
         depth: number of blocks.
         grid: (rows, columns) of image tokens; T is their product.
         state_shapes: name -> shape of one sample, "x": (C, H, W) first.
+        blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
         prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
     """
 
     hidden_dim: int
     depth: int
     grid: tuple[int, int]
-    state_shapes: dict[str, tuple[int, ...]]
+    state_shapes: Mapping[str, tuple[int, ...]]
+    blocks: Sequence[nn.Module]
     prefix_tokens: int = 0
 
     @abstractmethod
@@ -103,9 +107,21 @@ class Backbone(nn.Module, ABC):
         """The condition that means "none" (the null class, the empty text), shaped as `like`."""
 
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
-        """The repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes."""
-
-    @abstractmethod
     def matrices(self) -> Iterable[nn.Parameter]:
         """The weights that Muon takes: the network knows, the optimizer does not."""
+
+    def check(self, state: State, taps: tuple[Tap, ...]) -> None:
+        """Raises UserError unless the state has this network's shapes, and every tap is a block, counted from 1."""
+        for name, shape in self.state_shapes.items():
+            if name not in state or tuple(state[name].shape[1:]) != shape:
+                wanted = ", ".join(map(str, shape))
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise UserError(f"This model takes {name!r} of shape (N, {wanted}), but got {found}.")
+        for tap in taps:
+            self.checked(tap)
+
+    def checked(self, tap: Tap) -> Tap:
+        """The tap itself; raises UserError when there is no such block."""
+        if not 1 <= tap.depth <= self.depth:
+            raise UserError(f"There is no block {tap.depth} to tap: this model has blocks 1 to {self.depth}.")
+        return tap

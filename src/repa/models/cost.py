@@ -1,9 +1,11 @@
 """Parameters and FLOPs of a diffusion transformer."""
 
 import torch
+from torch import Tensor
 
 from repa.base.cost import Cost, cost_of
 from repa.models.config import ModelConfig
+from repa.models.contract import Condition
 from repa.models.dit import build
 
 
@@ -11,6 +13,11 @@ def model_cost(config: ModelConfig) -> Cost:
     """Of one image; latent size and channels must be filled in."""
     with torch.device("meta"):
         model = build(config)
-        x = torch.empty(1, model.latent_channels, model.latent_size, model.latent_size)
-        t, label = torch.empty(1), torch.empty(1, dtype=torch.int64)
-    return cost_of(model, lambda: model(x, t, label).prediction)
+        state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
+        t, condition = torch.empty(1), Condition(torch.empty(1, dtype=torch.int64))
+
+    def run() -> Tensor:
+        output = model(state, t, condition)
+        return sum(part.sum() for part in (*output.prediction.values(), *output.heads.values()))
+
+    return cost_of(model, run)

@@ -1,9 +1,10 @@
-"""DiT: the one backbone of DiT and SiT, a function of (x_t, t, labels) that also returns the hidden states asked for.
+"""DiT: the backbone of DiT and SiT, and of what is built on them: streams (REG), heads (internal guidance), a time per token.
 
-N batch, C channels, T tokens, D width. No label dropout, loss, time sampling or guidance: train() and eval() agree.
+N batch, C channels, T tokens of the grid, P tokens of streams in front of it, D width. No label dropout, loss, time
+sampling or guidance: train() and eval() agree.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models.config import FAMILIES, ModelConfig, check_dimensions, dimensions
+from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
     Block,
     FinalLayer,
     LabelEmbedding,
     PatchEmbedding,
+    Stream,
     TimestepEmbedding,
     sincos_positions,
     unpatchify,
@@ -25,22 +28,18 @@ from repa.models.layers import (
 INIT_STD = 0.02  # of the label table and of the timestep MLP
 
 
-class Output(NamedTuple):
-    """prediction (N, C, H, W), 2C with learn_sigma; hidden: depth -> residual stream after that block (N, T, D)."""
-
-    prediction: Tensor
-    hidden: dict[int, Tensor]
-
-
-class DiT(nn.Module):
+class DiT(Backbone):
     """Diffusion transformer with adaLN-Zero (arXiv 2212.09748; SiT, arXiv 2401.08740, is the same network).
 
     Args:
-        latent_size: side of the square latent, a multiple of patch_size.
+        latent_size: side of the latent, or (height, width); multiples of patch_size.
         latent_channels: C.
         num_classes: K; labels 0 ... K-1 are classes, `null_label` = K is "no label". 0 for unlabelled data.
         learn_sigma: 2C output channels, [prediction, variance].
         qk_norm: LayerNorm of queries and keys per head.
+        streams: name -> width of a vector that is noised and predicted beside the latents; each is one token in front.
+        heads: depths of blocks that also predict x, by a final layer each has to itself.
+        separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
 
     Attributes:
         checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass:
@@ -53,7 +52,7 @@ class DiT(nn.Module):
     def __init__(
         self,
         *,
-        latent_size: int,
+        latent_size: int | Sequence[int],
         latent_channels: int = 4,
         patch_size: int = 2,
         hidden_dim: int,
@@ -63,31 +62,42 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
         qk_norm: bool = False,
+        streams: Mapping[str, int] | None = None,
+        heads: Sequence[int] = (),
+        separate_times: bool = False,
     ):
         super().__init__()
-        if latent_size < 1 or latent_channels < 1 or num_classes < 0:
+        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+        if min(height, width, latent_channels) < 1 or num_classes < 0:
             raise UserError(
                 f"A model needs latent_size and latent_channels of at least 1 and num_classes of at least 0, "
                 f"but got {latent_size}, {latent_channels} and {num_classes}."
             )
-        check_dimensions(hidden_dim, depth, num_heads, patch_size, latent_size)
-        self.latent_size, self.latent_channels, self.patch_size = latent_size, latent_channels, patch_size
+        for side in (height, width):
+            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
+        streams = dict(streams or {})
+        self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
         self.null_label = num_classes
-        self.checkpoint_activations = False
-        self.grid = latent_size // patch_size
-        out_channels = latent_channels * (2 if learn_sigma else 1)
+        self.separate_times, self.checkpoint_activations = separate_times, False
+        self.grid = height // patch_size, width // patch_size
+        self.prefix_tokens = len(streams)
+        self.state_shapes = {"x": (latent_channels, height, width), **{name: (dim,) for name, dim in streams.items()}}
+        patch_features = patch_size**2 * latent_channels * (2 if learn_sigma else 1)
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
         self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * out_channels)
+        self.final_layer = FinalLayer(hidden_dim, patch_features)
+        self.streams = nn.ModuleDict({name: Stream(dim, hidden_dim) for name, dim in streams.items()})
+        self.heads = nn.ModuleDict({str(tap): FinalLayer(hidden_dim, patch_features) for tap in sorted(heads)})
+        self.check({name: torch.empty(1, *shape) for name, shape in self.state_shapes.items()}, tuple(map(Tap, heads)))
         self.initialise()
 
     def initialise(self) -> None:
-        """Blocks start as the identity and the prediction as zero (adaLN-Zero)."""
+        """Blocks start as the identity and every prediction as zero (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -98,44 +108,75 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=INIT_STD)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
-        for module in (*self.blocks, self.final_layer):
+        final_layers = (self.final_layer, *self.heads.values())
+        for module in (*self.blocks, *final_layers):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for module in (*final_layers, *self.streams.values()):
+            nn.init.zeros_(module.linear.weight)
 
-    def check_taps(self, taps: tuple[int, ...]) -> None:
-        """Raises UserError unless every tap is a block, counted from 1."""
-        for tap in taps:
-            if not 1 <= tap <= self.depth:
-                raise UserError(f"There is no hidden state at depth {tap}: this model has blocks 1 to {self.depth}.")
+    def null(self, like: Condition) -> Condition:
+        return like._replace(labels=torch.full_like(like.labels, self.null_label))
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, taps: tuple[int, ...] = ()) -> Output:
-        """Predict from the noised latent.
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
+        return [
+            p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
+        ]
 
-        Args:
-            x_t: (N, C, H, W) noised latent.
-            t: (N,) time, passed to the sinusoid as it is: t in [0, 1], or the integer timesteps of DDPM as floats.
-            labels: (N,) int64 in 0 ... null_label.
-            taps: depths (1-based) whose hidden states to return.
+    def forward(
+        self,
+        state: State,
+        t: Tensor,
+        condition: Condition,
+        taps: tuple[Tap, ...] = (),
+        keep: Tensor | None = None,
+    ) -> Output:
+        """Predict from the noised state; see `Backbone.forward`.
+
+        t goes to the sinusoid as it is: t in [0, 1], or the integer timesteps of DDPM as floats. Hidden taps have the
+        tokens of streams in front, (N, P + T, D); attention taps are of the grid alone, (N, h, T, T).
 
         Raises:
-            UserError: x_t has another shape, or a tap is no block.
+            UserError: the state has other shapes, or a tap is no block.
         """
-        expected = (self.latent_channels, self.latent_size, self.latent_size)
-        if tuple(x_t.shape[1:]) != expected:
-            shape = ", ".join(map(str, expected))
-            raise UserError(f"This model takes latents of shape (N, {shape}), but got {tuple(x_t.shape)}.")
-        self.check_taps(taps)
-        x = self.x_embedder(x_t) + self.pos_embed  # (N, T, D)
-        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (N, D)
-        hidden = {}
+        self.check(state, taps)
+        x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
+        for name, stream in reversed(self.streams.items()):
+            x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
+        silu_c, mask = self._conditioning(t, condition.labels)
+        seen: dict[Tap, Tensor] = {}
+        heads: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks, start=1):
+            tapped = Tap(depth, "attention") in taps
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, silu_c, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+                x, logits = checkpoint(  # a block draws nothing
+                    block, x, silu_c, mask, tapped, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, silu_c)
-            if depth in taps:
-                hidden[depth] = x
-        return Output(unpatchify(self.final_layer(x, silu_c), self.patch_size), hidden)
+                x, logits = block(x, silu_c, mask, tapped)
+            if tapped:
+                seen[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
+            if Tap(depth) in taps:
+                seen[Tap(depth)] = x
+            if str(depth) in self.heads:
+                tokens = self.heads[str(depth)](x[:, self.prefix_tokens :], silu_c)
+                heads[depth] = unpatchify(tokens, self.grid, self.patch_size)
+        x = self.final_layer.normed(x, silu_c)
+        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C)
+        prediction = {"x": unpatchify(tokens, self.grid, self.patch_size)}
+        for place, (name, stream) in enumerate(self.streams.items()):
+            prediction[name] = stream.linear(x[:, place])  # (N, F)
+        return Output(prediction, seen, heads)
+
+    def _conditioning(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """SiLU of time and label, (N, D) or per token (N, T, D), and who may look at whom (N, T, T)."""
+        label = self.y_embedder(labels)  # (N, D)
+        if t.ndim == 1:
+            return F.silu(self.t_embedder(t) + label), None
+        if self.streams:
+            raise UserError("A time per token needs a network without streams, whose tokens have no place in the grid.")
+        mask = t[:, :, None] == t[:, None, :] if self.separate_times else None
+        return F.silu(self.t_embedder(t) + label[:, None]), mask
 
 
 def build_model(name: str, **overrides) -> DiT:

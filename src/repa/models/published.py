@@ -23,6 +23,7 @@ from repa.models.conventions import State, from_sit, to_sit
 from repa.models.dit import DiT
 
 KINDS = ("repa", "sit", "dit")
+STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.(\d+)\.linear\.bias")
 
 
 class Published(NamedTuple):
@@ -121,6 +122,8 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_dim,
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * latent_channels * patch_size**2,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "streams": {m[1]: len(value) for key, value in state.items() if (m := STREAM.fullmatch(key))},
+        "heads": tuple(sorted(int(m[1]) for key in state if (m := HEAD.fullmatch(key)))),
     }
 
 

@@ -42,7 +42,7 @@ def subject(row: Row) -> str:
     size = f" at {row.resolution} pixels" if row.resolution != 256 else ""
     if not row.target:
         return f"{row.model}{size} without alignment"
-    return f"{row.model}{size} aligned to {row.target} after block {row.depth}, {row.similarity}, lambda {row.weight:g}"
+    return f"{row.model}{size} aligned to {row.target} after block {row.depth}, {row.loss}, lambda {row.weight:g}"
 
 
 def headline(row: Row) -> str:

@@ -11,7 +11,7 @@ def alignment_text(item: dict[str, Any]) -> str:
     """'dinov2-b@8, weight 0.5, cosine, mlp' from one entry of `alignments`."""
     target, depth = item.get("target"), item.get("depth")
     parts = [f"{target}@{depth}", f"weight {item['weight']:g}" if is_number(item.get("weight")) else None]
-    parts += [item.get("similarity"), item.get("projector")]
+    parts += [item.get("loss"), item.get("projector")]
     parts += [
         item.get(key) for key, plain in (("schedule", "constant"), ("token_norm", "none")) if item.get(key) != plain
     ]

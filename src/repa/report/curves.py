@@ -83,7 +83,7 @@ def draw_curves(
 
 def alignment_axis(runs: Sequence[RunRecord]) -> str:
     """Cosine similarity where every alignment is one, else the plain name of what is drawn."""
-    similarities = {str(item.get("similarity", "cosine")).partition(":")[0] for run in runs for item in run.alignments}
+    similarities = {str(item.get("loss", "cosine")).partition(":")[0] for run in runs for item in run.alignments}
     return "cosine similarity" if similarities <= {"cosine"} else "alignment (− loss)"
 
 

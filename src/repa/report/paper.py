@@ -39,7 +39,7 @@ class Row:
     figures: tuple[Figures, ...] = ()
     target: str = ""  # the encoder that it is aligned to; empty trains without alignment
     depth: int = 8
-    similarity: str = "cosine"
+    loss: str = "cosine"
     weight: float = 0.5
     resolution: int = 256
     steps_per_second: float | None = None  # on 8 H100, where the paper says
@@ -50,7 +50,7 @@ class Row:
         """The settings of its alignment term."""
         if not self.target:
             return None
-        return {"target": self.target, "depth": self.depth, "similarity": self.similarity, "weight": self.weight}
+        return {"target": self.target, "depth": self.depth, "loss": self.loss, "weight": self.weight}
 
     @property
     def objective(self) -> str:
@@ -112,13 +112,13 @@ _512 = "Figures of the paper's final version, printed by epochs (80 are 400K ste
 def _encoder(target: str, fid: float | None, note: str = "") -> Row:
     """Table 2: SiT-L/2 aligned after block 8 by NT-Xent."""
     figures = () if fid is None else (Figures(400_000, fid),)
-    return Row("Table 2", "SiT-L/2", figures, target, similarity="nt_xent", note=f"{note} {_NEGATIVES}".strip())
+    return Row("Table 2", "SiT-L/2", figures, target, loss="nt_xent", note=f"{note} {_NEGATIVES}".strip())
 
 
 def _depth(depth: int, fid: float) -> Row:
     """Table 2: the depth, with DINOv2-L and NT-Xent."""
     figures = (Figures(400_000, fid),)
-    return Row("Table 2", "SiT-L/2", figures, "dinov2-l", depth, similarity="nt_xent", note=_NEGATIVES)
+    return Row("Table 2", "SiT-L/2", figures, "dinov2-l", depth, loss="nt_xent", note=_NEGATIVES)
 
 
 def _lambda(weight: float, fid: float) -> Row:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from repa.alignment.config import AlignmentConfig
+from repa.diffusion.config import DiffusionConfig
 from repa.report.paper import AUTOENCODER, CLASSES, FACTOR, IMAGES, REFERENCE, ROWS, SAMPLES, SAMPLINGS, Row
 from repa.report.protocols import INCEPTION, Protocol, settings_of
 from repa.report.records import RunRecord
@@ -25,8 +27,8 @@ def _trains_as(run: RunRecord, row: Row) -> bool:
         "qk_norm": False,
     }
     same_network = all(model.get(key) == value for key, value in asked.items())
-    objective = {"objective": row.objective, "path": "linear", "prediction": "velocity", "timesteps": "uniform"}
-    same_objective = {"objective": "flow", **diffusion} == objective  # runs before there were two did not write it down
+    objective = DiffusionConfig(objective=row.objective).model_dump(mode="json")
+    same_objective = {**objective, "objective": "flow", **diffusion} == objective
     same_batch = run.config.get("batch_size") == 256
     return same_network and same_objective and same_batch and _same_alignment(run.alignments, row.alignment)
 
@@ -35,8 +37,8 @@ def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
     """Is there just the one term of the row (or none), with the paper's projector, constant in time?"""
     if asked is None:
         return not found
-    whole = {**asked, "projector": "mlp", "schedule": "constant", "token_norm": "none"}
-    return len(found) == 1 and all(found[0].get(key) == value for key, value in whole.items())
+    whole = AlignmentConfig(**asked).model_dump(mode="json")
+    return len(found) == 1 and {**whole, **found[0]} == whole
 
 
 def measured_as(protocol: Protocol, run: RunRecord) -> str | None:

@@ -8,10 +8,10 @@ from repa.diffusion import ImprovedDDPM
 
 LOAD = {
     "safetensors": """```python
-from repa.models import load_exported
+from repa.models import Condition, load_exported
 
 model = load_exported("FOLDER")  # frozen, in eval mode
-prediction = model(x_t, t, labels).prediction
+prediction = model({"x": x_t}, t, Condition(labels)).prediction["x"]
 ```
 
 Samples, and all other commands of `repa` that take a run:

@@ -57,7 +57,10 @@ def read_checkpoint(
     indices = {key.partition(".")[0] for key in published.projectors}
     projectors = {}
     if alignments:
-        projectors = {key.replace(".", ".projector.", 1): value for key, value in published.projectors.items()}
+        modules = dict(zip(sorted(indices, key=int), (_module(a) for a in alignments), strict=True))
+        for key, value in published.projectors.items():
+            index, _, rest = key.partition(".")
+            projectors[f"{modules[index]}.projector.{rest}"] = value
     checkpoint = Checkpoint(published.steps or 0, published.model, published.ema, projectors, {}, {"seconds": 0.0})
     settings = {"model": model, "diffusion": diffusion, "alignments": alignments}
     return Imported(settings, checkpoint, 0 if alignments else len(indices))
@@ -154,3 +157,8 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
         }
         for index, target in zip(indices, targets, strict=True)
     ]
+
+
+def _module(alignment: Mapping[str, Any]) -> str:
+    """What the projector of an alignment is called in a checkpoint (`AlignmentConfig.module`)."""
+    return f"{alignment['target']}@{alignment['depth']}".replace(".", "_")

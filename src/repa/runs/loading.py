@@ -13,7 +13,7 @@ from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.diffusion import Denoiser, Interpolant, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
-from repa.models import DiT, build
+from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
@@ -25,7 +25,7 @@ NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the 
 class LoadedRun:
     """What sampling and analysis need: the network, how it was trained to predict, and the way back to pixels."""
 
-    model: DiT
+    model: Backbone
     diffusion: DiffusionConfig
     autoencoder: Autoencoder
     step: int
@@ -49,14 +49,14 @@ class LoadedRun:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return (self.model.latent_channels, self.model.latent_size, self.model.latent_size)
+        return self.model.state_shapes["x"]
 
     def denoiser(self, labels: Tensor, guidance: GuidanceConfig | None = None) -> Denoiser:
         """The denoiser of given labels (N,), with guidance closed over."""
         guidance = guidance or GuidanceConfig()
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.model(x_t, self.process.network_time(t), y).prediction
+            return self.model({"x": x_t}, self.process.network_time(t), Condition(y)).prediction["x"]
 
         fn = guided(
             predict, labels, self.model.null_label, guidance.scale, guidance.interval, guidance.channels or None

@@ -9,6 +9,7 @@ from repa.base.config import Config
 from repa.base.registry import parse_spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
 from repa.models.config import ModelConfig
 
@@ -79,6 +80,22 @@ class PreviewConfig(Config):
         return (self.score_every or self.every) if self.num_scored else 0
 
 
+class StreamConfig(Config):
+    """A vector that is noised, predicted and sampled beside the latents (REG, arXiv 2507.01467)."""
+
+    name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
+    """Names the stream in logs and checkpoints."""
+    source: str
+    """Encoder whose vector for the whole image it is, such as dinov2-b."""
+    weight: float = Field(0.03, ge=0, allow_inf_nan=False)
+    """How much its denoising loss counts."""
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        return ENCODERS.check(value)
+
+
 class TrainConfig(Config):
     """One training run."""
 
@@ -88,6 +105,10 @@ class TrainConfig(Config):
     """Objective, path, prediction and distribution of training times."""
     alignments: tuple[AlignmentConfig, ...] = ()
     """The alignment terms; none trains the baseline."""
+    streams: tuple[StreamConfig, ...] = ()
+    """Vectors that are noised and predicted beside the latents; none, unless the run is a REG."""
+    head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    """How much the denoising loss of each of model.heads counts."""
     autoencoder: str = ""
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
     autoencoder_weights: str = ""
@@ -159,21 +180,37 @@ class TrainConfig(Config):
                 raise ValueError(
                     f"alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
                 )
-        names = [a.name for a in self.alignments]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two alignments go from {name!r}: give each pair of target and depth once")
+        keys = [a.key for a in self.alignments]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(
+                    f"two alignments are called {key!r}: give one of them another name, --alignments.0.name NAME"
+                )
+        averaged = {_averaged_times(a.target) for a in self.alignments if parse_spec(a.target)[0] == "ema"}
+        if len(averaged) > 1:
+            raise ValueError(
+                "the targets ema of a run share one pass of the averaged network: give all the same earlier and cleanest"
+            )
+        names = [s.name for s in self.streams]
+        if "x" in names or len(names) != len(set(names)):
+            raise ValueError(
+                f"the streams are called {', '.join(names)}: each needs a name that no other has, and none is x"
+            )
+        if self.diffusion.token_times and self.streams:
+            raise ValueError(
+                "diffusion.token_times gives every token of the grid a time, and a stream has no place there: choose one"
+            )
         self._check_step()
         return self
 
     def _check_step(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(f"a batch_size of {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        contrasting = [a.name for a in self.alignments if parse_spec(a.similarity)[0] == "nt_xent"]
+        contrasting = [a.key for a in self.alignments if parse_spec(a.loss)[0] == "nt_xent"]
         if self.accumulate > 1 and contrasting:
             raise ValueError(
                 f"accumulate is {self.accumulate}, but the alignment {contrasting[0]!r} contrasts every image with the whole "
-                "batch (nt_xent): choose accumulate 1, or the similarity cosine"
+                "batch (nt_xent): choose accumulate 1, or the loss cosine"
             )
         if self.optimizer.name == "muon" and self.parallel == "fsdp":
             raise ValueError(
@@ -183,3 +220,9 @@ class TrainConfig(Config):
             raise ValueError(
                 "snapshot_every keeps the averages of ema_widths, of which there are none: give some, such as 0.05 0.1"
             )
+
+
+def _averaged_times(target: str) -> tuple[float, bool]:
+    """When the averaged network sees the images, as a target "ema:..." says."""
+    _, settings = parse_spec(target)
+    return settings.get("earlier", 0.0), settings.get("cleanest", False)

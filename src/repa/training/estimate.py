@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repa.alignment import Alignment
+from repa.alignment import Alignment, AlignmentConfig
+from repa.alignment.targets import build_target
 from repa.autoencoders.cost import AutoencoderCost, autoencoder_cost
 from repa.base.cost import Cost, cost_of
 from repa.base.errors import UserError
@@ -18,9 +19,11 @@ from repa.base.precision import autocast
 from repa.data.config import split_format
 from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
-from repa.models import build
+from repa.models import Backbone, Condition, Tap, build
 from repa.models.cost import model_cost
 from repa.training.config import TrainConfig
+from repa.training.features import wanted_by
+from repa.training.resolve import with_streams
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
 """Stored forms of tokens that are compared."""
@@ -138,9 +141,11 @@ def estimate(
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
     config = config.override(model=model)
     grid = model.latent_size // model.dims().patch_size
-    targets = dict.fromkeys(alignment.target for alignment in config.alignments)
-    teachers = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in targets}
+    names = [need.encoder for need in wanted_by(config)]
+    teachers = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
     dims = {name: teacher.dim for name, teacher in teachers.items()}
+    config = with_streams(config, dims)
+    model = config.model
     return Estimate(
         config=config, num_images=num_images, num_devices=num_devices, rate=rate, network=model_cost(model),
         projectors=_projectors(config, dims, grid**2), teachers=teachers, autoencoder=autoencoder,
@@ -154,7 +159,9 @@ def _projectors(config: TrainConfig, dims: dict[str, int], num_tokens: int) -> C
     width = config.model.dims().hidden_dim
     for alignment in config.alignments:
         with torch.device("meta"):
-            projector = Alignment(alignment, width, dims[alignment.target]).projector
+            projector = Alignment.of(alignment, build(config.model), dims).projector
+            if not list(projector.parameters()):
+                continue
             hidden = torch.empty(1, num_tokens, width, requires_grad=not alignment.measure_only)
         cost = cost_of(projector, functools.partial(projector, hidden))
         total = Cost(*map(sum, zip(total, cost, strict=True)))
@@ -185,18 +192,39 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
 
 def _kept(config: TrainConfig, depth: int, dims: dict[str, int]) -> int:
     """Of a network of `depth` blocks: what two images need more than one, so that weights do not count."""
-    model = build(config.model.override(depth=depth))
-    terms = [Alignment(a, model.hidden_dim, dims[a.target]) for a in config.alignments]
-    tokens = model.grid**2
+    heads = (1,) * bool(config.model.heads)
+    model = build(config.model.override(depth=depth, heads=heads))
+    tokens = model.grid[0] * model.grid[1]
+    terms = [Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid) for a in config.alignments]
+    taps = tuple({Tap(1, a.tap) for a in config.alignments})
 
     def forward(num: int) -> Tensor:
-        x = torch.randn(num, model.latent_channels, model.latent_size, model.latent_size)
-        output = model(x, torch.rand(num), torch.zeros(num, dtype=torch.int64), taps=(1,))
-        losses = [term(output.hidden[1], torch.randn(num, tokens, term.feature_dim)) for term in terms]
-        return sum(losses, output.prediction.square().mean((1, 2, 3)))
+        state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
+        output = model(state, torch.rand(num), Condition(torch.zeros(num, dtype=torch.int64)), taps)
+        losses = [_compared(term, output.taps[Tap(1, term.config.tap)], model) for term in terms]
+        predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
+        return sum(losses) + sum(predicted)
 
     with autocast(torch.device("cpu"), "fp32" if config.precision == "fp32" else "bf16"):
         return saved_bytes(lambda: forward(2), tokens) - saved_bytes(lambda: forward(1), tokens)
+
+
+def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
+    """Of the term's target, on a network of which only the width is that of the run."""
+    encoder, _ = alignment.encoder
+    if encoder or alignment.target == "latent":
+        return build_target(alignment, model, dims).dim
+    return model.hidden_dim
+
+
+def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
+    """The loss of a tap of the first block against tokens that are there."""
+    if term.tap.kind == "attention":
+        return term.compare(tap, torch.randn(tap.shape))
+    student = tap[:, model.prefix_tokens :]
+    return term.compare(
+        student, None if term.config.target == "none" else torch.randn(*student.shape[:2], term.feature_dim)
+    )
 
 
 def saved_bytes(forward: Callable[[], Tensor], num_tokens: int) -> int:

@@ -15,18 +15,19 @@ from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.base import dist
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
+from repa.models import Condition
 from repa.runs import MetricsLog, Writer
 from repa.runs.averaging import drop_snapshots
 from repa.training import signals
 from repa.training.config import TrainConfig
+from repa.training.features import EncoderFeatures
 from repa.training.meters import Waiting
 from repa.training.microbatches import backward, check_parts
 from repa.training.parallel import running, whole
-from repa.training.resolve import claim_folder, resolve
+from repa.training.resolve import claim_folder, resolve, with_streams
 from repa.training.rows import Rows
 from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
-from repa.training.targets import Targets
 from repa.training.utilisation import ideal_seconds
 
 
@@ -64,8 +65,9 @@ def train(
         config = resolve(config, data, device)
         check_parts(config.batch_size, dist.world(), config.accumulate)
         new = begins(run)
-        targets = Targets(config, data, device)
-    state = build_state(config, targets.dims, device, begins=new)
+        encoders = EncoderFeatures(config, data, device)
+        config = with_streams(config, encoders.dims)
+    state = build_state(config, encoders.dims, device, begins=new)
     dist.on_main(lambda: claim_folder(run, config, data))
     with dist.together():
         state.resume(run)
@@ -74,15 +76,15 @@ def train(
         return Finished(state.step)
 
     dist.on_main(lambda: drop_snapshots(run, state.step))
-    for note in targets.notes:
+    for note in encoders.notes:
         say(note)
-    wanted = state.objective.targets  # where a weight is 0, its encoder is not run, and nothing is read for it
+    wanted = state.objective.needs  # where a weight is 0, its encoder is not run, and nothing is read for it
     with dist.together():
         autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
         loader = Loader(
-            data, batch_size=config.batch_size, seed=config.seed, features=lambda step: targets.stored(wanted(step)),
-            images=lambda step: targets.reads_images(wanted(step)),
-            rank=dist.rank(), world=dist.world(), device=device,
+            data, batch_size=config.batch_size, seed=config.seed, features=lambda step: encoders.stored(wanted(step)),
+            images=lambda step: encoders.reads_images(wanted(step)),
+            pooled=encoders.pooled, rank=dist.rank(), world=dist.world(), device=device,
         )  # fmt: skip
     hooks = make_hooks(config, autoencoder)
     if data.has_moments and not hooks:
@@ -101,12 +103,12 @@ def train(
     rows, saved = Rows(state, run, log, batches, ideal, device, say), time.monotonic()
 
     with contextlib.closing(log), contextlib.closing(batches), writer, signals.noted() as caught:
-        for batch, features in targets.along(batches, state.step, wanted):
-            x = _latents(batch, autoencoder, config.seed, state.step)
-            draws, weights = state.objective.draw(x, state.step), state.objective.weights(state.step, device)
+        for batch, features in encoders.along(batches, state.step, wanted):
+            clean = state.objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
+            draws, weights = state.objective.draw(clean, state.step), state.objective.weights(state.step, device)
             losses = backward(
-                objective, x, batch.labels, features, draws, weights,
-                accumulate=config.accumulate, precision=config.precision, scaled=state.guard.scaled,
+                objective, clean, Condition(batch.labels), features, draws, weights, accumulate=config.accumulate,
+                precision=config.precision, scaled=state.guard.scaled, averaged=state.averaged(),
             )  # fmt: skip
             state.guard.unscale(state.objective.parameters())
             norms = [whole(nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm)) for group in groups]

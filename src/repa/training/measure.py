@@ -1,6 +1,6 @@
 """What a training step costs on this machine, against what its matrix products alone would: `repa bench`, benchmarks/.
 
-The step is the loop's own: `Targets.along`, `microbatches.backward`, clipping, `TrainState.advance`.
+The step is the loop's own: `EncoderFeatures.along`, `microbatches.backward`, clipping, `TrainState.advance`.
 """
 
 import itertools
@@ -16,12 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa.alignment import Alignment
+from repa.alignment.targets import Need
 from repa.base.precision import DTYPES
 from repa.data import Batch
 from repa.data.manifest import FeatureField
 from repa.encoders.contract import Features
-from repa.models import build
+from repa.models import Condition, build
 from repa.training.config import TrainConfig
+from repa.training.features import wanted_by
 from repa.training.meters import peak_memory
 from repa.training.microbatches import backward
 from repa.training.objective import Draws, Objective
@@ -30,9 +32,10 @@ from repa.training.state import build_state
 
 PARTS = ("teacher", "student", "optimizer", "averages", "data")
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is timed: large enough for the full rate
+ATTENTION_HEADS = 12  # of an encoder whose attention is made up: those of a ViT-B
 STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
 
-Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `Targets.along` gives
+Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.along` gives
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Stands where prepared data would, for `Targets`: random latents and images in memory, and tokens of these widths."""
+    """Stands where prepared data would, for `EncoderFeatures`: random latents and images in memory, and tokens of these widths."""
 
     widths: Mapping[str, int]
     grid: int
@@ -94,8 +97,9 @@ class Synthetic:
         images = torch.randint(256, (num, 3, resolution, resolution), generator=stream, dtype=torch.uint8)
         labels = torch.randint(max(1, config.model.num_classes), (num,), generator=stream)
         tokens = {
-            name: Features(torch.randn(num, self.grid**2, width, generator=stream).to(device), None)
-            for name, width in self.widths.items()
+            need.encoder: random_features(num, self.grid**2, self.widths[need.encoder], need, stream, device)
+            for need in wanted_by(config)
+            if need.encoder in self.widths
         }
         return Batch(labels.to(device), images.to(device), moments.to(device), tokens)
 
@@ -104,8 +108,8 @@ class Step:
     """A training step, whole and in parts. `feed` gives each its batch and tokens."""
 
     def __init__(self, config: TrainConfig, dims: Mapping[str, int], feed: Feed, device: torch.device):
-        self.config, self.feed, self.device = config, feed, device
-        self.state = build_state(config, dict(dims), device)
+        self.config, self.dims, self.feed, self.device = config, dict(dims), feed, device
+        self.state = build_state(config, self.dims, device)
         self.objective = running(self.state.objective, config, device)
         self.groups = self.state.objective.trained_groups()
 
@@ -114,11 +118,12 @@ class Step:
         self.advance()
 
     def student(self, batch: Batch, features: Mapping[str, Features]) -> None:
-        x, objective, step = latents(batch), self.state.objective, self.state.step
-        draws, weights = objective.draw(x, step), objective.weights(step, self.device)
+        objective, step = self.state.objective, self.state.step
+        clean = objective.clean(latents(batch), features)
+        draws, weights = objective.draw(clean, step), objective.weights(step, self.device)
         backward(
-            self.objective, x, batch.labels, features, draws, weights,
-            accumulate=self.config.accumulate, precision=self.config.precision, scaled=self.state.guard.scaled,
+            self.objective, clean, Condition(batch.labels), features, draws, weights, accumulate=self.config.accumulate,
+            precision=self.config.precision, scaled=self.state.guard.scaled, averaged=self.state.averaged(),
         )  # fmt: skip
 
     def advance(self) -> None:
@@ -170,8 +175,7 @@ def measure(
     seconds = statistics.median(timed(lambda: [step() for _ in range(steps)], device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     parts = [step.parts(data, teacher) for _ in range(max(1, rounds // 2))]
-    dims = {a.config.target: a.feature_dim for a in step.state.objective.alignments}
-    floor = config.batch_size * flops_per_image(config, dims) / rates[config.precision]
+    floor = config.batch_size * flops_per_image(config, step.dims) / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
     return Figures(
         config.model.name, where, config.batch_size, config.precision, config.compile, seconds, floor, memory, medians
@@ -183,6 +187,24 @@ def latents(batch: Batch) -> Tensor:
     if batch.moments is not None:
         return batch.moments.float().chunk(2, dim=1)[0]
     return batch.images.float() / 127.5 - 1
+
+
+def random_features(
+    num: int,
+    tokens: int,
+    width: int,
+    need: Need,
+    stream: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Features:
+    """What an encoder would give for `num` images."""
+    patches = torch.randn(num, tokens, width, generator=stream)
+    pooled = torch.randn(num, width, generator=stream) if need.pooled else None
+    attention = {
+        layer: torch.randn(num, ATTENTION_HEADS, tokens, tokens, generator=stream) for layer in need.attention
+    } or None
+    features = Features(patches, pooled, attention)
+    return features if device is None else features.map(lambda x: x.to(device))
 
 
 def endless(batch: Batch, features: Mapping[str, Features]) -> Feed:
@@ -197,13 +219,17 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
     num, size, channels = 2, config.model.latent_size, config.model.latent_channels  # nt_xent has no loss for one image
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # whose two products the counter knows on every device
         model = build(config.model)
-        alignments = [Alignment(a, model.hidden_dim, dims[a.target]) for a in config.alignments]
-        objective = Objective(model, alignments, config.diffusion, label_dropout=0.0, seed=0)
-        features = {name: Features(torch.zeros(num, model.grid**2, dim), None) for name, dim in dims.items()}
-        x, zeros = torch.zeros(num, channels, size, size), torch.zeros(num)
-        draws, weights = Draws(zeros, x, zeros.bool()), torch.zeros(len(alignments))
+        tokens = model.grid[0] * model.grid[1]
+        alignments = [Alignment.of(a, model, dims) for a in config.alignments]
+        objective = Objective(model, alignments, config.diffusion, label_dropout=0.0, seed=0, streams=config.streams)
+        features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in wanted_by(config)}
+        clean = objective.clean(torch.zeros(num, channels, size, size), features)
+        zeros = torch.zeros(num)
+        draws, weights = Draws(zeros, clean, zeros.bool(), zeros), torch.zeros(len(alignments))
+        condition = Condition(zeros.long())
         with FlopCounterMode(display=False) as counter:
-            objective(x, zeros.long(), features, draws, weights).total.sum().backward()
+            averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
+            objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
     return counter.get_total_flops() // num
 
 

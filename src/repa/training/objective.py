@@ -1,4 +1,7 @@
-"""Eq. 9: the denoising loss plus weighted alignments. The one module that is wrapped and optimised."""
+"""Eq. 9: the denoising loss plus weighted alignments. The one module that is wrapped and optimised.
+
+N images of this process, T tokens, A alignments. State and draws are keyed as in models/contract.py.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from repa.alignment import Alignment
+from repa.alignment.targets import Need, Seen, merged
 from repa.base import dist
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import DiT
+from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.training.config import StreamConfig
 
 
 class Losses(NamedTuple):
@@ -25,13 +30,17 @@ class Losses(NamedTuple):
 class Draws(NamedTuple):
     """The random numbers of one step for this process's rows."""
 
-    t: Tensor  # (N,)
-    noise: Tensor  # (N, C, H, W)
-    dropped: Tensor  # (N,) bool: label replaced by the null label
+    t: Tensor  # (N,), or (N, T) where every token has a time
+    noise: State
+    dropped: Tensor  # (N,) bool: condition replaced by the null condition
+    t_averaged: Tensor | None = None  # times at which the averaged network sees the images; None: no term asks
+    keep: Tensor | None = None  # (N, K) ids of the tokens that are not routed around the middle blocks
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        return Draws(self.t[part], self.noise[part], self.dropped[part])
+        t_averaged = None if self.t_averaged is None else self.t_averaged[part]
+        keep = None if self.keep is None else self.keep[part]
+        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep)
 
 
 class Objective(nn.Module):
@@ -39,86 +48,189 @@ class Objective(nn.Module):
 
     Every draw is made for the global batch from (seed, step) and each process takes its rows, so the numbers do not
     depend on how many processes share the work.
+
+    Args:
+        streams: vectors that are noised beside the latents.
+        head_weight: of the denoising loss of each of the network's heads.
     """
 
     def __init__(
         self,
-        model: DiT,
+        model: Backbone,
         alignments: Sequence[Alignment],
         diffusion: DiffusionConfig,
         *,
         label_dropout: float,
         seed: int,
+        streams: Sequence[StreamConfig] = (),
+        head_weight: float = 0.5,
     ):
         super().__init__()
         self.model = model
-        self.alignments = nn.ModuleList(alignments)
+        self.alignments = nn.ModuleDict({a.config.module: a for a in alignments})
         self.process = build_process(diffusion)
-        self.label_dropout = label_dropout
-        self.seed = seed
-        self.taps = tuple(sorted({a.config.depth for a in alignments}))
+        self.token_times = diffusion.token_times
+        self.streams, self.head_weight = tuple(streams), head_weight
+        self.label_dropout, self.seed = label_dropout, seed
+        self.taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.taps}))
+        self.averaged_taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.target.averaged}))
+        self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
 
-    def draw(self, x: Tensor, step: int) -> Draws:
+    def clean(self, x: Tensor, features: Mapping[str, Features]) -> State:
+        """What is noised: the latents x (N, C, H, W), and for each stream the encoder's vector of the image (N, F)."""
+        return {"x": x, **{s.name: features[s.source].pooled.float() for s in self.streams}}
+
+    def draw(self, clean: State, step: int) -> Draws:
         """The draws of this process's rows (N) out of the global batch of `step`."""
+        x = clean["x"]
         rows = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
         stream = generator(self.seed, "objective", step, device=x.device)
         t = self.process.draw_times(num, stream, x.device)
-        noise = torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)
+        noise = {"x": torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)}
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
-        return Draws(t[rows], noise[rows], dropped[rows])
+        for name in (s.name for s in self.streams):
+            noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
+        t, first = self._token_times(t, stream)
+        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream))
+        return draws.rows(rows)
+
+    def _token_times(self, t: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
+
+        Gives times (N, T) and which tokens have the first; without token_times the times (N,) as they are.
+        """
+        if not self.token_times:
+            return t, None
+        rows, columns = self.model.grid
+        second = self.process.draw_times(len(t), stream, t.device)
+        scores = torch.rand((len(t), rows * columns), generator=stream, device=t.device)
+        first = scores.argsort(1).argsort(1) < round(self.token_times * rows * columns)  # (N, T)
+        return torch.where(first, t[:, None], second[:, None]), first
+
+    def _averaged_times(self, t: Tensor, first: Tensor | None, stream: torch.Generator) -> Tensor | None:
+        """The averaged network's times: earlier by u * `earlier`, u ~ U(0, 1) for each time of an image, or its cleanest time."""
+        if not self.averaging:
+            return None
+        target = self.averaging[0]
+        if target.cleanest:
+            return t if first is None else t.amin(1)  # (N,)
+        u = torch.rand((len(t), 2), generator=stream, device=t.device)
+        u = u[:, 0] if first is None else torch.where(first, u[:, :1], u[:, 1:])
+        return (t - target.earlier * u).clamp(0, 1)
 
     def weights(self, step: int, device: torch.device) -> Tensor:
         """(A,) lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
-        lambdas = [torch.full((), a.weight(step), device=device) for a in self.alignments]
+        lambdas = [torch.full((), a.weight(step), device=device) for a in self.alignments.values()]
         return torch.stack(lambdas) if lambdas else torch.empty(0, device=device)
 
+    @torch.no_grad()
+    def averaged(self, network: Backbone, clean: State, condition: Condition, draws: Draws) -> Output:
+        """What the averaged network answers on the same images and noise, called outside of DDP and torch.compile."""
+        state = self._noised(clean, draws.noise, draws.t_averaged)
+        return network(
+            state, self.process.network_time(draws.t_averaged), self._condition(condition, draws), self.averaged_taps
+        )
+
     def forward(
-        self, x: Tensor, labels: Tensor, features: Mapping[str, Features], draws: Draws, weights: Tensor
+        self,
+        clean: State,
+        condition: Condition,
+        features: Mapping[str, Features],
+        draws: Draws,
+        weights: Tensor,
+        averaged: Output | None = None,
     ) -> Losses:
         """Per-sample losses: a function of its arguments, with neither a generator nor a step in it (for torch.compile).
 
         Args:
-            x: clean latents (N, C, H, W).
-            labels: (N,) int64.
-            features: target tokens by encoder name; an alignment whose encoder is not among them is left out.
+            clean: latents and vectors of N images, from `clean`.
+            condition: of these images.
+            features: of the clean images by encoder name; an alignment whose encoder is not among them is left out.
             draws: of these N rows, from `draw`.
             weights: (A,), from `weights`.
+            averaged: from `averaged`.
         """
-        x_t = self.process.noised(x, draws.noise, draws.t)  # Eq. 1
-        y = torch.where(draws.dropped, self.model.null_label, labels)
-        output = self.model(x_t, self.process.network_time(draws.t), y, self.taps)
+        state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
+        time = self.process.network_time(draws.t)
+        output = self.model(state, time, self._condition(condition, draws), self.taps, draws.keep)
 
-        denoising = self.process.losses(output.prediction, x, draws.noise, draws.t)  # Eq. 4, or Eq. 10 for DDPM
+        denoising = self._denoising(output.prediction["x"], clean, draws)  # Eq. 4, or Eq. 10 for DDPM
         total = torch.stack(list(denoising.values())).sum(0)  # (N,)
         terms = {name: loss.detach() for name, loss in denoising.items()}
-        for alignment, weight in zip(self.alignments, weights.unbind(), strict=True):
-            if alignment.config.target not in features:  # its weight is 0 at this step, so nobody asked the encoder
+        for name, weight, loss in self._further(output, clean, draws):
+            total = total + weight * loss
+            terms[name] = loss.detach()
+        seen = Seen(output, features, averaged, clean, draws.t)
+        for alignment, weight in zip(self.alignments.values(), weights.unbind(), strict=True):
+            if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
                 total = total + _untouched(alignment)
                 continue
-            hidden = output.hidden[alignment.config.depth]
-            if alignment.config.measure_only:
-                hidden = hidden.detach()
-            loss = alignment(hidden, features[alignment.config.target].patches)  # (N,), Eq. 8
+            loss = alignment(seen)  # (N,), Eq. 8
             total = total + weight * loss  # Eq. 9
-            terms[f"alignment/{alignment.config.name}"] = loss.detach()
+            terms[f"alignment/{alignment.config.key}"] = loss.detach()
         return Losses(total, terms)
 
-    def targets(self, step: int) -> tuple[str, ...]:
-        """Encoders whose tokens this step needs: those with a weight that is not 0."""
-        return tuple(dict.fromkeys(a.config.target for a in self.alignments if a.weight(step) != 0))
+    def averages(self, step: int) -> bool:
+        """Does a term of this step look at the averaged network?"""
+        return any(a.target.averaged and a.weight(step) != 0 for a in self.alignments.values())
+
+    def needs(self, step: int) -> tuple[Need, ...]:
+        """What this step wants of encoders: for streams, and for the terms with a weight that is not 0."""
+        terms = [a.target.need for a in self.alignments.values() if a.target.need and a.weight(step) != 0]
+        return merged([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
     def trained_groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together.
 
         A projector that only measures is its own group: its gradient must not change the scale of the network's.
         """
-        measuring = [p for a in self.alignments if a.config.measure_only for p in a.parameters()]
-        rest = [p for a in self.alignments if not a.config.measure_only for p in a.parameters()]
+        alignments = list(self.alignments.values())
+        measuring = [p for a in alignments if a.config.measure_only for p in a.parameters()]
+        rest = [p for a in alignments if not a.config.measure_only for p in a.parameters()]
         network = [p for p in self.model.parameters() if p.requires_grad]
         return [group for group in (network + rest, measuring) if group]
+
+    def _condition(self, condition: Condition, draws: Draws) -> Condition:
+        return self.model.null(condition).where(draws.dropped, condition)
+
+    def _noised(self, clean: State, noise: State, t: Tensor) -> State:
+        return {name: self.process.noised(part, noise[name], self._times_of(t, part)) for name, part in clean.items()}
+
+    def _denoising(self, prediction: Tensor, clean: State, draws: Draws) -> dict[str, Tensor]:
+        x = clean["x"]
+        return self.process.losses(prediction, x, draws.noise["x"], self._times_of(draws.t, x))
+
+    def _further(self, output: Output, clean: State, draws: Draws) -> list[tuple[str, float, Tensor]]:
+        """(name, weight, loss (N,)) of the network's heads (internal guidance) and of the streams (REG)."""
+        found = []
+        for depth, prediction in output.heads.items():
+            losses = self._denoising(prediction, clean, draws)
+            found.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
+        for stream in self.streams:
+            # a vector is an image of one pixel to the process
+            answer, vector, noise = (
+                part[stream.name][:, :, None, None] for part in (output.prediction, clean, draws.noise)
+            )
+            loss = self.process.losses(answer, vector, noise, draws.t)["denoising"]
+            found.append((f"stream/{stream.name}", stream.weight, loss))
+        return found
+
+    def _times_of(self, t: Tensor, part: Tensor) -> Tensor:
+        """Times as a process takes them: (N,) as they are; (N, T) spread over the pixels of each token, (N, 1, H, W)."""
+        if t.ndim == 1:
+            return t
+        rows, columns = self.model.grid
+        grid = t.unflatten(1, (1, rows, columns))
+        return grid.repeat_interleave(part.shape[2] // rows, 2).repeat_interleave(part.shape[3] // columns, 3)
+
+
+def rows_of(state: State, part: slice) -> State:
+    """Some of the samples."""
+    return {name: value[part] for name, value in state.items()}
 
 
 def _untouched(module: nn.Module) -> Tensor:
     """Zero, with every parameter in the graph: DDP waits for the gradient of each."""
-    return 0.0 * torch.stack([p.sum() for p in module.parameters()]).sum()
+    parameters = [p.sum() for p in module.parameters()]
+    return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())

@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from repa.base.errors import UserError
 from repa.training.config import OptimizerConfig, TrainConfig
 
-HIDDEN = ("attn", "mlp")  # parts of a block whose matrices map hidden states to hidden states
-
 
 def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of network and projectors.
 
-    Muon takes the matrices of attention and MLP. The adaLN projections, which start at zero as gates, the embeddings, the
-    final layer, the projectors and all vectors stay with AdamW.
+    Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
+    as gates, the embeddings, the final layer, the projectors and all vectors stay with AdamW.
     """
     settings = config.optimizer
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
@@ -26,10 +24,9 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Op
             f"The optimizer muon is torch.optim.Muon, which torch {torch.__version__} lacks: install torch 2.9 or newer, "
             "or choose adamw."
         )
-    hidden = {
-        name for name, p in named if p.ndim == 2 and name.startswith("model.blocks.") and name.split(".")[3] in HIDDEN
-    }
-    return MuonAdamW([p for n, p in named if n in hidden], [p for n, p in named if n not in hidden], settings)
+    hidden = {id(p) for p in objective.model.matrices()}
+    matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
+    return MuonAdamW(matrices, others, settings)
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:

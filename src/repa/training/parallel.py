@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from repa.base import dist
-from repa.models import DiT
+from repa.models import Backbone
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
 
-def shard(objective: Objective, averages: list[DiT], device: torch.device, precision: str) -> None:
+def shard(objective: Objective, averages: list[Backbone], device: torch.device, precision: str) -> None:
     """Leave each process its part of every parameter, in place (FSDP2): of the objective, and of averages of its network.
 
     A block's parameters are gathered when it runs and let go after it. They are float32; under bf16 the blocks are gathered
@@ -36,7 +36,9 @@ def shard(objective: Objective, averages: list[DiT], device: torch.device, preci
     for block in objective.model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for average in averages:  # never run: `gather` makes them whole first
+    for average in averages:  # run only where a term looks at the averaged network, block by block then
+        for block in average.blocks:
+            fully_shard(block, mesh=mesh)
         fully_shard(average, mesh=mesh)
 
 

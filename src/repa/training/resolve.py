@@ -1,5 +1,6 @@
 """From what the user asked and what the data is to the configuration that runs; every mismatch is said before any slow work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,6 +54,12 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         autoencoder=data.autoencoder,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
     )
+
+
+def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:
+    """Fill in how wide the network's streams are; `dims`: encoder -> width of its features."""
+    streams = tuple((stream.name, dims[stream.source]) for stream in config.streams)
+    return config.override(model=config.model.override(streams=streams))
 
 
 def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:

@@ -60,8 +60,8 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     if state[POSITIONS].shape != own[POSITIONS].shape:
         state[POSITIONS] = own[POSITIONS]
     objective.model.load_state_dict(state)
-    for alignment in objective.alignments:
-        new = start.projectors.get((alignment.config.name, alignment.config.projector))
+    for alignment in objective.alignments.values():
+        new = start.projectors.get((alignment.config.key, alignment.config.projector))
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:
             alignment.load_state_dict(new)
@@ -106,12 +106,14 @@ def _of_file(file: Path, kind: str, num_heads: int) -> Start:
 def _projectors(
     alignments: list[AlignmentConfig], state: dict[str, Tensor]
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """The state dicts of alignments 0, 1, ... out of that of their list."""
+    """Each alignment's state dict out of that of all."""
     return {
-        (alignment.name, alignment.projector): {
-            key.removeprefix(f"{index}."): value for key, value in state.items() if key.startswith(f"{index}.")
+        (alignment.key, alignment.projector): {
+            key.removeprefix(f"{alignment.module}."): value
+            for key, value in state.items()
+            if key.startswith(f"{alignment.module}.")
         }
-        for index, alignment in enumerate(alignments)
+        for alignment in alignments
     }
 
 

@@ -1,7 +1,8 @@
 """What a training run is made of, how it is built from a configuration, and what of it goes into a checkpoint."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from repa.alignment import Alignment
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.rng import fold
-from repa.models import DiT, build
+from repa.models import Backbone, Output, build
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
@@ -42,7 +43,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last logged step
 
     @property
-    def model(self) -> DiT:
+    def model(self) -> Backbone:
         return self.objective.model
 
     def advance(self, norms: Sequence[Tensor]) -> None:
@@ -55,6 +56,12 @@ class TrainState:
         self.step += 1
         for average in (self.ema, *self.averages.values()):
             average.update(self.step, skip)
+
+    def averaged(self) -> Callable[..., Output | None]:
+        """What runs the averaged network on (clean, condition, draws) of a part of this step, or gives None when no term asks."""
+        if not self.objective.averages(self.step):
+            return lambda *_: None
+        return functools.partial(self.objective.averaged, self.ema.model)
 
     def snapshot(self, *, copy: bool = False) -> Checkpoint:
         """Everything that must survive a restart, whole, on the CPU of the main process; the others must ask too.
@@ -101,7 +108,7 @@ class TrainState:
         self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
 
     @contextlib.contextmanager
-    def whole_average(self) -> Iterator[DiT]:
+    def whole_average(self) -> Iterator[Backbone]:
         """The average as a network that any process can run without the others; all processes must enter together."""
         if not isinstance(next(self.ema.model.parameters()), DTensor):
             yield self.ema.model
@@ -115,7 +122,7 @@ class TrainState:
 def build_state(
     config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, begins: bool = True
 ) -> TrainState:
-    """A state at step 0. `config` is resolved (no field left to the data); feature_dims: target -> width of its tokens.
+    """A state at step 0. `config` is resolved (no field left to the data); feature_dims: encoder -> width of its tokens.
 
     `config.init` is read when the run `begins`; later a checkpoint takes its place, and it need not exist any more.
 
@@ -127,11 +134,12 @@ def build_state(
     model.checkpoint_activations = config.checkpoint_activations
     alignments = []
     for alignment in config.alignments:
-        with seeded(config.seed, "projector", alignment.name):
-            alignments.append(Alignment(alignment, model.hidden_dim, feature_dims[alignment.target]))
-    objective = Objective(model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed).to(
-        device
-    )
+        with seeded(config.seed, "projector", alignment.key):
+            alignments.append(Alignment.of(alignment, model, feature_dims))
+    objective = Objective(
+        model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed,
+        streams=config.streams, head_weight=config.head_weight,
+    ).to(device)  # fmt: skip
     if config.init and begins:
         with dist.together():
             start_from(config.init, objective, config.model.dims().num_heads)

@@ -17,7 +17,7 @@ def flops_of(objective: Objective) -> float:
 
     A multiply and an add are two. `measure.flops_per_image` counts them in seconds; this takes no time at the start of a run.
     """
-    model, tokens = objective.model, objective.model.grid**2
+    model, tokens = objective.model, objective.model.grid[0] * objective.model.grid[1]
     matrices = [
         (name, p.numel()) for name, p in objective.named_parameters() if p.ndim > 1 and "y_embedder" not in name
     ]

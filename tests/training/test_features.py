@@ -11,8 +11,8 @@ from repa.data import DataSet
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig
+from repa.training.features import EncoderFeatures, one_ahead
 from repa.training.measure import Synthetic
-from repa.training.targets import Targets, one_ahead
 
 CPU = torch.device("cpu")
 TINY = AlignmentConfig(target="tiny", depth=1)
@@ -67,49 +67,49 @@ def test_computed_tokens_can_be_aligned_to(precision):
     """They are made under inference mode, whose tensors autograd refuses to save."""
     data = Synthetic({}, 4)
     config = configuration(precision=precision)
-    targets = Targets(config, data, CPU)
+    encoders = EncoderFeatures(config, data, CPU)
     batch = data.batch(config, CPU, 16)
-    patches = targets(batch, ("tiny",))["tiny"].patches
+    patches = encoders(batch, encoders.wanted)["tiny"].patches
     assert not patches.is_inference()
     hidden = torch.randn(4, 16, 32, requires_grad=True)
-    Alignment(TINY, 32, targets.dims["tiny"])(hidden, patches).sum().backward()
+    Alignment(TINY, 32, encoders.dims["tiny"]).compare(hidden, patches).sum().backward()
     assert hidden.grad.abs().sum() > 0
     exact = load_encoder("tiny")(batch.images, 4).patches
     assert (patches.float() - exact).norm() < (0.02 if precision == "bf16" else 1e-6) * exact.norm()
 
 
 def test_an_encoder_that_nobody_wants_is_neither_run_nor_fed(monkeypatch):
-    targets = Targets(configuration(), Synthetic({}, 4), CPU)
-    assert targets.reads_images(("tiny",))
-    assert not targets.reads_images(())
-    assert targets.stored(("tiny",)) == ()
-    monkeypatch.setitem(targets.encoders, "tiny", None)  # calling it would raise
+    encoders = EncoderFeatures(configuration(), Synthetic({}, 4), CPU)
+    assert encoders.reads_images(encoders.wanted)
+    assert not encoders.reads_images(())
+    assert encoders.stored(encoders.wanted) == ()
+    monkeypatch.setitem(encoders.encoders, "tiny", None)  # calling it would raise
     batch = Synthetic({}, 4).batch(configuration(), CPU, 16)._replace(images=None)
-    assert targets(batch, ()) == {}
+    assert encoders(batch, ()) == {}
 
 
 def test_stored_tokens_are_read_as_long_as_they_are_wanted():
     data = Synthetic({"tiny": 7}, 4)
-    targets = Targets(configuration(), data, CPU)
-    assert (targets.dims, targets.encoders) == ({"tiny": 7}, {})
-    assert targets.stored(("tiny",)) == ("tiny",)
-    assert targets.stored(()) == ()
-    assert not targets.reads_images(("tiny",))
-    assert Targets(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
+    encoders = EncoderFeatures(configuration(), data, CPU)
+    assert (encoders.dims, encoders.encoders) == ({"tiny": 7}, {})
+    assert encoders.stored(encoders.wanted) == ("tiny",)
+    assert encoders.stored(()) == ()
+    assert not encoders.reads_images(encoders.wanted)
+    assert EncoderFeatures(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
 
 
 def test_every_batch_comes_with_the_tokens_of_its_own_step():
     config, data = configuration(precision="fp32"), Synthetic({}, 4)
-    targets = Targets(config, data, CPU)
+    encoders = EncoderFeatures(config, data, CPU)
     first = data.batch(config, CPU, 16)
     batches = [first._replace(images=first.images.roll(n, 0), labels=torch.tensor([n])) for n in range(4)]
-    wanted = {5: ("tiny",), 6: (), 7: ("tiny",), 8: ("tiny",)}
-    pairs = list(targets.along(iter(batches), 5, wanted.__getitem__))
+    wanted = {5: encoders.wanted, 6: (), 7: encoders.wanted, 8: encoders.wanted}
+    pairs = list(encoders.along(iter(batches), 5, wanted.__getitem__))
     assert [int(batch.labels) for batch, _ in pairs] == [0, 1, 2, 3]
-    assert [tuple(features) for _, features in pairs] == list(wanted.values())
+    assert [tuple(features) for _, features in pairs] == [("tiny",), (), ("tiny",), ("tiny",)]
     for batch, features in pairs:
         if features:
-            torch.testing.assert_close(features["tiny"].patches, targets(batch, ("tiny",))["tiny"].patches)
+            torch.testing.assert_close(features["tiny"].patches, encoders(batch, encoders.wanted)["tiny"].patches)
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 5])

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from repa.alignment import SIMILARITIES
+from repa.alignment import LOSSES
 from repa.base import dist
 from repa.base.errors import UserError
 from tests.oracles import alignment as oracle
@@ -15,14 +15,12 @@ def pair(n=4, tokens=9, width=6, seed=0):
 
 def test_cosine_equals_the_double_loop():
     a, b = pair()
-    assert torch.allclose(
-        SIMILARITIES.build("cosine")(a, b).double(), torch.tensor(oracle.cosine(a, b)).double(), atol=1e-6
-    )
+    assert torch.allclose(LOSSES.build("cosine")(a, b).double(), torch.tensor(oracle.cosine(a, b)).double(), atol=1e-6)
 
 
 def test_cosine_is_lowest_when_aligned_whatever_the_length():
     a, _ = pair()
-    cosine = SIMILARITIES.build("cosine")
+    cosine = LOSSES.build("cosine")
     assert torch.allclose(cosine(a, 3 * a), -torch.ones(4), atol=1e-6)
     assert torch.allclose(cosine(a, -a), torch.ones(4), atol=1e-6)
 
@@ -31,26 +29,26 @@ def test_cosine_is_lowest_when_aligned_whatever_the_length():
 def test_nt_xent_equals_the_loop(temperature):
     a, b = pair()
     b = a + 0.5 * b
-    got = SIMILARITIES.build(f"nt_xent:temperature={temperature}")(a, b)
+    got = LOSSES.build(f"nt_xent:temperature={temperature}")(a, b)
     assert torch.allclose(got.double(), torch.tensor(oracle.nt_xent(a, b, temperature)).double(), rtol=1e-4, atol=1e-5)
 
 
 def test_nt_xent_anchors_are_the_projected_tokens():
     """The loss is not symmetric: swapping student and teacher must change it."""
     a, b = pair()
-    nt_xent = SIMILARITIES.build("nt_xent")
+    nt_xent = LOSSES.build("nt_xent")
     assert not torch.allclose(nt_xent(a, b), nt_xent(b, a), rtol=1e-2)
 
 
 def test_nt_xent_of_indistinct_images_is_log_n():
     a = torch.ones(5, 4, 3)
-    assert torch.allclose(SIMILARITIES.build("nt_xent")(a, a), torch.full((5,), 5.0).log())
+    assert torch.allclose(LOSSES.build("nt_xent")(a, a), torch.full((5,), 5.0).log())
 
 
 def test_nt_xent_negatives_are_the_same_position_of_other_images():
     a, b = pair()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    nt_xent = SIMILARITIES.build("nt_xent")
+    nt_xent = LOSSES.build("nt_xent")
     assert torch.allclose(nt_xent(a[:, order], b[:, order]), nt_xent(a, b), atol=1e-5)
     grad = torch.autograd.functional.jacobian(lambda y: nt_xent(a, y)[0], b)  # (N, T, F)
     changed = torch.autograd.functional.jacobian(lambda y: nt_xent(a[:, :1], y[:, :1])[0], b)
@@ -62,7 +60,7 @@ def test_nt_xent_negatives_are_the_same_position_of_other_images():
 def test_gradient_equals_finite_differences(name):
     a, b = pair(n=3, tokens=2, width=3)
     a.requires_grad_()
-    similarity = SIMILARITIES.build(name if name == "cosine" else "nt_xent:temperature=0.5")
+    similarity = LOSSES.build(name if name == "cosine" else "nt_xent:temperature=0.5")
     similarity(a, b).sum().backward()
     reference = oracle.cosine if name == "cosine" else lambda x, y: oracle.nt_xent(x, y, 0.5)
     for index in [(0, 0, 0), (1, 1, 2), (2, 0, 1)]:
@@ -79,30 +77,30 @@ def test_huge_and_zero_half_precision_tokens_give_finite_losses_and_gradients(na
     a, b = a.half(), b.half()
     a[1, 1], b[2, 2], b[3, 3] = 6e4, 0, 6e4
     a.requires_grad_()
-    loss = SIMILARITIES.build(name)(a, b)
+    loss = LOSSES.build(name)(a, b)
     loss.sum().backward()
     assert loss.dtype == torch.float32
     assert loss.isfinite().all()
     assert a.grad.isfinite().all()
-    assert SIMILARITIES.build(name)(torch.zeros_like(a), b).isfinite().all()
+    assert LOSSES.build(name)(torch.zeros_like(a), b).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", ["0", "-1.0", "warm"])
 def test_nt_xent_refuses_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(UserError, match="temperature above 0"):
-        SIMILARITIES.build(f"nt_xent:temperature={temperature}")(*pair())
+        LOSSES.build(f"nt_xent:temperature={temperature}")(*pair())
 
 
 def test_nt_xent_refuses_a_batch_without_negatives():
     with pytest.raises(UserError, match="needs 2 or more"):
-        SIMILARITIES.build("nt_xent")(*pair(n=1))
+        LOSSES.build("nt_xent")(*pair(n=1))
 
 
 def rank_loss_and_gradient(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     a, b = (x[2 * rank : 2 * rank + 2] for x in pair())
     a = a.clone().requires_grad_()
-    loss = SIMILARITIES.build("nt_xent")(a, b)
+    loss = LOSSES.build("nt_xent")(a, b)
     loss.mean().backward()
     torch.save((loss.detach(), a.grad / 2), f"{folder}/{rank}.pt")  # DDP averages gradients over the two processes
     dist.teardown()
@@ -113,7 +111,7 @@ def test_nt_xent_on_two_processes_equals_one_with_the_whole_batch(tmp_path):
     losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
     a, b = pair()
     a.requires_grad_()
-    loss = SIMILARITIES.build("nt_xent")(a, b)
+    loss = LOSSES.build("nt_xent")(a, b)
     loss.mean().backward()
     assert torch.allclose(torch.cat(losses), loss, atol=1e-5)
     assert torch.allclose(torch.cat(gradients), a.grad, atol=1e-6)

@@ -1,0 +1,146 @@
+"""Where the features of a step come from: the shards, or the encoder run on the batch's images."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from repa.alignment.targets import Need, merged, needs_of
+from repa.base.errors import UserError
+from repa.base.precision import DTYPES, autocast
+from repa.data import Batch, DataSet
+from repa.encoders import load_encoder
+from repa.encoders.contract import Features
+from repa.encoders.loading import weights_for
+from repa.training.config import TrainConfig
+
+Item = TypeVar("Item")
+Wanted = Callable[[int], Sequence[Need]]  # step -> what it wants of encoders
+
+
+class EncoderFeatures:
+    """Features by encoder name for a batch.
+
+    Stored features are used where the data has all that is wanted of an encoder; otherwise the encoder is loaded and run
+    on the images, under inference mode and in the precision of the run. On CUDA it runs one batch ahead, on a stream of its own.
+    """
+
+    def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
+        self.wanted = wanted = wanted_by(config)
+        self.cached = tuple(need.encoder for need in wanted if _stores(data, need))
+        self.pooled = any(need.pooled for need in wanted)
+        missing = [need for need in wanted if need.encoder not in self.cached]
+        if missing and not data.has_images:
+            names = " ".join(need.encoder for need in wanted)
+            raise UserError(_lacks(data, missing[0], names))
+        self.grid = config.model.latent_size // config.model.dims().patch_size
+        self.notes = [
+            f"The stored tokens of {name!r} form a grid of {data.features[name].grid} and are resampled to the network's "
+            f"{self.grid}; `repa prepare --grid {self.grid}` stores them at that size."
+            for name in self.cached
+            if data.features[name].grid != self.grid
+        ]
+        self.device, self.precision, self.latents_of_images = device, config.precision, not data.has_moments
+        self.encoders = {
+            need.encoder: load_encoder(
+                need.encoder, weights=weights_for(need.encoder, config.feature_weights), device=device
+            )
+            for need in missing
+        }
+        for encoder in self.encoders.values():
+            if config.precision in DTYPES:
+                encoder.round_weights(DTYPES[config.precision])
+            if config.compile:
+                encoder.net.compile()
+        self.dims = {name: data.features[name].dim for name in self.cached} | {
+            name: encoder.dim for name, encoder in self.encoders.items()
+        }
+        self.stream = torch.cuda.Stream(device) if self.encoders and device.type == "cuda" else None
+
+    def stored(self, needs: Sequence[Need]) -> tuple[str, ...]:
+        """Encoders among `needs` whose features are to be read with the batch."""
+        return tuple(need.encoder for need in needs if need.encoder in self.cached)
+
+    def reads_images(self, needs: Sequence[Need]) -> bool:
+        """Whether a step with these `needs` needs images too: for an encoder, or as latents."""
+        return self.latents_of_images or self._computes(needs)
+
+    def __call__(self, batch: Batch, needs: Sequence[Need]) -> dict[str, Features]:
+        """Features of the encoders in `needs`; the others are not run."""
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            computed = {
+                need.encoder: self.encoders[need.encoder](batch.images, self.grid, need.attention)
+                for need in needs
+                if need.encoder not in self.cached
+            }
+        # copies made outside are ordinary tensors, which the alignment may save for its backward
+        fresh = {
+            need.encoder: _wanted_of(computed[need.encoder], need).map(torch.clone)
+            for need in needs
+            if need.encoder in computed
+        }
+        return {need.encoder: fresh.get(need.encoder) or batch.features[need.encoder] for need in needs}
+
+    def along(self, batches: Iterable[Batch], step: int, wanted: Wanted) -> Iterator[tuple[Batch, dict[str, Features]]]:
+        """Each batch of the steps `step`, `step` + 1, ... with the features that its step needs."""
+        started = (self._start(batch, wanted(number)) for number, batch in enumerate(batches, step))
+        for batch, features, computed in one_ahead(started) if self.stream else started:
+            if computed is not None:
+                torch.cuda.current_stream(self.device).wait_event(computed)
+            yield batch, features
+
+    def _computes(self, needs: Sequence[Need]) -> bool:
+        return any(need.encoder in self.encoders for need in needs)
+
+    def _start(
+        self, batch: Batch, needs: Sequence[Need]
+    ) -> tuple[Batch, dict[str, Features], "torch.cuda.Event | None"]:
+        """The features of a batch, or on CUDA the promise of them: the event tells when they are there."""
+        if self.stream is None or not self._computes(needs):
+            return batch, self(batch, needs), None
+        main = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(main)  # the images must have arrived
+        with torch.cuda.stream(self.stream):
+            features = self(batch, needs)
+        batch.images.record_stream(self.stream)  # no memory is reused before the other stream is done with it
+        for found in features.values():
+            found.map(lambda x: x.record_stream(main) or x)
+        return batch, features, self.stream.record_event()
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each asked for before the one in front of it is handed out."""
+    items = iter(items)
+    for front in items:
+        for following in items:
+            yield front
+            front = following
+        yield front
+
+
+def wanted_by(config: TrainConfig) -> tuple[Need, ...]:
+    """All that a run wants of encoders."""
+    return merged([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
+
+
+def _wanted_of(features: Features, need: Need) -> Features:
+    return features if need.pooled else features._replace(pooled=None)
+
+
+def _stores(data: DataSet, need: Need) -> bool:
+    """Whether the data has all that is wanted of an encoder; attention is never stored."""
+    facts = data.features.get(need.encoder)
+    return facts is not None and not need.attention and (facts.pooled or not need.pooled)
+
+
+def _lacks(data: DataSet, need: Need, names: str) -> str:
+    if need.encoder in data.features:
+        what = "attention" if need.attention else "vectors of whole images"
+        return (
+            f"A term needs {what} of {need.encoder!r}, which the data in {data.folder} does not store, and there are no images to "
+            "compute them from: run `repa prepare` with --store-images true."
+        )
+    return (
+        f"The data in {data.folder} has neither tokens of {need.encoder!r} nor images to make them from: "
+        f"run `repa prepare` with --features {names}."
+    )

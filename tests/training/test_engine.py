@@ -1,0 +1,204 @@
+"""The objective gives the numbers of version 1129c31, which knew one kind of alignment; and what it can do besides.
+
+`tests/golden/engine.json` holds the losses, gradients (sums of magnitudes) and weights of that version, float32 on a CPU.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from repa.alignment import Alignment, AlignmentConfig
+from repa.diffusion.config import DiffusionConfig
+from repa.encoders.contract import Features
+from repa.models import Condition, DiT
+from repa.training import Objective
+from repa.training.config import StreamConfig
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/engine.json").read_text(encoding="utf-8"))
+CASES = {
+    "repa": ([{"target": "tiny", "depth": 2, "projector": "mlp:width=24"}], {}, 16),
+    "ntxent": ([{"target": "tiny", "depth": 1, "projector": "linear", "loss": "nt_xent:temperature=0.1"}], {}, 16),
+    "irepa": (
+        [{"target": "tiny", "depth": 3, "projector": "conv", "token_norm": "zscore:alpha=0.6", "weight": 1.0}], {}, 25
+    ),
+    "two": (
+        [
+            {"target": "tiny", "depth": 2, "schedule": "cosine:steps=10"},
+            {"target": "tiny", "depth": 3, "measure_only": True},
+        ],
+        {"path": "trigonometric", "prediction": "data", "timesteps": "logit_normal"},
+        16,
+    ),
+    "ddpm": ([{"target": "tiny", "depth": 2, "schedule": "stop:step=2"}], {"objective": "ddpm"}, 16),
+    "none": ([], {}, 16),
+}  # fmt: skip
+
+
+def network(**settings) -> DiT:
+    torch.manual_seed(0)
+    sizes = {"latent_size": 8, "latent_channels": 4, "patch_size": 2, "hidden_dim": 32, "depth": 4, "num_heads": 2}
+    model = DiT(**{**sizes, "num_classes": 5, **settings})
+    for p in model.parameters():  # leave the zero initialisation
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def objective_of(model, terms, diffusion, dims, **settings) -> Objective:
+    alignments = []
+    for number, term in enumerate(terms):
+        torch.manual_seed(10 + number)
+        alignments.append(Alignment.of(AlignmentConfig(**term), model, dims))
+    return Objective(model, alignments, DiffusionConfig(**diffusion), label_dropout=0.3, seed=3, **settings)
+
+
+def images(num=6):
+    stream = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(num, 4, 8, 8, generator=stream), torch.randint(5, (num,), generator=stream)
+    return x, Condition(labels), stream
+
+
+def step_of(objective, x, condition, features, step, average=None):
+    clean = objective.clean(x, features)
+    draws = objective.draw(clean, step)
+    averaged = objective.averaged(average, clean, condition, draws) if average else None
+    return objective(clean, condition, features, draws, objective.weights(step, x.device), averaged)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_gradients_and_weights_are_those_of_the_version_before(case):
+    terms, diffusion, tokens = CASES[case]
+    model = network(learn_sigma=case == "ddpm")
+    objective = objective_of(model, terms, diffusion, {"tiny": 20})
+    x, condition, stream = images()
+    patches = torch.randn(6, tokens, 20, generator=stream)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
+    for step, wanted in enumerate(GOLDEN[case]["rows"]):
+        features = {need.encoder: Features(patches, None) for need in objective.needs(step)}
+        losses = step_of(objective, x, condition, features, step)
+        losses.total.mean().backward()
+        assert float(losses.total.detach().mean()) == pytest.approx(wanted["loss"], rel=1e-6)
+        found = {name: float(term.double().abs().sum()) for name, term in losses.terms.items()}
+        assert found == pytest.approx(wanted["terms"], rel=1e-6)
+        gradients = sum(float(p.grad.double().abs().sum()) for p in objective.parameters() if p.grad is not None)
+        assert gradients == pytest.approx(wanted["gradients"], rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = sum(float(p.detach().double().abs().sum()) for p in objective.parameters())
+    assert weights == pytest.approx(GOLDEN[case]["end"], rel=1e-6)
+
+
+def test_every_kind_of_target_at_once_trains_all_that_it_should():
+    """A stream, a head, five targets: the gradients reach every parameter, and the total is the weighted sum of the terms."""
+    model = network(streams={"class": 20}, heads=(2,))
+    terms = [
+        {"target": "tiny:part=all", "depth": 2, "projector": "linear"},
+        {"target": "tiny:part=attention,layer=1", "tap": "attention", "depth": 1, "projector": "none", "loss": SQUARED},
+        {"target": "block:depth=4", "depth": 3, "projector": "none", "weight": 0.2},
+        {"target": "ema:depth=4,earlier=0.2", "depth": 2, "projector": "linear", "weight": 0.3},
+        {"target": "latent", "depth": 1, "projector": "linear", "resample": "target"},
+    ]
+    streams = [StreamConfig(source="tiny")]
+    objective = objective_of(model, terms, {}, {"tiny": 20}, streams=streams, head_weight=0.4)
+    x, condition, stream = images()
+    (need,) = objective.needs(0)
+    assert need == ("tiny", True, (1,))
+    patches, pooled = torch.randn(6, 16, 20, generator=stream), torch.randn(6, 20, generator=stream)
+    logits = torch.randn(6, 2, 16, 16, generator=stream)
+    features = {"tiny": Features(patches, pooled, {1: logits})}
+    average = network(streams={"class": 20}, heads=(2,))
+    losses = step_of(objective, x, condition, features, 0, average)
+    weights = {"denoising": 1.0, "head/2": 0.4, "stream/class": 0.03}
+    weights |= {f"alignment/{a.config.key}": a.config.weight for a in objective.alignments.values()}
+    assert weights.keys() == losses.terms.keys()
+    torch.testing.assert_close(losses.total, sum(weight * losses.terms[name] for name, weight in weights.items()))
+    losses.total.mean().backward()
+    unreached = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert unreached == []
+    assert all(p.grad is None for p in average.parameters())
+
+
+SQUARED = f"{__name__}.squared"
+
+
+def squared(student, target):
+    """Of any two tensors of one shape, (N, ...) -> (N,)."""
+    return (student - target).square().flatten(1).mean(1)
+
+
+def test_the_averaged_network_sees_less_noise():
+    model = network()
+    terms = [{"target": "ema:depth=4,earlier=0.25", "depth": 2, "projector": "linear"}]
+    objective = objective_of(model, terms, {}, {})
+    x, _, _ = images(num=2000)
+    draws = objective.draw({"x": x}, 0)
+    less = draws.t - draws.t_averaged
+    assert (less >= 0).all()
+    assert float(less.max()) <= 0.25
+    assert float(less[draws.t > 0.25].mean()) == pytest.approx(0.125, abs=0.01)
+
+
+def test_two_times_an_image_go_to_a_quarter_and_the_rest_of_its_tokens():
+    model = network(separate_times=True)
+    terms = [{"target": "ema:depth=4,cleanest=true", "depth": 2, "projector": "linear"}]
+    objective = objective_of(model, terms, {"token_times": 0.25}, {})
+    x, condition, _ = images()
+    draws = objective.draw({"x": x}, 0)
+    assert draws.t.shape == (6, 16)
+    for times in draws.t:
+        _, counts = times.unique(return_counts=True)
+        assert sorted(counts.tolist()) == [4, 12]
+    assert torch.equal(draws.t_averaged, draws.t.amin(1))
+    losses = step_of(objective, x, condition, {}, 0, network())
+    assert losses.total.isfinite().all()
+
+
+def test_a_token_with_the_same_time_everywhere_is_an_image_with_that_time():
+    model = network(separate_times=True).double()
+    x, condition, _ = images()
+    t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    one = model({"x": x.double()}, t, condition).prediction["x"]
+    each = model({"x": x.double()}, t[:, None].expand(-1, 16), condition).prediction["x"]
+    torch.testing.assert_close(one, each, rtol=0, atol=1e-10)
+
+
+def test_tokens_of_other_times_are_not_seen():
+    """Changing the latents of one group of tokens leaves the prediction at the other group as it was."""
+    model = network(separate_times=True)
+    x, condition, _ = images()
+    first = torch.zeros(16, dtype=torch.bool)
+    first[:4] = True  # the top row of patches
+    t = torch.where(first, 0.2, 0.7).expand(6, -1)
+    changed = x.clone()
+    changed[:, :, :2] += 1.0
+    a, b = (model({"x": value}, t, condition).prediction["x"] for value in (x, changed))
+    assert torch.equal(a[:, :, 2:], b[:, :, 2:])
+    assert not torch.equal(a[:, :, :2], b[:, :, :2])
+
+
+def test_attention_taps_are_the_logits_behind_the_attention():
+    model = network(depth=1, streams={"class": 3})
+    from repa.models import Tap
+
+    x, condition, stream = images()
+    state = {"x": x, "class": torch.randn(6, 3, generator=stream)}
+    taps = (Tap(1, "attention"), Tap(1))
+    output = model(state, torch.rand(6), condition, taps)
+    assert output.taps[Tap(1, "attention")].shape == (6, 2, 16, 16)
+    assert output.taps[Tap(1)].shape == (6, 17, 32)
+    assert output.prediction["class"].shape == (6, 3)
+
+
+@pytest.mark.parametrize("latent_size", [(8, 4), (4, 8)])
+def test_rectangles_and_patches_of_one_pixel(latent_size):
+    model = network(latent_size=latent_size, patch_size=1)
+    assert model.grid == latent_size
+    terms = [{"target": "tiny", "depth": 2, "projector": "conv"}]
+    objective = objective_of(model, terms, {}, {"tiny": 20})
+    x = torch.randn(3, 4, *latent_size)
+    features = {"tiny": Features(torch.randn(3, 8, 20), None)}  # 4 x 2 or 2 x 4, resampled to the network's grid
+    losses = step_of(objective, x, Condition(torch.zeros(3, dtype=torch.int64)), features, 0)
+    losses.total.mean().backward()
+    assert losses.total.isfinite().all()
