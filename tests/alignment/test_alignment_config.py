@@ -28,14 +28,14 @@ def test_defaults_are_the_papers():
     [
         (
             {"loss": "nt_xnet"},
-            "'nt_xnet': allowed are cosine, nt_xent. Did you mean 'nt_xent'?",
+            "nt_xent, smooth_l1. Did you mean 'nt_xent'?",
         ),
         (
             {"loss": "nt_xent:temprature=0.1"},
             "allowed are temperature. Did you mean 'temperature'?",
         ),
         ({"loss": "nt_xent:target=3"}, "no setting 'target'"),
-        ({"loss": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are none"),
+        ({"loss": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are axis"),
         ({"projector": "conv:kernal=3"}, "Did you mean 'kernel'?"),
         ({"projector": "mlpp"}, "Did you mean 'mlp'?"),
         ({"token_norm": "zscore:beta=1"}, "allowed are alpha"),

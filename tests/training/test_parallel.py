@@ -19,10 +19,11 @@ NUM_STEPS, HALF = 20, 10
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    """Both similarities; nt_xent contrasts the images of all processes. The projector of `tiny@1` has a bias of odd length."""
+    """Several losses; nt_xent contrasts the images of all processes. The projector of `tiny@1` has a bias of odd length."""
     alignments = (
         AlignmentConfig(target="tiny", depth=1, projector="mlp:width=15"),
         AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
+        AlignmentConfig(target="ema:depth=2,earlier=0.2", depth=1, projector="mlp2", loss="smooth_l1", weight=0.2),
     )
     return tiny_config.override(
         alignments=alignments, num_steps=NUM_STEPS, save_every=HALF, keep_checkpoints=0, optimizer={"learning_rate": 1e-3},

@@ -58,10 +58,13 @@ def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_config, tmp_path_factory) -> Path:
-    """Both similarities at once; nt_xent contrasts images of both processes."""
+    """Several losses at once; nt_xent, dispersive and gram contrasts images of both processes."""
     alignments = (
         tiny_config.alignments[0],
         AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
+        AlignmentConfig(target="none", depth=2, projector="none", loss="dispersive:temperature=0.5", weight=0.2),
+        AlignmentConfig(target="block:depth=2", depth=1, projector="none", loss="gram:scope=batch", weight=0.2),
+        AlignmentConfig(target="ema:depth=2,earlier=0.2", depth=1, projector="mlp2", loss="smooth_l1", weight=0.2),
     )
     preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers: the shares are not equal
     path = tmp_path_factory.mktemp("recipe") / "two.yaml"
@@ -85,7 +88,13 @@ def test_every_loss_is_the_same(runs):
     one, two = (rows(folder, "train") for folder in runs)
     assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 11))
     for mine, yours in zip(one, two, strict=True):
-        assert mine["alignment"].keys() == {"tiny@1", "tiny@2"}
+        assert mine["alignment"].keys() == {
+            "tiny@1",
+            "tiny@2",
+            "none@2",
+            "block:depth=2@1",
+            "ema:depth=2,earlier=0.2@1",
+        }
         for name in ("loss", "denoising"):
             assert mine[name] == pytest.approx(yours[name], abs=1e-5), (mine["step"], name)
         for name, value in mine["alignment"].items():

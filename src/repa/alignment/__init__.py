@@ -4,7 +4,13 @@ from repa.base.lazy import exports
 from repa.base.registry import Registry
 
 # f(student (N, T, F), target (N, T, F) or None, **settings) -> (N,), whose mean is the loss; lower is better
-LOSSES = Registry("loss", {"cosine": "repa.alignment.losses:cosine", "nt_xent": "repa.alignment.losses:nt_xent"})
+LOSSES = Registry(
+    "loss",
+    {
+        name: f"repa.alignment.losses:{name}"
+        for name in ("attention_ce", "cosine", "dispersive", "gram", "mse", "nt_xent", "smooth_l1")
+    },
+)
 # f(dims, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
 TARGETS = Registry(
     "target",
@@ -22,6 +28,7 @@ PROJECTORS = Registry(
         "mlp": "repa.alignment.projectors:mlp",
         "linear": "repa.alignment.projectors:linear",
         "conv": "repa.alignment.projectors:conv",
+        "mlp2": "repa.alignment.projectors:mlp2",
         "none": "repa.alignment.projectors:none",
     },
 )

@@ -1,8 +1,11 @@
-"""Eq. 8: patch-wise comparison of projected hidden states with the encoder's patches; (N,) losses, lower is better.
+"""Eq. 8 and its relatives: what is compared between a tap and its target; (N,) losses whose mean is the loss of the paper.
 
-N batch, T tokens, F encoder width, M images of all processes. `Alignment` switches autocast off around these functions:
-in half precision the norms under- or overflow, which is a known source of NaN.
+N images, T tokens, F width, h heads, M images of all processes. A loss that is one number for the batch gives it to each
+image. `Alignment` switches autocast off around these functions: in half precision the norms under- or overflow, which is a
+known source of NaN.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +15,43 @@ from repa.base import dist
 from repa.base.errors import UserError
 
 
-def cosine(projected: Tensor, target: Tensor) -> Tensor:
-    """Eq. 8 with the negative cosine similarity: (N, T, F), (N, T, F) -> (N,) in [-1, 1]."""
-    return -(_unit(projected) * _unit(target)).sum(-1).mean(-1)  # (N,)
+def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
+    """Declare that a loss looks at other images of the batch, always or for some of its settings.
+
+    Such a loss is refused with gradient accumulation, which shows it a part of the batch. Losses of your own declare it
+    too: `loss.compares_images = True`.
+    """
+
+    def declare(loss: Callable) -> Callable:
+        loss.compares_images = always
+        return loss
+
+    return declare
 
 
-def nt_xent(projected: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+def looks_at_other_images(loss: Callable) -> bool:
+    """Whether a loss, with its settings bound, declares it (see `compares_images`)."""
+    declared = getattr(getattr(loss, "func", loss), "compares_images", False)
+    return declared(**getattr(loss, "keywords", {})) if callable(declared) else bool(declared)
+
+
+def cosine(student: Tensor, target: Tensor, *, axis: str = "channels") -> Tensor:
+    """Eq. 8 with the negative cosine similarity: (N, T, F), (N, T, F) -> (N,) in [-1, 1].
+
+    axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens: what the
+    released code of SRA does by a default argument, kept to reproduce it.
+    """
+    if axis not in ("channels", "tokens"):
+        raise UserError(f"The loss 'cosine' needs axis channels or tokens, but got {axis!r}.")
+    dim = -1 if axis == "channels" else 1
+    return -(_unit(student, dim) * _unit(target, dim)).sum(dim).mean(-1)  # (N,)
+
+
+@compares_images()
+def nt_xent(student: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
     """Eq. 8 with a normalised temperature-scaled cross entropy: (N, T, F), (N, T, F) -> (N,), at least 0.
 
-    For image n and token position p, with unit vectors h (projected) and y (target):
+    For image n and token position p, with unit vectors h (student) and y (target):
 
         loss[n] = -mean_p log( exp(h[n,p] . y[n,p] / temperature) / sum_m exp(h[n,p] . y[m,p] / temperature) )
 
@@ -35,19 +66,107 @@ def nt_xent(projected: Tensor, target: Tensor, *, temperature: float = 0.07) -> 
     Raises:
         UserError: the global batch holds one image (there is no negative), or the temperature is not positive.
     """
-    if not (isinstance(temperature, (int, float)) and temperature > 0):
-        raise UserError(f"The similarity 'nt_xent' needs a temperature above 0, but got {temperature!r}.")
-    student, teacher = _unit(projected), dist.gather(_unit(target))  # (N, T, F), (M, T, F)
-    (num_images, num_tokens, _), num_candidates = student.shape, len(teacher)
+    _positive("nt_xent", "temperature", temperature)
+    own, others = _unit(student), dist.gather(_unit(target))  # (N, T, F), (M, T, F)
+    (num_images, num_tokens, _), num_candidates = own.shape, len(others)
     if num_candidates < 2:
         raise UserError(
-            "The similarity 'nt_xent' contrasts images of a batch: it needs 2 or more, but got 1: raise the batch size."
+            "The loss 'nt_xent' contrasts images of a batch: it needs 2 or more, but got 1: raise the batch size."
         )
-    logits = torch.einsum("npf,mpf->npm", student, teacher) / temperature  # (N, T, M)
+    logits = torch.einsum("npf,mpf->npm", own, others) / temperature  # (N, T, M)
     positive = dist.rank() * num_images + torch.arange(num_images, device=logits.device)
     losses = F.cross_entropy(logits.flatten(0, 1), positive.repeat_interleave(num_tokens), reduction="none")  # (N * T,)
     return losses.view(num_images, num_tokens).mean(-1)  # (N,)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=-1, eps=1e-12)
+def smooth_l1(student: Tensor, target: Tensor, *, beta: float = 0.05) -> Tensor:
+    """Quadratic below `beta`, linear above, mean over tokens and channels: (N, T, F) twice -> (N,) (SRA, arXiv 2505.02831)."""
+    _positive("smooth_l1", "beta", beta)
+    return F.smooth_l1_loss(student, target, beta=beta, reduction="none").flatten(1).mean(1)
+
+
+def mse(student: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference over tokens and channels: (N, T, F) twice -> (N,)."""
+    return (student - target).square().flatten(1).mean(1)
+
+
+@compares_images(lambda scope="sample", **_: scope == "batch")
+def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 0.0, scope: str = "sample") -> Tensor:
+    """How the cosines between tokens differ from those of the target: (N, T, F), (N, T, G) -> (N,).
+
+    With S(u)[i, j] = cos(u_i, u_j) and d = S(student) - S(target), the mean over all pairs of norm(d). Widths may differ.
+    U-REPA (arXiv 2503.18414) uses mse, VideoREPA's token relation distillation (arXiv 2505.23656) l1 with margin 0.1.
+
+    Args:
+        norm: mse is d^2, l1 is |d|, relu is max(d, 0): only similarities that exceed the target's count.
+        margin: of |d| (for relu, of d) that costs nothing.
+        scope: sample compares the tokens of an image; batch the tokens of all images of all processes, (M T)^2 pairs.
+    """
+    if norm not in ("mse", "l1", "relu") or scope not in ("sample", "batch"):
+        raise UserError(
+            f"The loss 'gram' needs norm mse, l1 or relu and scope sample or batch, but got {norm!r}, {scope!r}."
+        )
+    if not (isinstance(margin, (int, float)) and margin >= 0):
+        raise UserError(f"The loss 'gram' needs a margin of at least 0, but got {margin!r}.")
+    own, wanted = _unit(student), _unit(target)  # (N, T, F), (N, T, G)
+    if scope == "batch":
+        all_own, all_wanted = (dist.gather_with_gradient(x).flatten(0, 1) for x in (own, wanted))  # (M T, F)
+        difference = own @ all_own.T - wanted @ all_wanted.T  # (N, T, M T)
+    else:
+        difference = own @ own.mT - wanted @ wanted.mT  # (N, T, T)
+    excess = difference if norm == "relu" else difference.abs()
+    excess = (excess - margin).relu() if margin or norm == "relu" else excess
+    return (excess.square() if norm == "mse" else excess).flatten(1).mean(1)
+
+
+def attention_ce(student: Tensor, target: Tensor, *, heads: int = 12) -> Tensor:
+    """HASTE (arXiv 2505.16792): cross entropy of the student's attention with the target's, logits (N, h, T, T) -> (N,).
+
+    The mean over rows and over the first `heads` heads of both, or fewer where one has fewer. Logits hold the factor
+    head_dim^-0.5 already.
+    """
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"The loss 'attention_ce' needs a whole number of heads >= 1, but got {heads!r}.")
+    if student.ndim != 4 or student.shape[2:] != target.shape[2:]:
+        raise UserError(
+            f"The loss 'attention_ce' needs logits (N, h, T, T) of one grid, but got {tuple(student.shape)} and "
+            f"{tuple(target.shape)}: take tap attention and a target with part=attention."
+        )
+    heads = min(heads, student.shape[1], target.shape[1])
+    wanted = target[:, :heads].softmax(-1)
+    return -(wanted * student[:, :heads].log_softmax(-1)).sum(-1).mean((1, 2))  # (N,)
+
+
+@compares_images()
+def dispersive(
+    student: Tensor, target: None = None, *, temperature: float = 0.5, normalize: bool = False, scope: str = "global"
+) -> Tensor:
+    """Dispersive loss (arXiv 2506.09027): (N, T, D) -> (N,), the same number for each image.
+
+        log mean_ij exp(-|z_i - z_j|^2 / (T D temperature)),   z the tokens of an image as one vector, i = j included
+
+    The squared distance is divided by the number of elements, or no temperature would suit two sizes of network; with
+    `normalize` the vectors are brought to unit length instead. The authors' PyTorch code takes temperature 1, their paper 0.5.
+
+    Args:
+        scope: global spreads the images of all processes apart, device those of each process by itself.
+    """
+    _positive("dispersive", "temperature", temperature)
+    if scope not in ("global", "device"):
+        raise UserError(f"The loss 'dispersive' needs scope global or device, but got {scope!r}.")
+    own = student.flatten(1)  # (N, T D)
+    own = F.normalize(own, dim=1) if normalize else own * own.shape[1] ** -0.5
+    others = dist.gather_with_gradient(own) if scope == "global" else own  # (M, T D)
+    others = others - others.mean(0)  # distances stay, and their squares lose fewer digits below
+    squares = others.square().sum(1)  # (M,)
+    distances = (squares[:, None] + squares - 2 * others @ others.T).clamp_min(0)  # (M, M); the clamp is for rounding
+    return (-distances / temperature).exp().mean().log().expand(len(student))
+
+
+def _unit(x: Tensor, dim: int = -1) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=1e-12)
+
+
+def _positive(loss: str, name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and value > 0):
+        raise UserError(f"The loss {loss!r} needs a {name} above 0, but got {value!r}.")

@@ -25,6 +25,14 @@ def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: int = 20
     return _initialise(layers)
 
 
+def mlp2(hidden_dim: int, feature_dim: int, grid: Grid = None, *, ratio: float = 2) -> nn.Sequential:
+    """SRA's projector (arXiv 2505.02831): two linear layers with SiLU between, `ratio` times as wide as the tap."""
+    if not (isinstance(ratio, (int, float)) and ratio * hidden_dim >= 1):
+        raise UserError(f"The projector 'mlp2' needs a positive number as 'ratio', but got {ratio!r}.")
+    width = int(ratio * hidden_dim)
+    return _initialise(nn.Sequential(nn.Linear(hidden_dim, width), nn.SiLU(), nn.Linear(width, feature_dim)))
+
+
 def linear(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Linear:
     """One linear layer."""
     return _initialise(nn.Linear(hidden_dim, feature_dim))

@@ -144,6 +144,25 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return sum_over(gradient.contiguous())[ctx.rows]
+
+
+def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """`gather` through which gradients flow back to the process that each row came from.
+
+    A loss that every process computes of all rows then has, after the mean over processes that DDP takes, its own gradient.
+    """
+    return _GatherWithGradient.apply(x) if active() else x
+
+
 def from_main(value):
     """The main process's (picklable) value on every process."""
     if not active():

@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from repa.alignment import LOSSES
 from repa.alignment.config import AlignmentConfig
 from repa.base.config import Config
+from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
@@ -206,12 +208,8 @@ class TrainConfig(Config):
     def _check_step(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(f"a batch_size of {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        contrasting = [a.key for a in self.alignments if parse_spec(a.loss)[0] == "nt_xent"]
-        if self.accumulate > 1 and contrasting:
-            raise ValueError(
-                f"accumulate is {self.accumulate}, but the alignment {contrasting[0]!r} contrasts every image with the whole "
-                "batch (nt_xent): choose accumulate 1, or the loss cosine"
-            )
+        if self.accumulate > 1:
+            self._check_accumulation()
         if self.optimizer.name == "muon" and self.parallel == "fsdp":
             raise ValueError(
                 "the optimizer muon needs each matrix whole, and parallel fsdp divides them: choose ddp, or adamw"
@@ -221,8 +219,25 @@ class TrainConfig(Config):
                 "snapshot_every keeps the averages of ema_widths, of which there are none: give some, such as 0.05 0.1"
             )
 
+    def _check_accumulation(self) -> None:
+        """Losses of private code are checked when they are built (`training/state.py`)."""
+        from repa.alignment.losses import looks_at_other_images
+
+        for alignment in self.alignments:
+            name, _ = parse_spec(alignment.loss)
+            if name in LOSSES.table and looks_at_other_images(LOSSES.build(alignment.loss)):
+                refuse_accumulation(alignment.key, alignment.loss, self.accumulate)
+
 
 def _averaged_times(target: str) -> tuple[float, bool]:
     """When the averaged network sees the images, as a target "ema:..." says."""
     _, settings = parse_spec(target)
     return settings.get("earlier", 0.0), settings.get("cleanest", False)
+
+
+def refuse_accumulation(key: str, loss: str, accumulate: int) -> None:
+    """A part of the batch is another batch to a loss that compares its images."""
+    raise UserError(
+        f"accumulate is {accumulate}, but the loss {loss!r} of the alignment {key!r} compares the images of the whole batch: "
+        "choose accumulate 1, or the loss cosine."
+    )

@@ -39,7 +39,8 @@ def shard(objective: Objective, averages: list[Backbone], device: torch.device, 
     for average in averages:  # run only where a term looks at the averaged network, block by block then
         for block in average.blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(average, mesh=mesh)
+        # a root keeps its parameters whole after a forward, for the backward; an average has none, and is updated in parts
+        fully_shard(average, mesh=mesh, reshard_after_forward=True)
 
 
 def running(objective: Objective, config: TrainConfig, device: torch.device) -> nn.Module:

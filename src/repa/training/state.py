@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from repa.alignment import Alignment
+from repa.alignment.losses import looks_at_other_images
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.rng import fold
@@ -18,7 +19,7 @@ from repa.models import Backbone, Output, build
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
-from repa.training.config import TrainConfig
+from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.ema import EMA, build_averages, constant
 from repa.training.guards import Guard
 from repa.training.objective import Objective
@@ -136,6 +137,9 @@ def build_state(
     for alignment in config.alignments:
         with seeded(config.seed, "projector", alignment.key):
             alignments.append(Alignment.of(alignment, model, feature_dims))
+    for alignment in alignments:
+        if config.accumulate > 1 and looks_at_other_images(alignment.loss):
+            refuse_accumulation(alignment.config.key, alignment.config.loss, config.accumulate)
     objective = Objective(
         model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed,
         streams=config.streams, head_weight=config.head_weight,

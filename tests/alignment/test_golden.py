@@ -1,0 +1,107 @@
+"""Losses, projectors and norms against values of the methods' released code, in float64 (`tests/golden/`)."""
+
+import pytest
+import torch
+
+from repa.alignment import LOSSES, PROJECTORS, TOKEN_NORMS
+from tests import golden
+
+
+def test_haste_attention():
+    case = golden.load("haste_attention")
+    student, target = golden.tensor(case["inputs"]["S"]), golden.tensor(case["inputs"]["U"])
+    loss = LOSSES.build("attention_ce:heads=12")
+    pairs = [((1 + 0.1 * k) * student, (1 + 0.05 * (k + 4)) * target) for k in range(4, 8)]
+    found = sum(float(loss(*pair).mean()) for pair in pairs) / 4
+    assert found == pytest.approx(case["expected"]["attn_loss"], rel=1e-9)
+    z, z_tilde = (golden.tensor(case["feature_inputs"][name]) for name in ("z", "z_tilde"))
+    features = float(LOSSES.build("cosine")(z_tilde, z).mean())
+    assert features == pytest.approx(case["expected"]["feature_loss"], rel=1e-9)
+
+
+def test_layersync():
+    case = golden.load("layersync")
+    shallow, deep = (golden.tensor(case["inputs"][name]) for name in ("shallow", "deep_detached"))
+    assert float(LOSSES.build("cosine")(shallow, deep).mean()) == pytest.approx(case["expected"]["reg"], rel=1e-9)
+
+
+def test_urepa():
+    case = golden.load("urepa")
+    student, target = (golden.tensor(case["inputs"][name]) for name in ("student", "teacher"))
+    wanted = case["expected"]
+    cosine = float(LOSSES.build("cosine")(student, target).mean())
+    sample, batch = (float(LOSSES.build(f"gram:scope={s}")(student, target).mean()) for s in ("sample", "batch"))
+    assert cosine == pytest.approx(wanted["cosine"], rel=1e-9)
+    assert sample == pytest.approx(wanted["manifold_within_sample"], rel=1e-9)
+    assert batch == pytest.approx(wanted["manifold_over_batch"], rel=1e-9)
+    assert 0.5 * (cosine + 3 * sample) == pytest.approx(wanted["total_lambda_0_5_w_3"], rel=1e-9)
+
+
+def test_irepa():
+    case = golden.load("irepa")
+    target, hidden, weight, bias = (
+        golden.tensor(case["inputs"][name]) for name in ("target", "hidden", "conv_weight", "conv_bias")
+    )
+    for alpha, wanted in case["expected"]["zscore"].items():
+        golden.check(TOKEN_NORMS.build(f"zscore:alpha={alpha}")(target), wanted)
+    projector = PROJECTORS.build("conv:kernel=3")(5, 4, (3, 3)).double()
+    projector.conv.load_state_dict({"weight": weight, "bias": bias})
+    golden.check(projector(hidden), case["expected"]["projected"])
+
+
+def test_sra_head():
+    case = golden.load("sra_head")
+    head = PROJECTORS.build("mlp2")(6, 6).double()
+    golden.fill([head[0].bias, head[0].weight, head[2].bias, head[2].weight])  # by the official names, sorted
+    golden.check(head(golden.tensor(case["inputs"])), case["expected"])
+
+
+def test_self_transcendence():
+    case = golden.load("self_transcendence")
+    conditional, null, projected = (golden.tensor(case["inputs"][name]) for name in ("cond", "uncond", "projected"))
+    target = null + case["cfg"] * (conditional - null)
+    golden.check(target, case["expected"]["target"])
+    assert float(LOSSES.build("mse")(projected, target).mean()) == pytest.approx(case["expected"]["mse"], rel=1e-9)
+
+
+def test_reed():
+    case = golden.load("reed")
+    inputs = {name: golden.tensor(formula) for name, formula in case["inputs"].items()}
+    wanted, cosine = case["expected"]["constant"], LOSSES.build("cosine")
+    image = float(cosine(inputs["z_img_tilde"], inputs["z_img"]).mean())
+    text = float(cosine(inputs["z_txt_tilde"][:, None], inputs["z_txt"][:, None]).mean())
+    assert image == pytest.approx(wanted["img_proj_loss"], rel=1e-9)
+    assert text == pytest.approx(wanted["text_proj_loss"], rel=1e-9)
+    assert case["weights"][0] * image + case["weights"][1] * text == pytest.approx(wanted["proj_loss"], rel=1e-9)
+
+
+def test_dispersive_is_the_formula_written_out():
+    """The published PyTorch form: log of the mean over all pairs, the zero diagonal included."""
+    z = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = [[float(((a - b) ** 2).sum()) / 12 for b in z] for a in z]
+    for temperature in (1.0, 0.5):
+        wanted = torch.tensor(pairs, dtype=torch.float64).div(-temperature).exp().mean().log()
+        found = LOSSES.build(f"dispersive:temperature={temperature}")(z, None)
+        assert found.shape == (5,)
+        torch.testing.assert_close(found, wanted.expand(5))
+
+
+def test_token_relation_distillation_is_the_formula_written_out():
+    stream = torch.Generator().manual_seed(0)
+    student, target = (torch.randn(2, 5, width, dtype=torch.float64, generator=stream) for width in (3, 4))
+    found = LOSSES.build("gram:norm=l1,margin=0.1")(student, target)
+    for n in range(2):
+        total = 0.0
+        for i in range(5):
+            for j in range(5):
+                own, wanted = (
+                    float(u[n, i] @ u[n, j]) / float(u[n, i].norm() * u[n, j].norm()) for u in (student, target)
+                )
+                total += max(abs(own - wanted) - 0.1, 0.0) / 25
+        assert float(found[n]) == pytest.approx(total, rel=1e-9)
+
+
+def test_smooth_l1_is_torchs():
+    a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.functional.smooth_l1_loss(a, b, beta=0.05)
+    torch.testing.assert_close(LOSSES.build("smooth_l1:beta=0.05")(a, b).mean(), wanted)
