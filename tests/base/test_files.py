@@ -43,7 +43,7 @@ def test_space_is_checked_before_work(tmp_path):
 
 def test_damaged_json_names_the_file(tmp_path):
     (tmp_path / "m.json").write_text('{"a": ')
-    with pytest.raises(UserError, match=r"m\.json is damaged"):
+    with pytest.raises(UserError, match=r"m\.json cannot be read as JSON"):
         files.read_json(tmp_path / "m.json")
 
 

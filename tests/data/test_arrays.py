@@ -138,7 +138,7 @@ def test_labels_in_a_file_of_their_own(tmp_path):
 
 def test_what_is_no_npz_is_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(UserError, match=r"a\.npz is not a folder and cannot be read as a zip file"):
+    with pytest.raises(UserError, match=r"a\.npz cannot be read as a zip file"):
         open_source(tmp_path / "a.npz")
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("images.npy", b"no array")

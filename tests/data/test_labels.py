@@ -87,7 +87,7 @@ def test_bad_listings_are_refused(edm, labels, message):
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", "\udcff"])
 def test_damaged_listings_are_refused(edm, text):
     (edm / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=r"dataset\.json of .* (is damaged|holds no labels)"):
+    with pytest.raises(UserError, match=r"dataset\.json of .* (cannot be read as JSON|holds no labels)"):
         open_source(edm)
 
 

@@ -196,7 +196,7 @@ def test_damaged_manifests_are_refused_in_one_sentence(out, change, message):
 
 def test_broken_json_and_missing_data(out, tmp_path):
     (out / MANIFEST).write_text('{"version": 1,')
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read as JSON"):
         open_data(out)
     (out / MANIFEST).write_text("[]")
     with pytest.raises(UserError, match="must hold an object, but holds list"):

@@ -189,7 +189,7 @@ class TestReference:
         first = reference_of(copy, judge, "tiny-judge")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(UserError, match="is damaged .*: remove it, and it is computed again"):
+        with pytest.raises(UserError, match="cannot be read as a reference: .* Remove it, and it is computed again"):
             reference_of(copy, judge, "tiny-judge")
         path.unlink()
         assert torch.equal(reference_of(copy, judge, "tiny-judge").subset, first.subset)

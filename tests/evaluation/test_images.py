@@ -86,7 +86,7 @@ def test_other_bytes_inside_are_a_sentence(save, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"s\.npz is (damaged|cut off)"):
+    with pytest.raises(UserError, match=r"s\.npz (is damaged|is cut off|cannot be read)"):
         list(open_images(path).batches(4))
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_npz(tmp_path):
     with pytest.raises(UserError, match=r"There is no file .*nothing\.npz"):
         open_images(tmp_path / "nothing.npz")
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(UserError, match="cannot be read as images"):
+    with pytest.raises(UserError, match=r"folder\.npz: is a directory"):
         open_images(tmp_path / "folder.npz")
     (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "array.npz.npy", pixels())

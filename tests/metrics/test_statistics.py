@@ -89,7 +89,7 @@ def test_mistakes(tmp_path):
         statistics.update(features(3, 5))
     with pytest.raises(UserError, match="NaN"):
         statistics.update(features() / 0)
-    with pytest.raises(UserError, match="no statistics file"):
+    with pytest.raises(UserError, match="There is no file"):
         Statistics.load(tmp_path / "absent.npz")
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(UserError, match=r"holds mu, sigma, but .* count missing"):

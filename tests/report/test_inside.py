@@ -97,7 +97,7 @@ def test_pictures_are_shown_and_drawings_of_rows_are_not_shown_twice(tmp_path):
     assert len(re.findall(r"<img[^>]*alt=\"r: Tokens as colours", section)) == 1
     assert section.count("<img") == 1
     (run / layout.ANALYSIS / "pictures.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"pictures\.png is damaged"):
+    with pytest.raises(UserError, match=r"pictures\.png is not a readable image"):
         write_report([run], tmp_path / "r.html")
 
 
@@ -118,12 +118,12 @@ def test_damaged_metrics_are_a_sentence(tmp_path):
     assert len(read_run(run).train) == 10  # what is no row is none, and an event says something
     assert "r" in write_report([run], tmp_path / "r.html").read_text()
     (run / layout.METRICS).write_bytes(whole + b"\xff\xfe\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it is not text"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read as text"):
         read_run(run)
     (run / layout.METRICS).write_bytes(b'{"kind":\n' + whole)
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 1"):
         read_run(run)
     (run / layout.METRICS).write_bytes(whole)
     (run / layout.DATA).write_text("[]")
-    with pytest.raises(UserError, match=r"data\.json must hold a JSON object"):
+    with pytest.raises(UserError, match=r"data\.json is damaged: it must hold an object"):
         read_run(run)

@@ -173,6 +173,6 @@ def test_damage_is_named(two, tmp_path):
     with pytest.raises(UserError, match="training_images must be uint8"):
         write_report(two, tmp_path / "r.html", training_images=np.zeros((2, 8, 8, 3)))
     layout.preview(two[0], 50, ".npz").write_bytes(b"PK nonsense")
-    with pytest.raises(UserError, match=r"0000050\.npz is damaged"):
+    with pytest.raises(UserError, match=r"0000050\.npz cannot be read as a preview"):
         write_report(two, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()

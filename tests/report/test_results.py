@@ -155,7 +155,7 @@ def test_damaged_results_are_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.json does not say which checkpoint"):
         add_evaluations(read_runs([run]))
     file.write_text('{"metrics": {"fid": ')
-    with pytest.raises(UserError, match=r"x\.json is damaged"):
+    with pytest.raises(UserError, match=r"x\.json cannot be read as JSON"):
         add_evaluations(read_runs([run]))
     file.write_text("[]")
     with pytest.raises(UserError, match="holds no results of `repa evaluate`"):

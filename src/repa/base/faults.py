@@ -129,7 +129,7 @@ def reading(path: str | Path, kind: str, remedy: str = "", *, missing: str = "")
         if not (isinstance(error, DAMAGED) or type(error).__module__.split(".")[0] in FORMATS):
             raise
         reason = _first_line(error).rstrip(".")
-        raise UserError(f"{path} is damaged: it cannot be read as {kind} ({reason}). {remedy}".rstrip()) from error
+        raise UserError(f"{path} cannot be read as {kind}: {reason}. {remedy}".rstrip()) from error
 
 
 def require_plain(path: str | Path) -> None:

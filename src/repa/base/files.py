@@ -97,6 +97,19 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | Path, **entries: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON file that must hold an object with these entries of these types: whoever made it may have written anything."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")
+    for name, kind in entries.items():
+        if name not in values:
+            raise UserError(f"{path} is damaged: it lacks {name!r}.")
+        if not isinstance(values[name], kind) or (isinstance(values[name], bool) and kind is int):
+            raise UserError(f"{path} is damaged: its {name!r} is {type(values[name]).__name__}.")
+    return values
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 from repa.base import files
 from repa.base.errors import UserError
 
+# None of these hands a file to another program, as EPS does to Ghostscript; which a Pillow has depends on its build
+FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "SGI", "QOI",
+)  # fmt: skip
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
 
 
@@ -24,7 +29,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         UserError: names `name`; for anything that is not a whole image, or has more than MAX_PIXELS.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(io.BytesIO(data))
         if image.width * image.height <= MAX_PIXELS:  # known from the header, before anything is decoded
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
             return _to_rgb(ImageOps.exif_transpose(image), sixteen)
@@ -37,6 +42,12 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     ) as error:  # Pillow answers damaged bytes with OSError, SyntaxError, ValueError, struct.error, KeyError, ...
         raise UserError(f"{name} is not a readable image: {error or type(error).__name__}.") from error
     raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels, which is refused: shrink it or remove it.")
+
+
+def open_image(file: IO[bytes] | str | Path) -> Image.Image:
+    """Pillow's image of a file in one of FORMATS, nothing decoded yet."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:

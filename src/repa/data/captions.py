@@ -35,7 +35,7 @@ class Captions:
                 row = int(indices[place] - self.reader.starts[shard])
                 try:
                     found[place] = tuple(json.loads(lines[row]))
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"Line {row + 1} of {record.file} in {self.reader.folder} is damaged ({error}): delete the file "
                         "and run the same `repa prepare` again, which makes it anew."

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.base import faults
 from repa.base.errors import UserError
 from repa.evaluation.images import Images
-
-# what the zip and npy readers answer damaged or strange files with; RuntimeError: encrypted, or an unknown compression
-UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, struct.error)
 
 
 class NpzImages(Images):
@@ -21,7 +19,8 @@ class NpzImages(Images):
 
     def __init__(self, path: Path):
         self.path, self.where = path, str(path)
-        try:
+        wanted = "It must be an .npz with uint8 images under arr_0."
+        with faults.reading(path, "images", wanted, missing=f"There is no file {path}."):
             self._archive = zipfile.ZipFile(path)
             self._info = self._archive.getinfo("arr_0.npy")
             self._file = self._archive.open(self._info)
@@ -29,12 +28,6 @@ class NpzImages(Images):
             self._start = self._file.tell()
             stored = self._info.compress_type == zipfile.ZIP_STORED
             begin = _data_offset(path, self._info) if stored else 0
-        except FileNotFoundError:
-            raise UserError(f"There is no file {path}.") from None
-        except UNREADABLE as error:
-            raise UserError(
-                f"{path} cannot be read as images: {error}. It must be an .npz with uint8 images under arr_0."
-            ) from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}.")
         self.num, self.height, self.width, _ = shape
@@ -59,11 +52,9 @@ class NpzImages(Images):
         return torch.from_numpy(data).permute(0, 3, 1, 2)  # (n, 3, H, W)
 
     def _streamed(self, index: int) -> np.ndarray:
-        try:
+        with faults.reading(self.path, f"images (image {index:,})"):
             self._file.seek(self._start + index * self._size)
             data = self._file.read(self._size)
-        except UNREADABLE as error:
-            raise UserError(f"{self.path} is damaged at image {index:,}: {error}.") from None
         if len(data) != self._size:
             raise UserError(f"{self.path} is cut off: it announces {self.num:,} images and ends after {index:,}.")
         return np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base import dist, files
-from repa.base.errors import UserError
+from repa.base import dist, faults, files
+from repa.base.npz import load_npz
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.images import Images
@@ -60,14 +59,26 @@ class Reference(NamedTuple):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Reference":
-        """Of ours, or of the ADM evaluator, whose files have no count and no subset."""
+        """Of ours, or of the ADM evaluator, whose files have no count and no subset; ValueError where they do not fit together."""
         count = int(arrays["count"]) if "count" in arrays else None
 
         def moments(mu: str, sigma: str) -> Moments:
-            return Moments(*(torch.from_numpy(arrays[name].astype(np.float64)) for name in (mu, sigma)), count)
+            mean, covariance = (torch.from_numpy(_finite(arrays, name).astype(np.float64)) for name in (mu, sigma))
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"{mu} {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)} do not fit together")
+            return Moments(mean, covariance, count)
 
-        subset = torch.from_numpy(arrays["subset"]) if "subset" in arrays else None
+        subset = torch.from_numpy(_finite(arrays, "subset").astype(np.float32)) if "subset" in arrays else None
+        if subset is not None and subset.shape[1:] != arrays["mu"].shape:
+            raise ValueError(f"subset {tuple(subset.shape)} and mu {arrays['mu'].shape} do not fit together")
         return cls(moments("mu", "sigma"), subset, moments("mu_s", "sigma_s") if "mu_s" in arrays else None)
+
+
+def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    array = arrays[name]
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise ValueError(f"{name} has values that are no finite numbers")
+    return array
 
 
 def reference_of(data: DataSet, encoder: VisionEncoder | Judge, spec: str) -> Reference:
@@ -140,8 +151,7 @@ def _name(judge: Judge, key: list) -> str:
 
 
 def _read(path: Path) -> Reference:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return Reference.from_arrays(dict(archive))
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and it is computed again.") from None
+    again = "Remove it, and it is computed again."
+    arrays = load_npz(path, "a reference", remedy=again)
+    with faults.reading(path, "a reference", again):
+        return Reference.from_arrays(arrays)

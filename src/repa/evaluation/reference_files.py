@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
+from repa.base.npz import load_npz
 from repa.evaluation.config import INCEPTION
 from repa.evaluation.images import Images
 from repa.evaluation.judges import InceptionJudge, Judge
-from repa.evaluation.npz import UNREADABLE, NpzImages
+from repa.evaluation.npz import NpzImages
 from repa.evaluation.reference import BATCH, Progress, Reference, kept_reference, silent, subset_of
 from repa.evaluation.sources import open_images
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
+OURS = ("judge", "resolution")
 
 
 class ReferenceFile:
@@ -28,10 +30,15 @@ class ReferenceFile:
 
     def __init__(self, path: Path, names: list[str]):
         self.path, self.where = path, str(path)
-        with np.load(path, allow_pickle=False) as archive:
-            self.arrays = {name: archive[name] for name in MOMENTS if name in names}
-            self.judge = json.loads(str(archive["judge"])) if "judge" in names else None
-            self.resolution = int(archive["resolution"]) if "resolution" in names else None
+        arrays = load_npz(path, "a reference", (*MOMENTS, *OURS))
+        self.arrays = {name: arrays[name] for name in MOMENTS if name in arrays}
+        with faults.reading(path, "a reference"):
+            self.judge = json.loads(str(arrays["judge"])) if "judge" in arrays else None
+            self.resolution = int(arrays["resolution"]) if "resolution" in arrays else None
+            if self.judge is not None and not (
+                isinstance(self.judge, list) and len(self.judge) == 2 and isinstance(self.judge[1], dict)
+            ):
+                raise ValueError("whose features they are cannot be told")
         self.images = NpzImages(path) if "arr_0" in names else None
         if self.images is not None:
             self.resolution = self.images.height
@@ -57,7 +64,8 @@ class ReferenceFile:
                 f"{self.path} holds {_called(*self.judge)}, but samples are to be measured in {_called(spec, judge.identity)}: "
                 "give the same --features and --features-weights."
             )
-        reference = Reference.from_arrays(self.arrays)
+        with faults.reading(self.path, "a reference"):
+            reference = Reference.from_arrays(self.arrays)
         if len(reference.statistics.mean) != judge.dim:
             raise UserError(
                 f"{self.path} is no reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
@@ -86,15 +94,10 @@ def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
     path = Path(where)
     found: ReferenceFile | Images | None = None
     if path.suffix == ".npz" and path.is_file():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "mu" in names:
-                found = ReferenceFile(path, names)
-        except UserError:
-            raise
-        except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read as a reference: {error}.") from None
+        with faults.reading(path, "a reference"), zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if "mu" in names:
+            found = ReferenceFile(path, names)
     if found is None:
         found = open_images(where, resolution=side)
     sizes = {found.height, found.width} if isinstance(found, Images) else {found.resolution or side}

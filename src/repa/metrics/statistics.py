@@ -1,6 +1,5 @@
 """Mean and covariance of a stream of features in fixed memory, over batches and processes."""
 
-import zipfile
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from repa.base import dist, files
 from repa.base.errors import UserError
+from repa.base.npz import load_npz
 
 
 class Statistics:
@@ -130,15 +130,7 @@ class Statistics:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises UserError when it is missing or damaged. Nothing in the file is executed."""
-        if not Path(path).is_file():
-            raise UserError(f"There is no statistics file {path}.")
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} cannot be read as statistics: it is no whole .npz file.")
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                state = {key: archive[key] for key in archive.files}
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read as statistics: {error}.") from None
+        state = load_npz(path, "statistics")
         if missing := {"mu", "sigma", "count"} - state.keys():
             raise UserError(
                 f"{path} holds {', '.join(sorted(state)) or 'nothing'}, but statistics need mu, sigma and count: "

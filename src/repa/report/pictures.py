@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from repa.base import faults
 from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.base.npz import load_npz
 from repa.report.records import RunRecord
 from repa.runs import layout
 
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST_BYTES = 2**30  # of the arrays of a preview
 MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
 MOST_OF_ANALYSIS = 1600  # side of a picture of `repa analyse`
@@ -79,12 +82,10 @@ def check_images(images: np.ndarray, what: str = "Images") -> np.ndarray:
 def read_preview(run: RunRecord, step: int) -> np.ndarray:
     """uint8 (N, H, W, C) of one step."""
     path = layout.preview(run.path, step, ".npz")
-    try:
-        with np.load(path) as arrays:
-            images = arrays["arr_0"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: no array arr_0 can be read from it ({error}).") from None
-    return check_images(images, str(path))
+    arrays = load_npz(path, "a preview", ("arr_0",), remedy="Remove it.", limit=MOST_BYTES)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} is damaged: it lacks the array arr_0. Remove it.")
+    return check_images(arrays["arr_0"], str(path))
 
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
@@ -112,13 +113,9 @@ def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
     for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
         if file.with_suffix(".json").is_file():
             continue
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(file) as opened:
-                picture = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{file} is damaged: it cannot be read as a picture ({error}). Remove it.") from None
+        with faults.reading(file, "a picture", "Remove it."):
+            data = file.read_bytes()
+        picture = decode_image(data, str(file))
         picture.thumbnail((MOST_OF_ANALYSIS, MOST_OF_ANALYSIS))
         caption = CAPTIONS.get(file.stem, file.stem)
         found.append(AnalysisPicture(Tile(_uri(picture), *picture.size, 1), caption))

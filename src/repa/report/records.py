@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError
-from repa.base.files import read_json
+from repa.base.files import read_object
 from repa.report.protocols import DISTANCE, Protocol, is_number, protocol_of, renamed
 from repa.runs import layout
 from repa.runs.log import read_metrics
@@ -97,13 +97,8 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     """
     path = Path(path)
     config = layout.read_config(path)
-    data = read_json(path / layout.DATA) if (path / layout.DATA).is_file() else {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path / layout.DATA} must hold a JSON object, but holds {type(data).__name__}.")
-    try:
-        rows = [row for row in read_metrics(path) if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path / layout.METRICS} is damaged: it is not text at byte {error.start:,}.") from None
+    data = read_object(path / layout.DATA) if (path / layout.DATA).is_file() else {}
+    rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from repa.base import faults
 from repa.report.configs import alignment_text
 from repa.report.protocols import Protocol, is_number
 from repa.report.records import RunRecord, common_protocol, read_runs
@@ -166,7 +167,8 @@ def num_parameters(run: Path) -> int | None:
     file = layout.checkpoint_folder(run, steps[-1]) / layout.MODEL_FILE if steps else None
     if file is None or not file.is_file():
         return None
-    with safe_open(file, "numpy") as tensors:
+    damaged = faults.reading(file, "a safetensors file", f"Remove {file.parent}, or leave this run out.")
+    with damaged, safe_open(file, "numpy") as tensors:
         return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a mapping
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights
@@ -91,7 +91,9 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
     profiles = [(float(path.parent.name), gamma_of(float(path.stem.rpartition("-")[2]))) for path in paths]
     total: dict[str, Tensor] = {}
     for path, share in zip(paths, mixture(profiles, (float(step), gamma_of(width))), strict=True):
-        for name, value in load_file(path).items():
+        with faults.reading(path, "a safetensors file", f"Remove {path.parent} to average without it."):
+            snapshot = load_file(path)
+        for name, value in snapshot.items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + float(share) * value.double()
     return step, {name: value.float() for name, value in total.items()}
 

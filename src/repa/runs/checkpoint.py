@@ -1,20 +1,17 @@
 """Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
 
-import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 
-MARGIN = 2**20  # bytes: a write that failed with less than this free failed for want of room
 KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
 
@@ -73,12 +70,7 @@ def _remove(folder: Path) -> None:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, path)
-    except SafetensorError as error:  # which is how it reports a full disk
-        if shutil.disk_usage(path.parent).free < MARGIN or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise
+    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, path)
 
 
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
@@ -92,7 +84,7 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
             return None
         step = steps[-1]
     folder = _whole(run, step)
-    state = files.read_json(folder / layout.STATE_FILE)
+    state = files.read_object(folder / layout.STATE_FILE, step=int, counters=dict, sha256=dict)
     tensors = {name: _read(folder / name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)}
     known = [tensors.pop(name, {}) for name in KNOWN]
     averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
@@ -100,10 +92,8 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
+    with faults.reading(path, "a safetensors file", "Restore it from a copy, or use another checkpoint."):
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is refused: it is no safetensors file ({error}).") from None
 
 
 def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
@@ -124,7 +114,7 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
             "averages of other widths where there are snapshots."
         )
     folder = _whole(run, step, only=f"{weights}.safetensors")
-    state = load_file(folder / f"{weights}.safetensors")
+    state = _read(folder / f"{weights}.safetensors")
     if not state:  # of a converted run
         raise UserError(
             f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
@@ -152,7 +142,7 @@ def _whole(run: Path, step: int, only: str | None = None) -> Path:
         f"Remove {folder} and the run {f'continues from step {before[-1]}' if before else 'starts again from step 0'}."
     )
     try:
-        checksums = files.read_json(folder / layout.STATE_FILE)["sha256"]
+        checksums = files.read_object(folder / layout.STATE_FILE, sha256=dict)["sha256"]
         if any(Path(name).name != name for name in checksums):  # a checkpoint from elsewhere opens no file elsewhere
             raise KeyError
     except (UserError, KeyError, TypeError):

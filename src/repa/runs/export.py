@@ -52,8 +52,8 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
 def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What a reader must know beside the network; no path of this machine is among it."""
-    data = files.read_json(run / layout.DATA) if (run / layout.DATA).is_file() else {}
-    origin = files.read_json(run / layout.ORIGIN)["origin"] if (run / layout.ORIGIN).is_file() else None
+    data = files.read_object(run / layout.DATA) if (run / layout.DATA).is_file() else {}
+    origin = files.read_object(run / layout.ORIGIN, origin=str)["origin"] if (run / layout.ORIGIN).is_file() else None
     return {
         "diffusion": {"objective": "flow", **config["diffusion"]},
         "autoencoder": config["autoencoder"],

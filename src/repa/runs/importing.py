@@ -89,7 +89,7 @@ def refuse_converted(run: Path) -> None:
     path = run / layout.ORIGIN
     if path.is_file():
         raise UserError(
-            f"{run} was converted from {files.read_json(path)['origin']}, which tells nothing of the optimizer, so it cannot "
+            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which tells nothing of the optimizer, so it cannot "
             f"be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
         )
 

@@ -74,7 +74,12 @@ def average_steps(run: Path, name: str) -> list[int]:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folder.iterdir() if _is_step(p.name) and p.is_dir()) if folder.is_dir() else []
+
+
+def _is_step(name: str) -> bool:
+    """A name as `step_name` writes them: not '²', nor a number that would name another folder."""
+    return name.isascii() and name.isdigit() and len(name) < 19 and name == step_name(int(name))
 
 
 def preview(run: Path, step: int, suffix: str) -> Path:
@@ -83,7 +88,7 @@ def preview(run: Path, step: int, suffix: str) -> Path:
 
 def preview_steps(run: Path) -> list[int]:
     folder = run / SAMPLES
-    return sorted(int(p.stem) for p in folder.glob("*.npz") if p.stem.isdigit()) if folder.is_dir() else []
+    return sorted(int(p.stem) for p in folder.glob("*.npz") if _is_step(p.stem)) if folder.is_dir() else []
 
 
 def read_config(run: Path) -> dict[str, Any]:

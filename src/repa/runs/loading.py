@@ -10,7 +10,7 @@ from torch import Tensor
 from repa.autoencoders import load_autoencoder
 from repa.autoencoders.contract import Autoencoder
 from repa.base.errors import UserError
-from repa.base.files import read_json
+from repa.base.files import read_object
 from repa.diffusion import Denoiser, Interpolant, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import Backbone, Condition, build
@@ -91,7 +91,11 @@ def load_run(
             "describes: restore the configuration that the run was trained with."
         ) from None
     autoencoder = load_autoencoder(config["autoencoder"], weights=config["autoencoder_weights"] or None, device=device)
-    class_names = tuple(read_json(run / layout.DATA)["class_names"]) if (run / layout.DATA).is_file() else ()
+    class_names = (
+        tuple(map(str, read_object(run / layout.DATA, class_names=list)["class_names"]))
+        if (run / layout.DATA).is_file()
+        else ()
+    )
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, class_names, run
     )

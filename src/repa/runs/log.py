@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from repa.base import dist, files
+from repa.base import dist, faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 
@@ -17,13 +17,17 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     path = Path(run) / layout.METRICS
     if not path.is_file():
         return
-    lines = path.read_text().splitlines()
+    with faults.reading(path, "text", "Remove the bytes that are none."):
+        lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number}: it is no JSON. Remove that line.") from None
+        else:
+            if isinstance(row, dict) and isinstance(row.get("step"), int):  # of a foreign file; ours holds nothing else
+                yield row
 
 
 class Board(Protocol):

@@ -79,7 +79,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
     elif run.is_dir() and any(not _ours(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
     summary = data.summary()
-    if path.is_file() and (before_data := files.read_json(run / layout.DATA)) != summary:
+    if path.is_file() and (before_data := files.read_object(run / layout.DATA)) != summary:
         changed = sorted(key for key in {*before_data, *summary} if before_data.get(key) != summary.get(key))
         raise UserError(
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.data.sources.contract import Strings
 from repa.data.sources.folders import CAPTION, EXTENSIONS, LISTING, MAX_FILE_SIZE, FileSource, hidden
@@ -104,10 +104,8 @@ class ZipSource(FileSource):
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)
         assert index is not None, path
-        try:
+        with faults.reading(f"{name} in {self.path}", "a member of a zip file"):
             return self._members.read(index)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{name} in {self.path} cannot be read: {error}.") from error
 
     def read_listing(self) -> bytes | None:
         return self.read(LISTING, LISTING) if self._members.find(LISTING) is not None else None
@@ -115,10 +113,8 @@ class ZipSource(FileSource):
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """A zip file; raises UserError when it is none."""
-    try:
+    with faults.reading(path, "a zip file"):
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path} is not a folder and cannot be read as a zip file: {error}.") from error
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.data.sources.archives import Members, open_zip
 from repa.data.sources.contract import Source
@@ -114,16 +115,20 @@ class ArraySource(Source):
 
 def load_array(path: Path) -> np.ndarray:
     """An .npy file as a memory map; raises UserError when it is none, cut short, or holds pickles."""
+    with faults.reading(path, "an array"):
+        return _unpickled(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _unpickled(read: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `read` gives; its ValueError about Python objects in words that say what to do."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an array: {_pickled(error)}.") from error
-
-
-def _pickled(error: Exception) -> str:
-    if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
-        return "it holds Python objects, which can run any program when they are read; save plain numbers"
-    return str(error).rstrip(".")
+        return read()
+    except ValueError as error:
+        if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
+            raise ValueError(
+                "it holds Python objects, which can run any program when they are read; save plain numbers"
+            ) from error
+        raise
 
 
 class _Npz:
@@ -151,26 +156,16 @@ class _Npz:
         method, size, flags = self._packed[f"{name}.npy"]
         index = self._members.find(f"{name}.npy")
         assert index is not None
-        try:
+        with faults.reading(f"{name!r} of {self.path}", "an array"):
             if method == zipfile.ZIP_STORED and not flags & 1:
-                return self._map(index, size)
+                return _unpickled(lambda: self._map(index, size))
             if size > MAX_UNPACKED:
                 raise ValueError(
                     f"it is compressed and unpacks to {files.size(size)}, more than {files.size(MAX_UNPACKED)}; "
                     "save it with np.savez, or as .npy"
                 )
             with np.load(self.path, allow_pickle=False) as archive:
-                return archive[name]
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            MemoryError,
-        ) as error:
-            raise UserError(f"{name!r} of {self.path} cannot be read as an array: {_pickled(error)}.") from error
+                return _unpickled(lambda: archive[name])
 
     def _map(self, index: int, size: int) -> np.ndarray:
         """An array that lies in the archive as it is."""

@@ -8,7 +8,7 @@ import numpy as np
 from repa.base import files
 from repa.base.errors import UserError, nearest
 from repa.data.sources.folders import MAX_FILE_SIZE
-from repa.data.sources.labels import Classes, classes_of, named
+from repa.data.sources.labels import MAX_CLASSES, Classes, classes_of, named
 
 LABEL, CAPTIONS = "label", ("caption", "captions", "text")
 
@@ -82,6 +82,11 @@ def classes_of_column(chosen: Columns, values: Sequence[Any], name_of: Any, wher
     for index, value in enumerate(values):
         if value is None:
             raise UserError(f"{name_of(index)} has no label in {where}: give it one, or set labels to 'none'.")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
+            raise UserError(
+                f"{name_of(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is the "
+                "number of a class. Correct it, or set labels to 'none'."
+            )
     return named(np.array(values, np.int64), chosen.class_names, name_of, where)
 
 

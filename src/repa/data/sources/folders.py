@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.data.sources.contract import Source, Strings, printable
@@ -64,10 +64,9 @@ class FileSource(Source):
         if labels not in ("", "folders"):
             return from_file(labels, paths)
         if labels == "" and (data := self.read_listing()) is not None:
-            try:
-                return from_listing(json.loads(data), paths, f"{LISTING} of {where}")
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{LISTING} of {where} is damaged: it cannot be read as JSON ({error}).") from None
+            with faults.reading(f"{LISTING} of {where}", "JSON"):
+                listing = json.loads(data)
+            return from_listing(listing, paths, f"{LISTING} of {where}")
         return None
 
     def name(self, index: int) -> str:
@@ -133,6 +132,7 @@ class FolderSource(FileSource):
         super().__init__(str(root), paths, [found[path] for path in paths], texts, labels)
 
     def read(self, path: str, name: str) -> bytes:
+        faults.require_plain(self.root / path)
         try:
             if (size := (self.root / path).stat().st_size) <= MAX_FILE_SIZE:
                 return (self.root / path).read_bytes()

@@ -77,10 +77,21 @@ def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) 
     for index, label in enumerate(labels):
         if not 0 <= label < MAX_CLASSES:
             raise UserError(
-                f"The label of {name_of(index)} in {where} is {label}: labels are 0 to {MAX_CLASSES - 1:,}. "
+                f"The label of {name_of(index)} in {where} is {_short(label)}: labels are 0 to {MAX_CLASSES - 1:,}. "
                 "Mend it, or set labels to 'none'."
             )
     return Classes(np.array(labels, np.int64), [str(label) for label in range(max(labels, default=0) + 1)])
+
+
+def _short(label: int) -> str:
+    """A number to show; Python refuses to write out one of thousands of digits."""
+    return (
+        str(label)
+        if abs(label) < 10**20
+        else f"{label:.0e}"
+        if abs(label) < 10**300
+        else "a number of hundreds of digits"
+    )
 
 
 def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:

@@ -186,7 +186,7 @@ def _columns_of(schema: Any) -> dict[str, Column]:
     """What the columns hold, by their types and by what Hugging Face writes beside them."""
     from pyarrow import types
 
-    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    said = _features_of(schema.metadata or {})
     columns = {}
     for field in schema:
         feature = said.get(field.name)
@@ -195,10 +195,22 @@ def _columns_of(schema: Any) -> dict[str, Column]:
         if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
             columns[field.name] = Column("image")
         elif feature.get("_type") == "ClassLabel":
-            columns[field.name] = Column("class", tuple(feature.get("names", ())))
+            names = feature.get("names")
+            columns[field.name] = Column("class", tuple(map(str, names)) if isinstance(names, list) else ())
         else:
             columns[field.name] = Column("other")
     return columns
+
+
+def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    """What Hugging Face writes about columns; nothing where it is not what that library writes, since the types say enough."""
+    try:
+        value = json.loads(metadata.get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    for key in ("info", "features"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _texts(columns: dict[str, Any]) -> dict[str, str]:

@@ -4,15 +4,15 @@ import hashlib
 import json
 import os
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
+from repa.base.npz import load_npz
 from repa.data.sources.archives import Slices, leads_out
 from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
 
@@ -64,12 +64,11 @@ def cached_path(version: str, image: str, label: str) -> Path:
 
 def load_index(path: Path) -> Index:
     """An index from the cache."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            keys, labels = json.loads(arrays["text"].tobytes())
-            return Index(keys, labels, arrays["parts"], int(arrays["size"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}, the index of a shard, is damaged ({error}): delete it, it is made again.") from error
+    again = "Delete it, and it is made again."
+    arrays = load_npz(path, "the index of a shard", remedy=again)
+    with faults.reading(path, "the index of a shard", again):
+        keys, labels = json.loads(arrays["text"].tobytes())
+        return Index(keys, labels, arrays["parts"], int(arrays["size"]))
 
 
 def _scan(path: Path, name: str, image: str, label: str) -> Index:
@@ -119,35 +118,30 @@ def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, 
 
 def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
     """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                archive.members = []  # the module would keep every header
-                if leads_out(member.name):
-                    raise UserError(
-                        f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "
-                        "pack it again without that path."
-                    )
-                if member.isdir() or any(hidden(part) for part in _plain(member.name).split("/")):
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise UserError(
-                        f"{member.name} in {name} is no plain file (a link, a device or a sparse file): pack the shard "
-                        "again with the files themselves (tar --dereference)."
-                    )
-                if member.size > MAX_FILE_SIZE:
-                    raise UserError(
-                        f"{member.name} in {name} has {files.size(member.size)}, more than an image may have "
-                        f"({files.size(MAX_FILE_SIZE)}): remove it."
-                    )
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield member
-            _require_end(path, archive.offset)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} cannot be read as an uncompressed tar file: {error}.") from error
+    with faults.reading(path, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
+        for member in archive:
+            archive.members = []  # the module would keep every header
+            if leads_out(member.name):
+                raise UserError(
+                    f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "
+                    "pack it again without that path."
+                )
+            if member.isdir() or any(hidden(part) for part in _plain(member.name).split("/")):
+                continue
+            if not member.isreg() or member.issparse():
+                raise UserError(
+                    f"{member.name} in {name} is no plain file (a link, a device or a sparse file): pack the shard "
+                    "again with the files themselves (tar --dereference)."
+                )
+            if member.size > MAX_FILE_SIZE:
+                raise UserError(
+                    f"{member.name} in {name} has {files.size(member.size)}, more than an image may have "
+                    f"({files.size(MAX_FILE_SIZE)}): remove it."
+                )
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield member
+        _require_end(path, archive.offset)
 
 
 def _require_end(path: Path, offset: int) -> None:
@@ -181,18 +175,14 @@ def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: s
 
 
 def _text(data: bytes, name: str) -> str:
-    try:
+    with faults.reading(name, "UTF-8 text"):
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text: {error}.") from error
 
 
 def read_json(data: bytes, name: str) -> dict[str, Any]:
     """The object in a .json of a sample; raises UserError when it is none."""
-    try:
+    with faults.reading(name, "JSON"):
         value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is damaged: it cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
     return value

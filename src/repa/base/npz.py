@@ -1,0 +1,31 @@
+"""Arrays of an .npz that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
+
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from repa.base import faults, files
+from repa.base.errors import UserError
+
+LIMIT = 4 * 2**30  # bytes of all arrays asked for, unpacked; a reference of Inception's 2,048 features has 0.2 GiB
+
+
+def load_npz(
+    path: str | Path, kind: str, names: Collection[str] | None = None, *, remedy: str = "", limit: int = LIMIT
+) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, those of `names` that are there; all without names.
+
+    Raises:
+        UserError: missing, damaged, holding Python objects, or unpacking to more than `limit` bytes.
+    """
+    with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
+        if (size := sum(member.file_size for member in members)) > limit:
+            raise UserError(
+                f"{path} is refused: it unpacks to {files.size(size)}, more than {kind} may ({files.size(limit)}). {remedy}".rstrip()
+            )
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files if names is None or name in names}
