@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -285,3 +286,24 @@ def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, t
     with pytest.raises(UserError, match=r"s\.npz exists and is of another job \(num: 5 -> 6\).*another --out"):
         write_samples(run, ODE, 6, out)
     assert out.read_bytes() == before
+
+
+def test_what_is_not_finite_is_no_image(run):
+    huge = SampleConfig(steps=3, guidance={"scale": 1e30}, labels="0,1")
+    with pytest.raises(UserError, match="Image 5 of .* is not finite, from call [12] of 3"):
+        generate(run, huge, [5, 6])
+    state = {name: value.clone() for name, value in run.model.state_dict().items()}
+    with torch.no_grad():
+        next(p for name, p in run.model.named_parameters() if name.endswith("weight")).fill_(float("nan"))
+    try:
+        with pytest.raises(UserError, match="is not finite"):
+            generate(run, SampleConfig(steps=2), [0])
+    finally:
+        run.model.load_state_dict(state)
+
+
+def test_guidance_needs_a_null_class_that_trained(run):
+    never = replace(run, label_dropout=0.0)
+    with pytest.raises(UserError, match="label_dropout 0"):
+        generate(never, SampleConfig(steps=2, guidance={"scale": 1.5}), [0])
+    assert len(generate(never, SampleConfig(steps=2), [0]).images) == 1

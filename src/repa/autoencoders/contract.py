@@ -103,6 +103,11 @@ class Autoencoder(nn.Module):
         self._check_channels(latents, self.channels, "latents")
         with torch.autocast(latents.device.type, enabled=False):
             images = self.images(latents.float() / self._scale + self._shift)
+        if bad := not_finite(images):
+            raise UserError(
+                f"The autoencoder {self.name!r} decodes image {bad[0]} of {len(images)} to values that are not finite: check its "
+                "weights and the latents."
+            )
         return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)  # + 128 = + 127.5 and 0.5 to round
 
     @functools.cached_property
@@ -166,6 +171,11 @@ def load_autoencoder(
     else:
         autoencoder = component(weights)
     return autoencoder.to(device).eval().requires_grad_(False)
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """Rows of (N, ...) that hold NaN or infinity."""
+    return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:

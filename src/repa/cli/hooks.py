@@ -84,7 +84,15 @@ class Previews:
         }  # fmt: skip
         with state.whole_average() as model:
             names = tuple(self.data.class_names)
-            loaded = LoadedRun(model, self.config.diffusion, self.autoencoder, state.step, "ema", names)
+            loaded = LoadedRun(
+                model,
+                self.config.diffusion,
+                self.autoencoder,
+                state.step,
+                "ema",
+                names,
+                label_dropout=self.config.label_dropout,
+            )
             images = made(max(num_drawn, num_scored))
             if scored:
                 found = evaluate(_first(images, num_scored), self.judge, self.reference, self.metrics)

@@ -96,6 +96,14 @@ class GuidanceConfig(Config):
     channels: int = Field(0, ge=0)
     """Guide only the first so many channels; 0 guides all."""
 
+    def check_trained(self, label_dropout: float | None) -> None:
+        """UserError for a network whose null class never trained; None: how it trained is not known."""
+        if self.scale != 1 and label_dropout == 0:
+            raise UserError(
+                f"Guidance of scale {self.scale:g} needs a network that was trained without labels now and then, but this one has "
+                "label_dropout 0: choose guidance.scale 1, or train with --label-dropout 0.1."
+            )
+
     @field_validator("interval")
     @classmethod
     def _interval(cls, value: tuple[float, float]) -> tuple[float, float]:

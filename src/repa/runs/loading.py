@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class LoadedRun:
     weights: str  # "ema" or "model"
     class_names: tuple[str, ...] = ()
     folder: Path | None = None
+    label_dropout: float | None = None  # that it was trained with; None: not known
 
     @cached_property
     def process(self) -> Process:
@@ -52,8 +54,9 @@ class LoadedRun:
         return self.model.state_shapes["x"]
 
     def denoiser(self, labels: Tensor, guidance: GuidanceConfig | None = None) -> Denoiser:
-        """The denoiser of given labels (N,), with guidance closed over."""
+        """The denoiser of given labels (N,), with guidance closed over; UserError for guidance by a null class that never trained."""
         guidance = guidance or GuidanceConfig()
+        guidance.check_trained(self.label_dropout)
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return self.model({"x": x_t}, self.process.network_time(t), Condition(y)).prediction["x"]
@@ -97,5 +100,13 @@ def load_run(
         else ()
     )
     return LoadedRun(
-        model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, class_names, run
-    )
+        model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, class_names, run,
+        _label_dropout(run, config),
+    )  # fmt: skip
+
+
+def _label_dropout(run: Path, config: dict[str, Any]) -> float | None:
+    value = config.get("label_dropout")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+        raise UserError(f"{run / layout.CONFIG}: label_dropout is {value!r}, but it is a probability from 0 to 1.")
+    return value

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
 from repa.base.precision import autocast
 from repa.base.rng import SampleStreams
-from repa.diffusion import SAMPLERS, count_calls
+from repa.diffusion import SAMPLERS
+from repa.diffusion.denoiser import CountedCalls
 from repa.runs import LoadedRun
 from repa.sampling.config import SampleConfig
 
@@ -44,10 +46,37 @@ def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Sa
     labels = draw_labels(config.labels, indices, streams, run.model.num_classes).to(device)
     sampler = SAMPLERS.build(config.sampler)
     denoiser = run.denoiser(labels, config.guidance)
-    calls = count_calls(denoiser.predict)
+    calls = Watched(denoiser.predict)
     with autocast(device, config.precision):
         latents = sampler(replace(denoiser, predict=calls), noise, config.steps, randn_like=streams.randn_like)
+    calls.require_finite(latents, indices, f"{run.folder or 'the run'}, step {run.step}")
     return Samples(run.autoencoder.decode(latents.float()).cpu(), calls.calls)
+
+
+class Watched(CountedCalls):
+    """A counted network that remembers, on its device and without waiting for it, at which call each image was no longer finite."""
+
+    def __init__(self, predict: Callable[..., Tensor]):
+        super().__init__(predict)
+        self.first: Tensor | None = None  # (N,) calls, counted from 1; 0: none
+
+    def __call__(self, *arguments: object) -> Tensor:
+        output = super().__call__(*arguments)
+        bad = ~output.isfinite().flatten(1).all(1)  # (N,)
+        first = torch.zeros_like(bad, dtype=torch.int32) if self.first is None else self.first
+        self.first = torch.where((first == 0) & bad, self.calls, first)
+        return output
+
+    def require_finite(self, latents: Tensor, indices: Sequence[int], what: str) -> None:
+        """Raises UserError that names the first image of latents (N, C, h, w) that is not finite, and when that began."""
+        if not (bad := not_finite(latents)):
+            return
+        call = int(self.first[bad[0]]) if self.first is not None else 0
+        when = f"from call {call} of {self.calls} of the network on" if call else "in the sampler's own arithmetic"
+        raise UserError(
+            f"Image {indices[bad[0]]} of {what} is not finite, {when}: {len(bad)} of {len(indices)} images are lost. Choose a smaller "
+            "guidance.scale, another sampler or precision fp32; if that does not help, its weights are damaged."
+        )
 
 
 def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, num_classes: int) -> Tensor:

@@ -176,6 +176,8 @@ class TrainConfig(Config):
     def _fits_together(self):
         self.diffusion.check_model(self.model.name, self.model.learn_sigma)
         self.diffusion.check_sampler(self.preview.sampler)
+        if self.preview.every or self.preview.scored_every:
+            self.preview.guidance.check_trained(self.label_dropout)
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:
