@@ -12,6 +12,7 @@ from repa.cli.main import run as repa
 from repa.diffusion import SAMPLERS
 from repa.runs import layout, load_checkpoint, load_run
 from repa.runs.importing import read_checkpoint
+from repa.sampling import SampleConfig
 from repa.training import TrainConfig
 from tests.oracles import released
 
@@ -118,6 +119,108 @@ def test_the_path_is_the_one_that_the_file_tells(kind, said, path, tmp_path):
     assert given.settings["diffusion"] == {"path": "linear"}
 
 
+def test_the_weight_is_shared_by_the_encoders(tmp_path):
+    """REPA averages its alignment loss over encoders; ours is a sum."""
+    content = {**released.random_state(), **released.projectors(number=2)}
+    torch.save(
+        released.repa_training(content, enc_type="dinov2-vit-b,tiny", encoder_depth=1, proj_coeff=0.6),
+        tmp_path / "a.pt",
+    )
+    torch.save(released.repa_training(content, enc_type="dinov2-vit-b,tiny", encoder_depth=1), tmp_path / "b.pt")
+    told, untold = (
+        read_checkpoint(tmp_path / name, "repa", num_heads=2).settings["alignments"] for name in ("a.pt", "b.pt")
+    )
+    assert [a["weight"] for a in told] == [0.3, 0.3]
+    assert [a["weight"] for a in untold] == [0.25, 0.25]
+
+
+def raw_of(state):
+    return {key: value + 0.01 for key, value in state.items()}
+
+
+STATE = released.random_state()
+LIT = {f"model.{key}": value for key, value in raw_of(STATE).items()} | {
+    f"ema_model.{key}": value for key, value in STATE.items()
+}
+AVERAGES = {
+    "ema": {"ema": STATE, "model": raw_of(STATE)},
+    "model_ema": {"model_ema": STATE, "model": raw_of(STATE)},
+    "ema_model": {"ema_model": STATE, "net": raw_of(STATE)},
+    "ema_state_dict": {"ema_state_dict": STATE, "state_dict": raw_of(STATE)},
+    "state_dict_ema": {"state_dict": raw_of(STATE), "state_dict_ema": STATE},
+    "modelEma": {"model": raw_of(STATE), "modelEma": {"model": STATE}},
+    "shadow": {"model": raw_of(STATE), "ema": {"decay": 0.9999, "num_updates": 3, "shadow": STATE}},
+    "averaged": {"model": raw_of(STATE), "averaged_model": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in STATE.items()}}},
+    "swa": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in STATE.items()}},
+    "lucidrains": {"ema": {"step": torch.tensor(3), "initted": torch.tensor(True), **{f"ema_model.{k}": v for k, v in STATE.items()},
+                           **{f"online_model.{k}": v for k, v in raw_of(STATE).items()}}},
+    "lightning": {"state_dict": LIT, "global_step": 30, "callbacks": {}},
+    "inside": {"checkpoint": {"state_dict": {"module": {"model": STATE}}}},
+    "optimizer": {"model": STATE, "optimizer": {"exp_avg": raw_of(STATE)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(AVERAGES))
+def test_the_average_is_taken_under_every_name(name, tmp_path, capsys):
+    code, run = convert(AVERAGES[name], tmp_path)
+    assert code == 0, capsys.readouterr().err
+    checkpoint = load_checkpoint(run)
+    assert all(torch.equal(checkpoint.ema[key], STATE[key]) for key in STATE)
+    if name not in ("swa", "inside", "optimizer"):
+        assert all(torch.equal(checkpoint.model[key], value) for key, value in raw_of(STATE).items())
+        assert "beside the raw weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "model.", "module.model.", "model._orig_mod."],
+)
+def test_prefixes_of_wrappers_are_no_part_of_the_names(prefix, tmp_path):
+    code, run = convert({"ema": {prefix + key: value for key, value in STATE.items()}}, tmp_path)
+    assert code == 0
+    assert load_checkpoint(run).ema.keys() == STATE.keys()
+
+
+def test_an_average_that_is_none_or_one_of_several_is_told(tmp_path, capsys):
+    assert convert({"ema": None, "model": STATE}, tmp_path)[0] == 0
+    assert "'ema' holds no tensors by name, so the raw weights were taken" in capsys.readouterr().out
+    two = {"ema_0": STATE, "ema_1": raw_of(STATE)}
+    (tmp_path / "two").mkdir()
+    assert convert(two, tmp_path / "two")[0] == 2
+    assert "holds several networks, 'ema_0', 'ema_1'" in capsys.readouterr().err
+    assert convert(two, tmp_path / "two", "--weights", "ema_2")[0] == 2
+    code, run = convert(two, tmp_path / "two", "--weights", "ema_1")
+    assert code == 0
+    assert torch.equal(load_checkpoint(run).ema["pos_embed"], STATE["pos_embed"] + 0.01)
+
+
+def test_converted_runs_sample_as_their_own_code(tmp_path, capsys):
+    """What nobody set: guided channels and sampler of the released script, and a line that says so."""
+    code, run = convert(released.random_state(learn_sigma=True), tmp_path, "--kind", "sit")
+    assert code == 0
+    for number, (options, sampler, channels) in enumerate([
+        ((), "euler_maruyama:diffusion=2sigma", 3),
+        (("--sampler", "euler"), "euler", 3),
+        (("--guidance.channels", "1", "--guidance.scale", "2"), "euler_maruyama:diffusion=2sigma", 1),
+    ]):  # fmt: skip
+        out = tmp_path / f"{number}.npz"
+        capsys.readouterr()
+        assert repa(["sample", str(run), "--num-images", "2", "--steps", "2", "--out", str(out), *options]) == 0
+        made = json.loads(out.with_suffix(".json").read_text())
+        assert (made["sampler"], made["guidance"]["channels"]) == (sampler, channels)
+        assert "converted from a checkpoint of kind sit" in capsys.readouterr().out
+    exported, again = tmp_path / "exported", tmp_path / "again"
+    assert repa(["export", str(run), str(exported)]) == 0
+    assert repa(["convert", str(exported), str(again)]) == 0
+    for folder, kind in ((run, "sit"), (again, "sit")):
+        assert json.loads((folder / layout.ORIGIN).read_text())["kind"] == kind
+    (tmp_path / "dit").mkdir()
+    _, dit = convert(released.random_state(learn_sigma=True), tmp_path / "dit", "--kind", "dit")
+    config, said = SampleConfig().as_origin_of(dit)
+    assert (config.sampler, config.guidance.channels) == ("ddpm", 3)
+    assert said
+
+
 def test_a_named_size_needs_no_heads(tmp_path):
     small = {"hidden_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 8, "latent_size": 8, "latent_channels": 4}
     with torch.device("meta"):
@@ -145,7 +248,15 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         (released.repa_training(one, path_type="edm"), (), "unknown path 'edm'"),
         (one, ("--path", "liner"), "Did you mean 'linear'"),
         (one, ("--autoencoder", "pixel"), "Did you mean 'pixels'"),
-        ({"ema": Payload(), "model": one}, (), "cannot be read"),
+        ({"ema": Payload(), "model": one}, (), "class exec, which is not read"),
+        (
+            {**one, "pos_embed": one["pos_embed"] * float("nan")},
+            (),
+            "tensor 'pos_embed' holds numbers that are not finite",
+        ),
+        ({**one, "pos_embed": one["pos_embed"].long()}, (), "tensor 'pos_embed' is of type int64"),
+        ({**one, "pos_embed": one["pos_embed"].cfloat()}, (), "tensor 'pos_embed' is of type complex64"),
+        (one | {f"blocks.{10**9}.a": torch.ones(1)}, (), "1000000001 blocks"),
     ]:
         assert convert(content, tmp_path, *options)[0] == 2
         assert sentence in capsys.readouterr().err

@@ -138,7 +138,8 @@ def progress(argv: list[str]) -> int:
                 run = replace(
                     run, autoencoder=load_decoder(config.decoder, run.autoencoder, weights=weights, device=device)
                 )
-            row = []
+            row, (of_run, _) = [], given.as_origin_of(run.folder)
+            config = options.part(SampleConfig, of_run)
             for start in range(0, given.num_images, config.batch_size):
                 part = range(start, min(start + config.batch_size, given.num_images))
                 row += list(generate(run, config, part).images.permute(0, 2, 3, 1).numpy())

@@ -42,6 +42,8 @@ class ConvertArguments(Config):
     """Encoders of a REPA's projectors, in order; empty = as the file tells, else the projectors are left out."""
     depth: int = Field(0, ge=0)
     """Block after which those projectors stand; 0 = as the file tells."""
+    weights: str = ""
+    """Which weights of the file to take, by their name in it (ema, model_ema, model ...); empty = its average."""
     path: str = ""
     """Path it was trained on (linear, trigonometric, vp); empty = as the file tells, else linear."""
 
@@ -66,15 +68,18 @@ def main(argv: list[str]) -> int:
             targets=given.targets,
             depth=given.depth,
             path=given.path,
+            weights=given.weights,
         )
         settings = {**autoencoder, **imported.settings}
     config = TrainConfig.parse(settings, where=str(source))
-    write_run(run, config, imported.checkpoint, origin=source.name)
+    write_run(run, config, imported.checkpoint, source.name, imported.kind)
     step, dims = imported.checkpoint.step, config.model.dims()
     say(
         f"{run}: {config.model.name}, width {dims.hidden_dim}, depth {dims.depth}, {config.model.num_classes:,} classes, "
         f"step {step:,}, {'EMA and raw' if imported.checkpoint.model else 'one set of'} weights."
     )
+    if imported.taken:
+        say(f"Its weights: {imported.taken}.")
     if imported.left_out:
         say(f"Its projectors ({imported.left_out}) were left out: --targets and --depth name what they align to.")
     say(

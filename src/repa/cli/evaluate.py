@@ -132,6 +132,9 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     from repa.sampling import generate
 
     device = dist.setup()
+    given, as_origin = given.as_origin_of(given.samples)
+    if as_origin:
+        say(as_origin)
     config, sampling = options.part(EvaluateConfig, given), options.part(SampleConfig, given)
     run = load_run(given.samples, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
     if sampling.decoder:

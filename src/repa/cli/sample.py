@@ -29,6 +29,7 @@ class SampleArguments(SampleConfig):
 
 def main(argv: list[str]) -> int:
     given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
+    given, as_origin = given.as_origin_of(given.run)
     config = options.part(SampleConfig, given)
     from repa.autoencoders import load_decoder
     from repa.base import dist
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     if config.decoder:
         decoder = load_decoder(config.decoder, run.autoencoder, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)
+    if as_origin:
+        say(as_origin)
     if given.compile:
         run.model.compile()
     calls: list[int] = []

@@ -5,24 +5,38 @@ and its older block names, and SiT's reversed time and opposite velocity, which 
 """
 
 import argparse
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from repa.base.errors import UserError, nearest
+from repa.base.weights import read_weights
 from repa.models.config import SIZES
 from repa.models.conventions import State, from_sit, to_sit
 from repa.models.dit import DiT
 
 KINDS = ("repa", "sit", "dit")
+ANCHOR = "x_embedder.proj.weight"  # every network of these kinds has it, and nothing else
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+AVERAGE = {"ema", "shadow", "average", "averaged", "avg", "swa", "polyak"}  # words in the names of averages
+RAW = {"online", "raw", "live"}  # words that say the opposite, as in ema.online_model
+OPTIMIZER = {"opt", "optim", "optimizer", "exp"}  # exp_avg
+COUNTER = "n_averaged"  # beside the weights of torch's AveragedModel
+DEEPEST = 6  # dictionaries within each other, in which weights are looked for
+
+
+class Weights(NamedTuple):
+    """One set of weights of a network in a checkpoint."""
+
+    name: str  # its place there, without wrappers: "ema", "state_dict.model"; empty for the file itself
+    tensors: Mapping[str, Tensor]
+    averaged: bool
+
+
 STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.(\d+)\.linear\.bias")
 
 
@@ -34,6 +48,7 @@ class Published(NamedTuple):
     model: State  # the raw weights; empty when the file has one set only
     steps: int | None  # steps of training, where the file tells
     settings: dict[str, Any]  # how it was trained, as its own code named it; empty when the file does not tell
+    taken: str  # which weights of the file these are, as a sentence
 
 
 def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str) -> tuple[State, State]:
@@ -53,24 +68,27 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
         UserError: a missing or damaged file, or one that is not a checkpoint of this kind.
     """
     _check_kind(kind)
-    if isinstance(path_or_state_dict, Mapping):
-        return _translate(_weights(path_or_state_dict), "The state dict", kind)
-    return _translate(_weights(_read(Path(path_or_state_dict))), str(path_or_state_dict), kind)
+    inside = isinstance(path_or_state_dict, Mapping)
+    content = path_or_state_dict if inside else read_weights(path_or_state_dict)
+    where = "The state dict" if inside else str(path_or_state_dict)
+    return _translate(_choose(content, where, kind)[0].tensors, where, kind)
 
 
-def read_published(path: str | Path, kind: str) -> Published:
-    """A released checkpoint with its raw weights, steps and settings where it has them; errors as in load_published."""
+def read_published(path: str | Path, kind: str, weights: str = "") -> Published:
+    """A released checkpoint with its raw weights, steps and settings where it has them; errors as in load_published.
+
+    `weights` names the set to take where the file holds several averages.
+    """
     _check_kind(kind)
-    content = _read(Path(path))
-    ema, projectors = _translate(_weights(content), str(path), kind)
-    model, steps, settings = {}, None, {}
-    if isinstance(content, Mapping):
-        if "ema" in content and "model" in content:
-            model, _ = _translate(_weights({"model": content["model"]}), str(path), kind)
-        steps = content["steps"] if isinstance(content.get("steps"), int) else None
-        arguments = content.get("args")
-        settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    return Published(ema, projectors, model, steps, settings)
+    content, where = read_weights(path), str(path)
+    chosen, raw, taken = _choose(content, where, kind, weights)
+    ema, projectors = _translate(chosen.tensors, where, kind)
+    model = _translate(raw.tensors, where, kind)[0] if raw else {}
+    arguments = content.get("args")
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return Published(
+        ema, projectors, model, _steps(content), dict(settings) if isinstance(settings, Mapping) else {}, taken
+    )
 
 
 def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> State:
@@ -140,38 +158,85 @@ def _check_kind(kind: str) -> None:
 
 def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[State, State]:
     """State dicts of DiT and of the projectors from one set of weights of a checkpoint; `where` names it in errors."""
-    state = {key.removeprefix("module."): value for key, value in weights.items()}
-    projectors = {}
+    state, projectors = dict(weights), {}
     if kind == "repa":
         state = _modern_block_names(state)
         names = [key for key in state if key.startswith("projectors.")]
         projectors = {name.removeprefix("projectors."): state.pop(name) for name in names}
     _check_keys(state, where, kind)
+    _check_values({**state, **projectors}, where)
     return (from_sit(state) if kind == "sit" else state), projectors
 
 
-def _read(path: Path) -> Any:
-    """The content of a checkpoint file; nothing but tensors, plain containers and argparse.Namespace is unpickled."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint of tensors ({reason}).") from error
+def _steps(content: Mapping[str, Any]) -> int | None:
+    """Steps of training, by the names that training scripts give them."""
+    counts = (content.get(name) for name in ("steps", "step", "global_step", "train_steps", "iteration"))
+    return next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n >= 0), None)
 
 
-def _weights(content: Any) -> Mapping[str, Tensor]:
-    """The EMA weights of a training checkpoint, else its weights, else the whole."""
-    if isinstance(content, Mapping):
-        content = content.get("ema", content.get("model", content))
-    named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
-    if not (named and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise UserError("The checkpoint holds no state dict: neither 'ema', nor 'model', nor tensors by name.")
-    return content
+def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weights, Weights | None, str]:
+    """The average of a checkpoint, else its only weights; the raw weights beside an average; and a sentence about both."""
+    found = list(_weights_in(content))
+    if not found:
+        if not (isinstance(content, Mapping) and any(_holds_tensors(value) for value in [content, *content.values()])):
+            raise UserError(f"{where} holds no state dict: there are no tensors by name in it.")
+        raise UserError(f"{where} is not a checkpoint of kind {kind!r}: it has no {ANCHOR!r}.")
+    averages, others = [w for w in found if w.averaged], [w for w in found if not w.averaged]
+    raw = others[0] if len(others) == 1 else next((w for w in others if w.name == "model"), None)
+    if wanted:
+        averages = [w for w in found if w.name == wanted]
+        if not averages:
+            names = ", ".join(repr(w.name) for w in found)
+            raise UserError(f"{where} holds no weights {wanted!r}: give --weights with one of {names}.")
+    if len(averages) > 1 or (not averages and raw is None):
+        names = ", ".join(repr(w.name) for w in averages or others)
+        raise UserError(f"{where} holds several networks, {names}: give --weights with the one to take.")
+    if averages:
+        beside = raw if raw is not None and raw.name != averages[0].name else None
+        also = f", beside the raw weights {beside.name or 'of the file'!r}" if beside else ""
+        return averages[0], beside, f"{averages[0].name or 'the average of the file'!r} was taken{also}"
+    empty = next(
+        (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
+        None,
+    )
+    reason = (
+        f"{empty!r} holds no tensors by name, so the raw weights were taken" if empty else "one set, taken as it is"
+    )
+    return raw, None, reason
+
+
+def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int, ...] = ()) -> Iterator[Weights]:
+    """Every set of weights: where the anchor is, in nested dictionaries, or in one with prefixes, as averages are kept."""
+    if not isinstance(content, Mapping) or id(content) in ancestors or len(above) > DEEPEST:
+        return
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {WRAPPERS.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
+    counted = tensors.pop(COUNTER, None) is not None
+    prefixes = {key.removesuffix(ANCHOR) for key in tensors if f".{key}".endswith(f".{ANCHOR}")}
+    for prefix in sorted(prefixes, key=len, reverse=True):  # an inner one first, which takes its tensors with it
+        own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
+        name = ".".join(filter(None, [*above, prefix.removesuffix(".")]))
+        words = _words(name)
+        if not words & OPTIMIZER:
+            averaged = counted or bool(words & AVERAGE and not words & RAW)
+            yield Weights(name, {key.removeprefix(prefix): value for key, value in own.items()}, averaged)
+    for key, value in named.items():
+        inner = WRAPPERS.sub("", key)
+        yield from _weights_in(value, (*above, inner), (*ancestors, id(content)))
+
+
+def _words(name: str) -> set[str]:
+    """modelEma, model_ema.0 -> model, ema."""
+    return set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def _is_number(value: Any) -> bool:
+    """A setting such as ema_decay, which is no average."""
+    return isinstance(value, bool | int | float | str)
 
 
 def _modern_block_names(state: State) -> State:
@@ -185,10 +250,12 @@ def _modern_block_names(state: State) -> State:
 
 
 def _check_keys(state: State, where: str, kind: str) -> None:
-    """Every tensor of a DiT with these sizes, with its shape, and no other."""
+    """UserError unless there is every tensor of a DiT with these sizes, with its shape, and no other."""
     problem = ""
     try:
         arguments = constructor_arguments(state, num_heads=1)
+        if arguments["depth"] > len(state):  # before a network is built of as many blocks as a name claims
+            raise ValueError(f"{arguments['depth']} blocks in {len(state)} tensors")
         if arguments["qk_norm"]:
             arguments["num_heads"] = arguments["hidden_dim"] // state["blocks.0.attn.q_norm.weight"].shape[0]
         with torch.device("meta"):
@@ -209,3 +276,18 @@ def _check_keys(state: State, where: str, kind: str) -> None:
             problem = f"{key!r} has shape {tuple(state[key].shape)} where {tuple(expected[key])} belongs"
     if problem:
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: {problem}.")
+
+
+def _check_values(state: State, where: str) -> None:
+    """UserError unless all are numbers that a network can compute with."""
+    for key, value in state.items():
+        problem = ""
+        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+            kind = f"{value.dtype}".removeprefix("torch.")
+            problem = f"is of type {kind} ({value.device.type}, {value.layout}), where floating-point numbers belong"
+        elif not value.float().isfinite().all():
+            problem = "holds numbers that are not finite in float32"
+        if problem:
+            raise UserError(
+                f"{where} cannot be used: its tensor {key!r} {problem}. Take another checkpoint of this training."
+            )

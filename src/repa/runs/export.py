@@ -13,6 +13,7 @@ from repa.models.exported import save_exported
 from repa.runs import layout
 from repa.runs.cards import card
 from repa.runs.checkpoint import load_weights
+from repa.runs.origin import kind_of
 
 FORMATS = ("safetensors", "diffusers")
 
@@ -58,6 +59,7 @@ def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         "diffusion": {"objective": "flow", **config["diffusion"]},
         "autoencoder": config["autoencoder"],
         "converted_from": origin,
+        "kind": kind_of(run),
         "source": data.get("source"),
         "num_images": data.get("num_images"),
         "class_names": data.get("class_names", []),

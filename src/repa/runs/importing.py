@@ -18,7 +18,9 @@ from repa.models.exported import read_exported
 from repa.models.published import Published, constructor_arguments, read_published
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, save_checkpoint
+from repa.runs.origin import write_origin
 
+PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
 MLP_RATIO = 4  # the only one that a run's configuration knows
 # names of the paths in the settings of REPA and SiT
 PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP": "trigonometric", "VP": "vp"}
@@ -29,11 +31,20 @@ class Imported(NamedTuple):
 
     settings: dict[str, Any]
     checkpoint: Checkpoint
+    kind: str  # whose code made it: "repa", "sit", "dit", or "" where that is not known
+    taken: str = ""  # which weights of the file these are, as a sentence
     left_out: int = 0  # projectors whose encoder and depth nobody named
 
 
 def read_checkpoint(
-    file: Path, kind: str, *, num_heads: int = 0, targets: Sequence[str] = (), depth: int = 0, path: str = ""
+    file: Path,
+    kind: str,
+    *,
+    num_heads: int = 0,
+    targets: Sequence[str] = (),
+    depth: int = 0,
+    path: str = "",
+    weights: str = "",
 ) -> Imported:
     """A released checkpoint as a run's settings (without autoencoder) and weights.
 
@@ -44,11 +55,12 @@ def read_checkpoint(
         targets: encoders of the projectors, in order; empty = as the file tells, and without it they are left out.
         depth: block of the alignment; 0 = as the file tells.
         path: the path it was trained on; empty = as the file tells, else linear.
+        weights: which set of the file's weights to take; empty = its average, else its only one.
 
     Raises:
         UserError: not a checkpoint of this kind, or one that no configuration describes.
     """
-    published = read_published(file, kind)
+    published = read_published(file, kind, weights)
     model = _model_settings(published.ema, num_heads, kind, str(file))
     diffusion = {"objective": "ddpm"} if kind == "dit" else {"path": path or _path(published.settings, str(file))}
     if kind == "dit" and path:
@@ -63,7 +75,7 @@ def read_checkpoint(
             projectors[f"{modules[index]}.projector.{rest}"] = value
     checkpoint = Checkpoint(published.steps or 0, published.model, published.ema, projectors, {}, {"seconds": 0.0})
     settings = {"model": model, "diffusion": diffusion, "alignments": alignments}
-    return Imported(settings, checkpoint, 0 if alignments else len(indices))
+    return Imported(settings, checkpoint, kind, published.taken, 0 if alignments else len(indices))
 
 
 def read_export(folder: Path) -> Imported:
@@ -71,27 +83,21 @@ def read_export(folder: Path) -> Imported:
     config, ema = read_exported(folder)
     settings = {name: config[name] for name in ("diffusion", "autoencoder")}
     model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder))
-    return Imported({**settings, "model": model}, Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0}))
+    checkpoint = Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0})
+    return Imported({**settings, "model": model}, checkpoint, config.get("kind", ""))
 
 
-def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str) -> None:
-    """Write a run folder, whole or not at all; `origin` is what it was made from. It serves to sample, analyse and start from."""
+def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, kind: str) -> None:
+    """Write a run folder, whole or not at all: it serves to sample, analyse and start from.
+
+    `origin` is what it was made from, `kind` whose code made that.
+    """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists and is not empty: choose another folder for the converted run.")
     with files.atomic_folder(run) as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
-        files.write_json(temporary / layout.ORIGIN, {"origin": origin})
+        write_origin(temporary, origin, kind)
         save_checkpoint(temporary, checkpoint)
-
-
-def refuse_converted(run: Path) -> None:
-    """UserError when this run folder was converted: it holds no state of an optimizer to continue from."""
-    path = run / layout.ORIGIN
-    if path.is_file():
-        raise UserError(
-            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which tells nothing of the optimizer, so it cannot "
-            f"be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
-        )
 
 
 def _model_settings(state: Mapping[str, Tensor], num_heads: int, kind: str, where: str) -> dict[str, Any]:
@@ -147,13 +153,15 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
         raise UserError(
             f"{where} does not tell after which block its projectors stand: give --depth, 8 for the released REPA."
         )
-    weight = published.settings.get("proj_coeff")
+    weight = published.settings.get("proj_coeff", PROJ_COEFF)
+    if not isinstance(weight, int | float):
+        raise UserError(f"{where} has an alignment weight that is no number, {weight!r}: leave --targets out.")
     return [
         {
             "target": canonical(target),
             "depth": depth,
             "projector": f"mlp:width={published.projectors[f'{index}.0.weight'].shape[0]}",
-            **({"weight": float(weight)} if weight is not None else {}),
+            "weight": weight / len(indices),  # REPA averages over encoders, and we sum
         }
         for index, target in zip(indices, targets, strict=True)
     ]

@@ -12,7 +12,7 @@ RUN/
   evaluations/*.json          results of `repa evaluate` that belong in the report
   analysis/                   what `repa analyse` found: rows (.json, .csv), pictures, and its cache
   report.html
-  converted.json              in a folder that `repa convert` made: what it was made from
+  converted.json              in a folder that `repa convert` made: what it was made from, and whose code that was
 """
 
 from pathlib import Path

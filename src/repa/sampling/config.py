@@ -1,12 +1,14 @@
 """How to sample."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field, field_validator
 
 from repa.base.config import Config
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import GuidanceConfig
+from repa.runs.origin import SAMPLING, kind_of
 
 
 class SampleConfig(Config):
@@ -42,3 +44,22 @@ class SampleConfig(Config):
         if labels not in ("uniform", "balanced") and not all(part.strip().isdecimal() for part in labels.split(",")):
             raise ValueError(f"labels {labels!r} must be uniform, balanced, or class numbers such as 3 or 3,7")
         return labels
+
+    def as_origin_of(self, run: str | Path) -> tuple[Self, str]:
+        """Of a converted run: what nobody set is as its own code samples. Also a sentence that says so, or an empty one."""
+        kind = kind_of(Path(run))
+        given, recorded = self.model_dump(exclude_unset=True), SAMPLING.get(kind, {})
+        used = {name: value for name, value in recorded.items() if name != "guidance" and name not in given}
+        guidance = {
+            name: value for name, value in recorded.get("guidance", {}).items() if name not in given.get("guidance", {})
+        }
+        if not used and not guidance:
+            return self, ""
+        merged = type(self).parse({**given, **used, "guidance": {**given.get("guidance", {}), **guidance}})
+        words = [f"--{name} {value}" for name, value in used.items()] + [
+            f"--guidance.{n} {v}" for n, v in guidance.items()
+        ]
+        return (
+            merged,
+            f"{run} was converted from a checkpoint of kind {kind}, so it is sampled as by that code: {' '.join(words)}.",
+        )

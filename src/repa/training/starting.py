@@ -13,7 +13,8 @@ from repa.models.exported import CONFIG, read_exported
 from repa.models.published import KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
 from repa.runs.checkpoint import load_checkpoint
-from repa.runs.importing import read_checkpoint, refuse_converted
+from repa.runs.importing import read_checkpoint
+from repa.runs.origin import refuse_converted
 from repa.training.objective import Objective
 
 LABELS, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"

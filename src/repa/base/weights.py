@@ -1,0 +1,189 @@
+"""Files of tensors that anyone may have written: safetensors, torch.save, TorchScript. No code of a file is ever run.
+
+torch.load with weights_only builds what torch.save wrote, of classes only those listed here. A TorchScript archive is a zip
+with the same pickled tree and the same records of bytes beside its code; torch would compile that code, so the tree is read
+here, with `Inert` in the place of every class, and the code is left alone.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repa.base import faults
+from repa.base.errors import UserError
+
+CHUNK = 2**20  # bytes of a record at a time, for its checksum
+NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+           "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # numpy's scalars -> the codes of struct
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}  # fmt: skip
+
+
+def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -> Any:
+    """What a checkpoint file holds, on the CPU: a dictionary of tensors, or whatever plain containers a training script saved.
+
+    numpy's scalars become Python's numbers and paths become pure paths. Of a TorchScript archive come its tensors by name.
+
+    Args:
+        path: .safetensors, or a file of torch.save or torch.jit.save.
+        remedy: a sentence that says what to do about a file that cannot be read.
+
+    Raises:
+        UserError: no such file; a damaged one, with the tensor where a checksum tells it; an object of another class.
+    """
+    path = Path(path)
+    with faults.reading(path, "a checkpoint of tensors", remedy, missing=f"There is no checkpoint file {path}."):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if not zipfile.is_zipfile(path):
+            return _unpickled(path, mmap=False)
+        with zipfile.ZipFile(path) as archive:
+            _check_records(archive, path, remedy)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
+        return _unpickled(path, mmap=True)
+
+
+def _unpickled(path: Path, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise
+        raise UserError(
+            f"{path} holds an object of the class {found[1]}, which is not read because it could run code: save the "
+            "checkpoint again with tensors, numbers and texts only."
+        ) from None
+
+
+def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
+    """UserError at the first record whose bytes are not those of its checksum, by the name of its tensor."""
+    for info in archive.infolist():
+        try:
+            with archive.open(info) as record:
+                while record.read(CHUNK):
+                    pass
+        except (zipfile.BadZipFile, EOFError) as error:
+            key = info.filename.rpartition("/data/")[2]
+            try:
+                name = next((name for name, stored in _tensors_of(archive) if stored.key == key), None)
+            except Exception:  # the tree is damaged too
+                name = None
+            what = f"the tensor {name!r}" if name else f"the record {info.filename!r}"
+            raise UserError(f"{path} is damaged: {what} does not match its checksum. {remedy}") from error
+
+
+class Inert:
+    """Stands for an object of any class: keeps its attributes and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+
+class Stored:
+    """A tensor before its bytes are read: called as torch's own `_rebuild_tensor_v2`."""
+
+    def __init__(self, storage: tuple[str, torch.dtype], offset: int, size: tuple, stride: tuple, *_: Any):
+        (self.key, self.dtype), self.offset, self.size, self.stride = storage, offset, size, stride
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def tensor(self, archive: zipfile.ZipFile) -> Tensor:
+        """Its values; torch refuses sizes that go beyond the record."""
+        data = bytearray(archive.read(_stored(archive, f"data/{self.key}")))
+        flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
+        return flat.as_strided(self.size, self.stride, self.offset)
+
+
+class _Tree(pickle.Unpickler):
+    """The pickled tree of an archive without any class of it: none is imported, so none can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return Stored
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return STORAGES.get(name, Inert) if module == "torch" else Inert
+
+    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
+        _, dtype, key, *_ = pid  # ("storage", type, key, device, number of values)
+        return key, dtype
+
+
+def _tensors_of(archive: zipfile.ZipFile) -> Iterator[tuple[str, Stored]]:
+    """The tensors of the tree, with dotted names."""
+    with archive.open(_stored(archive, "data.pkl")) as file:
+        waiting, seen = [("", _Tree(file).load())], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Stored):
+            yield name, value
+            continue
+        inside = value.state if isinstance(value, Inert) else value
+        if isinstance(inside, dict) and id(inside) not in seen:  # a tree of strangers may contain itself
+            seen.add(id(inside))
+            waiting += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(inside.items())]
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """The record NAME of an archive, below its one folder; torch compresses none, so one that would grow is refused."""
+    root = archive.namelist()[0].partition("/")[0]
+    info = archive.getinfo(f"{root}/{name}")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"the record {name} is compressed")
+    return info
+
+
+class Dtype:
+    """Stands for numpy's dtype, whose own state could point anywhere in memory."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _scalar(dtype: Dtype, raw: bytes) -> bool | int | float:
+    """numpy's scalar as a number."""
+    return struct.unpack(dtype.order + NUMBERS[dtype.code], raw)[0]
+
+
+ALLOWED = [
+    argparse.Namespace,
+    (Dtype, "numpy.dtype"),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (pure, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+        for name in (pure.__name__, pure.__name__.removeprefix("Pure"))
+    ),
+]

@@ -1,0 +1,106 @@
+"""Checkpoint files of strangers: what is read, what is refused, and in which words."""
+
+import argparse
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from repa.base.errors import UserError
+from repa.base.weights import read_weights
+
+
+class Odd:
+    pass
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_and_paths_are_read(zipped, tmp_path):
+    arguments = argparse.Namespace(
+        lr=np.float32(0.5), out=pathlib.Path("a/b"), flag=np.bool_(True), big=np.uint64(2**63)
+    )
+    content = {"w": torch.ones(2), "steps": np.int64(-10), "args": arguments, "half": np.float16(0.25)}
+    torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    found = read_weights(tmp_path / "c.pt")
+    assert (found["steps"], found["half"], found["args"].lr, found["args"].big) == (-10, 0.25, 0.5, 2**63)
+    assert (type(found["steps"]), found["args"].flag) == (int, True)
+    assert found["args"].out == pathlib.PurePosixPath("a/b")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_another_class_is_named(zipped, tmp_path):
+    torch.save({"w": torch.ones(2), "x": Odd()}, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"an object of the class [\w.]*test_weights\.Odd") as error:
+        read_weights(tmp_path / "c.pt")
+    assert "\x1b" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save({"ema": {"first": torch.arange(99.0), "second": torch.full((1000,), 7.0)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.full((9,), 7.0).numpy().tobytes()) + 500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"the tensor 'ema\.second' does not match its checksum"):
+        read_weights(path)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 2, bias=False)
+        self.token = nn.Parameter(torch.randn(4))
+        self.rest = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        return self.rest(self.conv1(x).flatten(1)[:, :4] + self.token)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual = Inner().half()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("steps", torch.arange(5))
+
+    def forward(self, x):
+        return self.visual(x) * self.scale
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_tensors_of_torchscript_are_read_and_its_code_is_not(traced, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = Outer()
+    scripted = torch.jit.trace(net, torch.randn(1, 3, 2, 2).half()) if traced else torch.jit.script(net)
+    torch.jit.save(scripted, tmp_path / "clip.pt")
+    wanted = net.state_dict()
+    monkeypatch.setattr(torch.jit, "load", None)
+    found = read_weights(tmp_path / "clip.pt")
+    used = wanted.keys() - ({"steps"} if traced else set())  # tracing drops what forward does not use
+    assert used <= found.keys() <= wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in used)
+
+
+CALLS = b"cposix\nsystem\n(X\x04\x00\x00\x00exittR.", b"cbuiltins\neval\n(X\x03\x00\x00\x001/0tR."
+BEYOND = (  # nine numbers of a record of eight bytes
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x09tQK\x00K\x09\x85K\x01\x85\x89NtR."
+)
+
+
+@pytest.mark.parametrize("tree", [*CALLS, BEYOND, b"no pickle", b""])
+def test_a_hostile_tree_runs_nothing(tree, tmp_path):
+    path = tmp_path / "evil.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        records = {"data.pkl": tree, "constants.pkl": b"", "data/0": b"\0" * 8, "code/__torch__.py": b"1/0"}
+        for name, content in records.items():
+            archive.writestr(f"evil/{name}", content)
+    if tree in CALLS:
+        assert read_weights(path) == {}
+    else:
+        with pytest.raises(UserError, match="is damaged"):
+            read_weights(path)
