@@ -142,3 +142,22 @@ def test_a_real_network(data):
     rows = probe_of_run(real, data, ProbeConfig(times=(0.0,), epochs=300))
     assert [row["depth"] for row in rows] == [1, 2]
     assert all(row["top1"] == 1 for row in rows)
+
+
+def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
+    config = ProbeConfig(times=(0.0,), depths=(1,), epochs=1)
+    zeros, ones = (Rearranged(data, fields={"labels": np.full(40, label)}) for label in (0, 1))
+    with pytest.raises(
+        UserError, match="1 of 2 classes are among the 40 test images and not among the 40 training images"
+    ):
+        probe_of_run(run, zeros, config, ones)
+    rows = spread(data, 0)
+    lone = [Rearranged(data, fields={"labels": (rows == row).astype(np.int64)}) for row in rows]  # a class of one image
+    said = []
+    for few in lone[:12]:
+        try:
+            probe_of_run(run, few, config)
+        except UserError as error:
+            said.append(str(error))
+    assert 0 < len(said) < 12  # refused where that image is tested, a probe where it is trained
+    assert all("1 of 2 classes are among the 8 test images" in sentence for sentence in said)

@@ -43,11 +43,25 @@ class ProbeImages:
             )
         sets = tuple((d, spread(d, num)) for d in (data, val) if d is not None)
         labels = tuple(torch.from_numpy(d.gather("labels", indices)) for d, indices in sets)
-        if val is not None:
-            return cls(sets, labels, None)
-        order = torch.randperm(len(labels[0]), generator=generator(seed, "probe split"))
-        num_train = round(TRAIN_SHARE * len(order))
-        return cls(sets, labels, order.split([num_train, len(order) - num_train]))
+        split = None
+        if val is None:
+            order = torch.randperm(len(labels[0]), generator=generator(seed, "probe split"))
+            num_train = round(TRAIN_SHARE * len(order))
+            split = order.split([num_train, len(order) - num_train])
+        images = cls(sets, labels, split)
+        if data.num_classes > 1:
+            images._check_classes(data.class_names)
+        return images
+
+    def _check_classes(self, names: Sequence[str]) -> None:
+        """Refuse a split with classes that are tested and never trained: no probe finds them, and the accuracy would be 0."""
+        (_, trained), (_, tested) = self.pairs([labels[:, None] for labels in self.labels])
+        absent = sorted(set(tested.tolist()) - set(trained.tolist()))
+        if absent:
+            raise UserError(
+                f"{len(absent)} of {len(names)} classes are among the {len(tested):,} test images and not among the {len(trained):,} "
+                f"training images, for example {names[absent[0]]!r}: give --num-images 0 or more images of each class."
+            )
 
     @property
     def sizes(self) -> list[int]:

@@ -83,11 +83,24 @@ class EncoderFeatures:
 
     def along(self, batches: Iterable[Batch], step: int, wanted: Wanted) -> Iterator[tuple[Batch, dict[str, Features]]]:
         """Each batch of the steps `step`, `step` + 1, ... with the features that its step needs."""
+        checked = False
         started = (self._start(batch, wanted(number)) for number, batch in enumerate(batches, step))
         for batch, features, computed in one_ahead(started) if self.stream else started:
             if computed is not None:
                 torch.cuda.current_stream(self.device).wait_event(computed)
+            if not checked:  # once, as this waits for the device; later the guards skip a step that is not finite
+                checked = True
+                for name, found in features.items():
+                    self._require_finite(name, found)
             yield batch, features
+
+    def _require_finite(self, name: str, features: Features) -> None:
+        tensors = (features.patches, features.pooled, *(features.attention or {}).values())
+        if not all(bool(x.isfinite().all()) for x in tensors if x is not None):
+            origin = "stored with the data" if name in self.cached else "computed now"
+            raise UserError(
+                f"Features of {name!r}, {origin}, are not finite: check the weights of the encoder, and run `repa check DATA --full`."
+            )
 
     def _computes(self, needs: Sequence[Need]) -> bool:
         return any(need.encoder in self.encoders for need in needs)
