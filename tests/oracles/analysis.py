@@ -49,12 +49,12 @@ def hsic_unbiased(K, L):
     return (trace + sum_k * sum_l / ((n - 1) * (n - 2)) - 2 * chain / (n - 2)) / (n * (n - 3))
 
 
-def cknna_platonic(a, b, k):
+def cknna_platonic(a, b, k, clamp=False):
     n = len(a)
     kernels, near = [], []
     for x in (a, b):
         magnitudes = sorted(abs(float(v)) for row in x for v in row)
-        bound = magnitudes[int(0.95 * len(magnitudes))]
+        bound = magnitudes[int(0.95 * len(magnitudes))] if clamp else math.inf
         clamped = [[min(max(float(v), -bound), bound) for v in row] for row in x]
         kernels.append(gram([[v / math.sqrt(dot(row, row)) for v in row] for row in clamped]))
         near.append([nearest(kernels[-1], i, k) for i in range(n)])

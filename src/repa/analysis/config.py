@@ -56,8 +56,8 @@ class SimilarityConfig(HiddenConfig):
     """cknna: over nearest neighbours; cka: over all pairs; cka-unbiased: by the estimator that does not grow with width."""
     neighbours: int = Field(10, ge=2)
     """CKNNA: k."""
-    variant: Literal["paper", "platonic"] = "paper"
-    """CKNNA: paper (the printed formula) or platonic (the code that most people run); never compare one with the other."""
+    variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
+    """CKNNA: paper (the printed formula), platonic (the function most people call), platonic-clamped (its script, which cuts outliers)."""
 
     @field_validator("encoder")
     @classmethod
@@ -101,8 +101,8 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     """Side of the token grid; 0 takes each encoder's own for this resolution."""
     neighbours: int = Field(10, ge=2)
     """CKNNA: k."""
-    variant: Literal["paper", "platonic"] = "paper"
-    """CKNNA: paper or platonic."""
+    variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
+    """CKNNA: paper, platonic or platonic-clamped."""
     seed: int = 0
     """Seed of the split for the probe."""
 

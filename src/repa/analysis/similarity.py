@@ -5,7 +5,7 @@ only between neighbours, n * k values, and CKA only D x E products. Everything i
 (MPS has no float64: there on the CPU); beside the features, 8 n (D + E) bytes, stand blocks of BLOCK_BYTES.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from repa.base.errors import UserError
 
 BLOCK_BYTES = 2**23  # of a block of a kernel, or of the neighbours of some rows
 
-Variant = Literal["paper", "platonic"]
+Variant = Literal["paper", "platonic", "platonic-clamped"]
 
 
 def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> float:
@@ -31,16 +31,20 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> floa
     "paper" is the formula as printed: features are taken as they are, neighbours are by Euclidean distance, each row of
     a kernel is centred. Scale the rows to unit length first where lengths should not matter.
 
-    "platonic" clamps features to the 95th percentile of their magnitude and scales rows to unit length; neighbours are
-    by inner product; kernels are not centred before all other pairs are set to zero; HSIC is the unbiased estimator of
-    Song et al. (2012), whose first term sees only pairs that are neighbours both ways. The result can be slightly
-    negative, and changes a little when a and b are swapped.
+    "platonic" is the function `cknna` of that code on rows of unit length: neighbours are by inner product; kernels are
+    not centred before all other pairs are set to zero; HSIC is the unbiased estimator of Song et al. (2012), whose first
+    term sees only pairs that are neighbours both ways. The result can be slightly negative, and changes a little when a
+    and b are swapped.
+
+    "platonic-clamped" first clamps features to the 95th percentile of their magnitude, as the script of that code does
+    before it calls the function. Networks with a few channels that are far larger than the others can differ widely
+    between the two.
 
     Args:
         a: (n, D), one row per image.
         b: (n, E), the same images in the same order.
-        k: number of neighbours, below n; at least 2 for "platonic", which also needs n >= 4.
-        variant: which of the two.
+        k: number of neighbours, below n; at least 2 for the platonic ones, which also need n >= 4.
+        variant: which of the three.
 
     Returns:
         1 for a representation with itself; NaN when nothing can be told, as when all features are equal.
@@ -66,16 +70,16 @@ def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighb
     """What `cknna_of` needs of features (n, D); raises UserError when k does not fit n, or the variant is unknown."""
     if x.ndim != 2:
         raise UserError(f"Representations to compare are (n, D), but got {tuple(x.shape)}.")
-    if variant not in ("paper", "platonic"):
-        raise UserError(f"CKNNA has the variants 'paper' and 'platonic', but was given {variant!r}.")
+    if variant not in get_args(Variant):
+        raise UserError(f"CKNNA has the variants {', '.join(get_args(Variant))}, but was given {variant!r}.")
     least = 1 if variant == "paper" else 2
-    if not least <= k < len(x) or (variant == "platonic" and len(x) < 4):
+    if not least <= k < len(x) or (variant != "paper" and len(x) < 4):
         raise UserError(f"CKNNA ({variant}) needs {least} <= k < number of images, but got k={k} and {len(x)} images.")
     x = _double(x)
     if variant == "paper":
         side = Neighbourhoods(x, x.mean(0), _neighbours(x, k, euclidean=True), variant, 0.0)
     else:
-        x = _prepare(x)
+        x = torch.nn.functional.normalize(_clamped(x) if variant == "platonic-clamped" else x, dim=1)
         side = Neighbourhoods(x, x.new_zeros(x.shape[1]), _neighbours(x, k, euclidean=False), variant, 0.0)
     return side._replace(own=_align(side, side))
 
@@ -84,7 +88,7 @@ def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
     """CKNNA of two sides made with the same k and variant; see `cknna`."""
     assert (a.variant, a.near.shape) == (b.variant, b.near.shape), "sides of different images, k or variants"
     own = a.own * b.own
-    norm = (own**0.5 if own >= 0 else float("nan")) + (1e-6 if a.variant == "platonic" else 0.0)
+    norm = (own**0.5 if own >= 0 else float("nan")) + (0.0 if a.variant == "paper" else 1e-6)
     return _align(a, b) / norm if norm else float("nan")
 
 
@@ -171,7 +175,7 @@ def _kernel(side: Neighbourhoods, near: Tensor) -> Tensor:
 
 
 def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
-    """Align(K, L) of the paper, up to its constant factor; for "platonic" the unbiased HSIC of the masked kernels."""
+    """Align(K, L) of the paper, up to its constant factor; for the others the unbiased HSIC of the masked kernels."""
     near = a.near
     shared = (near[:, :, None] == b.near[:, None, :]).any(2)  # (n, k), neighbours of both
     k_values = shared * _kernel(a, near)
@@ -187,9 +191,9 @@ def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
     return ((product + sums - 2 / (n - 2) * (columns @ l_values.sum(1))) / (n * (n - 3))).item()
 
 
-def _prepare(x: Tensor) -> Tensor:
-    """Clamp outliers, then unit length."""
+def _clamped(x: Tensor) -> Tensor:
+    """Outliers cut to the 95th percentile of all magnitudes."""
     magnitudes, rank = x.abs().flatten().cpu().numpy(), int(0.95 * x.numel())
     magnitudes.partition(rank)  # in place: kthvalue takes two more copies
     bound = float(magnitudes[rank])
-    return torch.nn.functional.normalize(x.clamp(-bound, bound), dim=1)
+    return x.clamp(-bound, bound)

@@ -57,8 +57,9 @@ def cknna(argv: list[str]) -> int:
     if not given.runs:
         raise UserError("`repa analyse cknna` needs at least one run folder: see `repa analyse cknna --help`.")
     networks = networks_of(given.runs, given.checkpoints)
-    platonic = config.measure == "cknna" and config.variant == "platonic"  # another number: never under the same name
-    name = f"{config.measure}{'-platonic' * platonic}-{tables.plain(config.encoder)}.json"
+    # another variant is another number: never under the same name
+    variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
+    name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
     out = tables.output(given.out, _folder(given.runs[0]) / name)
     from repa.analysis import cknna_of_run
     from repa.base import dist
@@ -70,7 +71,7 @@ def cknna(argv: list[str]) -> int:
         with Progress(f"{label}, step {run.step:,}", "images") as bar:
             rows += [{"run": label, "step": run.step, **row} for row in cknna_of_run(run, data, config, bar)]
     tables.write(out, _how(given, config.measure), rows)
-    title = config.measure.upper().replace("-UNBIASED", ", unbiased") + " (platonic)" * platonic
+    title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
     columns = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth", config.measure: f"{title}|.4f"}
     say(tables.text(rows, columns))
     _draw(rows, config.measure, f"{title} with {config.encoder}", out)

@@ -40,7 +40,8 @@ class Analysis:
 
     @property
     def label(self) -> str:
-        variant = " (platonic)" if self.kind == "cknna" and self.settings.get("variant") == "platonic" else ""
+        variant = self.settings.get("variant", "paper") if self.kind == "cknna" else "paper"
+        variant = "" if variant == "paper" else f" ({variant})"
         return NAMES[self.kind] + variant + (f" with {self.settings['encoder']}" if "encoder" in self.settings else "")
 
     @property
