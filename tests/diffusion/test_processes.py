@@ -7,6 +7,7 @@ import torch
 from repa.base.errors import UserError
 from repa.diffusion import SAMPLERS, Denoiser, DiffusionConfig, build_process, in_timesteps, interpolate
 from tests.oracles import ddpm as oracle
+from tests.oracles import weights
 
 DDPM = build_process(DiffusionConfig(objective="ddpm"))
 BARS = oracle.alpha_bars(oracle.BETAS)
@@ -80,7 +81,8 @@ def test_flow_gives_the_network_t_and_compares_it_with_its_target(prediction):
     }[prediction]  # fmt: skip
     losses = flow.losses(output, x, noise, t)
     assert list(losses) == ["denoising"]
-    torch.testing.assert_close(losses["denoising"], (output - wanted).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-5)
+    squared = (output - wanted).square() * (sin**2 if prediction == "score" else 1)
+    torch.testing.assert_close(losses["denoising"], squared.mean((1, 2, 3)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(flow.noised(x, noise, t), cos * x + sin * noise)
     assert torch.equal(flow.network_time(t), t)
     assert flow.prediction == prediction
@@ -143,3 +145,58 @@ def test_samplers_of_timesteps_are_for_networks_of_timesteps():
     for spec in ("euler", "heun:shift=2.0", "euler_maruyama", "mylab.samplers.midpoint"):
         for objective in ("flow", "ddpm"):
             assert DiffusionConfig(objective=objective).check_sampler(spec) == spec
+
+
+CUT = "uniform:low=0.001,high=0.999"
+
+
+@pytest.mark.parametrize("weight", ["none", "velocity", "likelihood"])
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+@pytest.mark.parametrize("path", ["linear", "trigonometric", "vp"])
+def test_losses_of_noise_and_score_are_those_of_sit(path, prediction, weight):
+    flow = build_process(DiffusionConfig(path=path, prediction=prediction, timesteps=CUT, loss_weight=weight))
+    t = torch.tensor([0.001, 0.02, 0.4, 0.93, 0.999], dtype=torch.float64)
+    x, noise, output = (torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    found = flow.losses(output, x, noise, t)["denoising"]
+    for n, time in enumerate(t.tolist()):
+        wanted = weights.loss(weight, path, prediction, output[n].flatten().tolist(), noise[n].flatten().tolist(), time)
+        assert float(found[n]) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_score_is_learned_at_every_time():
+    """A network that answers unit noise loses 1 + sigma^2; the error of the score itself would be thousands, from t near 0."""
+    flow = build_process(DiffusionConfig(prediction="score"))
+    stream = torch.Generator().manual_seed(0)
+    t = flow.draw_times(4096, stream, torch.device("cpu"))
+    x, noise, output = (torch.randn(4096, 1, 4, 4, generator=stream) for _ in range(3))
+    assert float(flow.losses(output, x, noise, t)["denoising"].mean()) == pytest.approx(4 / 3, rel=0.02)
+
+
+def test_the_velocity_weight_is_the_error_of_the_velocity():
+    from repa.diffusion import convert
+
+    flow = build_process(DiffusionConfig(prediction="noise", timesteps=CUT, loss_weight="velocity"))
+    t, x, noise, output = (
+        torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64),
+        normal(3, 1, 2, 2),
+        normal(3, 1, 2, 2, seed=1),
+        normal(3, 1, 2, 2, seed=2),
+    )
+    x_t, velocity = interpolate(flow.path, x, noise, t)
+    implied = convert(output, x_t, flow.path(t), "noise", "velocity")
+    wanted = (implied - velocity).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(flow.losses(output, x, noise, t)["denoising"], wanted, rtol=1e-6, atol=0)
+
+
+def test_weights_that_mean_nothing_or_are_infinite_are_refused():
+    for settings, sentence in [
+        ({"prediction": "velocity"}, "weights the errors of noise and score"),
+        ({"prediction": "noise", "timesteps": "uniform"}, "infinite at the ends"),
+        ({"prediction": "noise", "timesteps": "uniform:low=0.001"}, "infinite at the ends"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            DiffusionConfig.parse({"loss_weight": "velocity", "timesteps": CUT, **settings})
+    for timesteps, path in (("uniform:low=0.00001", "vp"), ("logit_normal", "linear"), (CUT, "linear")):
+        DiffusionConfig(prediction="score", loss_weight="likelihood", timesteps=timesteps, path=path)
+    with pytest.raises(UserError, match="loss_weight 'velocity' is a setting of the objective flow"):
+        DiffusionConfig.parse({"objective": "ddpm", "loss_weight": "velocity"})

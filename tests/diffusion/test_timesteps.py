@@ -20,6 +20,16 @@ def test_uniform_is_uniform():
     assert (t - torch.linspace(0, 1, 20000)).abs().max() < 0.015  # Kolmogorov-Smirnov, p < 1e-3
 
 
+def test_uniform_within_an_interval():
+    t = draw("uniform:low=0.2,high=0.7")
+    torch.testing.assert_close(t, 0.2 + 0.5 * draw("uniform"))
+    assert 0.2 <= float(t.min()) < 0.201
+    assert 0.699 < float(t.max()) < 0.7
+    for spec in ("uniform:low=0.5,high=0.5", "uniform:low=-0.1", "uniform:high=1.1"):
+        with pytest.raises(UserError, match="0 <= low < high <= 1"):
+            TIMESTEPS.build(spec)
+
+
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
 def test_logit_normal_is_a_log_normal_noise_to_signal_ratio_on_its_path(path):
     c = PATHS.build(path)(draw(f"logit_normal:mean=0.4,std=0.7,path={path}").double())

@@ -22,14 +22,15 @@ class DiffusionConfig(Config):
     """What the network learns to undo, and what it answers."""
 
     objective: Literal["flow", "ddpm"] = "flow"
-    """flow: SiT's, as the three settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
+    """flow: SiT's, as the settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
     path: str = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
     prediction: str = "velocity"
     """What the network answers: velocity, noise, data or score."""
     timesteps: str = "uniform"
-    """Distribution of the training times: uniform or logit_normal[:mean=..,std=..,shift=..,path=..]."""
-
+    """Distribution of the training times: uniform[:shift=..,low=..,high=..] or logit_normal[:mean=..,std=..,shift=..,path=..]."""
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    """Weight over t of noise and score, as SiT's: none (errors of the noise), velocity (of the velocity they imply), likelihood."""
     token_times: float = Field(0.0, ge=0, lt=1)
     """Share of an image's tokens that has its time; the others have a second one. 0: one time an image."""
 
@@ -51,14 +52,31 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self):
         if self.objective == "ddpm":
-            for name in ("path", "prediction", "timesteps", "token_times"):
+            for name in ("path", "prediction", "timesteps", "loss_weight", "token_times"):
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
                     raise UserError(
                         f"{name} {getattr(self, name)!r} is a setting of the objective flow, and the objective ddpm has its "
                         "own: leave it out, or choose the objective flow."
                     )
+        if self.loss_weight != "none":
+            self._check_weight()
         return self
+
+    def _check_weight(self) -> None:
+        """UserError where the weight has no meaning, or is infinite at an end of the times."""
+        if self.prediction not in ("noise", "score"):
+            raise UserError(
+                f"loss_weight {self.loss_weight!r} weights the errors of noise and score, but prediction is "
+                f"{self.prediction!r}: leave it out."
+            )
+        name, settings = parse_spec(self.timesteps)
+        reaches = settings.get("low", 0) == 0 or (settings.get("high", 1) == 1 and parse_spec(self.path)[0] != "vp")
+        if name == "uniform" and reaches:
+            raise UserError(
+                f"loss_weight {self.loss_weight!r} is infinite at the ends of [0, 1]: give timesteps uniform:low=0.001,high=0.999, "
+                "as SiT (on its path vp uniform:low=0.00001)."
+            )
 
     def check_model(self, name: str, learn_sigma: bool) -> None:
         """UserError unless the objective trains all that the named network answers: a variance (learn_sigma) or none."""

@@ -115,7 +115,7 @@ def convert(output: Tensor, x_t: Tensor, c: Coefficients, given: str, wanted: st
 def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor) -> Tensor:
     """What a network of this prediction is trained to answer, for clean latents x (N, ...) and their noise.
 
-    The score's target grows like 1/sigma, up to 1/SIGMA_MIN: unweighted, its squared error is dominated by small t.
+    The score's target grows like 1/sigma, up to 1/SIGMA_MIN: its squared error is weighted by sigma^2 in `processes.py`.
     Shaped and typed like x; raises UserError for a name that is not in `repa.diffusion.PREDICTIONS`.
     """
     check_prediction(prediction)

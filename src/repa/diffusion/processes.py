@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from repa.diffusion import PATHS, TIMESTEPS
 from repa.diffusion.config import DiffusionConfig
 from repa.diffusion.ddpm import ImprovedDDPM, timestep
-from repa.diffusion.interpolants import Interpolant, interpolate
+from repa.diffusion.interpolants import Coefficients, Interpolant, interpolate
 from repa.diffusion.predictions import target
 
 
@@ -44,13 +44,27 @@ class Process(Protocol):
         ...
 
 
-class Flow:
-    """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network is given t itself."""
+# of the squared error of the noise, over t (SiT): an error of the noise changes the velocity by determinant / alpha, and the
+# bound of the likelihood counts it with half the rate of the process, sigma determinant / alpha, over sigma^2
+WEIGHTS: dict[str, Callable[[Coefficients], Tensor] | None] = {
+    "none": None,
+    "velocity": lambda c: (c.determinant / c.alpha).square(),
+    "likelihood": lambda c: c.determinant / (c.alpha * c.sigma),
+}
 
-    def __init__(self, path: str, prediction: str, timesteps: str):
+
+class Flow:
+    """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network is given t itself.
+
+    A score is compared times sigma, as the noise that it implies: its own error grows like 1/sigma, and without this the
+    steps of the smallest t would be all that is learned. `weight` is one of WEIGHTS.
+    """
+
+    def __init__(self, path: str, prediction: str, timesteps: str, weight: str = "none"):
         self.path: Interpolant = PATHS.build(path)
         self.prediction = prediction
         self._times: Callable[..., Tensor] = TIMESTEPS.build(timesteps)
+        self._weight = WEIGHTS[weight]
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
         return self._times(num, generator=generator, device=device)
@@ -62,8 +76,15 @@ class Flow:
         return t
 
     def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        wanted = target(self.prediction, self.path(t), x, noise)
-        return {"denoising": (output.float() - wanted).square().mean(dim=(1, 2, 3))}
+        c = self.path(t).like(x)
+        if self.prediction == "score":
+            error = c.sigma * output.float() + noise  # Eq. 6: noise = -sigma score
+        else:
+            error = output.float() - target(self.prediction, c, x, noise)
+        squared = error.square()
+        if self._weight is not None:
+            squared = self._weight(c) * squared
+        return {"denoising": squared.mean(dim=(1, 2, 3))}
 
 
 class DDPM:
@@ -95,4 +116,8 @@ class DDPM:
 
 def build_process(config: DiffusionConfig) -> Process:
     """The process that a configuration names."""
-    return DDPM() if config.objective == "ddpm" else Flow(config.path, config.prediction, config.timesteps)
+    return (
+        DDPM()
+        if config.objective == "ddpm"
+        else Flow(config.path, config.prediction, config.timesteps, config.loss_weight)
+    )

@@ -12,16 +12,24 @@ from repa.diffusion.interpolants import check_numbers
 
 @dataclass(frozen=True)
 class Uniform:
-    """t ~ U[0, 1), then shifted: the paper's default."""
+    """t ~ U[low, high), then shifted: the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
 
     shift: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
 
     def __post_init__(self) -> None:
         check_shift(self.shift)
+        check_numbers("time distribution uniform", low=self.low, high=self.high)
+        if not 0 <= self.low < self.high <= 1:
+            raise UserError(
+                f"The time distribution uniform needs 0 <= low < high <= 1, but got low={self.low} and high={self.high}."
+            )
 
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """(num,) float32 times on `device`; drawn where the generator lives: a CPU one gives the same anywhere."""
         t = torch.rand(num, generator=generator, device=generator.device if generator else device)
+        t = self.low + (self.high - self.low) * t
         return time_shift(t, self.shift).to(device, non_blocking=True)
 
 
