@@ -47,6 +47,28 @@ def test_damaged_json_names_the_file(tmp_path):
         files.read_json(tmp_path / "m.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"a": 1, "b": {"step": 1, "step": 2}}', "'step'"),
+        ('{"a": [{"x": 1, "x": 1}]}', "'x'"),
+        ('{"a": NaN}', "NaN"),
+        ("[Infinity]", "Infinity"),
+        ("-Infinity", "-Infinity"),
+    ],
+)
+def test_json_that_says_two_things_or_no_number_is_refused(tmp_path, text, named):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(UserError, match=rf"m\.json .*{named}"):
+        files.read_json(tmp_path / "m.json")
+
+
+def test_json_is_not_written_with_what_would_be_refused_when_it_is_read(tmp_path):
+    with pytest.raises(UserError, match="NaN"):
+        files.write_json(tmp_path / "m.json", {"a": float("inf")})
+    assert not (tmp_path / "m.json").exists()
+
+
 def test_sizes_for_people():
     assert files.size(1536) == "1.5 KiB"
     assert files.size(12) == "12 B"

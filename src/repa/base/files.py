@@ -89,12 +89,33 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # read_json would refuse it
+        raise UserError(
+            f"{path} was not written: a number in it is NaN or infinite. Check the settings and inputs."
+        ) from None
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; UserError for one that is none, gives a key twice, or holds NaN or Infinity, which JSON lacks."""
     with faults.reading(path, "JSON", missing=f"There is no file {path}."):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key!r} is given twice")
+        values[key] = value
+    return values
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_object(path: str | Path, **entries: type | tuple[type, ...]) -> dict[str, Any]:
