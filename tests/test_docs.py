@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from repa.cli import options
-from repa.cli.main import VERBS, run
+from repa.cli.main import VERBS, run, trusted
 from repa.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,7 @@ def test_options_of_commands_exist(page):
             cls = room.arguments_of(arguments[0])
         else:
             cls = getattr(room, f"{verb.capitalize()}Arguments")
+        _, arguments = trusted(arguments)
         options.first(cls, arguments, verb, "")  # raises on an unknown option
 
 

@@ -1,5 +1,11 @@
 """repa: representation alignment (REPA, arXiv 2410.06940) for diffusion transformers."""
 
+import sys
+from itertools import pairwise
+
+if ("-m", "repa") in pairwise(sys.orig_argv) and sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the current folder first: a csv.py there would run in place of Python's own
+
 from importlib.metadata import PackageNotFoundError, version
 
 from repa.base.lazy import exports
@@ -10,6 +16,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+source"
 
 _rooms = {
+    "trust": "base.trust",
     "Alignment": "alignment",
     "DiT": "models",
     "build_model": "models",

@@ -104,6 +104,7 @@ def test_weights_and_biases_gets_the_numbers_offline(tmp_path, monkeypatch):
         log.row("event", resume_step, message="from step 0")  # no number in it, so nothing to show
         log.row("train", resume_step + 1, loss=0.5, alignment={"tiny@1": -0.25})
         log.close()
+        time.sleep(1.1)  # folders are named by the second
     first, second = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (tmp_path / layout.WANDB_ID).read_text()
     assert offline_rows(first) == [{"step": 1, "train/loss": 0.5, "train/alignment/tiny@1": -0.25}]

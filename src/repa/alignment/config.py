@@ -108,7 +108,9 @@ class AlignmentConfig(Config):
     @field_validator("schedule")
     @classmethod
     def _schedule(cls, value: str) -> str:
-        SCHEDULES.build(SCHEDULES.check(value))(0)  # schedules are plain Python: an impossible value is found here
+        SCHEDULES.check(value)
+        if parse_spec(value)[0] in SCHEDULES.table:  # ours are plain Python: an impossible value is found here
+            SCHEDULES.build(value)(0)
         return value
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ AUTOENCODERS = Registry(
         "taesd3": "repa.autoencoders.taesd:taesd3",
         "taef1": "repa.autoencoders.taesd:taef1",
     },
+    base="repa.autoencoders.contract:Autoencoder",
 )
 
 __getattr__, __dir__, __all__ = exports(

@@ -1,5 +1,7 @@
 """Configuration is data with types: frozen pydantic models, YAML in and out, mistakes answered in one sentence."""
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from repa.base.errors import UserError, nearest
+from repa.base.trust import contents_of
 
 
 class Config(BaseModel):
@@ -16,26 +19,21 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:
-        """Validate a plain dictionary; raises UserError with one sentence for the first mistake. `where` names the source."""
+        """Validate a plain dictionary; raises UserError with one sentence for the first mistake.
+
+        `where`: the file that says so. Names of private code in it need `--trust` (base/trust.py).
+        """
         try:
-            return cls.model_validate(values)
+            with contents_of(where) if where else contextlib.nullcontext():
+                return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError((f"{where}: " if where else "") + explain(cls, error)) from None
+            sentence = explain(cls, error)
+            raise UserError(sentence if where in sentence else f"{where}: {sentence}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a YAML file."""
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"There is no configuration file {path}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            reason = str(error).replace("\n", " ")
-            raise UserError(f"{path} cannot be read as YAML: {reason}.") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path} must hold a mapping of settings, but holds {type(values).__name__}.")
-        return cls.parse(values, where=str(path))
+        return cls.parse(read_yaml(path), where=str(path))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -43,6 +41,59 @@ class Config(BaseModel):
     def override(self, **changes: Any) -> Self:
         """A validated copy with some fields changed (model_copy would skip the checks)."""
         return type(self).parse({**self.model_dump(), **changes})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its surprises: a key given twice and an alias are refused, and an integer is decimal or refused."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: write the value out instead of the alias")
+        return super().compose_node(parent, index)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    lines: dict[Any, int] = {}
+    for key, _ in node.value:
+        name, line = loader.construct_object(key, deep=True), key.start_mark.line + 1
+        if not isinstance(name, (str, int, float, bool, type(None))):
+            raise yaml.YAMLError(f"line {line}: a key must be a name, but is a {type(name).__name__}")
+        if name in lines:
+            raise yaml.YAMLError(
+                f"the key {name!r} is given twice, in lines {lines[name]} and {line}: leave one of them out"
+            )
+        lines[name] = line
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(
+            f"line {line}: {text[:40]!r} is no decimal number: write 8, not 010, 0x8, 1_000 or 1:30, or quote a text"
+        )
+    return int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; UserError for a file that is none, or says something twice."""
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UserError(f"{path} cannot be read as YAML: {reason}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of settings, but holds {type(values).__name__}.")
+    return values
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:

@@ -1,14 +1,17 @@
 """Components chosen by a spec string: `name`, `name:key=value,key=value`, or a dotted `package.module.attr[:...]` for private code."""
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError, nearest
+from repa.base.trust import DOTTED, current_folder, require_trusted
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -34,9 +37,22 @@ class Registry:
     Functions are returned with the spec's settings bound; classes are instantiated with them.
     """
 
-    def __init__(self, kind: str, table: dict[str, str]):
-        self.kind = kind
-        self.table = table
+    def __init__(self, kind: str, table: dict[str, str], base: str = ""):
+        """`base`: which classes a dotted name may stand for beside functions: "module:attr", or "callable" for any whose
+        instances are called."""
+        self.kind, self.table, self.base = kind, table, base
+
+    def __repr__(self) -> str:
+        return f"{self.kind}: {', '.join(self.names())}"
+
+    def __getitem__(self, spec: str) -> Any:
+        return self.build(spec)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
 
     def names(self) -> list[str]:
         return sorted(self.table)
@@ -46,7 +62,8 @@ class Registry:
         name, _ = parse_spec(spec)
         if name in self.table:
             return self.table[name]
-        if "." in name:
+        if DOTTED.fullmatch(name):
+            require_trusted(self.kind, name)
             return ":".join(name.rsplit(".", 1))
         raise UserError(
             f"Unknown {self.kind} {name!r}: allowed are {', '.join(self.names())}.{nearest(name, self.table)}"
@@ -65,17 +82,37 @@ class Registry:
         name, settings = parse_spec(spec)
         module, attr = self.target(spec).split(":")
         try:
-            component = getattr(importlib.import_module(module), attr)
+            with contextlib.nullcontext() if name in self.table else current_folder():
+                component = getattr(importlib.import_module(module), attr)
         except (ModuleNotFoundError, AttributeError) as error:
             if name in self.table:
                 raise
             raise UserError(f"The {self.kind} {name!r} cannot be imported: {error}.") from error
+        if name not in self.table:
+            self._check_kind(name, component, settings)
         if inspect.isclass(component):
             return component(**settings)
         if settings:
-            self._check_settings(spec, settings, set(inspect.signature(component).parameters))
+            self._check_settings(spec, settings, _keyword_only(component))
             return functools.partial(component, **settings)
         return component
+
+    def _check_kind(self, name: str, component: Any, settings: dict[str, Any]) -> None:
+        """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
+        if inspect.isfunction(component):
+            return
+        if inspect.isclass(component):
+            module, _, attr = self.base.partition(":")
+            if module == "callable" and any("__call__" in vars(each) for each in component.__mro__):
+                return
+            if attr and issubclass(component, getattr(importlib.import_module(module), attr)):
+                return
+        wanted = {"": "a function", "callable": "a function or a class whose instances are called"}.get(
+            self.base, f"a function or a {self.base.replace(':', '.')}"
+        )
+        raise UserError(
+            f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
+        )
 
     def _check_settings(self, spec: str, settings: dict, allowed: set[str]) -> None:
         for key in settings:
@@ -84,6 +121,12 @@ class Registry:
                     f"The {self.kind} {spec!r} has no setting {key!r}: allowed are "
                     f"{', '.join(sorted(allowed)) or 'none'}.{nearest(key, allowed)}"
                 )
+
+
+def _keyword_only(function: Any) -> set[str]:
+    """What a spec may set: positional arguments are given by the caller."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 @functools.cache

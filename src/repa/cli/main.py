@@ -5,7 +5,7 @@ import os
 import sys
 
 from repa import __version__
-from repa.base import launch
+from repa.base import launch, trust
 from repa.base.errors import UserError, escaped, nearest
 from repa.base.faults import sentence_of
 from repa.base.memory import keep_freed_memory
@@ -35,6 +35,7 @@ def usage() -> str:
     return "\n".join([
         f"repa {__version__}: representation alignment for diffusion transformers", "",
         "usage: repa VERB ...        repa VERB --help tells more", "", *lines, "",
+        "--trust MODULE, with any verb: files of runs and data may name code of this module (docs/security.md).",
         "Several processes: torchrun --nproc-per-node 8 -m repa train ...   Exit codes: 0 fine, 2 your input, 1 our bug.",
     ])  # fmt: skip
 
@@ -52,7 +53,10 @@ def run(argv: list[str]) -> int:
         if verb not in VERBS:
             raise UserError(f"There is no verb {verb!r}: allowed are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
         launch.place()  # variables that do not fit together are refused before a process waits for others
-        code = importlib.import_module(f"repa.cli.{verb}").main(rest)
+        modules, rest = trusted(rest)
+        with trust.command(rest):
+            trust.trust(*modules)
+            code = importlib.import_module(f"repa.cli.{verb}").main(rest)
         _part()
         return code
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
@@ -66,6 +70,21 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("repa: stopped by Ctrl-C; the same command continues where it was.", file=sys.stderr)
         return 130
+
+
+def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(modules, rest): what `--trust MODULE` names, an option of every verb, and the command line without it."""
+    modules, rest = [], []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name != "--trust":
+            rest.append(token)
+        elif module := value if equals else next(tokens, ""):
+            modules.append(module)
+        else:
+            raise UserError("--trust needs the name of a module, such as mylab.")
+    return modules, rest
 
 
 def _shared(error: Exception) -> bool:

@@ -10,6 +10,7 @@ PATHS = Registry(
         "trigonometric": "repa.diffusion.interpolants:trigonometric",
         "vp": "repa.diffusion.interpolants:VariancePreserving",
     },
+    base="callable",
 )
 PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
@@ -18,6 +19,7 @@ TIMESTEPS = Registry(
         "uniform": "repa.diffusion.timesteps:Uniform",
         "logit_normal": "repa.diffusion.timesteps:LogitNormal",
     },
+    base="callable",
 )
 SAMPLERS = Registry(
     "sampler",

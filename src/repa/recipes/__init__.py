@@ -5,7 +5,9 @@
 
 from pathlib import Path
 
+from repa.base.config import read_yaml
 from repa.base.errors import UserError, nearest
+from repa.base.trust import trust_names_in
 from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.paper import paper_recipe
 from repa.recipes.quickstart import quickstart, quickstart_muon, quickstart_repa
@@ -30,10 +32,19 @@ def load_recipe(name: str) -> TrainConfig:
         return RECIPES[name]()
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
+        if not _of_run(path):
+            trust_names_in(read_yaml(path))  # the user named this file as a recipe: what it names is his
         return TrainConfig.load(path)
     if (path / layout.CONFIG).is_file():
         return TrainConfig.load(path / layout.CONFIG)
     raise UserError(f"There is no recipe {name!r}: {allowed(name)}")
+
+
+def _of_run(path: Path) -> bool:
+    """Is this the configuration of a run folder, which may come from a stranger?"""
+    return path.name == layout.CONFIG and any(
+        (path.parent / name).exists() for name in (layout.CHECKPOINTS, layout.DATA)
+    )
 
 
 def allowed(name: str) -> str:

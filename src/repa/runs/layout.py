@@ -18,8 +18,7 @@ RUN/
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from repa.base.config import read_yaml
 from repa.base.errors import UserError
 
 CONFIG = "config.yaml"
@@ -96,10 +95,4 @@ def read_config(run: Path) -> dict[str, Any]:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of settings, but holds {type(values).__name__}.")
-    return values
+    return read_yaml(path)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repa.autoencoders import load_autoencoder
+from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_object
+from repa.base.trust import contents_of
 from repa.diffusion import Denoiser, Interpolant, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.models import Backbone, Condition, build
@@ -93,6 +94,8 @@ def load_run(
             f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
             "describes: restore the configuration that the run was trained with."
         ) from None
+    with contents_of(run / layout.CONFIG):
+        AUTOENCODERS.check(config["autoencoder"])
     autoencoder = load_autoencoder(config["autoencoder"], weights=config["autoencoder_weights"] or None, device=device)
     class_names = (
         tuple(map(str, read_object(run / layout.DATA, class_names=list)["class_names"]))

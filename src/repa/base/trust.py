@@ -1,0 +1,108 @@
+"""The one gate for code that a name stands for: `mylab.losses.smooth_l1` in a configuration is code that would run here.
+
+What the user typed is trusted: an option, a recipe file named as one, `--trust mylab`, `repa.trust("mylab")`. What a file of a
+run, a data folder or an exported network says is not: such files come from strangers too. While a command runs, every other
+dotted name is refused; in Python, those that files say are refused, and a caller's own are his. Torch-free.
+"""
+
+import contextlib
+import contextvars
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from repa.base.errors import UserError
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+
+_trusted: set[str] = set()  # modules, and whole names that were typed
+_commands = 0  # that are running: 1 in `repa VERB`, 0 in a program that imports repa
+_file: contextvars.ContextVar[str] = contextvars.ContextVar("file whose contents are read", default="")
+
+
+def trust(*modules: str) -> None:
+    """Let files name code of these modules (and of modules in them) from now on.
+
+    Raises:
+        UserError: no name of a module.
+    """
+    for module in modules:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
+            raise UserError(f"--trust takes names of modules, such as mylab, but got {module!r}.")
+        _trusted.add(module)
+
+
+def trust_names_in(values: Any) -> None:
+    """Trust what texts that the user typed or named as a recipe name, "mylab.f:settings" or "mylab.f=path", at any depth."""
+    if isinstance(values, str):
+        name = re.split("[:=]", values, maxsplit=1)[0]
+        if DOTTED.fullmatch(name):
+            _trusted.add(name)
+    elif isinstance(values, dict):
+        trust_names_in(list(values.values()))
+    elif isinstance(values, Iterable):
+        for value in values:
+            trust_names_in(value)
+
+
+@contextlib.contextmanager
+def command(typed: list[str]) -> Iterator[None]:
+    """While a command runs: trust what its command line names, and nothing else; what is trusted in it is forgotten after it."""
+    global _commands
+    before = set(_trusted)
+    _commands += 1
+    try:
+        trust_names_in(_values_of_options(typed))
+        yield
+    finally:
+        _commands -= 1
+        _trusted.clear()
+        _trusted.update(before)
+
+
+def _values_of_options(typed: list[str]) -> list[str]:
+    """What follows options. Paths are left out: a folder may be called as a stranger likes."""
+    found, behind_option = [], False
+    for token in typed:
+        if token.startswith("--"):
+            behind_option = True
+            found.append(token.partition("=")[2])
+        elif behind_option and not Path(token).exists():
+            found.append(token)
+    return found
+
+
+@contextlib.contextmanager
+def contents_of(file: object) -> Iterator[None]:
+    """While the contents of a file are checked: names in it are the file's, not the user's."""
+    token = _file.set(str(file))
+    try:
+        yield
+    finally:
+        _file.reset(token)
+
+
+@contextlib.contextmanager
+def current_folder() -> Iterator[None]:
+    """While trusted code is imported: modules of the current folder are found too, behind all others."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def require_trusted(kind: str, name: str) -> None:
+    """Raises UserError, naming module and flag, unless code of this dotted name may run."""
+    file = _file.get()
+    if (not _commands and not file) or any(name == known or name.startswith(f"{known}.") for known in _trusted):
+        return
+    module = name.rpartition(".")[0]
+    raise UserError(
+        f"{file or 'A file'} names the {kind} {name!r}, code of the module {module!r} that would run here: if you trust it, "
+        f"add --trust {module.partition('.')[0]}, else leave the file alone."
+    )
