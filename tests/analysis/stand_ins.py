@@ -48,7 +48,9 @@ class Rearranged:
 
     def __init__(self, data, rows=None, fields=None, autoencoder=None, **facts):
         self.data, self.rows, self.fields, self.facts = data, rows, fields or {}, facts
-        self.manifest = SimpleNamespace(autoencoder=autoencoder or data.manifest.autoencoder)
+        self.manifest = SimpleNamespace(
+            autoencoder=autoencoder or data.manifest.autoencoder, config=data.manifest.config
+        )
 
     def __getattr__(self, name):
         return self.facts[name] if name in self.facts else getattr(self.data, name)

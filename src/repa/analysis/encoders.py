@@ -17,7 +17,8 @@ from repa.analysis.work import Rows, Stages, silent
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.data import DataSet
-from repa.encoders import VisionEncoder, load_encoder
+from repa.data.recorded import load_encoder_of
+from repa.encoders import VisionEncoder
 
 SECONDS = 1.0  # that the speed is measured for, at least
 
@@ -54,12 +55,12 @@ def compare_encoders(
             "give a lower --neighbours."
         )
     for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
-        load_encoder(spec, weights=config.weights_of(spec))
+        load_encoder_of(data, spec, weights=config.weights_of(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))
     epochs = Stages(heads_progress, [config.epochs] * len(config.encoders))
     rows, sides = [], []
     for spec in config.encoders:
-        encoder = load_encoder(spec, weights=config.weights_of(spec), device=device)
+        encoder = load_encoder_of(data, spec, weights=config.weights_of(spec), device=device)
         grid = config.grid or encoder.grid_for(data.resolution)
         shown = [name for name, distance in STRUCTURE_DISTANCE.items() if distance <= 2 * grid - 2]
         names = [PATCHES, *shown]

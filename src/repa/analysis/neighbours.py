@@ -18,7 +18,8 @@ from repa.analysis.images import batches, evenly, pixels, spread
 from repa.analysis.work import Rows, Stages, silent
 from repa.base.errors import UserError
 from repa.data import DataSet
-from repa.encoders import VisionEncoder, load_encoder
+from repa.data.recorded import load_encoder_of
+from repa.encoders import VisionEncoder
 
 BLOCK = 1024  # queries at a time
 NEAR = 0.01  # share of held-out images that come nearer than the distance that counts as a likely copy
@@ -80,7 +81,7 @@ def find_copies(
     if len(indices) <= config.neighbours:
         raise UserError(f"{config.neighbours} neighbours need more images than that, but there are {len(indices)}.")
     pixels(data, indices[:0])
-    encoder = load_encoder(config.features, weights=config.features_weights or None, device=device)
+    encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
     others = None if held_out is None else spread(held_out, config.num_held_out)
     stages = Stages(progress, [len(indices), num_samples, 0 if others is None else len(others)])
 

@@ -12,7 +12,7 @@ from repa.analysis.similarity import cka, cknna_of, neighbourhoods
 from repa.analysis.work import Rows, Stages, each, silent
 from repa.base.errors import UserError
 from repa.data import DataSet
-from repa.encoders import load_encoder
+from repa.data.recorded import load_encoder_of
 from repa.runs import LoadedRun
 
 
@@ -27,7 +27,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
         )
     pixels(data, indices[:0])
     device = device_of(run)
-    encoder = load_encoder(config.encoder, weights=config.encoder_weights or None, device=device)
+    encoder = load_encoder_of(data, config.encoder, weights=config.encoder_weights, device=device)
     stages = Stages(progress, [len(indices)] * (1 + len(config.times)))
     grid = encoder.grid_for(data.resolution)
     load = features_of_encoder(encoder, config.encoder, grid, data, indices, config, stages.next())

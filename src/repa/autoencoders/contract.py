@@ -173,6 +173,16 @@ def load_autoencoder(
     return autoencoder.to(device).eval().requires_grad_(False)
 
 
+def require_same_autoencoder(recorded: object, autoencoder: Autoencoder, where: object) -> None:
+    """UserError when the latents of `where`, whose record is `recorded`, are by other weights of this autoencoder."""
+    sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if sha256 is not None and autoencoder.identity["sha256"] != sha256:
+        raise UserError(
+            f"The latents of {where} were made by weights of {autoencoder.name} with the checksum {str(sha256)[:12]}, but those "
+            f"that were loaded have {str(autoencoder.identity['sha256'])[:12]}: give the same weights as --autoencoder-weights FOLDER."
+        )
+
+
 def not_finite(x: Tensor) -> list[int]:
     """Rows of (N, ...) that hold NaN or infinity."""
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

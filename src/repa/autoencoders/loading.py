@@ -25,7 +25,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
     if not local and (Path(source).is_absolute() or str(source).startswith(".")):  # which no name on the hub is
         raise UserError(
             f"The autoencoder {name!r} cannot be loaded: there is no folder {source}. Give one with config.json and "
-            "diffusion_pytorch_model.safetensors."
+            "diffusion_pytorch_model.safetensors as --autoencoder-weights FOLDER."
         )
     if local:
         inside = Path(source) / subfolder
@@ -73,6 +73,6 @@ def _not_loaded(name: str, source: str | Path, subfolder: str, local: bool, reas
         f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor to be had from the hub of "
         f"Hugging Face or its cache. Where there is a network, accept its licence if it asks for that, download "
         f"config.json and diffusion_pytorch_model.safetensors{f' of its folder {subfolder}' if subfolder else ''}, "
-        f"and give that folder as the autoencoder's weights. "
+        f"and give that folder as --autoencoder-weights FOLDER. "
         f"(The hub's client said: {reason})"
     )

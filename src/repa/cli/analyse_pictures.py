@@ -43,6 +43,8 @@ class PicturesArguments(Config):
     """Seed of the noise."""
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
     out: str = ""
@@ -68,6 +70,8 @@ class ProgressArguments(SampleConfig):
     """Images in a row."""
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
     out: str = ""
     """Name of the .png; empty: analysis/progress.png in the first run."""
 
@@ -83,7 +87,7 @@ def pictures(argv: list[str]) -> int:
     from repa.analysis.pictures import colour_pictures, tokens_of_run
     from repa.base import dist
     from repa.data import open_data
-    from repa.encoders import load_encoder
+    from repa.data.recorded import load_encoder_of
     from repa.report.analysis_figures import picture_table, save
 
     device, data = dist.setup(), open_data(given.data)
@@ -94,11 +98,11 @@ def pictures(argv: list[str]) -> int:
     side = data.resolution
     columns, labels = [images.permute(0, 2, 3, 1).numpy()], ["image"]
     for spec in given.encoders:
-        encoder = load_encoder(spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
         patches = encoder(images, encoder.grid_for(side)).patches
         columns.append(colour_pictures(patches, side))
         labels.append(spec)
-    ((label, run),) = loaded(networks, given.weights, device)
+    ((label, run),) = loaded(networks, given, device)
     depths = given.depths or tuple(sorted({max(1, round(run.model.depth * part / 4)) for part in (1, 2, 3, 4)}))
     for t in given.times:
         for depth, tokens in tokens_of_run(run, data, indices, depths, t, given.seed).items():
@@ -132,7 +136,7 @@ def progress(argv: list[str]) -> int:
         raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
     rows, names = [], []
     with Progress("samples", "images") as bar:
-        for label, run in loaded(networks, given.weights, device):
+        for label, run in loaded(networks, given, device):
             if config.decoder:
                 weights = config.decoder_weights or None
                 run = replace(

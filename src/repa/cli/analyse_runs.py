@@ -36,6 +36,8 @@ class NetworksArguments(Config):
     """Averaged weights (ema), the raw ones (model), or another average by its name."""
     checkpoints: tuple[int, ...] = ()
     """Steps of checkpoints; empty takes the newest."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
     out: str = ""
     """Name of the .json; .csv and .png lie beside it. Empty: in the folder analysis of the first run."""
 
@@ -67,7 +69,7 @@ def cknna(argv: list[str]) -> int:
 
     device, data = dist.setup(), open_data(given.data)
     rows = []
-    for label, run in loaded(networks, given.weights, device):
+    for label, run in loaded(networks, given, device):
         with Progress(f"{label}, step {run.step:,}", "images") as bar:
             rows += [{"run": label, "step": run.step, **row} for row in cknna_of_run(run, data, config, bar)]
     tables.write(out, _how(given, config.measure), rows)
@@ -99,19 +101,19 @@ def probe(argv: list[str]) -> int:
     from repa.analysis import probe_of_encoder, probe_of_run
     from repa.base import dist
     from repa.data import open_data
-    from repa.encoders import load_encoder
+    from repa.data.recorded import load_encoder_of
 
     device, data = dist.setup(), open_data(given.data)
     val = open_data(given.val) if given.val else None
     rows: list[dict[str, Any]] = []
-    for label, run in loaded(networks, given.weights, device):
+    for label, run in loaded(networks, given, device):
         name = f"{label}, step {run.step:,}"
         with Bars() as bars:
             found = probe_of_run(run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs"))
         rows += [{"run": label, "step": run.step, **row} for row in found]
     images = options.part(ImagesConfig, given)
     for spec in encoders:
-        encoder = load_encoder(spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
         with Bars() as bars:
             found = probe_of_encoder(
                 encoder, spec, data, images, config, seed=config.seed, val=val, progress=bars.of(spec),
@@ -163,12 +165,15 @@ def networks_of(runs: Sequence[str], checkpoints: Sequence[int]) -> list[tuple[s
 
 
 def loaded(
-    networks: list[tuple[str, Path, int]], weights: str, device: "torch.device"
+    networks: list[tuple[str, Path, int]], given: Any, device: "torch.device"
 ) -> Iterator[tuple[str, "LoadedRun"]]:
     from repa.runs import load_run
 
     for label, folder, step in networks:
-        yield label, load_run(folder, weights, step=step, device=device)
+        yield (
+            label,
+            load_run(folder, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device),
+        )
 
 
 def _folder(run: str) -> Path:

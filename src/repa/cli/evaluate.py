@@ -39,6 +39,8 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     """Averaged weights of the run (ema), the raw ones (model), or another average by its name."""
     checkpoint: int = -1
     """Step of the run's checkpoint; -1 takes the newest."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
 
 
 class ReferenceArguments(ReferenceConfig):
@@ -136,7 +138,10 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     if as_origin:
         say(as_origin)
     config, sampling = options.part(EvaluateConfig, given), options.part(SampleConfig, given)
-    run = load_run(given.samples, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
+    step = None if given.checkpoint < 0 else given.checkpoint
+    run = load_run(
+        given.samples, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device
+    )
     if sampling.decoder:
         decoder = load_decoder(
             sampling.decoder, run.autoencoder, weights=sampling.decoder_weights or None, device=device

@@ -23,6 +23,8 @@ class SampleArguments(SampleConfig):
     """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
     compile: bool = False
     """Compile the network with torch.compile: up to minutes at the start, which many images repay; pixels may differ by one."""
 
@@ -37,7 +39,8 @@ def main(argv: list[str]) -> int:
     from repa.sampling import write_samples
 
     device = dist.setup()
-    run = load_run(given.run, given.weights, step=None if given.checkpoint < 0 else given.checkpoint, device=device)
+    step = None if given.checkpoint < 0 else given.checkpoint
+    run = load_run(given.run, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device)
     if config.decoder:
         decoder = load_decoder(config.decoder, run.autoencoder, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)

@@ -12,6 +12,7 @@ from repa.data.groups import BASE, BaseGroup, FeatureGroup, Group
 from repa.data.manifest import Manifest
 from repa.data.reader import ShardReader
 from repa.data.reading import FromShards, FromSource, Planned, plan_shards
+from repa.data.recorded import with_absolute_paths
 from repa.data.settings import Settings, agree
 from repa.data.sources.opening import open_source
 from repa.data.sources.reference_layout import require_autoencoder
@@ -48,6 +49,7 @@ def prepare(
     Raises:
         UserError: a source, image, setting or disk that the user can mend; finished shards stay.
     """
+    config = with_absolute_paths(config)
     images = open_source(source, labels=config.labels)
     require_autoencoder(images, config)
     settings = agree(Path(out), Settings(source=images.identity, class_names=tuple(images.class_names), config=config))
@@ -89,6 +91,8 @@ def add_features(
     if spec not in config.features:
         forms = (*config.feature_forms, f"{spec}={form}")
         config = config.override(features=(*config.features, spec), feature_forms=forms)
+    if weights:
+        config = with_absolute_paths(config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights)))
     settings = agree(out, Settings(source=manifest.source, class_names=manifest.class_names, config=config))
     reader = ShardReader(out, manifest, only=("images", "labels"))
     shards = [Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)]

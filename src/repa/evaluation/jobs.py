@@ -12,12 +12,13 @@ from torch import Tensor
 from repa import __version__
 from repa.base import dist, files
 from repa.base.errors import UserError
-from repa.evaluation.config import EvaluateConfig, ReferenceConfig
+from repa.data.recorded import encoder_weights
+from repa.evaluation.config import INCEPTION, EvaluateConfig, ReferenceConfig
 from repa.evaluation.judges import InceptionJudge, Judge, load_judge
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
-from repa.evaluation.sources import open_images
+from repa.evaluation.sources import DataImages, open_images
 from repa.metrics.score import SPLIT_SIZE
 
 TIME = "t = 0 is data, t = 1 is noise; guidance.interval is in this t"
@@ -86,7 +87,7 @@ def evaluate_stream(
     opened = open_reference(reference, side)
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
-    judge = load_judge(config.features, weights=config.features_weights or None, device=device)
+    judge = load_judge(config.features, weights=config.features_weights or _recorded(opened, config), device=device)
     real = load_reference(opened, judge, config.features, config.batch_size, progress)
     check_measurable(judge, real, config.wanted)
     found = measure(stream, judge, real, config.wanted, neighbours=config.neighbours)
@@ -122,12 +123,18 @@ def make_reference(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
     files.require_writable(out)
-    judge = load_judge(config.features, weights=config.features_weights or None, device=device)
+    judge = load_judge(config.features, weights=config.features_weights or _recorded(images, config), device=device)
     reference = kept_reference(images, judge, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():
         write_reference(out, reference, images, judge, config.features)
     dist.barrier()
     return reference
+
+
+def _recorded(images: object, config: EvaluateConfig | ReferenceConfig) -> str | None:
+    """Where `prepare` found the encoder's weights, when the reference is its folder."""
+    known = isinstance(images, DataImages) and config.features != INCEPTION
+    return encoder_weights(images.data, config.features) if known else None
 
 
 def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
-from repa.autoencoders.contract import Autoencoder
+from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_object
 from repa.base.trust import contents_of
@@ -69,7 +69,12 @@ class LoadedRun:
 
 
 def load_run(
-    path: str | Path, weights: str = "ema", *, step: int | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    weights: str = "ema",
+    *,
+    step: int | None = None,
+    autoencoder_weights: str = "",
+    device: torch.device | str = "cpu",
 ) -> LoadedRun:
     """Load a run for inference: nothing but the folder is needed (and the autoencoder's own weights).
 
@@ -77,6 +82,7 @@ def load_run(
         path: the run folder.
         weights: "ema" (what the paper reports) or "model" (the raw weights).
         step: which checkpoint; the highest when None.
+        autoencoder_weights: where the autoencoder's weights lie now; empty: where training found them, else the hub's.
     """
     run = Path(path)
     config = layout.read_config(run)
@@ -94,18 +100,34 @@ def load_run(
             f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
             "describes: restore the configuration that the run was trained with."
         ) from None
-    with contents_of(run / layout.CONFIG):
-        AUTOENCODERS.check(config["autoencoder"])
-    autoencoder = load_autoencoder(config["autoencoder"], weights=config["autoencoder_weights"] or None, device=device)
-    class_names = (
-        tuple(map(str, read_object(run / layout.DATA, class_names=list)["class_names"]))
-        if (run / layout.DATA).is_file()
-        else ()
-    )
+    data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
+    autoencoder = _autoencoder(run, config, autoencoder_weights, device)
+    require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
+    names = tuple(map(str, data.get("class_names", ())))
     return LoadedRun(
-        model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, class_names, run,
+        model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
         _label_dropout(run, config),
     )  # fmt: skip
+
+
+def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:
+    """By the weights that are given, else those that the run was trained with, else the hub's."""
+    spec, recorded = config["autoencoder"], config["autoencoder_weights"] or ""
+    for name, value in (("autoencoder", spec), ("autoencoder_weights", recorded)):
+        if not isinstance(value, str):
+            raise UserError(f"{run / layout.CONFIG}: {name} is {value!r}, but it is a text.")
+    with contents_of(run / layout.CONFIG):
+        AUTOENCODERS.check(spec)
+    moved = bool(recorded) and Path(recorded).is_absolute() and not Path(recorded).exists()
+    try:
+        return load_autoencoder(spec, weights=given or ("" if moved else recorded) or None, device=device)
+    except UserError as error:
+        if not moved or given:
+            raise
+        raise UserError(
+            f"The weights of the autoencoder {spec!r} that {run} was trained with are no longer in {recorded}: give their folder "
+            "as --autoencoder-weights FOLDER."
+        ) from error
 
 
 def _label_dropout(run: Path, config: dict[str, Any]) -> float | None:

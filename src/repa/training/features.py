@@ -9,6 +9,7 @@ from repa.alignment.targets import Need, merged, needs_of
 from repa.base.errors import UserError
 from repa.base.precision import DTYPES, autocast
 from repa.data import Batch, DataSet
+from repa.data.recorded import require_same_encoder
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 from repa.encoders.loading import weights_for
@@ -47,7 +48,8 @@ class EncoderFeatures:
             )
             for need in missing
         }
-        for encoder in self.encoders.values():
+        for name, encoder in self.encoders.items():
+            require_same_encoder(data, name, encoder)  # what is computed goes with what is stored
             if config.precision in DTYPES:
                 encoder.round_weights(DTYPES[config.precision])
             if config.compile:

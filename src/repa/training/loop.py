@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.autoencoders import Autoencoder, load_autoencoder
+from repa.autoencoders.contract import require_same_autoencoder
 from repa.base import dist
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
@@ -81,6 +82,7 @@ def train(
     wanted = state.objective.needs  # where a weight is 0, its encoder is not run, and nothing is read for it
     with dist.together():
         autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
+        require_same_autoencoder(data.manifest.autoencoder, autoencoder, data.folder)
         loader = Loader(
             data, batch_size=config.batch_size, seed=config.seed, features=lambda step: encoders.stored(wanted(step)),
             images=lambda step: encoders.reads_images(wanted(step)),

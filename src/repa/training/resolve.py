@@ -10,10 +10,11 @@ from repa.base.config import difference
 from repa.base.errors import UserError
 from repa.base.precision import best_precision
 from repa.base.registry import parse_spec
-from repa.data import DataSet
+from repa.data import DataSet, recorded
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.runs import layout
 from repa.training.config import TrainConfig
+from repa.training.features import wanted_by
 
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
 # checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
@@ -49,9 +50,12 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         config.preview.every or config.preview.scored_every
     ) and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
+    encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
     return config.override(
         model=config.model.override(**facts),
         autoencoder=data.autoencoder,
+        autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
+        feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
         precision=best_precision(device) if config.precision == "auto" else config.precision,
     )
 
@@ -73,8 +77,8 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
         same = config.override(**{name: before.model_dump()[name] for name in CHANGEABLE})
         if lines := difference(before, same):
             raise UserError(
-                f"{run} holds a run of another configuration ({'; '.join(lines)}): choose another --out, "
-                "or give the settings it was started with."
+                f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
+                f"`repa train {run} --data {data.folder} --out {run}`, or choose another --out."
             )
     elif run.is_dir() and any(not _ours(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
