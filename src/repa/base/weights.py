@@ -65,8 +65,8 @@ def _unpickled(path: Path, mmap: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise
+        if found is None:  # the reason that torch gives is advice to run the code of the file
+            raise ValueError("it was not written by torch.save, or is damaged") from None
         raise UserError(
             f"{path} holds an object of the class {found[1]}, which is not read because it could run code: save the "
             "checkpoint again with tensors, numbers and texts only."

@@ -1,17 +1,15 @@
 """Where an encoder's weights lie, and the network that they make: a folder as on the hub, or an original project's file."""
 
-import argparse
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.encoders.families import Family
+from repa.base.weights import read_weights
+from repa.encoders.families import TORCH_HUB, Family, Original
 from repa.encoders.originals import convert, state_dict_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -26,48 +24,69 @@ class Contents(NamedTuple):
 
 
 def locate(name: str, family: Family, size: str, weights: Path | None) -> Path:
-    """What was given; else what the user put into the cache folder; else the hub's folder, fetched if need be."""
+    """What was given; else what the cache folder holds, then the caches of the hub and of the project's own code; else the hub."""
     if weights is not None:
         return weights
-    shelf = files.cache_folder() / "encoders"
+    shelf, hub, original = files.cache_folder() / "encoders", family.hub[size], family.original_of(size)
     places, by_hand = [shelf / name], []
-    if family.hub[size]:
+    if hub:
         by_hand.append(
             f"weights=FOLDER (--feature-weights {name}=FOLDER) with {CONFIG} and {WEIGHTS}, or put it in {shelf / name}"
         )
-    if family.original:
-        places.append(shelf / family.original.file.format(size=size))
+    if original:
+        places.append(shelf / original.file)
         by_hand.append(
-            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {family.original.project}, or put it in {places[-1]}"
+            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {original.project}, or put it in {places[-1]}"
         )
     for place in places:
         if place.exists():
             return place
-    if hub := family.hub[size]:
+    if hub and (folder := cached(hub)):
+        return folder
+    if original and (file := kept(original)).is_file():
+        return file
+    if hub:
         return download(name, hub, " or ".join(by_hand))
     raise UserError(f"The weights of the encoder {name} are not on the hub: give {' or '.join(by_hand)}.")
 
 
-def download(name: str, hub: str, by_hand: str) -> Path:
-    """The folder of the hub's cache with the configuration and the weights, fetched when they are not there yet."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+def kept(original: Original) -> Path:
+    """Where the project's own code would keep the file."""
+    if original.kept == TORCH_HUB:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+    else:
+        folder = Path.home() / original.kept if original.kept else files.cache_folder() / "encoders"
+    return folder / original.file
 
-    def both(weights: str, cached: bool) -> Path:
-        return [Path(hf_hub_download(hub, file, local_files_only=cached)) for file in (CONFIG, weights)][-1].parent
+
+def cached(hub: str) -> Path | None:
+    """The folder of the hub's cache, when it holds both files. Asks nobody: without a network nothing waits for a time-out."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     for weights in (WEIGHTS, PICKLED):
         try:
-            return both(weights, cached=True)  # asks nobody: a machine without a network does not wait for a time-out
+            return [Path(hf_hub_download(hub, file, local_files_only=True)) for file in (CONFIG, weights)][-1].parent
         except LocalEntryNotFoundError:
             continue
+    return None
+
+
+def download(name: str, hub: str, by_hand: str) -> Path:
+    """The folder of the hub's cache with the configuration and the weights, fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def both(weights: str) -> Path:
+        return [Path(hf_hub_download(hub, file, local_files_only=False)) for file in (CONFIG, weights)][-1].parent
+
     try:
         try:
-            return both(WEIGHTS, cached=False)
+            return both(WEIGHTS)
         except LocalEntryNotFoundError:
             raise  # no network
         except EntryNotFoundError:
-            return both(PICKLED, cached=False)
+            return both(PICKLED)
     except GatedRepoError as error:
         raise UserError(
             f"The weights of the encoder {name} ({hub}) are given only to those who accepted their licence: accept it on "
@@ -80,25 +99,25 @@ def download(name: str, hub: str, by_hand: str) -> Path:
         ) from error
 
 
-def weights_file(name: str, family: Family, path: Path) -> Path:
+def weights_file(name: str, family: Family, original: Original | None, path: Path) -> Path:
     """The one file with the tensors; raises UserError where `path` is no checkpoint of this family."""
-    if path.is_file() and family.original:
+    if path.is_file() and original:
         return path
     for wanted in ((CONFIG,), (WEIGHTS, PICKLED)):
         if not any((path / file).is_file() for file in wanted):
-            or_file = f", or the file of {family.original.project}" if family.original else ""
+            or_file = f", or the file of {original.project}" if original else ""
             raise UserError(
                 f"weights={path} for the encoder {name} must be a folder with {CONFIG} and {WEIGHTS}{or_file}: "
                 f"no {wanted[0]}."
             )
-    found = files.read_json(path / CONFIG).get("model_type")
+    found = files.read_object(path / CONFIG).get("model_type")
     if found not in family.model_types:
         allowed = " or ".join(map(repr, family.model_types))
         raise UserError(f"{path} holds a model of type {found!r}, but the encoder {name} is of type {allowed}.")
     return next(path / file for file in (WEIGHTS, PICKLED) if (path / file).is_file())
 
 
-def read(name: str, family: Family, path: Path) -> tuple[nn.Module, Path]:
+def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, Path]:
     """The network of `path`, float32, every tensor of it from the file, and that file.
 
     Raises:
@@ -106,28 +125,28 @@ def read(name: str, family: Family, path: Path) -> tuple[nn.Module, Path]:
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
-    file, model = weights_file(name, family, path), getattr(transformers, family.model)
+    original = family.original_of(size)
+    file, model = weights_file(name, family, original, path), getattr(transformers, family.model)
+    is_original = file == path
     try:
-        contents = read_original(name, family, file) if file == path else read_folder(family, file)
+        with faults.reading(file, f"weights of the encoder {name}", "Download or copy it again."):
+            contents = read_original(name, family, original, file) if is_original else read_folder(family, file)
         net, report = model.from_pretrained(
             None, config=contents.config, state_dict=contents.tensors, dtype=torch.float32, output_loading_info=True,
             **family.build,
         )  # fmt: skip
     except UserError:
         raise
-    except (
-        SafetensorError, StrictDataclassError, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError
-    ) as error:  # fmt: skip
-        fits = f"its {CONFIG}" if file != path else f"the encoder {name}"
-        raise UserError(f"{file} is damaged or does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
+    except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
+        fits = f"the encoder {name}" if is_original else f"its {CONFIG}"
+        raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
     if report["missing_keys"]:  # transformers would leave these at random values
         raise UserError(f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}.")
-    if file == path and report["unexpected_keys"]:
+    if is_original and report["unexpected_keys"]:
         raise UserError(
             f"{file} is another network's: the encoder {name} has no {min(report['unexpected_keys'])}; give the checkpoint "
-            f"of {family.original.project}."
+            f"of {original.project}."
         )
     return net, file
 
@@ -135,25 +154,18 @@ def read(name: str, family: Family, path: Path) -> tuple[nn.Module, Path]:
 def read_folder(family: Family, file: Path) -> Contents:
     """A folder in the hub's format; of a model with more towers, the vision tower."""
     import transformers
-    from safetensors.torch import load_file
 
     config = getattr(transformers, family.model).config_class.from_pretrained(
         file.parent, local_files_only=True, **family.settings
     )
-    tensors = load_file(file) if file.name == WEIGHTS else load_pickle(file)
+    tensors = read_weights(file)
     return Contents(config, {key: value for key, value in tensors.items() if key.startswith(family.subset)} or tensors)
 
 
-def read_original(name: str, family: Family, file: Path) -> Contents:
+def read_original(name: str, family: Family, original: Original, file: Path) -> Contents:
     """The original project's checkpoint: its tensors renamed, its configuration read off their shapes."""
     import transformers
 
-    settings, tensors = convert(state_dict_of(load_pickle(file), family.original, name, file), family.original)
+    settings, tensors = convert(state_dict_of(read_weights(file), original, name, file), original)
     config = getattr(transformers, family.model).config_class(**settings, **family.settings)
     return Contents(config, tensors)
-
-
-def load_pickle(file: Path) -> dict:
-    """A file of torch.save, without running any code of it; training scripts store their arguments as a Namespace."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -29,10 +29,10 @@ HALVES = Colours("0.5", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Original(NamedTuple):
-    """The checkpoint file of the project that trained the encoder, a pickle with timm's names."""
+    """The checkpoint file of the project that trained the encoder."""
 
     file: str
-    """Name of the file, as the reference code calls it; {size} is b, l, h."""
+    """Name of the file, as the reference code calls it; {size} is s, b, l, h, g."""
     project: str
     """Where it comes from."""
     container: str | None = None
@@ -43,6 +43,12 @@ class Original(NamedTuple):
     """Beginnings of the names, after the prefix, of what is no part of the encoder."""
     head_dim: int = 64
     """Width of an attention head, which a state dict does not tell."""
+    head_dims: Mapping[str, int] = NONE
+    """The same of sizes that have another one."""
+    naming: str = "vit"
+    """Which of the hub's names its tensors get, a key of originals.NAMINGS."""
+    kept: str = ""
+    """Where the project's own code keeps the file: a folder below the home folder; "torch.hub" is that of torch."""
 
 
 class Family(NamedTuple):
@@ -73,17 +79,41 @@ class Family(NamedTuple):
     """Beginning of the names of the encoder's tensors in a file that holds more, a text tower or a decoder."""
     original: Original | None = None
 
+    def original_of(self, size: str) -> Original | None:
+        """The original file of a size."""
+        given = self.original
+        return given and given._replace(
+            file=given.file.format(size=size),
+            project=given.project.format(size=size),
+            head_dim=given.head_dims.get(size, given.head_dim),
+        )
 
+
+TORCH_HUB = "torch.hub"
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 FAMILIES: dict[str, Family] = {
     "dinov2": Family(
-        "Dinov2Model", ("dinov2",), {key: f"facebook/dinov2-{size}" for key, size in DINOV2_SIZES.items()}
+        "Dinov2Model",
+        ("dinov2",),
+        {key: f"facebook/dinov2-{size}" for key, size in DINOV2_SIZES.items()},
+        original=Original(
+            "dinov2_vit{size}14_pretrain.pth",
+            "DINOv2 (torch.hub's dinov2_vit{size}14_pretrain.pth, facebookresearch/dinov2)",
+            naming="dinov2",
+            kept=TORCH_HUB,
+        ),
     ),
     "dinov2-reg": Family(
         "Dinov2WithRegistersModel",
         ("dinov2_with_registers",),
         {key: f"facebook/dinov2-with-registers-{size}" for key, size in DINOV2_SIZES.items()},
+        original=Original(
+            "dinov2_vit{size}14_reg4_pretrain.pth",
+            "DINOv2 with registers (torch.hub's dinov2_vit{size}14_reg4_pretrain.pth, facebookresearch/dinov2)",
+            naming="dinov2",
+            kept=TORCH_HUB,
+        ),
     ),
     "dinov3": Family(
         "DINOv3ViTModel",
@@ -102,7 +132,7 @@ FAMILIES: dict[str, Family] = {
     "mocov3": Family(
         "ViTModel",
         ("vit",),
-        {"b": None, "l": None},
+        {"s": None, "b": None, "l": None},
         settings={"layer_norm_eps": EPS},
         build={"add_pooling_layer": False},
         call=RESAMPLING,
@@ -112,6 +142,7 @@ FAMILIES: dict[str, Family] = {
             "state_dict",
             "module.base_encoder.",
             ("head.",),
+            head_dims={"s": 32},
         ),
     ),
     "mae": Family(
@@ -153,6 +184,14 @@ FAMILIES: dict[str, Family] = {
         resize_first=True,
         call=RESAMPLING,
         subset="vision_model.",
+        original=Original(
+            "ViT-L-14.pt",
+            "CLIP (ViT-L-14.pt, openai/CLIP)",
+            prefix="visual.",
+            unused=("proj",),
+            naming="clip",
+            kept=".cache/clip",
+        ),
     ),
     "siglip": Family(
         "SiglipVisionModel",

@@ -65,7 +65,7 @@ def load_encoder(
     Args:
         spec: a name of ENCODERS, or `package.module.function` of your own; function(name, weights) -> VisionEncoder.
         weights: local weights instead of the encoder's own: a folder as on the hub, or a file (tiny, and the original
-            checkpoints of DINO, MoCo v3, MAE and I-JEPA).
+            checkpoints of docs/encoders.md).
         device: where it computes.
 
     Raises:

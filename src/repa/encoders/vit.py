@@ -89,7 +89,7 @@ def load_vit(name: str, weights: Path | None) -> ViTEncoder:
         UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
     """
     family, size = family_of(name)
-    net, file = read(name, family, locate(name, family, size, weights))
+    net, file = read(name, family, size, locate(name, family, size, weights))
     return ViTEncoder(net, family, name, file)
 
 
