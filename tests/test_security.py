@@ -187,24 +187,25 @@ def test_in_python_a_file_is_not_trusted_but_the_caller_is(stranger, canary, tmp
 
 def test_what_the_user_typed_or_named_as_a_recipe_is_trusted(data_folder, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "lab").mkdir()
-    (tmp_path / "lab/mylab.py").write_text(
+    (tmp_path / "lab/privatelab.py").write_text(
         "def far(student, target):\n    return (student - target).square().mean((1, 2))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "lab"))
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(tiny_config.to_yaml().replace("loss: cosine", "loss: mylab.far"), encoding="utf-8")
-    assert "mylab.far" in recipe.read_text(encoding="utf-8")
+    recipe.write_text(tiny_config.to_yaml().replace("loss: cosine", "loss: privatelab.far"), encoding="utf-8")
+    assert "privatelab.far" in recipe.read_text(encoding="utf-8")
     train = ["--data", str(data_folder), "--num-steps", "1"]
     assert repa(["train", str(recipe), *train, "--out", str(tmp_path / "named")]) == 0
     plain = tmp_path / "plain.yaml"
     plain.write_text(tiny_config.to_yaml(), encoding="utf-8")
     assert (
-        repa(["train", str(plain), *train, "--out", str(tmp_path / "typed"), "--alignments.0.loss", "mylab.far"]) == 0
+        repa(["train", str(plain), *train, "--out", str(tmp_path / "typed"), "--alignments.0.loss", "privatelab.far"])
+        == 0
     )
     for name in ("named", "typed"):  # a run folder is a file's word, even one's own
         again = ["train", str(tmp_path / name), "--data", str(data_folder), "--out", str(tmp_path / name)]
         assert repa([*again, "--num-steps", "2"]) == 2
-        assert repa([*again, "--num-steps", "2", "--trust", "mylab"]) == 0
+        assert repa([*again, "--num-steps", "2", "--trust", "privatelab"]) == 0
 
 
 def test_what_a_name_stands_for_must_be_of_the_kind(monkeypatch):

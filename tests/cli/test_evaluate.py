@@ -120,7 +120,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
         (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),
         (("S", "--reference", "RUN", *JUDGE), "is a run folder: give the data that it was trained on"),
         (("S", "--reference", "none.npz", *JUDGE), "There is no file none.npz"),
-        (("S", "--reference", "DATA", "--features", "incepton"), "'incepton' is neither inception nor an encoder"),
+        (("S", "--reference", "DATA", "--features", "incepton"), "inception"),
         (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),
         (("S", "--reference", "DATA"), "weights of Inception-v3 are not on this machine"),
         (("reference", "DATA", "--out", "ref.txt"), "A reference is written as one .npz file"),

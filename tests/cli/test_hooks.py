@@ -60,7 +60,7 @@ def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys
     for words, sentence in (
         (["--preview.metrics", "fid"], "metrics 'fid' is not measured in the features of tiny-judge: allowed are fd, kd"),
         (["--preview.metrics", "fud"], "fud"),
-        (["--preview.features", "inceptoin"], "neither inception nor an encoder"),
+        (["--preview.features", "inceptoin"], "inception"),
         (["--preview.num-scored", "0", "--preview.score-every", "5"], "preview.score_every is 5, but preview.num_scored is 0"),
     ):  # fmt: skip
         assert repa([*common, *words]) == 2

@@ -1,13 +1,13 @@
 """What one term of the loss is: which tap, which target, how projected, compared and weighted. Torch-free."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TOKEN_NORMS
 from repa.base.config import Config
 from repa.base.errors import UserError
-from repa.base.registry import parse_spec
+from repa.base.registry import Spec, parse_spec
 from repa.encoders import ENCODERS
 
 PARTS = ("part", "layer")  # settings of a target that is an encoder: which of its features
@@ -31,19 +31,19 @@ class AlignmentConfig(Config):
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """Lambda of Eq. 9: how much this term counts beside the denoising loss."""
 
-    schedule: str = "constant"
+    schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
     """Multiplier of the weight over training: constant, stop:step=250000, linear:steps=400000, cosine:steps=400000."""
 
     times: tuple[float, float] = (0.0, 1.0)
     """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
 
-    loss: str = "cosine"
+    loss: Annotated[str, Spec(LOSSES)] = "cosine"
     """How projected tokens and target are compared: cosine, nt_xent:temperature=0.07, see `repa list losses`."""
 
-    projector: str = "mlp"
+    projector: Annotated[str, Spec(PROJECTORS)] = "mlp"
     """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, none."""
 
-    token_norm: str = "none"
+    token_norm: Annotated[str, Spec(TOKEN_NORMS)] = "none"
     """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6."""
 
     resample: Literal["student", "target"] = "student"
@@ -83,21 +83,6 @@ class AlignmentConfig(Config):
         checked = ENCODERS.check(encoder)
         return checked if encoder == value else value
 
-    @field_validator("loss")
-    @classmethod
-    def _loss(cls, value: str) -> str:
-        return LOSSES.check(value)
-
-    @field_validator("projector")
-    @classmethod
-    def _projector(cls, value: str) -> str:
-        return PROJECTORS.check(value)
-
-    @field_validator("token_norm")
-    @classmethod
-    def _token_norm(cls, value: str) -> str:
-        return TOKEN_NORMS.check(value)
-
     @field_validator("times")
     @classmethod
     def _times(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -108,7 +93,6 @@ class AlignmentConfig(Config):
     @field_validator("schedule")
     @classmethod
     def _schedule(cls, value: str) -> str:
-        SCHEDULES.check(value)
         if parse_spec(value)[0] in SCHEDULES.table:  # ours are plain Python: an impossible value is found here
             SCHEDULES.build(value)(0)
         return value

@@ -1,10 +1,11 @@
 """What to ask of hidden states, encoders and samples."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from repa.base.config import Config
+from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 from repa.runs import layout
@@ -48,7 +49,7 @@ class HiddenConfig(ImagesConfig):
 class SimilarityConfig(HiddenConfig):
     """CKNNA or CKA of hidden states with an encoder's tokens, both averaged over tokens."""
 
-    encoder: str = "tiny"
+    encoder: Annotated[str, Spec(ENCODERS)] = "tiny"
     """Encoder whose averaged patches the hidden states are compared with."""
     encoder_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""
@@ -58,11 +59,6 @@ class SimilarityConfig(HiddenConfig):
     """CKNNA: k."""
     variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
     """CKNNA: paper (the printed formula), platonic (the function most people call), platonic-clamped (its script, which cuts outliers)."""
-
-    @field_validator("encoder")
-    @classmethod
-    def _known(cls, spec: str) -> str:
-        return ENCODERS.check(spec)
 
 
 class HeadsConfig(Config):
@@ -93,7 +89,7 @@ class ProbeConfig(HeadsConfig, HiddenConfig):
 class EncodersConfig(HeadsConfig, ImagesConfig):
     """Which encoders to compare."""
 
-    encoders: tuple[str, ...] = ("tiny", "tiny-judge")
+    encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-judge")
     """Vision encoders."""
     encoder_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
@@ -111,7 +107,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
         if not specs or len(set(specs)) < len(specs):
             raise ValueError(f"encoders {list(specs)} must be at least one, each named once")
-        return tuple(ENCODERS.check(spec) for spec in specs)
+        return specs
 
     @field_validator("encoder_weights")
     @classmethod
@@ -126,7 +122,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
 class NeighboursConfig(Config):
     """How samples are compared with training images."""
 
-    features: str = "tiny-judge"
+    features: Annotated[str, Spec(ENCODERS)] = "tiny-judge"
     """Encoder whose features say how near two images are."""
     features_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""
@@ -138,8 +134,3 @@ class NeighboursConfig(Config):
     """Nearest images shown beside each sample."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""
-
-    @field_validator("features")
-    @classmethod
-    def _known(cls, spec: str) -> str:
-        return ENCODERS.check(spec)

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import AfterValidator
+
 from repa.base.errors import UserError, nearest
-from repa.base.trust import DOTTED, current_folder, require_trusted
+from repa.base.trust import DOTTED, current_folder, require_origin, require_trusted
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -89,7 +91,8 @@ class Registry:
                 raise
             raise UserError(f"The {self.kind} {name!r} cannot be imported: {error}.") from error
         if name not in self.table:
-            self._check_kind(name, component, settings)
+            self._check_kind(name, component)
+            require_origin(self.kind, name, component)
         if inspect.isclass(component):
             return component(**settings)
         if settings:
@@ -97,7 +100,7 @@ class Registry:
             return functools.partial(component, **settings)
         return component
 
-    def _check_kind(self, name: str, component: Any, settings: dict[str, Any]) -> None:
+    def _check_kind(self, name: str, component: Any) -> None:
         """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
         if inspect.isfunction(component):
             return
@@ -121,6 +124,23 @@ class Registry:
                     f"The {self.kind} {spec!r} has no setting {key!r}: allowed are "
                     f"{', '.join(sorted(allowed)) or 'none'}.{nearest(key, allowed)}"
                 )
+
+
+def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
+    """What makes a text of a configuration a spec: `loss: Annotated[str, Spec(LOSSES)]`. `also`: other texts that are allowed."""
+
+    def checked(text: str) -> str:
+        if text in also:
+            return text
+        try:
+            return registry.check(text)
+        except UserError as error:
+            others = ", ".join(filter(None, also))
+            if not others or "." in text:
+                raise
+            raise UserError(f"{error} Allowed too: {others}.{nearest(text, also)}") from None
+
+    return AfterValidator(checked)
 
 
 def _keyword_only(function: Any) -> set[str]:

@@ -106,3 +106,13 @@ def require_trusted(kind: str, name: str) -> None:
         f"{file or 'A file'} names the {kind} {name!r}, code of the module {module!r} that would run here: if you trust it, "
         f"add --trust {module.partition('.')[0]}, else leave the file alone."
     )
+
+
+def require_origin(kind: str, name: str, component: Any) -> None:
+    """Refuse what a trusted module only imported: `mylab.helpers.rmtree` is code of shutil, which nobody trusted.
+
+    A name that the user typed in full is his choice, wherever its code comes from.
+    """
+    origin = f"{component.__module__}.{component.__qualname__}"
+    if name not in _trusted and origin.partition(".")[0] != name.partition(".")[0]:
+        require_trusted(kind, origin)

@@ -1,13 +1,14 @@
 """What `repa prepare` makes of a source of images."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
+from repa.base.registry import Spec
 from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -17,11 +18,11 @@ class PrepareConfig(Config):
 
     resolution: int = Field(ge=8)
     """Side of the square images, in pixels: ADM's centre crop of every picture."""
-    autoencoder: str = "pixels"
+    autoencoder: Annotated[str, Spec(AUTOENCODERS)] = "pixels"
     """Autoencoder whose moments are stored; pixels stores none and trains on the images themselves."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
-    features: tuple[str, ...] = ()
+    features: tuple[Annotated[str, Spec(ENCODERS)], ...] = ()
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
     feature_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
@@ -46,15 +47,9 @@ class PrepareConfig(Config):
     labels: str = ""
     """Where classes come from: empty for the source's own, folders, none, a dataset.json, or TABLE.csv:COLUMN."""
 
-    @field_validator("autoencoder")
-    @classmethod
-    def _known_autoencoder(cls, spec: str) -> str:
-        return AUTOENCODERS.check(spec)
-
     @field_validator("features")
     @classmethod
     def _known_encoders(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        specs = tuple(ENCODERS.check(spec) for spec in specs)
         for spec in specs:
             if specs.count(spec) > 1:
                 raise ValueError(f"features name {spec!r} twice: name each encoder once")

@@ -9,15 +9,17 @@ DATA/
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from repa.base import files
 from repa.base.config import Config
 from repa.base.errors import UserError
+from repa.base.registry import Spec
 from repa.data.config import PrepareConfig
 from repa.data.records import ArrayFile, Shard, TextFile
+from repa.encoders import ENCODERS
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -59,7 +61,7 @@ class Manifest(Config):
     """Images of each class, flipped copies not counted."""
     autoencoder: dict[str, Any]
     """Which autoencoder, which weights."""
-    features: dict[str, FeatureField]
+    features: dict[Annotated[str, Spec(ENCODERS)], FeatureField]
     """Encoder -> its stored tokens."""
     shards: tuple[Shard, ...]
     """The shards, in order; one whose images are all skipped has no files."""

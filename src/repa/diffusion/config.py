@@ -1,12 +1,12 @@
 """Settings of the diffusion room. Torch-free."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
-from repa.base.registry import parse_spec
+from repa.base.registry import Spec, parse_spec
 from repa.diffusion import DDPM_SAMPLERS, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
 
 
@@ -23,26 +23,16 @@ class DiffusionConfig(Config):
 
     objective: Literal["flow", "ddpm"] = "flow"
     """flow: SiT's, as the settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
-    path: str = "linear"
+    path: Annotated[str, Spec(PATHS)] = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
     prediction: str = "velocity"
     """What the network answers: velocity, noise, data or score."""
-    timesteps: str = "uniform"
+    timesteps: Annotated[str, Spec(TIMESTEPS)] = "uniform"
     """Distribution of the training times: uniform[:shift=..,low=..,high=..] or logit_normal[:mean=..,std=..,shift=..,path=..]."""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
     """Weight over t of noise and score, as SiT's: none (errors of the noise), velocity (of the velocity they imply), likelihood."""
     token_times: float = Field(0.0, ge=0, lt=1)
     """Share of an image's tokens that has its time; the others have a second one. 0: one time an image."""
-
-    @field_validator("path")
-    @classmethod
-    def _path(cls, value: str) -> str:
-        return PATHS.check(value)
-
-    @field_validator("timesteps")
-    @classmethod
-    def _timesteps(cls, value: str) -> str:
-        return TIMESTEPS.check(value)
 
     @field_validator("prediction")
     @classmethod

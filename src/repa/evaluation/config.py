@@ -1,11 +1,11 @@
 """What to measure and in whose features."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
-from repa.base.errors import UserError
+from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 
 INCEPTION = "inception"
@@ -23,22 +23,12 @@ def metrics_of(features: str) -> tuple[Metric, ...]:
 class JudgeConfig(Config):
     """In whose features images are compared."""
 
-    features: str = INCEPTION
+    features: Annotated[str, Spec(ENCODERS, also=(INCEPTION,))] = INCEPTION
     """inception, whose distances papers report, or an encoder that the model was not aligned to, such as dinov2-l."""
     features_weights: str = ""
     """Local weights: Inception's file, or that encoder's folder; empty takes the cache, the package's or the hub's."""
     batch_size: int = Field(64, ge=1)
     """Images at a time on each process."""
-
-    @field_validator("features")
-    @classmethod
-    def _known(cls, spec: str) -> str:
-        if spec == INCEPTION:
-            return spec
-        try:
-            return ENCODERS.check(spec)
-        except UserError as error:
-            raise ValueError(f"{spec!r} is neither {INCEPTION} nor an encoder. {error}") from None
 
 
 class EvaluateConfig(JudgeConfig):

@@ -1,11 +1,13 @@
 """How to sample."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator
 
+from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
+from repa.base.registry import Spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import GuidanceConfig
 from repa.runs.origin import SAMPLING, kind_of
@@ -14,7 +16,7 @@ from repa.runs.origin import SAMPLING, kind_of
 class SampleConfig(Config):
     """Sampler, guidance, labels and seeds. The paper's figures: euler_maruyama, 250 steps, guidance scale 1.8 in [0, 0.7]."""
 
-    sampler: str = "euler_maruyama"
+    sampler: Annotated[str, Spec(SAMPLERS)] = "euler_maruyama"
     """Sampler, with settings as in euler_maruyama:last=0.04."""
     steps: int = Field(250, ge=1)
     """Steps of the sampler."""
@@ -26,17 +28,12 @@ class SampleConfig(Config):
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
     """Images at a time on each process."""
-    decoder: str = ""
+    decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
     decoder_weights: str = ""
     """Local folder of that decoder's weights; empty takes the hub's."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Arithmetic of the network's matrix products; the sampler's state is float64."""
-
-    @field_validator("sampler")
-    @classmethod
-    def _known(cls, spec: str) -> str:
-        return SAMPLERS.check(spec)
 
     @field_validator("labels")
     @classmethod

@@ -6,9 +6,10 @@ from pydantic import Field, field_validator, model_validator
 
 from repa.alignment import LOSSES
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
-from repa.base.registry import parse_spec
+from repa.base.registry import Spec, parse_spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, GuidanceConfig
 from repa.encoders import ENCODERS
@@ -50,23 +51,18 @@ class PreviewConfig(Config):
     """Steps between measurements; 0 measures at every preview."""
     metrics: tuple[str, ...] = ("fd",)
     """What is measured, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
-    features: str = "tiny-judge"
+    features: Annotated[str, Spec(ENCODERS, also=("inception",))] = "tiny-judge"
     """In whose features: inception, or an encoder, another one than the runs are aligned to."""
-    sampler: str = "heun"
+    sampler: Annotated[str, Spec(SAMPLERS)] = "heun"
     """Sampler of the previews."""
     num_steps: int = Field(25, ge=1)
     """Steps of that sampler."""
     guidance: GuidanceConfig = GuidanceConfig()
     """Classifier-free guidance of the previews."""
-    decoder: str = ""
+    decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Autoencoder that decodes the previews faster, such as taesd; empty takes the run's own."""
     decoder_weights: str = ""
     """Local folder of that decoder's weights; empty takes the hub's."""
-
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, spec: str) -> str:
-        return SAMPLERS.check(spec)
 
     @model_validator(mode="after")
     def _something_to_score(self):
@@ -87,15 +83,10 @@ class StreamConfig(Config):
 
     name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
     """Names the stream in logs and checkpoints."""
-    source: str
+    source: Annotated[str, Spec(ENCODERS)]
     """Encoder whose vector for the whole image it is, such as dinov2-b."""
     weight: float = Field(0.03, ge=0, allow_inf_nan=False)
     """How much its denoising loss counts."""
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, value: str) -> str:
-        return ENCODERS.check(value)
 
 
 class TrainConfig(Config):
@@ -111,7 +102,7 @@ class TrainConfig(Config):
     """Vectors that are noised and predicted beside the latents; none, unless the run is a REG."""
     head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     """How much the denoising loss of each of model.heads counts."""
-    autoencoder: str = ""
+    autoencoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
