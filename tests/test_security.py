@@ -43,6 +43,7 @@ class Bird:
 """
     (lab / "canary.py").write_text(text)
     monkeypatch.syspath_prepend(str(lab))
+    monkeypatch.setenv("WANDB_MODE", "offline")  # a run may ask for it
     yield mark
     sys.modules.pop("canary", None)
 
