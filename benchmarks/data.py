@@ -4,9 +4,11 @@
     python benchmarks/data.py --only loader memory
     python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     seconds: does it run?
 
-loader    batches of stored latents (8 x 32 x 32, float16) and of latents with tokens (256 x 768), shuffled, from files that
-          the machine's page cache holds, against a plain copy of the same bytes; and one PNG and one float32 .npy for each image,
-          found by os.walk and read by worker processes of torch's DataLoader.
+loader    batches of stored latents (8 x 32 x 32, float16), of latents with tokens (256 x 768) and of latents with images, shuffled,
+          from files that the machine's page cache holds, against a plain copy of the same bytes; and one PNG and one float32 .npy
+          for each image, found by os.walk and read by worker processes of torch's DataLoader, and the .npy alone. "times one
+          file" compares like with like: both kinds with both, latents with latents; and, as a run aligned to stored tokens
+          needs no images, latents with both.
 memory    growth of the loader's process over batches of ten million and of ten thousand images.
 prepare   `repa prepare` with nothing to compute (decode, crop, write), with an autoencoder of Stable Diffusion's size, with an
           encoder of DINOv2-S's size, random weights; beside the first, decoding and cropping alone on every core.
@@ -47,8 +49,8 @@ def manifest_of(num: int, shards: list[Shard], features: dict[str, FeatureField]
     )  # fmt: skip
 
 
-def write_shards(folder: Path, num: int, shard_size: int, tokens: bool) -> None:
-    """Random latents, and tokens if asked for."""
+def write_shards(folder: Path, num: int, shard_size: int, tokens: bool, images: bool = False) -> None:
+    """Random latents, and tokens and images if asked for."""
     stream, shards = np.random.default_rng(0), []
     for number, start in enumerate(range(0, num, shard_size)):
         size = min(shard_size, num - start)
@@ -61,6 +63,8 @@ def write_shards(folder: Path, num: int, shard_size: int, tokens: bool) -> None:
                 }
                 if tokens:
                     rows[f"features.{ENCODER}"] = stream.random((num_rows, *TOKENS), np.float32).astype(np.float16)
+                if images:
+                    rows["images"] = stream.integers(0, 256, (num_rows, 3, 256, 256), np.uint8)
                 writer.append(rows)
         shards.append(Shard(num=size, files=writer.records()))
     facts = FeatureField(dim=TOKENS[1], grid=16, pooled=False, identity={})
@@ -87,9 +91,10 @@ def write_sparse(folder: Path, num: int, shard_size: int) -> None:
 
 
 class OneFilePerImage(Dataset):
-    """Folders of PNGs and of .npy files, paired by their sorted paths."""
+    """Folders of PNGs and of .npy files, paired by their sorted paths; without `pixels` the second is read alone."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, pixels: bool = True):
+        self.pixels = pixels
         self.images, self.latents = (
             sorted(os.path.join(where, name) for where, _, names in os.walk(root / part) for name in names)
             for part in ("images", "vae")
@@ -98,7 +103,9 @@ class OneFilePerImage(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        if not self.pixels:
+            return (torch.from_numpy(np.load(self.latents[index])),)
         pixels = np.array(Image.open(self.images[index]).convert("RGB")).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(np.load(self.latents[index]))
 
@@ -151,15 +158,16 @@ def copy_rate(row_bytes: int, size: int, seconds: float) -> float:
 
 def measure_loader(args: argparse.Namespace, work: Path) -> list[dict]:
     rows = []
-    for what, num, tokens, size in (
-        ("latents", args.rows, False, 256),
-        ("latents and tokens", args.token_rows, True, 32),
+    for what, num, tokens, images, size in (
+        ("latents", args.rows, False, False, 256),
+        ("latents and tokens", args.token_rows, True, False, 32),
+        ("latents and images", args.file_rows, False, True, 64),
     ):
         folder = work / what.replace(" ", "-")
-        write_shards(folder, num, max(num // 32, 1), tokens)
+        write_shards(folder, num, max(num // 32, 1), tokens, images)
         data = open_data(folder)
         row_bytes = sum(file.size for shard in data.manifest.shards for file in shard.files.values()) // num
-        loader = Loader(data, batch_size=size, seed=0, features=[ENCODER] if tokens else [])
+        loader = Loader(data, batch_size=size, seed=0, features=[ENCODER] if tokens else [], images=images)
         for values in data.manifest.fields:
             list(data.reader.batches(values, size))  # into the page cache
         turns = [
@@ -177,14 +185,28 @@ def measure_loader(args: argparse.Namespace, work: Path) -> list[dict]:
     begin = time.perf_counter()
     files = OneFilePerImage(work / "files")
     walk = time.perf_counter() - begin
+    both, alone = one_file_rate(files, args), one_file_rate(OneFilePerImage(work / "files", pixels=False), args)
+    rows.append(
+        {"what": f"one PNG and one .npy for each image (os.walk of {len(files)}: {walk:.2f} s)", "images/s": both}
+    )
+    rows.append({"what": "one .npy for each image", "images/s": alone})
+    ours = {row["what"]: row for row in rows}
+    for what, other, column in (
+        ("ours, latents and images", both, "times one file, like for like"),
+        ("ours, latents", alone, "times one file, like for like"),
+        ("ours, latents", both, "times PNG and .npy"),
+    ):
+        ours[what][column] = ours[what]["images/s"] / other
+    return rows
+
+
+def one_file_rate(files: OneFilePerImage, args: argparse.Namespace) -> float:
+    """Images a second of worker processes."""
     worker = DataLoader(files, 64, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
-    rate = statistics.median(
+    return statistics.median(
         per_second(itertools.chain.from_iterable(itertools.repeat(worker, 100)), 64, args.seconds)
         for _ in range(args.rounds)
     )
-    rows.append({"what": f"one file for each image (os.walk of {len(files)}: {walk:.2f} s)", "images/s": rate})
-    rows[0]["against one file"] = rows[0]["images/s"] / rate
-    return rows
 
 
 def loader_rate(loader: Loader, size: int, seconds: float) -> float:

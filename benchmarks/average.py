@@ -1,0 +1,51 @@
+"""How far rounding carries an average of weights away: float32 updates as research code writes them, and as repa does, against float64.
+
+    python benchmarks/average.py
+
+Weights of the size of a layer's take small random steps; both averages start from them and follow with decay 0.9999. Printed is the
+largest error beside the root mean square of the weights, and the mean one.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+from repa.training.ema import EMA, constant
+
+DECAY = 0.9999
+
+
+class Weights(nn.Module):
+    def __init__(self, num: int, stream: torch.Generator):
+        super().__init__()
+        self.w = nn.Parameter(0.02 * torch.randn(num, generator=stream))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--num", type=int, default=4096, help="weights")
+    parser.add_argument("--step-size", type=float, default=1e-5, help="of the weights' random walk")
+    args = parser.parse_args()
+    stream = torch.Generator().manual_seed(0)
+    model = Weights(args.num, stream)
+    ours, released, exact = EMA(model, constant(DECAY)), model.w.detach().clone(), model.w.detach().double()
+    never = torch.zeros(())
+    for t in range(1, args.steps + 1):
+        model.w += args.step_size * torch.randn(args.num, generator=stream)
+        ours.update(t, never)
+        released.mul_(DECAY).add_(model.w, alpha=1 - DECAY)
+        exact.lerp_(model.w.double(), 1 - DECAY)
+    size = float(exact.square().mean().sqrt())
+    print(f"{args.steps:,} steps, decay {DECAY}, {args.num:,} weights in float32, torch {torch.__version__}")
+    for name, average in (("mul_().add_()", released), ("repa", ours.model.w)):
+        error = (average.double() - exact).abs()
+        print(
+            f"{name:<14} largest error {float(error.max()) / size:.1e}, mean {float(error.mean()) / size:.1e} of the weights' size"
+        )
+
+
+if __name__ == "__main__":
+    main()
