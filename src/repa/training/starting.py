@@ -99,7 +99,7 @@ def _of_file(file: Path, kind: str, num_heads: int) -> Start:
     """A released checkpoint; an unnamed size has the heads that the configuration gives, as nothing else tells them."""
     imported = read_checkpoint(file, kind, num_heads=num_heads)
     arguments = constructor_arguments(imported.checkpoint.ema, num_heads)
-    alignments = [AlignmentConfig.parse(values) for values in imported.settings["alignments"]]
+    alignments = [AlignmentConfig.parse(values, where=str(file)) for values in imported.settings["alignments"]]
     heads = heads_of_named(arguments["hidden_dim"], arguments["depth"])
     return Start(imported.checkpoint.ema, heads, _projectors(alignments, imported.checkpoint.projectors))
 
