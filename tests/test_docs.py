@@ -14,7 +14,7 @@ from repa.cli.main import VERBS, run, trusted
 from repa.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
 READ = {page: page.read_text() for page in PAGES}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

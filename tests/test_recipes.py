@@ -17,6 +17,7 @@ from repa.data import open_data
 from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
+from repa.recipes.methods import method_recipes
 from repa.report import read_run, write_report
 from repa.report.paper import ROWS, SAMPLINGS, printed
 from repa.report.paper_runs import row_of
@@ -50,7 +51,7 @@ def test_every_row_of_the_tables_has_its_recipe():
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa", "quickstart-muon"}
     expected |= {"cifar10", "cifar10-repa"}
-    assert set(RECIPES) == expected
+    assert set(RECIPES) == expected | set(method_recipes())
 
 
 @pytest.mark.parametrize(
@@ -215,8 +216,12 @@ def test_time_to_expect():
 
 def test_list_gives_name_line_and_fid(capsys):
     assert repa_run(["list", "recipes"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    printed_lines = capsys.readouterr().out.splitlines()
+    lines = {line.split()[0]: line for line in printed_lines if line and not line.startswith("#")}
     assert set(lines) == set(RECIPES)
+    assert [line[2:] for line in printed_lines if line.startswith("#")] == [
+        "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Small runs",
+    ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]
     assert all("FID" in lines[name] for name, row in ROWS.items() if row.figures)
@@ -345,6 +350,7 @@ def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
         "weight": {"alignments": [term.override(weight=0.4)]},
         "stop": {"alignments": [term.override(schedule="stop:step=1000")]},
         "narrow": {"model": full_size(whole).model.override(hidden_dim=512)},
+        "head": {"model": full_size(whole).model.override(heads=(8,))},
         "classes": {"model": full_size(whole).model.override(num_classes=10)},
         "path": {"diffusion": {"path": "trigonometric"}},
         "data": {"diffusion": {"prediction": "data"}},

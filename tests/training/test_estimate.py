@@ -16,6 +16,7 @@ from repa.encoders.cost import encoder_cost
 from repa.models import build
 from repa.models.config import ModelConfig
 from repa.models.cost import model_cost
+from repa.recipes import load_recipe
 from repa.training import estimate as estimates
 from repa.training.config import TrainConfig
 from repa.training.estimate import activation_bytes, estimate, saved_bytes
@@ -262,3 +263,29 @@ def test_the_command(capsys):
     assert "they are the latents" in out
     assert run(["estimate", "sit-b2", "--device", "h1000"]) == 2
     assert "Did you mean 'h100'?" in capsys.readouterr().err
+
+
+def recipe(name: str) -> TrainConfig:
+    return load_recipe(name).override(autoencoder="sd-vae-ft-mse", precision="fp32")
+
+
+def test_an_averaged_network_as_target_costs_one_forward():
+    found = estimated(recipe("sit-b2-sra"))
+    assert found.averaged == found.network.forward
+    assert found.step_flops == found.network.training + found.projectors.training + found.network.forward
+    assert not found.storable
+
+
+def test_a_time_for_every_token_costs_a_modulation_for_every_token():
+    width, depth, tokens = 768, 12, 256
+    found, plain = estimated(recipe("sit-b2-self-flow")), estimated(recipe("sit-b2"))
+    modulations = 2 * width * width * (6 * depth + 2)
+    times = 2 * (256 * width + width * width)  # two layers make a vector of a time
+    assert found.network.forward - plain.network.forward == (tokens - 1) * (modulations + times)
+    assert found.averaged == plain.network.forward  # it sees one time an image
+    assert found.activations > plain.activations
+
+
+def test_attention_of_an_encoder_is_not_stored():
+    assert not estimated(recipe("sit-b2-haste")).storable
+    assert estimated(recipe("sit-b2-repa")).storable

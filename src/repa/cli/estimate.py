@@ -85,6 +85,8 @@ def _networks(found: "Estimate") -> list[str]:
     lines = ["", _row("", "parameters", "GFLOP/image"), _network("network", found.network, "forward and backward")]
     if found.config.alignments:
         lines.append(_network("projectors", found.projectors, "forward and backward"))
+    if found.averaged:
+        lines.append(_row("averaged network", "", f"{found.averaged / 1e9:,.1f}", "forward, as a target"))
     for name, teacher in found.teachers.items():
         lines.append(
             _network(name, teacher.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
@@ -128,7 +130,7 @@ def _disk(found: "Estimate") -> list[str]:
 def _time(found: "Estimate", machine: str) -> list[str]:
     lines = ["", f"time on {machine}", _row("", "prepare", "train")]
     for what, cached in (("teachers run in training", False), ("stored tokens", True)):
-        if cached and not found.teachers:
+        if cached and not found.storable:
             break
         times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
         lines.append(_row(what if found.teachers else "the run", *map(duration, times)))

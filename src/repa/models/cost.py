@@ -9,12 +9,13 @@ from repa.models.contract import Condition
 from repa.models.dit import build
 
 
-def model_cost(config: ModelConfig) -> Cost:
-    """Of one image; latent size and channels must be filled in."""
+def model_cost(config: ModelConfig, *, token_times: bool = False) -> Cost:
+    """Of one image; latent size and channels must be filled in. `token_times`: every token has a time."""
     with torch.device("meta"):
         model = build(config)
         state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
-        t, condition = torch.empty(1), Condition(torch.empty(1, dtype=torch.int64))
+        t = torch.empty(1, model.grid[0] * model.grid[1]) if token_times else torch.empty(1)
+        condition = Condition(torch.empty(1, dtype=torch.int64))
 
     def run() -> Tensor:
         output = model(state, t, condition)

@@ -1,4 +1,4 @@
-"""Named training configurations: the rows of the paper's tables, and small runs for one CPU.
+"""Named training configurations: the rows of the paper's tables, the methods around it, and small runs for one CPU.
 
 `repa list recipes` names them, `repa show NAME` prints one, and any field can be overridden on the command line.
 """
@@ -9,6 +9,7 @@ from repa.base.config import read_yaml
 from repa.base.errors import UserError, nearest
 from repa.base.trust import trust_names_in
 from repa.recipes.cifar10 import cifar10, cifar10_repa
+from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
 from repa.recipes.quickstart import quickstart, quickstart_muon, quickstart_repa
 from repa.recipes.recipe import Recipe
@@ -18,6 +19,7 @@ from repa.training.config import TrainConfig
 
 RECIPES: dict[str, Recipe] = {
     **{name: paper_recipe(name, row) for name, row in ROWS.items()},
+    **method_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
     "quickstart-muon": Recipe.of(quickstart_muon),

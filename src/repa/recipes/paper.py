@@ -8,6 +8,7 @@ from repa.report.paper import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, prin
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 
+GROUP = "REPA, the rows of its paper"
 DIFFERENCES = (
     "As in the paper: no augmentation, AdamW 1e-4, batch 256, gradients clipped at 1, EMA 0.9999.",
     "Not as there: bf16 or float32, unless --precision fp16 asks for the paper's fp16 with a loss scaler; labels are dropped",
@@ -20,7 +21,11 @@ def paper_recipe(name: str, row: Row) -> Recipe:
         figures.sampling: SampleConfig.parse(SAMPLINGS[figures.sampling]) for figures in row.figures if figures.sampling
     }
     return Recipe(
-        lambda: train_config(row), f"{subject(row)} ({row.table}): {headline(row)}", promise(name, row), samplings
+        lambda: train_config(row),
+        f"{subject(row)} ({row.table}): {headline(row)}",
+        promise(name, row),
+        samplings,
+        GROUP,
     )
 
 
@@ -50,37 +55,37 @@ def headline(row: Row) -> str:
     whole = [figures for figures in row.figures if figures not in row.guided and figures.step >= row.num_steps]
     guided = [figures.fid for figures in row.guided]
     ends = dict.fromkeys([*whole[:1], *whole[-1:]])
-    parts = [f"{printed(figures.fid)} at {_steps(figures.step)}" for figures in ends]
+    parts = [f"{printed(figures.fid)} at {steps_text(figures.step)}" for figures in ends]
     parts += [f"{printed(min(guided))} guided"] if guided else []
     return f"FID {', '.join(parts)}" if parts else "no figure known"
 
 
 def promise(name: str, row: Row) -> str:
     """What `repa show` prints above the configuration."""
+    sampling = next((figures.sampling for figures in row.figures if figures.sampling), "sde")
     parts = [
         [
             f"{name}: {subject(row)}.",
             f"It stands for {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
         ],
         [*DIFFERENCES, *([row.note] if row.note else [])],
-        commands(name, row),
+        commands(name, row.resolution, sampling),
         [f"Hardware and time: {expected_time(row)}", *_longer(row)],
         figures_table(row),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def commands(name: str, row: Row) -> list[str]:
+def commands(name: str, resolution: int = 256, sampling: str = "sde") -> list[str]:
     """Images -> figures, on one machine with eight GPUs."""
-    data, samples = f"imagenet{row.resolution}", f"samples/{name}.npz"
-    sampling = next((figures.sampling for figures in row.figures if figures.sampling), "sde")
+    data, samples = f"imagenet{resolution}", f"samples/{name}.npz"
     eight = "torchrun --nproc-per-node 8 -m repa"
     return [
-        f"repa prepare ILSVRC2012/train {data} --resolution {row.resolution} --autoencoder {AUTOENCODER}",
+        f"repa prepare ILSVRC2012/train {data} --resolution {resolution} --autoencoder {AUTOENCODER}",
         f"{eight} train {name} --data {data} --out runs/{name}",
         f"{eight} sample runs/{name} --num-images 50000 {options(sampling)} --out {samples}",
         f"repa evaluate {samples} --reference {data} --neighbours float16",
-        f"The paper's reference is ADM's file of {row.resolution} pixels: give its .npz in place of {data} for figures beside those below.",
+        f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} for figures beside those below.",
     ]
 
 
@@ -96,7 +101,7 @@ def expected_time(row: Row) -> str:
     if row.steps_per_second is None:
         return "not stated in the paper."
     hours = row.num_steps / row.steps_per_second / 3600
-    return f"{row.steps_per_second:g} steps per second on 8 H100, {hours:.1f} h for {_steps(row.num_steps)} steps."
+    return f"{row.steps_per_second:g} steps per second on 8 H100, {hours:.1f} h for {steps_text(row.num_steps)} steps."
 
 
 def figures_table(row: Row) -> list[str]:
@@ -130,5 +135,6 @@ def _guidance_options(config: SampleConfig) -> str:
     return f"--guidance.scale {scale:g}" + (f" --guidance.interval {low:g} {high:g}" if (low, high) != (0, 1) else "")
 
 
-def _steps(number: int) -> str:
+def steps_text(number: int) -> str:
+    """'400K', '4M'."""
     return f"{number / 1e6:g}M" if number >= 1_000_000 else f"{number // 1000}K"

@@ -18,6 +18,8 @@ class Recipe:
     """What it reproduces, with which commands, on what, and what is to be expected."""
     samplings: Mapping[str, SampleConfig] = field(default_factory=dict)
     """By name: the ways in which the figures were sampled that it is compared with."""
+    group: str = "Small runs"
+    """Under which heading `repa list recipes` shows it."""
 
     def __call__(self) -> TrainConfig:
         return self.make()

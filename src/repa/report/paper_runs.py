@@ -5,6 +5,7 @@ from typing import Any
 
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
+from repa.models.config import ModelConfig
 from repa.report.paper import AUTOENCODER, CLASSES, FACTOR, IMAGES, REFERENCE, ROWS, SAMPLES, SAMPLINGS, Row
 from repa.report.protocols import INCEPTION, Protocol, settings_of
 from repa.report.records import RunRecord
@@ -17,16 +18,9 @@ def row_of(run: RunRecord) -> tuple[str, Row] | None:
 
 def _trains_as(run: RunRecord, row: Row) -> bool:
     model, diffusion = run.config.get("model") or {}, run.config.get("diffusion") or {}
-    asked = {
-        "name": row.model,
-        "latent_size": row.resolution // FACTOR,
-        "num_classes": CLASSES,
-        "hidden_dim": 0,
-        "depth": 0,
-        "num_heads": 0,
-        "qk_norm": False,
-    }
-    same_network = all(model.get(key) == value for key, value in asked.items())
+    network = ModelConfig(name=row.model, latent_size=row.resolution // FACTOR, num_classes=CLASSES)
+    asked = network.model_dump(mode="json", exclude={"latent_channels"})
+    same_network = {**asked, **model, "latent_channels": None} == {**asked, "latent_channels": None}
     objective = DiffusionConfig(objective=row.objective).model_dump(mode="json")
     same_objective = {**objective, "objective": "flow", **diffusion} == objective
     same_batch = run.config.get("batch_size") == 256

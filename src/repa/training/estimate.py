@@ -16,6 +16,7 @@ from repa.autoencoders.cost import AutoencoderCost, autoencoder_cost
 from repa.base.cost import Cost, cost_of
 from repa.base.errors import UserError
 from repa.base.precision import autocast
+from repa.base.registry import parse_spec
 from repa.data.config import split_format
 from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
@@ -45,12 +46,14 @@ class Estimate:
     autoencoder: AutoencoderCost
     activations: int  # bytes that the backward of one image needs
     tokens: int
+    averaged: int  # of the averaged network's forward, where a term looks at it
+    storable: bool  # whether stored features spare running every teacher
 
     @property
     def step_flops(self) -> float:
         """Of one image in training, teachers not counted."""
         once = self.network.training + self.projectors.training
-        return once * (RECOMPUTED if self.config.checkpoint_activations else 1)
+        return once * (RECOMPUTED if self.config.checkpoint_activations else 1) + self.averaged
 
     @property
     def teacher_flops(self) -> int:
@@ -141,16 +144,29 @@ def estimate(
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
     config = config.override(model=model)
     grid = model.latent_size // model.dims().patch_size
-    names = [need.encoder for need in wanted_by(config)]
+    needs = wanted_by(config)
+    names = [need.encoder for need in needs]
     teachers = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
     dims = {name: teacher.dim for name, teacher in teachers.items()}
     config = with_streams(config, dims)
-    model = config.model
+    each = config.diffusion.token_times > 0
     return Estimate(
-        config=config, num_images=num_images, num_devices=num_devices, rate=rate, network=model_cost(model),
+        config=config, num_images=num_images, num_devices=num_devices, rate=rate,
+        network=model_cost(config.model, token_times=each), averaged=_averaged(config),
+        storable=bool(needs) and not any(need.attention for need in needs),
         projectors=_projectors(config, dims, grid**2), teachers=teachers, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
     )  # fmt: skip
+
+
+def _averaged(config: TrainConfig) -> int:
+    """One forward of the averaged network serves all terms that look at it."""
+    targets = [parse_spec(alignment.target) for alignment in config.alignments]
+    settings = [settings for name, settings in targets if name == "ema"]
+    if not settings:
+        return 0
+    each = config.diffusion.token_times > 0 and not settings[0].get("cleanest")
+    return model_cost(config.model, token_times=each).forward
 
 
 def _projectors(config: TrainConfig, dims: dict[str, int], num_tokens: int) -> Cost:
@@ -200,7 +216,8 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int]) -> int:
 
     def forward(num: int) -> Tensor:
         state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
-        output = model(state, torch.rand(num), Condition(torch.zeros(num, dtype=torch.int64)), taps)
+        t = torch.rand(num, tokens) if config.diffusion.token_times else torch.rand(num)
+        output = model(state, t, Condition(torch.zeros(num, dtype=torch.int64)), taps)
         losses = [_compared(term, output.taps[Tap(1, term.config.tap)], model) for term in terms]
         predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
         return sum(losses) + sum(predicted)

@@ -1,0 +1,258 @@
+"""The methods around REPA as settings of one engine, on SiT-B/2 and on the network of their papers.
+
+docs/methods/ explains each: equation, where it looks, when to use it, what it costs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from repa.alignment.config import AlignmentConfig
+from repa.diffusion.config import DiffusionConfig
+from repa.models.config import ModelConfig
+from repa.recipes.paper import commands, steps_text
+from repa.recipes.published import PUBLISHED, Labels, Published
+from repa.recipes.recipe import Recipe
+from repa.report.paper import printed
+from repa.training.config import StreamConfig, TrainConfig
+
+ENCODER = "dinov2-b"
+
+
+class Blocks(NamedTuple):
+    """Where the methods look at a network, counted from 1."""
+
+    model: str
+    aligned: int
+    deep: int
+    last: int
+
+
+B = Blocks("SiT-B/2", aligned=4, deep=8, last=12)
+XL = Blocks("SiT-XL/2", aligned=8, deep=20, last=28)
+
+Parts = dict[str, Any]  # arguments of TrainConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and what is to be known of it."""
+
+    title: str
+    paper: str
+    """Number at arXiv."""
+    page: str
+    """In docs/methods/."""
+    parts: Callable[[Blocks], Parts]
+    notes: tuple[str, ...] = ()
+    """What the paper leaves open and is chosen here, and what of the paper is not there."""
+
+
+def irepa(blocks: Blocks) -> Parts:
+    return _terms(_encoder(blocks, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
+
+
+def haste(blocks: Blocks) -> Parts:
+    """The four blocks up to the aligned one, with the last four of the encoder's twelve."""
+    stop = "stop:step=250000"
+    attention = [
+        AlignmentConfig(
+            target=f"{ENCODER}:part=attention,layer={9 + k}", tap="attention", depth=blocks.aligned - 3 + k,
+            loss="attention_ce:heads=12", projector="none", weight=0.125, schedule=stop, name=f"attention{9 + k}",
+        )
+        for k in range(4)
+    ]  # fmt: skip
+    return _terms(_encoder(blocks, schedule=stop), *attention)
+
+
+def reg(blocks: Blocks) -> Parts:
+    term = AlignmentConfig(target=f"{ENCODER}:part=all", depth=blocks.aligned, name=ENCODER)
+    return {**_terms(term), "streams": (StreamConfig(name="class", source=ENCODER, weight=0.03),)}
+
+
+def sra(blocks: Blocks) -> Parts:
+    return _terms(
+        AlignmentConfig(
+            target=f"ema:depth={blocks.deep},earlier=0.2", depth=blocks.aligned, loss="smooth_l1:beta=0.05",
+            projector="mlp2", weight=0.2, name="averaged",
+        )
+    )  # fmt: skip
+
+
+def sra_dts_as(blocks: Blocks) -> Parts:
+    return {
+        **_terms(
+            AlignmentConfig(
+                target=f"ema:depth={blocks.deep},earlier=0.2", depth=3 if blocks is B else blocks.aligned,
+                projector="mlp2", name="averaged",
+            )
+        ),
+        "model": ModelConfig(name=blocks.model, separate_times=True),
+        "diffusion": DiffusionConfig(token_times=0.25),
+    }  # fmt: skip
+
+
+def self_flow(blocks: Blocks) -> Parts:
+    target = f"ema:depth={blocks.deep},cleanest=true"
+    term = AlignmentConfig(target=target, depth=blocks.aligned, name="averaged")
+    return {**_terms(term), "diffusion": DiffusionConfig(token_times=0.25)}
+
+
+def layersync(blocks: Blocks) -> Parts:
+    deep = 16 if blocks is XL else blocks.deep
+    return _terms(
+        AlignmentConfig(target=f"block:depth={deep}", depth=blocks.aligned, projector="none", weight=0.2, name="deeper")
+    )
+
+
+def vae_repa(blocks: Blocks) -> Parts:
+    return _terms(AlignmentConfig(target="latent", depth=blocks.aligned, projector="mlp2"))
+
+
+def self_transcendence(blocks: Blocks) -> Parts:
+    depth = blocks.last // 3
+    return {**_terms(AlignmentConfig(target="latent", depth=depth, loss="mse", times=(0.4, 0.7))), "num_steps": 200_000}
+
+
+def dispersive(blocks: Blocks) -> Parts:
+    return _terms(
+        AlignmentConfig(target="none", depth=blocks.last // 4, loss="dispersive:temperature=0.5", projector="none")
+    )
+
+
+def dispersive_last(blocks: Blocks) -> Parts:
+    loss = "dispersive:temperature=1,scope=device"
+    return _terms(AlignmentConfig(target="none", depth=blocks.last, loss=loss, projector="none", weight=0.25))
+
+
+def urepa(blocks: Blocks) -> Parts:
+    return _terms(_encoder(blocks, resample="target"), _relations(blocks, "gram", 1.5, resample="target"))
+
+
+def trd(blocks: Blocks) -> Parts:
+    return _terms(_relations(blocks, "gram:norm=l1,margin=0.1", 0.5))
+
+
+def sara(blocks: Blocks) -> Parts:
+    return _terms(_encoder(blocks), _relations(blocks, "gram", 0.5))
+
+
+def internal_guidance(blocks: Blocks) -> Parts:
+    return {"model": ModelConfig(name=blocks.model, heads=(blocks.aligned,)), "head_weight": 0.5}
+
+
+_OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
+METHODS: dict[str, Method] = {
+    "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
+    "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
+    "urepa": Method(
+        "U-REPA's two terms", "2503.18414", "relations.md", urepa,
+        ("The paper's network is a U-Net; here the terms act on SiT. Each has a projector, where the paper's share one.",),
+    ),
+    "trd": Method(
+        "token relation distillation", "2505.23656", "relations.md", trd,
+        ("The paper fine-tunes a video network; here images are trained from random weights, or from `--init`.",),
+    ),
+    "sara": Method(
+        "SARA without its adversary", "2503.08253", "relations.md", sara,
+        ("The weights of the paper are not known here: 0.5 is chosen. Its adversarial term is not there.",),
+    ),
+    "reg": Method("REG", "2507.01467", "reg.md", reg),
+    "sra": Method(
+        "SRA", "2505.02831", "self.md", sra,
+        (
+            "The paper lowers the weight slowly after 150 epochs, which this recipe's 400K steps do not reach.",
+            "The authors have since recommended the loss cosine: --alignments.0.loss cosine --alignments.0.weight 0.5.",
+        ),
+    ),
+    "sra-dts-as": Method(
+        "SRA with two times an image and separated attention", "2607.02508", "self.md", sra_dts_as,
+        ("The blocks of SiT-XL/2 are SRA's, those of SiT-B/2 the paper's.",),
+    ),
+    "self-flow": Method(
+        "Self-Flow", "2603.06507", "self.md", self_flow, ("Weight and blocks are chosen here, as no training code was released.",)
+    ),
+    "layersync": Method("LayerSync", "2510.12581", "self.md", layersync, (_OF_B,)),
+    "vae-repa": Method(
+        "VAE-REPA", "2601.17830", "self.md", vae_repa, ("Loss, weight and projector are chosen here, as no code was released.",)
+    ),
+    "self-transcendence": Method(
+        "Self-Transcendence, first stage", "2601.07773", "self.md", self_transcendence,
+        ("The second stage, which aligns a new network to the guided features of this one, is not there.",),
+    ),
+    "dispersive": Method("dispersive loss", "2506.09027", "dispersive.md", dispersive),
+    "dispersive-last": Method(
+        "dispersive loss as the PyTorch release sets it", "2506.09027", "dispersive.md", dispersive_last,
+        ("Distances are taken within each process, as there: eight of 32 images give the figures' setting.",),
+    ),
+    "internal-guidance": Method("internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,)),
+}  # fmt: skip
+
+GROUPS = {B: "Methods on SiT-B/2", XL: "Methods on SiT-XL/2"}
+
+
+def method_recipes() -> dict[str, Recipe]:
+    """`sit-b2-irepa`, `sit-xl2-irepa` and so on."""
+    return {
+        f"{blocks.model.lower().replace('/', '')}-{key}": _recipe(key, method, blocks)
+        for blocks in GROUPS
+        for key, method in METHODS.items()
+    }
+
+
+def _recipe(key: str, method: Method, blocks: Blocks) -> Recipe:
+    name = f"{blocks.model.lower().replace('/', '')}-{key}"
+    figures = PUBLISHED.get(key, ())
+    about = f"{method.title} (arXiv {method.paper}): {headline(figures, blocks.model)}"
+    parts = [
+        [f"{name}: {blocks.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
+        ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
+        commands(name),
+        figures_table(figures),
+    ]
+    return Recipe(
+        lambda: train_config(method, blocks),
+        about,
+        "\n\n".join("\n".join(part) for part in parts),
+        group=GROUPS[blocks],
+    )
+
+
+def train_config(method: Method, blocks: Blocks) -> TrainConfig:
+    return TrainConfig(**{"model": ModelConfig(name=blocks.model), **method.parts(blocks)})
+
+
+def headline(figures: tuple[Published, ...], model: str) -> str:
+    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network without guidance."""
+    own = [f for f in figures if f.model == model and f.guidance == "none" and "baseline" not in f.note]
+    if not own:
+        return "no unguided figure known"
+    ends = dict.fromkeys([min(own, key=lambda f: f.step), max(own, key=lambda f: f.step)])
+    return "FID " + ", ".join(f"{printed(f.fid)} at {steps_text(f.step)}" for f in ends)
+
+
+def figures_table(figures: tuple[Published, ...]) -> list[str]:
+    """The papers' figures, one line each; a column for each way of drawing labels."""
+    if not figures:
+        return ["No figure of a paper is known here."]
+    columns: tuple[Labels, ...] = ("random", "balanced", "not stated")
+    lines = [["steps of 256", "network", *(f"FID, labels {labels}" for labels in columns), "guidance", ""]]
+    for f in figures:
+        cells = [printed(f.fid) if f.labels == labels else "" for labels in columns]
+        lines.append([f"{f.step:,}", f.model, *cells, f.guidance, f.note])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _terms(*terms: AlignmentConfig) -> Parts:
+    return {"alignments": terms}
+
+
+def _encoder(blocks: Blocks, **settings: Any) -> AlignmentConfig:
+    """REPA's term."""
+    return AlignmentConfig(target=ENCODER, depth=blocks.aligned, **settings)
+
+
+def _relations(blocks: Blocks, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
+    """The relations between tokens in place of the tokens."""
+    return AlignmentConfig(target=ENCODER, depth=blocks.aligned, loss=loss, weight=weight, name="relations", **settings)

@@ -1,0 +1,65 @@
+"""What papers report of the methods around REPA, as data, each figure with how it was made. Free of torch.
+
+FID of 50,000 samples of ImageNet 256 x 256. Exactly as many images of every class (balanced labels) give about 0.1 less than
+labels drawn at random, so the two never stand in one column. REPA's own tables are in `report/paper.py`.
+"""
+
+from typing import Literal, NamedTuple
+
+EPOCH = 5_000  # steps of a batch of 256, as the papers round it: 80 epochs are 400K
+
+Labels = Literal["random", "balanced", "not stated"]
+
+
+class Published(NamedTuple):
+    """One figure."""
+
+    model: str
+    step: int  # in batches of 256
+    fid: float
+    guidance: str = "none"
+    labels: Labels = "not stated"
+    note: str = ""
+
+
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+    "reg": (
+        Published("SiT-B/2", 400_000, 15.2),
+        Published("SiT-L/2", 400_000, 4.6),
+        Published("SiT-XL/2", 200_000, 5.0),
+        Published("SiT-XL/2", 400_000, 3.4),
+        Published("SiT-XL/2", 1_000_000, 2.7),
+        Published("SiT-XL/2", 2_400_000, 2.2),
+        Published("SiT-XL/2", 4_000_000, 1.8),
+        Published("SiT-XL/2", 400_000, 1.86, "classifier-free"),
+        Published("SiT-XL/2", 4_000_000, 1.36, "classifier-free, scale 2.3, t up to 0.85"),
+    ),
+    "sra": (Published("SiT-XL/2", 4_000_000, 1.58, "classifier-free"),),
+    "sra-dts-as": (
+        Published("SiT-B/2", 800_000, 25.06),
+        Published("SiT-B/2", 800_000, 25.19, note="attention not separated"),
+        Published("SiT-XL/2", 4_000_000, 1.44, "not stated"),
+    ),
+    "dispersive": (
+        Published("SiT-B/2", 400_000, 36.49, note="baseline of that paper"),
+        Published("SiT-B/2", 400_000, 32.35, note="block 3, lambda 0.5, temperature 0.5"),
+        Published("SiT-XL/2", 400_000, 6.02, "classifier-free, scale 1.5", note="baseline of that paper"),
+        Published("SiT-XL/2", 400_000, 5.09, "classifier-free, scale 1.5", note="lambda 0.5, temperature 0.5"),
+    ),
+    "dispersive-last": (
+        Published("SiT-B/2", 400_000, 32.64, note="last block, lambda 0.25, temperature 1"),
+        Published("SiT-XL/2", 400_000, 4.74, "classifier-free, scale 1.5", note="the same settings"),
+    ),
+    "urepa": (
+        Published("SiT as a U-Net", 400 * EPOCH, 1.41, "an interval", note="another network than this recipe's"),
+    ),
+    "internal-guidance": (
+        Published("SiT-XL/2", 400_000, 5.31, "internal, scale 1.4"),
+        Published("SiT-XL/2", 4_000_000, 1.75, "internal, scale 1.4"),
+        Published("SiT-XL/2", 4_000_000, 1.46, "internal 1.4, classifier-free 1.35, t up to 0.7"),
+        Published("LightningDiT-XL/1", 680 * EPOCH, 1.34, "internal", "random", "another network"),
+        Published("LightningDiT-XL/1", 680 * EPOCH, 1.24, "internal", "balanced", "another network"),
+        Published("LightningDiT-XL/1", 680 * EPOCH, 1.19, "internal, classifier-free", "random", "another network"),
+        Published("LightningDiT-XL/1", 680 * EPOCH, 1.07, "internal, classifier-free", "balanced", "another network"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""The methods around REPA: what each recipe trains, that it trains, and how its figures stand."""
+
+import pytest
+import torch
+from torch import nn
+
+from repa.base.registry import parse_spec
+from repa.data import open_data
+from repa.encoders.contract import Features, VisionEncoder
+from repa.recipes import RECIPES, load_recipe
+from repa.recipes.methods import METHODS, figures_table, headline
+from repa.recipes.published import PUBLISHED
+from repa.runs import read_metrics
+from repa.training import TrainConfig
+from repa.training import train as start_training
+
+
+def terms_of(name: str) -> list[tuple]:
+    return [
+        (t.target, t.depth, t.tap, t.loss, t.projector, t.token_norm, t.weight) for t in load_recipe(name).alignments
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("sit-xl2-irepa", [("dinov2-b", 8, "hidden", "cosine", "conv", "zscore:alpha=0.6", 1.0)]),
+        ("sit-b2-irepa", [("dinov2-b", 4, "hidden", "cosine", "conv", "zscore:alpha=0.6", 1.0)]),
+        (
+            "sit-xl2-haste",
+            [
+                ("dinov2-b", 8, "hidden", "cosine", "mlp", "none", 0.5),
+                *(
+                    (f"dinov2-b:part=attention,layer={deep}", own, "attention", "attention_ce:heads=12", "none", "none", 0.125)
+                    for own, deep in ((5, 9), (6, 10), (7, 11), (8, 12))
+                ),
+            ],
+        ),
+        ("sit-xl2-reg", [("dinov2-b:part=all", 8, "hidden", "cosine", "mlp", "none", 0.5)]),
+        ("sit-xl2-sra", [("ema:depth=20,earlier=0.2", 8, "hidden", "smooth_l1:beta=0.05", "mlp2", "none", 0.2)]),
+        ("sit-b2-sra", [("ema:depth=8,earlier=0.2", 4, "hidden", "smooth_l1:beta=0.05", "mlp2", "none", 0.2)]),
+        ("sit-b2-sra-dts-as", [("ema:depth=8,earlier=0.2", 3, "hidden", "cosine", "mlp2", "none", 0.5)]),
+        ("sit-xl2-self-flow", [("ema:depth=20,cleanest=true", 8, "hidden", "cosine", "mlp", "none", 0.5)]),
+        ("sit-xl2-layersync", [("block:depth=16", 8, "hidden", "cosine", "none", "none", 0.2)]),
+        ("sit-xl2-vae-repa", [("latent", 8, "hidden", "cosine", "mlp2", "none", 0.5)]),
+        ("sit-xl2-self-transcendence", [("latent", 9, "hidden", "mse", "mlp", "none", 0.5)]),
+        ("sit-b2-dispersive", [("none", 3, "hidden", "dispersive:temperature=0.5", "none", "none", 0.5)]),
+        ("sit-xl2-dispersive-last", [("none", 28, "hidden", "dispersive:temperature=1,scope=device", "none", "none", 0.25)]),
+        (
+            "sit-xl2-urepa",
+            [
+                ("dinov2-b", 8, "hidden", "cosine", "mlp", "none", 0.5),
+                ("dinov2-b", 8, "hidden", "gram", "mlp", "none", 1.5),
+            ],
+        ),
+        ("sit-xl2-trd", [("dinov2-b", 8, "hidden", "gram:norm=l1,margin=0.1", "mlp", "none", 0.5)]),
+        ("sit-xl2-internal-guidance", []),
+    ],
+)  # fmt: skip
+def test_recipes_are_the_papers_settings(name, terms):
+    assert terms_of(name) == terms
+
+
+def test_settings_beside_the_terms():
+    assert {t.schedule for t in load_recipe("sit-xl2-haste").alignments} == {"stop:step=250000"}
+    (stream,) = load_recipe("sit-xl2-reg").streams
+    assert (stream.source, stream.weight) == ("dinov2-b", 0.03)
+    dual = load_recipe("sit-xl2-sra-dts-as")
+    assert (dual.diffusion.token_times, dual.model.separate_times) == (0.25, True)
+    flow = load_recipe("sit-xl2-self-flow")
+    assert (flow.diffusion.token_times, flow.model.separate_times) == (0.25, False)
+    assert load_recipe("sit-xl2-self-transcendence").alignments[0].times == (0.4, 0.7)
+    guided = load_recipe("sit-xl2-internal-guidance")
+    assert (guided.model.heads, guided.head_weight) == ((8,), 0.5)
+
+
+class Attentive(VisionEncoder):
+    """Stands in for DINOv2: patches, a vector for the image, and attention, from one random layer."""
+
+    def prepare(self, pixels, side):
+        return nn.functional.interpolate(pixels, (side, side))
+
+    def extract(self, pixels, grid):
+        tokens = self.net(pixels.flatten(2).mT)  # (N, G*G, 12)
+        return Features(tokens, tokens.mean(1))
+
+    def extract_attention(self, pixels, grid, layers):
+        found = self.extract(pixels, grid)
+        logits = (found.patches @ found.patches.mT)[:, None].expand(-1, 2, -1, -1)  # (N, 2, G*G, G*G)
+        return found._replace(attention=dict.fromkeys(layers, logits))
+
+
+def attentive(name, weights):
+    net = nn.Linear(3, 12)
+    nn.init.normal_(net.weight, generator=torch.Generator().manual_seed(0))
+    return Attentive(net, name=name, dim=12, patch_size=1, preprocessing="none", weights_file=None)
+
+
+def toy(config: TrainConfig) -> TrainConfig:
+    """The same run on small images: thin, the encoder replaced, every block where it was."""
+    stand_in = f"{__name__}.attentive"
+    terms = [t.override(target=t.target.replace("dinov2-b", stand_in)) for t in config.alignments]
+    terms = [t.override(projector="mlp:width=8") if t.projector == "mlp" else t for t in terms]
+    streams = [s.override(source=stand_in) for s in config.streams]
+    model = config.model.override(hidden_dim=12, num_heads=2, name=config.model.name.replace("/2", "/4"))
+    return config.override(
+        model=model, alignments=terms, streams=streams, batch_size=4, num_steps=2, log_every=1, precision="fp32"
+    )
+
+
+@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("network", ["sit-b2", "sit-xl2"])
+def test_every_method_trains(network, key, data_folder, tmp_path):
+    """Two steps, and the loss of the row is the denoising loss plus each weighted term: no method has a way past Eq. 9."""
+    config = toy(load_recipe(f"{network}-{key}"))
+    run = tmp_path / "run"
+    state = start_training(config, open_data(data_folder), run, device=torch.device("cpu"), say=lambda text: None)
+    assert state.step == 2
+    row = next(row for row in read_metrics(run) if row["kind"] == "train")
+    total = row["denoising"] + sum(config.head_weight * loss for loss in (row.get("head") or {}).values())
+    total += sum(s.weight * row["stream"][s.name] for s in config.streams)
+    total += sum(t.weight * row["alignment"][t.key] for t in config.alignments)
+    assert row["loss"] == pytest.approx(total, rel=1e-5, abs=1e-5)
+    assert set(row.get("head") or {}) == {str(depth) for depth in config.model.heads}
+
+
+def test_figures_have_a_column_for_each_way_of_drawing_labels():
+    heads, *lines = figures_table(PUBLISHED["internal-guidance"])
+    places = {labels: heads.index(f"FID, labels {labels}") for labels in ("random", "balanced", "not stated")}
+    for line, figure in zip(lines, PUBLISHED["internal-guidance"], strict=True):
+        found = {labels: line[place : place + 6].strip() for labels, place in places.items()}
+        assert {labels for labels, cell in found.items() if cell} == {figure.labels}
+        assert float(found[figure.labels]) == figure.fid
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "line"),
+    [
+        ("reg", "SiT-XL/2", "FID 5.0 at 200K, 1.8 at 4M"),
+        ("reg", "SiT-B/2", "FID 15.2 at 400K"),
+        ("dispersive", "SiT-B/2", "FID 32.35 at 400K"),
+        ("dispersive", "SiT-XL/2", "no unguided figure known"),
+        ("internal-guidance", "SiT-XL/2", "no unguided figure known"),
+    ],
+)
+def test_headlines(key, model, line):
+    assert headline(PUBLISHED.get(key, ()), model) == line
+
+
+def test_figures_are_of_recipes_that_exist():
+    assert set(PUBLISHED) <= set(METHODS)
+    for key in METHODS:
+        assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
+
+
+def test_encoders_of_all_terms_are_known():
+    from repa.encoders import ENCODERS
+
+    for name in METHODS:
+        for term in load_recipe(f"sit-b2-{name}").alignments:
+            encoder, _ = term.encoder
+            assert not encoder or parse_spec(encoder)[0] in ENCODERS.table
