@@ -6,7 +6,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from repa.base import files
@@ -16,14 +16,17 @@ from repa.base.errors import UserError
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "SGI", "QOI",
 )  # fmt: skip
+# Programs that make pictures write long texts beside them, compressed; Pillow's limit of 1 MiB would refuse the pictures
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
+SRGB = ImageCms.createProfile("sRGB")
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as an upright 8-bit RGB image.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit greys are scaled to 8 bits (their high byte, which
-    is what Pillow does with 16-bit colour); of an animation the first frame counts.
+    EXIF rotation is applied; an ICC profile is converted to sRGB; transparency is laid on white; 16-bit greys are scaled
+    to 8 bits (their high byte, which is what Pillow does with 16-bit colour); of an animation the first frame counts.
 
     Raises:
         UserError: names `name`; for anything that is not a whole image, or has more than MAX_PIXELS.
@@ -57,10 +60,26 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
         raise ValueError(
             f"its pixels are {image.mode!r} numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits"
         )
+    profile = image.info.get("icc_profile")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _to_srgb(image, profile)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Colours as the embedded ICC profile means them, in sRGB; a profile that cannot be used is no reason to lose the image."""
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(
+            source
+        ):  # most cameras: nothing to do, and not a grey level changes
+            return image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image.convert("RGB")
 
 
 def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -24,6 +24,7 @@ ABOUT = (
 
 
 FEATURES = "features:"
+CLASSES_SHOWN = 10  # with their counts; the manifest has all
 
 
 class PrepareArguments(PrepareConfig):
@@ -160,12 +161,41 @@ def _tell(out: Path, manifest: Manifest | None) -> None:
             "work any more, the same command does the rest."
         )
         return
-    skipped = f", {len(manifest.skipped)} unreadable left out ({_some(manifest.skipped)})" if manifest.skipped else ""
     flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
     say(
-        f"{out}: {len(manifest.originals):,} images of {len(manifest.class_names)} classes at {manifest.resolution} "
-        f"pixels{flipped}{skipped}."
+        f"{out}: {len(manifest.originals):,} images of {_num_classes(manifest)} at {manifest.resolution} pixels{flipped}."
     )
+    for line in inventory(manifest):
+        say(f"  {line}")
+    say(f"Next: repa train RECIPE --data {out} --out RUN   (repa list recipes names them)")
+
+
+def inventory(manifest: Manifest) -> list[str]:
+    """What was found: where labels came from, classes with their counts, and what was left out by kind."""
+    counts = dict(zip(manifest.class_names, manifest.class_counts, strict=True))
+    filled = {name: count for name, count in counts.items() if count}
+    lines = []
+    if manifest.inventory.labels_from:
+        lines.append(f"labels      from {manifest.inventory.labels_from}")
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(filled.items())[:CLASSES_SHOWN])
+    more = f" and {len(filled) - CLASSES_SHOWN:,} more" if len(filled) > CLASSES_SHOWN else ""
+    lines.append(f"classes     {shown}{more}; {min(filled.values()):,} to {max(filled.values()):,} images each")
+    if empty := [name for name, count in counts.items() if not count]:
+        lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
+    left_out = [
+        what if what.startswith(("folder", "column")) else f"{count:,} {what}"
+        for what, count in manifest.inventory.left_out.items()
+    ]
+    if manifest.skipped:
+        left_out.append(f"{len(manifest.skipped):,} unreadable images ({_some(manifest.skipped)})")
+    if left_out:
+        lines.append(f"left out    {'; '.join(left_out)}")
+    return lines
+
+
+def _num_classes(manifest: Manifest) -> str:
+    num = len(manifest.class_names)
+    return f"{num:,} classes" if num > 1 else "1 class"
 
 
 def _some(names: Sequence[str], num: int = 5) -> str:

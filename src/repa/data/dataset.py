@@ -147,6 +147,7 @@ class DataSet:
             "num_images": self.num_images,
             "resolution": self.resolution,
             "class_names": list(self.class_names),
+            "class_counts": list(self.manifest.class_counts),
             "autoencoder": self.manifest.autoencoder,
         }
 

@@ -9,7 +9,7 @@ from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.filling import Job, Report, fill
 from repa.data.groups import BASE, BaseGroup, FeatureGroup, Group
-from repa.data.manifest import Manifest
+from repa.data.manifest import Inventory, Manifest
 from repa.data.reader import ShardReader
 from repa.data.reading import FromShards, FromSource, Planned, plan_shards
 from repa.data.recorded import with_absolute_paths
@@ -52,7 +52,9 @@ def prepare(
     config = with_absolute_paths(config)
     images = open_source(source, labels=config.labels)
     require_autoencoder(images, config)
-    settings = agree(Path(out), Settings(source=images.identity, class_names=tuple(images.class_names), config=config))
+    inventory = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out))
+    names = tuple(images.class_names)
+    settings = agree(Path(out), Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
     config, device = settings.config, torch.device(device)
     models = load_later(config, device, chosen_groups(only, config))
     shards = plan_shards(len(images), config.shard_size, config.flip)
@@ -93,7 +95,10 @@ def add_features(
         config = config.override(features=(*config.features, spec), feature_forms=forms)
     if weights:
         config = with_absolute_paths(config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights)))
-    settings = agree(out, Settings(source=manifest.source, class_names=manifest.class_names, config=config))
+    asked = Settings(
+        source=manifest.source, class_names=manifest.class_names, config=config, inventory=manifest.inventory
+    )
+    settings = agree(out, asked)
     reader = ShardReader(out, manifest, only=("images", "labels"))
     shards = [Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)]
     models: dict[str, Callable[[], Group]] = {spec: lambda: FeatureGroup(spec, weights, settings.config, device)}

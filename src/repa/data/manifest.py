@@ -44,6 +44,15 @@ class FeatureField(Config):
     """Which encoder, which weights."""
 
 
+class Inventory(Config):
+    """What `prepare` found in a source."""
+
+    labels_from: str = ""
+    """Where the labels came from."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """What was not taken, by kind, and how often."""
+
+
 class Manifest(Config):
     """A whole data set."""
 
@@ -59,6 +68,8 @@ class Manifest(Config):
     """Names of the classes, in the order of the labels."""
     class_counts: tuple[int, ...]
     """Images of each class, flipped copies not counted."""
+    inventory: Inventory = Inventory()
+    """Where labels came from, and what was left out."""
     autoencoder: dict[str, Any]
     """Which autoencoder, which weights."""
     features: dict[Annotated[str, Spec(ENCODERS)], FeatureField]

@@ -129,6 +129,7 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         num_images=sum(shard.num for shard in shards),
         class_names=settings.class_names,
         class_counts=tuple(int(count) for count in counts),
+        inventory=settings.inventory,
         autoencoder=first[BASE].identity,
         features={name: _facts(out, name, settings.config.form_of(name), first[name]) for name in names},
         shards=tuple(shards),

@@ -7,7 +7,7 @@ from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS, Manifest
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS, Inventory, Manifest
 
 FREE = (
     "batch_size",
@@ -30,6 +30,8 @@ class Settings(Config):
     """Its classes."""
     config: PrepareConfig
     """How it is prepared."""
+    inventory: Inventory = Inventory()
+    """What was found in the source; of no consequence to the work."""
 
 
 def agree(out: Path, asked: Settings) -> Settings:
@@ -51,8 +53,10 @@ def agree(out: Path, asked: Settings) -> Settings:
     forms += [f"{name}={new.form_of(name)}" for name in new.features if name not in both]
     new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))
     same = {name: getattr(new, name) for name in (*FREE, "features", "feature_forms")}
-    asked = Settings(source=asked.source, class_names=asked.class_names, config=new)
-    was = Settings(source=before.source, class_names=before.class_names, config=old.override(**same))
+    asked = Settings(source=asked.source, class_names=asked.class_names, config=new, inventory=asked.inventory)
+    was = Settings(
+        source=before.source, class_names=before.class_names, config=old.override(**same), inventory=asked.inventory
+    )
     lines += [line if len(line) <= READABLE else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
     if lines:
         raise UserError(
@@ -69,7 +73,12 @@ def started(out: Path) -> Settings | None:
         return Settings.parse(values, where=str(settings))
     if (out / MANIFEST).is_file():
         manifest = Manifest.open(out)
-        return Settings(source=manifest.source, class_names=manifest.class_names, config=manifest.config)
+        return Settings(
+            source=manifest.source,
+            class_names=manifest.class_names,
+            config=manifest.config,
+            inventory=manifest.inventory,
+        )
     if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(PARTS) for path in out.iterdir())):
         raise UserError(f"{out} is not an empty folder and holds no prepared data: choose another one.")
     return None

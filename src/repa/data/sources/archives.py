@@ -13,7 +13,16 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.data.sources.contract import Strings
-from repa.data.sources.folders import CAPTION, EXTENSIONS, LISTING, MAX_FILE_SIZE, FileSource, hidden
+from repa.data.sources.folders import (
+    CAPTION,
+    EXTENSIONS,
+    LISTING,
+    MAX_FILE_SIZE,
+    METADATA,
+    FileSource,
+    count_others,
+    hidden,
+)
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
@@ -43,8 +52,8 @@ class Members:
     """The wanted members of a zip in a few arrays: the objects of the zipfile module take many times their memory."""
 
     def __init__(self, path: Path, members: list[zipfile.ZipInfo]):
-        members = sorted(members, key=lambda member: member.filename)
-        self.names = Strings(member.filename for member in members)
+        members = sorted(members, key=plain_name)
+        self.names = Strings(map(plain_name, members))
         facts = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
         self._facts = np.array(facts, FACTS)
         self._slices = Slices(path)
@@ -90,16 +99,17 @@ class ZipSource(FileSource):
         for member in members:
             _require_safe(path, member)
         wanted = [member for member in members if _is_wanted(member)]
-        if len({member.filename for member in wanted}) < len(wanted):
-            names = sorted(member.filename for member in wanted)
+        if len(set(map(plain_name, wanted))) < len(wanted):
+            names = sorted(map(plain_name, wanted))
             twice = next(a for a, b in itertools.pairwise(names) if a == b)
             raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
         self._members = Members(path, wanted)
         names = list(self._members.names)
         images = [index for index, name in enumerate(names) if name.lower().endswith(EXTENSIONS)]
         marks = self._members.checksums[images].tolist()
-        texts = {name for name in names if name.endswith(CAPTION)}
-        super().__init__(str(path), [names[index] for index in images], marks, texts, labels)
+        texts = {name for name in names if name.lower().endswith(CAPTION)}
+        others = count_others(plain_name(m) for m in members if not m.is_dir() and not _is_wanted(m))
+        super().__init__(str(path), [names[index] for index in images], marks, texts, labels, others)
 
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)
@@ -107,8 +117,13 @@ class ZipSource(FileSource):
         with faults.reading(f"{name} in {self.path}", "a member of a zip file"):
             return self._members.read(index)
 
-    def read_listing(self) -> bytes | None:
-        return self.read(LISTING, LISTING) if self._members.find(LISTING) is not None else None
+    def read_root(self, name: str) -> bytes | None:
+        return self.read(name, name) if self._members.find(name) is not None else None
+
+
+def plain_name(member: zipfile.ZipInfo) -> str:
+    """The path of a member; some programs of Windows write it with the wrong slash."""
+    return member.filename.replace("\\", "/")
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -118,9 +133,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    if member.is_dir() or any(hidden(part) for part in member.filename.split("/")):
+    name = plain_name(member)
+    if member.is_dir() or any(hidden(part) for part in name.split("/")):
         return False
-    return member.filename.lower().endswith(EXTENSIONS) or member.filename.endswith((CAPTION, LISTING))
+    return name.lower().endswith((*EXTENSIONS, CAPTION)) or name in (LISTING, *METADATA)
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:

@@ -92,7 +92,15 @@ class ArraySource(Source):
             return no_classes(num)
         archive = _Npz(self.path)
         if not key and not any(name in archive.names for name in LABELS):
+            if others := [
+                name for name in archive.names if any(word in name.lower() for word in ("label", "class", "target"))
+            ]:
+                raise UserError(
+                    f"{self.path} has no array called {' or '.join(LABELS[:3])}, but {', '.join(others)}: name the one as "
+                    f"{self.path}:label={others[0]}, or give --labels none for one class."
+                )
             return no_classes(num)
+        self.labels_from = f"the array {key or 'of labels'}"
         key = archive.choose(key, LABELS, "labels")
         return self._checked(archive.array(key), f"{key!r} of {self.path}")
 
@@ -201,6 +209,11 @@ def _fingerprint(path: Path) -> str:
 def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
     """Whether channels are the last axis; told by their number."""
     if len(shape) == 3:
+        if shape[2] in (3, 4):
+            raise UserError(
+                f"{path} holds one array of shape {shape}, which is a single colour image or {shape[0]} grey ones of {shape[1]} x "
+                f"{shape[2]} pixels: save images as (N, H, W, C)."
+            )
         return True
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
     if first == last:

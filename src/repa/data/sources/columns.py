@@ -8,7 +8,7 @@ import numpy as np
 from repa.base import files
 from repa.base.errors import UserError, nearest
 from repa.data.sources.folders import MAX_FILE_SIZE
-from repa.data.sources.labels import MAX_CLASSES, Classes, classes_of, named
+from repa.data.sources.labels import MAX_CLASSES, Classes, classes_of, label_columns, named
 
 LABEL, CAPTIONS = "label", ("caption", "captions", "text")
 
@@ -16,7 +16,7 @@ LABEL, CAPTIONS = "label", ("caption", "captions", "text")
 class Column(NamedTuple):
     """What is known of a column before it is read."""
 
-    kind: Literal["image", "class", "other"]
+    kind: Literal["image", "class", "text", "other"]
     class_names: tuple[str, ...] = ()
 
 
@@ -53,25 +53,43 @@ def choose(
         raise UserError(f"The column {image!r} of {where} does not hold the bytes of images: it has {_list(columns)}.")
     if not label and labels != "none":
         classes = [name for name, column in columns.items() if column.kind == "class"]
-        usual = [LABEL] if LABEL in columns else []
-        label = _only(where, usual or classes, columns, "label") if usual or classes else ""
+        usual = [name for name in label_columns(columns) if name != image]
+        found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
+        label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
     if not caption:
-        caption = next((name for name in CAPTIONS if name in columns and name != label), "")
+        texts = (name for name in CAPTIONS if name in columns and name != label and columns[name].kind == "text")
+        caption = next(texts, "")
     names = columns[label].class_names if label else ()
     return Columns(image, "" if labels == "none" else label, caption, names)
 
 
-def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: str) -> str:
+def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: str, otherwise: str = "") -> str:
     if len(found) == 1:
         return found[0]
     raise UserError(
         f"{where} has {len(found) or 'no'} columns that could be the {key}, among {_list(columns)}: "
-        f"name the one as {where}:{key}=COLUMN."
+        f"name the one as {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
     )
 
 
 def _list(columns: Mapping[str, Column]) -> str:
     return ", ".join(columns) or "none"
+
+
+def labels_from(chosen: Columns, labels: str) -> str:
+    """Where the labels of a table came from, for the inventory."""
+    if labels == "none":
+        return "--labels none: one class"
+    return f"the column {chosen.label!r}" if chosen.label else "no column of labels: one class"
+
+
+def left_out(chosen: Columns, columns: Mapping[str, Column]) -> dict[str, int]:
+    """Columns that are called as captions are, and hold something else."""
+    return {
+        f"column {name!r}, which holds no texts": 1
+        for name in CAPTIONS
+        if name in columns and name not in (chosen.label, chosen.caption) and columns[name].kind != "text"
+    }
 
 
 def classes_of_column(chosen: Columns, values: Sequence[Any], name_of: Any, where: str) -> Classes:

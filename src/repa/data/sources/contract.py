@@ -1,8 +1,11 @@
 """What a source of images is."""
 
+import hashlib
 import re
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,10 @@ class Source(ABC):
     """What it is and a checksum of its list: equal for equal images, wherever they lie."""
     has_captions: bool = False
     """Whether any image may have one."""
+    labels_from: str = "nothing label-like: one class"
+    """Where the labels came from, for the inventory."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """What of the source is not taken, and how often: "files .txt2" -> 3."""
     moments_shape: tuple[int, ...] | None = None
     """(2C, h, w) of the moments that an autoencoder made of the images before; None where there are none."""
 
@@ -53,6 +60,22 @@ class Source(ABC):
     def moments(self, index: int) -> np.ndarray | None:
         """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
         return None
+
+
+SAMPLED = 64  # images of a source whose bytes are part of its identity
+
+
+def sampled_digest(num: int, read: Callable[[int], bytes]) -> str:
+    """A checksum of the contents of SAMPLED images at equal distances: names and sizes may stay when pictures change."""
+    digest = hashlib.sha256()
+    for index in sorted({round(k * (num - 1) / (SAMPLED - 1)) for k in range(SAMPLED)}):
+        digest.update(hashlib.sha256(read(index)).digest())
+    return digest.hexdigest()
+
+
+def plain_text(text: str) -> str:
+    """A name as people see it: no spaces around it, and one form of each accented letter."""
+    return unicodedata.normalize("NFC", text.strip())
 
 
 class Strings(Sequence[str]):

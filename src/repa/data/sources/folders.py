@@ -1,11 +1,17 @@
 """Images as files: what folders and zips share, and folders."""
 
+import collections
+import csv
 import hashlib
+import io
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,23 +19,68 @@ from PIL import Image
 from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.base.images import decode_image
-from repa.data.sources.contract import Source, Strings, printable
-from repa.data.sources.labels import ONE_CLASS, Classes, from_file, from_listing, labels_digest, no_classes
+from repa.data.sources.contract import Source, Strings, plain_text, printable, sampled_digest
+from repa.data.sources.labels import (
+    Classes,
+    by_name,
+    from_file,
+    from_listing,
+    in_order,
+    label_columns,
+    labels_digest,
+    no_classes,
+    rows_of_lines,
+)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".mpo",
+)  # fmt: skip
+"""Endings of the formats that `base.images` decodes; other files are counted and left out."""
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "holdout")
+AROUND = (
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "data",
+    "dataset",
+    "photos",
+    "pictures",
+    "jpg",
+    "png",
+    "classes",
+    "set",
+    "all",
+)
+"""Names of a folder around the folders of classes, which is no class."""
+JUNK = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "Thumbs.db",
+    "desktop.ini",
+)
+METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are no classes
 CAPTION = ".txt"  # a text beside an image, of the same name
 
 
 class FileSource(Source):
-    """A sorted list of relative paths; the class is the first part, unless labels come from elsewhere.
-
-    One folder around everything (`train/cat/...`) is no class and is left out of the names.
-    """
+    """A sorted list of relative paths; the class is a folder of the path, unless labels come from elsewhere."""
 
     def __init__(
-        self, where: str, paths: Sequence[str], marks: Sequence[int], texts: frozenset[str] | set[str], labels: str
+        self,
+        where: str,
+        paths: Sequence[str],
+        marks: Sequence[int],
+        texts: frozenset[str] | set[str],
+        labels: str,
+        others: Mapping[str, int] = MappingProxyType({}),
     ):
         """
         Args:
@@ -38,87 +89,191 @@ class FileSource(Source):
             marks: a number for each that changes when its bytes do: size or checksum.
             texts: paths of text files, which are the captions of images of the same name.
             labels: as `open_source` takes them.
+            others: what else lies there, and how often.
         """
         if not paths:
             raise UserError(
                 f"{where} holds no images: files named {' '.join(EXTENSIONS)} are looked for, at any depth."
             )
-        tops = {path.partition("/")[0] for path in paths}
-        around = len(tops) == 1 and any(path.count("/") > 1 for path in paths)  # one folder around the class folders
-        self._prefix = f"{tops.pop()}/" if around else ""
-        names = [path.removeprefix(self._prefix) for path in paths]
-        self.paths = Strings(names)
-        self._captioned = np.array([_caption_of(path) in texts for path in paths])
-        self.has_captions = bool(self._captioned.any())
-        listing = "\n".join(f"{path} {mark}" for path, mark in zip(names, marks, strict=True))
-        digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
-        self.identity = {"name": Path(where).name, "num_images": len(paths), "sha256": digest}
+        self.paths = Strings(paths)
+        captions = {_stem(path): path for path in texts}
+        self._texts = {path: captions[_stem(path)] for path in paths if _stem(path) in captions}
+        self.has_captions = bool(self._texts)
+        self.left_out = dict(others)
+        if unused := len(texts) - len(set(self._texts.values())):
+            self.left_out["texts of no image"] = unused
+        listing = "\n".join(f"{path} {mark}" for path, mark in zip(paths, marks, strict=True))
+        digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
+        digest.update(sampled_digest(len(paths), self._contents).encode())
+        self.identity = {"name": Path(where).name, "num_images": len(paths), "sha256": digest.hexdigest()}
         if classes := self._given_classes(where, paths, labels):
             self.identity["labels_sha256"] = labels_digest(classes)  # they are not in the list of paths
-        self.labels, self.class_names = classes or from_folders(where, names)
+        else:
+            classes, self.labels_from = from_folders(where, paths, labels)
+        self.labels, self.class_names = classes
+
+    def _contents(self, index: int) -> bytes:
+        """The bytes of an image for the identity; of one that cannot be read, none: reading it says why."""
+        try:
+            return self.read(self.paths[index], self.name(index))
+        except UserError:
+            return b""
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""
         if labels == "none":
+            self.labels_from = "--labels none: one class"
             return no_classes(len(paths))
-        if labels not in ("", "folders"):
+        if labels.partition(":")[0] == "folders":
+            return None
+        if labels:
+            self.labels_from = labels
             return from_file(labels, paths)
-        if labels == "" and (data := self.read_listing()) is not None:
+        if (data := self.read_root(LISTING)) is not None:
             with faults.reading(f"{LISTING} of {where}", "JSON"):
                 listing = json.loads(data)
+            self.labels_from = LISTING
             return from_listing(listing, paths, f"{LISTING} of {where}")
+        return self._from_metadata(where, paths)
+
+    def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
+        """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
+        for file in METADATA:
+            if (data := self.read_root(file)) is None:
+                continue
+            rows = rows_of_csv(data, file) if file.endswith(".csv") else rows_of_lines(data, file)
+            found = label_columns(rows[0]) if rows else []
+            if len(found) > 1:
+                raise UserError(
+                    f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
+                    f"--labels {Path(where) / file}:{found[0]}, or give --labels folders or none."
+                )
+            if found:
+                self.labels_from = f"the column {found[0]!r} of {file}"
+                table = {str(row.get("file_name", "")): row.get(found[0]) for row in rows}
+                return by_name(table, paths, f"{file} of {where}")
         return None
 
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
     def decode(self, index: int) -> Image.Image:
-        return decode_image(self.read(self._prefix + self.paths[index], self.name(index)), self.name(index))
+        return decode_image(self.read(self.paths[index], self.name(index)), self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        if not self._captioned[index]:
-            return ()
-        name = _caption_of(self.paths[index])
-        return caption_lines(self.read(self._prefix + name, printable(name)), printable(name))
+        name = self._texts.get(self.paths[index])
+        return caption_lines(self.read(name, printable(name)), printable(name)) if name else ()
 
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
         """The bytes of a file by its path in the source; `name` is for messages."""
 
     @abstractmethod
-    def read_listing(self) -> bytes | None:
-        """The bytes of dataset.json at the root; None when there is none."""
+    def read_root(self, name: str) -> bytes | None:
+        """The bytes of a file at the root, such as dataset.json; None when there is none."""
 
 
-def from_folders(where: str, paths: Sequence[str]) -> Classes:
-    """The first part of every path is its class; images without folders make one class."""
-    nested = ["/" in path for path in paths]
-    if any(nested) and not all(nested):
-        loose = paths[nested.index(False)]
-        raise UserError(
-            f"{where} holds folders of images and loose images such as {printable(loose)}: "
-            "move every image into the folder of its class, or give --labels none for one class."
-        )
-    names = sorted({_folder(path) for path in paths})
+def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Classes, str]:
+    """The classes that folders are, and a sentence about which.
+
+    "" and "folders" take the first folder of each path, "folders:2" the second, "folders:last" the one that holds the
+    image. Where "" could mean two things, it is refused with the choices.
+
+    Raises:
+        UserError: which folders are classes cannot be told, or an image does not lie in one.
+    """
+    level = _level(labels)
+    prefix = ""
+    if not labels:
+        prefix = _around(where, paths)
+        level = 2 if prefix else 1
+    depths = {path.count("/") for path in paths}
+    if not labels and depths == {0}:
+        return no_classes(len(paths)), "no folders: one class"
+    folders = []
+    for path in paths:
+        parts = path.split("/")[:-1]
+        if not parts or (level is not None and len(parts) < level):
+            raise UserError(
+                f"{where} holds folders of images and loose images such as {printable(path)}: move every image into the "
+                "folder of its class, or give --labels none for one class."
+            )
+        folders.append(plain_text(parts[-1] if level is None else parts[level - 1]))
+    names = in_order(set(folders))
     position = {name: label for label, name in enumerate(names)}
-    labels = np.array([position[_folder(path)] for path in paths], np.int64)
-    return Classes(labels, [printable(name) for name in names])
+    classes = Classes(np.array([position[folder] for folder in folders], np.int64), [printable(name) for name in names])
+    which = (
+        "the folder of each image"
+        if level is None
+        else "the first folder of each path"
+        if level == 1
+        else (f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
+    )
+    return classes, which
+
+
+def _level(labels: str) -> int | None:
+    """Which folder of a path is its class, counted from 1; None for the last."""
+    _, _, level = labels.partition(":")
+    if level == "last":
+        return None
+    if level and not re.fullmatch(r"[1-9][0-9]?", level):
+        raise UserError(f"labels was given {labels!r}: write folders, folders:2 or folders:last.")
+    return int(level or 1)
+
+
+def _around(where: str, paths: Sequence[str]) -> str:
+    """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
+    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
+    splits = sorted(top for top in tops if top.lower() in SPLITS)
+    nested = all(path.count("/") > 1 for path in paths)
+    if splits and (len(tops) > 1 or not nested):
+        inside = ", or --labels folders:2 for the classes inside all of them" if nested else ""
+        raise UserError(
+            f"{where} holds what looks like splits ({', '.join(splits)}), which are no classes: give one of them as the source"
+            f"{inside}, or --labels folders if they are classes, or none."
+        )
+    if len(tops) > 1 or not nested or tops == {""}:
+        return ""
+    (top,) = tops
+    if top.lower() in (*SPLITS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
+        return top
+    inner = sorted({path.split("/")[1] for path in paths})
+    raise UserError(
+        f"All images of {where} lie in folders inside {printable(top)}/: give --labels folders:2 if {', '.join(inner[:3])} are "
+        f"classes, --labels folders if {printable(top)} is one, or --labels none."
+    )
+
+
+def rows_of_csv(data: bytes, name: str) -> list[dict[str, Any]]:
+    with faults.reading(name, "a table of comma-separated UTF-8"):
+        return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
 
 
 def caption_lines(data: bytes, name: str) -> tuple[str, ...]:
-    """The captions in a text file, one a line; raises UserError when it is no UTF-8 text."""
+    """The captions in a text file, one a line; none of a text that is not UTF-8, which is no reason to lose the image."""
     try:
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"The caption {name} is not UTF-8 text: {error}.") from error
+    except UnicodeDecodeError:
+        return ()
 
 
-def _folder(path: str) -> str:
-    return path.partition("/")[0] if "/" in path else ONE_CLASS
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
-def _caption_of(path: str) -> str:
-    return path.rpartition(".")[0] + CAPTION
+def count_others(paths: Iterable[str], empty_folders: Iterable[str] = ()) -> dict[str, int]:
+    """Files that are no images, by their ending, and folders of classes without an image."""
+    endings = collections.Counter(
+        f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
+    )
+    empty = sorted(empty_folders)
+    named = {f"folder without images: {printable(name)[:60]}": 1 for name in empty[:20]}
+    return {
+        **dict(endings.most_common(20)),
+        **named,
+        **({"more folders without images": len(empty) - 20} if empty[20:] else {}),
+    }
 
 
 class FolderSource(FileSource):
@@ -126,10 +281,16 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path, labels: str = ""):
         self.root = root
-        found = scan(root, (*EXTENSIONS, CAPTION))
-        texts = {path for path in found if path.endswith(CAPTION)}
+        found = scan(root, ("",))
+        texts = {path for path in found if path.lower().endswith(CAPTION)}
         paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
-        super().__init__(str(root), paths, [found[path] for path in paths], texts, labels)
+        known = {*texts, *paths, LISTING, *METADATA}
+        tops = {path.partition("/")[0] for path in paths if "/" in path}
+        empty = {e.name for e in os.scandir(root) if e.is_dir() and not hidden(e.name)} - tops if tops else set()
+        others = count_others((path for path in found if path not in known), empty)
+        if junk := sum(hidden(entry.name) for entry in os.scandir(root)):
+            others["hidden files and folders of the system"] = junk
+        super().__init__(str(root), paths, [found[path] for path in paths], texts, labels, others)
 
     def read(self, path: str, name: str) -> bytes:
         faults.require_plain(self.root / path)
@@ -142,8 +303,8 @@ class FolderSource(FileSource):
             f"{name} has {files.size(size)}, more than an image may have ({files.size(MAX_FILE_SIZE)}): remove it."
         )
 
-    def read_listing(self) -> bytes | None:
-        return self.read(LISTING, LISTING) if (self.root / LISTING).is_file() else None
+    def read_root(self, name: str) -> bytes | None:
+        return self.read(name, name) if (self.root / name).is_file() else None
 
 
 def scan(root: Path, endings: tuple[str, ...]) -> dict[str, int]:
@@ -170,7 +331,7 @@ def _walk(folder: Path | str, endings: tuple[str, ...], above: frozenset[str]) -
 
 def hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's images."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in JUNK
 
 
 def _size(entry: os.DirEntry) -> int:

@@ -10,8 +10,8 @@ from PIL import Image
 from repa.base.errors import UserError, nearest
 from repa.base.images import decode_image
 from repa.data.sources.archives import Slices
-from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes
-from repa.data.sources.contract import Source
+from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
+from repa.data.sources.contract import Source, sampled_digest
 from repa.data.sources.folders import MAX_FILE_SIZE
 from repa.data.sources.labels import labels_digest, no_classes
 from repa.data.sources.webdataset import caption_values
@@ -38,6 +38,7 @@ class TableSource(Source):
         if chosen.label:
             classes = classes_of_column(chosen, table[chosen.label][:], self.name, where)
         self.labels, self.class_names = classes
+        self.labels_from, self.left_out = labels_from(chosen, labels), left_out(chosen, _columns_of(table))
         self.has_captions = bool(chosen.caption)
         self._images = table.select_columns([chosen.image]).cast_column(chosen.image, datasets.Image(decode=False))
         self._image, self._caption = chosen.image, chosen.caption
@@ -45,9 +46,15 @@ class TableSource(Source):
         self.identity = {
             "name": where if where.startswith("hf:") else Path(where).name,
             "num_images": num,
-            "sha256": _digest(table, chosen.image),
+            "sha256": hashlib.sha256(
+                (_digest(table, chosen.image) + sampled_digest(num, self._contents)).encode()
+            ).hexdigest(),
             "labels_sha256": labels_digest(classes),
         }
+
+    def _contents(self, index: int) -> bytes:
+        cell = self._images[index][self._image]
+        return (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"
@@ -62,7 +69,7 @@ class TableSource(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         if self._captions is None:
             return ()
-        return caption_values(self._captions[index][self._caption], self.name(index))
+        return caption_values(self._captions[index][self._caption])
 
 
 def open_hub(
@@ -136,9 +143,16 @@ def _columns_of(table: Any) -> dict[str, Column]:
             columns[name] = Column("image")
         elif isinstance(feature, datasets.ClassLabel):
             columns[name] = Column("class", tuple(feature.names or ()))
+        elif getattr(feature, "dtype", "") in ("string", "large_string") or _lists_texts(feature):
+            columns[name] = Column("text")
         else:
             columns[name] = Column("other")
     return columns
+
+
+def _lists_texts(feature: Any) -> bool:
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
 def _digest(table: Any, image: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repa.base import files
+from repa.base import faults, files
 from repa.base.errors import UserError, nearest
-from repa.data.sources.contract import printable
+from repa.data.sources.contract import plain_text, printable
 
 ONE_CLASS = "all"
 MAX_CLASSES = 1_000_000  # a label far beyond them is no label, and would make as many names
-FILE_COLUMNS = ("file_name", "filename", "file", "path", "image", "name", "key")
-TABLES = (".csv", ".tsv", ".parquet")
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "path", "image", "name", "key", "image_id", "image_name", "image_path", "img", "filepath",
+)  # fmt: skip
+LABEL_COLUMNS = (
+    "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
+    "y",
+)  # fmt: skip
+"""What columns and keys of labels are usually called."""
+TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
 
 
 class Classes(NamedTuple):
@@ -40,8 +48,8 @@ def labels_digest(classes: Classes) -> str:
 def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str) -> Classes:
     """Labels as they were written, one for each image, as classes.
 
-    Whole numbers (also written as text) are labels already and their classes are named by them; other texts are the
-    names of classes, in sorted order.
+    Whole numbers (also written as text, or as 10.0) are labels already and their classes are named by them; -1 and 1
+    alone, as attributes have them, are two classes of these names; other texts are the names of classes, in sorted order.
 
     Args:
         values: int or str for each image; None and "" are missing.
@@ -51,26 +59,36 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
     Raises:
         UserError: a label is missing, no whole number from 0 on, or of another type.
     """
-    values = list(values)
+    values = [plain_text(value) if isinstance(value, str) else value for value in values]
     for index, value in enumerate(values):
         if value is None or value == "" or value != value:
             raise UserError(
                 f"{name_of(index)} has no label in {where}: give one to every image, or set labels to 'none'."
             )
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer, str)):
+        whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+        if isinstance(value, bool) or not (whole or isinstance(value, (int, np.integer, str))):
             raise UserError(
                 f"The label of {name_of(index)} in {where} is {value!r}: a label is a whole number or the name of a class."
             )
     if all(_is_whole(value) for value in values):
-        return _numbered([int(value) for value in values], name_of, where)
+        numbers = [int(value.partition(".")[0]) if isinstance(value, str) else int(value) for value in values]
+        if set(numbers) == {-1, 1}:
+            return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"])
+        return _numbered(numbers, name_of, where)
     texts = [str(value) for value in values]
-    names = sorted(set(texts))
+    names = in_order(set(texts))
     position = {name: label for label, name in enumerate(names)}
     return Classes(np.array([position[text] for text in texts], np.int64), [printable(name) for name in names])
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes: numbers by value, other texts as texts."""
+    names = list(names)
+    return sorted(names, key=float) if all(re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", n) for n in names) else sorted(names)
+
+
 def _is_whole(value: Any) -> bool:
-    return not isinstance(value, str) or re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value) is not None
+    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value) is not None
 
 
 def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) -> Classes:
@@ -78,7 +96,7 @@ def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) 
         if not 0 <= label < MAX_CLASSES:
             raise UserError(
                 f"The label of {name_of(index)} in {where} is {_short(label)}: labels are 0 to {MAX_CLASSES - 1:,}. "
-                "Mend it, or set labels to 'none'."
+                "Correct it, or set labels to 'none'."
             )
     return Classes(np.array(labels, np.int64), [str(label) for label in range(max(labels, default=0) + 1)])
 
@@ -101,7 +119,7 @@ def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str
         index = int(bad[0])
         raise UserError(
             f"The label of {name_of(index)} in {where} is {labels[index]}, but there are {len(names)} classes: "
-            "mend it, or set labels to 'none'."
+            "correct it, or set labels to 'none'."
         )
     return Classes(labels.astype(np.int64), [printable(name) for name in names])
 
@@ -122,8 +140,8 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     suffix = Path(path).suffix.lower()
     if suffix not in (".json", *TABLES):
         raise UserError(
-            f"labels was given {spec!r}: allowed are 'none', 'folders', a dataset.json, or a table such as "
-            "labels.csv:COLUMN (.csv, .tsv, .parquet)."
+            f"labels was given {spec!r}: allowed are 'none', 'folders', 'folders:2', 'folders:last', 'tars', a dataset.json, or "
+            "a table such as labels.csv:COLUMN (.csv, .tsv, .jsonl, .parquet)."
         )
     if not Path(path).is_file():
         raise UserError(f"labels names {path!r}, but there is no such file: give its path.")
@@ -161,6 +179,8 @@ def _unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
 
 def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Classes:
     """The classes of images from a table of their paths; the table must hold exactly those images."""
+    table = {plain_text(str(name)): value for name, value in table.items()}
+    names = [plain_text(name) for name in names]
     values = []
     for name in names:
         if name not in table:
@@ -174,7 +194,7 @@ def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Class
         extra = [name for name in table if name not in known]
         raise UserError(
             f"{where} gives labels to {len(extra):,} images that are not in the source; the first is "
-            f"{printable(str(extra[0]))}: remove them from it, or mend the source."
+            f"{printable(str(extra[0]))}: remove them from it, or correct the source."
         )
     return classes_of(values, lambda index: printable(names[index]), where)
 
@@ -190,6 +210,8 @@ def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
     """The column of paths, and the column asked for."""
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path, column)
+    if path.suffix.lower() == ".jsonl":
+        return _read_lines(path, column)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
@@ -201,6 +223,31 @@ def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
         if not name:
             raise UserError(f"Row {line} of {path} names no image: fill in the column {key!r}.")
     return [name for name, _ in rows], [value for _, value in rows]
+
+
+def _read_lines(path: Path, column: str) -> tuple[list[str], list[Any]]:
+    rows = rows_of_lines(path.read_bytes(), str(path))
+    key = _columns(path, list(rows[0]) if rows else [], column)
+    return [str(row.get(key, "")) for row in rows], [row.get(column) for row in rows]
+
+
+def rows_of_lines(data: bytes, name: str) -> list[dict[str, Any]]:
+    """The objects of a .jsonl, one a line."""
+    rows = []
+    with faults.reading(name, "JSON, one object a line"):
+        for line in data.decode("utf-8-sig").splitlines():
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be an object.")
+            rows += [row] if row else []
+    return rows
+
+
+def label_columns(there: Iterable[str]) -> list[str]:
+    """Those that are called as labels usually are, the likeliest first."""
+    there = list(there)
+    lower = {name.lower(): name for name in there}
+    return [lower[name] for name in LABEL_COLUMNS if name in lower]
 
 
 def _read_parquet(path: Path, column: str) -> tuple[list[str], list[Any]]:

@@ -37,8 +37,9 @@ def open_source(spec: str | Path, *, labels: str = "") -> Source:
         spec: a folder, a zip, tar shards (`shard-{0000..0099}.tar`, URLs, `pipe:COMMAND`), parquet or arrow files, an
             array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`; each with
             settings behind a colon where it has some, e.g. `hf:OWNER/NAME:split=train,image=img`. See docs/sources.md.
-        labels: "" for those the source has itself, "folders", "none", a `dataset.json`, `TABLE.csv:COLUMN` (.tsv and
-            .parquet too), or for arrays an .npy file.
+        labels: "" for those the source has itself; "none"; "folders" (the first folder of each path), "folders:2" (the
+            second), "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); or for
+            arrays an .npy file.
 
     Raises:
         UserError: nothing there, no images, missing or impossible labels, a damaged or unsafe file, unknown settings.

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from PIL import Image
 from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import decode_image
-from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes
-from repa.data.sources.contract import Source
+from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
+from repa.data.sources.contract import Source, sampled_digest
 from repa.data.sources.labels import labels_digest, no_classes
 from repa.data.sources.patterns import is_remote
 from repa.data.sources.webdataset import caption_values
@@ -56,11 +57,13 @@ class ParquetSource(Source):
             values = [value for shard in range(len(groups)) for value in self._read_labels(shard)]
             classes = classes_of_column(self._columns, values, self.name, self._where)
         self.labels, self.class_names = classes
+        self.labels_from = labels_from(self._columns, labels)
+        self.left_out = left_out(self._columns, _columns_of(first.schema_arrow))
         sizes = json.dumps([size for shard in groups for size in shard])
         self.identity = {
             "name": Path(self._where).name,
             "num_images": num,
-            "sha256": hashlib.sha256(sizes.encode()).hexdigest(),
+            "sha256": self._digest(sizes, num),
             "labels_sha256": labels_digest(classes),
         }
 
@@ -77,14 +80,26 @@ class ParquetSource(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         if not self.has_captions:
             return ()
-        return caption_values(self._cell(self._columns.caption, index), self.name(index))
+        return caption_values(self._cell(self._columns.caption, index))
+
+    def _digest(self, sizes: str, num: int) -> str:
+        digest = hashlib.sha256(sizes.encode())
+        if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their sizes
+            digest.update(sampled_digest(num, self._contents).encode())
+        return digest.hexdigest()
+
+    def _contents(self, index: int) -> bytes:
+        try:
+            return image_bytes(self._cell(self._columns.image, index), self.name(index))
+        except UserError:
+            return b""
 
     @property
     def _where(self) -> str:
         return self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
 
     def _require_one_split(self) -> None:
-        splits = sorted({s for s in SPLITS for shard in self.shards if Path(shard).name.split("-")[0] == s})
+        splits = sorted({s for s in SPLITS for shard in self.shards if re.split("[-_.]", Path(shard).name)[0] == s})
         if len(splits) > 1:
             raise UserError(
                 f"{Path(self.shards[0]).parent} holds several splits ({', '.join(splits)}): give the files of one, e.g. "
@@ -197,9 +212,18 @@ def _columns_of(schema: Any) -> dict[str, Column]:
         elif feature.get("_type") == "ClassLabel":
             names = feature.get("names")
             columns[field.name] = Column("class", tuple(map(str, names)) if isinstance(names, list) else ())
+        elif types.is_string(field.type) or types.is_large_string(field.type) or _lists_texts(field.type):
+            columns[field.name] = Column("text")
         else:
             columns[field.name] = Column("other")
     return columns
+
+
+def _lists_texts(kind: Any) -> bool:
+    from pyarrow import types
+
+    listed = types.is_list(kind) or types.is_large_list(kind)
+    return listed and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
 
 
 def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:

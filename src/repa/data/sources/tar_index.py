@@ -16,7 +16,7 @@ from repa.base.npz import load_npz
 from repa.data.sources.archives import Slices, leads_out
 from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
 
-FORMAT = 1  # of the files in the cache
+FORMAT = 2  # of the files in the cache
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
 NONE = (0, -1)  # a part that a sample does not have
 
@@ -77,13 +77,18 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
     slices = Slices(path)
     for key, members in _samples(path, name, size):
         found = _image_of(key, members, name, image)
-        text, meta = members.get("txt", NONE), members.get("json", NONE)
-        for part, what in ((text, "txt"), (meta, "json"), (members.get("cls", NONE), "cls")):
+        # of 0001.v2.png the others are 0001.v2.cls and so on: names are one sample up to their first dot
+        dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
+        names = {what: f"{dotted}.{what}" for what in ("txt", "json", "cls")} if dotted else {}
+        text, meta, cls = (
+            members.get(names.get(what, what), members.get(what, NONE)) for what in ("txt", "json", "cls")
+        )
+        for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
-        if "cls" in members:
-            labels.append(_text(slices.read(*members["cls"]), f"{key}.cls in {name}").strip() or None)
-        elif "json" in members:
+        if cls is not NONE:
+            labels.append(_text(slices.read(*cls), f"{key}.cls in {name}").strip() or None)
+        elif meta is not NONE:
             said = f"{key}.json in {name}"
             labels.append(_label(read_json(slices.read(*meta), said).get(label), said))
         else:

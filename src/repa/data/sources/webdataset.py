@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.data.sources.archives import Slices
-from repa.data.sources.contract import Source, Strings, printable
+from repa.data.sources.contract import Source, Strings, printable, sampled_digest
 from repa.data.sources.fetching import Fetcher
 from repa.data.sources.folders import caption_lines, from_folders
-from repa.data.sources.labels import Classes, classes_of, from_file, labels_digest, no_classes
+from repa.data.sources.labels import (
+    Classes,
+    classes_of,
+    from_file,
+    in_order,
+    label_columns,
+    labels_digest,
+    no_classes,
+)
 from repa.data.sources.patterns import is_remote
 from repa.data.sources.tar_index import Index, cached_path, index_of, load_index, read_json
 
@@ -44,7 +53,8 @@ class WebDataset(Source):
         """
         Args:
             shards: paths, URLs, or `pipe:COMMAND`.
-            labels: "", "none", "folders" (the first part of a sample's path), or a file with labels by path.
+            labels: "", "none", "folders" (the first part of a sample's path; folders:2, folders:last), "tars" (the name of
+                its shard), or a file with labels by path.
             image: extension of the image of a sample that holds several.
             label: key of the label in the .json.
             caption: key of the caption in the .json.
@@ -61,7 +71,8 @@ class WebDataset(Source):
         self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
         self.keys = Strings(key for index in indices for key in index.keys)
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        classes = self._classes(labels, [value for index in indices for value in index.labels])
+        self._forget()
+        classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
         self.labels, self.class_names = classes
         self.identity = {
             "name": Path(self.shards[0]).name,
@@ -70,7 +81,7 @@ class WebDataset(Source):
             "sha256": self._digest(),
             "labels_sha256": labels_digest(classes),
         }
-        self._forget()
+        self._forget()  # what was read for the identity is not kept open
 
     def name(self, index: int) -> str:
         return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
@@ -84,16 +95,55 @@ class WebDataset(Source):
         if self._parts[index, JSON, 1] < 0:
             return ()
         value = read_json(self._read(index, JSON), self.name(index)).get(self._caption)
-        return caption_values(value, self.name(index))
+        return caption_values(value)
 
-    def _classes(self, labels: str, written: list[str | None]) -> Classes:
-        if labels == "folders":
-            return from_folders(self._shard_name(0), self.keys)
-        if labels not in ("", "none"):
-            return from_file(labels, self.keys)
-        if labels == "none" or not any(value is not None for value in written):
+    def _classes(self, labels: str, written: list[str | None], label: str) -> Classes:
+        if labels == "none":
+            self.labels_from = "--labels none: one class"
             return no_classes(len(self.keys))
-        return classes_of(written, self.name, "its shard (.cls, or the label in .json)")
+        if labels == "tars":
+            self.labels_from = "the name of each tar"
+            return self._of_tars()
+        if labels.partition(":")[0] == "folders":
+            classes, self.labels_from = from_folders(self._shard_name(0), self.keys, labels)
+            return classes
+        if labels:
+            self.labels_from = labels
+            return from_file(labels, self.keys)
+        if any(value is not None for value in written):
+            self.labels_from = f".cls, or {label!r} in the .json of each sample"
+            return classes_of(written, self.name, "its shard (.cls, or the label in .json)")
+        self._require_nothing_label_like()
+        return no_classes(len(self.keys))
+
+    def _of_tars(self) -> Classes:
+        stems = [Path(name.partition("?")[0]).stem for name in self.shards]
+        names = in_order(set(stems))
+        position = {name: label for label, name in enumerate(names)}
+        per_shard = np.diff([0, *self._ends])
+        return Classes(np.repeat([position[stem] for stem in stems], per_shard).astype(np.int64), names)
+
+    def _require_nothing_label_like(self) -> None:
+        """Without .cls and labels in .json: refuse where something else looks like labels, and name the choice."""
+        where = Path(self.shards[0]).parent
+        if (self._parts[:, JSON, 1] >= 0).any():
+            first = int(np.argmax(self._parts[:, JSON, 1] >= 0))
+            if found := label_columns(read_json(self._read(first, JSON), self.name(first))):
+                raise UserError(
+                    f"The .json of {self.name(first)} has no 'label', but {', '.join(found)}: name the one as "
+                    f"{self.shards[0]}:label={found[0]}, or give --labels none for one class."
+                )
+        tops = {key.partition("/")[0] for key in self.keys if "/" in key}
+        if len(tops) > 1:
+            raise UserError(
+                f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {', '.join(sorted(tops)[:3])}: "
+                "give --labels folders if they are the classes, or --labels none for one class."
+            )
+        if len(self.shards) > 1 and not _numbered(self.shards):
+            raise UserError(
+                f"The tars in {where} have no labels, but names such as {self._shard_name(0)} and {self._shard_name(1)}: give "
+                "--labels tars if each is a class, or --labels none for one class."
+            )
 
     def _index(self, shard: str, image: str, label: str) -> Index:
         if is_remote(shard):
@@ -110,6 +160,8 @@ class WebDataset(Source):
 
     def _digest(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._parts[:, IMAGE, 1]).tobytes())
+        if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their URLs
+            digest.update(sampled_digest(len(self.keys), lambda index: self._read(index, IMAGE)).encode())
         digest.update("\n".join(self.keys).encode(errors="surrogatepass"))
         return digest.hexdigest()
 
@@ -147,11 +199,20 @@ class WebDataset(Source):
         self._forget()
 
 
-def caption_values(value: Any, name: str) -> tuple[str, ...]:
-    """A caption, or a list of them, as they lie in a .json or a column; raises UserError for anything else."""
-    if value is None or value == "":
-        return ()
+def _numbered(shards: Sequence[str]) -> bool:
+    """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar?"""
+    stems = [Path(shard.partition("?")[0]).stem for shard in shards]
+    matches = [re.search(r"([0-9]+)(?!.*[0-9])", stem) for stem in stems]
+    if not all(matches):
+        return False
+    numbers = sorted(int(match[1]) for match in matches)
+    others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
+    return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def caption_values(value: Any) -> tuple[str, ...]:
+    """A caption, or a list of them, as they lie in a .json or a column; none where they are anything but texts."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
-        raise UserError(f"The caption of {name} is {str(value)[:80]!r}: it must be a text, or a list of texts.")
-    return tuple(values)
+        return ()
+    return tuple(text for text in values if text)

@@ -1,0 +1,269 @@
+"""`prepare` decides nothing about labels in silence: what is told, what is refused, and by which choice it goes on."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.cli.main import run as repa
+from repa.data import open_source
+from repa.data.manifest import Manifest
+
+
+def picture(seed=0, size=8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8))
+
+
+def png(seed=0) -> bytes:
+    out = io.BytesIO()
+    picture(seed).save(out, "PNG")
+    return out.getvalue()
+
+
+def tree(root, *paths):
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(png(number))
+    return root
+
+
+def classes(source):
+    return [source.class_names[label] for label in source.labels]
+
+
+def test_numbers_of_folders_and_texts_are_sorted_by_value(tmp_path):
+    source = open_source(tree(tmp_path, *(f"{n}/a.png" for n in (0, 1, 2, 3, 10, 11))))
+    assert source.class_names == ["0", "1", "2", "3", "10", "11"]
+
+
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("training", "validation")])
+def test_splits_are_no_classes(splits, tmp_path):
+    tree(tmp_path, *(f"{split}/{name}/1.png" for split in splits for name in ("cat", "dog")))
+    with pytest.raises(UserError, match="splits"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / splits[0]).class_names == ["cat", "dog"]
+    assert open_source(tmp_path, labels="folders:2").class_names == ["cat", "dog"]
+    assert open_source(tmp_path, labels="folders").class_names == sorted(splits)
+
+
+def test_one_split_around_the_classes_is_announced(tmp_path):
+    source = open_source(tree(tmp_path, "train/cat/1.png", "train/dog/1.png"))
+    assert source.class_names == ["cat", "dog"]
+    assert "train" in source.labels_from
+
+
+def test_a_class_with_subfolders_is_not_two_classes(tmp_path):
+    tree(tmp_path, "cat/2019/1.png", "cat/2020/2.png")
+    with pytest.raises(UserError, match="--labels folders:2"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, labels="folders").class_names == ["cat"]
+    assert open_source(tmp_path, labels="folders:last").class_names == ["2019", "2020"]
+
+
+def test_folders_of_the_system_and_other_files_are_counted(tmp_path):
+    tree(tmp_path, "cat/1.png", "dog/1.png", "@eaDir/x.png", "$RECYCLE.BIN/y.png", "lost+found/z.png")
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "cat/1.raw").write_bytes(b"x")
+    source = open_source(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert source.left_out == {
+        "files .raw": 1, "folder without images: bird": 1, "hidden files and folders of the system": 3
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "ppm", "tga", "jp2", "avif", "apng"])
+def test_every_ending_of_a_format_that_is_decoded_is_taken(ending, tmp_path):
+    tree(tmp_path, "a.png")
+    kind = {"jfif": "JPEG", "jpe": "JPEG", "tga": "TGA", "jp2": "JPEG2000", "avif": "AVIF", "ppm": "PPM", "apng": "PNG"}
+    try:
+        picture().save(tmp_path / f"b.{ending}", kind[ending])
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {ending}")
+    source = open_source(tmp_path)
+    assert len(source) == 2
+    source.decode(1)
+
+
+def test_a_zip_with_backslashes_has_its_folders(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        for number, name in enumerate(("cat\\1.png", "dog\\1.png")):
+            archive.writestr(name, png(number))
+    source = open_source(tmp_path / "w.zip")
+    assert source.class_names == ["cat", "dog"]
+    source.decode(1)
+
+
+def tar(path, **members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_one_tar_a_class(tmp_path):
+    for number, name in enumerate(("n01440764", "n01443537")):
+        tar(tmp_path / f"{name}.tar", **{f"{name}_1.png": png(number), f"{name}_2.png": png(number + 5)})
+    with pytest.raises(UserError, match="--labels tars"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, labels="tars")
+    assert (source.class_names, source.labels.tolist()) == (["n01440764", "n01443537"], [0, 0, 1, 1])
+    assert open_source(tmp_path, labels="none").class_names == ["all"]
+
+
+def test_shards_that_are_counted_through_need_no_choice(tmp_path):
+    for number in range(2):
+        tar(tmp_path / f"train-{number:04}.tar", **{f"{number}.png": png(number)})
+    assert open_source(tmp_path).class_names == ["all"]
+
+
+def test_dots_in_the_names_of_a_sample(tmp_path):
+    members = {}
+    for number, label in enumerate(("cat", "dog")):
+        members |= {f"{number}.v2.png": png(number), f"{number}.v2.cls": label.encode()}
+    tar(tmp_path / "a.tar", **members)
+    assert classes(open_source(tmp_path / "a.tar")) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("key", ["class", "target"])
+def test_a_key_of_the_json_that_looks_like_a_label(key, tmp_path):
+    tar(tmp_path / "a.tar", **{"0.png": png(), "0.json": json.dumps({key: 1}).encode()})
+    with pytest.raises(UserError, match=f"label={key}"):
+        open_source(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("column", ["labels", "fine_label", "class", "cls", "target"])
+def test_columns_that_are_called_as_labels_are(column, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"image": [png(0), png(1)], column: [1, 0]}), tmp_path / "p.parquet")
+    source = open_source(tmp_path / "p.parquet")
+    assert source.labels.tolist() == [1, 0]
+    assert column in source.labels_from
+
+
+def test_two_columns_that_could_be_the_label_are_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"image": [png()], "fine_label": [1], "coarse_label": [0]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="label=fine_label"):
+        open_source(tmp_path / "p.parquet")
+
+
+def test_splits_of_parquet_files_are_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name in ("train", "test"):
+        parquet.write_table(pa.table({"image": [png()], "label": [0]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="splits"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["metadata.csv", "metadata.jsonl"])
+def test_the_metadata_of_imagefolder(file, tmp_path):
+    tree(tmp_path, "a.png", "b.png")
+    rows = [{"file_name": "a.png", "label": "dog"}, {"file_name": "b.png", "label": "cat"}]
+    csv = "file_name,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in rows)
+    (tmp_path / file).write_text(csv if file.endswith("csv") else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = open_source(tmp_path)
+    assert classes(source) == ["dog", "cat"]
+    assert file in source.labels_from
+
+
+def table(tmp_path, text):
+    tree(tmp_path, *(f"{name}.png" for name in "abc"))
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
+    return open_source(tmp_path, labels=str(tmp_path / "labels.csv"))
+
+
+def test_numbers_written_as_floats_are_numbers(tmp_path):
+    assert table(tmp_path, "name,label\na.png,10.0\nb.png,2.0\nc.png,0.0\n").labels.tolist() == [10, 2, 0]
+
+
+def test_spaces_and_forms_of_accents_make_no_classes(tmp_path):
+    source = table(tmp_path, "name,label\na.png, cat\nb.png,cat\nc.png,caf\u0065\u0301\n")
+    assert source.class_names == ["caf\u00e9", "cat"]
+
+
+def test_the_table_of_celeba(tmp_path):
+    tree(tmp_path, *(f"{name}.png" for name in "abc"))
+    (tmp_path / "attr.csv").write_text("image_id,Smiling,Young\na.png,-1,1\nb.png,1,1\nc.png,-1,-1\n", encoding="utf-8")
+    source = open_source(tmp_path, labels=f"{tmp_path / 'attr.csv'}:Smiling")
+    assert (source.class_names, source.labels.tolist()) == (["-1", "1"], [0, 1, 0])
+
+
+def test_halves_are_no_labels(tmp_path):
+    with pytest.raises(UserError, match="a label is a whole number"):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"image": [png()], "label": [0.5]}), tmp_path / "p.parquet")
+        open_source(tmp_path / "p.parquet")
+
+
+def test_pictures_that_were_replaced_are_another_source(tmp_path):
+    tree(tmp_path, "a/1.bmp", "b/2.bmp")
+    before = open_source(tmp_path).identity
+    data = (tmp_path / "a/1.bmp").read_bytes()
+    (tmp_path / "a/1.bmp").write_bytes(bytes(255 - byte for byte in data))
+    assert open_source(tmp_path).identity != before
+
+
+def test_profiles_of_colour_are_converted(tmp_path):
+    """Under a profile whose primaries are those of sRGB nothing changes; under another, colours do."""
+    flat = Image.new("RGB", (4, 4), (200, 30, 30))
+
+    def saved(profile):
+        out = io.BytesIO()
+        flat.save(out, "PNG", icc_profile=ImageCms.ImageCmsProfile(profile).tobytes())
+        return np.asarray(decode_image(out.getvalue(), "x"))
+
+    assert np.abs(saved(ImageCms.createProfile("sRGB")).astype(int) - np.asarray(flat)).max() <= 1
+    out = io.BytesIO()
+    flat.save(out, "PNG", icc_profile=b"no profile")
+    assert np.array_equal(np.asarray(decode_image(out.getvalue(), "x")), np.asarray(flat))
+
+
+def test_the_inventory_is_printed_and_kept(tmp_path, capsys):
+    tree(tmp_path / "in", "cat/1.png", "cat/2.png", "dog/1.png")
+    (tmp_path / "in/cat/notes.md").write_text("x", encoding="utf-8")
+    assert repa(["prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--resolution", "8"]) == 0
+    text = capsys.readouterr().out
+    for words in ("the first folder of each path", "cat 2", "dog 1", "files .md", "repa train"):
+        assert words in text
+    manifest = Manifest.open(tmp_path / "out")
+    assert manifest.inventory.left_out == {"files .md": 1}
+    assert manifest.class_counts == (2, 1)
+
+
+def test_a_locale_of_few_letters_reads_utf_8(tmp_path, monkeypatch):
+    import os
+    import subprocess
+    import sys
+
+    tree(tmp_path / "in", "caf\u00e9/1.png", "dog/1.png")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (["prepare", "in", "out", "--resolution", "8"], ["show", "out"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "repa", *command], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_picture_with_a_long_text_is_taken(tmp_path):
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "node " * 600_000, zip=True)
+    out = io.BytesIO()
+    picture().save(out, "PNG", pnginfo=info)
+    assert decode_image(out.getvalue(), "x").size == (8, 8)
