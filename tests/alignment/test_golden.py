@@ -56,6 +56,31 @@ def test_sra_head():
     golden.check(head(golden.tensor(case["inputs"])), case["expected"])
 
 
+def test_sra_with_two_times():
+    case = golden.load("sra_dts_as")
+    velocity, wanted_velocity, student, target = (
+        golden.tensor(case["inputs"][name]) for name in ("v_tokens", "target_tokens", "student", "teacher")
+    )
+    wanted = case["expected"]
+    by_tokens = float(LOSSES.build("cosine:axis=tokens")(student, target).mean())
+    assert 1 + by_tokens == pytest.approx(wanted["align_as_released_dim1_tokens"]["sum"] / 12, rel=1e-9)
+    by_channels = float(LOSSES.build("cosine")(student, target).mean())
+    assert 1 + by_channels == pytest.approx(wanted["align_over_channels_recommended"], rel=1e-9)
+    denoising = LOSSES.build("mse")(velocity, wanted_velocity)
+    assert denoising.tolist() == pytest.approx(wanted["denoising_per_sample"], rel=1e-9)
+
+
+def test_vavae_vf():
+    """The tokenizer's loss of VA-VAE has the terms of this engine: relations with a margin, and the cosine."""
+    case = golden.load("vavae_vf")
+    own, target = (golden.tensor(case["inputs"][name]).mT for name in ("z_proj", "f"))  # (2, 4, 6)
+    wanted = case["expected"]
+    for margin, name in ((0, "mdms_0"), (0.25, "mdms_0_25")):
+        found = float(LOSSES.build(f"gram:norm=l1,margin={margin}")(own, target).mean())
+        assert found == pytest.approx(wanted[name], rel=1e-9)
+    assert 1 + float(LOSSES.build("cosine")(own, target).mean()) == pytest.approx(wanted["mcos_0"], rel=1e-9)
+
+
 def test_self_transcendence():
     case = golden.load("self_transcendence")
     conditional, null, projected = (golden.tensor(case["inputs"][name]) for name in ("cond", "uncond", "projected"))

@@ -96,22 +96,32 @@ def test_nt_xent_refuses_a_batch_without_negatives():
         LOSSES.build("nt_xent")(*pair(n=1))
 
 
-def rank_loss_and_gradient(rank, folder):
+ACROSS = ("nt_xent", "dispersive:temperature=1", "gram:scope=batch", "gram:scope=batch,norm=l1,margin=0.1")
+
+
+def loss_and_gradient(spec, a, b):
+    a = a.clone().requires_grad_()
+    loss = LOSSES.build(spec)(a, None if spec.startswith("dispersive") else b)
+    loss.mean().backward()
+    return loss.detach(), a.grad
+
+
+def rank_losses_and_gradients(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     a, b = (x[2 * rank : 2 * rank + 2] for x in pair())
-    a = a.clone().requires_grad_()
-    loss = LOSSES.build("nt_xent")(a, b)
-    loss.mean().backward()
-    torch.save((loss.detach(), a.grad / 2), f"{folder}/{rank}.pt")  # DDP averages gradients over the two processes
+    found = {}
+    for spec in ACROSS:
+        loss, gradient = loss_and_gradient(spec, a, b)
+        found[spec] = loss, gradient / 2  # DDP averages gradients over the two processes
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.teardown()
 
 
-def test_nt_xent_on_two_processes_equals_one_with_the_whole_batch(tmp_path):
-    mp.spawn(rank_loss_and_gradient, args=(str(tmp_path),), nprocs=2)
-    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
-    a, b = pair()
-    a.requires_grad_()
-    loss = LOSSES.build("nt_xent")(a, b)
-    loss.mean().backward()
-    assert torch.allclose(torch.cat(losses), loss, atol=1e-5)
-    assert torch.allclose(torch.cat(gradients), a.grad, atol=1e-6)
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
+    mp.spawn(rank_losses_and_gradients, args=(str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for spec in ACROSS:
+        losses, gradients = zip(*(part[spec] for part in parts), strict=True)
+        loss, gradient = loss_and_gradient(spec, *pair())
+        torch.testing.assert_close(torch.cat(losses), loss, rtol=1e-5, atol=1e-5, msg=spec)
+        torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-4, atol=1e-6, msg=spec)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from repa.alignment import SCHEDULES
@@ -15,3 +17,43 @@ from repa.alignment import SCHEDULES
 def test_values(spec, values):
     schedule = SCHEDULES.build(spec)
     assert {step: schedule(step) for step in values} == pytest.approx(values)
+
+
+def stopped_at(losses, spec="plateau:span=4,gain=0.1"):
+    schedule = SCHEDULES.build(spec)
+    for step, loss in enumerate(losses, start=1):
+        if schedule.watches(step):
+            schedule.observe(step, loss)
+        if schedule(step) == 0:
+            return step
+    return None
+
+
+def test_plateau_stops_at_the_end_of_a_span_without_a_gain():
+    falling = [-0.1 * step for step in range(12)]
+    assert stopped_at(falling) is None
+    assert stopped_at(falling + [falling[-1]] * 12) == 20  # the span from 13 to 16 is still below the one before
+    assert stopped_at([-0.5, -0.7] * 8) == 8  # up and down within a span is no gain
+    assert stopped_at([0.0, float("nan")] + [0.0] * 10) == 8
+
+
+def test_plateau_looks_a_hundred_times_a_span():
+    schedule = SCHEDULES.build("plateau:span=10000")
+    assert sum(schedule.watches(step) for step in range(1, 10_001)) == 100
+    assert stopped_at([1.0] * 30_000, "plateau:span=10000") == 20_000
+
+
+@pytest.mark.parametrize("split", range(1, 20))
+def test_plateau_continues_from_its_state_as_if_nothing_was(split):
+    losses = [-0.1 * min(step, 11) for step in range(24)]
+    first = SCHEDULES.build("plateau:span=4,gain=0.1")
+    second = SCHEDULES.build("plateau:span=4,gain=0.1")
+    for step, loss in enumerate(losses[:split], start=1):
+        first.observe(step, loss)
+    second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
+    for step, loss in enumerate(losses[split:], start=split + 1):
+        for schedule in (first, second):
+            if schedule.watches(step):
+                schedule.observe(step, loss)
+        assert first.state() == second.state()
+    assert first(24) == second(24) == 0.0

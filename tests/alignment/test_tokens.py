@@ -67,3 +67,11 @@ def test_zscore_refuses_one_token_and_a_text_as_alpha():
         TOKEN_NORMS.build("zscore")(torch.zeros(1, 1, 2))
     with pytest.raises(UserError, match="alpha"):
         TOKEN_NORMS.build("zscore:alpha=much")(torch.zeros(1, 4, 2))
+
+
+def test_layernorm_is_over_the_channels_of_a_token():
+    tokens = torch.tensor([[[1.0, 3.0], [10.0, 30.0]]], dtype=torch.float64)
+    found = TOKEN_NORMS.build("layernorm")(tokens)
+    torch.testing.assert_close(
+        found, torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]], dtype=torch.float64), rtol=1e-4, atol=0
+    )

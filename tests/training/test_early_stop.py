@@ -54,3 +54,19 @@ def test_alignment_stops_and_its_encoder_with_it(tiny_config, images_only, tmp_p
         load_file(layout.checkpoint_folder(tmp_path / n, 7) / layout.EMA_FILE) for n in ("stopped", "halves")
     )
     assert all(torch.equal(value, halves[key]) for key, value in whole.items())
+
+
+def test_a_plateau_stops_the_term_and_a_continued_run_at_the_same_step(tiny_config, images_only, tmp_path):
+    """No loss falls by 10 in two steps: it stops after its second span, whether or not the run was continued between."""
+    (term,) = tiny_config.alignments
+    config = tiny_config.override(
+        alignments=(term.override(schedule="plateau:span=2,gain=10"),), num_steps=7, save_every=1
+    )
+    whole = start(config, images_only, tmp_path / "whole")
+    assert ["alignment" in row for row in whole] == [True] * 4 + [False] * 3
+    start(config.override(num_steps=3), images_only, tmp_path / "parts")
+    parts = start(config, images_only, tmp_path / "parts")
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
+    start(config.override(num_steps=5), images_only, tmp_path / "after")
+    after = start(config, images_only, tmp_path / "after")
+    assert [row["loss"] for row in after] == [row["loss"] for row in whole]

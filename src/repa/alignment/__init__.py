@@ -34,7 +34,12 @@ PROJECTORS = Registry(
 )
 # f(tokens (N, T, F), **settings) -> (N, T, F)
 TOKEN_NORMS = Registry(
-    "token normalisation", {"none": "repa.alignment.tokens:identity", "zscore": "repa.alignment.tokens:zscore"}
+    "token normalisation",
+    {
+        "none": "repa.alignment.tokens:identity",
+        "zscore": "repa.alignment.tokens:zscore",
+        "layernorm": "repa.alignment.tokens:layernorm",
+    },
 )
 # f(step, **settings) -> multiplier of the weight at that step
 SCHEDULES = Registry(
@@ -44,6 +49,7 @@ SCHEDULES = Registry(
         "stop": "repa.alignment.schedules:stop",
         "linear": "repa.alignment.schedules:linear",
         "cosine": "repa.alignment.schedules:cosine",
+        "plateau": "repa.alignment.schedules:Plateau",
     },
 )
 

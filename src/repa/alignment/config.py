@@ -32,7 +32,7 @@ class AlignmentConfig(Config):
     """Lambda of Eq. 9: how much this term counts beside the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
-    """Multiplier of the weight over training: constant, stop:step=250000, linear:steps=400000, cosine:steps=400000."""
+    """Multiplier of the weight over training: constant, stop:step=250000, linear:steps=400000, cosine:steps=400000, plateau."""
 
     times: tuple[float, float] = (0.0, 1.0)
     """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
@@ -44,7 +44,7 @@ class AlignmentConfig(Config):
     """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, none."""
 
     token_norm: Annotated[str, Spec(TOKEN_NORMS)] = "none"
-    """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6."""
+    """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6, layernorm."""
 
     resample: Literal["student", "target"] = "student"
     """Whose token grid both are compared on, where they differ."""

@@ -1,9 +1,12 @@
 """Multiplier of an alignment's weight at a training step: f(step, **settings) -> float in [0, 1]. Plain Python, no torch.
 
+A schedule that depends on how training goes is an object with `watches`, `observe`, `state` and `load` besides: see `Plateau`.
+
 Steps are optimiser steps, counted from 0; settings that are no whole number of at least 1 raise UserError.
 """
 
 import math
+from collections.abc import Mapping
 
 from repa.base.errors import UserError
 
@@ -26,6 +29,46 @@ def linear(now: int, /, *, steps: int = 400_000) -> float:
 def cosine(now: int, /, *, steps: int = 400_000) -> float:
     """From 1 at step 0 down half a cosine to 0 at `steps`."""
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, now / _positive("cosine", "steps", steps))))
+
+
+class Plateau:
+    """1 until the term's loss stops falling, 0 from then on: what HASTE (arXiv 2505.16792) sets by hand as a step.
+
+    The loss is looked at a hundred times in `span` steps. When its mean over a span is not at least `gain` below that of
+    the span before, the term has stopped. The training loop tells it the losses and keeps its state in checkpoints.
+    """
+
+    def __init__(self, *, span: int = 10_000, gain: float = 0.002):
+        _positive("plateau", "span", span)
+        if not (isinstance(gain, (int, float)) and gain >= 0):
+            raise UserError(f"The weight schedule 'plateau' needs a gain of at least 0, but got {gain!r}.")
+        self.span, self.gain, self.every = span, gain, max(1, span // 100)
+        self.total, self.count, self.before, self.stopped = 0.0, 0, math.inf, False
+
+    def __call__(self, now: int, /) -> float:
+        return 0.0 if self.stopped else 1.0
+
+    def watches(self, step: int) -> bool:
+        """Whether it wants the loss of the step that was just done, counted from 1."""
+        return not self.stopped and step % self.every == 0
+
+    def observe(self, step: int, loss: float) -> None:
+        """The term's mean loss over the global batch; one that is not finite is passed over."""
+        if math.isfinite(loss):
+            self.total, self.count = self.total + loss, self.count + 1
+        if step // self.span != (step - self.every) // self.span and self.count:
+            mean = self.total / self.count
+            self.stopped = self.before - mean < self.gain
+            self.before, self.total, self.count = mean, 0.0, 0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds; `before` is left out until there is one, as a file of plain numbers holds no infinity."""
+        before = {} if math.isinf(self.before) else {"before": self.before}
+        return {"total": self.total, "count": self.count, "stopped": self.stopped, **before}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        self.total, self.count, self.stopped = state["total"], int(state["count"]), bool(state["stopped"])
+        self.before = state.get("before", math.inf)
 
 
 def _positive(schedule: str, name: str, value: int) -> int:

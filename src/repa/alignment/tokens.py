@@ -71,3 +71,8 @@ def zscore(tokens: Tensor, *, alpha: float = 0.6) -> Tensor:
         )
     mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (N, 1, F), unbiased
     return (tokens - alpha * mean) / (std + 1e-6)
+
+
+def layernorm(tokens: Tensor) -> Tensor:
+    """Each token to mean 0 and variance 1 over its channels, (N, T, F): for losses that feel the size of a target, as `mse`."""
+    return F.layer_norm(tokens, tokens.shape[-1:])

@@ -115,6 +115,7 @@ def train(
             state.guard.unscale(state.objective.parameters())
             norms = [whole(nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm)) for group in groups]
             state.advance(norms)
+            state.objective.observe(state.step, losses)
 
             by_clock = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
             stop, by_clock, failed = _agree([bool(caught), by_clock, writer.failed], state.step, device)

@@ -68,6 +68,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.alignments = nn.ModuleDict({a.config.module: a for a in alignments})
+        self.watching = {a.config.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
         self.process = build_process(diffusion)
         self.token_times = diffusion.token_times
         self.streams, self.head_weight = tuple(streams), head_weight
@@ -170,6 +171,22 @@ class Objective(nn.Module):
             total = total + weight * loss  # Eq. 9
             terms[f"alignment/{alignment.config.key}"] = loss.detach()
         return Losses(total, terms)
+
+    def observe(self, step: int, losses: Losses) -> None:
+        """Tell schedules that ask for it how their terms stand after `step` steps; waits for the device on those steps."""
+        for key, schedule in self.watching.items():
+            loss = losses.terms.get(f"alignment/{key}")
+            if schedule.watches(step) and loss is not None:
+                schedule.observe(step, float(dist.mean_over(loss.mean())))
+
+    def observed(self) -> dict[str, dict[str, float]]:
+        """What those schedules know, by the key of the term."""
+        return {key: schedule.state() for key, schedule in self.watching.items()}
+
+    def take_up(self, observed: Mapping[str, Mapping[str, float]]) -> None:
+        """The way back, from a checkpoint."""
+        for key, schedule in self.watching.items():
+            schedule.load(observed[key])
 
     def averages(self, step: int) -> bool:
         """Does a term of this step look at the averaged network?"""

@@ -77,7 +77,7 @@ class TrainState:
             )
         )  # fmt: skip
         averages = {name: gather(average.model.state_dict(), copy=copy) for name, average in self.averages.items()}
-        counters = {"seconds": self.seconds, **self.guard.state()}
+        counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
         return Checkpoint(self.step, model, ema, projectors, optimizer, counters, averages)
 
     def keep_snapshot(self, run: Path) -> None:
@@ -106,6 +106,7 @@ class TrainState:
         load(self.objective.alignments, checkpoint.projectors)
         load_named_state(self.optimizer, self.objective, checkpoint.optimizer)
         self.guard.load(checkpoint.counters)
+        self.objective.take_up(checkpoint.counters.get("schedules", {}))
         self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
 
     @contextlib.contextmanager
