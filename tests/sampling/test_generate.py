@@ -154,10 +154,32 @@ def test_a_class_that_does_not_exist(labels, run):
         generate(run, ODE.override(labels=labels), range(2))
 
 
-@pytest.mark.parametrize("labels", ["", "cat", "-1", "1,", "1.5", "²"])
+@pytest.mark.parametrize("labels", ["", "1,", " "])
 def test_labels_that_are_none(labels):
-    with pytest.raises(UserError, match="must be uniform, balanced, or class numbers"):
+    with pytest.raises(UserError, match="must be uniform, balanced, or classes"):
         ODE.override(labels=labels)
+
+
+@pytest.mark.parametrize("labels", ["cow", "-1", "1.5", "²", "9" * 5000])
+def test_classes_that_nobody_knows(labels, run):
+    with pytest.raises(UserError, match="does not exist"):
+        generate(run, ODE.override(labels=labels), range(2))
+
+
+def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
+    asked = []
+    denoiser = LoadedRun.denoiser
+    monkeypatch.setattr(LoadedRun, "denoiser", lambda self, y, g=None: asked.append(y.tolist()) or denoiser(self, y, g))
+    named = replace(run, class_names=("1", "tench, Tinca tinca"))
+    for text, wanted in (("1", [0, 0]), ("tench, Tinca tinca", [1, 1]), ("0,1", [0, 0])):
+        generate(named, ODE.override(labels=text, steps=1), range(2))
+        assert asked.pop() == wanted
+    gap = replace(run, class_counts=(0, 7))
+    for protocol in ("uniform", "balanced"):
+        generate(gap, ODE.override(labels=protocol, steps=1), range(3))
+        assert asked.pop() == [1, 1, 1]
+    with pytest.raises(UserError, match="no training images"):
+        generate(gap, ODE.override(labels="0", steps=1), range(2))
 
 
 def test_the_file_is_what_evaluators_read(run, tmp_path):

@@ -92,6 +92,7 @@ class Previews:
                 "ema",
                 names,
                 label_dropout=self.config.label_dropout,
+                class_counts=tuple(self.data.manifest.class_counts),
             )
             images = made(max(num_drawn, num_scored))
             if scored:

@@ -35,11 +35,18 @@ class LoadedRun:
     class_names: tuple[str, ...] = ()
     folder: Path | None = None
     label_dropout: float | None = None  # that it was trained with; None: not known
+    class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
 
     @cached_property
     def process(self) -> Process:
         """Path, prediction, and what the network is given for t."""
         return build_process(self.diffusion)
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """Classes that have training images, which alone are drawn; all where nothing is known."""
+        known = tuple(label for label, count in enumerate(self.class_counts) if count)
+        return known or tuple(range(self.model.num_classes))
 
     @cached_property
     def weights_sha256(self) -> str | None:
@@ -106,8 +113,15 @@ def load_run(
     names = tuple(map(str, data.get("class_names", ())))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
-        _label_dropout(run, config),
+        _label_dropout(run, config), _counts(run, data, len(names)),
     )  # fmt: skip
+
+
+def _counts(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:
+    counts = data.get("class_counts", [])
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise UserError(f"{run / layout.DATA}: class_counts must be a list of numbers of images.")
+    return tuple(counts) if len(counts) == num_classes else ()
 
 
 def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:

@@ -23,7 +23,7 @@ class SampleConfig(Config):
     guidance: GuidanceConfig = GuidanceConfig()
     """Classifier-free guidance."""
     labels: str = "uniform"
-    """uniform: drawn for each image; balanced: classes in turn; or class numbers in turn, as in 3 or 3,7."""
+    """uniform: drawn for each image; balanced: classes in turn; or classes in turn by number or name: 3,7 or cat,dog."""
     seed: int = 0
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
@@ -38,8 +38,8 @@ class SampleConfig(Config):
     @field_validator("labels")
     @classmethod
     def _readable(cls, labels: str) -> str:
-        if labels not in ("uniform", "balanced") and not all(part.strip().isdecimal() for part in labels.split(",")):
-            raise ValueError(f"labels {labels!r} must be uniform, balanced, or class numbers such as 3 or 3,7")
+        if not all(part.strip() for part in labels.split(",")):
+            raise ValueError(f"labels {labels!r} must be uniform, balanced, or classes such as 3, cat or cat,dog")
         return labels
 
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
-from repa.base.errors import UserError
+from repa.base.errors import UserError, nearest
 from repa.base.images import grid, save_png
 from repa.base.precision import autocast
 from repa.base.rng import SampleStreams
@@ -43,7 +43,7 @@ def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Sa
     device = next(run.model.parameters()).device
     streams = SampleStreams(config.seed, indices)
     noise = streams.randn(*run.latent_shape).to(device)  # (N, C, h, w)
-    labels = draw_labels(config.labels, indices, streams, run.model.num_classes).to(device)
+    labels = draw_labels(config.labels, indices, streams, run).to(device)
     sampler = SAMPLERS.build(config.sampler)
     denoiser = run.denoiser(labels, config.guidance)
     calls = Watched(denoiser.predict)
@@ -79,16 +79,38 @@ class Watched(CountedCalls):
         )
 
 
-def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, num_classes: int) -> Tensor:
-    """(N,) class labels: "uniform", "balanced" (index modulo classes), or given classes in turn."""
+def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, run: LoadedRun) -> Tensor:
+    """(N,) class labels: "uniform", "balanced" (index modulo classes), or given classes in turn.
+
+    Only classes with training images are drawn: the vector of another one never trained.
+    """
+    classes = torch.tensor(run.trained_classes or (run.model.null_label,))
     if protocol == "uniform":
-        return streams.randint(num_classes)
+        return classes[streams.randint(len(classes))]
     if protocol == "balanced":
-        return torch.tensor([index % num_classes for index in indices])
-    classes = [int(part) for part in protocol.split(",")]
-    if bad := [c for c in classes if c >= num_classes]:
-        raise UserError(f"Class {bad[0]} does not exist: the model has {num_classes} classes, numbered from 0.")
-    return torch.tensor([classes[index % len(classes)] for index in indices])
+        return classes[torch.tensor([index % len(classes) for index in indices])]
+    wanted = classes_named(protocol, run)
+    return torch.tensor([wanted[index % len(wanted)] for index in indices])
+
+
+def classes_named(text: str, run: LoadedRun) -> list[int]:
+    """The classes that a text names, by name or number, with commas between them; names come first where both fit."""
+    by_name = {name: label for label, name in enumerate(run.class_names)}
+    parts = [text] if text in by_name else [part.strip() for part in text.split(",")]
+    found = []
+    for part in parts:
+        number = int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else -1
+        label = by_name.get(part, number)
+        if not 0 <= label < run.model.num_classes:
+            known = f", such as {', '.join(run.class_names[:5])}" if run.class_names else ""
+            raise UserError(
+                f"Class {part} does not exist: the model has {run.model.num_classes} classes, numbered from 0{known}."
+                f"{nearest(part, run.class_names[:1000])}"
+            )
+        if label not in run.trained_classes:
+            raise UserError(f"Class {part} has no training images, so the network never learned it: choose another.")
+        found.append(label)
+    return found
 
 
 def write_samples(
