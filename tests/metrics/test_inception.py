@@ -181,7 +181,7 @@ class TestWeights:
     @pytest.mark.parametrize("cut", [0, 100, 5_000_000])
     def test_a_damaged_file(self, cut, file, tmp_path):
         (tmp_path / "w.pth").write_bytes(file.read_bytes()[:cut])
-        with pytest.raises(UserError, match="cannot be read as weights"):
+        with pytest.raises(UserError, match="cannot be read as a checkpoint"):
             load_inception(tmp_path / "w.pth")
 
     def test_no_code_of_a_file_is_run(self, tmp_path):
@@ -193,5 +193,5 @@ class TestWeights:
         torch.save({"fc.weight": Bomb()}, buffer)
         for data in (buffer.getvalue(), pickle.dumps(Bomb(), protocol=2)):
             (tmp_path / "w.pth").write_bytes(data)
-            with pytest.raises(UserError, match="cannot be read as weights"):
+            with pytest.raises(UserError, match="cannot be read as a checkpoint|an object of the class"):
                 load_inception(tmp_path / "w.pth")

@@ -1,6 +1,5 @@
 """Where the weights of Inception-v3 lie, and the network that they make."""
 
-import pickle
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from repa.base import dist, files
 from repa.base.errors import UserError
+from repa.base.weights import read_weights
 from repa.metrics.inception import InceptionV3
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -60,11 +60,7 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read as weights ({reason}): give {FILE}.") from None
+    tensors = read_weights(path, f"Give {FILE}.")
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no dictionary of tensors: give {FILE}.")
     return tensors
