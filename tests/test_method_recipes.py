@@ -8,11 +8,12 @@ from repa.base.registry import parse_spec
 from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.recipes import RECIPES, load_recipe
-from repa.recipes.methods import METHODS, figures_table, headline
+from repa.recipes.methods import METHODS, figures_table, headline, method_recipes
 from repa.recipes.published import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
+from repa.training.config import PreviewConfig
 
 
 def terms_of(name: str) -> list[tuple]:
@@ -102,17 +103,24 @@ def toy(config: TrainConfig) -> TrainConfig:
     terms = [t.override(target=t.target.replace("dinov2-b", stand_in)) for t in config.alignments]
     terms = [t.override(projector="mlp:width=8") if t.projector == "mlp" else t for t in terms]
     streams = [s.override(source=stand_in) for s in config.streams]
+    terms = [t.override(projector="mlp:width=8") if t.projector.startswith("mlp:") else t for t in terms]
     model = config.model.override(hidden_dim=12, num_heads=2, name=config.model.name.replace("/2", "/4"))
     return config.override(
-        model=model, alignments=terms, streams=streams, batch_size=4, num_steps=2, log_every=1, precision="fp32"
+        model=model,
+        alignments=terms,
+        streams=streams,
+        batch_size=4,
+        num_steps=2,
+        log_every=1,
+        precision="fp32",
+        preview=PreviewConfig(),
     )
 
 
-@pytest.mark.parametrize("key", METHODS)
-@pytest.mark.parametrize("network", ["sit-b2", "sit-xl2"])
-def test_every_method_trains(network, key, data_folder, tmp_path):
+@pytest.mark.parametrize("name", method_recipes())
+def test_every_method_trains(name, data_folder, tmp_path):
     """Two steps, and the loss of the row is the denoising loss plus each weighted term: no method has a way past Eq. 9."""
-    config = toy(load_recipe(f"{network}-{key}"))
+    config = toy(load_recipe(name))
     run = tmp_path / "run"
     state = start_training(config, open_data(data_folder), run, device=torch.device("cpu"), say=lambda text: None)
     assert state.step == 2
@@ -151,6 +159,18 @@ def test_figures_are_of_recipes_that_exist():
     assert set(PUBLISHED) <= set(METHODS)
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
+
+
+def test_small_recipes_are_the_baseline_but_for_the_method():
+    baseline = load_recipe("cifar10").override(alignments=()).model_dump()
+    for name in (name for name in method_recipes() if name.startswith("cifar10-")):
+        config = load_recipe(name).model_dump()
+        changed = {key for key in baseline if config[key] != baseline[key]}
+        assert changed, name
+        assert changed <= {"alignments", "streams", "model", "diffusion", "head_weight"}, name
+        model = {key for key in baseline["model"] if config["model"][key] != baseline["model"][key]}
+        assert model <= {"heads", "separate_times"}, name
+        assert all("dinov2" not in term["target"] for term in config["alignments"]), name
 
 
 def test_encoders_of_all_terms_are_known():

@@ -1,4 +1,4 @@
-"""The methods around REPA as settings of one engine, on SiT-B/2 and on the network of their papers.
+"""The methods around REPA as settings of one engine: on SiT-B/2, on SiT-XL/2, and on a small network for a CPU.
 
 docs/methods/ explains each: equation, where it looks, when to use it, what it costs.
 """
@@ -10,28 +10,31 @@ from typing import Any, NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
+from repa.recipes.cifar10 import cifar10
 from repa.recipes.paper import commands, steps_text
 from repa.recipes.published import PUBLISHED, Labels, Published
 from repa.recipes.recipe import Recipe
 from repa.report.paper import printed
 from repa.training.config import StreamConfig, TrainConfig
 
-ENCODER = "dinov2-b"
 
+class Place(NamedTuple):
+    """A network that the methods are shown on; blocks are counted from 1."""
 
-class Blocks(NamedTuple):
-    """Where the methods look at a network, counted from 1."""
-
+    name: str  # recipes begin with it
     model: str
     aligned: int
     deep: int
     last: int
+    encoder: str = "dinov2-b"
+    projector: str = "mlp"
 
 
-B = Blocks("SiT-B/2", aligned=4, deep=8, last=12)
-XL = Blocks("SiT-XL/2", aligned=8, deep=20, last=28)
+B = Place("sit-b2", "SiT-B/2", aligned=4, deep=8, last=12)
+XL = Place("sit-xl2", "SiT-XL/2", aligned=8, deep=20, last=28)
+SMALL = Place("cifar10", "a small SiT", aligned=2, deep=4, last=6, encoder="tiny", projector="mlp:width=256")
 
-Parts = dict[str, Any]  # arguments of TrainConfig
+Parts = dict[str, Any]  # arguments of TrainConfig; of the network, what is not as in the baseline
 
 
 @dataclass(frozen=True)
@@ -43,102 +46,104 @@ class Method:
     """Number at arXiv."""
     page: str
     """In docs/methods/."""
-    parts: Callable[[Blocks], Parts]
+    parts: Callable[[Place], Parts]
     notes: tuple[str, ...] = ()
     """What the paper leaves open and is chosen here, and what of the paper is not there."""
 
 
-def irepa(blocks: Blocks) -> Parts:
-    return _terms(_encoder(blocks, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
+def irepa(place: Place) -> Parts:
+    return _terms(_encoder(place, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
 
 
-def haste(blocks: Blocks) -> Parts:
+def haste(place: Place) -> Parts:
     """The four blocks up to the aligned one, with the last four of the encoder's twelve."""
     stop = "stop:step=250000"
     attention = [
         AlignmentConfig(
-            target=f"{ENCODER}:part=attention,layer={9 + k}", tap="attention", depth=blocks.aligned - 3 + k,
+            target=f"{place.encoder}:part=attention,layer={9 + k}", tap="attention", depth=place.aligned - 3 + k,
             loss="attention_ce:heads=12", projector="none", weight=0.125, schedule=stop, name=f"attention{9 + k}",
         )
         for k in range(4)
     ]  # fmt: skip
-    return _terms(_encoder(blocks, schedule=stop), *attention)
+    return _terms(_encoder(place, schedule=stop), *attention)
 
 
-def reg(blocks: Blocks) -> Parts:
-    term = AlignmentConfig(target=f"{ENCODER}:part=all", depth=blocks.aligned, name=ENCODER)
-    return {**_terms(term), "streams": (StreamConfig(name="class", source=ENCODER, weight=0.03),)}
+def reg(place: Place) -> Parts:
+    target = f"{place.encoder}:part=all"
+    term = AlignmentConfig(target=target, depth=place.aligned, projector=place.projector, name=place.encoder)
+    return {**_terms(term), "streams": (StreamConfig(name="class", source=place.encoder, weight=0.03),)}
 
 
-def sra(blocks: Blocks) -> Parts:
+def sra(place: Place) -> Parts:
     return _terms(
         AlignmentConfig(
-            target=f"ema:depth={blocks.deep},earlier=0.2", depth=blocks.aligned, loss="smooth_l1:beta=0.05",
+            target=f"ema:depth={place.deep},earlier=0.2", depth=place.aligned, loss="smooth_l1:beta=0.05",
             projector="mlp2", weight=0.2, name="averaged",
         )
     )  # fmt: skip
 
 
-def sra_dts_as(blocks: Blocks) -> Parts:
+def sra_dts_as(place: Place) -> Parts:
     return {
         **_terms(
             AlignmentConfig(
-                target=f"ema:depth={blocks.deep},earlier=0.2", depth=3 if blocks is B else blocks.aligned,
+                target=f"ema:depth={place.deep},earlier=0.2", depth=3 if place is B else place.aligned,
                 projector="mlp2", name="averaged",
             )
         ),
-        "model": ModelConfig(name=blocks.model, separate_times=True),
+        "model": {"separate_times": True},
         "diffusion": DiffusionConfig(token_times=0.25),
     }  # fmt: skip
 
 
-def self_flow(blocks: Blocks) -> Parts:
-    target = f"ema:depth={blocks.deep},cleanest=true"
-    term = AlignmentConfig(target=target, depth=blocks.aligned, name="averaged")
+def self_flow(place: Place) -> Parts:
+    target = f"ema:depth={place.deep},cleanest=true"
+    term = AlignmentConfig(target=target, depth=place.aligned, projector=place.projector, name="averaged")
     return {**_terms(term), "diffusion": DiffusionConfig(token_times=0.25)}
 
 
-def layersync(blocks: Blocks) -> Parts:
-    deep = 16 if blocks is XL else blocks.deep
+def layersync(place: Place) -> Parts:
+    deep = 16 if place is XL else place.deep
     return _terms(
-        AlignmentConfig(target=f"block:depth={deep}", depth=blocks.aligned, projector="none", weight=0.2, name="deeper")
+        AlignmentConfig(target=f"block:depth={deep}", depth=place.aligned, projector="none", weight=0.2, name="deeper")
     )
 
 
-def vae_repa(blocks: Blocks) -> Parts:
-    return _terms(AlignmentConfig(target="latent", depth=blocks.aligned, projector="mlp2"))
+def vae_repa(place: Place) -> Parts:
+    return _terms(AlignmentConfig(target="latent", depth=place.aligned, projector="mlp2"))
 
 
-def self_transcendence(blocks: Blocks) -> Parts:
-    depth = blocks.last // 3
-    return {**_terms(AlignmentConfig(target="latent", depth=depth, loss="mse", times=(0.4, 0.7))), "num_steps": 200_000}
-
-
-def dispersive(blocks: Blocks) -> Parts:
+def self_transcendence(place: Place) -> Parts:
     return _terms(
-        AlignmentConfig(target="none", depth=blocks.last // 4, loss="dispersive:temperature=0.5", projector="none")
+        AlignmentConfig(target="latent", depth=place.last // 3, loss="mse", projector=place.projector, times=(0.4, 0.7))
     )
 
 
-def dispersive_last(blocks: Blocks) -> Parts:
+def dispersive(place: Place) -> Parts:
+    return _terms(
+        AlignmentConfig(target="none", depth=place.last // 4, loss="dispersive:temperature=0.5", projector="none")
+    )
+
+
+def dispersive_last(place: Place) -> Parts:
     loss = "dispersive:temperature=1,scope=device"
-    return _terms(AlignmentConfig(target="none", depth=blocks.last, loss=loss, projector="none", weight=0.25))
+    return _terms(AlignmentConfig(target="none", depth=place.last, loss=loss, projector="none", weight=0.25))
 
 
-def urepa(blocks: Blocks) -> Parts:
-    return _terms(_encoder(blocks, resample="target"), _relations(blocks, "gram", 1.5, resample="target"))
+def urepa(place: Place) -> Parts:
+    return _terms(_encoder(place, resample="target"), _relations(place, "gram", 1.5, resample="target"))
 
 
-def trd(blocks: Blocks) -> Parts:
-    return _terms(_relations(blocks, "gram:norm=l1,margin=0.1", 0.5))
+def trd(place: Place) -> Parts:
+    return _terms(_relations(place, "gram:norm=l1,margin=0.1", 0.5))
 
 
-def sara(blocks: Blocks) -> Parts:
-    return _terms(_encoder(blocks), _relations(blocks, "gram", 0.5))
+def sara(place: Place) -> Parts:
+    return _terms(_encoder(place), _relations(place, "gram", 0.5))
 
 
-def internal_guidance(blocks: Blocks) -> Parts:
-    return {"model": ModelConfig(name=blocks.model, heads=(blocks.aligned,)), "head_weight": 0.5}
+def internal_guidance(place: Place) -> Parts:
+    return {"model": {"heads": (place.aligned,)}, "head_weight": 0.5}
 
 
 _OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
@@ -178,7 +183,10 @@ METHODS: dict[str, Method] = {
     ),
     "self-transcendence": Method(
         "Self-Transcendence, first stage", "2601.07773", "self.md", self_transcendence,
-        ("The second stage, which aligns a new network to the guided features of this one, is not there.",),
+        (
+            "The paper's stage is about 200K steps long: --num-steps 200000.",
+            "Its second stage, which aligns a new network to the guided features of this one, is not there.",
+        ),
     ),
     "dispersive": Method("dispersive loss", "2506.09027", "dispersive.md", dispersive),
     "dispersive-last": Method(
@@ -188,38 +196,46 @@ METHODS: dict[str, Method] = {
     "internal-guidance": Method("internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,)),
 }  # fmt: skip
 
-GROUPS = {B: "Methods on SiT-B/2", XL: "Methods on SiT-XL/2"}
+_WITHOUT_ATTENTION = ("haste",)  # the encoder inside the package is a convolutional network
 
 
 def method_recipes() -> dict[str, Recipe]:
-    """`sit-b2-irepa`, `sit-xl2-irepa` and so on."""
-    return {
-        f"{blocks.model.lower().replace('/', '')}-{key}": _recipe(key, method, blocks)
-        for blocks in GROUPS
-        for key, method in METHODS.items()
-    }
+    """`sit-b2-irepa`, `sit-xl2-irepa`, `cifar10-irepa` and so on."""
+    full = {f"{place.name}-{key}": _full(place, key) for place in (B, XL) for key in METHODS}
+    return full | {f"{SMALL.name}-{key}": _small(key) for key in METHODS if key not in _WITHOUT_ATTENTION}
 
 
-def _recipe(key: str, method: Method, blocks: Blocks) -> Recipe:
-    name = f"{blocks.model.lower().replace('/', '')}-{key}"
-    figures = PUBLISHED.get(key, ())
-    about = f"{method.title} (arXiv {method.paper}): {headline(figures, blocks.model)}"
+def _full(place: Place, key: str) -> Recipe:
+    """On ImageNet."""
+    name, method, figures = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
-        [f"{name}: {blocks.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
+        [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
         ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
         commands(name),
         figures_table(figures),
     ]
     return Recipe(
-        lambda: train_config(method, blocks),
-        about,
+        lambda: method_config(method, place, TrainConfig(model=ModelConfig(name=place.model))),
+        f"{method.title} (arXiv {method.paper}): {headline(figures, place.model)}",
         "\n\n".join("\n".join(part) for part in parts),
-        group=GROUPS[blocks],
+        group=f"Methods on {place.model}",
     )
 
 
-def train_config(method: Method, blocks: Blocks) -> TrainConfig:
-    return TrainConfig(**{"model": ModelConfig(name=blocks.model), **method.parts(blocks)})
+def _small(key: str) -> Recipe:
+    """Everything but the method is as in the recipe cifar10."""
+    method = METHODS[key]
+    about = f"cifar10 with {method.title} (arXiv {method.paper})"
+    promise = f"{about}, for a CPU. docs/methods/{method.page} explains it; no figure of a paper is of such a network."
+    baseline = cifar10().override(alignments=())
+    return Recipe(
+        lambda: method_config(method, SMALL, baseline), about, promise, group="Methods on CIFAR-10, for a CPU"
+    )
+
+
+def method_config(method: Method, place: Place, baseline: TrainConfig) -> TrainConfig:
+    parts = method.parts(place)
+    return baseline.override(**{**parts, "model": baseline.model.override(**parts.get("model", {}))})
 
 
 def headline(figures: tuple[Published, ...], model: str) -> str:
@@ -248,11 +264,13 @@ def _terms(*terms: AlignmentConfig) -> Parts:
     return {"alignments": terms}
 
 
-def _encoder(blocks: Blocks, **settings: Any) -> AlignmentConfig:
+def _encoder(place: Place, **settings: Any) -> AlignmentConfig:
     """REPA's term."""
-    return AlignmentConfig(target=ENCODER, depth=blocks.aligned, **settings)
+    return AlignmentConfig(
+        **{"target": place.encoder, "depth": place.aligned, "projector": place.projector, **settings}
+    )
 
 
-def _relations(blocks: Blocks, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
+def _relations(place: Place, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
     """The relations between tokens in place of the tokens."""
-    return AlignmentConfig(target=ENCODER, depth=blocks.aligned, loss=loss, weight=weight, name="relations", **settings)
+    return _encoder(place, loss=loss, weight=weight, name="relations", **settings)
