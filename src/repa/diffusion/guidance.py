@@ -1,75 +1,147 @@
-"""Classifier-free guidance, in an interval of time and on some channels."""
+"""Guidances: mixtures of predictions of the same x_t. Torch-free, so that a configuration is checked without it.
 
-from collections.abc import Callable
+All four extrapolate from a worse prediction through the better one, other + scale (conditional - other), and differ in what
+the other is. `chain.py` evaluates what they need and applies them in order.
+"""
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from repa.base.errors import UserError
-from repa.diffusion.timesteps import per_sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONDITIONAL, NULL = "conditional", "null"
 
 
-def guided(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Tensor,
-    null_label: int,
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
-    channels: int | None = None,
-) -> Callable[[Tensor, float | Tensor], Tensor]:
-    """null + scale (conditional - null) while t is in the closed interval; conditional elsewhere and for scale 1.
+class Guidance(Protocol):
+    """A mixture of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed"."""
 
-    Inside, the network is called once on the doubled batch [conditional; null]; outside, only on the conditional batch.
+    def needs(self, t: float) -> frozenset[str]:
+        """The predictions that `mix` reads at time t (0 data, 1 noise); {"conditional"} where it is off."""
+        ...
 
-    Args:
-        predict: (x_t (N, C, H, W), t (N,), labels (N,)) -> output (N, C or 2C, H, W). The second C channels, a learned
-            variance, are never guided.
-        labels: (N,) classes.
-        null_label: the class that means "no class".
-        scale: 1 is off, 0 is the unconditional network, above 1 sharpens.
-        interval: in our t (0 data, 1 noise): (0, 0.7) leaves the noisiest 30 % of the way unguided.
-        channels: guide only the first so many channels (3 is what DiT's and SiT's code does); None or 0 guides all.
+    def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
+        """What is used as the conditional prediction: latents (N, C, H, W), and each stream (N, F) in a call for itself."""
+        ...
 
-    Returns:
-        (x_t, t) -> output, for `Denoiser.predict`. With a Python float t, as samplers give, the choice of the batch
-        costs no wait for the device. With a tensor each sample is guided by its own time, and the device is waited for.
 
-    Raises:
-        UserError: a negative scale, an interval that is none in [0, 1], and, when called, more channels than there are or
-            another number of labels than of samples.
+class Extrapolation:
+    """other + scale (conditional - other) while low <= t <= high; elsewhere the conditional prediction."""
+
+    kind: ClassVar[str]
+    scale: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "low", "high"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"The guidance {self.kind} needs a number as {name}, but got {value!r}.")
+        if self.scale < 0:
+            raise UserError(f"The scale of the guidance {self.kind} cannot be negative, but got {self.scale:g}.")
+        if not 0 <= self.low <= self.high <= 1:
+            raise UserError(
+                f"The guidance {self.kind} needs 0 <= low <= high <= 1 in t (0 data, 1 noise), but got low={self.low:g} and "
+                f"high={self.high:g}."
+            )
+
+    @property
+    def other(self) -> str:
+        """Name of the worse prediction."""
+        raise NotImplementedError
+
+    def active(self, t: float) -> bool:
+        return self.scale != 1 and self.low <= t <= self.high
+
+    def needs(self, t: float) -> frozenset[str]:
+        return frozenset((CONDITIONAL, self.other)) if self.active(t) else frozenset((CONDITIONAL,))
+
+    def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
+        conditional = predictions[CONDITIONAL]
+        if not self.active(t):
+            return conditional
+        other = predictions[self.other]
+        return other + self.scale * (conditional - other)
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Extrapolation):
+    """From the prediction without a condition (arXiv 2207.12598); low and high as in arXiv 2404.07724.
+
+    `channels`: guide only the first so many channels of the latents, as DiT's and SiT's code does with 3; 0 guides all.
+    `streams`: the scale of vectors beside the latents (REG's cls-cfg-scale); None: the same scale.
     """
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(
-            f"The guidance interval needs 0 <= low <= high <= 1 in t (0 data, 1 noise), but got {low}, {high}."
-        )
-    if scale < 0 or (channels or 0) < 0:
-        raise UserError(f"Guidance scale and channels cannot be negative, but got {scale} and {channels}.")
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label)])  # (2N,)
 
-    def output(x_t: Tensor, t: float | Tensor) -> Tensor:
-        if labels.shape != (len(x_t),):
-            raise UserError(f"Labels must have shape ({len(x_t)},), one per sample, but have {tuple(labels.shape)}.")
-        if (channels or 0) > x_t.shape[1]:
-            raise UserError(f"Guidance on {channels} channels was asked for, but there are only {x_t.shape[1]}.")
-        times, inside = per_sample(t, x_t), (t >= low) & (t <= high)
-        if scale == 1 or not (inside.any() if isinstance(inside, Tensor) else inside):
-            return predict(x_t, times, labels)
-        both = predict(torch.cat([x_t, x_t]), torch.cat([times, times]), both_labels)  # (2N, C or 2C, H, W)
-        # the difference of two close outputs, times the scale, is no place for half precision
-        conditional, null = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2)
-        guided_channels = channels or x_t.shape[1]
-        difference = (conditional - null)[:, :guided_channels]
-        mixed = null[:, :guided_channels] + _strength(scale, inside, x_t) * difference
-        return torch.cat([mixed, conditional[:, guided_channels:]], dim=1)
+    kind = "cfg"
+    other = NULL
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    channels: int = 0
+    streams: float | None = None
 
-    output.takes_float_time = True
-    return output
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 0:
+            raise UserError(f"The guidance cfg needs a number of channels of at least 0, but got {self.channels!r}.")
+        if self.streams is not None and (not isinstance(self.streams, int | float) or self.streams < 0):
+            raise UserError(f"The guidance cfg needs a scale of streams of at least 0, but got {self.streams!r}.")
+
+    def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
+        conditional, is_stream = predictions[CONDITIONAL], predictions[CONDITIONAL].ndim == 2
+        if not self.active(t):
+            return conditional
+        if is_stream and self.streams is not None:
+            return predictions[NULL] + self.streams * (conditional - predictions[NULL])
+        mixed = super().mix(predictions, t)
+        if self.channels and not is_stream:
+            if self.channels > mixed.shape[1]:
+                raise UserError(f"Guidance of {self.channels} channels was asked for, but there are {mixed.shape[1]}.")
+            mixed[:, self.channels :] = conditional[:, self.channels :]
+        return mixed
 
 
-def _strength(scale: float, inside: bool | Tensor, x_t: Tensor) -> float | Tensor:
-    """The scale where guidance is on and 1 (the conditional output) where it is off."""
-    if not isinstance(inside, Tensor):
-        return scale
-    strength = torch.where(inside, scale, 1.0).to(x_t.device)
-    return strength.reshape(-1, *[1] * (x_t.ndim - 1))  # (N or 1, 1, 1, 1)
+@dataclass(frozen=True)
+class Internal(Extrapolation):
+    """From the prediction of the network's own head at block `head` (arXiv 2512.24176): no further pass."""
+
+    kind = "internal"
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    head: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.head, bool) or not isinstance(self.head, int) or self.head < 1:
+            raise UserError(f"The guidance internal needs the number of a block as head, but got {self.head!r}.")
+
+    @property
+    def other(self) -> str:
+        return f"head@{self.head}"
+
+
+@dataclass(frozen=True)
+class Auto(Extrapolation):
+    """From the conditional prediction of a weaker network (arXiv 2406.02507): smaller, or trained for less."""
+
+    kind = "autoguidance"
+    other = "weak"
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class PathDrop(Extrapolation):
+    """From the prediction without a condition whose tokens all take the route around the middle blocks (arXiv 2510.21986)."""
+
+    kind = "path_drop"
+    other = "routed"
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0

@@ -1,0 +1,109 @@
+"""Several guidances in order, and what they ask of the network: each needed prediction once, and nothing else.
+
+The first guidance sees the network's predictions; each later one sees as "conditional" what the one before it made. One that
+looks at a single pass (the conditional prediction and its heads) is applied to the null pass too, where a later one needs
+that: internal guidance of each branch, then classifier-free guidance between them, as the code of arXiv 2512.24176 does.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from repa.diffusion.guidance import CONDITIONAL, NULL, Guidance
+from repa.diffusion.state import Layout
+from repa.diffusion.timesteps import per_sample
+
+HEAD = "head@"  # of the conditional pass; those of the null pass are "null/head@..."
+Evaluate = Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tensor]]
+
+
+class Chain:
+    """Guidances as one guidance."""
+
+    def __init__(self, guidances: Sequence[Guidance]):
+        self.guidances = tuple(guidances)
+
+    def needs(self, t: float) -> frozenset[str]:
+        return self._wanted(t)[0]
+
+    def mix(self, predictions: dict[str, Tensor], t: float) -> Tensor:
+        for guidance, names in zip(self.guidances, self._wanted(t)[1:], strict=True):
+            predictions = {name: _made(guidance, name, predictions, t) for name in names}
+        return predictions[CONDITIONAL]
+
+    def _wanted(self, t: float) -> list[frozenset[str]]:
+        """What is wanted of the network, then of each guidance in turn."""
+        wanted = [frozenset((CONDITIONAL,))]
+        for guidance in reversed(self.guidances):
+            wanted.append(frozenset().union(*(_sources(guidance, name, t).values() for name in wanted[-1])))
+        return wanted[::-1]
+
+
+def guided(
+    evaluate: Evaluate, guidances: Sequence[Guidance], layout: Layout | None = None
+) -> Callable[[Tensor, float | Tensor], Tensor]:
+    """(x_t, t) -> output, for `Denoiser.predict`: the guidances closed over.
+
+    Args:
+        evaluate: (x_t (N, ...), t (N,), names) -> the named predictions, each (N, ...); a second half of the channels (a
+            learned variance) is allowed and stays the conditional one.
+        guidances: in the order in which they are applied; none gives the conditional prediction.
+        layout: of x_t, whose parts are guided one by one; None: x_t is the latents alone.
+
+    Returns:
+        A function for `Denoiser.predict`. With a Python float t, as samplers give, the choice of what to evaluate costs no
+        wait for the device. With a tensor each sample is guided by its own time, and the device is waited for.
+    """
+    chain = Chain(guidances)
+
+    def output(x_t: Tensor, t: float | Tensor) -> Tensor:
+        moments = sorted(set(t.flatten().tolist())) if isinstance(t, Tensor) else [t]
+        names = frozenset().union(*(chain.needs(moment) for moment in moments))
+        predictions = evaluate(x_t, per_sample(t, x_t), names)
+        if names == {CONDITIONAL}:
+            return predictions[CONDITIONAL]
+        # the difference of two close outputs, times a scale, is no place for half precision
+        predictions = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in predictions.items()}
+        if len(moments) == 1:
+            return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
+        made, of_sample = torch.empty_like(predictions[CONDITIONAL]), t.to(x_t.device).expand(len(x_t))
+        for moment in moments:
+            rows = of_sample == moment  # (N,)
+            made[rows] = _mixed(chain, layout, {n: p[rows] for n, p in predictions.items()}, x_t.shape[1], moment)
+        return made
+
+    output.takes_float_time = True
+    return output
+
+
+def _mixed(chain: Chain, layout: Layout | None, predictions: dict[str, Tensor], channels: int, t: float) -> Tensor:
+    """The chain on each part of the first `channels` of axis 1; the rest, a learned variance, is the conditional one."""
+    variance = predictions[CONDITIONAL][:, channels:]
+    guided_ones = {name: p[:, :channels] for name, p in predictions.items()}
+    if layout is None or len(layout.shapes) == 1:
+        mixed = chain.mix(guided_ones, t)
+    else:
+        parts = {name: layout.unpack(p) for name, p in guided_ones.items()}
+        mixed = layout.pack(
+            {part: chain.mix({name: parts[name][part] for name in parts}, t) for part in layout.shapes}
+        )
+    return torch.cat([mixed, variance], dim=1)
+
+
+def _sources(guidance: Guidance, made: str, t: float) -> dict[str, str]:
+    """For the prediction `made` after a guidance: name that the guidance reads -> name of what came before it."""
+    needs = guidance.needs(t)
+    if made == CONDITIONAL:
+        return {name: name for name in needs}
+    one_pass = all(name == CONDITIONAL or name.startswith(HEAD) for name in needs)
+    if made == NULL and one_pass:
+        return {name: NULL if name == CONDITIONAL else f"{NULL}/{name}" for name in needs}
+    return {CONDITIONAL: made}
+
+
+def _made(guidance: Guidance, made: str, before: dict[str, Tensor], t: float) -> Tensor:
+    sources = _sources(guidance, made, t)
+    if sources.keys() != guidance.needs(t):  # it does not touch this prediction
+        return before[made]
+    return guidance.mix({name: before[source] for name, source in sources.items()}, t)

@@ -1,0 +1,114 @@
+"""A network's predictions by name, as guidances ask for them: each pass once, those of one network in one doubled batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.diffusion.chain import HEAD
+from repa.diffusion.guidance import CONDITIONAL, NULL
+from repa.diffusion.state import Layout
+from repa.models import Backbone, Condition, Output
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """(x_t, t, names) -> the named predictions; see `repa.diffusion.guided`.
+
+    Args:
+        network_time: what the network is given for our t (N,).
+        condition: of the N samples.
+        layout: of x_t.
+        weak: another network's predictions, for autoguidance.
+        null_trained: False for a network whose null condition never trained, of which no prediction without one is made.
+    """
+
+    model: Backbone
+    network_time: Callable[[Tensor], Tensor]
+    condition: Condition
+    layout: Layout
+    weak: "Predictions | None" = None
+    null_trained: bool = True
+
+    def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+        if len(self.condition.labels) != len(x_t):
+            raise UserError(f"There are {len(x_t)} samples, but {len(self.condition.labels)} labels: give one per sample.")
+        found: dict[str, Tensor] = {}
+        passes = {pass_of(name) for name in names}
+        branches = [name for name in (CONDITIONAL, NULL) if name in passes]
+        if branches:
+            for branch, output in zip(branches, self._run(x_t, t, branches), strict=True):
+                found |= {name: self._named(name, output) for name in names if pass_of(name) == branch}
+        if "weak" in passes:
+            if self.weak is None:
+                raise UserError("The guidance autoguidance needs a weaker network: give its run folder as --weak RUN.")
+            found["weak"] = self.weak(x_t, t, frozenset((CONDITIONAL,)))[CONDITIONAL]
+        if "routed" in passes:
+            found["routed"] = self._packed(self._routed(x_t, t))
+        if unknown := names - found.keys():
+            raise UserError(
+                f"A guidance asks for the prediction {min(unknown)!r}, but there are conditional, null, head@BLOCK, weak and routed."
+            )
+        return found
+
+    def _run(self, x_t: Tensor, t: Tensor, branches: list[str]) -> list[Output]:
+        """One pass of the network over the batch of each branch."""
+        conditions = [self.condition if branch == CONDITIONAL else self._null() for branch in branches]
+        num = len(branches)
+        state = self.layout.unpack(torch.cat([x_t] * num) if num > 1 else x_t)
+        times = self.network_time(torch.cat([t] * num) if num > 1 else t)
+        condition = conditions[0] if num == 1 else conditions[0].cat(conditions[1])
+        output = self.model(state, times, condition)
+        rows = [slice(i * len(x_t), (i + 1) * len(x_t)) for i in range(num)]
+        return [
+            Output({k: v[part] for k, v in output.prediction.items()}, {}, {k: v[part] for k, v in output.heads.items()})
+            for part in rows
+        ]
+
+    def _routed(self, x_t: Tensor, t: Tensor) -> Output:
+        """Without a condition, and with no token in the blocks that the network can route around."""
+        if not getattr(self.model, "route", None):
+            raise UserError(
+                "The guidance path_drop needs a network that was trained with tokens routed around its middle blocks, and this "
+                "one was not: choose another guidance."
+            )
+        nobody = torch.empty(len(x_t), 0, dtype=torch.long, device=x_t.device)
+        return self.model(self.layout.unpack(x_t), self.network_time(t), self._null(), keep=nobody)
+
+    def _null(self) -> Condition:
+        if not self.null_trained:
+            raise UserError(
+                "Guidance by the null class needs a network that was trained without labels now and then, but this one has "
+                "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
+            )
+        return self.model.null(self.condition)
+
+    def _named(self, name: str, output: Output) -> Tensor:
+        """The final prediction, or a head's of the latents beside the final one of the streams, which have no heads."""
+        _, is_head, depth = name.partition(HEAD)
+        if not is_head:
+            return self._packed(output)
+        if int(depth) not in output.heads:
+            has = f"has heads at {', '.join(map(str, output.heads))}" if output.heads else "has no heads"
+            raise UserError(
+                f"The guidance internal asks for the head at block {depth}, but this network {has}: give one of them as head=BLOCK, "
+                "or train with --model.heads."
+            )
+        return self._packed(output._replace(prediction={**output.prediction, "x": output.heads[int(depth)]}))
+
+    def _packed(self, output: Output) -> Tensor:
+        prediction = output.prediction
+        if len(self.layout.shapes) == 1:
+            return prediction["x"]  # with its learned variance, if there is one
+        channels = self.layout.shapes["x"][0]
+        return self.layout.pack({**prediction, "x": prediction["x"][:, :channels]})
+
+
+def pass_of(name: str) -> str:
+    """The pass of the network that a prediction comes from: "null/head@8" -> "null"."""
+    branch, has_branch, _ = name.partition("/")
+    if has_branch:
+        return branch
+    return CONDITIONAL if name.startswith(HEAD) else name
