@@ -1,7 +1,9 @@
 """A network called with plain tensors, as most tests have them."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from repa.models import Backbone, Condition, Tap
@@ -13,3 +15,17 @@ def call(model: Backbone, x_t: Tensor, t: Tensor, labels: Tensor, taps: tuple[in
     return SimpleNamespace(
         prediction=output.prediction["x"], hidden={tap.depth: value for tap, value in output.taps.items()}
     )
+
+
+def passes(network: Callable[..., Tensor], labels: Tensor, null_label: int) -> Callable[..., dict[str, Tensor]]:
+    """(x_t, t, names) -> predictions, of a network (x_t, t, labels) that has no heads: both passes in one doubled batch."""
+
+    def evaluate(x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+        asked = sorted(names)  # conditional, null
+        rows = {"conditional": labels, "null": torch.full_like(labels, null_label)}
+        output = network(
+            torch.cat([x_t] * len(asked)), torch.cat([t] * len(asked)), torch.cat([rows[name] for name in asked])
+        )
+        return dict(zip(asked, output.chunk(len(asked)), strict=True))
+
+    return evaluate

@@ -128,6 +128,7 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     ]  # fmt: skip
     assert run(train) == 0
     sample = ["sample", "run", "--num-images", "2", "--steps", "2", "--sampler", "mylab.samplers.midpoint"]
+    sample += ["--guidance", "mylab.guidances.Falling:scale=3"]
     assert run([*sample, "--out", "samples.npz"]) == 0
     assert (tmp_path / "samples.npz").is_file()
     assert run([*train, "--alignments.0.loss", "mylab.losses.smooth_l2", "--out", "other"]) == 2

@@ -260,10 +260,10 @@ def test_sampling_settings_by_name():
     found = RECIPES["sit-xl2-repa"].samplings
     best = found["sde-guided-1.8-to-0.7"]
     assert (best.sampler, best.steps) == ("euler_maruyama", 250)
-    assert (best.guidance.scale, best.guidance.interval) == (1.8, (0.0, 0.7))
+    assert best.guidance == ("cfg:scale=1.8,high=0.7",)
     full = found["sde-guided-1.35"]
-    assert (full.guidance.scale, full.guidance.interval) == (1.35, (0.0, 1.0))
-    assert found["sde"].guidance.scale == 1
+    assert full.guidance == ("cfg:scale=1.35",)
+    assert found["sde"].guidance == ()
     assert len(found) == 13
     assert RECIPES["dit-xl2-repa"].samplings["ddpm"].steps == 250
 

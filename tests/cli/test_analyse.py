@@ -135,7 +135,7 @@ def test_pictures_and_progress(random_run, data_folder, tmp_path, capsys):
     assert wide.shape[1] > narrow.shape[1]  # image, tiny, block 2 twice; image, block 2
     assert wide.shape[0] > 300
     progress = ["analyse", "progress", str(random_run), "--steps", "2", "--num-images", "2", "--sampler", "euler"]
-    assert run([*progress, "--guidance.scale", "1.5"]) == 0
+    assert run([*progress, "--guidance", "cfg:scale=1.5"]) == 0
     two = picture(random_run / "analysis" / "progress.png")
     assert run([*progress, "--checkpoints", "20", "--out", "one.png"]) == 0
     one = picture(tmp_path / "one.png")

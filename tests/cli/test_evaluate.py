@@ -39,7 +39,7 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
         for key, value in {"step": 20, "weights": "ema", "sampler": "euler_maruyama", "steps": 2, "labels": "balanced",
                            "seed": 3, "num": 10}.items():  # fmt: skip
             assert made[key] == value
-        assert made["guidance"]["interval"] == [0.0, 1.0]
+        assert made["guidance"] == []
         assert made["time"].startswith("t = 0 is data, t = 1 is noise")
     ema = layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE
     assert direct["made"]["weights_sha256"] == file["made"]["weights_sha256"] == files.sha256(ema)
@@ -114,7 +114,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
     [
         (("RUN", "--reference", "DATA", *JUDGE), "is a run folder: say how many samples to make of it"),
         (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "--steps says how to sample a run folder, but"),
-        (("S", "--reference", "DATA", *JUDGE, "--guidance.scale", "2"), "--guidance says how to sample a run folder"),
+        (("S", "--reference", "DATA", *JUDGE, "--guidance", "cfg:scale=2"), "--guidance says how to sample a run folder"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "Results are written as .json"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
         (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),

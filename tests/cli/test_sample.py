@@ -10,8 +10,8 @@ from repa.cli.main import run
 @pytest.mark.slow
 def test_compiled_samples_are_the_same_but_for_rounding(random_run, tmp_path):
     """11 images in batches of 4, guided inside an interval only: batches of 8, 6, 4 and 3 rows go through the network."""
-    settings = ("--num-images", "11", "--batch-size", "4", "--steps", "6", "--guidance.scale", "2")
-    settings += ("--guidance.interval", "0.2", "0.7", "--precision", "fp32")
+    settings = ("--num-images", "11", "--batch-size", "4", "--steps", "6", "--guidance", "cfg:scale=2,low=0.2,high=0.7")
+    settings += ("--precision", "fp32")
     images = []
     for name, more in (("eager", ()), ("compiled", ("--compile",))):
         torch._dynamo.reset()

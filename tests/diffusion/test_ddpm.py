@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import PATHS, SAMPLERS, Denoiser, ImprovedDDPM, count_calls, guided, in_timesteps
+from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, Denoiser, ImprovedDDPM, count_calls, guided, in_timesteps
+from tests.calls import passes
 from tests.oracles import ddpm as oracle
 
 PROCESS = ImprovedDDPM()
@@ -197,7 +198,9 @@ def test_guidance_follows_dit_and_its_interval_is_in_our_time():
         rows[int(k[0])] = len(labels)
         return labels.double().reshape(-1, 1, 1, 1).expand(-1, 4, *x.shape[2:])
 
-    predict = guided(in_timesteps(network), torch.tensor([1, 2]), 0, 3.0, interval=(0.0, 0.5), channels=1)
+    predict = guided(
+        passes(in_timesteps(network), torch.tensor([1, 2]), 0), [GUIDANCES.build("cfg:scale=3,high=0.5,channels=1")]
+    )
     calls = count_calls(predict)
     model = Denoiser(calls, PATHS.build("vp"), "noise", dtype=torch.float64)
     output = model.output(noise(2, 2, 1, 1), PROCESS.time(10))

@@ -7,13 +7,13 @@ import pytest
 
 from repa import diffusion
 from repa.base.errors import UserError
-from repa.diffusion import DiffusionConfig, GuidanceConfig
+from repa.diffusion import DiffusionConfig
+from repa.sampling import SampleConfig
 
 
 def test_defaults_are_the_papers():
     config = DiffusionConfig()
     assert (config.path, config.prediction, config.timesteps) == ("linear", "velocity", "uniform")
-    assert (GuidanceConfig().scale, GuidanceConfig().interval, GuidanceConfig().channels) == (1.0, (0.0, 1.0), 0)
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,30 @@ def test_mistakes_in_diffusion_are_one_sentence(values, words):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("spec", "words"),
     [
-        ({"scale": -1.0}, "scale"),
-        ({"scale": float("nan")}, "scale"),
-        ({"interval": (0.7, 0.2)}, "interval: .*low <= high"),
-        ({"interval": (0.0, 1.2)}, "interval"),
-        ({"channels": -3}, "channels"),
+        ("cfg:scale=-1", "scale"),
+        ("cfg:scale=x", "scale"),
+        ("cfg:scale=2,low=0.7,high=0.2", "low <= high"),
+        ("cfg:scale=2,high=1.2", "high"),
+        ("cfg:scale=2,channels=-3", "channels"),
+        ("cfg:scal=2", "Did you mean 'scale'"),
+        ("cgf:scale=2", "Did you mean 'cfg'"),
+        ("internal:scale=2", "head"),
+        ("internal:head=8.5,scale=2", "head"),
+        ("autoguidance:scale=2", "--weak"),
     ],
 )
-def test_mistakes_in_guidance_are_one_sentence(values, words):
+def test_mistakes_in_guidance_are_one_sentence(spec, words):
     with pytest.raises(UserError, match=words):
-        GuidanceConfig.parse(values)
+        SampleConfig.parse({"guidance": [spec]})
+
+
+def test_guidances_are_recorded_in_one_way_of_writing():
+    given = ("cfg:high=0.70,scale=2.0,low=0", "cfg:scale=1", "internal:head=8,scale=1.4", "cfg:scale=1,streams=2")
+    found = SampleConfig(guidance=given).guidance
+    assert found == ("cfg:scale=2,high=0.7", "internal:head=8,scale=1.4", "cfg:streams=2")
+    assert SampleConfig(guidance=found).guidance == found
 
 
 def test_settings_in_spec_strings_are_accepted():

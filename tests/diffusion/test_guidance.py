@@ -1,75 +1,127 @@
-"""Guidance: what is mixed, when, on which channels, and what the network is asked."""
+"""Guidance: what is mixed, when, on which channels and parts, in which order, and what the network is asked."""
 
 import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import PATHS, Denoiser, guided
+from repa.diffusion import GUIDANCES, PATHS, Denoiser, Layout, guided
+from tests.golden import check, load, tensor
 
-NULL = 10
+X = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([2.0, 5.0])
+VALUES = {"conditional": LABELS, "null": 10.0, "weak": 3.0, "routed": 7.0, "head@8": LABELS + 1, "null/head@8": 9.0}
 
 
 class Network:
-    """Answers label * (channel + 1), so that every mix can be told from every other."""
+    """Answers value * (channel + 1), so that every mix can be told from every other; remembers what it was asked."""
 
-    def __init__(self, out_channels=4, dtype=torch.float32):
-        self.out_channels, self.dtype, self.calls = out_channels, dtype, []
+    def __init__(self, out_channels=4, dtype=torch.float32, **values):
+        self.out_channels, self.dtype, self.values, self.asked = out_channels, dtype, VALUES | values, []
 
-    def __call__(self, x_t, t, labels):
-        self.calls.append((x_t, t, labels))
+    def __call__(self, x_t, t, names):
+        self.asked.append(set(names))
         channels = torch.arange(1, self.out_channels + 1, dtype=self.dtype).reshape(1, -1, 1, 1)
-        return (labels.to(self.dtype).reshape(-1, 1, 1, 1) * channels).expand(-1, -1, *x_t.shape[2:])
+        rows = {name: torch.as_tensor(self.values[name], dtype=self.dtype).expand(len(x_t)) for name in names}
+        return {name: value.reshape(-1, 1, 1, 1) * channels for name, value in rows.items()}
 
 
-LABELS = torch.tensor([2, 5])
-X = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+def of(network, *specs, **kwargs):
+    return guided(network, [GUIDANCES.build(spec) for spec in specs], **kwargs)
 
 
-def test_the_mix_is_null_plus_scale_times_the_difference():
+@pytest.mark.parametrize(
+    ("spec", "other", "expected"),
+    [
+        ("cfg:scale=1.5", "null", [10 + 1.5 * (2 - 10), 10 + 1.5 * (5 - 10)]),
+        ("internal:head=8,scale=1.5", "head@8", [3 + 1.5 * (2 - 3), 6 + 1.5 * (5 - 6)]),
+        ("autoguidance:scale=1.5", "weak", [3 + 1.5 * (2 - 3), 3 + 1.5 * (5 - 3)]),
+        ("path_drop:scale=1.5", "routed", [7 + 1.5 * (2 - 7), 7 + 1.5 * (5 - 7)]),
+    ],
+)
+def test_each_extrapolates_from_its_other_prediction(spec, other, expected):
     network = Network()
-    out = guided(network, LABELS, NULL, 1.5)(X, 0.5)
-    expected = torch.tensor([10 + 1.5 * (2 - 10), 10 + 1.5 * (5 - 10)])
-    torch.testing.assert_close(out[:, 0, 0, 0], expected)
-    torch.testing.assert_close(out[:, 3, 0, 0], 4 * expected)
-    x_t, t, labels = network.calls[0]
-    assert labels.tolist() == [2, 5, NULL, NULL]  # [conditional; null]
-    assert torch.equal(x_t, torch.cat([X, X]))
-    assert torch.equal(t, torch.full((4,), 0.5))
+    out = of(network, spec)(X, 0.5)
+    assert out[:, 0, 0, 0].tolist() == pytest.approx(expected)
+    assert out[:, 3, 0, 0].tolist() == pytest.approx([4 * value for value in expected])
+    assert network.asked == [{"conditional", other}]
 
 
-@pytest.mark.parametrize(("t", "rows"), [(0.2, 4), (0.7, 4), (0.70001, 2), (0.19999, 2), (1.0, 2), (0.0, 2)])
-def test_outside_the_closed_interval_only_the_conditional_batch_is_run(t, rows):
+def test_the_mix_is_that_of_the_released_code():
+    golden = load("autoguidance")
+    main, ref = tensor(golden["inputs"]["main"]), tensor(golden["inputs"]["ref"])
+    for scale, expected in golden["expected"].items():
+        check(GUIDANCES.build(f"autoguidance:scale={scale}").mix({"conditional": main, "weak": ref}, 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    ("t", "on"), [(0.2, True), (0.7, True), (0.70001, False), (0.19999, False), (1.0, False), (0.0, False)]
+)
+def test_outside_the_closed_interval_nothing_but_the_conditional_is_evaluated(t, on):
     network = Network()
-    out = guided(network, LABELS, NULL, 2.0, interval=(0.2, 0.7))(X, t)
-    assert [len(call[2]) for call in network.calls] == [rows]
-    assert out[:, 0, 0, 0].tolist() == ([-6.0, 0.0] if rows == 4 else [2.0, 5.0])
+    out = of(network, "cfg:scale=2,low=0.2,high=0.7")(X, t)
+    assert network.asked == [{"conditional", "null"} if on else {"conditional"}]
+    assert out[:, 0, 0, 0].tolist() == ([-6.0, 0.0] if on else [2.0, 5.0])
 
 
-def test_scale_one_runs_only_the_conditional_batch_and_zero_is_unconditional():
+def test_scale_one_evaluates_nothing_more_and_zero_is_unconditional():
     network = Network()
-    assert guided(network, LABELS, NULL, 1.0)(X, 0.5)[:, 0, 0, 0].tolist() == [2, 5]
-    assert len(network.calls[0][2]) == 2
-    assert guided(network, LABELS, NULL, 0.0)(X, 0.5)[:, 0, 0, 0].tolist() == [NULL, NULL]
+    assert of(network, "cfg:scale=1", "internal:head=8,scale=1")(X, 0.5)[:, 0, 0, 0].tolist() == [2, 5]
+    assert network.asked == [{"conditional"}]
+    assert of(network, "cfg:scale=0")(X, 0.5)[:, 0, 0, 0].tolist() == [10, 10]
 
 
-@pytest.mark.parametrize(("channels", "guides"), [(3, 3), (1, 1), (None, 4), (0, 4)])
+def test_internal_guidance_is_of_each_branch_before_cfg():
+    """As the released code of internal guidance: v of each branch first, then the difference between the branches."""
+    network = Network()
+    out = of(network, "internal:head=8,scale=1.4", "cfg:scale=1.35,high=0.7")(X, 0.5)
+    null = 9 + 1.4 * (10 - 9)
+    each = [c + 1 + 1.4 * (c - (c + 1)) for c in (2, 5)]
+    assert out[:, 0, 0, 0].tolist() == pytest.approx([null + 1.35 * (c - null) for c in each])
+    assert network.asked == [{"conditional", "null", "head@8", "null/head@8"}]
+    out = of(network, "internal:head=8,scale=1.4", "cfg:scale=1.35,high=0.7")(X, 0.8)
+    assert out[:, 0, 0, 0].tolist() == pytest.approx(each)
+    assert network.asked[-1] == {"conditional", "head@8"}
+
+
+def test_the_order_counts_and_a_weak_network_leaves_the_null_alone():
+    network = Network()
+    out = of(network, "autoguidance:scale=2", "cfg:scale=1.5")(X, 0.5)
+    assert out[:, 0, 0, 0].tolist() == pytest.approx([10 + 1.5 * (3 + 2 * (c - 3) - 10) for c in (2, 5)])
+    out = of(network, "cfg:scale=1.5", "autoguidance:scale=2")(X, 0.5)
+    assert out[:, 0, 0, 0].tolist() == pytest.approx([3 + 2 * (10 + 1.5 * (c - 10) - 3) for c in (2, 5)])
+    assert network.asked == [{"conditional", "null", "weak"}] * 2
+
+
+@pytest.mark.parametrize(("channels", "guides"), [(3, 3), (1, 1), (0, 4)])
 def test_channels_and_learned_variance_keep_conditional_values(channels, guides):
-    out = guided(Network(out_channels=8), LABELS, NULL, 2.0, channels=channels)(X, 0.5)
+    out = of(Network(out_channels=8), f"cfg:scale=2,channels={channels}")(X, 0.5)
     values = (out / torch.arange(1.0, 9).reshape(1, -1, 1, 1))[0, :, 0, 0]
     assert values.tolist() == pytest.approx([-6.0] * guides + [2.0] * (8 - guides))
 
 
+@pytest.mark.parametrize(("streams", "scale"), [("", 2.0), (",streams=1", 1.0), (",streams=3", 3.0)])
+def test_the_parts_of_a_state_are_guided_one_by_one(streams, scale):
+    layout = Layout({"x": (2, 1, 2), "class": (3,)})
+
+    def network(x_t, t, names):
+        return {name: layout.pack({"x": torch.full((2, 2, 1, 2), v), "class": torch.full((2, 3), v)})
+                for name, v in {"conditional": 2.0, "null": 10.0}.items() if name in names}  # fmt: skip
+
+    found = layout.unpack(of(network, "cfg:scale=2,channels=1" + streams, layout=layout)(torch.zeros(2, 7), 0.5))
+    assert found["x"].flatten(2).tolist() == [[[-6.0, -6.0], [2.0, 2.0]]] * 2
+    assert found["class"].tolist() == [[10 + scale * (2 - 10)] * 3] * 2
+
+
 def test_times_per_sample_are_guided_each_by_its_own():
     network = Network()
-    out = guided(network, LABELS, NULL, 2.0, interval=(0.0, 0.5))(X, torch.tensor([0.4, 0.6]))
-    assert out[:, 0, 0, 0].tolist() == [-6.0, 5.0]
-    out = guided(network, LABELS, NULL, 2.0, interval=(0.0, 0.5))(X, torch.tensor([0.9, 0.6]))
-    assert out[:, 0, 0, 0].tolist() == [2.0, 5.0]
-    assert [len(call[2]) for call in network.calls] == [4, 2]
+    guide = of(network, "cfg:scale=2,high=0.5")
+    assert guide(X, torch.tensor([0.4, 0.6]))[:, 0, 0, 0].tolist() == [-6.0, 5.0]
+    assert guide(X, torch.tensor([0.9, 0.6]))[:, 0, 0, 0].tolist() == [2.0, 5.0]
+    assert network.asked == [{"conditional", "null"}, {"conditional"}]
 
 
 def test_half_precision_outputs_are_mixed_in_float32():
-    out = guided(Network(dtype=torch.bfloat16), torch.tensor([9, 9]), NULL, 1.003)(X, 0.5)
+    out = of(Network(dtype=torch.bfloat16, conditional=9.0), "cfg:scale=1.003")(X, 0.5)
     assert out.dtype == torch.float32
     assert out[0, 0, 0, 0].item() == pytest.approx(10 - 1.003, abs=1e-5)
 
@@ -77,19 +129,23 @@ def test_half_precision_outputs_are_mixed_in_float32():
 def test_through_a_denoiser_the_decision_sees_the_samplers_float():
     """0.1 in float32 lies above 0.1: decided in float32, the closed end would be lost."""
     network = Network()
-    Denoiser(guided(network, LABELS, NULL, 2.0, interval=(0.0, 0.7)), PATHS.build("linear")).velocity(X.double(), 0.7)
+    Denoiser(of(network, "cfg:scale=2,high=0.7"), PATHS.build("linear")).velocity(X.double(), 0.7)
     assert torch.tensor(0.1, dtype=torch.float32).item() > 0.1
-    Denoiser(guided(network, LABELS, NULL, 2.0, interval=(0.0, 0.1)), PATHS.build("linear")).velocity(X.double(), 0.1)
-    assert [len(call[2]) for call in network.calls] == [4, 4]
+    Denoiser(of(network, "cfg:scale=2,high=0.1"), PATHS.build("linear")).velocity(X.double(), 0.1)
+    assert network.asked == [{"conditional", "null"}] * 2
 
 
-def test_mistakes_are_named():
-    for interval in ((0.7, 0.2), (-0.1, 0.5), (0.0, 1.5)):
-        with pytest.raises(UserError, match="interval"):
-            guided(Network(), LABELS, NULL, 2.0, interval)
-    with pytest.raises(UserError, match="negative"):
-        guided(Network(), LABELS, NULL, -1.0)
-    with pytest.raises(UserError, match="one per sample"):
-        guided(Network(), LABELS, NULL, 2.0)(X[:1], 0.5)
-    with pytest.raises(UserError, match="only 4"):
-        guided(Network(), LABELS, NULL, 2.0, channels=5)(X, 0.5)
+def test_more_channels_than_there_are():
+    with pytest.raises(UserError, match="there are 4"):
+        of(Network(), "cfg:scale=2,channels=5")(X, 0.5)
+
+
+def test_a_guidance_of_ones_own_is_a_class():
+    class Halfway:
+        def needs(self, t):
+            return frozenset(("conditional", "null"))
+
+        def mix(self, predictions, t):
+            return (predictions["conditional"] + predictions["null"]) / 2
+
+    assert guided(Network(), [Halfway()])(X, 0.5)[:, 0, 0, 0].tolist() == [6.0, 7.5]

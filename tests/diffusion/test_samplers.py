@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import PATHS, PREDICTIONS, SAMPLERS, Denoiser, convert, count_calls, guided
+from repa.diffusion import GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, Denoiser, convert, count_calls, guided
+from tests.calls import passes
+from tests.golden import check, load, tensor
 from tests.oracles import samplers as oracle
 
 MEAN, STD = 1.5, 0.5  # of the Gaussian data
@@ -48,7 +50,9 @@ def noise(*shape, seed=0):
 
 
 def wiggly_denoiser(scale, interval, path="linear"):
-    predict = guided(wiggly, torch.tensor([1, 4]), 7, scale, interval)
+    low, high = interval
+    cfg = GUIDANCES.build(f"cfg:scale={scale},low={low},high={high}")
+    predict = guided(passes(wiggly, torch.tensor([1, 4]), 7), [cfg])
     return Denoiser(predict, PATHS.build(path), dtype=torch.float64)
 
 
@@ -230,3 +234,27 @@ def test_the_state_is_float64_the_network_float32_the_result_like_the_noise(name
 def test_mistakes_are_named(spec, steps, words):
     with pytest.raises(UserError, match=words):
         SAMPLERS.build(SAMPLERS.check(spec))(gaussian("linear"), noise(1, 1, 1, 1), steps)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama"])
+def test_samplers_of_text_conditioned_networks_are_those_of_the_released_code(name):
+    golden = load("t2i_samplers")
+    x, context = tensor(golden["inputs"]["x1"]), tensor(golden["inputs"]["context"])
+    contexts = {"conditional": context, "null": torch.full_like(context, 0.1)}
+
+    def evaluate(x_t, t, names):
+        shape = (-1, 1, 1, 1)
+        return {
+            n: 0.3 * x_t * (1 + contexts[n].mean((1, 2)).reshape(shape)) + 0.1 * t.double().reshape(shape)
+            for n in names
+        }
+
+    def noises():
+        index = torch.arange(x.numel(), dtype=torch.float64)
+        for k in range(100):
+            yield torch.sin(0.5 * index + k + 0.1).reshape(x.shape)
+
+    draws = noises()
+    denoiser = gaussian("linear", guided(evaluate, [GUIDANCES.build("cfg:scale=2")]))
+    found = SAMPLERS.build(name)(denoiser, x, golden["steps"], lambda like: next(draws))
+    check(found, golden["expected"][name], 1e-7)  # networks are given float32 times

@@ -73,9 +73,8 @@ def results_file(path: Path, metrics: dict[str, float], made: dict | None, **cha
 
 def made_by(run: Path, step: int, **changes) -> dict:
     """How `repa sample` says that samples were made, as the paper's without guidance unless changed."""
-    guidance = {"scale": 1.0, "interval": [0.0, 1.0], "channels": 0}
     made = {"run": str(run), "step": step, "weights": "ema", "num": 50_000, "sampler": "euler_maruyama", "steps": 250}
-    return {**made, "guidance": guidance, "labels": "uniform", "seed": 0, "decoder": "sd-vae-ft-ema", **changes}
+    return {**made, "guidance": [], "labels": "uniform", "seed": 0, "decoder": "sd-vae-ft-ema", **changes}
 
 
 def analysis_file(run: Path, name: str, kind: str, rows: list[dict], **settings) -> Path:

@@ -63,11 +63,11 @@ def test_samples_that_name_no_decoder_are_of_the_runs_own(repa_xl, autoencoder, 
 
 
 def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
-    guidance = {"scale": 1.8, "interval": [0.0, 0.7], "channels": 0}
+    guidance = ["cfg:scale=1.8,high=0.7"]
     results_file(repa_xl / layout.EVALUATIONS / "fid.json", FIVE, made_by(repa_xl, 40, guidance=guidance))
     (table,) = tables_of([repa_xl])
     assert [line.values["frechet_distance"].mean for line in table.lines] == [8.1, 1.42]
-    assert "guidance 1.8 for t in [0, 0.7]" in how_made(table.protocol)
+    assert "guidance cfg:scale=1.8,high=0.7" in how_made(table.protocol)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
         ({"steps": 50}, {}),
         ({"weights": "model"}, {}),
         ({"decoder": "taesd"}, {}),
-        ({"guidance": {"scale": 1.5, "interval": [0.0, 1.0], "channels": 0}}, {}),
+        ({"guidance": ["cfg:scale=1.5"]}, {}),
         ({}, {"num_samples": 10_000}),
         ({}, {"features": "dinov2-l"}),
         ({}, {"reference": "my-reference.npz"}),

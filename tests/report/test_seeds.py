@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from repa.report import curve_figure, read_run, read_runs, summary_rows, verdict
+from repa.report import curve_figure, read_runs, summary_rows, verdict
 from repa.report.distances import mean_curve
 from repa.report.seeds import group_speedups, grouped, spread
 from repa.runs import layout
@@ -140,12 +140,3 @@ def test_one_column_holds_one_way_of_measuring(tmp_path):
             json.dumps({"kind": "eval", "step": 200, "frechet_distance": 1.0, **PROTOCOL, "num_samples": 9}) + "\n"
         )
     assert [row["frechet_distance"] for row in summary_rows(runs)] == [10.0, 10.0]
-
-
-def test_guidance_of_scale_one_is_none_whatever_its_interval(tmp_path):
-    protocols = []
-    for name, interval in (("a", [0.0, 1.0]), ("b", [0.0, 0.7])):
-        guidance = {"scale": 1.0, "interval": interval, "channels": 0}
-        run = fake_run(tmp_path / name, distances={100: 1.0}, protocol={**PROTOCOL, "guidance": guidance})
-        protocols += read_run(run).protocols
-    assert protocols[0] == protocols[1]

@@ -198,16 +198,16 @@ def test_converted_runs_sample_as_their_own_code(tmp_path, capsys):
     """What nobody set: guided channels and sampler of the released script, and a line that says so."""
     code, run = convert(released.random_state(learn_sigma=True), tmp_path, "--kind", "sit")
     assert code == 0
-    for number, (options, sampler, channels) in enumerate([
-        ((), "euler_maruyama:diffusion=2sigma", 3),
-        (("--sampler", "euler"), "euler", 3),
-        (("--guidance.channels", "1", "--guidance.scale", "2"), "euler_maruyama:diffusion=2sigma", 1),
+    for number, (options, sampler, guidance) in enumerate([
+        ((), "euler_maruyama:diffusion=2sigma", []),
+        (("--guidance", "cfg:scale=2"), "euler_maruyama:diffusion=2sigma", ["cfg:scale=2,channels=3"]),
+        (("--guidance", "cfg:scale=2,channels=1"), "euler_maruyama:diffusion=2sigma", ["cfg:scale=2,channels=1"]),
     ]):  # fmt: skip
         out = tmp_path / f"{number}.npz"
         capsys.readouterr()
         assert repa(["sample", str(run), "--num-images", "2", "--steps", "2", "--out", str(out), *options]) == 0
         made = json.loads(out.with_suffix(".json").read_text())
-        assert (made["sampler"], made["guidance"]["channels"]) == (sampler, channels)
+        assert (made["sampler"], made["guidance"]) == (sampler, guidance)
         assert "converted from a checkpoint of kind sit" in capsys.readouterr().out
     exported, again = tmp_path / "exported", tmp_path / "again"
     assert repa(["export", str(run), str(exported)]) == 0
@@ -216,8 +216,8 @@ def test_converted_runs_sample_as_their_own_code(tmp_path, capsys):
         assert json.loads((folder / layout.ORIGIN).read_text())["kind"] == kind
     (tmp_path / "dit").mkdir()
     _, dit = convert(released.random_state(learn_sigma=True), tmp_path / "dit", "--kind", "dit")
-    config, said = SampleConfig().as_origin_of(dit)
-    assert (config.sampler, config.guidance.channels) == ("ddpm", 3)
+    config, said = SampleConfig(guidance=("cfg:scale=1.5",)).as_origin_of(dit)
+    assert (config.sampler, config.guidance) == ("ddpm", ("cfg:scale=1.5,channels=3",))
     assert said
 
 

@@ -8,7 +8,6 @@ import yaml
 
 from repa.base.errors import UserError
 from repa.data import open_data
-from repa.diffusion.config import GuidanceConfig
 from repa.runs import layout, load_run
 from repa.training import train
 from tests.calls import call
@@ -65,7 +64,7 @@ def test_the_denoiser_closes_over_labels_and_guidance(random_run):
     t = torch.full((3,), 0.3)
     conditional, unconditional = (call(loaded.model, x, t, y).prediction for y in (labels, null))
     torch.testing.assert_close(loaded.denoiser(labels).velocity(x, 0.3), conditional)
-    guided = loaded.denoiser(labels, GuidanceConfig(scale=2.5, interval=(0, 0.4)))
+    guided = loaded.denoiser(labels, ["cfg:scale=2.5,high=0.4"])
     torch.testing.assert_close(guided.velocity(x, 0.3), unconditional + 2.5 * (conditional - unconditional))
     t = torch.full((3,), 0.5)
     torch.testing.assert_close(guided.velocity(x, 0.5), call(loaded.model, x, t, labels).prediction)

@@ -13,7 +13,7 @@ from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
 from repa.cli.main import run as repa
 from repa.data import open_data
-from repa.diffusion import DiffusionConfig, GuidanceConfig
+from repa.diffusion import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate
@@ -23,7 +23,7 @@ from tests.calls import call
 from tests.oracles import ddpm as oracle
 
 BARS = oracle.alpha_bars(oracle.BETAS)
-CONFIG = SampleConfig(sampler="ddpm", steps=5, guidance=GuidanceConfig(scale=1.5, channels=2), labels="1", seed=1)
+CONFIG = SampleConfig(sampler="ddpm", steps=5, guidance=("cfg:scale=1.5,channels=2",), labels="1", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_dits_guidance_is_of_the_first_three_channels():
         model.requires_grad_(False), DiffusionConfig(objective="ddpm"), load_autoencoder("pixels"), 0, "ema"
     )
     x, labels = torch.randn(2, 4, 4, 4), torch.tensor([1, 4])
-    got = run.denoiser(labels, GuidanceConfig(scale=4.0, channels=3)).output(x, 0.5)
+    got = run.denoiser(labels, ["cfg:scale=4,channels=3"]).output(x, 0.5)
     k = torch.full((2,), 499.0)
     conditional, null = (call(model, x, k, y).prediction for y in (labels, torch.tensor([5, 5])))
     wanted = null[:, :3] + 4 * (conditional - null)[:, :3]
@@ -175,7 +175,7 @@ def test_analysis_asks_the_network_for_its_timestep(run):
 
 def test_the_command_says_how_often_the_network_was_called(folder, tmp_path, capsys):
     out = tmp_path / "samples.npz"
-    asked = ["--sampler", "ddim", "--steps", "10", "--guidance.scale", "1.5", "--guidance.channels", "3"]
+    asked = ["--sampler", "ddim", "--steps", "10", "--guidance", "cfg:scale=1.5,channels=3"]
     assert repa(["sample", str(folder), "--num-images", "3", "--batch-size", "2", "--out", str(out), *asked]) == 0
     printed = "".join(capsys.readouterr())
     assert re.search(r"3 images of step 0 \(ema weights\), NFE 10;", printed)

@@ -16,13 +16,13 @@ from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.images import grid
 from repa.base.rng import SampleStreams
-from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, generate, write_samples
 from tests.calls import call
 
-ODE = SampleConfig(sampler="heun", steps=3, guidance=GuidanceConfig(scale=1.5), batch_size=4, seed=1)
+ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1)
 SDE = ODE.override(sampler="euler_maruyama", steps=5)
 both = pytest.mark.parametrize("config", [ODE, SDE], ids=["ode", "sde"])
 
@@ -100,19 +100,19 @@ def test_an_untrained_network_shows_the_noise_it_starts_from(run):
 )
 def test_calls_are_counted(sampler, nfe, run):
     for scale in (1.0, 2.0):
-        config = ODE.override(sampler=sampler, steps=6, guidance={"scale": scale})
+        config = ODE.override(sampler=sampler, steps=6, guidance=[f"cfg:scale={scale}"])
         assert generate(run, config, range(2)).nfe == nfe
 
 
 def test_guidance_changes_samples_and_keeps_to_its_interval(run):
-    def images(**guidance):
+    def images(*guidance):
         return generate(run, ODE.override(guidance=guidance, steps=6), range(4)).images
 
-    plain = images(scale=1.0)
-    assert not torch.equal(images(scale=2.0), plain)
-    assert not torch.equal(images(scale=2.0), images(scale=2.0, interval=(0.0, 0.5)))
-    assert not torch.equal(images(scale=2.0, channels=1), images(scale=2.0))
-    assert torch.equal(images(scale=2.0, interval=(0.9, 0.95)), plain)  # no time of the grid lies in there
+    plain = images()
+    assert not torch.equal(images("cfg:scale=2"), plain)
+    assert not torch.equal(images("cfg:scale=2"), images("cfg:scale=2,high=0.5"))
+    assert not torch.equal(images("cfg:scale=2,channels=1"), images("cfg:scale=2"))
+    assert torch.equal(images("cfg:scale=2,low=0.9,high=0.95"), plain)  # no time of the grid lies in there
 
 
 def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
@@ -124,7 +124,7 @@ def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
         return forward(self, state, t, condition, *rest)
 
     monkeypatch.setattr(type(run.model), "forward", watched)
-    config = ODE.override(sampler="euler", steps=5, labels="1,0", guidance={"scale": 2.0, "interval": (0.2, 0.6)})
+    config = ODE.override(sampler="euler", steps=5, labels="1,0", guidance=["cfg:scale=2,low=0.2,high=0.6"])
     generate(run, config, range(2))
     null = run.model.null_label
     alone, double = (2, [1, 0]), (4, [1, 0, null, null])
@@ -246,7 +246,7 @@ def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for config, num, change in (
         (ODE.override(seed=9), 8, "seed: 1 -> 9"),
-        (ODE.override(guidance={"scale": 3.0}), 8, r"guidance: .*1\.5.* -> .*3\.0.*"),
+        (ODE.override(guidance=["cfg:scale=3"]), 8, r"guidance: .*1\.5.* -> .*cfg:scale=3.*"),
         (ODE.override(batch_size=2), 8, "batch_size: 4 -> 2"),
         (ODE, 12, "num: 8 -> 12"),
     ):
@@ -311,7 +311,7 @@ def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, t
 
 
 def test_what_is_not_finite_is_no_image(run):
-    huge = SampleConfig(steps=3, guidance={"scale": 1e30}, labels="0,1")
+    huge = SampleConfig(steps=3, guidance=["cfg:scale=1e30"], labels="0,1")
     with pytest.raises(UserError, match="Image 5 of .* is not finite, from call [12] of 3"):
         generate(run, huge, [5, 6])
     state = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -327,5 +327,5 @@ def test_what_is_not_finite_is_no_image(run):
 def test_guidance_needs_a_null_class_that_trained(run):
     never = replace(run, label_dropout=0.0)
     with pytest.raises(UserError, match="label_dropout 0"):
-        generate(never, SampleConfig(steps=2, guidance={"scale": 1.5}), [0])
+        generate(never, SampleConfig(steps=2, guidance=["cfg:scale=1.5"]), [0])
     assert len(generate(never, SampleConfig(steps=2), [0]).images) == 1

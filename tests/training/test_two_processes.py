@@ -139,8 +139,8 @@ def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
         4,
         "--steps",
         4,
-        "--guidance.scale",
-        1.5,
+        "--guidance",
+        "cfg:scale=1.5",
         "--out",
     )
     alone(*command, tmp_path / "one.npz")

@@ -124,12 +124,9 @@ def progress(argv: list[str]) -> int:
         raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
     networks = [network for run in given.runs for network in networks_of([run], given.checkpoints or _evenly(run))]
     out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
-    from dataclasses import replace
-
-    from repa.autoencoders import load_decoder
     from repa.base import dist
     from repa.report.analysis_figures import picture_table, save
-    from repa.sampling import generate
+    from repa.sampling import generate, prepared
 
     device = dist.setup()
     if dist.active():
@@ -137,11 +134,7 @@ def progress(argv: list[str]) -> int:
     rows, names = [], []
     with Progress("samples", "images") as bar:
         for label, run in loaded(networks, given, device):
-            if config.decoder:
-                weights = config.decoder_weights or None
-                run = replace(
-                    run, autoencoder=load_decoder(config.decoder, run.autoencoder, weights=weights, device=device)
-                )
+            run = prepared(run, config, device)
             row, (of_run, _) = [], given.as_origin_of(run.folder)
             config = options.part(SampleConfig, of_run)
             for start in range(0, given.num_images, config.batch_size):

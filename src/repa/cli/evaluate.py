@@ -123,15 +123,12 @@ def _of_file(given: EvaluateArguments) -> dict[str, Any]:
 
 def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     """Samples of a run, measured as they are made."""
-    from dataclasses import replace
-
     import torch
 
-    from repa.autoencoders import load_decoder
     from repa.base import dist
     from repa.evaluation import evaluate_stream
     from repa.runs import load_run
-    from repa.sampling import generate
+    from repa.sampling import generate, prepared
 
     device = dist.setup()
     given, as_origin = given.as_origin_of(given.samples)
@@ -142,14 +139,10 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     run = load_run(
         given.samples, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device
     )
-    if sampling.decoder:
-        decoder = load_decoder(
-            sampling.decoder, run.autoencoder, weights=sampling.decoder_weights or None, device=device
-        )
-        run = replace(run, autoencoder=decoder)
+    run = prepared(run, sampling, device)
     run.diffusion.check_sampler(sampling.sampler)
     made: dict[str, Any] = {
-        "run": given.samples, "step": run.step, "weights": run.weights, "weights_sha256": run.weights_sha256,
+        **run.identity, "run": given.samples,
         "num": given.num_images, "autoencoder": run.autoencoder.name, **sampling.model_dump(mode="json"),
     }  # fmt: skip
     size, num = sampling.batch_size, given.num_images

@@ -80,7 +80,7 @@ class Previews:
 
         values: dict[str, Any] = {
             "weights": "ema", "sampler": self.preview.sampler, "steps": self.preview.num_steps, "labels": self.sampling.labels,
-            "guidance": self.preview.guidance.model_dump(mode="json"), "decoder": self.preview.decoder or self.autoencoder.name,
+            "guidance": list(self.preview.guidance), "decoder": self.preview.decoder or self.autoencoder.name,
         }  # fmt: skip
         with state.whole_average() as model:
             names = tuple(self.data.class_names)

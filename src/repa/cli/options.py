@@ -39,8 +39,10 @@ def parse(
         print_help(cls, verb, about, positional, values)
         sys.exit(0)
     words, settings = _read(cls, argv, verb)
+    before: set[str] = set()
     for flag, value in settings:
-        _store(start, flag, value)
+        _store(start, flag, value, again=flag in before)
+        before.add(flag)
     _place(start, words, positional, verb)
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
@@ -186,8 +188,11 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
     return given[0], given[1:]
 
 
-def _store(values: dict[str, Any], flag: str, value: Any) -> None:
-    """Put a value where its dotted name points; the number after the last entry of a list appends one."""
+def _store(values: dict[str, Any], flag: str, value: Any, again: bool = False) -> None:
+    """Put a value where its dotted name points; the number after the last entry of a list appends one.
+
+    `again`: the flag was given before. A list of texts goes on (--guidance A --guidance B); of another value the last counts.
+    """
     path = [int(part) if part.isdecimal() else part for part in _parts(flag)]
     owner: Any = values
     for part, after in pairwise(path):
@@ -199,7 +204,7 @@ def _store(values: dict[str, Any], flag: str, value: Any) -> None:
             nested = owner.get(part, [] if isinstance(after, int) else {})
             owner[part] = list(nested) if isinstance(after, int) else nested
         owner = owner[part]
-    owner[path[-1]] = value
+    owner[path[-1]] = [*owner[path[-1]], *value] if again and isinstance(value, list) else value
 
 
 def _parts(flag: str) -> list[str]:

@@ -1,6 +1,5 @@
 """`repa sample RUN --num-images N --out samples.npz ...`."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
@@ -33,17 +32,14 @@ def main(argv: list[str]) -> int:
     given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
     given, as_origin = given.as_origin_of(given.run)
     config = options.part(SampleConfig, given)
-    from repa.autoencoders import load_decoder
     from repa.base import dist
     from repa.runs import load_run
-    from repa.sampling import write_samples
+    from repa.sampling import prepared, write_samples
 
     device = dist.setup()
     step = None if given.checkpoint < 0 else given.checkpoint
     run = load_run(given.run, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device)
-    if config.decoder:
-        decoder = load_decoder(config.decoder, run.autoencoder, weights=config.decoder_weights or None, device=device)
-        run = replace(run, autoencoder=decoder)
+    run = prepared(run, config, device)
     if as_origin:
         say(as_origin)
     if given.compile:

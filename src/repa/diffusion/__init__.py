@@ -32,6 +32,16 @@ SAMPLERS = Registry(
         "ddim": "repa.diffusion.ddpm:ddim",
     },
 )
+GUIDANCES = Registry(
+    "guidance",
+    {
+        "cfg": "repa.diffusion.guidance:ClassifierFree",
+        "internal": "repa.diffusion.guidance:Internal",
+        "autoguidance": "repa.diffusion.guidance:Auto",
+        "path_drop": "repa.diffusion.guidance:PathDrop",
+    },
+    base="repa.diffusion.guidance:Guidance",
+)
 DDPM_SAMPLERS = ("ddpm", "ddim")  # those that walk the timesteps of a network trained by the ddpm objective
 
 __getattr__, __dir__, __all__ = exports(
@@ -47,13 +57,14 @@ __getattr__, __dir__, __all__ = exports(
         "sde_grid": "timesteps",
         "Denoiser": "denoiser",
         "count_calls": "denoiser",
-        "guided": "guidance",
+        "Guidance": "guidance",
+        "guided": "chain",
+        "Layout": "state",
         "ImprovedDDPM": "ddpm",
         "in_timesteps": "ddpm",
         "Process": "processes",
         "build_process": "processes",
         "DiffusionConfig": "config",
-        "GuidanceConfig": "config",
     },
-    local=("DDPM_SAMPLERS", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
+    local=("DDPM_SAMPLERS", "GUIDANCES", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
 )

@@ -85,9 +85,7 @@ def _mixed(chain: Chain, layout: Layout | None, predictions: dict[str, Tensor], 
         mixed = chain.mix(guided_ones, t)
     else:
         parts = {name: layout.unpack(p) for name, p in guided_ones.items()}
-        mixed = layout.pack(
-            {part: chain.mix({name: parts[name][part] for name in parts}, t) for part in layout.shapes}
-        )
+        mixed = layout.pack({part: chain.mix({name: parts[name][part] for name in parts}, t) for part in layout.shapes})
     return torch.cat([mixed, variance], dim=1)
 
 

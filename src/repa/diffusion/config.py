@@ -1,13 +1,15 @@
 """Settings of the diffusion room. Torch-free."""
 
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
 from repa.base.registry import Spec, parse_spec
-from repa.diffusion import DDPM_SAMPLERS, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
+from repa.diffusion import DDPM_SAMPLERS, GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
 
 
 def check_prediction(prediction: str) -> str:
@@ -16,6 +18,39 @@ def check_prediction(prediction: str) -> str:
         allowed = ", ".join(PREDICTIONS)
         raise UserError(f"Unknown prediction {prediction!r}: allowed are {allowed}.{nearest(prediction, PREDICTIONS)}")
     return prediction
+
+
+def written(specs: tuple[str, ...]) -> tuple[str, ...]:
+    """Guidances in one way of writing, so that records compare: defaults left out, and those of scale 1, which change nothing."""
+    found = []
+    for spec in specs:
+        name, _ = parse_spec(spec)
+        if name not in GUIDANCES:
+            found.append(spec)
+            continue
+        guidance = GUIDANCES.build(spec)
+        if guidance.changes:
+            values = [(f.name, getattr(guidance, f.name)) for f in fields(guidance)]
+            told = [
+                f"{key}={value:.12g}"
+                for (key, value), f in zip(values, fields(guidance), strict=True)
+                if value != f.default
+            ]
+            found.append(f"{name}:{','.join(told)}")
+    return tuple(found)
+
+
+Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidator(written)]
+
+
+def check_null_trained(guidances: Iterable[str], label_dropout: float | None) -> None:
+    """UserError for guidance by a null class that never trained; None: how the network trained is not known."""
+    for spec in guidances if label_dropout == 0 else ():
+        if parse_spec(spec)[0] in ("cfg", "path_drop"):
+            raise UserError(
+                f"The guidance {spec} needs a network that was trained without labels now and then, but this one has "
+                "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
+            )
 
 
 class DiffusionConfig(Config):
@@ -92,30 +127,3 @@ class DiffusionConfig(Config):
                 f"objective {self.objective}: choose one of {others}."
             )
         return spec
-
-
-class GuidanceConfig(Config):
-    """Classifier-free guidance."""
-
-    scale: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Strength: 1 is off, above 1 sharpens, 0 is the unconditional network."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only while low <= t <= high; t = 0 is data, 1 is noise."""
-    channels: int = Field(0, ge=0)
-    """Guide only the first so many channels; 0 guides all."""
-
-    def check_trained(self, label_dropout: float | None) -> None:
-        """UserError for a network whose null class never trained; None: how it trained is not known."""
-        if self.scale != 1 and label_dropout == 0:
-            raise UserError(
-                f"Guidance of scale {self.scale:g} needs a network that was trained without labels now and then, but this one has "
-                "label_dropout 0: choose guidance.scale 1, or train with --label-dropout 0.1."
-            )
-
-    @field_validator("interval")
-    @classmethod
-    def _interval(cls, value: tuple[float, float]) -> tuple[float, float]:
-        low, high = value
-        if not 0 <= low <= high <= 1:
-            raise UserError(f"the guidance interval must satisfy 0 <= low <= high <= 1, but got {low}, {high}.")
-        return value

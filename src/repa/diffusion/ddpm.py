@@ -153,7 +153,7 @@ def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
 def in_timesteps(predict: Callable[..., Tensor], num_timesteps: int = NUM_TIMESTEPS) -> Callable[..., Tensor]:
     """A network of timesteps k as one of our t: (x_t, t (N,), *rest) -> predict(x_t, timestep(t), *rest).
 
-    Put it innermost, `guided(in_timesteps(network), ...)`, so that guidance intervals keep their meaning.
+    Put it innermost, around the network that `guided` evaluates, so that guidance intervals keep their meaning.
     """
 
     def output(x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:

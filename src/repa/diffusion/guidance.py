@@ -6,7 +6,7 @@ the other is. `chain.py` evaluates what they need and applies them in order.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from repa.base.errors import UserError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CONDITIONAL, NULL = "conditional", "null"
 
 
+@runtime_checkable
 class Guidance(Protocol):
     """A mixture of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed"."""
 
@@ -54,8 +55,13 @@ class Extrapolation:
         """Name of the worse prediction."""
         raise NotImplementedError
 
+    @property
+    def changes(self) -> bool:
+        """False where the scale of 1 gives the conditional prediction at every t."""
+        return self.scale != 1
+
     def active(self, t: float) -> bool:
-        return self.scale != 1 and self.low <= t <= self.high
+        return self.changes and self.low <= t <= self.high
 
     def needs(self, t: float) -> frozenset[str]:
         return frozenset((CONDITIONAL, self.other)) if self.active(t) else frozenset((CONDITIONAL,))
@@ -91,6 +97,10 @@ class ClassifierFree(Extrapolation):
         if self.streams is not None and (not isinstance(self.streams, int | float) or self.streams < 0):
             raise UserError(f"The guidance cfg needs a scale of streams of at least 0, but got {self.streams!r}.")
 
+    @property
+    def changes(self) -> bool:
+        return self.scale != 1 or self.streams not in (None, 1)
+
     def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
         conditional, is_stream = predictions[CONDITIONAL], predictions[CONDITIONAL].ndim == 2
         if not self.active(t):
@@ -110,10 +120,10 @@ class Internal(Extrapolation):
     """From the prediction of the network's own head at block `head` (arXiv 2512.24176): no further pass."""
 
     kind = "internal"
+    head: int = 0
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
-    head: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,7 +32,9 @@ class Layout:
         for name, shape in self.shapes.items():
             if name not in parts or tuple(parts[name].shape[1:]) != shape:
                 found = tuple(parts[name].shape) if name in parts else "nothing"
-                raise UserError(f"The part {name!r} of a state has shape (N, {', '.join(map(str, shape))}), but got {found}.")
+                raise UserError(
+                    f"The part {name!r} of a state has shape (N, {', '.join(map(str, shape))}), but got {found}."
+                )
         if len(self.shapes) == 1:
             return parts[next(iter(self.shapes))]
         return torch.cat([parts[name].flatten(1) for name in self.shapes], dim=1)

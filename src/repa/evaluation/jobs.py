@@ -21,7 +21,7 @@ from repa.evaluation.reference_files import ReferenceFile, load_reference, open_
 from repa.evaluation.sources import DataImages, open_images
 from repa.metrics.score import SPLIT_SIZE
 
-TIME = "t = 0 is data, t = 1 is noise; guidance.interval is in this t"
+TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"
 
 Stream = Iterable[tuple[Tensor, Tensor]]  # indices (n,) and images (n, 3, H, W) of this process's share
 

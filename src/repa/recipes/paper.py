@@ -129,10 +129,7 @@ def _how(figures: Figures) -> str:
 
 
 def _guidance_options(config: SampleConfig) -> str:
-    scale, (low, high) = config.guidance.scale, config.guidance.interval
-    if scale == 1:
-        return ""
-    return f"--guidance.scale {scale:g}" + (f" --guidance.interval {low:g} {high:g}" if (low, high) != (0, 1) else "")
+    return " ".join(f"--guidance {spec}" for spec in config.guidance)
 
 
 def steps_text(number: int) -> str:

@@ -93,7 +93,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     _guided(scale, high): {
         "sampler": "euler_maruyama",
         "steps": 250,
-        "guidance": {"scale": scale, "interval": (0.0, high)},
+        "guidance": [f"cfg:scale={scale:g}" + (f",high={high:g}" if high < 1 else "")],
     }
     for scale, high in _GUIDED
 }

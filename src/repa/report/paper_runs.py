@@ -52,13 +52,6 @@ def measured_as(protocol: Protocol, run: RunRecord) -> str | None:
         return None
     for name, sampling in SAMPLINGS.items():
         same_sampler = all(given.get(key) == sampling[key] for key in ("sampler", "steps"))
-        if same_sampler and _same_guidance(given.get("guidance"), sampling.get("guidance")):
+        if same_sampler and given.get("guidance") == sampling.get("guidance", "off"):
             return name
     return None
-
-
-def _same_guidance(found: Any, asked: Mapping[str, Any] | None) -> bool:
-    if asked is None or not isinstance(found, dict):
-        return asked is None and found == "off"
-    interval = tuple(found.get("interval") or ()) == tuple(asked["interval"])
-    return interval and found.get("scale") == asked["scale"] and not found.get("channels")

@@ -19,12 +19,11 @@ Protocol = tuple[tuple[str, str], ...]
 
 
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
-    """The settings of an evaluation; guidance of scale 1 is none, whatever its interval."""
+    """The settings of an evaluation."""
     found = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
     if str(found.get("sampler")).partition(":")[0] in ADAPTIVE:
         found.pop("nfe", None)
-    guidance = found.get("guidance")
-    if isinstance(guidance, Mapping) and guidance.get("scale") == 1:
+    if found.get("guidance") == []:
         found["guidance"] = "off"
     return tuple((key, json.dumps(value, sort_keys=True)) for key, value in found.items())
 

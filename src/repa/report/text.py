@@ -80,15 +80,10 @@ def listed(names: list[str]) -> str:
 
 
 def _guidance(given: Any) -> str:
-    """'no guidance', 'guidance 1.8 for t in [0, 0.7]'."""
+    """'no guidance', 'guidance internal:scale=1.4 then cfg:scale=1.35,high=0.7'."""
     if given == "off":
         return "no guidance"
-    if not isinstance(given, dict) or "scale" not in given:
-        return f"guidance {given}"
-    low, high = given.get("interval") or (0, 1)
-    where = "" if (low, high) == (0, 1) else f" for t in [{low:g}, {high:g}]"
-    of = f" of {given['channels']} channels" if given.get("channels") else ""
-    return f"guidance {given['scale']:g}{where}{of}"
+    return f"guidance {' then '.join(given)}" if isinstance(given, list) else f"guidance {given}"
 
 
 def times(ratio: float, fewer: str, more: str, at_least: bool = False) -> str:

@@ -1,6 +1,7 @@
 """A trained network back from its run folder alone."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_object
 from repa.base.trust import contents_of
-from repa.diffusion import Denoiser, Interpolant, Process, build_process, guided
-from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
+from repa.diffusion.config import DiffusionConfig, check_null_trained
 from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
+from repa.runs.predictions import Predictions
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
@@ -36,6 +38,7 @@ class LoadedRun:
     folder: Path | None = None
     label_dropout: float | None = None  # that it was trained with; None: not known
     class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
+    weak: "LoadedRun | None" = None  # a weaker run, for autoguidance
 
     @cached_property
     def process(self) -> Process:
@@ -61,18 +64,52 @@ class LoadedRun:
     def latent_shape(self) -> tuple[int, int, int]:
         return self.model.state_shapes["x"]
 
-    def denoiser(self, labels: Tensor, guidance: GuidanceConfig | None = None) -> Denoiser:
-        """The denoiser of given labels (N,), with guidance closed over; UserError for guidance by a null class that never trained."""
-        guidance = guidance or GuidanceConfig()
-        guidance.check_trained(self.label_dropout)
-
-        def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.model({"x": x_t}, self.process.network_time(t), Condition(y)).prediction["x"]
-
-        fn = guided(
-            predict, labels, self.model.null_label, guidance.scale, guidance.interval, guidance.channels or None
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which weights samples are made by, for their record."""
+        own = {
+            "run": str(self.folder),
+            "step": self.step,
+            "weights": self.weights,
+            "weights_sha256": self.weights_sha256,
+        }
+        return (
+            own if self.weak is None else {**own, "weak_step": self.weak.step, "weak_sha256": self.weak.weights_sha256}
         )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of what a sampler integrates: the latents, and the streams beside them."""
+        return Layout(self.model.state_shapes)
+
+    def denoiser(self, labels: Tensor, guidances: Sequence[str] = ()) -> Denoiser:
+        """The denoiser of states as `layout` packs them, for given labels (N,), with guidances (specs of GUIDANCES) closed over.
+
+        Raises:
+            UserError: guidance by a null class that never trained, or by a weaker run of another kind.
+        """
+        check_null_trained(guidances, self.label_dropout)
+        predictions = self.predictions(Condition(labels))
+        fn = guided(predictions, [GUIDANCES.build(spec) for spec in guidances], self.layout)
         return Denoiser(fn, self.process.path, self.process.prediction)
+
+    def predictions(self, condition: Condition) -> Predictions:
+        """The network's predictions by name, for N samples of a condition."""
+        weak = None if self.weak is None else self.weak.predictions(condition)
+        return Predictions(self.model, self.process.network_time, condition, self.layout, weak)
+
+    def with_weak(self, weak: "LoadedRun") -> "LoadedRun":
+        """This run, guided by a weaker one; raises UserError unless both predict the same of the same state."""
+        for what in ("path", "prediction", "objective"):
+            if (own := getattr(self.diffusion, what)) != (other := getattr(weak.diffusion, what)):
+                raise UserError(
+                    f"The weaker run {weak.folder} has the {what} {other!r}, but {self.folder} has {own!r}: autoguidance needs the same."
+                )
+        if self.layout.shapes != weak.layout.shapes or self.model.num_classes != weak.model.num_classes:
+            raise UserError(
+                f"The weaker run {weak.folder} has other latents, streams or classes than {self.folder}: autoguidance needs the same."
+            )
+        return replace(self, weak=weak)
 
 
 def load_run(
@@ -81,6 +118,7 @@ def load_run(
     *,
     step: int | None = None,
     autoencoder_weights: str = "",
+    autoencoder: Autoencoder | None = None,
     device: torch.device | str = "cpu",
 ) -> LoadedRun:
     """Load a run for inference: nothing but the folder is needed (and the autoencoder's own weights).
@@ -90,6 +128,7 @@ def load_run(
         weights: "ema" (what the paper reports) or "model" (the raw weights).
         step: which checkpoint; the highest when None.
         autoencoder_weights: where the autoencoder's weights lie now; empty: where training found them, else the hub's.
+        autoencoder: one that is loaded already; None loads the run's.
     """
     run = Path(path)
     config = layout.read_config(run)
@@ -108,7 +147,7 @@ def load_run(
             "describes: restore the configuration that the run was trained with."
         ) from None
     data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
-    autoencoder = _autoencoder(run, config, autoencoder_weights, device)
+    autoencoder = autoencoder or _autoencoder(run, config, autoencoder_weights, device)
     require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
     names = tuple(map(str, data.get("class_names", ())))
     return LoadedRun(

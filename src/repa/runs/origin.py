@@ -7,13 +7,14 @@ from repa.base import files
 from repa.base.errors import UserError
 from repa.runs import layout
 
-# What each project's own sampling script does, as settings of `repa sample`. The run records its kind, a key of this table.
+# What each project's own sampling script does, as settings of `repa sample`; channels: those that its cfg
+# guides. The run records its kind, a key of this table.
 SAMPLING: dict[str, dict[str, Any]] = {
     "repa": {
         "sampler": "euler_maruyama:diffusion=2t"
     },  # on every path; ours is 2sigma, the same on the linear one alone
-    "sit": {"sampler": "euler_maruyama:diffusion=2sigma", "guidance": {"channels": 3}},
-    "dit": {"sampler": "ddpm", "guidance": {"channels": 3}},
+    "sit": {"sampler": "euler_maruyama:diffusion=2sigma", "channels": 3},
+    "dit": {"sampler": "ddpm", "channels": 3},
 }
 
 

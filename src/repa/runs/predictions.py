@@ -22,7 +22,6 @@ class Predictions:
         condition: of the N samples.
         layout: of x_t.
         weak: another network's predictions, for autoguidance.
-        null_trained: False for a network whose null condition never trained, of which no prediction without one is made.
     """
 
     model: Backbone
@@ -30,11 +29,12 @@ class Predictions:
     condition: Condition
     layout: Layout
     weak: "Predictions | None" = None
-    null_trained: bool = True
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
-            raise UserError(f"There are {len(x_t)} samples, but {len(self.condition.labels)} labels: give one per sample.")
+            raise UserError(
+                f"There are {len(x_t)} samples, but {len(self.condition.labels)} labels: give one per sample."
+            )
         found: dict[str, Tensor] = {}
         passes = {pass_of(name) for name in names}
         branches = [name for name in (CONDITIONAL, NULL) if name in passes]
@@ -63,7 +63,9 @@ class Predictions:
         output = self.model(state, times, condition)
         rows = [slice(i * len(x_t), (i + 1) * len(x_t)) for i in range(num)]
         return [
-            Output({k: v[part] for k, v in output.prediction.items()}, {}, {k: v[part] for k, v in output.heads.items()})
+            Output(
+                {k: v[part] for k, v in output.prediction.items()}, {}, {k: v[part] for k, v in output.heads.items()}
+            )
             for part in rows
         ]
 
@@ -78,11 +80,6 @@ class Predictions:
         return self.model(self.layout.unpack(x_t), self.network_time(t), self._null(), keep=nobody)
 
     def _null(self) -> Condition:
-        if not self.null_trained:
-            raise UserError(
-                "Guidance by the null class needs a network that was trained without labels now and then, but this one has "
-                "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
-            )
         return self.model.null(self.condition)
 
     def _named(self, name: str, output: Output) -> Tensor:

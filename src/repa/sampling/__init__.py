@@ -3,5 +3,12 @@
 from repa.base.lazy import exports
 
 __getattr__, __dir__, __all__ = exports(
-    __name__, {"SampleConfig": "config", "generate": "samples", "Samples": "samples", "write_samples": "samples"}
+    __name__,
+    {
+        "SampleConfig": "config",
+        "generate": "samples",
+        "Samples": "samples",
+        "prepared": "samples",
+        "write_samples": "samples",
+    },
 )

@@ -1,27 +1,34 @@
 """How to sample."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
-from repa.base.registry import Spec
+from repa.base.errors import UserError
+from repa.base.registry import Spec, parse_spec
 from repa.diffusion import SAMPLERS
-from repa.diffusion.config import GuidanceConfig
+from repa.diffusion.config import Guidances
 from repa.runs.origin import SAMPLING, kind_of
 
 
 class SampleConfig(Config):
-    """Sampler, guidance, labels and seeds. The paper's figures: euler_maruyama, 250 steps, guidance scale 1.8 in [0, 0.7]."""
+    """Sampler, guidance, labels and seeds. The paper's figures: euler_maruyama, 250 steps, --guidance cfg:scale=1.8,high=0.7."""
 
     sampler: Annotated[str, Spec(SAMPLERS)] = "euler_maruyama"
     """Sampler, with settings as in euler_maruyama:last=0.04."""
     steps: int = Field(250, ge=1)
     """Steps of the sampler."""
-    guidance: GuidanceConfig = GuidanceConfig()
-    """Classifier-free guidance."""
+    guidance: Guidances = ()
+    """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; none: off."""
+    weak: str = ""
+    """Weaker run folder for autoguidance; the run itself where only another checkpoint or other weights are meant."""
+    weak_weights: str = "ema"
+    """Its weights, named as in --weights: it may need an average of another length than the run's own."""
+    weak_checkpoint: int = -1
+    """Step of its checkpoint; -1 takes the newest."""
     labels: str = "uniform"
     """uniform: drawn for each image; balanced: classes in turn; or classes in turn by number or name: 3,7 or cat,dog."""
     seed: int = 0
@@ -42,21 +49,33 @@ class SampleConfig(Config):
             raise ValueError(f"labels {labels!r} must be uniform, balanced, or classes such as 3, cat or cat,dog")
         return labels
 
+    @model_validator(mode="after")
+    def _weak_where_used(self):
+        asked = any(parse_spec(spec)[0] == "autoguidance" for spec in self.guidance)
+        if asked and not self.weak:
+            raise UserError("The guidance autoguidance needs a weaker network: give its run folder as --weak RUN.")
+        return self
+
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:
         """Of a converted run: what nobody set is as its own code samples. Also a sentence that says so, or an empty one."""
         kind = kind_of(Path(run))
-        given, recorded = self.model_dump(exclude_unset=True), SAMPLING.get(kind, {})
-        used = {name: value for name, value in recorded.items() if name != "guidance" and name not in given}
-        guidance = {
-            name: value for name, value in recorded.get("guidance", {}).items() if name not in given.get("guidance", {})
-        }
-        if not used and not guidance:
+        given, recorded = self.model_dump(exclude_unset=True), dict(SAMPLING.get(kind, {}))
+        channels = recorded.pop("channels", 0)
+        used: dict[str, Any] = {name: value for name, value in recorded.items() if name not in given}
+        guidance = tuple(_of_channels(spec, channels) for spec in self.guidance)
+        if guidance != self.guidance:
+            used["guidance"] = guidance
+        if not used:
             return self, ""
-        merged = type(self).parse({**given, **used, "guidance": {**given.get("guidance", {}), **guidance}})
-        words = [f"--{name} {value}" for name, value in used.items()] + [
-            f"--guidance.{n} {v}" for n, v in guidance.items()
-        ]
+        told = {name: value if isinstance(value, str) else " ".join(value) for name, value in used.items()}
+        words = " ".join(f"--{name} {value}" for name, value in told.items())
         return (
-            merged,
-            f"{run} was converted from a checkpoint of kind {kind}, so it is sampled as by that code: {' '.join(words)}.",
+            type(self).parse({**given, **used}),
+            f"{run} was converted from a checkpoint of kind {kind}, so it is sampled as by that code: {words}.",
         )
+
+
+def _of_channels(spec: str, channels: int) -> str:
+    """The spec, where it is cfg and does not say how many channels it guides with that number."""
+    name, settings = parse_spec(spec)
+    return f"{spec},channels={channels}" if channels and name == "cfg" and "channels" not in settings else spec

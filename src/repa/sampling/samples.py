@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
 from repa.base.errors import UserError, nearest
@@ -23,7 +24,7 @@ from repa.base.precision import autocast
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
-from repa.runs import LoadedRun
+from repa.runs import LoadedRun, load_run
 from repa.sampling.config import SampleConfig
 
 GRID_IMAGES = 64  # in the picture beside the npz
@@ -36,20 +37,36 @@ class Samples(NamedTuple):
     nfe: int
 
 
+def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
+    """The run with what sampling needs beside it: another decoder, and a weaker run for autoguidance."""
+    own = run.autoencoder
+    if config.decoder:
+        decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
+        run = replace(run, autoencoder=decoder)
+    if config.weak:
+        step = None if config.weak_checkpoint < 0 else config.weak_checkpoint
+        run = run.with_weak(load_run(config.weak, config.weak_weights, step=step, autoencoder=own, device=device))
+    return run
+
+
 @torch.inference_mode()
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Samples:
-    """Images `indices` of the endless sequence that (run, config) defines."""
+    """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it."""
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
     streams = SampleStreams(config.seed, indices)
-    noise = streams.randn(*run.latent_shape).to(device)  # (N, C, h, w)
+    shapes = run.layout.shapes
+    noise = {name: streams.randn(*shape).to(device) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
     labels = draw_labels(config.labels, indices, streams, run).to(device)
     sampler = SAMPLERS.build(config.sampler)
     denoiser = run.denoiser(labels, config.guidance)
     calls = Watched(denoiser.predict)
     with autocast(device, config.precision):
-        latents = sampler(replace(denoiser, predict=calls), noise, config.steps, randn_like=streams.randn_like)
-    calls.require_finite(latents, indices, f"{run.folder or 'the run'}, step {run.step}")
+        state = sampler(
+            replace(denoiser, predict=calls), run.layout.pack(noise), config.steps, randn_like=streams.randn_like
+        )
+    calls.require_finite(state, indices, f"{run.folder or 'the run'}, step {run.step}")
+    latents = run.layout.unpack(state)["x"]  # (N, C, h, w)
     return Samples(run.autoencoder.decode(latents.float()).cpu(), calls.calls)
 
 
@@ -75,7 +92,7 @@ class Watched(CountedCalls):
         when = f"from call {call} of {self.calls} of the network on" if call else "in the sampler's own arithmetic"
         raise UserError(
             f"Image {indices[bad[0]]} of {what} is not finite, {when}: {len(bad)} of {len(indices)} images are lost. Choose a smaller "
-            "guidance.scale, another sampler or precision fp32; if that does not help, its weights are damaged."
+            "scale of guidance, another sampler or precision fp32; if that does not help, its weights are damaged."
         )
 
 
@@ -161,10 +178,7 @@ def write_samples(
 def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
     """What the samples are a function of."""
     return {
-        "run": str(run.folder),
-        "step": run.step,
-        "weights": run.weights,
-        "weights_sha256": run.weights_sha256,
+        **run.identity,
         "num": num,
         "autoencoder": run.autoencoder.name,
         **config.model_dump(mode="json"),

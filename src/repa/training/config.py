@@ -11,7 +11,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
 from repa.diffusion import SAMPLERS
-from repa.diffusion.config import DiffusionConfig, GuidanceConfig
+from repa.diffusion.config import DiffusionConfig, Guidances, check_null_trained
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
 from repa.models.config import ModelConfig
@@ -57,8 +57,8 @@ class PreviewConfig(Config):
     """Sampler of the previews."""
     num_steps: int = Field(25, ge=1)
     """Steps of that sampler."""
-    guidance: GuidanceConfig = GuidanceConfig()
-    """Classifier-free guidance of the previews."""
+    guidance: Guidances = ()
+    """Guidances of the previews, as in `repa sample`; not autoguidance, which needs another run."""
     decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Autoencoder that decodes the previews faster, such as taesd; empty takes the run's own."""
     decoder_weights: str = ""
@@ -66,6 +66,10 @@ class PreviewConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_score(self):
+        if any(parse_spec(spec)[0] == "autoguidance" for spec in self.guidance):
+            raise ValueError(
+                "previews have one network, and the guidance autoguidance needs two: leave it out of preview.guidance"
+            )
         if self.score_every and not self.num_scored:
             raise ValueError(
                 f"preview.score_every is {self.score_every}, but preview.num_scored is 0: give it a number of samples"
@@ -168,7 +172,7 @@ class TrainConfig(Config):
         self.diffusion.check_model(self.model.name, self.model.learn_sigma)
         self.diffusion.check_sampler(self.preview.sampler)
         if self.preview.every or self.preview.scored_every:
-            self.preview.guidance.check_trained(self.label_dropout)
+            check_null_trained(self.preview.guidance, self.label_dropout)
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:

@@ -1,0 +1,122 @@
+"""Guidances, streams and a weaker network in samples of a run: each against the mixture written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from repa.autoencoders import load_autoencoder
+from repa.base.errors import UserError
+from repa.base.rng import SampleStreams
+from repa.cli.main import run as repa
+from repa.diffusion.config import DiffusionConfig
+from repa.models import Condition, build_model
+from repa.runs import LoadedRun, load_run
+from repa.sampling import SampleConfig, generate
+
+EULER = SampleConfig(sampler="euler", steps=4, labels="1", seed=3)
+
+
+def random_network(seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = build_model(
+        "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=32, depth=2, num_heads=2, **overrides
+    )
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.08)
+    return LoadedRun(model.eval(), DiffusionConfig(), load_autoencoder("pixels"), 0, "ema")
+
+
+def euler(run, velocity, index=5):
+    """Images of dx = v dt by 4 steps, of a state by names."""
+    streams = SampleStreams(3, [index])
+    state = {name: streams.randn(*shape).double() for name, shape in run.model.state_shapes.items()}
+    for t in (1.0, 0.75, 0.5, 0.25):
+        v = velocity({name: part.float() for name, part in state.items()}, t)
+        state = {name: part - 0.25 * v[name].double() for name, part in state.items()}
+    return (127.5 * state["x"][0] + 127.5).round().clamp(0, 255)
+
+
+def same(found, wanted):
+    assert (found[0] - wanted).abs().max() <= 1
+    assert (found[0] != wanted).double().mean() < 1e-2
+    assert wanted.std() > 10
+
+
+def asked(run, state, t, label):
+    return run.model(state, torch.tensor([t]), Condition(torch.tensor([label])))
+
+
+def test_internal_guidance_then_cfg():
+    run = random_network(heads=(1,))
+
+    def velocity(state, t):
+        branches = [asked(run, state, t, label) for label in (1, run.model.null_label)]
+        c, n = (o.heads[1] + 1.4 * (o.prediction["x"] - o.heads[1]) for o in branches)
+        return {"x": n + 1.35 * (c - n) if t <= 0.7 else c}
+
+    config = EULER.override(guidance=["internal:head=1,scale=1.4", "cfg:scale=1.35,high=0.7"])
+    same(generate(run, config, [5]).images, euler(run, velocity))
+    with pytest.raises(UserError, match="has heads at 1"):
+        generate(run, EULER.override(guidance=["internal:head=2,scale=1.4"]), [5])
+    with pytest.raises(UserError, match="has no heads"):
+        generate(random_network(), config, [5])
+
+
+def test_a_stream_is_integrated_beside_the_latents_with_noise_of_its_own():
+    """REG's joint sampler: one step for both, guided by their own scales; internal guidance is of the latents alone."""
+    run = random_network(streams={"class": 6}, heads=(1,))
+
+    def velocity(state, t):
+        c, n = (asked(run, state, t, label).prediction for label in (1, run.model.null_label))
+        return {"x": n["x"] + 2 * (c["x"] - n["x"]), "class": n["class"] + 3 * (c["class"] - n["class"])}
+
+    same(generate(run, EULER.override(guidance=["cfg:scale=2,streams=3"]), [5]).images, euler(run, velocity))
+
+    def internal(state, t):
+        o = asked(run, state, t, 1)
+        return {"x": o.heads[1] + 1.5 * (o.prediction["x"] - o.heads[1]), "class": o.prediction["class"]}
+
+    same(generate(run, EULER.override(guidance=["internal:head=1,scale=1.5"]), [5]).images, euler(run, internal))
+    for sampler in ("euler_maruyama", "heun"):
+        config = EULER.override(sampler=sampler, labels="uniform")
+        whole = generate(run, config, range(4)).images
+        assert torch.equal(torch.cat([generate(run, config, range(i, i + 2)).images for i in (0, 2)]), whole)
+
+
+def test_autoguidance_asks_the_weaker_network():
+    run, weak = random_network(), random_network(seed=1)
+
+    def velocity(state, t):
+        strong, ref = (asked(of, state, t, 1).prediction["x"] for of in (run, weak))
+        return {"x": ref + 1.5 * (strong - ref)}
+
+    config = EULER.override(weak="a-run", guidance=["autoguidance:scale=1.5"])
+    same(generate(run.with_weak(weak), config, [5]).images, euler(run, velocity))
+    with pytest.raises(UserError, match="--weak RUN"):
+        generate(run, config, [5])
+    with pytest.raises(UserError, match="path 'trigonometric'"):
+        run.with_weak(replace(weak, diffusion=DiffusionConfig(path="trigonometric")))
+    with pytest.raises(UserError, match="other latents"):
+        run.with_weak(random_network(streams={"class": 6}))
+
+
+def test_path_drop_needs_a_network_that_routes():
+    with pytest.raises(UserError, match="path_drop needs a network"):
+        generate(random_network(), EULER.override(guidance=["path_drop:scale=2"]), [5])
+
+
+def test_a_network_of_another_checkpoint_guides_on_the_command_line(random_run, tmp_path):
+    """The job's record says which weights guided; without --weak the command stops before anything is loaded."""
+    import json
+
+    out = tmp_path / "samples.npz"
+    command = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(out)]
+    command += ["--guidance", "autoguidance:scale=1.5,high=0.9"]
+    assert repa(command) == 2
+    assert repa([*command, "--weak", str(random_run), "--weak-checkpoint", "10", "--weak-weights", "model"]) == 0
+    made = json.loads(out.with_suffix(".json").read_text())
+    assert made["guidance"] == ["autoguidance:scale=1.5,high=0.9"]
+    assert made["weak_step"] == 10
+    assert made["weak_sha256"] == load_run(random_run, "model", step=10).weights_sha256
