@@ -110,3 +110,17 @@ def test_what_a_kill_left_of_a_snapshot_is_removed_and_is_none(tmp_path):
     assert layout.snapshot_steps(tmp_path) == []
     save_snapshot(tmp_path, 20, {0.1: {"w": torch.zeros(2)}})
     assert [path.name for path in (tmp_path / layout.SNAPSHOTS).iterdir()] == ["0000020"]
+
+
+def test_another_bit_of_a_snapshot_or_an_average_is_noticed(tmp_path):
+    from repa.runs.checkpoint import load_checked, save_checked
+
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+    path = tmp_path / "x.safetensors"
+    save_checked(tensors, path)
+    assert all(torch.equal(load_checked(path, "")[name], x) for name, x in tensors.items())
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"x\.safetensors"):
+            load_checked(path, "")

@@ -11,7 +11,7 @@ from torch import nn
 from repa.base import files
 from repa.base.errors import UserError
 from repa.runs import Checkpoint, checkpoint, layout, load_checkpoint, save_checkpoint
-from repa.runs.checkpoint import load_weights
+from repa.runs.checkpoint import load_weights, write_state
 
 FILES = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
@@ -156,7 +156,7 @@ def test_a_foreign_state_file_names_no_file_elsewhere(tmp_path):
     elsewhere.write_bytes((folder / layout.MODEL_FILE).read_bytes())
     state = json.loads((folder / layout.STATE_FILE).read_text())
     state["sha256"]["../../../model.safetensors"] = files.sha256(elsewhere)
-    (folder / layout.STATE_FILE).write_text(json.dumps(state))
+    write_state(folder, state)
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         load_checkpoint(tmp_path / "run")
 
@@ -177,7 +177,7 @@ def test_a_foreign_checkpoint_executes_nothing(name, zipped, tmp_path):
     torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     state = json.loads((folder / layout.STATE_FILE).read_text())
     state["sha256"][path.name] = files.sha256(path)  # whoever made it made the checksum too
-    files.write_json(folder / layout.STATE_FILE, state)
+    write_state(folder, state)
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load_checkpoint(tmp_path)
     assert not mark.exists()
@@ -190,7 +190,7 @@ def test_the_weights_of_a_checkpoint_with_a_pickled_optimizer_are_still_read(tmp
     (folder / layout.OPTIMIZER_FILE).unlink()
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
-    files.write_json(folder / layout.STATE_FILE, state)
+    write_state(folder, state)
     found = load_checkpoint(tmp_path)
     assert found.optimizer == {}
     assert all(torch.equal(found.ema[key], value) for key, value in make(5).ema.items())

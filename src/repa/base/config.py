@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from repa.base.errors import UserError, nearest
+from repa.base.faults import require_plain
 from repa.base.trust import contents_of
 
 
@@ -84,6 +85,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; UserError for a file that is none, or says something twice."""
     path = Path(path)
+    require_plain(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:

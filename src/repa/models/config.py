@@ -69,17 +69,17 @@ class ModelConfig(Config):
 
     name: str = "SiT-B/2"
     """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
-    latent_size: int = Field(default=0, ge=0)
+    latent_size: int = Field(default=0, ge=0, le=65_536)
     """Side of the latent; 0 = taken from the data."""
-    latent_channels: int = Field(default=0, ge=0)
+    latent_channels: int = Field(default=0, ge=0, le=65_536)
     """Channels of the latent; 0 = taken from the data."""
-    num_classes: int = Field(default=0, ge=0)
+    num_classes: int = Field(default=0, ge=0, le=10_000_000)
     """Classes without the null class; 0 = taken from the data."""
-    hidden_dim: int = Field(default=0, ge=0)
+    hidden_dim: int = Field(default=0, ge=0, le=65_536)
     """Width of the tokens; 0 = by name."""
-    depth: int = Field(default=0, ge=0)
+    depth: int = Field(default=0, ge=0, le=1_000)
     """Number of blocks; 0 = by name."""
-    num_heads: int = Field(default=0, ge=0)
+    num_heads: int = Field(default=0, ge=0, le=65_536)
     """Attention heads; 0 = by name."""
     qk_norm: bool = False
     """Normalise queries and keys per head (steadier in low precision)."""

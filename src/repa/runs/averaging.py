@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repa.base import faults, files
+from repa.base import files
 from repa.base.errors import UserError
 from repa.runs import layout
-from repa.runs.checkpoint import load_weights
+from repa.runs.checkpoint import load_checked, load_weights, save_checked
 
 WIDEST = 0.28  # of relative widths; gamma is 0 at 1 / sqrt(12) = 0.2887, a plain mean of all steps
 Profile = tuple[float, float]  # (step, gamma)
@@ -58,8 +57,8 @@ def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]]
     files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote
     with files.atomic_folder(folder) as temporary:
         for width, state in averages.items():
-            half = {name: value.half().contiguous().cpu() for name, value in state.items()}
-            save_file(half, temporary / f"{weights_name(width)}.safetensors")
+            half = {name: value.half() for name, value in state.items()}
+            save_checked(half, temporary / f"{weights_name(width)}.safetensors")
 
 
 def drop_snapshots(run: Path, step: int) -> None:
@@ -91,9 +90,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
     profiles = [(float(path.parent.name), gamma_of(float(path.stem.rpartition("-")[2]))) for path in paths]
     total: dict[str, Tensor] = {}
     for path, share in zip(paths, mixture(profiles, (float(step), gamma_of(width))), strict=True):
-        with faults.reading(path, "a safetensors file", f"Remove {path.parent} to average without it."):
-            snapshot = load_file(path)
-        for name, value in snapshot.items():
+        for name, value in load_checked(path, f"Remove {path.parent} to average without it.").items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + float(share) * value.double()
     return step, {name: value.float() for name, value in total.items()}
 
@@ -104,5 +101,5 @@ def write_average(run: Path, width: float, step: int | None = None) -> tuple[int
     _, state = load_weights(run, "ema")  # for what is not trained, such as positions
     name = weights_name(width)
     with files.atomic_path(layout.average_file(run, step, name)) as temporary:
-        save_file({**state, **parameters}, temporary)
+        save_checked({**state, **parameters}, temporary)
     return step, name

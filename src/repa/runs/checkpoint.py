@@ -1,10 +1,14 @@
 """Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -12,6 +16,8 @@ from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 
+OF_TENSORS = "sha256"  # in the header of files by `save_checked`
+OWN = "state_sha256"  # entry of state.json: the checksum of the others
 KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
 
@@ -55,7 +61,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
                 _write(tensors, temporary / name)
             checksums = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
             state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums}
-            files.write_json(temporary / layout.STATE_FILE, state)
+            write_state(temporary, state)
     for step in layout.checkpoint_steps(run)[:-keep] if keep else ():
         if not keep_every or step % keep_every:
             _remove(layout.checkpoint_folder(run, step))
@@ -84,11 +90,36 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
             return None
         step = steps[-1]
     folder = _whole(run, step)
-    state = files.read_object(folder / layout.STATE_FILE, step=int, counters=dict, sha256=dict)
+    state = _read_state(folder, step)
     tensors = {name: _read(folder / name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)}
     known = [tensors.pop(name, {}) for name in KNOWN]
     averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
     return Checkpoint(state["step"], *known, state["counters"], averages)
+
+
+def save_checked(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file that holds a checksum of its tensors, for `load_checked`."""
+    tensors = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
+    save_file(tensors, path, metadata={OF_TENSORS: _digest_of(tensors)})
+
+
+def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
+    """What `save_checked` wrote; UserError when a byte of it has changed."""
+    with faults.reading(path, "a safetensors file", remedy), safe_open(path, "pt") as file:
+        checksum = (file.metadata() or {}).get(OF_TENSORS)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if checksum != _digest_of(tensors):
+        raise UserError(f"{path} is damaged: its tensors are not the ones that were written. {remedy}")
+    return tensors
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -107,7 +138,7 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
     names -= {Path(layout.PROJECTORS_FILE).stem, Path(layout.OPTIMIZER_FILE).stem}
     if weights not in names and made and wanted in (None, *made):
         step = made[-1] if wanted is None else wanted
-        return step, _read(layout.average_file(run, step, weights))
+        return step, load_checked(layout.average_file(run, step, weights), f"Make it again by `repa ema {run}`.")
     if names and weights not in names:
         raise UserError(
             f"{run} has no weights {weights!r} at step {step}: there are {', '.join(sorted(names))}, and `repa ema {run}` makes "
@@ -127,8 +158,29 @@ def weights_checksum(run: Path, weights: str, step: int) -> str:
     name = f"{weights}{layout.WEIGHTS}"
     folder = layout.checkpoint_folder(run, step)
     if (folder / name).is_file():
-        return files.read_json(folder / layout.STATE_FILE)["sha256"][name]
+        return _read_state(folder, step)["sha256"][name]
     return files.sha256(layout.average_file(run, step, weights))
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """state.json of a checkpoint, with a checksum of itself."""
+    files.write_json(folder / layout.STATE_FILE, {**state, OWN: _digest(state)})
+
+
+def _read_state(folder: Path, step: int) -> dict[str, Any]:
+    """state.json of a checkpoint, which holds a checksum of itself; UserError when it is not what was written there."""
+    path = folder / layout.STATE_FILE
+    state = files.read_object(path, step=int, counters=dict, sha256=dict)
+    if state.get(OWN) != _digest(state) or state["step"] != step:
+        raise UserError(f"{path} is damaged: it is not what was written.")
+    if any(Path(name).name != name for name in state["sha256"]):  # a checkpoint from elsewhere opens no file elsewhere
+        raise UserError(f"{path} is refused: it names files outside of its folder.")
+    return state
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    others = {name: value for name, value in state.items() if name != OWN}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _whole(run: Path, step: int, only: str | None = None) -> Path:
@@ -142,11 +194,12 @@ def _whole(run: Path, step: int, only: str | None = None) -> Path:
         f"Remove {folder} and the run {f'continues from step {before[-1]}' if before else 'starts again from step 0'}."
     )
     try:
-        checksums = files.read_object(folder / layout.STATE_FILE, sha256=dict)["sha256"]
-        if any(Path(name).name != name for name in checksums):  # a checkpoint from elsewhere opens no file elsewhere
-            raise KeyError
-    except (UserError, KeyError, TypeError):
-        raise UserError(f"{folder / layout.STATE_FILE} is damaged: it is not what was written. {remedy}") from None
+        state = _read_state(folder, step)
+    except UserError as error:
+        raise UserError(f"{folder / layout.STATE_FILE} is damaged: it is not what was written. {remedy}") from error
+    checksums = state["sha256"]
+    if only is not None and only not in checksums:
+        raise UserError(f"{folder / layout.STATE_FILE} is damaged: it lacks the checksum of {only}. {remedy}")
     for name, checksum in checksums.items():
         if only in (None, name) and (not (folder / name).is_file() or files.sha256(folder / name) != checksum):
             raise UserError(f"{folder / name} is damaged: its bytes are not the ones that were written. {remedy}")
