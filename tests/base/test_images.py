@@ -72,6 +72,14 @@ def test_16_bit_grey_is_scaled_not_clipped():
     np.testing.assert_array_equal(tiff, decoded)
 
 
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_12_bits_in_16_are_not_almost_black(form):
+    grey = np.array([[0, 15, 16, 2048, 4095]], np.uint16)
+    assert pixels(decode_image(encoded(Image.fromarray(grey), form), "x"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    grey[0, 0] = 4096  # beyond 12 bits: all 16 count
+    assert pixels(decode_image(encoded(Image.fromarray(grey), form), "x"))[0, :, 0].tolist() == [16, 0, 0, 8, 15]
+
+
 def test_32_bit_pixels_of_unknown_range_are_refused():
     with pytest.raises(UserError, match=r"float.tif is not a readable image.*range is unknown"):
         decode_image(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "float.tif")

@@ -1,6 +1,7 @@
 """Every mistake of the user is one line on stderr and exit code 2; and a mistake is answered without importing torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,18 @@ def test_the_exit_code_reaches_the_shell():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("repa: There is no verb 'lsit'")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_a_terminal_cannot_show(encoding, tmp_path):
+    """Also bytes that are no UTF-8, which Python holds as lone surrogates."""
+    folder = b"\xe7\x8c\xab-\xff"
+    done = subprocess.run(
+        [sys.executable, "-m", "repa", "prepare", tmp_path.as_posix().encode() + b"/" + folder, str(tmp_path / "data")],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
 
 
 def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):

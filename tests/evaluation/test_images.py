@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from repa.base.errors import UserError
 from repa.evaluation import open_images
@@ -29,6 +30,27 @@ def test_batches_are_the_images_in_order(save, size, tmp_path):
     assert torch.equal(torch.cat(batches), torch.from_numpy(pixels()).permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_fortran_order_is_read(save, tmp_path):
+    save(tmp_path / "s.npz", arr_0=np.asfortranarray(pixels()))
+    batches = [batch for _, batch in open_images(tmp_path / "s.npz").batches(3)]
+    assert torch.equal(torch.cat(batches), torch.from_numpy(pixels()).permute(0, 3, 1, 2))
+
+
+def test_samples_need_no_labels(tmp_path):
+    """Loose and in folders, splits, folders in folders: what `prepare` asks about is nothing to a measurement."""
+    places = ["0.png", "more/1.png", "train/2.png", "test/a/3.png", "test/b/c/4.png"]
+    for place, image in zip(places, pixels(), strict=False):
+        path = tmp_path / "samples" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "samples" / "0.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    found = open_images(tmp_path / "samples").rows(np.arange(5))
+    assert {image.numpy().tobytes() for image in found} == {
+        torch.from_numpy(image).permute(2, 0, 1).numpy().tobytes() for image in pixels()[:5]
+    }
+
+
 def test_newer_headers_are_read(tmp_path):
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, pixels(), version=(2, 0))
@@ -45,7 +67,6 @@ def test_newer_headers_are_read(tmp_path):
         pixels().astype(np.int8),
         pixels()[0],
         pixels().transpose(0, 3, 1, 2),
-        np.asfortranarray(pixels()),
         np.uint8(3),
     ],
 )

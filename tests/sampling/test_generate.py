@@ -19,7 +19,7 @@ from repa.base.rng import SampleStreams
 from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
-from repa.sampling import SampleConfig, generate, write_samples
+from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, write_samples
 from tests.calls import call
 
 ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1)
@@ -180,6 +180,32 @@ def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
         assert asked.pop() == [1, 1, 1]
     with pytest.raises(UserError, match="no training images"):
         generate(gap, ODE.override(labels="0", steps=1), range(2))
+
+
+def test_what_is_said_of_classes(run):
+    named = replace(run, class_names=("1", "caf\u00e9"), class_counts=(3, 4))
+    assert [drawn_classes(text, named) for text in ("1", "#1", "0", "0,1,#1", " cafe\u0301")] == [
+        (0,),
+        (1,),
+        (0,),
+        (0, 0, 1),
+        (1,),
+    ]
+    assert "#1" in about_classes("1", named)
+    assert about_classes("#1", named) == about_classes("0", named) == about_classes("uniform", named) == ""
+    assert about_classes("10", replace(named, class_names=("10", "11"))) == ""  # there is no class number 10
+    assert about_classes("balanced", replace(named, class_counts=(0, 4))).startswith("1 of 2 classes")
+    assert drawn_classes("uniform", replace(run, class_counts=(5,))) == (0,)  # a network of more classes than its data
+
+
+def test_counts_of_a_run_are_those_of_its_data(run, random_run, tmp_path):
+    assert (run.class_names, run.class_counts) == (("dark", "light"), (20, 20))
+    folder = shutil.copytree(random_run, tmp_path / "run")
+    facts = json.loads((folder / layout.DATA).read_text())
+    for counts in ("2", [1.0, 2], [-1, 3], [0, 0], [True, 1], [3]):
+        (folder / layout.DATA).write_text(json.dumps(facts | {"class_counts": counts}))
+        with pytest.raises(UserError, match="class_counts"):
+            load_run(folder)
 
 
 def test_the_file_is_what_evaluators_read(run, tmp_path):

@@ -26,7 +26,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as an upright 8-bit RGB image.
 
     EXIF rotation is applied; an ICC profile is converted to sRGB; transparency is laid on white; 16-bit greys are scaled
-    to 8 bits (their high byte, which is what Pillow does with 16-bit colour); of an animation the first frame counts.
+    to 8 bits (their high byte, which is what Pillow does with 16-bit colour), and those whose values all lie below 4,096 as
+    the 12 bits that cameras and microscopes write; of an animation the first frame counts.
 
     Raises:
         UserError: names `name`; for anything that is not a whole image, or has more than MAX_PIXELS.
@@ -55,7 +56,11 @@ def open_image(file: IO[bytes] | str | Path) -> Image.Image:
 
 def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
     if sixteen:
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        pixels = np.asarray(image)
+        bits = (
+            12 if pixels.max() < 1 << 12 else 16
+        )  # no file says so; as 16 bits a picture would lie in the lowest 16 of 256 levels
+        return Image.fromarray((pixels >> bits - 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are {image.mode!r} numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits"

@@ -155,7 +155,7 @@ def _keyword_settings(target: str) -> set[str]:
     module, attr = target.split(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"registry points to {module}, which does not exist"
-    for node in ast.parse(Path(str(spec.origin)).read_text()).body:
+    for node in ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == attr:
             init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
             fields = {

@@ -128,7 +128,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     from repa.base import dist
     from repa.evaluation import evaluate_stream
     from repa.runs import load_run
-    from repa.sampling import generate, prepared
+    from repa.sampling import about_classes, drawn_classes, generate, prepared
 
     device = dist.setup()
     given, as_origin = given.as_origin_of(given.samples)
@@ -141,9 +141,12 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     )
     run = prepared(run, sampling, device)
     run.diffusion.check_sampler(sampling.sampler)
+    if note := about_classes(sampling.labels, run):
+        say(note)
     made: dict[str, Any] = {
         **run.identity, "run": given.samples,
-        "num": given.num_images, "autoencoder": run.autoencoder.name, **sampling.model_dump(mode="json"),
+        "num": given.num_images, "autoencoder": run.autoencoder.name,
+        "num_classes": len(set(drawn_classes(sampling.labels, run))), **sampling.model_dump(mode="json"),
     }  # fmt: skip
     size, num = sampling.batch_size, given.num_images
 

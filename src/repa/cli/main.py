@@ -1,6 +1,7 @@
 """`repa VERB ...`: find the verb, run it, turn what goes wrong into an exit code."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -42,6 +43,9 @@ def usage() -> str:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are written as escapes
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     config = options.part(SampleConfig, given)
     from repa.base import dist
     from repa.runs import load_run
-    from repa.sampling import prepared, write_samples
+    from repa.sampling import about_classes, prepared, write_samples
 
     device = dist.setup()
     step = None if given.checkpoint < 0 else given.checkpoint
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     run = prepared(run, config, device)
     if as_origin:
         say(as_origin)
+    if note := about_classes(config.labels, run):
+        say(note)
     if given.compile:
         run.model.compile()
     calls: list[int] = []

@@ -53,4 +53,4 @@ def _show_run(run: Path) -> None:
     )
     size = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
     say(f"size on disk {files.size(size)}")
-    say((run / layout.CONFIG).read_text())
+    say((run / layout.CONFIG).read_text(encoding="utf-8"))

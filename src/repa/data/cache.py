@@ -40,7 +40,7 @@ class FileCache:
         """One thread of one process at a time, for this key and those few that begin with the same digits."""
         path = self.folder / "locks" / key[:2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from repa.base import faults
 from repa.base.errors import UserError
+from repa.base.npz import load_npz
 from repa.evaluation.images import Images
+
+REMEDY = "Save them with np.savez and np.ascontiguousarray."
 
 
 class NpzImages(Images):
@@ -28,7 +31,7 @@ class NpzImages(Images):
             self._start = self._file.tell()
             stored = self._info.compress_type == zipfile.ZIP_STORED
             begin = _data_offset(path, self._info) if stored else 0
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}.")
         self.num, self.height, self.width, _ = shape
         self._size = self.height * self.width * 3
@@ -37,7 +40,9 @@ class NpzImages(Images):
             raise UserError(f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}.")
         self.identity = {"name": path.name, "shape": list(shape), "crc32": self._info.CRC}
         self._map = None
-        if stored and self.num:
+        if fortran:  # images do not lie one after the other: nothing to stream or to sum up in order
+            self._map, self._next = load_npz(path, "images in Fortran order", ("arr_0",), remedy=REMEDY)["arr_0"], -1
+        elif stored and self.num:
             self._map = np.memmap(path, np.uint8, "r", offset=begin + self._start, shape=shape)
             self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)))
             self._next = 0

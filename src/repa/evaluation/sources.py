@@ -75,4 +75,4 @@ def open_images(where: str | Path, resolution: int | None = None) -> Images:
         return NpzImages(path)
     if is_url(where) or (path / MANIFEST).is_file() or (path / PARTS).is_dir():
         return DataImages(open_data(where))
-    return SourceImages(open_source(str(where)), str(where), resolution)
+    return SourceImages(open_source(str(where), labels="none"), str(where), resolution)

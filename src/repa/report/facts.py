@@ -72,6 +72,6 @@ def _own_version() -> str:
 def _processor() -> str:
     """The processor's name where the system tells it (Linux), else its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

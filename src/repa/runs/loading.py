@@ -45,7 +45,7 @@ class LoadedRun:
         """Path, prediction, and what the network is given for t."""
         return build_process(self.diffusion)
 
-    @property
+    @cached_property
     def trained_classes(self) -> tuple[int, ...]:
         """Classes that have training images, which alone are drawn; all where nothing is known."""
         known = tuple(label for label, count in enumerate(self.class_counts) if count)
@@ -160,7 +160,11 @@ def _counts(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...
     counts = data.get("class_counts", [])
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(f"{run / layout.DATA}: class_counts must be a list of numbers of images.")
-    return tuple(counts) if len(counts) == num_classes else ()
+    if counts and not (len(counts) == num_classes and any(counts)):
+        raise UserError(
+            f"{run / layout.DATA}: class_counts must hold images of the {num_classes} classes of class_names."
+        )
+    return tuple(counts)
 
 
 def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:

@@ -60,8 +60,8 @@ class MetricsLog:
         files.write_text(run / layout.METRICS, "".join(json.dumps(row) + "\n" for row in kept) if resume_step else "")
         boards = [_tensorboard(run, resume_step), WeightsAndBiases(run, project, config or {}) if project else None]
         self.boards: list[Board] = [board for board in boards if board is not None]
-        self.metrics = (run / layout.METRICS).open("a", buffering=1)
-        self.text = (run / layout.LOG).open("a", buffering=1)
+        self.metrics = (run / layout.METRICS).open("a", buffering=1, encoding="utf-8")
+        self.text = (run / layout.LOG).open("a", buffering=1, encoding="utf-8")
 
     def row(self, kind: str, step: int, **values: Any) -> None:
         """One line. Values are plain numbers, strings or dictionaries of them; non-finite numbers become null, as JSON has none."""
@@ -98,7 +98,7 @@ class WeightsAndBiases:
             files.write_text(name, secrets.token_hex(4))
         try:
             self.run = wandb.init(
-                project=project, name=run.resolve().name, id=name.read_text(), resume="allow", dir=str(run),
+                project=project, name=run.resolve().name, id=name.read_text(encoding="utf-8"), resume="allow", dir=str(run),
                 config=dict(config), settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.errors.Error as error:

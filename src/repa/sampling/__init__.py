@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "SampleConfig": "config",
+        "about_classes": "labels",
+        "drawn_classes": "labels",
         "generate": "samples",
         "Samples": "samples",
         "prepared": "samples",

@@ -18,7 +18,7 @@ from torch import Tensor
 from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError
 from repa.base.images import grid, save_png
 from repa.base.precision import autocast
 from repa.base.rng import SampleStreams
@@ -26,6 +26,7 @@ from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
 from repa.runs import LoadedRun, load_run
 from repa.sampling.config import SampleConfig
+from repa.sampling.labels import draw_labels, drawn_classes
 
 GRID_IMAGES = 64  # in the picture beside the npz
 
@@ -96,40 +97,6 @@ class Watched(CountedCalls):
         )
 
 
-def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, run: LoadedRun) -> Tensor:
-    """(N,) class labels: "uniform", "balanced" (index modulo classes), or given classes in turn.
-
-    Only classes with training images are drawn: the vector of another one never trained.
-    """
-    classes = torch.tensor(run.trained_classes or (run.model.null_label,))
-    if protocol == "uniform":
-        return classes[streams.randint(len(classes))]
-    if protocol == "balanced":
-        return classes[torch.tensor([index % len(classes) for index in indices])]
-    wanted = classes_named(protocol, run)
-    return torch.tensor([wanted[index % len(wanted)] for index in indices])
-
-
-def classes_named(text: str, run: LoadedRun) -> list[int]:
-    """The classes that a text names, by name or number, with commas between them; names come first where both fit."""
-    by_name = {name: label for label, name in enumerate(run.class_names)}
-    parts = [text] if text in by_name else [part.strip() for part in text.split(",")]
-    found = []
-    for part in parts:
-        number = int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else -1
-        label = by_name.get(part, number)
-        if not 0 <= label < run.model.num_classes:
-            known = f", such as {', '.join(run.class_names[:5])}" if run.class_names else ""
-            raise UserError(
-                f"Class {part} does not exist: the model has {run.model.num_classes} classes, numbered from 0{known}."
-                f"{nearest(part, run.class_names[:1000])}"
-            )
-        if label not in run.trained_classes:
-            raise UserError(f"Class {part} has no training images, so the network never learned it: choose another.")
-        found.append(label)
-    return found
-
-
 def write_samples(
     run: LoadedRun,
     config: SampleConfig,
@@ -181,6 +148,7 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
         **run.identity,
         "num": num,
         "autoencoder": run.autoencoder.name,
+        "num_classes": len(set(drawn_classes(config.labels, run))),
         **config.model_dump(mode="json"),
     }
 
