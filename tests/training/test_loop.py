@@ -119,6 +119,13 @@ def test_it_learns(tiny_config, run_training, tmp_path):
     assert rows[-1]["alignment"]["tiny@1"] < rows[0]["alignment"]["tiny@1"] - 0.2
 
 
+def test_a_score_with_a_weight_over_time_is_trained(tiny_config, run_training, tmp_path):
+    """Unweighted, one time near 0 among these would give thousands."""
+    diffusion = {"prediction": "score", "loss_weight": "velocity", "timesteps": "uniform:low=0.001,high=0.9"}
+    run_training(tiny_config.override(diffusion=diffusion, num_steps=4, log_every=1), tmp_path / "r")
+    assert [0 < row["denoising"] < 100 for row in trained(tmp_path / "r")] == [True] * 4
+
+
 def test_the_baseline_starts_from_the_same_network(finished, tiny_config, run_training, tmp_path):
     run_training(tiny_config.override(alignments=(), num_steps=1, save_every=1), tmp_path / "base")
     base = trained(tmp_path / "base")[0]
