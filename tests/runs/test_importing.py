@@ -155,6 +155,9 @@ AVERAGES = {
     "lucidrains": {"ema": {"step": torch.tensor(3), "initted": torch.tensor(True), **{f"ema_model.{k}": v for k, v in STATE.items()},
                            **{f"online_model.{k}": v for k, v in raw_of(STATE).items()}}},
     "lightning": {"state_dict": LIT, "global_step": 30, "callbacks": {}},
+    "latent-diffusion": {"state_dict": {f"model.net.{key}": value for key, value in raw_of(STATE).items()}
+                         | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
+                         | {"model_ema.net" + key.replace(".", ""): value for key, value in STATE.items()}},
     "inside": {"checkpoint": {"state_dict": {"module": {"model": STATE}}}},
     "optimizer": {"model": STATE, "optimizer": {"exp_avg": raw_of(STATE)}},
 }  # fmt: skip

@@ -213,16 +213,37 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
     tensors = {WRAPPERS.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
     counted = tensors.pop(COUNTER, None) is not None
     prefixes = {key.removesuffix(ANCHOR) for key in tensors if f".{key}".endswith(f".{ANCHOR}")}
+    found: list[tuple[str, Weights]] = []
     for prefix in sorted(prefixes, key=len, reverse=True):  # an inner one first, which takes its tensors with it
         own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
         name = ".".join(filter(None, [*above, prefix.removesuffix(".")]))
         words = _words(name)
         if not words & OPTIMIZER:
             averaged = counted or bool(words & AVERAGE and not words & RAW)
-            yield Weights(name, {key.removeprefix(prefix): value for key, value in own.items()}, averaged)
+            found.append(
+                (prefix, Weights(name, {key.removeprefix(prefix): value for key, value in own.items()}, averaged))
+            )
+    for prefix, weights in found:
+        yield weights
+        if not weights.averaged:
+            yield from _without_dots(tensors, prefix, weights.tensors, above)
     for key, value in named.items():
         inner = WRAPPERS.sub("", key)
         yield from _weights_in(value, (*above, inner), (*ancestors, id(content)))
+
+
+def _without_dots(rest: State, prefix: str, raw: Mapping[str, Tensor], above: tuple[str, ...]) -> Iterator[Weights]:
+    """The average of latent-diffusion's LitEma: buffers model_ema.NAME, the dots of NAME left out; frozen tensors have none."""
+    heads = {key.partition(".")[0] for key in rest}
+    for head in sorted(head for head in heads if _words(head) & AVERAGE):
+        found = {key.removeprefix(f"{head}."): value for key, value in rest.items() if key.startswith(f"{head}.")}
+        for cut in range(prefix.count(".") + 1):  # it averages the network, or a module around it
+            inner = prefix.split(".", cut)[-1]
+            names = {(inner + key).replace(".", ""): key for key in raw}
+            if (inner + ANCHOR).replace(".", "") in found:
+                average = {key: found[name] for name, key in names.items() if name in found}
+                yield Weights(".".join([*above, head]), {**raw, **average}, averaged=True)
+                break
 
 
 def _words(name: str) -> set[str]:
