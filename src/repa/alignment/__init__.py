@@ -51,6 +51,7 @@ SCHEDULES = Registry(
         "cosine": "repa.alignment.schedules:cosine",
         "plateau": "repa.alignment.schedules:Plateau",
     },
+    base="callable",
 )
 
 __getattr__, __dir__, __all__ = exports(

@@ -45,6 +45,10 @@ class Alignment(nn.Module):
         self.target, self.prefix_tokens = target, prefix_tokens
         self.tap = Tap(config.depth, config.tap)
         self.projector = PROJECTORS.build(config.projector)(hidden_dim, feature_dim or hidden_dim, grid)
+        if not isinstance(self.projector, nn.Module):
+            raise UserError(
+                f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
+            )
         self.loss = LOSSES.build(config.loss)
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)

@@ -178,4 +178,7 @@ def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, in
     encoder, settings = config.encoder
     if encoder:
         return EncoderTarget(encoder, dims[encoder], **settings)
-    return TARGETS.build(config.target)(model, Tap(config.depth, config.tap))
+    target = TARGETS.build(config.target)(model, Tap(config.depth, config.tap))
+    if not isinstance(target, Target):
+        raise UserError(f"The target {config.target!r} must give a Target, but gave {type(target).__name__}.")
+    return target

@@ -170,6 +170,11 @@ def load_autoencoder(
         autoencoder = component
     else:
         autoencoder = component(weights)
+        if not isinstance(autoencoder, Autoencoder):
+            raise UserError(
+                f"The autoencoder {spec!r} must be a repa.autoencoders.Autoencoder, but {type(autoencoder).__name__} came back: "
+                "return one from it."
+            )
     return autoencoder.to(device).eval().requires_grad_(False)
 
 

@@ -94,6 +94,8 @@ class Registry:
             self._check_kind(name, component)
             require_origin(self.kind, name, component)
         if inspect.isclass(component):
+            if name not in self.table:
+                self._check_settings(spec, settings, set(inspect.signature(component).parameters))
             return component(**settings)
         if settings:
             self._check_settings(spec, settings, _keyword_only(component))
