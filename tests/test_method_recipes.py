@@ -14,6 +14,7 @@ from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig
+from tests.promises import understood
 
 
 def terms_of(name: str) -> list[tuple]:
@@ -153,6 +154,18 @@ def test_figures_have_a_column_for_each_way_of_drawing_labels():
 )
 def test_headlines(key, model, line):
     assert headline(PUBLISHED.get(key, ()), model) == line
+
+
+@pytest.mark.parametrize("name", [name for name in method_recipes() if not name.startswith("cifar10")])
+def test_commands_lead_from_images_to_figures(name):
+    given = understood(name)
+    assert set(given) == {"prepare", "train", "sample", "evaluate"}
+    assert given["train"].recipe == name
+    assert given["train"].data == given["prepare"].out == given["evaluate"].reference
+    assert given["sample"].run == given["train"].out
+    assert given["evaluate"].samples == given["sample"].out
+    heads = load_recipe(name).model.heads
+    assert given["sample"].guidance == tuple(f"internal:head={head},scale=1.4" for head in heads)
 
 
 def test_figures_are_of_recipes_that_exist():

@@ -1,6 +1,5 @@
 """Every recipe builds at full size, trains at toy size, keeps what it promises; the paper's figures are the paper's."""
 
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import yaml
 
 from repa.alignment import Alignment
 from repa.base.errors import UserError
-from repa.cli import evaluate, options, prepare, sample, train
 from repa.cli.main import run as repa_run
 from repa.data import open_data
 from repa.encoders import ENCODERS
@@ -26,6 +24,7 @@ from repa.report.seeds import grouped
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
+from tests.promises import understood
 from tests.report.fakes import fake_run
 
 # the trainable numbers of the networks without projectors, and of the projector to a width of 768
@@ -231,21 +230,8 @@ def test_list_gives_name_line_and_fid(capsys):
 @paper_recipes
 def test_commands_of_promises_are_understood(name):
     """Each verb's parser takes them, and they lead from one to the next."""
-    rooms = {
-        "prepare": (prepare, prepare.PrepareArguments, ("source", "out")),
-        "train": (train, train.TrainArguments, ("recipe",)),
-        "sample": (sample, sample.SampleArguments, ("run",)),
-        "evaluate": (evaluate, evaluate.EvaluateArguments, ("samples",)),
-    }
-    given = {}
-    for line in RECIPES[name].promise.splitlines():
-        words = shlex.split(line) if line.startswith(("repa ", "torchrun ")) else []
-        if words:
-            verb, *arguments = words[words.index("repa") + 1 :]
-            _, kind, positional = rooms[verb]
-            values = load_recipe(name) if verb == "train" else None
-            given[verb] = options.parse(kind, arguments, verb=verb, about="", positional=positional, values=values)
-    assert set(given) == set(rooms)
+    given = understood(name)
+    assert set(given) == {"prepare", "train", "sample", "evaluate"}
     assert given["train"].recipe == name
     assert given["train"].data == given["prepare"].out == given["evaluate"].reference
     assert given["sample"].run == given["train"].out

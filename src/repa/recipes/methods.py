@@ -49,6 +49,8 @@ class Method:
     parts: Callable[[Place], Parts]
     notes: tuple[str, ...] = ()
     """What the paper leaves open and is chosen here, and what of the paper is not there."""
+    guidance: str = ""
+    """How samples are guided where the method is about that; {aligned} is the block."""
 
 
 def irepa(place: Place) -> Parts:
@@ -193,7 +195,10 @@ METHODS: dict[str, Method] = {
         "dispersive loss as the PyTorch release sets it", "2506.09027", "dispersive.md", dispersive_last,
         ("Distances are taken within each process, as there: eight of 32 images give the figures' setting.",),
     ),
-    "internal-guidance": Method("internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,)),
+    "internal-guidance": Method(
+        "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,),
+        "internal:head={aligned},scale=1.4",
+    ),
 }  # fmt: skip
 
 _WITHOUT_ATTENTION = ("haste",)  # the encoder inside the package is a convolutional network
@@ -211,7 +216,7 @@ def _full(place: Place, key: str) -> Recipe:
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
         ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
-        commands(name),
+        commands(name, guidance=method.guidance.format(aligned=place.aligned)),
         figures_table(figures),
     ]
     return Recipe(

@@ -76,14 +76,15 @@ def promise(name: str, row: Row) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def commands(name: str, resolution: int = 256, sampling: str = "sde") -> list[str]:
+def commands(name: str, resolution: int = 256, sampling: str = "sde", guidance: str = "") -> list[str]:
     """Images -> figures, on one machine with eight GPUs."""
     data, samples = f"imagenet{resolution}", f"samples/{name}.npz"
+    guided = f" --guidance {guidance}" if guidance else ""
     eight = "torchrun --nproc-per-node 8 -m repa"
     return [
         f"repa prepare ILSVRC2012/train {data} --resolution {resolution} --autoencoder {AUTOENCODER}",
         f"{eight} train {name} --data {data} --out runs/{name}",
-        f"{eight} sample runs/{name} --num-images 50000 {options(sampling)} --out {samples}",
+        f"{eight} sample runs/{name} --num-images 50000 {options(sampling)}{guided} --out {samples}",
         f"repa evaluate {samples} --reference {data} --neighbours float16",
         f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} for figures beside those below.",
     ]
