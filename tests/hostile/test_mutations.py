@@ -9,8 +9,6 @@ import contextlib
 import io
 import json
 import shutil
-import signal
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -18,9 +16,9 @@ import pytest
 
 from repa.cli import main
 from repa.runs import layout
+from tests.hostile.commands import outcome
 from tests.hostile.mutations import mutate_file
 
-LONGEST = 60  # seconds of one command: longer is a hang
 SHORT, LONG = 12, 250  # changed files of each kind
 
 
@@ -40,34 +38,6 @@ def whole(tiny_config, data_folder, tmp_path_factory) -> Path:
         ), said.getvalue()
         assert main.run(["ema", str(root / "run"), "--width", "0.08"]) == 0, said.getvalue()
     return root
-
-
-class Late(BaseException):
-    """A command that does not end."""
-
-
-def outcome(argv: list[str]) -> tuple[object, str]:
-    """(exit code, or how it broke) of a command, and what it said."""
-    said = io.StringIO()
-
-    def late(*_):
-        raise Late
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(LONGEST)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code: object = main.run(argv)
-    except Late:
-        return "hang", f"{argv} took more than {LONGEST} s"
-    except SystemExit as ended:
-        code = ended.code
-    except Exception:
-        return "traceback", f"{argv}\n{traceback.format_exc()}"
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return code, said.getvalue()
 
 
 def commands(kind: str, root: Path, number: int) -> list[str]:
