@@ -33,7 +33,8 @@ VERBS: dict[str, Callable[[Path], list[str]]] = {
     "ema": lambda d: ["ema", str(d / "run"), "--width", "0.07"],
     "sample": lambda d: ["sample", str(d / "run"), "--out", str(d / "o" / "s.npz"), *SMALL],
     "evaluate": lambda d: [
-        "evaluate", str(d / "run"), "--reference", str(d / "data"), "--features", "tiny", "--metrics", "fd", "--out", str(d / "o.json"), *SMALL
+        "evaluate", str(d / "run"), "--reference", str(d / "data"), "--features", "tiny", "--metrics", "fd",
+        "--out", str(d / "o.json"), *SMALL,
     ],
     "reference": lambda d: ["evaluate", "reference", str(d / "data"), "--features", "tiny", "--out", str(d / "ref.npz")],
     "analyse": lambda d: ["analyse", "cknna", str(d / "run"), "--data", str(d / "data"), "--encoder", "tiny", "--times", "0.5"],

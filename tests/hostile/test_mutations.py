@@ -104,7 +104,7 @@ def tried(whole: Path, root: Path, kind: str, number: int) -> tuple[object, str,
         step = int(path.parent.name)
         if path.name == layout.STATE_FILE:
             meant = json.loads((whole / path.relative_to(root)).read_bytes())
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 same = json.loads(path.read_bytes()) == meant
             return *outcome(["sample", run, "--checkpoint", str(step), *small]), not same
         if number % 2:
@@ -131,7 +131,7 @@ def attack(whole: Path, root: Path, kind: str, numbers: range) -> tuple[Counter,
             wrong.append(f"{kind} {number}: {'taken' if silent else code}\n{said[-3000:]}")
         elif code == 2:
             lines = [line for line in said.splitlines() if line.startswith("repa: ")]
-            if kind != "shard" and len(lines) != 1:
+            if "every file has the bytes" not in said and len(lines) != 1:  # which begins the findings of `repa check`
                 wrong.append(f"{kind} {number}: {len(lines)} sentences\n{said[-2000:]}")
         if "\x1b" in said or "\u202e" in said:
             wrong.append(f"{kind} {number}: control characters were printed\n{said[-2000:]!r}")

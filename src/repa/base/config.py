@@ -110,18 +110,23 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{field}: {message}" if field else message
-    return f"setting {field!r} was given {first['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"setting {field!r} was given {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
 
 
 def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
     """Field names of the nested model that a validation error points into."""
     current: Any = model
     for part in location:
-        annotation = current.model_fields[part].annotation if isinstance(part, str) else current
-        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            annotation = next(a for a in annotation.__args__ if a is not Ellipsis and a is not type(None))
-        current = annotation
+        if part in current.model_fields:  # else a number of a list, or a key of a dictionary
+            current = _model_in(current.model_fields[part].annotation) or current
     return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model among the parts of an annotation such as tuple[Model, ...] or dict[str, Model]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for a in getattr(annotation, "__args__", ()) if (found := _model_in(a))), None)
 
 
 def difference(old: Config, new: Config) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import sys
+import threading
 
 from repa import __version__
 from repa.base import launch, trust
@@ -116,8 +117,18 @@ def _refuse(sentence: str, of_all: bool = True) -> int:
     return 2
 
 
+def _in_thread(arguments: threading.ExceptHookArgs) -> None:
+    """A thread of a library that cannot write, such as TensorBoard's, says so in one line; a bug keeps its traceback."""
+    sentence = sentence_of(arguments.exc_value) if arguments.exc_value else None
+    if sentence is None:
+        threading.__excepthook__(arguments)
+    else:
+        _refuse(sentence)
+
+
 def main() -> None:
     keep_freed_memory()
+    threading.excepthook = _in_thread
     sys.stdout.reconfigure(
         errors="backslashreplace"
     )  # names of any script in a locale of few letters; stderr does so anyway

@@ -79,6 +79,8 @@ class Manifest(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if not isinstance(self.source.get("name"), str):
+            raise ValueError("its source has no name")
         if sum(shard.num for shard in self.shards) != self.num_images:
             raise ValueError(f"num_images is {self.num_images}, but its shards hold {sum(s.num for s in self.shards)}")
         fields = self.fields

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, faults, files
+from repa.base.errors import UserError
 from repa.base.npz import load_npz
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
@@ -94,15 +95,19 @@ def kept_reference(
 ) -> Reference:
     """The reference of any images: what was kept of them, else computed by all processes and kept.
 
-    It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written.
+    It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written; nowhere, when
+    that cannot be written either.
     """
     path = _place(images, judge, spec)
     if dist.from_main(path.is_file()):
         return _read(path)
     reference = compute_reference(images, judge, batch_size, progress)
     if dist.is_main():
-        with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **reference.arrays())
+        try:
+            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **reference.arrays())
+        except (UserError, FileNotFoundError):  # nothing can be written there: the next command computes it again
+            pass
     return reference
 
 

@@ -75,7 +75,7 @@ def _name(model: Mapping[str, Any]) -> str:
 def _data(facts: Mapping[str, Any]) -> str:
     if not facts["source"]:
         return f"not known: the weights were converted from `{facts['converted_from']}`"
-    return f"{facts['source']['name']}, {facts['num_images']:,} images of {len(facts['class_names'])} classes"
+    return f"{facts['source'].get('name')}, {facts['num_images']:,} images of {len(facts['class_names'])} classes"
 
 
 def _shape(arguments: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from repa.base import files
 from repa.base.errors import UserError
+from repa.diffusion.config import DiffusionConfig
 from repa.models import constructor_arguments, diffusers_export
 from repa.models.config import ModelConfig
 from repa.models.exported import save_exported
@@ -34,7 +35,8 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         raise UserError(f"There is no format {form!r}: allowed are {', '.join(FORMATS)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: choose another folder for the export.")
-    config = layout.read_config(run)
+    config = layout.read_config(run, ("model", "diffusion", "autoencoder"))
+    DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     num_heads = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG)).dims().num_heads
     step, state = load_weights(run, "ema", step)
     arguments = constructor_arguments(state, num_heads)
@@ -53,7 +55,8 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
 def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What a reader must know beside the network; no path of this machine is among it."""
-    data = files.read_object(run / layout.DATA) if (run / layout.DATA).is_file() else {}
+    kinds = {"source": dict, "num_images": int, "class_names": list}
+    data = files.read_object(run / layout.DATA, **kinds) if (run / layout.DATA).is_file() else {}
     origin = files.read_object(run / layout.ORIGIN, origin=str)["origin"] if (run / layout.ORIGIN).is_file() else None
     return {
         "diffusion": {"objective": "flow", **config["diffusion"]},

@@ -15,6 +15,7 @@ RUN/
   converted.json              in a folder that `repa convert` made: what it was made from, and whose code that was
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ EVALUATIONS = "evaluations"
 ANALYSIS = "analysis"
 ORIGIN = "converted.json"
 WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which lies beside it
+
+SECTIONS = {
+    "model": dict, "diffusion": dict, "optimizer": dict, "preview": dict, "alignments": list, "streams": list,
+    "autoencoder": str, "autoencoder_weights": str,
+}  # fmt: skip
 
 WEIGHTS = ".safetensors"
 MODEL_FILE = "model.safetensors"
@@ -90,9 +96,16 @@ def preview_steps(run: Path) -> list[int]:
     return sorted(int(p.stem) for p in folder.glob("*.npz") if _is_step(p.stem)) if folder.is_dir() else []
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The resolved configuration of a run as plain values."""
+def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved configuration of a run as plain values; its sections have the types of SECTIONS, and `needed` are there."""
     path = Path(run) / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.")
-    return read_yaml(path)
+    values = read_yaml(path)
+    for name, kind in SECTIONS.items():  # whoever reads plain values relies on these
+        value = values.get(name, kind())
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
+            raise UserError(f"{path} is damaged: its {name!r} is {str(value)[:80]!r}, which no run has.")
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{path} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
+    return values

@@ -131,9 +131,7 @@ def load_run(
         autoencoder: one that is loaded already; None loads the run's.
     """
     run = Path(path)
-    config = layout.read_config(run)
-    if missing := [name for name in NEEDED if name not in config]:
-        raise UserError(f"{run / layout.CONFIG} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
+    config = layout.read_config(run, NEEDED)
     model_config = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     diffusion.check_model(model_config.name, model_config.learn_sigma)
@@ -169,10 +167,7 @@ def _counts(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...
 
 def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:
     """By the weights that are given, else those that the run was trained with, else the hub's."""
-    spec, recorded = config["autoencoder"], config["autoencoder_weights"] or ""
-    for name, value in (("autoencoder", spec), ("autoencoder_weights", recorded)):
-        if not isinstance(value, str):
-            raise UserError(f"{run / layout.CONFIG}: {name} is {value!r}, but it is a text.")
+    spec, recorded = config["autoencoder"], config["autoencoder_weights"]
     with contents_of(run / layout.CONFIG):
         AUTOENCODERS.check(spec)
     moved = bool(recorded) and Path(recorded).is_absolute() and not Path(recorded).exists()
