@@ -127,7 +127,7 @@ def test_labels_in_a_file_of_their_own(tmp_path):
         (np.array([1, 2]), r"is int64 \(2,\), but a whole number or text for each of the 4 images"),
         (np.eye(4), r"is float64 \(4, 4\)"),
         (np.array([0, 1, -1, 0]), r"label of images\.npy\[2\] in .* is -1"),
-        (np.array([0.0, 1.0, 1.0, 0.0]), "is float64"),
+        (np.array([0.0, 1.0, 0.5, 0.0]), r"images\.npy\[2\] in .* is 0\.5"),
     ):
         np.save(tmp_path / "labels.npy", bad)
         with pytest.raises(UserError, match=message):

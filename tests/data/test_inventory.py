@@ -6,8 +6,10 @@ import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageCms
+from pyarrow import parquet
 
 from repa.base.errors import UserError
 from repa.base.images import decode_image
@@ -140,9 +142,6 @@ def test_a_key_of_the_json_that_looks_like_a_label(key, tmp_path):
 
 @pytest.mark.parametrize("column", ["labels", "fine_label", "class", "cls", "target"])
 def test_columns_that_are_called_as_labels_are(column, tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
     parquet.write_table(pa.table({"image": [png(0), png(1)], column: [1, 0]}), tmp_path / "p.parquet")
     source = open_source(tmp_path / "p.parquet")
     assert source.labels.tolist() == [1, 0]
@@ -150,18 +149,12 @@ def test_columns_that_are_called_as_labels_are(column, tmp_path):
 
 
 def test_two_columns_that_could_be_the_label_are_refused(tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
     parquet.write_table(pa.table({"image": [png()], "fine_label": [1], "coarse_label": [0]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="label=fine_label"):
         open_source(tmp_path / "p.parquet")
 
 
 def test_splits_of_parquet_files_are_refused(tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
     for name in ("train", "test"):
         parquet.write_table(pa.table({"image": [png()], "label": [0]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="splits"):
@@ -203,9 +196,6 @@ def test_the_table_of_celeba(tmp_path):
 
 def test_halves_are_no_labels(tmp_path):
     with pytest.raises(UserError, match="a label is a whole number"):
-        import pyarrow as pa
-        from pyarrow import parquet
-
         parquet.write_table(pa.table({"image": [png()], "label": [0.5]}), tmp_path / "p.parquet")
         open_source(tmp_path / "p.parquet")
 
@@ -267,3 +257,128 @@ def test_a_picture_with_a_long_text_is_taken(tmp_path):
     out = io.BytesIO()
     picture().save(out, "PNG", pnginfo=info)
     assert decode_image(out.getvalue(), "x").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "splits", [("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test", "seg_pred")]
+)
+def test_splits_by_longer_names(splits, tmp_path):
+    with pytest.raises(UserError, match="splits"):
+        open_source(tree(tmp_path, *(f"{split}/{split}/{name}/1.png" for split in splits for name in ("cat", "dog"))))
+    assert open_source(tmp_path, labels="folders:last").class_names == ["cat", "dog"]
+    assert open_source(tmp_path, labels="folders:path").class_names == sorted(
+        f"{split}/{split}/{name}" for split in splits for name in ("cat", "dog")
+    )
+
+
+def test_names_that_hold_a_word_of_splits_are_classes(tmp_path):
+    assert open_source(tree(tmp_path, "test_tube/1.png", "bus/1.png")).class_names == ["bus", "test_tube"]
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_shards_of_several_splits_are_not_one_set(ending, tmp_path):
+    for split in ("my_train", "my_val"):
+        tar(tmp_path / f"{split}.tar", **{"a.png": png(), "a.cls": b"0"})
+        table = pa.table({"image": [png()], "label": [0]})
+        parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="several splits"):
+        open_source(f"{tmp_path}/*.{ending}")
+    assert len(open_source(f"{tmp_path}/my_val.{ending}")) == 1
+
+
+def test_folders_inside_classes_are_told(tmp_path):
+    source = open_source(tree(tmp_path, "cat/2019/1.png", "dog/2020/2.png", "dog/3.png"))
+    assert source.class_names == ["cat", "dog"]
+    assert "2019, 2020" in source.labels_from
+
+
+def test_folders_of_the_system_are_counted_wherever_they_lie(tmp_path):
+    tree(
+        tmp_path,
+        "cat/1.png",
+        "cat/@eaDir/1.png",
+        "cat/._1.png",
+        "dog/1.png",
+        ".ipynb_checkpoints/1.png",
+        "dog/__MACOSX/1.png",
+    )
+    assert open_source(tmp_path).left_out == {"hidden files and folders of the system": 4}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("cat/1.png", "dog/1.png", "__MACOSX/cat/._1.png", "bird/"):
+            archive.writestr(name, b"" if name.endswith("/") else png())
+    source = open_source(tmp_path / "x.zip")
+    assert source.class_names == ["cat", "dog"]
+    assert source.left_out == {"folder without images: bird": 1, "hidden files and folders of the system": 1}
+
+
+def test_numbers_with_signs_are_sorted_by_value(tmp_path):
+    assert open_source(tree(tmp_path, "-10/1.png", "2/1.png", "-1/1.png")).class_names == ["-10", "-1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "choice"),
+    [
+        ("labels.csv", "filename,label\n0.png,a\n1.png,b\n", "labels.csv:label"),
+        ("things.tsv", "file\tclass\n0.png\ta\n1.png\tb\n", "things.tsv:class"),
+        (
+            "rows.jsonl",
+            '{"file_name": "0.png", "target": 1}\n{"file_name": "1.png", "target": 0}\n',
+            "rows.jsonl:target",
+        ),
+        ("list_attr_celeba.txt", "2\nBald Smiling\n0.png -1 1\n1.png  1 1\n", "list_attr_celeba.txt:Bald"),
+        ("identity_CelebA.txt", "0.png 7\n1.png 5\n", "identity_CelebA.txt:label"),
+    ],
+)
+def test_tables_beside_loose_images_are_not_passed_over(file, text, choice, tmp_path):
+    tree(tmp_path, "0.png", "1.png")
+    (tmp_path / "0.txt").write_text("hello world")  # a caption
+    (tmp_path / "README.txt").write_text("two words\n")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=choice):
+        open_source(tmp_path)
+    assert (
+        len(
+            set(open_source(tmp_path, labels=f"{tmp_path / file.partition(':')[0]}:{choice.rpartition(':')[2]}").labels)
+        )
+        == 2
+    )
+    assert open_source(tmp_path, labels="none").class_names == ["all"]
+    (tmp_path / file).unlink()
+    assert open_source(tmp_path).class_names == ["all"]
+
+
+@pytest.mark.parametrize("text", ["path;label\n0.png;a\n1.png;b\n", "path,label\n./0.png,a\n.\\1.png,b\n"])
+def test_other_ways_to_write_a_table(text, tmp_path):
+    tree(tmp_path / "images", "0.png", "1.png")
+    (tmp_path / "labels.csv").write_text(text)
+    assert classes(open_source(tmp_path / "images", labels=f"{tmp_path / 'labels.csv'}:label")) == ["a", "b"]
+
+
+def test_files_of_samples_that_are_not_read_are_counted_or_asked_about(tmp_path):
+    tar(tmp_path / "a.tar", **{"0.png": png(), "0.label": b"1", "0.depth": b"x", "1.png": png(), "1.label": b"0"})
+    source = open_source(tmp_path / "a.tar")
+    assert classes(source) == ["1", "0"]
+    assert source.left_out == {"files .depth of samples": 1}
+    tar(tmp_path / "b.tar", **{"0.png": png(), "0.class": b"cat"})
+    with pytest.raises(UserError, match="label=class"):
+        open_source(tmp_path / "b.tar")
+    assert classes(open_source(f"{tmp_path / 'b.tar'}:label=class")) == ["cat"]
+
+
+def test_arrays_that_are_left_out_are_named(tmp_path):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.array([1.0, 0.0]), x_test=images)
+    source = open_source(tmp_path / "a.npz")
+    assert (classes(source), source.left_out) == (["1", "0"], {"array 'x_test'": 1})
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (3, 32, 32)])
+def test_one_picture_is_not_many_grey_ones(shape, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="single colour image"):
+        open_source(tmp_path / "a.npy")
+
+
+def test_bytes_called_caption_do_not_hide_the_image(tmp_path):
+    parquet.write_table(pa.table({"image": [png()], "caption": [b"hello"], "label": [0]}), tmp_path / "a.parquet")
+    assert len(open_source(tmp_path / "a.parquet")) == 1

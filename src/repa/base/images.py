@@ -22,6 +22,13 @@ SRGB = ImageCms.createProfile("sRGB")
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
 
 
+def image_endings() -> tuple[str, ...]:
+    """Endings of file names, in small letters with the dot, of what this Pillow decodes of FORMATS."""
+    Image.init()
+    usual = {ending for ending, name in Image.EXTENSION.items() if name in FORMATS and name in Image.OPEN}
+    return tuple(sorted(usual | {".jpe", ".jfif"}))
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as an upright 8-bit RGB image.
 

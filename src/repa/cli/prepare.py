@@ -183,7 +183,7 @@ def inventory(manifest: Manifest) -> list[str]:
     if empty := [name for name, count in counts.items() if not count]:
         lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
     left_out = [
-        what if what.startswith(("folder", "column")) else f"{count:,} {what}"
+        what if what.startswith(("folder", "column", "array")) else f"{count:,} {what}"
         for what, count in manifest.inventory.left_out.items()
     ]
     if manifest.skipped:

@@ -23,6 +23,7 @@ from repa.data.sources.folders import (
     count_others,
     hidden,
 )
+from repa.data.sources.labels import TABLES
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
@@ -108,7 +109,16 @@ class ZipSource(FileSource):
         images = [index for index, name in enumerate(names) if name.lower().endswith(EXTENSIONS)]
         marks = self._members.checksums[images].tolist()
         texts = {name for name in names if name.lower().endswith(CAPTION)}
-        others = count_others(plain_name(m) for m in members if not m.is_dir() and not _is_wanted(m))
+        plain = [name for name in map(plain_name, members) if not any(map(hidden, name.split("/")))]
+        tops = {name.partition("/")[0] for name in names if "/" in name and name.lower().endswith(EXTENSIONS)}
+        empty = {name.partition("/")[0] for name in plain if "/" in name} - tops if tops else set()
+        known = {*texts, *(names[index] for index in images), LISTING, *METADATA}
+        others = count_others(
+            (name for name in plain if name not in known and not name.endswith("/")), empty, len(members) - len(plain)
+        )
+        stems = {name.rpartition(".")[0] for name in names if name.lower().endswith(EXTENSIONS)}
+        self.other_files = [n for n in names if n.lower().endswith(TABLES) and n.rpartition(".")[0] not in stems]
+        self.other_files = [name for name in self.other_files if name not in known - texts]
         super().__init__(str(path), [names[index] for index in images], marks, texts, labels, others)
 
     def read(self, path: str, name: str) -> bytes:
@@ -136,7 +146,8 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
     name = plain_name(member)
     if member.is_dir() or any(hidden(part) for part in name.split("/")):
         return False
-    return name.lower().endswith((*EXTENSIONS, CAPTION)) or name in (LISTING, *METADATA)
+    table = "/" not in name and name.lower().endswith((*TABLES, ".json"))
+    return table or name.lower().endswith((*EXTENSIONS, CAPTION)) or name in (LISTING, *METADATA)
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:

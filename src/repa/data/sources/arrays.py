@@ -100,13 +100,14 @@ class ArraySource(Source):
                     f"{self.path}:label={others[0]}, or give --labels none for one class."
                 )
             return no_classes(num)
-        self.labels_from = f"the array {key or 'of labels'}"
         key = archive.choose(key, LABELS, "labels")
+        self.labels_from = f"the array {key!r}"
+        self.left_out = {f"array {name!r}": 1 for name in archive.names if name not in (key, self._key)}
         return self._checked(archive.array(key), f"{key!r} of {self.path}")
 
     def _checked(self, labels: np.ndarray, where: str) -> Classes:
         num = len(self._images)
-        if labels.shape not in ((num,), (num, 1)) or labels.dtype.kind not in "iuU":
+        if labels.shape not in ((num,), (num, 1)) or labels.dtype.kind not in "iufU":
             raise UserError(
                 f"{where} is {labels.dtype} {labels.shape}, but a whole number or text for each of the {num:,} images "
                 f"is wanted: ({num},)."
@@ -209,10 +210,10 @@ def _fingerprint(path: Path) -> str:
 def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
     """Whether channels are the last axis; told by their number."""
     if len(shape) == 3:
-        if shape[2] in (3, 4):
+        if shape[2] in (3, 4) or shape[0] == 3:
             raise UserError(
                 f"{path} holds one array of shape {shape}, which is a single colour image or {shape[0]} grey ones of {shape[1]} x "
-                f"{shape[2]} pixels: save images as (N, H, W, C)."
+                f"{shape[2]} pixels: save images as (N, H, W, C), with C = 1 for grey."
             )
         return True
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS

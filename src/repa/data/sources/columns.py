@@ -1,6 +1,6 @@
 """Which columns of a table are the images, their labels and captions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -46,9 +46,8 @@ def choose(
         raise UserError(
             f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
         )
-    image = image or _only(
-        where, [name for name, column in columns.items() if column.kind == "image"], columns, "image"
-    )
+    binary = [name for name, column in columns.items() if column.kind == "image"]
+    image = image or _only(where, [name for name in binary if name not in CAPTIONS] or binary, columns, "image")
     if columns[image].kind != "image":
         raise UserError(f"The column {image!r} of {where} does not hold the bytes of images: it has {_list(columns)}.")
     if not label and labels != "none":
@@ -76,11 +75,13 @@ def _list(columns: Mapping[str, Column]) -> str:
     return ", ".join(columns) or "none"
 
 
-def labels_from(chosen: Columns, labels: str) -> str:
+def labels_from(chosen: Columns, labels: str, columns: Iterable[str]) -> str:
     """Where the labels of a table came from, for the inventory."""
     if labels == "none":
         return "--labels none: one class"
-    return f"the column {chosen.label!r}" if chosen.label else "no column of labels: one class"
+    return (
+        f"the column {chosen.label!r}" if chosen.label else f"no column of labels among {', '.join(columns)}: one class"
+    )
 
 
 def left_out(chosen: Columns, columns: Mapping[str, Column]) -> dict[str, int]:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.base.images import decode_image
+from repa.base.images import decode_image, image_endings
 from repa.data.sources.contract import Source, Strings, plain_text, printable, sampled_digest
 from repa.data.sources.labels import (
+    TABLES,
     Classes,
     by_name,
     from_file,
@@ -30,14 +31,12 @@ from repa.data.sources.labels import (
     labels_digest,
     no_classes,
     rows_of_lines,
+    table_columns,
 )
+from repa.data.sources.splits import MEANINGS, splits_among
 
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".avif", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".mpo",
-)  # fmt: skip
+EXTENSIONS = image_endings()
 """Endings of the formats that `base.images` decodes; other files are counted and left out."""
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "holdout")
 AROUND = (
     "images",
     "image",
@@ -55,15 +54,10 @@ AROUND = (
 )
 """Names of a folder around the folders of classes, which is no class."""
 JUNK = (
-    "__MACOSX",
-    "@eaDir",
-    "#recycle",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-    "Thumbs.db",
-    "desktop.ini",
-)
+    "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
+    "thumbs.db", "desktop.ini", "__pycache__",
+)  # fmt: skip
+JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are no classes
@@ -72,6 +66,9 @@ CAPTION = ".txt"  # a text beside an image, of the same name
 
 class FileSource(Source):
     """A sorted list of relative paths; the class is a folder of the path, unless labels come from elsewhere."""
+
+    other_files: Sequence[str] = ()
+    """Paths of the files that are neither images nor captions, set before the list is read."""
 
     def __init__(
         self,
@@ -110,6 +107,8 @@ class FileSource(Source):
             self.identity["labels_sha256"] = labels_digest(classes)  # they are not in the list of paths
         else:
             classes, self.labels_from = from_folders(where, paths, labels)
+            if len(classes.names) == 1 and not labels and not any("/" in path for path in paths):
+                self._require_nothing_label_like(where)
         self.labels, self.class_names = classes
 
     def _contents(self, index: int) -> bytes:
@@ -135,6 +134,32 @@ class FileSource(Source):
             self.labels_from = LISTING
             return from_listing(listing, paths, f"{LISTING} of {where}")
         return self._from_metadata(where, paths)
+
+    def _require_nothing_label_like(self, where: str) -> None:
+        """Before all images become one class: refuse where a file at the root looks like their labels, and name the choice."""
+        for file in sorted(self.root_files):
+            if not (columns := self._columns_of_labels(file)):
+                continue
+            spec = f"{Path(where) / file}:{columns[0]}" if columns[0] else str(Path(where) / file)
+            if Path(where).is_file():
+                spec = f"{spec}, unpacked"
+            if not file.lower().endswith((*TABLES, ".json")):
+                spec = "TABLE.csv:COLUMN with what it says"
+            raise UserError(
+                f"{where} has no folders of classes, but {printable(file)}, which looks like labels: give --labels {printable(spec)}, "
+                "another column or file, or --labels none for one class."
+            )
+
+    def _columns_of_labels(self, file: str) -> list[str]:
+        """Columns of a file at the root that could be labels; [""] for a file that only its name tells of; [] for none."""
+        columns = table_columns(file, self.read_root)
+        if found := label_columns(columns):
+            return found
+        words = re.split("[^a-z]+", file.lower())
+        told = any(
+            word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
+        )
+        return [columns[1] if len(columns) > 1 else ""] if told or file == "metadata.parquet" else []
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
         """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
@@ -164,6 +189,11 @@ class FileSource(Source):
         name = self._texts.get(self.paths[index])
         return caption_lines(self.read(name, printable(name)), printable(name)) if name else ()
 
+    @property
+    def root_files(self) -> list[str]:
+        """Names of the files at the root that are neither images nor their captions."""
+        return [path for path in self.other_files if "/" not in path]
+
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
         """The bytes of a file by its path in the source; `name` is for messages."""
@@ -177,7 +207,7 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
     """The classes that folders are, and a sentence about which.
 
     "" and "folders" take the first folder of each path, "folders:2" the second, "folders:last" the one that holds the
-    image. Where "" could mean two things, it is refused with the choices.
+    image, "folders:path" all of them. Where "" could mean two things, it is refused with the choices.
 
     Raises:
         UserError: which folders are classes cannot be told, or an image does not lie in one.
@@ -198,37 +228,44 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
                 f"{where} holds folders of images and loose images such as {printable(path)}: move every image into the "
                 "folder of its class, or give --labels none for one class."
             )
-        folders.append(plain_text(parts[-1] if level is None else parts[level - 1]))
+        folders.append(plain_text("/".join(parts) if level == 0 else parts[-1] if level is None else parts[level - 1]))
     names = in_order(set(folders))
     position = {name: label for label, name in enumerate(names)}
     classes = Classes(np.array([position[folder] for folder in folders], np.int64), [printable(name) for name in names])
     which = (
-        "the folder of each image"
+        "the whole path of each image's folder"
+        if level == 0
+        else "the folder of each image"
         if level is None
         else "the first folder of each path"
         if level == 1
         else (f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
     )
+    deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
+    if deeper and not labels:
+        shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
+        which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"
     return classes, which
 
 
 def _level(labels: str) -> int | None:
-    """Which folder of a path is its class, counted from 1; None for the last."""
+    """Which folder of a path is its class, counted from 1; None for the last, 0 for the whole path."""
     _, _, level = labels.partition(":")
-    if level == "last":
-        return None
+    if level in ("last", "path"):
+        return None if level == "last" else 0
     if level and not re.fullmatch(r"[1-9][0-9]?", level):
-        raise UserError(f"labels was given {labels!r}: write folders, folders:2 or folders:last.")
+        raise UserError(f"labels was given {labels!r}: write folders, folders:2, folders:last or folders:path.")
     return int(level or 1)
 
 
 def _around(where: str, paths: Sequence[str]) -> str:
     """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
     tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
-    splits = sorted(top for top in tops if top.lower() in SPLITS)
+    splits = splits_among(tops)
     nested = all(path.count("/") > 1 for path in paths)
     if splits and (len(tops) > 1 or not nested):
-        inside = ", or --labels folders:2 for the classes inside all of them" if nested else ""
+        deep = {path.count("/") for path in paths} != {2}
+        inside = f", or --labels folders:{'last' if deep else 2} for the classes inside all of them" if nested else ""
         raise UserError(
             f"{where} holds what looks like splits ({', '.join(splits)}), which are no classes: give one of them as the source"
             f"{inside}, or --labels folders if they are classes, or none."
@@ -236,7 +273,7 @@ def _around(where: str, paths: Sequence[str]) -> str:
     if len(tops) > 1 or not nested or tops == {""}:
         return ""
     (top,) = tops
-    if top.lower() in (*SPLITS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
+    if top.lower() in (*MEANINGS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
         return top
     inner = sorted({path.split("/")[1] for path in paths})
     raise UserError(
@@ -262,8 +299,8 @@ def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def count_others(paths: Iterable[str], empty_folders: Iterable[str] = ()) -> dict[str, int]:
-    """Files that are no images, by their ending, and folders of classes without an image."""
+def count_others(paths: Iterable[str], empty_folders: Iterable[str] = (), junk: int = 0) -> dict[str, int]:
+    """Files that are no images, by their ending, folders of classes without an image, and how many files and folders are hidden."""
     endings = collections.Counter(
         f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
     )
@@ -273,6 +310,7 @@ def count_others(paths: Iterable[str], empty_folders: Iterable[str] = ()) -> dic
         **dict(endings.most_common(20)),
         **named,
         **({"more folders without images": len(empty) - 20} if empty[20:] else {}),
+        **({JUNK_KIND: junk} if junk else {}),
     }
 
 
@@ -281,15 +319,17 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path, labels: str = ""):
         self.root = root
-        found = scan(root, ("",))
+        junk: list[str] = []
+        found = scan(root, ("",), junk)
         texts = {path for path in found if path.lower().endswith(CAPTION)}
         paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
         known = {*texts, *paths, LISTING, *METADATA}
         tops = {path.partition("/")[0] for path in paths if "/" in path}
         empty = {e.name for e in os.scandir(root) if e.is_dir() and not hidden(e.name)} - tops if tops else set()
-        others = count_others((path for path in found if path not in known), empty)
-        if junk := sum(hidden(entry.name) for entry in os.scandir(root)):
-            others["hidden files and folders of the system"] = junk
+        self.other_files = [path for path in found if path not in known]
+        stems = set(map(_stem, paths))
+        self.other_files += [path for path in texts if _stem(path) not in stems]
+        others = count_others((path for path in found if path not in known), empty, len(junk))
         super().__init__(str(root), paths, [found[path] for path in paths], texts, labels, others)
 
     def read(self, path: str, name: str) -> bytes:
@@ -307,12 +347,15 @@ class FolderSource(FileSource):
         return self.read(name, name) if (self.root / name).is_file() else None
 
 
-def scan(root: Path, endings: tuple[str, ...]) -> dict[str, int]:
-    """Paths below a folder and their sizes, -1 for a broken link: reading it says so. Hidden ones are left out."""
-    return {Path(entry.path).relative_to(root).as_posix(): _size(entry) for entry in _walk(root, endings, frozenset())}
+def scan(root: Path, endings: tuple[str, ...], junk: list[str] | None = None) -> dict[str, int]:
+    """Paths below a folder and their sizes, -1 for a broken link: reading it says so. Hidden ones are left out, into `junk`."""
+    entries = _walk(root, endings, frozenset(), [] if junk is None else junk)
+    return {Path(entry.path).relative_to(root).as_posix(): _size(entry) for entry in entries}
 
 
-def _walk(folder: Path | str, endings: tuple[str, ...], above: frozenset[str]) -> Iterator[os.DirEntry]:
+def _walk(
+    folder: Path | str, endings: tuple[str, ...], above: frozenset[str], junk: list[str]
+) -> Iterator[os.DirEntry]:
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that holds it
         return
@@ -322,16 +365,16 @@ def _walk(folder: Path | str, endings: tuple[str, ...], above: frozenset[str]) -
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     for entry in entries:
         if hidden(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry.path, endings, above | {real})
+            junk.append(entry.path)
+        elif entry.is_dir():
+            yield from _walk(entry.path, endings, above | {real}, junk)
         elif entry.name.lower().endswith(endings):
             yield entry
 
 
 def hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's images."""
-    return name.startswith(".") or name in JUNK
+    return name.startswith(".") or name.lower() in JUNK
 
 
 def _size(entry: os.DirEntry) -> int:

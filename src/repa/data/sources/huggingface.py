@@ -38,7 +38,10 @@ class TableSource(Source):
         if chosen.label:
             classes = classes_of_column(chosen, table[chosen.label][:], self.name, where)
         self.labels, self.class_names = classes
-        self.labels_from, self.left_out = labels_from(chosen, labels), left_out(chosen, _columns_of(table))
+        self.labels_from, self.left_out = (
+            labels_from(chosen, labels, _columns_of(table)),
+            left_out(chosen, _columns_of(table)),
+        )
         self.has_captions = bool(chosen.caption)
         self._images = table.select_columns([chosen.image]).cast_column(chosen.image, datasets.Image(decode=False))
         self._image, self._caption = chosen.image, chosen.caption

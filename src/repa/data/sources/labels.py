@@ -12,6 +12,7 @@ import numpy as np
 
 from repa.base import faults, files
 from repa.base.errors import UserError, nearest
+from repa.base.images import image_endings
 from repa.data.sources.contract import plain_text, printable
 
 ONE_CLASS = "all"
@@ -24,7 +25,7 @@ LABEL_COLUMNS = (
     "y",
 )  # fmt: skip
 """What columns and keys of labels are usually called."""
-TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
+TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl")
 
 
 class Classes(NamedTuple):
@@ -84,7 +85,8 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of classes: numbers by value, other texts as texts."""
     names = list(names)
-    return sorted(names, key=float) if all(re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", n) for n in names) else sorted(names)
+    numbers = all(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]+)?", name) for name in names)
+    return sorted(names, key=lambda name: (float(name) if numbers else 0.0, name))
 
 
 def _is_whole(value: Any) -> bool:
@@ -140,8 +142,8 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     suffix = Path(path).suffix.lower()
     if suffix not in (".json", *TABLES):
         raise UserError(
-            f"labels was given {spec!r}: allowed are 'none', 'folders', 'folders:2', 'folders:last', 'tars', a dataset.json, or "
-            "a table such as labels.csv:COLUMN (.csv, .tsv, .jsonl, .parquet)."
+            f"labels was given {spec!r}: allowed are 'none', 'folders', 'folders:2', 'folders:last', 'folders:path', 'tars', a "
+            "dataset.json, or a table such as labels.csv:COLUMN (.csv, .tsv, .txt, .jsonl, .parquet)."
         )
     if not Path(path).is_file():
         raise UserError(f"labels names {path!r}, but there is no such file: give its path.")
@@ -179,7 +181,7 @@ def _unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
 
 def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Classes:
     """The classes of images from a table of their paths; the table must hold exactly those images."""
-    table = {plain_text(str(name)): value for name, value in table.items()}
+    table = {_plain_path(str(name)): value for name, value in table.items()}
     names = [plain_text(name) for name in names]
     values = []
     for name in names:
@@ -199,6 +201,11 @@ def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Class
     return classes_of(values, lambda index: printable(names[index]), where)
 
 
+def _plain_path(name: str) -> str:
+    """A path of a table as sources write theirs: './cat\\a.png' -> 'cat/a.png'."""
+    return plain_text(name).replace("\\", "/").removeprefix("./")
+
+
 def _near(table: Mapping[str, Any], name: str) -> list[str]:
     """A few names worth comparing with: comparing with a million takes minutes."""
     base = name.rpartition("/")[2]
@@ -212,9 +219,13 @@ def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
         return _read_parquet(path, column)
     if path.suffix.lower() == ".jsonl":
         return _read_lines(path, column)
+    if path.suffix.lower() == ".txt":
+        return _read_words(path, column)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            head = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=_delimiter(head))
             key = _columns(path, list(reader.fieldnames or ()), column)
             rows = [(row[key], row[column]) for row in reader]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -223,6 +234,59 @@ def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
         if not name:
             raise UserError(f"Row {line} of {path} names no image: fill in the column {key!r}.")
     return [name for name, _ in rows], [value for _, value in rows]
+
+
+def _delimiter(head: str) -> str:
+    """What stands between the columns of a table, by its first line."""
+    return max(",;\t", key=head.count) if any(mark in head for mark in ",;\t") else ","
+
+
+def words_of(text: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table of words between spaces, as CelebA's list_attr_celeba.txt and identity_CelebA.txt are.
+
+    A first line that is one number counts the images. A line with a word less than the others names the columns but that of
+    the images; where there is none, the columns are the image and, of two, "label".
+    """
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():
+        lines = lines[1:]
+    if len(lines) > 1 and len(lines[0]) == len(lines[1]) - 1:
+        return [FILE_COLUMNS[0], *lines[0]], lines[1:]
+    if lines and set(lines[0]) & set(FILE_COLUMNS):
+        return lines[0], lines[1:]
+    width = len(lines[0]) if lines else 0
+    return [FILE_COLUMNS[0], *(["label"] if width == 2 else [str(n) for n in range(1, width)])], lines
+
+
+def _read_words(path: Path, column: str) -> tuple[list[str], list[Any]]:
+    with faults.reading(path, "a table of words in UTF-8"):
+        columns, rows = words_of(path.read_text(encoding="utf-8-sig"))
+    key = _columns(path, columns, column)
+    for line, row in enumerate(rows, start=1):
+        if len(row) != len(columns):
+            raise UserError(
+                f"Row {line} of {path} has {len(row)} words, but there are {len(columns)} columns: correct it."
+            )
+    at = columns.index(key), columns.index(column)
+    return [row[at[0]] for row in rows], [row[at[1]] for row in rows]
+
+
+def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
+    """The columns of a table at the root of a source, by its first lines; none of what is no readable table."""
+    suffix = Path(file).suffix.lower()
+    if suffix not in TABLES or suffix == ".parquet":
+        return []
+    try:
+        text = (read(file) or b"").decode("utf-8-sig")
+        if suffix == ".jsonl":
+            return list(rows_of_lines(text.partition("\n")[0].encode(), file)[0])
+    except (UnicodeDecodeError, UserError, IndexError):
+        return []
+    head = text.partition("\n")[0].strip()
+    if suffix != ".txt":
+        return head.split(_delimiter(head))
+    columns, rows = words_of(text)
+    return columns if rows and rows[0][0].lower().endswith(image_endings()) else []  # else it is a text for people
 
 
 def _read_lines(path: Path, column: str) -> tuple[list[str], list[Any]]:

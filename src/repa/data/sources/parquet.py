@@ -4,7 +4,6 @@ import collections
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,11 @@ from repa.data.sources.columns import Column, choose, classes_of_column, image_b
 from repa.data.sources.contract import Source, sampled_digest
 from repa.data.sources.labels import labels_digest, no_classes
 from repa.data.sources.patterns import is_remote
+from repa.data.sources.splits import require_one_split
 from repa.data.sources.webdataset import caption_values
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
 GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart
-SPLITS = ("train", "test", "validation", "val", "dev")
 
 
 class ParquetSource(Source):
@@ -41,7 +40,7 @@ class ParquetSource(Source):
             columns: image, label, caption: the names of those columns.
         """
         self.shards = list(shards)
-        self._require_one_split()
+        require_one_split(self.shards)
         self._start()
         first = self._open(0)
         self._columns = choose(self._where, _columns_of(first.schema_arrow), labels, **_texts(columns))
@@ -57,7 +56,7 @@ class ParquetSource(Source):
             values = [value for shard in range(len(groups)) for value in self._read_labels(shard)]
             classes = classes_of_column(self._columns, values, self.name, self._where)
         self.labels, self.class_names = classes
-        self.labels_from = labels_from(self._columns, labels)
+        self.labels_from = labels_from(self._columns, labels, _columns_of(first.schema_arrow))
         self.left_out = left_out(self._columns, _columns_of(first.schema_arrow))
         sizes = json.dumps([size for shard in groups for size in shard])
         self.identity = {
@@ -97,14 +96,6 @@ class ParquetSource(Source):
     @property
     def _where(self) -> str:
         return self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
-
-    def _require_one_split(self) -> None:
-        splits = sorted({s for s in SPLITS for shard in self.shards if re.split("[-_.]", Path(shard).name)[0] == s})
-        if len(splits) > 1:
-            raise UserError(
-                f"{Path(self.shards[0]).parent} holds several splits ({', '.join(splits)}): give the files of one, e.g. "
-                f"{Path(self.shards[0]).parent / splits[0]}-*.parquet."
-            )
 
     def _find(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._rows, index, side="right")) - 1

@@ -1,5 +1,6 @@
 """What lies where in a tar shard: read once, kept in the cache folder."""
 
+import collections
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from repa.base.npz import load_npz
 from repa.data.sources.archives import Slices, leads_out
 from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
 
-FORMAT = 2  # of the files in the cache
+FORMAT = 3  # of the files in the cache
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
 NONE = (0, -1)  # a part that a sample does not have
 
@@ -31,6 +32,8 @@ class Index(NamedTuple):
     """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 for none."""
     size: int
     """Bytes of the shard."""
+    others: dict[str, int]
+    """Ending -> how many files are no part of a sample's image, label, captions."""
 
 
 def index_of(path: Path, name: str, *, version: str, image: str, label: str) -> Index:
@@ -50,7 +53,7 @@ def index_of(path: Path, name: str, *, version: str, image: str, label: str) -> 
     if not cached.is_file():
         index = _scan(path, name, image, label)
         with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
-            text = json.dumps([index.keys, index.labels]).encode()
+            text = json.dumps([index.keys, index.labels, index.others]).encode()
             np.savez(file, text=np.frombuffer(text, np.uint8), parts=index.parts, size=index.size)
         return index
     return load_index(cached)
@@ -67,13 +70,16 @@ def load_index(path: Path) -> Index:
     again = "Delete it, and it is made again."
     arrays = load_npz(path, "the index of a shard", remedy=again)
     with faults.reading(path, "the index of a shard", again):
-        keys, labels = json.loads(arrays["text"].tobytes())
-        return Index(keys, labels, arrays["parts"], int(arrays["size"]))
+        keys, labels, others = json.loads(arrays["text"].tobytes())
+        return Index(
+            keys, labels, arrays["parts"], int(arrays["size"]), {str(end): int(num) for end, num in others.items()}
+        )
 
 
 def _scan(path: Path, name: str, image: str, label: str) -> Index:
     size = os.path.getsize(path)
     keys, labels, parts = [], [], []
+    others: collections.Counter[str] = collections.Counter()
     slices = Slices(path)
     for key, members in _samples(path, name, size):
         found = _image_of(key, members, name, image)
@@ -83,6 +89,8 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         text, meta, cls = (
             members.get(names.get(what, what), members.get(what, NONE)) for what in ("txt", "json", "cls")
         )
+        cls = members.get(label.lower(), NONE) if cls is NONE else cls  # some call the file 0001.label
+        others.update(end for end, part in members.items() if part not in (found, text, meta, cls))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
@@ -97,7 +105,7 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         parts.append((found, text, meta))
     if not keys:
         raise UserError(f"{name} holds no images: files named {' '.join(EXTENSIONS)} are looked for.")
-    return Index(keys, labels, np.array(parts, np.int64), size)
+    return Index(keys, labels, np.array(parts, np.int64), size, dict(others.most_common(20)))
 
 
 def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

@@ -1,5 +1,6 @@
 """WebDataset: tar shards in which neighbouring files of one name (0001.jpg, 0001.cls, 0001.txt, 0001.json) are a sample."""
 
+import collections
 import functools
 import hashlib
 import os
@@ -27,6 +28,7 @@ from repa.data.sources.labels import (
     no_classes,
 )
 from repa.data.sources.patterns import is_remote
+from repa.data.sources.splits import require_one_split
 from repa.data.sources.tar_index import Index, cached_path, index_of, load_index, read_json
 
 MAX_OPEN = 16  # shards open at a time: rows are read in order
@@ -70,6 +72,11 @@ class WebDataset(Source):
         self._ends = np.cumsum([len(index.keys) for index in indices])
         self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
         self.keys = Strings(key for index in indices for key in index.keys)
+        others: collections.Counter[str] = collections.Counter()
+        for index in indices:
+            others.update(index.others)
+        self.left_out_endings = list(others)
+        self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
         self._forget()
         classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
@@ -110,6 +117,7 @@ class WebDataset(Source):
         if labels:
             self.labels_from = labels
             return from_file(labels, self.keys)
+        require_one_split(self.shards)
         if any(value is not None for value in written):
             self.labels_from = f".cls, or {label!r} in the .json of each sample"
             return classes_of(written, self.name, "its shard (.cls, or the label in .json)")
@@ -133,11 +141,16 @@ class WebDataset(Source):
                     f"The .json of {self.name(first)} has no 'label', but {', '.join(found)}: name the one as "
                     f"{self.shards[0]}:label={found[0]}, or give --labels none for one class."
                 )
+        if named := label_columns(self.left_out_endings):
+            raise UserError(
+                f"The samples of {self._shard_name(0)} have no .cls, but .{', .'.join(named)}: name the one as "
+                f"{self.shards[0]}:label={named[0]}, or give --labels none for one class."
+            )
         tops = {key.partition("/")[0] for key in self.keys if "/" in key}
         if len(tops) > 1:
             raise UserError(
                 f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {', '.join(sorted(tops)[:3])}: "
-                "give --labels folders if they are the classes, or --labels none for one class."
+                "give --labels folders if they are the classes, folders:2 or folders:last for those inside, or --labels none for one class."
             )
         if len(self.shards) > 1 and not _numbered(self.shards):
             raise UserError(
