@@ -45,7 +45,7 @@ class PrepareConfig(Config):
     num_workers: int = Field(4, ge=0)
     """Processes that read, decode and crop images, for each process with a model; 0 does it in that process."""
     labels: str = ""
-    """Where classes come from: empty for the source's own, none, folders, folders:2, folders:last, folders:path, tars, dataset.json, or TABLE.csv:COLUMN."""
+    """Where classes come from: empty for the source's own; none, folders, folders:2, folders:last, folders:path, tars, TABLE.csv:COLUMN."""
 
     @field_validator("features")
     @classmethod
