@@ -173,7 +173,7 @@ def test_show(house, capsys):
 )  # fmt: skip
 def test_list(kind, name, capsys):
     repa_run("list", *filter(None, [kind]))
-    assert name in [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert name in [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])

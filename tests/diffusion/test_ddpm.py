@@ -219,3 +219,15 @@ def test_mistakes_are_named():
         SAMPLERS.build("ddpm")(Denoiser(lambda x, t: x, linear, "noise"), noise(1, 1, 1, 1), 4)
     with pytest.raises(UserError, match="between 0 and 1"):
         SAMPLERS.build("ddim:eta=2")(Denoiser(lambda x, t: x, linear, "noise"), noise(1, 1, 1, 1), 4)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_every_step_tells_its_guess_of_the_data(name):
+    """A network that answers x_t: the guess is (x_t - sigma x_t) / alpha."""
+    steps = []
+    denoiser = Denoiser(lambda x, t: torch.cat([x, x], 1), PROCESS.path, "noise", dtype=torch.float64)
+    SAMPLERS.build(name)(denoiser, noise(2, 1, 1, 1), 5, torch.zeros_like, steps.append)
+    assert [(step.index, step.done) for step in steps] == [(i, pytest.approx((i + 1) / 5)) for i in range(5)]
+    for step in steps:
+        bar = PROCESS.alpha_bar[round(step.t * 1000) - 1]
+        torch.testing.assert_close(step.data, step.x * (1 - (1 - bar) ** 0.5) / bar**0.5)

@@ -59,7 +59,7 @@ def test_guidances_are_recorded_in_one_way_of_writing():
 
 
 def test_settings_in_spec_strings_are_accepted():
-    config = DiffusionConfig(path="vp:beta_max=10.0", timesteps="logit_normal:path=trigonometric,shift=2.0")
+    config = DiffusionConfig(path="vp:beta_max=10.0", timesteps="logit_normal:path=trigonometric")
     assert DiffusionConfig.parse(config.model_dump()) == config
 
 

@@ -6,6 +6,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.diffusion import SAMPLERS, Denoiser, DiffusionConfig, build_process, in_timesteps, interpolate
+from tests.golden import load, tensor
 from tests.oracles import ddpm as oracle
 from tests.oracles import weights
 
@@ -200,3 +201,81 @@ def test_weights_that_mean_nothing_or_are_infinite_are_refused():
         DiffusionConfig(prediction="score", loss_weight="likelihood", timesteps=timesteps, path=path)
     with pytest.raises(UserError, match="loss_weight 'velocity' is a setting of the objective flow"):
         DiffusionConfig.parse({"objective": "ddpm", "loss_weight": "velocity"})
+
+
+def of_golden(golden, *names):
+    return [tensor(golden["inputs"][name]) for name in names]
+
+
+def test_data_prediction_with_the_loss_of_the_velocity_is_that_of_jit():
+    golden = load("jit_loss")
+    x, noise, predicted = of_golden(golden, "x0", "eps", "x_hat")
+    t = 1 - torch.tensor(golden["t_data_time"], dtype=torch.float64)
+    process = build_process(DiffusionConfig(prediction="data", loss_weight="velocity"))
+    found = process.losses(predicted, x, noise, t)["denoising"]
+    assert found.tolist() == pytest.approx(golden["expected"]["per_sample"], rel=1e-9)
+    # and so does a sampler: the velocity (x_t - data) / max(t, 0.05)
+    denoiser = Denoiser(
+        lambda x_t, t: predicted, process.path, "data", dtype=torch.float64, sigma_min=process.sigma_min
+    )
+    for time in (0.7, 0.03):
+        torch.testing.assert_close(denoiser.velocity(noise, time), (noise - predicted) / max(time, 0.05))
+
+
+def test_contrastive_flow_matching_is_that_of_the_released_code():
+    golden = load("cfm_uniform")
+    x, noise, predicted = of_golden(golden, "x0", "eps", "v_hat")
+    t = torch.tensor(golden["t"], dtype=torch.float64)
+    process = build_process(DiffusionConfig(contrastive=0.05))
+    found = process.losses(predicted, x, noise, t, process.velocity(x, noise, t).roll(1, 0))
+    assert found["denoising"].tolist() == pytest.approx(golden["expected"]["denoising"], rel=1e-9)
+    assert float(found["contrastive"].mean()) == pytest.approx(0.05 * golden["expected"]["cfm"], rel=1e-9)
+    vectors = [part[:, :, None, None] for part in of_golden(golden, "c0", "eps_c", "c_hat")]
+    found = process.losses(vectors[2], *vectors[:2], t, process.velocity(*vectors[:2], t).roll(1, 0))
+    assert found["denoising"].tolist() == pytest.approx(golden["expected"]["cls"], rel=1e-9)
+    assert float(found["contrastive"].mean()) == pytest.approx(0.05 * golden["expected"]["cfm_cls"], rel=1e-9)
+
+
+def test_the_cosine_of_velocities_is_lightningdits():
+    golden = load("velocity_cosine")
+    predicted, velocity = of_golden(golden, "v_hat", "v")
+    process = build_process(DiffusionConfig(velocity_cosine=1.0))
+    zero = torch.zeros_like(velocity)  # noise - data, with data 0
+    found = process.losses(predicted, zero, velocity, torch.tensor([0.3, 0.6]))["velocity_cosine"]
+    assert float(found.mean()) == pytest.approx(golden["expected"], rel=1e-9)
+
+
+def test_the_loss_of_a_head_is_that_of_internal_guidance():
+    golden = load("ig_loss")
+    x, noise, final, middle = of_golden(golden, "x0", "eps", "v_hat", "v_mid")
+    t = torch.tensor(golden["t"], dtype=torch.float64)
+    losses = [build_process(DiffusionConfig()).losses(v, x, noise, t)["denoising"] for v in (final, middle)]
+    assert losses[0].tolist() == pytest.approx(golden["expected"]["final_per_sample"], rel=1e-9)
+    assert losses[1].tolist() == pytest.approx(golden["expected"]["mid_per_sample"], rel=1e-9)
+    assert float((losses[0] + 0.5 * losses[1]).mean()) == pytest.approx(golden["expected"]["total"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"prediction": "data", "loss_weight": "velocity"}, {"velocity_cosine": 1.0}, {"contrastive": 0.1},
+     {"prediction": "noise", "path": "trigonometric"}],
+)  # fmt: skip
+def test_times_of_the_pixels_that_are_all_the_same_are_one_time_an_image(config):
+    process = build_process(DiffusionConfig(**config))
+    x, noise, output, other = (normal(3, 2, 4, 4, seed=seed) for seed in range(4))
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    spread = t[:, None, None, None].expand(3, 1, 4, 4)
+    other = other if config.get("contrastive") else None
+    torch.testing.assert_close(process.noised(x, noise, t), process.noised(x, noise, spread))
+    one, many = (process.losses(output, x, noise, times, other) for times in (t, spread))
+    assert one.keys() == many.keys()
+    for name, loss in one.items():
+        torch.testing.assert_close(loss, many[name])
+
+
+def test_terms_of_velocities_need_a_prediction_that_has_one():
+    for setting in ({"contrastive": 0.1}, {"velocity_cosine": 1.0}):
+        with pytest.raises(UserError, match="velocity or data"):
+            DiffusionConfig.parse({"prediction": "noise", **setting})
+        with pytest.raises(UserError, match="objective ddpm has its own"):
+            DiffusionConfig.parse({"objective": "ddpm", **setting})

@@ -182,6 +182,28 @@ def test_time_points_of_the_reference():
     seen.clear()
     SAMPLERS.build("heun:shift=3.0")(gaussian("linear", predict), noise(1, 1, 1, 1), 2)
     assert seen == [1, 0.75, 0.75]
+    seen.clear()
+    shifted = Denoiser(predict, PATHS.build("linear"), dtype=torch.float64, shift=3.0)  # as the network was trained
+    for spec in ("euler", "euler_maruyama:last=0.5", "euler:shift=1"):
+        SAMPLERS.build(spec)(shifted, noise(1, 1, 1, 1), 2)
+    assert seen == [1, 0.75, 1, 0.75, 1, 0.5]
+
+
+@pytest.mark.parametrize("spec", ["euler", "heun", "euler_maruyama", "dopri5"])
+def test_every_step_tells_state_and_guess_of_the_data(spec):
+    steps = []
+    x = noise(3, 1, 2, 2)
+    out = SAMPLERS.build(spec)(gaussian("linear"), x, 6, lambda like: torch.zeros_like(like), steps.append)
+    assert torch.equal(out, SAMPLERS.build(spec)(gaussian("linear"), x, 6, lambda like: torch.zeros_like(like)))
+    assert torch.equal(steps[0].x, x)
+    assert steps[0].t == 1
+    if spec != "dopri5":
+        assert [step.index for step in steps] == list(range(6))
+        assert [step.done for step in steps] == pytest.approx([(i + 1) / 6 for i in range(6)])
+    for step in steps:  # E[x | x_t] of the Gaussian, in closed form
+        alpha, sigma = 1 - step.t, step.t
+        expected = MEAN + alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2) * (step.x - alpha * MEAN)
+        torch.testing.assert_close(step.data, expected)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

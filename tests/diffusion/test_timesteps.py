@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import PATHS, TIMESTEPS, ode_grid, sde_grid, time_shift
+from repa.diffusion import (
+    PATHS,
+    TIMESTEPS,
+    DiffusionConfig,
+    build_process,
+    latent_shift,
+    ode_grid,
+    sde_grid,
+    time_shift,
+)  # fmt: skip
+from tests.golden import load
 
 
 def draw(spec, num=20000):
@@ -57,17 +67,43 @@ def test_times_are_a_function_of_the_generator():
 def test_shift_pushes_towards_noise_and_keeps_the_ends():
     t = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(time_shift(t, 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    torch.testing.assert_close(draw("uniform:shift=3.0"), time_shift(draw("uniform"), 3.0))
-    torch.testing.assert_close(draw("logit_normal:shift=2.0"), time_shift(draw("logit_normal"), 2.0))
     # shifting multiplies the noise-to-signal ratio of the linear path
-    log_ratio = torch.logit(draw("logit_normal:shift=2.0").double())
+    log_ratio = torch.logit(time_shift(draw("logit_normal"), 2.0).double())
     assert float(log_ratio.mean()) == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_shifts_are_those_of_the_released_code():
+    golden = load("time_shift")
+    t = torch.tensor(golden["expected"]["t"], dtype=torch.float64)
+    for shift, expected in golden["expected"]["values"].items():
+        assert time_shift(t, float(shift)).tolist() == pytest.approx(expected, rel=1e-9)
+        from_data = (1 - t) / ((1 - t) + t * float(shift))  # as LightningDiT writes it, t = 1 at the data
+        assert (1 - from_data).tolist() == pytest.approx(expected, rel=1e-9)
+    for name, shape in {"rae_dinov2b_s": (768, 16, 16), "raev2_dinov3l_s": (1024, 16, 16), "srdit_invae_s": (32, 16, 16),
+                        "sdvae_f8d4_s": (4, 32, 32)}.items():  # fmt: skip
+        assert latent_shift(shape) == pytest.approx(golden["expected"][name], rel=1e-9)
+    assert latent_shift((3, 32, 32), base=3072) == 1
+
+
+def test_one_setting_shifts_the_training_times_and_the_grids():
+    config = DiffusionConfig(shift="auto", timesteps="logit_normal").for_latents((16, 32, 32))
+    assert config.shift == 2
+    process, cpu = build_process(config), torch.device("cpu")
+    plain = build_process(DiffusionConfig(timesteps="logit_normal"))
+    times, unshifted = (p.draw_times(50, torch.Generator().manual_seed(0), cpu) for p in (process, plain))
+    assert torch.equal(times, time_shift(unshifted, 2.0))
+    assert DiffusionConfig(shift="auto").for_latents((3, 8, 8)).shift == 1  # below 1 is never meant
+    with pytest.raises(UserError, match="shape of the latents"):
+        build_process(DiffusionConfig(shift="auto"))
 
 
 def test_the_inverse_convention_is_refused_with_the_number_to_write():
     with pytest.raises(UserError, match=r"3\.333"):
-        TIMESTEPS.build("uniform:shift=0.3")
-    for spec in ("logit_normal:std=0", "logit_normal:mean=left", "logit_normal:path=vp", "uniform:shift=0"):
+        DiffusionConfig.parse({"shift": 0.3})
+    for shift in (0, -1, float("nan"), "automatic"):
+        with pytest.raises(UserError, match="shift"):
+            DiffusionConfig.parse({"shift": shift})
+    for spec in ("logit_normal:std=0", "logit_normal:mean=left", "logit_normal:path=vp", "uniform:low=1"):
         with pytest.raises(UserError):
             TIMESTEPS.build(spec)
 
@@ -80,6 +116,7 @@ def test_grids_of_the_reference():
     assert float(full[0] - full[1]) == pytest.approx(0.96 / 249)
     assert sde_grid(3, last=0.1).tolist() == pytest.approx([1, 0.55, 0.1, 0])
     assert ode_grid(2, shift=3.0).tolist() == pytest.approx([1, 0.75, 0])
+    assert sde_grid(2, last=0.5, shift=3.0).tolist() == pytest.approx([1, 0.75, 0])
     assert ode_grid(4).dtype == sde_grid(4).dtype == torch.float64
 
 

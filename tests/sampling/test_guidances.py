@@ -1,5 +1,6 @@
 """Guidances, streams and a weaker network in samples of a run: each against the mixture written out."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -109,8 +110,6 @@ def test_path_drop_needs_a_network_that_routes():
 
 def test_a_network_of_another_checkpoint_guides_on_the_command_line(random_run, tmp_path):
     """The job's record says which weights guided; without --weak the command stops before anything is loaded."""
-    import json
-
     out = tmp_path / "samples.npz"
     command = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(out)]
     command += ["--guidance", "autoguidance:scale=1.5,high=0.9"]
@@ -120,3 +119,21 @@ def test_a_network_of_another_checkpoint_guides_on_the_command_line(random_run, 
     assert made["guidance"] == ["autoguidance:scale=1.5,high=0.9"]
     assert made["weak_step"] == 10
     assert made["weak_sha256"] == load_run(random_run, "model", step=10).weights_sha256
+
+
+def test_a_run_with_every_part_trains_previews_and_samples(tiny_config, data_folder, tmp_path, monkeypatch):
+    """REG's stream, a head, the terms of velocities and the shift of the latents' size, as settings of one run."""
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "num_steps": 2, "streams": [{"source": "tiny"}], "model": {"name": "SiT-S/4", "hidden_dim": 32, "depth": 2, "num_heads": 2,
+        "heads": [1]}, "diffusion": {"shift": "auto", "contrastive": 0.05, "velocity_cosine": 1.0},
+        "preview": {"every": 2, "num_images": 2, "num_steps": 2, "guidance": ["internal:head=1,scale=1.4", "cfg:scale=2,streams=1"]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(tiny_config.override(**settings).to_yaml())
+    assert repa(["train", "run.yaml", "--data", str(data_folder), "--out", "run"]) == 0
+    assert load_run("run").diffusion.shift == 1  # 3 x 16 x 16 numbers are fewer than 4096
+    command = ["sample", "run", "--num-images", "3", "--steps", "3", "--out", "s.npz", "--weights", "model"]
+    assert repa([*command, "--guidance", "internal:head=1,scale=1.4", "--guidance", "cfg:scale=1.35,high=0.7"]) == 0
+    made = json.loads((tmp_path / "s.json").read_text())
+    assert made["guidance"] == ["internal:head=1,scale=1.4", "cfg:scale=1.35,high=0.7"]
+    assert (tmp_path / "s.npz").exists()

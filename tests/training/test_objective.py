@@ -156,3 +156,25 @@ def test_weights_follow_the_schedules_of_the_alignments():
     objective = make([COSINE.override(depth=1), falling])
     assert objective.weights(5, torch.device("cpu")).tolist() == pytest.approx([0.7, 0.35])
     assert make().weights(5, torch.device("cpu")).shape == (0,)
+
+
+@pytest.mark.parametrize("token_times", [0.0, 0.25])
+def test_contrastive_terms_look_at_the_image_before_in_the_global_batch(token_times, monkeypatch):
+    """The same for one process and for two; a micro-batch keeps its images' neighbours, so accumulation changes nothing."""
+    objective = make(contrastive=0.2, token_times=token_times)
+    x, labels, _ = batch()
+    whole = objective.draw({"x": x}, 3)
+    expected = (whole.noise["x"] - x).roll(1, 0)  # the linear path's velocity has no time in it
+    assert torch.equal(whole.other["x"], expected)
+    losses = losses_of(objective, x, labels, {}, step=3)
+    assert (losses.terms["contrastive"] < 0).all()
+    torch.testing.assert_close(losses.total, losses.terms["denoising"] + losses.terms["contrastive"])
+    assert torch.equal(whole.rows(slice(2, 4)).other["x"], expected[2:4])
+    last = x[[2, 5]]  # of each of two processes
+    monkeypatch.setattr("repa.base.dist.world", lambda: 2)
+    monkeypatch.setattr("repa.base.dist.gather", lambda rows: last)
+    for rank in (0, 1):
+        monkeypatch.setattr("repa.base.dist.rank", lambda rank=rank: rank)
+        part = slice(3 * rank, 3 * rank + 3)
+        assert torch.equal(objective.draw({"x": x[part]}, 3).other["x"], expected[part])
+    assert make().draw({"x": x}, 0).other is None

@@ -47,8 +47,18 @@ def main(argv: list[str]) -> int:
     if given.compile:
         run.model.compile()
     calls: list[int] = []
+    made = 0
     with Progress(f"sampling {given.run}", "images") as bar:
-        out = write_samples(run, config, given.num_images, Path(given.out), progress=bar, count=calls.append)
+
+        def images(done: int, total: int) -> None:
+            nonlocal made
+            made = done
+            bar(done, total)
+
+        out = write_samples(
+            run, config, given.num_images, Path(given.out), progress=images, count=calls.append,
+            callback=lambda step: bar(made, given.num_images, f"{step.done:.0%} of a batch"),
+        )  # fmt: skip
     nfe = ", NFE " + " to ".join(str(n) for n in sorted({min(calls), max(calls)})) if calls else ""
     say(
         f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){nfe}; "

@@ -1,8 +1,9 @@
 """Settings of the diffusion room. Torch-free."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -53,6 +54,24 @@ def check_null_trained(guidances: Iterable[str], label_dropout: float | None) ->
             )
 
 
+def check_shift(shift: float) -> float:
+    """The shift itself. Code with t = 1 at the data writes the inverse number; refusing it here catches the commonest mix-up."""
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not math.isfinite(shift):
+        raise UserError(f"A time shift must be a number, but got {shift!r}.")
+    if shift < 1:
+        inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
+        raise UserError(
+            f"A time shift must be at least 1, which pushes times towards noise (t = 1), but got {shift}{inverse}."
+        )
+    return shift
+
+
+def latent_shift(shape: Sequence[int], base: int = 4096) -> float:
+    """sqrt(C H W / base): the time shift of latents (C, H, W) that keeps the noise as strong, for their size, as in `base` numbers
+    (arXiv 2403.03206, 2510.11690). RAE's (768, 16, 16) have 6.93, SD-VAE's (4, 32, 32) have 1, smaller ones less."""
+    return math.sqrt(math.prod(shape) / base)
+
+
 class DiffusionConfig(Config):
     """What the network learns to undo, and what it answers."""
 
@@ -63,11 +82,24 @@ class DiffusionConfig(Config):
     prediction: str = "velocity"
     """What the network answers: velocity, noise, data or score."""
     timesteps: Annotated[str, Spec(TIMESTEPS)] = "uniform"
-    """Distribution of the training times: uniform[:shift=..,low=..,high=..] or logit_normal[:mean=..,std=..,shift=..,path=..]."""
+    """Distribution of the training times: uniform[:low=..,high=..] or logit_normal[:mean=..,std=..,path=..]."""
+    shift: Literal["auto"] | float = 1.0
+    """Time shift s, t -> s t / (1 + (s - 1) t), of training times and samplers' grids; auto: sqrt(C H W / 4096), and at least 1."""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
-    """Weight over t of noise and score, as SiT's: none (errors of the noise), velocity (of the velocity they imply), likelihood."""
+    """Weight over t: none (errors of what is predicted), velocity (of the velocity it implies: SiT, JiT), likelihood (SiT's)."""
+    sigma_min: float = Field(0.05, gt=0, lt=1)
+    """Data prediction with loss_weight velocity: sigma is at least this where the loss and the samplers divide by it (JiT)."""
+    contrastive: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of contrastive flow matching: the velocity is also pushed away from that of another image (arXiv 2506.05350)."""
+    velocity_cosine: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
     """Share of an image's tokens that has its time; the others have a second one. 0: one time an image."""
+
+    @field_validator("shift")
+    @classmethod
+    def _shift(cls, value: str | float) -> str | float:
+        return value if isinstance(value, str) else check_shift(value)
 
     @field_validator("prediction")
     @classmethod
@@ -77,7 +109,7 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self):
         if self.objective == "ddpm":
-            for name in ("path", "prediction", "timesteps", "loss_weight", "token_times"):
+            for name in type(self).model_fields.keys() - {"objective"}:
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
                     raise UserError(
@@ -86,10 +118,18 @@ class DiffusionConfig(Config):
                     )
         if self.loss_weight != "none":
             self._check_weight()
+        for name in ("contrastive", "velocity_cosine"):
+            if getattr(self, name) and self.prediction not in ("velocity", "data"):
+                raise UserError(
+                    f"{name} compares velocities, which a prediction of {self.prediction} does not give at t = 1: choose the "
+                    "prediction velocity or data, or leave it out."
+                )
         return self
 
     def _check_weight(self) -> None:
         """UserError where the weight has no meaning, or is infinite at an end of the times."""
+        if (self.prediction, self.loss_weight) == ("data", "velocity"):
+            return  # sigma_min bounds it
         if self.prediction not in ("noise", "score"):
             raise UserError(
                 f"loss_weight {self.loss_weight!r} weights the errors of noise and score, but prediction is "
@@ -102,6 +142,12 @@ class DiffusionConfig(Config):
                 f"loss_weight {self.loss_weight!r} is infinite at the ends of [0, 1]: give timesteps uniform:low=0.001,high=0.999, "
                 "as SiT (on its path vp uniform:low=0.00001)."
             )
+
+    def for_latents(self, shape: Sequence[int]) -> Self:
+        """With the shift that `auto` stands for with latents of this shape (C, H, W)."""
+        if self.shift != "auto":
+            return self
+        return self.override(shift=max(1.0, latent_shift(shape)))
 
     def check_model(self, name: str, learn_sigma: bool) -> None:
         """UserError unless the objective trains all that the named network answers: a variance (learn_sigma) or none."""

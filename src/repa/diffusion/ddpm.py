@@ -16,7 +16,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.diffusion.denoiser import Denoiser
 from repa.diffusion.interpolants import DiscreteVariancePreserving, check_numbers
-from repa.diffusion.samplers import RandnLike, to_state
+from repa.diffusion.samplers import Callback, RandnLike, Step, to_state
 
 NUM_TIMESTEPS = 1000
 
@@ -163,7 +163,13 @@ def in_timesteps(predict: Callable[..., Tensor], num_timesteps: int = NUM_TIMEST
 
 
 @torch.no_grad()
-def ddpm(denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like) -> Tensor:
+def ddpm(
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
+) -> Tensor:
     """Ancestral sampling of the respaced process with the learned variance; no noise in the last step. NFE = num_steps.
 
     The denoiser predicts noise with a learned variance (2C channels) through `in_timesteps`; its path is not used.
@@ -173,7 +179,11 @@ def ddpm(denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLik
     process = ImprovedDDPM().respaced(num_steps)
     x = to_state(noise)
     for k in reversed(range(num_steps)):
-        mean, log_variance = process.p_mean_log_variance(denoiser.output(x, process.time(k)), x, k)
+        output = denoiser.output(x, process.time(k))
+        mean, log_variance = process.p_mean_log_variance(output, x, k)
+        if callback:
+            data = process.data(output[:, : x.shape[1]], x, k)
+            callback(Step(num_steps - 1 - k, 1 - k / num_steps, process.time(k), x, data))
         x = mean + torch.exp(0.5 * log_variance) * randn_like(x) if k > 0 else mean
     return x.to(noise.dtype)
 
@@ -184,6 +194,7 @@ def ddim(
     noise: Tensor,
     num_steps: int,
     randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
     *,
     eta: float = 0.0,
 ) -> Tensor:
@@ -199,9 +210,12 @@ def ddim(
     x = to_state(noise)
     for k in reversed(range(num_steps)):
         predicted = denoiser.output(x, process.time(k))[:, : x.shape[1]]
+        data = process.data(predicted, x, k)
+        if callback:
+            callback(Step(num_steps - 1 - k, 1 - k / num_steps, process.time(k), x, data))
         before = process.alpha_bar_prev[k]
         std = eta * math.sqrt(process.betas[k] * (1 - before) / (1 - process.alpha_bar[k]))
-        x = math.sqrt(before) * process.data(predicted, x, k) + math.sqrt(1 - before - std**2) * predicted
+        x = math.sqrt(before) * data + math.sqrt(1 - before - std**2) * predicted
         if eta > 0 and k > 0:
             x = x + std * randn_like(x)
     return x.to(noise.dtype)

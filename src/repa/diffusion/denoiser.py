@@ -9,7 +9,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.diffusion.config import check_prediction
 from repa.diffusion.interpolants import Coefficients, Interpolant
-from repa.diffusion.predictions import convert
+from repa.diffusion.predictions import SIGMA_MIN, convert
 from repa.diffusion.timesteps import per_sample
 
 
@@ -26,6 +26,8 @@ class Denoiser:
         prediction: what the output means, one of PREDICTIONS.
         dtype: of the x_t that the network receives. The state may be float64: outputs return to the state's dtype, and
             coefficients are computed in it.
+        sigma_min: where sigma is held when a prediction of the data is divided by it.
+        shift: the time shift that the network was trained with, which grids of samplers take over.
 
     In every method t is a Python float, a 0-dim tensor or an (N,) tensor. Each method makes exactly one network call.
     """
@@ -34,6 +36,8 @@ class Denoiser:
     path: Interpolant
     prediction: str = "velocity"
     dtype: torch.dtype = torch.float32
+    sigma_min: float = SIGMA_MIN
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -78,7 +82,7 @@ class Denoiser:
         return output[:, :channels]
 
     def _convert(self, prediction: Tensor, x_t: Tensor, c: Coefficients, wanted: str) -> Tensor:
-        return convert(prediction, x_t, c, self.prediction, wanted).to(x_t.dtype)
+        return convert(prediction, x_t, c, self.prediction, wanted, self.sigma_min).to(x_t.dtype)
 
 
 class CountedCalls:

@@ -54,20 +54,21 @@ def noise_to_score(noise: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
     return -noise / c.like(x_t).sigma.clamp(min=SIGMA_MIN)
 
 
-def data_to_noise(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+def data_to_noise(data: Tensor, x_t: Tensor, c: Coefficients, sigma_min: float = SIGMA_MIN) -> Tensor:
     """Eq. 1 solved for the noise: (x_t - alpha data) / sigma."""
     c = c.like(x_t)
-    return (x_t - c.alpha * data) / c.sigma.clamp(min=SIGMA_MIN)
+    return (x_t - c.alpha * data) / c.sigma.clamp(min=sigma_min)
 
 
-def data_to_velocity(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-    """Eq. 3, the noise from `data_to_noise`."""
-    return _velocity(data, data_to_noise(data, x_t, c), c)
+def data_to_velocity(data: Tensor, x_t: Tensor, c: Coefficients, sigma_min: float = SIGMA_MIN) -> Tensor:
+    """Eq. 3 with the noise of Eq. 1: (sigma' x_t - determinant data) / sigma; on the linear path (x_t - data) / sigma, as JiT."""
+    c = c.like(x_t)
+    return (c.d_sigma * x_t - c.determinant * data) / c.sigma.clamp(min=sigma_min)
 
 
-def data_to_score(data: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+def data_to_score(data: Tensor, x_t: Tensor, c: Coefficients, sigma_min: float = SIGMA_MIN) -> Tensor:
     """Eq. 6, the noise from `data_to_noise`."""
-    return noise_to_score(data_to_noise(data, x_t, c), x_t, c)
+    return noise_to_score(data_to_noise(data, x_t, c, sigma_min), x_t, c)
 
 
 def score_to_noise(score: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
@@ -107,9 +108,18 @@ CONVERSIONS = {
 }
 
 
-def convert(output: Tensor, x_t: Tensor, c: Coefficients, given: str, wanted: str) -> Tensor:
-    """`output`, a prediction of kind `given`, as the kind `wanted`; both are names of `repa.diffusion.PREDICTIONS`."""
-    return output if given == wanted else CONVERSIONS[given, wanted](output, x_t, c)
+def convert(
+    output: Tensor, x_t: Tensor, c: Coefficients, given: str, wanted: str, sigma_min: float = SIGMA_MIN
+) -> Tensor:
+    """`output`, a prediction of kind `given`, as the kind `wanted`; both are names of `repa.diffusion.PREDICTIONS`.
+
+    `sigma_min`: where sigma is held when a prediction of the data is divided by it.
+    """
+    if given == wanted:
+        return output
+    if given == "data":
+        return CONVERSIONS[given, wanted](output, x_t, c, sigma_min)
+    return CONVERSIONS[given, wanted](output, x_t, c)
 
 
 def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor) -> Tensor:

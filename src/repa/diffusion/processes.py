@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from repa.base.errors import UserError
 from repa.diffusion import PATHS, TIMESTEPS
 from repa.diffusion.config import DiffusionConfig
 from repa.diffusion.ddpm import ImprovedDDPM, timestep
-from repa.diffusion.interpolants import Coefficients, Interpolant, interpolate
-from repa.diffusion.predictions import target
+from repa.diffusion.interpolants import Coefficients, Interpolant, at_least_float32, interpolate
+from repa.diffusion.predictions import SIGMA_MIN, convert, target
+from repa.diffusion.timesteps import time_shift
 
 
 class Process(Protocol):
@@ -22,10 +25,16 @@ class Process(Protocol):
     Attributes:
         path: the interpolant of x_t, at every t.
         prediction: what the network's first C channels mean, one of PREDICTIONS.
+        shift: of the training times, and so of the grids of samplers.
+        sigma_min: where sigma is held when a prediction of the data is divided by it.
+        contrastive: weight of the distance to another image's velocity; 0: there is no such term.
     """
 
     path: Interpolant
     prediction: str
+    shift: float
+    sigma_min: float
+    contrastive: float
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
         """(num,) training times on `device`, drawn where the generator lives."""
@@ -39,8 +48,14 @@ class Process(Protocol):
         """What the network is given for t (N,)."""
         ...
 
-    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Terms (N,), to be summed, of the network's output at training times t; "denoising" is among them."""
+    def losses(
+        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Terms (N,), to be summed, of the network's output at training times t; "denoising" is among them.
+
+        t is (N,), or (N, 1, H, W) where the parts of an image have times of their own. `other` (N, C, H, W) is the velocity of
+        another image, for a process that is contrastive.
+        """
         ...
 
 
@@ -57,17 +72,26 @@ class Flow:
     """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network is given t itself.
 
     A score is compared times sigma, as the noise that it implies: its own error grows like 1/sigma, and without this the
-    steps of the smallest t would be all that is learned. `weight` is one of WEIGHTS.
+    steps of the smallest t would be all that is learned. `config.loss_weight` is one of WEIGHTS. An error of the data changes
+    the velocity by determinant / sigma, sigma held at `sigma_min` in the prediction and in its target (JiT, RAEv2).
     """
 
-    def __init__(self, path: str, prediction: str, timesteps: str, weight: str = "none"):
-        self.path: Interpolant = PATHS.build(path)
-        self.prediction = prediction
-        self._times: Callable[..., Tensor] = TIMESTEPS.build(timesteps)
-        self._weight = WEIGHTS[weight]
+    def __init__(self, config: DiffusionConfig):
+        if config.shift == "auto":
+            raise UserError(
+                "diffusion.shift auto needs the shape of the latents: DiffusionConfig.for_latents((C, H, W))."
+            )
+        self.path: Interpolant = PATHS.build(config.path)
+        self.prediction = config.prediction
+        self._times: Callable[..., Tensor] = TIMESTEPS.build(config.timesteps)
+        self.shift = float(config.shift)
+        of_data = (config.prediction, config.loss_weight) == ("data", "velocity")
+        self.sigma_min = config.sigma_min if of_data else SIGMA_MIN
+        self._weight = self._of_velocity if of_data else WEIGHTS[config.loss_weight]
+        self.contrastive, self._cosine = config.contrastive, config.velocity_cosine
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
-        return self._times(num, generator=generator, device=device)
+        return time_shift(self._times(num, generator=generator, device=device), self.shift)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(self.path, x, noise, t)[0]
@@ -75,16 +99,34 @@ class Flow:
     def network_time(self, t: Tensor) -> Tensor:
         return t
 
-    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        c = self.path(t).like(x)
+    def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt of Eq. 1, what a network of velocities learns."""
+        return target("velocity", self.path(t).like(x), x, noise)
+
+    def losses(
+        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        c, output = self.path(t).like(x), at_least_float32(output)
         if self.prediction == "score":
-            error = c.sigma * output.float() + noise  # Eq. 6: noise = -sigma score
+            error = c.sigma * output + noise  # Eq. 6: noise = -sigma score
         else:
-            error = output.float() - target(self.prediction, c, x, noise)
+            error = output - target(self.prediction, c, x, noise)
         squared = error.square()
         if self._weight is not None:
             squared = self._weight(c) * squared
-        return {"denoising": squared.mean(dim=(1, 2, 3))}
+        losses = {"denoising": squared.mean(dim=(1, 2, 3))}
+        if self._cosine or other is not None:
+            x_t = c.alpha * x + c.sigma * noise
+            velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
+        if other is not None:
+            losses["contrastive"] = -self.contrastive * (velocity - other).square().mean(dim=(1, 2, 3))
+        if self._cosine:
+            cosine = F.cosine_similarity(velocity, target("velocity", c, x, noise), dim=1)  # (N, H, W)
+            losses["velocity_cosine"] = self._cosine * (1 - cosine).mean(dim=(1, 2))
+        return losses
+
+    def _of_velocity(self, c: Coefficients) -> Tensor:
+        return (c.determinant / c.sigma.clamp(min=self.sigma_min)).square()
 
 
 class DDPM:
@@ -94,6 +136,7 @@ class DDPM:
     """
 
     prediction = "noise"
+    shift, sigma_min, contrastive = 1.0, SIGMA_MIN, 0.0
 
     def __init__(self) -> None:
         self.ddpm = ImprovedDDPM()
@@ -109,15 +152,13 @@ class DDPM:
     def network_time(self, t: Tensor) -> Tensor:
         return timestep(t, self.ddpm.num_timesteps)
 
-    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
         mse, vb = self.ddpm.losses(output, x, noise, self.network_time(t).long())
         return {"denoising": mse, "vb": vb}
 
 
 def build_process(config: DiffusionConfig) -> Process:
     """The process that a configuration names."""
-    return (
-        DDPM()
-        if config.objective == "ddpm"
-        else Flow(config.path, config.prediction, config.timesteps, config.loss_weight)
-    )
+    return DDPM() if config.objective == "ddpm" else Flow(config)

@@ -1,13 +1,16 @@
-"""Samplers from noise (t = 1) to data (t = 0): sampler(denoiser, noise, num_steps, randn_like, *, settings) -> latents.
+"""Samplers from noise (t = 1) to data (t = 0): sampler(denoiser, noise, num_steps, randn_like, callback, *, settings) -> latents.
 
 Each sees one Denoiser. The state is float64 (float32 on MPS, which has no float64) and returns in noise's dtype; times
 are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `count_calls` counts them.
-`noise` is (N, C, H, W); `randn_like` draws whatever noise the sampler needs, in the state's dtype. Settings that make
-no sense (no steps, a shift below 1, ...) raise UserError before the first call.
+`noise` is (N, C, H, W), or (N, F) for a state of several parts; `randn_like` draws whatever noise the sampler needs, in the
+state's dtype; `callback`, where there is one, is told every step. Grids are shifted in time as the network was trained (the
+denoiser's shift), unless the setting `shift` says otherwise. Settings that make no sense (no steps, a shift below 1, ...)
+raise UserError before the first call.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +18,53 @@ from torch import Tensor
 from repa.base.errors import UserError, nearest
 from repa.diffusion.denoiser import Denoiser
 from repa.diffusion.interpolants import check_numbers
+from repa.diffusion.predictions import velocity_to_data
 from repa.diffusion.timesteps import check_steps, ode_grid, sde_grid
 
 RandnLike = Callable[[Tensor], Tensor]
 
 
+class Step(NamedTuple):
+    """What a sampler tells of a step before it takes it."""
+
+    index: int  # from 0
+    done: float  # share of the way that is behind after this step, up to 1
+    t: float
+    x: Tensor  # the state (N, ...)
+    data: Tensor  # the network's guess of the clean state, E[x | x_t], guided
+
+
+Callback = Callable[[Step], None]
+
+
 @torch.no_grad()
 def euler(
-    denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like, *, shift: float = 1.0
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
+    *,
+    shift: float | None = None,
 ) -> Tensor:
     """Probability flow dx = v dt by Euler steps on `ode_grid`. NFE = num_steps; draws no noise."""
     x = to_state(noise)
-    for t, t_next in pairwise(ode_grid(num_steps, shift).tolist()):
-        x = x + (t_next - t) * denoiser.velocity(x, t)
+    for index, (t, t_next) in enumerate(pairwise(ode_grid(num_steps, _shift(shift, denoiser)).tolist())):
+        velocity = denoiser.velocity(x, t)
+        _tell(callback, denoiser, (index, num_steps), t, x, velocity)
+        x = x + (t_next - t) * velocity
     return x.to(noise.dtype)
 
 
 @torch.no_grad()
 def heun(
-    denoiser: Denoiser, noise: Tensor, num_steps: int, randn_like: RandnLike = torch.randn_like, *, shift: float = 1.0
+    denoiser: Denoiser,
+    noise: Tensor,
+    num_steps: int,
+    randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
+    *,
+    shift: float | None = None,
 ) -> Tensor:
     """Probability flow by Heun's second-order steps, the last (to t = 0) by Euler. NFE = 2 num_steps - 1; no noise.
 
@@ -41,8 +72,9 @@ def heun(
     guidance by t, which differs in the one step that crosses an end of the guidance interval.
     """
     x = to_state(noise)
-    for t, t_next in pairwise(ode_grid(num_steps, shift).tolist()):
+    for index, (t, t_next) in enumerate(pairwise(ode_grid(num_steps, _shift(shift, denoiser)).tolist())):
         velocity = denoiser.velocity(x, t)
+        _tell(callback, denoiser, (index, num_steps), t, x, velocity)
         if t_next > 0:
             velocity = 0.5 * (velocity + denoiser.velocity(x + (t_next - t) * velocity, t_next))
         x = x + (t_next - t) * velocity
@@ -62,9 +94,11 @@ def euler_maruyama(
     noise: Tensor,
     num_steps: int,
     randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
     *,
     last: float = 0.04,
     diffusion: str = "2sigma",
+    shift: float | None = None,
 ) -> Tensor:
     """Eq. 5, dx = (v - w s / 2) dt + sqrt(w) dW, by Euler-Maruyama steps on `sde_grid`. NFE = num_steps.
 
@@ -77,9 +111,11 @@ def euler_maruyama(
             f"Unknown diffusion {diffusion!r}: allowed are {', '.join(DIFFUSIONS)}.{nearest(diffusion, DIFFUSIONS)}"
         )
     x = to_state(noise)
-    for t, t_next in pairwise(sde_grid(num_steps, last).tolist()):
+    grid = sde_grid(num_steps, last, _shift(shift, denoiser))
+    for index, (t, t_next) in enumerate(pairwise(grid.tolist())):
         w = DIFFUSIONS[diffusion](t, denoiser.coefficients(x, t).sigma.item())  # of a tensor on the CPU: no wait
         velocity, score = denoiser.velocity_and_score(x, t)
+        _tell(callback, denoiser, (index, num_steps), t, x, velocity)
         x = x + (t_next - t) * (velocity - 0.5 * w * score)
         if t_next > 0:
             x = x + (w * (t - t_next)) ** 0.5 * randn_like(x)
@@ -92,6 +128,7 @@ def dopri5(
     noise: Tensor,
     num_steps: int,
     randn_like: RandnLike = torch.randn_like,
+    callback: Callback | None = None,
     *,
     rtol: float = 1e-3,
     atol: float = 1e-6,
@@ -99,7 +136,8 @@ def dopri5(
     """Probability flow by the adaptive Dormand-Prince 5(4) method of torchdiffeq; no noise.
 
     The first step is 1 / num_steps, later ones follow the tolerances: the NFE is not known in advance. The error is
-    that of the whole batch, so a sample depends on its companions within the tolerances.
+    that of the whole batch, so a sample depends on its companions within the tolerances. The callback is told every
+    evaluation, of which a step has six.
     """
     check_steps(num_steps)
     check_numbers("sampler dopri5", rtol=rtol, atol=atol)
@@ -114,10 +152,31 @@ def dopri5(
     # step_t: without it the solver steps past t = 0, where no network was trained, and interpolates back
     options = {"first_step": 1 / num_steps, "step_t": grid[1:], "dtype": x.dtype}
 
+    evaluations = count()
+
     def velocity(t: Tensor, x: Tensor) -> Tensor:
-        return denoiser.velocity(x, float(t))
+        velocity, index = denoiser.velocity(x, float(t)), next(evaluations)
+        if callback:
+            callback(Step(index, 1 - float(t), float(t), x, _data(denoiser, velocity, x, float(t))))
+        return velocity
 
     return odeint(velocity, x, grid, rtol=rtol, atol=atol, method="dopri5", options=options)[-1].to(noise.dtype)
+
+
+def _shift(asked: float | None, denoiser: Denoiser) -> float:
+    return denoiser.shift if asked is None else asked
+
+
+def _tell(
+    callback: Callback | None, denoiser: Denoiser, step: tuple[int, int], t: float, x: Tensor, velocity: Tensor
+) -> None:
+    """`step`: which, of how many."""
+    if callback:
+        callback(Step(step[0], (step[0] + 1) / step[1], t, x, _data(denoiser, velocity, x, t)))
+
+
+def _data(denoiser: Denoiser, velocity: Tensor, x: Tensor, t: float) -> Tensor:
+    return velocity_to_data(velocity, x, denoiser.coefficients(x, t))
 
 
 def to_state(noise: Tensor) -> Tensor:

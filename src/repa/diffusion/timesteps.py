@@ -7,19 +7,18 @@ import torch
 from torch import Generator, Tensor
 
 from repa.base.errors import UserError
+from repa.diffusion.config import check_shift
 from repa.diffusion.interpolants import check_numbers
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """t ~ U[low, high), then shifted: the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
+    """t ~ U[low, high): the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
 
-    shift: float = 1.0
     low: float = 0.0
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_shift(self.shift)
         check_numbers("time distribution uniform", low=self.low, high=self.high)
         if not 0 <= self.low < self.high <= 1:
             raise UserError(
@@ -29,8 +28,7 @@ class Uniform:
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """(num,) float32 times on `device`; drawn where the generator lives: a CPU one gives the same anywhere."""
         t = torch.rand(num, generator=generator, device=generator.device if generator else device)
-        t = self.low + (self.high - self.low) * t
-        return time_shift(t, self.shift).to(device, non_blocking=True)
+        return (self.low + (self.high - self.low) * t).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,16 @@ class LogitNormal:
 
     On the linear path t = r / (1 + r), the logit-normal law; on the trigonometric path t = 2/pi atan(r). The law of t
     therefore depends on the path, and as a time distribution does not know the run's path, the setting says which:
-    `logit_normal:path=trigonometric` with the trigonometric path is the reference implementation's "lognormal".
+    `logit_normal:path=trigonometric` with the trigonometric path is the reference implementation's "lognormal". JiT's mean of
+    -0.8 is of data times (t = 1 is data): `logit_normal:mean=0.8,std=0.8` here.
     """
 
     mean: float = 0.0
     std: float = 1.0
-    shift: float = 1.0
     path: str = "linear"
 
     def __post_init__(self) -> None:
         check_numbers("time distribution logit_normal", mean=self.mean, std=self.std)
-        check_shift(self.shift)
         if self.std <= 0:
             raise UserError(f"The time distribution logit_normal needs std > 0, but got {self.std}.")
         if self.path not in ("linear", "trigonometric"):
@@ -63,22 +60,16 @@ class LogitNormal:
             num, generator=generator, device=generator.device if generator else device
         )
         t = torch.sigmoid(log_ratio) if self.path == "linear" else torch.atan(log_ratio.exp()) * (2 / math.pi)
-        return time_shift(t, self.shift).to(device, non_blocking=True)
+        return t.to(device, non_blocking=True)
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): s = 1 changes nothing, s > 1 pushes times towards noise; 0 and 1 stay where they are."""
+    """s t / (1 + (s - 1) t): s = 1 changes nothing, s > 1 pushes times towards noise; 0 and 1 stay where they are.
+
+    With t = 1 at the data, as LightningDiT and DDT write it, the same map is t / (t + (1 - t) s), and "timestep shift" there is
+    often 1/s: LightningDiT's 0.3 is s = 3.33 here.
+    """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
-
-
-def check_shift(shift: float) -> None:
-    """Codebases with t = 1 at the data write the inverse number; refusing it here catches the commonest mix-up."""
-    check_numbers("time distribution or grid", shift=shift)
-    if shift < 1:
-        inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
-        raise UserError(
-            f"A time shift must be at least 1, which pushes times towards noise (t = 1), but got {shift}{inverse}."
-        )
 
 
 def ode_grid(num_steps: int, shift: float = 1.0) -> Tensor:
@@ -88,13 +79,14 @@ def ode_grid(num_steps: int, shift: float = 1.0) -> Tensor:
     return time_shift(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu"), shift)
 
 
-def sde_grid(num_steps: int, last: float = 0.04) -> Tensor:
-    """(num_steps + 1,) float64 times: num_steps evenly spaced from 1 to `last`, then 0. On the CPU: see `Denoiser`."""
+def sde_grid(num_steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) float64 times: num_steps evenly spaced from 1 to `last` before the shift, then 0. On the CPU: see `Denoiser`."""
     check_steps(num_steps)
+    check_shift(shift)
     check_numbers("sampler", last=last)
     if not 0 < last < 1:
         raise UserError(f"The last noisy time of the sampler must lie between 0 and 1, but got last={last}.")
-    grid = torch.linspace(1, last, num_steps, dtype=torch.float64, device="cpu")
+    grid = time_shift(torch.linspace(1, last, num_steps, dtype=torch.float64, device="cpu"), shift)
     return torch.cat([grid, torch.zeros(1, dtype=torch.float64, device="cpu")])
 
 

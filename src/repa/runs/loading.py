@@ -91,7 +91,8 @@ class LoadedRun:
         check_null_trained(guidances, self.label_dropout)
         predictions = self.predictions(Condition(labels))
         fn = guided(predictions, [GUIDANCES.build(spec) for spec in guidances], self.layout)
-        return Denoiser(fn, self.process.path, self.process.prediction)
+        process = self.process
+        return Denoiser(fn, process.path, process.prediction, sigma_min=process.sigma_min, shift=process.shift)
 
     def predictions(self, condition: Condition) -> Predictions:
         """The network's predictions by name, for N samples of a condition."""

@@ -5,6 +5,7 @@ which shows as single grey levels (on a CPU only for a batch of one). `write_sam
 of processes and any restart, so its file is the same to the byte.
 """
 
+import inspect
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from repa.base.precision import autocast
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
+from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
 from repa.sampling.config import SampleConfig
 from repa.sampling.labels import draw_labels, drawn_classes
@@ -51,8 +53,11 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
 
 
 @torch.inference_mode()
-def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Samples:
-    """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it."""
+def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Samples:
+    """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it.
+
+    `callback` is told every step, with the state as `run.layout` packs it; a private sampler without such an argument tells nothing.
+    """
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
     streams = SampleStreams(config.seed, indices)
@@ -62,10 +67,10 @@ def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int]) -> Sa
     sampler = SAMPLERS.build(config.sampler)
     denoiser = run.denoiser(labels, config.guidance)
     calls = Watched(denoiser.predict)
+    told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
+    denoiser = replace(denoiser, predict=calls)
     with autocast(device, config.precision):
-        state = sampler(
-            replace(denoiser, predict=calls), run.layout.pack(noise), config.steps, randn_like=streams.randn_like
-        )
+        state = sampler(denoiser, run.layout.pack(noise), config.steps, randn_like=streams.randn_like, **told)
     calls.require_finite(state, indices, f"{run.folder or 'the run'}, step {run.step}")
     latents = run.layout.unpack(state)["x"]  # (N, C, h, w)
     return Samples(run.autoencoder.decode(latents.float()).cpu(), calls.calls)
@@ -104,12 +109,13 @@ def write_samples(
     out: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     count: Callable[[int], None] = lambda nfe: None,
+    callback: Callback | None = None,
 ) -> Path:
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
     `out` with suffix .json says how it was made; the same job is not done twice, and samples of another are not overwritten.
-    `count` is told the network calls per image of every batch that this process makes.
+    `count` is told the network calls per image of every batch that this process makes, `callback` each of its steps.
     """
     out = Path(out)
     if out.suffix != ".npz":
@@ -125,7 +131,7 @@ def write_samples(
     for done, start in enumerate(mine):
         path = parts / f"{start:09d}.npy"
         if not path.exists():
-            images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)))
+            images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)), callback)
             calls.append(nfe)
             count(nfe)
             with files.atomic_path(path) as temporary, open(temporary, "wb") as file:

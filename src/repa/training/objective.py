@@ -35,12 +35,16 @@ class Draws(NamedTuple):
     dropped: Tensor  # (N,) bool: condition replaced by the null condition
     t_averaged: Tensor | None = None  # times at which the averaged network sees the images; None: no term asks
     keep: Tensor | None = None  # (N, K) ids of the tokens that are not routed around the middle blocks
+    other: State | None = (
+        None  # velocities of the images before these in the global batch, for contrastive flow matching
+    )
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
         t_averaged = None if self.t_averaged is None else self.t_averaged[part]
         keep = None if self.keep is None else self.keep[part]
-        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep)
+        other = None if self.other is None else rows_of(self.other, part)
+        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, other)
 
 
 class Objective(nn.Module):
@@ -93,8 +97,16 @@ class Objective(nn.Module):
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
         t, first = self._token_times(t, stream)
-        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream))
-        return draws.rows(rows)
+        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream)).rows(rows)
+        if not self.process.contrastive:
+            return draws
+        return draws._replace(other={name: self._before(part, noise[name], t, rows) for name, part in clean.items()})
+
+    def _before(self, part: Tensor, noise: Tensor, t: Tensor, rows: slice) -> Tensor:
+        """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
+        before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
+        times = self._times_of(t.roll(1, 0)[rows], part)
+        return self.process.velocity(before, noise.roll(1, 0)[rows], times)
 
     def _token_times(self, t: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
@@ -216,7 +228,8 @@ class Objective(nn.Module):
 
     def _denoising(self, prediction: Tensor, clean: State, draws: Draws) -> dict[str, Tensor]:
         x = clean["x"]
-        return self.process.losses(prediction, x, draws.noise["x"], self._times_of(draws.t, x))
+        other = None if draws.other is None else draws.other["x"]
+        return self.process.losses(prediction, x, draws.noise["x"], self._times_of(draws.t, x), other)
 
     def _further(self, output: Output, clean: State, draws: Draws) -> list[tuple[str, float, Tensor]]:
         """(name, weight, loss (N,)) of the network's heads (internal guidance) and of the streams (REG)."""
@@ -226,10 +239,12 @@ class Objective(nn.Module):
             found.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
         for stream in self.streams:
             # a vector is an image of one pixel to the process
-            answer, vector, noise = (
-                part[stream.name][:, :, None, None] for part in (output.prediction, clean, draws.noise)
+            answer, vector, noise, other = (
+                None if part is None else part[stream.name][:, :, None, None]
+                for part in (output.prediction, clean, draws.noise, draws.other)
             )
-            loss = self.process.losses(answer, vector, noise, draws.t)["denoising"]
+            losses = self.process.losses(answer, vector, noise, draws.t, other)
+            loss = losses["denoising"] + losses["contrastive"] if draws.other else losses["denoising"]
             found.append((f"stream/{stream.name}", stream.weight, loss))
         return found
 

@@ -53,6 +53,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
     encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
     return config.override(
         model=config.model.override(**facts),
+        diffusion=config.diffusion.for_latents((data.latent_channels, data.latent_size, data.latent_size)),
         autoencoder=data.autoencoder,
         autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
         feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
