@@ -382,3 +382,26 @@ def test_one_picture_is_not_many_grey_ones(shape, tmp_path):
 def test_bytes_called_caption_do_not_hide_the_image(tmp_path):
     parquet.write_table(pa.table({"image": [png()], "caption": [b"hello"], "label": [0]}), tmp_path / "a.parquet")
     assert len(open_source(tmp_path / "a.parquet")) == 1
+
+
+def test_captions_block_nothing_and_are_counted(tmp_path, capsys):
+    tree(tmp_path / "x", *(f"cat/{n}.png" for n in range(4)))
+    (tmp_path / "x/cat/0.TXT").write_text("hello")
+    (tmp_path / "x/cat/1.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "x/cat/2.txt").write_text("")
+    assert (
+        repa(["prepare", str(tmp_path / "x"), str(tmp_path / "d"), "--resolution", "8", "--autoencoder", "pixels"]) == 0
+    )
+    assert "captions    of 1 of 4 images" in capsys.readouterr().out
+    assert Manifest.open(tmp_path / "d").inventory.captioned == 1
+
+
+@pytest.mark.parametrize(
+    "text", ['{"file_name": "0.png", "text": "hello"}\n{"file_name": "1.png", "text": ["a", "b"]}\n', "[1]\n", "\udcff"]
+)
+def test_captions_of_metadata(text, tmp_path):
+    tree(tmp_path, "0.png", "1.png")
+    (tmp_path / "metadata.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    source = open_source(tmp_path, labels="none")
+    captions = [source.captions(index) for index in range(2)]
+    assert captions == ([("hello",), ("a", "b")] if "hello" in text else [(), ()])

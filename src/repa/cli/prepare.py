@@ -182,6 +182,10 @@ def inventory(manifest: Manifest) -> list[str]:
     lines.append(f"classes     {shown}{more}; {min(filled.values()):,} to {max(filled.values()):,} images each")
     if empty := [name for name, count in counts.items() if not count]:
         lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
+    if (num := manifest.inventory.captioned) is not None:
+        lines.append(
+            f"captions    of {num:,} of {len(manifest.originals):,} images; the others have none that can be read"
+        )
     left_out = [
         what if what.startswith(("folder", "column", "array")) else f"{count:,} {what}"
         for what, count in manifest.inventory.left_out.items()

@@ -51,6 +51,8 @@ class Inventory(Config):
     """Where the labels came from."""
     left_out: dict[str, int] = Field(default_factory=dict)
     """What was not taken, by kind, and how often."""
+    captioned: int | None = None
+    """Images with captions, flipped copies not counted; None where the source has none."""
 
 
 class Manifest(Config):

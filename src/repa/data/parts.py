@@ -129,11 +129,18 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         num_images=sum(shard.num for shard in shards),
         class_names=settings.class_names,
         class_counts=tuple(int(count) for count in counts),
-        inventory=settings.inventory,
+        inventory=settings.inventory.override(captioned=_captioned(out, shards)),
         autoencoder=first[BASE].identity,
         features={name: _facts(out, name, settings.config.form_of(name), first[name]) for name in names},
         shards=tuple(shards),
     )
+
+
+def _captioned(out: Path, shards: list[Shard]) -> int | None:
+    """Images that have captions, among the originals; None where no shard has a file of them."""
+    files_of = [shard.captions.file for shard in shards if shard.captions and not shard.flipped]
+    lines = [line for file in files_of for line in (out / file).read_bytes().splitlines()]
+    return sum(line != b"[]" for line in lines) if files_of else None
 
 
 def _facts(out: Path, name: str, form: str, part: Part) -> FeatureField:

@@ -96,7 +96,7 @@ class FromSource(Dataset):
                 kept.append(index)
             except UserError as error:
                 bad.append((source.name(index), str(error)))
-        captions = [source.captions(index) for index in kept] if source.has_captions else []
+        captions = [_captions(source, index) for index in kept] if source.has_captions else []
         if not kept:
             return Images(
                 np.empty((0, 3, self.resolution, self.resolution), np.uint8), source.labels[:0], captions, bad
@@ -134,6 +134,14 @@ def spread(shards: Sequence[Planned], num: int) -> list[Piece]:
         row = shards[k].rows[place - int(ends[k]) + len(shards[k].rows)]
         pieces.append(Piece(k, range(row, row + 1), shards[k].flipped))
     return pieces
+
+
+def _captions(source: Source, index: int) -> tuple[str, ...]:
+    """None where they cannot be read, which is no reason to lose the image: the inventory counts images with captions."""
+    try:
+        return source.captions(index)
+    except UserError:
+        return ()
 
 
 def _as_it_is(item: Any) -> Any:

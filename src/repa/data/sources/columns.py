@@ -7,10 +7,10 @@ import numpy as np
 
 from repa.base import files
 from repa.base.errors import UserError, nearest
-from repa.data.sources.folders import MAX_FILE_SIZE
+from repa.data.sources.folders import CAPTIONS, MAX_FILE_SIZE
 from repa.data.sources.labels import MAX_CLASSES, Classes, classes_of, label_columns, named
 
-LABEL, CAPTIONS = "label", ("caption", "captions", "text")
+LABEL = "label"
 
 
 class Column(NamedTuple):

@@ -61,6 +61,7 @@ JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are no classes
+CAPTIONS = ("caption", "captions", "text")  # columns of texts
 CAPTION = ".txt"  # a text beside an image, of the same name
 
 
@@ -95,8 +96,9 @@ class FileSource(Source):
         self.paths = Strings(paths)
         captions = {_stem(path): path for path in texts}
         self._texts = {path: captions[_stem(path)] for path in paths if _stem(path) in captions}
-        self.has_captions = bool(self._texts)
         self.left_out = dict(others)
+        self._written = self._captions_of_metadata()
+        self.has_captions = bool(self._texts or self._written)
         if unused := len(texts) - len(set(self._texts.values())):
             self.left_out["texts of no image"] = unused
         listing = "\n".join(f"{path} {mark}" for path, mark in zip(paths, marks, strict=True))
@@ -163,10 +165,7 @@ class FileSource(Source):
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
         """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
-        for file in METADATA:
-            if (data := self.read_root(file)) is None:
-                continue
-            rows = rows_of_csv(data, file) if file.endswith(".csv") else rows_of_lines(data, file)
+        for file, rows in self._metadata():
             found = label_columns(rows[0]) if rows else []
             if len(found) > 1:
                 raise UserError(
@@ -179,6 +178,24 @@ class FileSource(Source):
                 return by_name(table, paths, f"{file} of {where}")
         return None
 
+    def _metadata(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """The files of METADATA at the root, and their rows."""
+        for file in METADATA:
+            if (data := self.read_root(file)) is not None:
+                yield file, rows_of_csv(data, file) if file.endswith(".csv") else rows_of_lines(data, file)
+
+    def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
+        """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
+        try:
+            return {
+                plain_text(str(row.get("file_name", ""))): texts
+                for _, rows in self._metadata()
+                for row in rows
+                if (texts := next((t for key in CAPTIONS if (t := caption_values(row.get(key)))), ()))
+            }
+        except UserError:
+            return {}
+
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
@@ -187,7 +204,9 @@ class FileSource(Source):
 
     def captions(self, index: int) -> tuple[str, ...]:
         name = self._texts.get(self.paths[index])
-        return caption_lines(self.read(name, printable(name)), printable(name)) if name else ()
+        if name is None:
+            return self._written.get(plain_text(self.paths[index]), ())
+        return caption_lines(self.read(name, printable(name)), printable(name))
 
     @property
     def root_files(self) -> list[str]:
@@ -293,6 +312,14 @@ def caption_lines(data: bytes, name: str) -> tuple[str, ...]:
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:
         return ()
+
+
+def caption_values(value: Any) -> tuple[str, ...]:
+    """A caption, or a list of them, as they lie in a .json or a column; none where they are anything but texts."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
+        return ()
+    return tuple(text for text in values if text)
 
 
 def _stem(path: str) -> str:

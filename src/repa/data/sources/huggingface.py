@@ -12,9 +12,8 @@ from repa.base.images import decode_image
 from repa.data.sources.archives import Slices
 from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
 from repa.data.sources.contract import Source, sampled_digest
-from repa.data.sources.folders import MAX_FILE_SIZE
+from repa.data.sources.folders import MAX_FILE_SIZE, caption_values
 from repa.data.sources.labels import labels_digest, no_classes
-from repa.data.sources.webdataset import caption_values
 
 
 class TableSource(Source):

@@ -17,10 +17,10 @@ from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
 from repa.data.sources.contract import Source, sampled_digest
+from repa.data.sources.folders import caption_values
 from repa.data.sources.labels import labels_digest, no_classes
 from repa.data.sources.patterns import is_remote
 from repa.data.sources.splits import require_one_split
-from repa.data.sources.webdataset import caption_values
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
 GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart

@@ -17,7 +17,7 @@ from repa.base.images import decode_image
 from repa.data.sources.archives import Slices
 from repa.data.sources.contract import Source, Strings, printable, sampled_digest
 from repa.data.sources.fetching import Fetcher
-from repa.data.sources.folders import caption_lines, from_folders
+from repa.data.sources.folders import caption_lines, caption_values, from_folders
 from repa.data.sources.labels import (
     Classes,
     classes_of,
@@ -221,11 +221,3 @@ def _numbered(shards: Sequence[str]) -> bool:
     numbers = sorted(int(match[1]) for match in matches)
     others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
     return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-
-
-def caption_values(value: Any) -> tuple[str, ...]:
-    """A caption, or a list of them, as they lie in a .json or a column; none where they are anything but texts."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
-        return ()
-    return tuple(text for text in values if text)
