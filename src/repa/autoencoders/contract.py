@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
+from repa.base.precision import Float32Default
 
 
 class Autoencoder(nn.Module):
@@ -148,6 +149,7 @@ class Autoencoder(nn.Module):
             raise UserError(f"The autoencoder {self.name!r} takes {expected}, but got {_describe(tensor)}.")
 
 
+@Float32Default()
 def load_autoencoder(
     spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:

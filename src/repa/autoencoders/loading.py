@@ -70,8 +70,8 @@ def _not_loaded(name: str, source: str | Path, subfolder: str, local: bool, reas
     if local:
         return f"The autoencoder {name!r} cannot be loaded from the folder {source}: {reason}."
     return (
-        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor to be had from the hub of "
-        f"Hugging Face or its cache. Where there is a network, accept its licence if it asks for that, download "
+        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor on the hub of "
+        f"Hugging Face or in its cache. Where there is a network, accept its licence if it asks for that, download "
         f"config.json and diffusion_pytorch_model.safetensors{f' of its folder {subfolder}' if subfolder else ''}, "
         f"and give that folder as --autoencoder-weights FOLDER. "
         f"(The hub's client said: {reason})"

@@ -7,6 +7,20 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Float32Default(contextlib.ContextDecorator):
+    """New tensors are float32 in the block, whatever torch.set_default_dtype says: a caller's habit must not change what is computed."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+
+    def __exit__(self, *_) -> None:
+        torch.set_default_dtype(self.before)
+
+    def _recreate_cm(self) -> "Float32Default":  # one object for each call, as calls nest
+        return Float32Default()
+
+
 def best_precision(device: torch.device) -> str:
     """ "bf16" where the hardware multiplies it natively, else "fp32"."""
     if device.type == "cuda":

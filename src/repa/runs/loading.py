@@ -13,6 +13,7 @@ from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_object
+from repa.base.precision import Float32Default
 from repa.base.trust import contents_of
 from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, check_null_trained
@@ -113,6 +114,7 @@ class LoadedRun:
         return replace(self, weak=weak)
 
 
+@Float32Default()
 def load_run(
     path: str | Path,
     weights: str = "ema",

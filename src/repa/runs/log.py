@@ -5,7 +5,7 @@ import math
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from repa.base import dist, faults, files
 from repa.base.errors import UserError
@@ -60,8 +60,7 @@ class MetricsLog:
         files.write_text(run / layout.METRICS, "".join(json.dumps(row) + "\n" for row in kept) if resume_step else "")
         boards = [_tensorboard(run, resume_step), WeightsAndBiases(run, project, config or {}) if project else None]
         self.boards: list[Board] = [board for board in boards if board is not None]
-        self.metrics = (run / layout.METRICS).open("a", buffering=1, encoding="utf-8")
-        self.text = (run / layout.LOG).open("a", buffering=1, encoding="utf-8")
+        self.metrics, self.text = _appended(run / layout.METRICS), _appended(run / layout.LOG)
 
     def row(self, kind: str, step: int, **values: Any) -> None:
         """One line. Values are plain numbers, strings or dictionaries of them; non-finite numbers become null, as JSON has none."""
@@ -83,6 +82,13 @@ class MetricsLog:
             self.text.close()
             for board in self.boards:
                 board.close()
+
+
+def _appended(path: Path) -> TextIO:
+    """A text file to add lines to; a link in a run from elsewhere would lead out of it."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which is not followed: remove it.")
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 class WeightsAndBiases:

@@ -21,7 +21,7 @@ from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
-from repa.base.precision import autocast
+from repa.base.precision import Float32Default, autocast
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
@@ -52,6 +52,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     return run
 
 
+@Float32Default()
 @torch.inference_mode()
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Samples:
     """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it.

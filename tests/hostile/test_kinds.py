@@ -1,0 +1,192 @@
+"""One input of each kind that once was a traceback, a hang or worse."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.runs import layout, load_run
+from repa.sampling import SampleConfig, generate
+from tests.hostile.commands import outcome
+
+PREPARE = ["--resolution", "16", "--num-workers", "0"]
+
+
+def refused(argv) -> str:
+    code, said = outcome([str(word) for word in argv])
+    assert code == 2, (code, said)
+    (line,) = [line for line in said.splitlines() if line.startswith("repa: ")]
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    return line
+
+
+def png(side: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), 99, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(3):
+            (tmp_path / "images" / name / f"{index}.png").write_bytes(png())
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("kind", ["zero", "fifo", "loop", "broken"])
+def test_what_is_no_image_file_is_not_opened(kind, pictures, tmp_path):
+    path = pictures / "a" / "x.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"zero": "/dev/zero", "loop": "x.png", "broken": "nowhere.png"}[kind])
+    assert "x.png" in refused(["prepare", pictures, tmp_path / "o", *PREPARE])
+
+
+def test_folders_that_hold_themselves(pictures, tmp_path):
+    (pictures / "a" / "again").symlink_to(pictures, target_is_directory=True)
+    (pictures / "b" / "self").symlink_to(".", target_is_directory=True)
+    code, said = outcome(["prepare", str(pictures), str(tmp_path / "o"), *PREPARE])
+    assert code in (0, 2), said
+
+
+def test_an_eps_is_given_to_no_other_program():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(UserError, match="not a readable image"):
+        decode_image(eps, "x.png")
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(pictures, random_run, tmp_path):
+    evil = tmp_path / "im\x1b]0;owned\x07ages\x1b[31m"
+    shutil.copytree(pictures, evil)
+    (evil / "a\x1b[2J").mkdir()
+    (evil / "a\x1b[2J" / "x\x1b[31m.png").write_bytes(b"no image")
+    assert "\\x1b" in refused(["prepare", evil, tmp_path / "o", *PREPARE])
+    (evil / "a\x1b[2J" / "x\x1b[31m.png").write_bytes(png())
+    code, said = outcome(["prepare", str(evil), str(tmp_path / "o\x1b[31m"), *PREPARE])
+    assert (code, "\x1b" in said, "\x07" in said) == (0, False, False), said
+    assert outcome(["show", str(tmp_path / "o\x1b[31m")])[0] == 0
+    assert "\x1b" not in outcome(["show", str(tmp_path / "o\x1b[31m")])[1]
+    run = shutil.copytree(random_run, tmp_path / "run\x1b[31m")
+    with (run / layout.CONFIG).open("a") as config:
+        config.write("# \x1b[31m\n")
+    assert "\x1b" not in outcome(["show", str(run)])[1]
+
+
+def test_tars_of_names_without_end(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 512
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
+    (tmp_path / "x.tar").write_bytes(block * 3000 + b"\0" * 1024)
+    assert "x.tar" in refused(["prepare", tmp_path / "x.tar", tmp_path / "o", *PREPARE])
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"no json", b"null", b"[1]", b'{"info": null}', b'{"info": {"features": []}}', b"[" * 100_000]
+)
+def test_parquet_metadata_that_is_none(metadata, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pa.table({"image": [png()] * 4, "label": [0, 1, 0, 1]}).replace_schema_metadata({b"huggingface": metadata})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    code, said = outcome(["prepare", str(tmp_path / "x.parquet"), str(tmp_path / "o"), *PREPARE])
+    assert code == 0, said
+
+
+def test_texts_in_a_column_of_class_numbers(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    feature = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    meta = {b"huggingface": json.dumps({"info": {"features": feature}}).encode()}
+    table = pa.table({"image": [png()] * 2, "label": ["cat", "dog"]}).replace_schema_metadata(meta)
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert "label" in refused(["prepare", tmp_path / "x.parquet", tmp_path / "o", *PREPARE])
+
+
+def test_a_label_of_thousands_of_digits(pictures, tmp_path):
+    for label in ("9" * 5000, 10**4000):
+        text = '{"labels": [["a/0.png", %s]]}' % label if isinstance(label, str) else ""  # noqa: UP031
+        (pictures / "dataset.json").write_text(text or '{"labels": [["a/0.png", 1%s]]}' % ("0" * 4000))
+        refused(["prepare", pictures, tmp_path / "o", *PREPARE])
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 50_000, "{a: " * 20_000, "- " * 50_000, "x: " + "9" * 5000, "a: &x [*x]", "\x00"]
+)
+def test_yaml_that_nests_or_lies(text, data_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    assert "r.yaml" in refused(["train", tmp_path / "r.yaml", "--data", data_folder, "--out", tmp_path / "o"])
+
+
+def test_folders_beside_checkpoints(random_run, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    for name in ("²", "٣", "9" * 200, "7", "-1", "0000030 "):
+        (run / layout.CHECKPOINTS / name).mkdir()
+    assert layout.checkpoint_steps(run) == [10, 20]
+    assert outcome(["sample", str(run), "--out", str(tmp_path / "s.npz"), "--num-images", "1", "--steps", "1"])[0] == 0
+
+
+def test_a_truncated_model_in_a_report(random_run, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    path = layout.checkpoint_folder(run, 20) / layout.MODEL_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "model.safetensors" in refused(["report", run, "--out", tmp_path / "r.html"])
+
+
+@pytest.mark.parametrize("name", ["../..", "/etc", "a/b", "..", "."])
+def test_names_that_are_paths(name, random_run, data_folder, tmp_path):
+    data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["config"]["features"] = [name]
+    manifest["features"] = {name: manifest["features"]["tiny"]}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    refused(["check", data, "--full"])
+    config = yaml.safe_load((run / layout.CONFIG).read_text())
+    config["alignments"][0]["target"] = name
+    (run / layout.CONFIG).write_text(yaml.safe_dump(config))
+    refused(["train", run, "--data", data_folder, "--out", tmp_path / "o"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_log_that_leads_elsewhere_is_not_written(tiny_config, data_folder, tmp_path):
+    recipe, run = tmp_path / "r.yaml", tmp_path / "run"
+    recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())
+    train = ["train", str(recipe), "--data", str(data_folder), "--out", str(run)]
+    assert outcome(train)[0] == 0
+    for name in (layout.LOG, layout.METRICS):
+        mine = tmp_path / f"mine-{name}"
+        shutil.move(run / name, mine)
+        (run / name).symlink_to(mine)
+        before = mine.read_bytes()
+        code, said = outcome([*train, "--num-steps", "3"])
+        assert mine.read_bytes() == before, name
+        assert code in (0, 2), said
+        (run / name).unlink(missing_ok=True)
+        mine.rename(run / name)
+
+
+def test_another_default_dtype_changes_no_sample(random_run):
+    run = load_run(random_run)
+    config = SampleConfig(steps=2, sampler="heun")
+    wanted = generate(run, config, [0, 1]).images
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(generate(load_run(random_run), config, [0, 1]).images, wanted)
+    finally:
+        torch.set_default_dtype(before)
