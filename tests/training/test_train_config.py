@@ -1,8 +1,11 @@
 """What a configuration refuses, and which of its settings may change when a run continues."""
 
+import sys
+
 import pytest
 
 from repa.base.errors import UserError
+from repa.cli.main import run as repa
 from repa.runs import layout
 from repa.training import TrainConfig
 from repa.training.resolve import CHANGEABLE
@@ -56,3 +59,36 @@ def test_how_to_compute_and_how_often_may_change_and_nothing_else(tiny_config, r
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"another configuration.*{next(iter(change))}"):
             run_training(tiny_config.override(num_steps=4, **change), run)
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_refused"),
+    [
+        ("apart", False),
+        ("contrast", True),
+        ("contrast_of:with_others=true", True),
+        ("contrast_of:with_others=false", False),
+    ],
+)
+def test_a_loss_of_ones_own_that_compares_images_is_refused_with_accumulation(
+    loss, is_refused, tiny_config, data_folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "own_losses.py").write_text(
+        "from repa.alignment.losses import compares_images\n"
+        "def apart(student, target):\n    return (student - target).square().mean((1, 2))\n"
+        "def contrast(student, target):\n    return apart(student, target) - apart(student, target.roll(1, 0))\n"
+        "contrast.compares_images = True\n"
+        "@compares_images(lambda with_others: with_others)\n"
+        "def contrast_of(student, target, *, with_others):\n"
+        "    return contrast(student, target) if with_others else apart(student, target)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_config.to_yaml())
+    words = ["--data", data_folder, "--out", tmp_path / "run", "--num-steps", "1", "--accumulate", "2"]
+    try:
+        code = repa(["train", str(recipe), *map(str, words), "--alignments.0.loss", f"own_losses.{loss}"])
+        assert code == (2 if is_refused else 0)
+        assert ("compares the images of the whole batch" in capsys.readouterr().err) == is_refused
+    finally:
+        sys.modules.pop("own_losses")
