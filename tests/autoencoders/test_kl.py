@@ -127,9 +127,7 @@ def test_without_network_the_way_out_is_named(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"'sd-vae-ft-ema' cannot be loaded.*give that folder as --autoencoder-weights"
-    ):
+    with pytest.raises(UserError, match=r"'sd-vae-ft-ema' cannot be loaded.*give that folder as --autoencoder-weights"):
         load_autoencoder("sd-vae-ft-ema", weights="nobody/not-a-repository")
 
 

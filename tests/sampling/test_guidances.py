@@ -13,7 +13,7 @@ from repa.cli.main import run as repa
 from repa.diffusion.config import DiffusionConfig
 from repa.models import Condition, build_model
 from repa.runs import LoadedRun, load_run
-from repa.sampling import SampleConfig, generate
+from repa.sampling import SampleConfig, generate, prepared
 
 EULER = SampleConfig(sampler="euler", steps=4, labels="1", seed=3)
 
@@ -137,3 +137,34 @@ def test_a_run_with_every_part_trains_previews_and_samples(tiny_config, data_fol
     made = json.loads((tmp_path / "s.json").read_text())
     assert made["guidance"] == ["internal:head=1,scale=1.4", "cfg:scale=1.35,high=0.7"]
     assert (tmp_path / "s.npz").exists()
+
+
+def test_representation_guidance_walks_to_the_features_of_an_image(random_run, image_folder, tmp_path):
+    """REPA-G: v + scale d loss / d x_t, the loss that of the run's own term, projector and encoder; by finite differences."""
+    image = str(next(image_folder.glob("*/*.png")))
+    config = EULER.override(guidance=["representation:scale=50,high=0.6"], guide_image=image, labels="1")
+    run = prepared(load_run(random_run), config)
+    x, labels = SampleStreams(3, [5]).randn(3, 16, 16), torch.tensor([1])
+
+    def loss(x):
+        output = run.model({"x": x}, torch.tensor([0.5]), Condition(labels), run.guide.taps)
+        return float(run.guide.loss(output))
+
+    direction = SampleStreams(4, [5]).randn(3, 16, 16)
+    slope = (loss(x + 0.01 * direction) - loss(x - 0.01 * direction)) / 0.02
+    plain, moved = (run.denoiser(labels, specs).velocity(x, 0.5) for specs in ([], config.guidance))
+    assert float(((moved - plain) * direction).sum()) == pytest.approx(50 * slope, rel=0.02)
+    assert torch.equal(run.denoiser(labels, config.guidance).velocity(x, 0.7), run.denoiser(labels).velocity(x, 0.7))
+    found = generate(run, config, range(4)).images  # under inference_mode
+    assert torch.equal(torch.cat([generate(run, config, range(i, i + 2)).images for i in (0, 2)]), found)
+
+    out = tmp_path / "s.npz"
+    command = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(out)]
+    command += ["--guidance", "cfg:scale=1.5", "--guidance", "representation:scale=5,term=tiny@1"]
+    assert repa(command) == 2
+    assert repa([*command, "--guide-image", image]) == 0
+    assert len(json.loads(out.with_suffix(".json").read_text())["guide_image_sha256"]) == 64
+    with pytest.raises(UserError, match="there are tiny@1"):
+        prepared(run, config.override(guidance=["representation:scale=5,term=tiny@2"]))
+    with pytest.raises(UserError, match="needs a run folder"):
+        prepared(random_network(), config)

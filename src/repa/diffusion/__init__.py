@@ -39,6 +39,7 @@ GUIDANCES = Registry(
         "internal": "repa.diffusion.guidance:Internal",
         "autoguidance": "repa.diffusion.guidance:Auto",
         "path_drop": "repa.diffusion.guidance:PathDrop",
+        "representation": "repa.diffusion.guidance:Representation",
     },
     base="repa.diffusion.guidance:Guidance",
 )

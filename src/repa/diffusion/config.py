@@ -22,7 +22,7 @@ def check_prediction(prediction: str) -> str:
 
 
 def written(specs: tuple[str, ...]) -> tuple[str, ...]:
-    """Guidances in one way of writing, so that records compare: defaults left out, and those of scale 1, which change nothing."""
+    """Guidances in one way of writing, so that records compare: defaults left out, and those that change nothing, as of scale 1."""
     found = []
     for spec in specs:
         name, _ = parse_spec(spec)
@@ -31,12 +31,10 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
             continue
         guidance = GUIDANCES.build(spec)
         if guidance.changes:
-            values = [(f.name, getattr(guidance, f.name)) for f in fields(guidance)]
-            told = [
-                f"{key}={value:.12g}"
-                for (key, value), f in zip(values, fields(guidance), strict=True)
-                if value != f.default
-            ]
+            values = {
+                f.name: getattr(guidance, f.name) for f in fields(guidance) if getattr(guidance, f.name) != f.default
+            }
+            told = [f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()]
             found.append(f"{name}:{','.join(told)}")
     return tuple(found)
 

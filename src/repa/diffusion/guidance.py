@@ -1,7 +1,7 @@
 """Guidances: mixtures of predictions of the same x_t. Torch-free, so that a configuration is checked without it.
 
-All four extrapolate from a worse prediction through the better one, other + scale (conditional - other), and differ in what
-the other is. `chain.py` evaluates what they need and applies them in order.
+Four extrapolate from a worse prediction through the better one, other + scale (conditional - other), and differ in what the
+other is; the last follows a gradient. `chain.py` evaluates what they need and applies them in order.
 """
 
 import math
@@ -18,7 +18,8 @@ CONDITIONAL, NULL = "conditional", "null"
 
 @runtime_checkable
 class Guidance(Protocol):
-    """A mixture of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed"."""
+    """A mixture of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed",
+    and "gradient", of an alignment towards a reference image."""
 
     def needs(self, t: float) -> frozenset[str]:
         """The predictions that `mix` reads at time t (0 data, 1 noise); {"conditional"} where it is off."""
@@ -155,3 +156,27 @@ class PathDrop(Extrapolation):
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Representation(Extrapolation):
+    """Down the gradient of an alignment's loss, towards the features of one image: v + scale d loss / d x_t (arXiv 2602.03753).
+
+    `term`: which alignment of the run, by its name; empty: the only one. A velocity points to the noise and is walked back,
+    so that adding the gradient lowers the loss.
+    """
+
+    kind = "representation"
+    other = "gradient"
+    scale: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    term: str = ""
+
+    @property
+    def changes(self) -> bool:
+        return self.scale != 0
+
+    def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
+        conditional = predictions[CONDITIONAL]
+        return conditional + self.scale * predictions[self.other] if self.active(t) else conditional

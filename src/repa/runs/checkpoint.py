@@ -153,6 +153,11 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
     return step, state
 
 
+def load_projectors(run: Path, step: int) -> dict[str, Tensor]:
+    """The projectors of a checkpoint, "TERM.projector...." -> tensor."""
+    return _read(_whole(run, step, only=layout.PROJECTORS_FILE) / layout.PROJECTORS_FILE)
+
+
 def weights_checksum(run: Path, weights: str, step: int) -> str:
     """SHA-256 of the file that `load_weights` read: what its checkpoint has on record, or of an average by `repa ema`."""
     name = f"{weights}{layout.WEIGHTS}"

@@ -14,6 +14,7 @@ from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
 from repa.base.errors import UserError
 from repa.base.files import read_object
 from repa.base.precision import Float32Default
+from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
 from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, check_null_trained
@@ -21,7 +22,7 @@ from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
-from repa.runs.predictions import Predictions
+from repa.runs.predictions import Guide, Predictions
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
@@ -40,6 +41,7 @@ class LoadedRun:
     label_dropout: float | None = None  # that it was trained with; None: not known
     class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
     weak: "LoadedRun | None" = None  # a weaker run, for autoguidance
+    guide: Guide | None = None  # a loss, for representation guidance
 
     @cached_property
     def process(self) -> Process:
@@ -74,9 +76,8 @@ class LoadedRun:
             "weights": self.weights,
             "weights_sha256": self.weights_sha256,
         }
-        return (
-            own if self.weak is None else {**own, "weak_step": self.weak.step, "weak_sha256": self.weak.weights_sha256}
-        )
+        weak = {} if self.weak is None else {"weak_step": self.weak.step, "weak_sha256": self.weak.weights_sha256}
+        return own | weak | ({} if self.guide is None else {"guide_image_sha256": self.guide.sha256})
 
     @cached_property
     def layout(self) -> Layout:
@@ -90,6 +91,10 @@ class LoadedRun:
             UserError: guidance by a null class that never trained, or by a weaker run of another kind.
         """
         check_null_trained(guidances, self.label_dropout)
+        if self.process.prediction != "velocity" and any(parse_spec(spec)[0] == "representation" for spec in guidances):
+            raise UserError(
+                f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."
+            )
         predictions = self.predictions(Condition(labels))
         fn = guided(predictions, [GUIDANCES.build(spec) for spec in guidances], self.layout)
         process = self.process
@@ -98,7 +103,7 @@ class LoadedRun:
     def predictions(self, condition: Condition) -> Predictions:
         """The network's predictions by name, for N samples of a condition."""
         weak = None if self.weak is None else self.weak.predictions(condition)
-        return Predictions(self.model, self.process.network_time, condition, self.layout, weak)
+        return Predictions(self.model, self.process.network_time, condition, self.layout, weak, self.guide)
 
     def with_weak(self, weak: "LoadedRun") -> "LoadedRun":
         """This run, guided by a weaker one; raises UserError unless both predict the same of the same state."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,15 @@ from repa.base.errors import UserError
 from repa.diffusion.chain import HEAD
 from repa.diffusion.guidance import CONDITIONAL, NULL
 from repa.diffusion.state import Layout
-from repa.models import Backbone, Condition, Output
+from repa.models import Backbone, Condition, Output, Tap
+
+
+class Guide(NamedTuple):
+    """A loss of what the network's taps show, whose gradient guides."""
+
+    taps: tuple[Tap, ...]
+    loss: Callable[[Output], Tensor]  # (N,)
+    sha256: str  # of the image that it compares with
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Predictions:
         condition: of the N samples.
         layout: of x_t.
         weak: another network's predictions, for autoguidance.
+        guide: whose gradient is asked for, for representation guidance.
     """
 
     model: Backbone
@@ -29,6 +39,7 @@ class Predictions:
     condition: Condition
     layout: Layout
     weak: "Predictions | None" = None
+    guide: Guide | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
@@ -47,9 +58,12 @@ class Predictions:
             found["weak"] = self.weak(x_t, t, frozenset((CONDITIONAL,)))[CONDITIONAL]
         if "routed" in passes:
             found["routed"] = self._packed(self._routed(x_t, t))
+        if "gradient" in passes:
+            found["gradient"] = self._gradient(x_t, t)
         if unknown := names - found.keys():
             raise UserError(
-                f"A guidance asks for the prediction {min(unknown)!r}, but there are conditional, null, head@BLOCK, weak and routed."
+                f"A guidance asks for the prediction {min(unknown)!r}, but there are conditional, null, head@BLOCK, weak, routed and "
+                "gradient."
             )
         return found
 
@@ -78,6 +92,19 @@ class Predictions:
             )
         nobody = torch.empty(len(x_t), 0, dtype=torch.long, device=x_t.device)
         return self.model(self.layout.unpack(x_t), self.network_time(t), self._null(), keep=nobody)
+
+    def _gradient(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Of the guide's loss of the conditional pass, by x_t: a pass forward and one back."""
+        if self.guide is None:
+            raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
+        # copies made outside of inference mode are ordinary tensors, which autograd may keep
+        with torch.inference_mode(False), torch.enable_grad():
+            x_t = x_t.clone().requires_grad_()
+            condition = Condition(*(None if part is None else part.clone() for part in self.condition))
+            state, times = self.layout.unpack(x_t), self.network_time(t.clone())
+            output = self.model(state, times, condition, self.guide.taps)
+            (gradient,) = torch.autograd.grad(self.guide.loss(output).sum(), x_t)
+        return gradient
 
     def _null(self) -> Condition:
         return self.model.null(self.condition)

@@ -42,6 +42,11 @@ class SampleConfig(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Arithmetic of the network's matrix products; the sampler's state is float64."""
 
+    guide_image: str = ""
+    """Image whose features the guidance representation walks to, in --guidance representation:scale=5000,low=0.3."""
+    guide_weights: str = ""
+    """Local weights of that alignment's encoder; empty: where training found them, else the hub's."""
+
     @field_validator("labels")
     @classmethod
     def _readable(cls, labels: str) -> str:
@@ -50,9 +55,13 @@ class SampleConfig(Config):
         return labels
 
     @model_validator(mode="after")
-    def _weak_where_used(self):
-        asked = any(parse_spec(spec)[0] == "autoguidance" for spec in self.guidance)
-        if asked and not self.weak:
+    def _has_what_guides(self):
+        asked = [parse_spec(spec)[0] for spec in self.guidance]
+        if asked.count("representation") > 1:
+            raise UserError("The guidance representation was given twice: give it once, for one image.")
+        if "representation" in asked and not self.guide_image:
+            raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
+        if "autoguidance" in asked and not self.weak:
             raise UserError("The guidance autoguidance needs a weaker network: give its run folder as --weak RUN.")
         return self
 

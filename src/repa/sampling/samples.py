@@ -22,6 +22,7 @@ from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
 from repa.base.precision import Float32Default, autocast
+from repa.base.registry import parse_spec
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
@@ -29,6 +30,7 @@ from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
 from repa.sampling.config import SampleConfig
 from repa.sampling.labels import draw_labels, drawn_classes
+from repa.sampling.towards import guide_of
 
 GRID_IMAGES = 64  # in the picture beside the npz
 
@@ -41,7 +43,7 @@ class Samples(NamedTuple):
 
 
 def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
-    """The run with what sampling needs beside it: another decoder, and a weaker run for autoguidance."""
+    """The run with what sampling needs beside it: another decoder, a weaker run and an image to guide it."""
     own = run.autoencoder
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
@@ -49,6 +51,8 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     if config.weak:
         step = None if config.weak_checkpoint < 0 else config.weak_checkpoint
         run = run.with_weak(load_run(config.weak, config.weak_weights, step=step, autoencoder=own, device=device))
+    if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
+        run = replace(run, guide=guide_of(run, config, device))
     return run
 
 

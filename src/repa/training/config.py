@@ -66,9 +66,9 @@ class PreviewConfig(Config):
 
     @model_validator(mode="after")
     def _something_to_score(self):
-        if any(parse_spec(spec)[0] == "autoguidance" for spec in self.guidance):
+        if outside := {"autoguidance", "representation"} & {parse_spec(spec)[0] for spec in self.guidance}:
             raise ValueError(
-                "previews have one network, and the guidance autoguidance needs two: leave it out of preview.guidance"
+                f"the guidance {min(outside)} needs another run or an image, which previews do not have: leave it out of preview.guidance"
             )
         if self.score_every and not self.num_scored:
             raise ValueError(

@@ -1,0 +1,78 @@
+"""Representation guidance: samples whose aligned hidden states resemble the features of one image (REPA-G, arXiv 2602.03753)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repa.alignment import Alignment, AlignmentConfig, Seen
+from repa.base import files
+from repa.base.errors import UserError
+from repa.base.images import adm_centre_crop, open_image, to_tensor
+from repa.base.registry import parse_spec
+from repa.encoders.loading import load_encoder, weights_for
+from repa.models import Output
+from repa.runs import LoadedRun, layout
+from repa.runs.checkpoint import load_projectors
+from repa.runs.predictions import Guide
+from repa.sampling.config import SampleConfig
+
+
+def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -> Guide:
+    """The alignment term that `--guidance representation` names, its trained projector, and the features of `--guide-image`.
+
+    Raises:
+        UserError: a run without a folder, without such a term or without its projector; an image that cannot be read.
+    """
+    term = _term(run, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation"))
+    encoder_name, _ = term.encoder
+    recorded = layout.read_config(run.folder).get("feature_weights") or []
+    pairs = [pair for pair in recorded if isinstance(pair, str)] if isinstance(recorded, list) else []
+    weights = config.guide_weights or weights_for(encoder_name, pairs)
+    encoder = load_encoder(encoder_name, weights=weights or None, device=device)
+    path = Path(config.guide_image)
+    side = run.latent_shape[1] * run.autoencoder.factor
+    image = to_tensor(adm_centre_crop(open_image(path), side))[None].to(device)  # (1, 3, H, W)
+    with torch.no_grad():
+        features = encoder(image, run.model.grid[0])
+    alignment = Alignment.of(term, run.model, {encoder_name: features.patches.shape[-1]})
+    prefix = f"{term.module}."
+    state = {
+        k.removeprefix(prefix): v for k, v in load_projectors(run.folder, run.step).items() if k.startswith(prefix)
+    }
+    try:
+        alignment.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"{run.folder} holds no projector of the alignment {term.key!r} at step {run.step}: choose another run."
+        ) from None
+    alignment = alignment.to(device).eval().requires_grad_(False)
+    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None))  # (1, M, F)
+
+    def loss(output: Output) -> Tensor:
+        student = output.taps[alignment.tap]
+        if not alignment.target.prefix:
+            student = student[:, alignment.prefix_tokens :]
+        return alignment.compare(student, target.expand(len(student), -1, -1))  # (N,)
+
+    return Guide((alignment.tap,), loss, files.sha256(path))
+
+
+def _term(run: LoadedRun, settings: dict[str, object]) -> AlignmentConfig:
+    """The term called `term`, or the only one, among those that compare tokens with an encoder."""
+    if run.folder is None:
+        raise UserError("The guidance representation needs a run folder, which holds the projectors.")
+    where = str(run.folder / layout.CONFIG)
+    given = layout.read_config(run.folder).get("alignments") or []
+    if not isinstance(given, list):
+        raise UserError(f"{where}: alignments is {given!r:.60}, but it is a list of terms.")
+    terms = [AlignmentConfig.parse(values, where=where) for values in given]
+    terms = {term.key: term for term in terms if term.encoder[0] and term.tap == "hidden"}
+    asked = str(settings.get("term", ""))
+    if asked in terms or (not asked and len(terms) == 1):
+        return terms[asked] if asked else next(iter(terms.values()))
+    has = f"there are {', '.join(terms)}" if terms else "it has none"
+    raise UserError(
+        f"The guidance representation follows an alignment of {run.folder} to an encoder, and {has}: name one as term=NAME, or "
+        "choose a run that was trained with one."
+    )
