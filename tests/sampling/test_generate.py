@@ -194,6 +194,9 @@ def test_what_is_said_of_classes(run):
     assert "#1" in about_classes("1", named)
     assert about_classes("#1", named) == about_classes("0", named) == about_classes("uniform", named) == ""
     assert about_classes("10", replace(named, class_names=("10", "11"))) == ""  # there is no class number 10
+    assert "named 11" in about_classes(
+        "1", replace(named, class_names=("10", "11"))
+    )  # a number where names are numbers too
     assert about_classes("balanced", replace(named, class_counts=(0, 4))).startswith("1 of 2 classes")
     assert drawn_classes("uniform", replace(run, class_counts=(5,))) == (0,)  # a network of more classes than its data
 

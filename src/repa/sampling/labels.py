@@ -66,4 +66,7 @@ def about_classes(protocol: str, run: LoadedRun) -> str:
     for part, label in classes_named(protocol, run):
         if part.isdecimal() and label != int(part) < num:
             return f"--labels {part} is the class named {part}, which has number {label}: write #{part} for class number {int(part)}."
+        name = run.class_names[label] if label < len(run.class_names) else part
+        if part.isdecimal() and name != part and NUMBER.fullmatch(name):
+            return f"--labels {part} is class number {part}, which is named {name}: no class is named {part}."
     return ""
