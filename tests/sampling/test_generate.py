@@ -192,7 +192,8 @@ def test_what_is_said_of_classes(run):
         (1,),
     ]
     assert "#1" in about_classes("1", named)
-    assert about_classes("#1", named) == about_classes("0", named) == about_classes("uniform", named) == ""
+    assert about_classes("#1", named) == about_classes("#0", named) == about_classes("uniform", named) == ""
+    assert "named 1:" in about_classes("0", named)
     assert about_classes("10", replace(named, class_names=("10", "11"))) == ""  # there is no class number 10
     assert "named 11" in about_classes(
         "1", replace(named, class_names=("10", "11"))
