@@ -167,7 +167,7 @@ def test_show(house, capsys):
     ("kind", "name"),
     [
         ("recipes", "sit-xl2-repa"), ("models", "SiT-XL/2"), ("encoders", "dinov2-b"), ("autoencoders", "pixels"),
-        ("paths", "trigonometric"), ("times", "logit_normal"), ("samplers", "heun"), ("losses", "nt_xent"),
+        ("paths", "trigonometric"), ("times", "logit_normal"), ("samplers", "heun"), ("guidances", "internal"), ("losses", "nt_xent"),
         ("projectors", "conv"), ("schedules", "cosine"), ("", "samplers"),
     ],
 )  # fmt: skip

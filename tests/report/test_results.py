@@ -186,3 +186,12 @@ def test_markdown_is_the_page_in_text(repa_xl, tmp_path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
     assert [row["source"] for row in rows] == ["run", *["paper"] * (len(rows) - 1)]
     assert rows[0]["accuracy"] == ""  # not measured
+
+
+def test_figures_guided_by_other_networks_do_not_compare(repa_xl):
+    for number, weak in enumerate(("a" * 64, "b" * 64)):
+        made = made_by(repa_xl, 40, guidance=["autoguidance:scale=1.5"], weak_sha256=weak)
+        results_file(repa_xl / layout.EVALUATIONS / f"{number}.json", {"fid": 8.0}, made)
+    told = [how_made(table.protocol) for table in tables_of([repa_xl])]
+    assert sum("guided by a weaker network (checksum aaaaaaaa)" in text for text in told) == 1
+    assert sum("guided by a weaker network (checksum bbbbbbbb)" in text for text in told) == 1

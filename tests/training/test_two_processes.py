@@ -58,7 +58,7 @@ def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_config, tmp_path_factory) -> Path:
-    """Several losses at once; nt_xent, dispersive and gram contrasts images of both processes."""
+    """Several losses at once; nt_xent, dispersive, gram and the contrastive term compare images of both processes."""
     alignments = (
         tiny_config.alignments[0],
         AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
@@ -69,7 +69,12 @@ def recipe(tiny_config, tmp_path_factory) -> Path:
     preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers: the shares are not equal
     path = tmp_path_factory.mktemp("recipe") / "two.yaml"
     path.write_text(
-        tiny_config.override(alignments=alignments, preview=preview, optimizer={"learning_rate": 1e-3}).to_yaml()
+        tiny_config.override(
+            alignments=alignments,
+            preview=preview,
+            optimizer={"learning_rate": 1e-3},
+            diffusion={"contrastive": 0.1, "velocity_cosine": 0.5},
+        ).to_yaml()
     )
     return path
 

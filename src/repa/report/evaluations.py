@@ -70,7 +70,10 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         "judge_weights": None if published else str(judge.get("weights_sha256") or "")[:8] or None,
         "reference": Path(str(results.get("reference"))).name,
         "num_samples": results.get("num_samples"),
-        **{key: made.get(key) for key in ("labels", "sampler", "steps", "nfe", "guidance", "weights")},
+        **{
+            key: made.get(key)
+            for key in ("labels", "sampler", "steps", "nfe", "guidance", "weak_sha256", "guide_image_sha256", "weights")
+        },
         "decoder": made.get("decoder") or made.get("autoencoder"),
         "neighbours": None if arithmetic == "float32" else arithmetic,
         "file": file.name,

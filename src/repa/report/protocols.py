@@ -8,7 +8,7 @@ from typing import Any
 # The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
 PROTOCOL = (
     "features", "judge_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
-    "weights", "neighbours",
+    "weak_sha256", "guide_image_sha256", "weights", "neighbours",
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is no setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's

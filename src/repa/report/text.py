@@ -65,6 +65,9 @@ def how_made(protocol: Protocol) -> str:
         parts.append(f"{given['nfe']} network evaluations (NFE) per sample")
     if "guidance" in given:
         parts.append(_guidance(given["guidance"]))
+    for what, key in (("a weaker network", "weak_sha256"), ("an image", "guide_image_sha256")):
+        if key in given:
+            parts.append(f"guided by {what} (checksum {given[key][:8]})")
     if "decoder" in given:
         parts.append(f"decoded by {given['decoder']}")
     if "weights" in given:
