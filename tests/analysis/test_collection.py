@@ -107,5 +107,5 @@ def test_a_damaged_file_is_named(tmp_path):
     load = collect(tmp_path, {}, ["twice"], NUM, Maker())
     (path,) = tmp_path.glob("*/twice-000000016.npy")
     path.write_bytes(path.read_bytes()[:90])
-    with pytest.raises(UserError, match=r"twice-000000016.npy cannot be read .*: remove it, and it is made again"):
+    with pytest.raises(UserError, match=r"twice-000000016.npy cannot be read .* Remove it, and it is made again"):
         load("twice")

@@ -1,9 +1,11 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 
 from repa.base import files
+from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 
 
@@ -72,3 +74,21 @@ def test_json_is_not_written_with_what_would_be_refused_when_it_is_read(tmp_path
 def test_sizes_for_people():
     assert files.size(1536) == "1.5 KiB"
     assert files.size(12) == "12 B"
+
+
+def test_an_array_that_does_not_fit_is_no_file(tmp_path):
+    """`np.save` leaves a file that is cut short, and says nothing."""
+    import resource
+
+    array = np.arange(500, dtype=np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.npy was not written"):
+            save_npy(tmp_path / "a.npy", array)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+    for value in (array, np.zeros((0, 3), np.float16), np.ones((2, 3), np.float32).T):
+        save_npy(tmp_path / "b.npy", value)
+        assert np.array_equal(load_npy(tmp_path / "b.npy", "an array"), value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, files
+from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 
 CHUNK = 512  # rows in a file: what a kill can cost
@@ -60,8 +61,7 @@ def collect(
                 if folder is None:
                     kept[field].append(torch.from_numpy(x))
                 else:
-                    with files.atomic_path(_path(folder, field, rows)) as temporary, open(temporary, "wb") as file:
-                        np.save(file, x)
+                    save_npy(_path(folder, field, rows), x)
         progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
     dist.barrier()
     if folder is None:
@@ -86,10 +86,7 @@ def _stored(x: Tensor, field: str, store: str) -> np.ndarray:
 
 
 def _read(path: Path, rows: range) -> np.ndarray:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, and it is made again.") from None
+    array = load_npy(path, "features", "Remove it, and it is made again.")
     if array.ndim != 2 or len(array) != len(rows):
         raise UserError(f"{path} does not hold {len(rows)} rows: remove it, and it is made again.")
     return array

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from repa.base import files
+from repa.base.arrays import load_npy, save_npy
 from repa.data import locks
 from repa.data.groups import FeatureGroup
 from repa.data.manifest import PARTS, Manifest
@@ -28,9 +29,8 @@ def basis_of(out: Path, spec: str, find: Callable[[], np.ndarray]) -> tuple[np.n
     with locks.held(out / PARTS / f"{basis_name(spec)}.lock"):
         if not path.is_file():
             basis = find()
-            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, basis)
-    return np.load(path, allow_pickle=False), files.sha256(path)
+            save_npy(path, basis)
+    return load_npy(path, "a basis of tokens", "Delete it, and it is found again."), files.sha256(path)
 
 
 def find_basis(group: FeatureGroup, read: Read, shards: Sequence[Planned]) -> np.ndarray:

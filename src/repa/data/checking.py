@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repa.base import files
+from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.encode import load_later
 from repa.data.groups import BASE, FeatureGroup, Group
@@ -108,7 +109,7 @@ def _compare(
     try:
         group = load()
         if isinstance(group, FeatureGroup) and (basis := manifest.features[name].basis):
-            group.use_basis(np.load(Path(reader.folder, basis.file), allow_pickle=False), basis.sha256)
+            group.use_basis(load_npy(Path(reader.folder, basis.file), "a basis of tokens"), basis.sha256)
     except UserError as error:
         return Finding(field, None, f"not encoded again: {error}")
     identity = manifest.autoencoder if name == BASE else manifest.features[name].identity

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import split_format
 from repa.data.manifest import FeatureField
@@ -71,12 +72,7 @@ def read_basis(folder: str | Path, facts: FeatureField, device: torch.device | s
     if facts.basis is None:
         return None
     path = Path(folder) / facts.basis.file
-    try:
-        basis = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): run the same `repa prepare` again, which finds it anew."
-        ) from error
+    basis = load_npy(path, "a basis of tokens", "Run the same `repa prepare` again, which finds it again.")
     if basis.dtype != np.float32 or basis.shape != facts.basis.shape:
         raise UserError(
             f"{path} holds {basis.dtype} {basis.shape}, not float32 {facts.basis.shape}: delete it and run the same "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from repa.base import files
+from repa.base.arrays import load_npy
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.data import locks
@@ -121,7 +122,7 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
     counts = np.zeros(len(settings.class_names), np.int64)
     for shard in shards:
         if shard.num and not shard.flipped:
-            counts += np.bincount(np.load(out / shard.files["labels"].file, allow_pickle=False), minlength=len(counts))
+            counts += np.bincount(load_npy(out / shard.files["labels"].file, "labels"), minlength=len(counts))
     names = [group for group in first if group != BASE]
     return Manifest(
         source=settings.source,

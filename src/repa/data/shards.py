@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from repa.base import files
+from repa.base.arrays import load_npy
 from repa.data.manifest import ArrayFile, TextFile
 
 
@@ -127,7 +128,7 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 def record_of(path: Path) -> ArrayFile:
     """The record of an array that lies there."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = load_npy(path, "an array")
     return ArrayFile(
         file=path.name, dtype=str(array.dtype), shape=array.shape, size=path.stat().st_size, sha256=files.sha256(path)
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from repa.base import faults
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.base.npz import load_npz
 from repa.evaluation.images import Images
 
 REMEDY = "Save them with np.savez and np.ascontiguousarray."

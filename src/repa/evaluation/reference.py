@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, faults, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.base.npz import load_npz
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.images import Images

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from repa.base import faults, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.base.npz import load_npz
 from repa.evaluation.config import INCEPTION
 from repa.evaluation.images import Images
 from repa.evaluation.judges import InceptionJudge, Judge

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.base.npz import load_npz
 
 
 class Statistics:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from repa.base import faults
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.images import decode_image
-from repa.base.npz import load_npz
 from repa.report.records import RunRecord
 from repa.runs import layout
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
 from repa.base import dist, files
+from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
 from repa.base.precision import Float32Default, autocast
@@ -139,8 +140,7 @@ def write_samples(
             images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)), callback)
             calls.append(nfe)
             count(nfe)
-            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+            save_npy(path, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
         progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     made = [nfe for part in dist.gather_objects(calls) for nfe in part]  # the others wait here too
     if dist.is_main():
@@ -182,9 +182,13 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
     dist.barrier()
 
 
+def _part(path: Path) -> np.ndarray:
+    return load_npy(path, "a part of the samples", "Remove it, and the same command makes it again.")
+
+
 def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
     """Concatenate the parts into an npz without holding more than one of them in memory."""
-    first = np.load(paths[0], allow_pickle=False)
+    first = _part(paths[0])
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
     with (
         files.atomic_path(out) as temporary,
@@ -193,7 +197,7 @@ def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for path in paths:
-            file.write(np.load(path, allow_pickle=False).tobytes())
+            file.write(_part(path).tobytes())
     enough = paths[: -(-GRID_IMAGES // len(first))]
-    few = np.concatenate([np.load(path, allow_pickle=False) for path in enough])[:GRID_IMAGES]
+    few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
     save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from repa.base import faults, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.base.npz import load_npz
 from repa.data.sources.archives import Slices, leads_out
 from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
 

@@ -1,4 +1,4 @@
-"""Arrays of an .npz that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
+"""Arrays in files that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
 
 import zipfile
 from collections.abc import Collection
@@ -29,3 +29,22 @@ def load_npz(
             )
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files if names is None or name in names}
+
+
+def load_npy(path: str | Path, kind: str, remedy: str = "") -> np.ndarray:
+    """The array of an .npy; UserError when it is missing, damaged or holds Python objects."""
+    with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
+        return np.load(path, allow_pickle=False)
+
+
+def save_npy(path: str | Path, array: np.ndarray) -> None:
+    """An .npy, whole or not at all.
+
+    `np.save` writes to a file by C's buffers and does not look whether the last of them reached a disk that is full: what it
+    leaves then is cut short, without an error. Through `write` of Python's file every failure is seen.
+    """
+    array = np.ascontiguousarray(array)
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data if array.size else b"")
