@@ -39,7 +39,8 @@ def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
         assert sentence in printed
 
 
-def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, capsys):
+def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_config, capsys):
+    recipe.write_text(tiny_config.override(diffusion={"shift": "auto", "contrastive": 0.05}).to_yaml())
     assert run(["bench", str(recipe), "--rounds", "1", "--precision", "fp32", "--token-width", "12"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| SiT-S/4 | cached | 8 | fp32 | eager |") == 1

@@ -46,6 +46,8 @@ def counter():
         ({}, COSINE.override(schedule="linear:steps=10")),
         ({"path": "vp", "prediction": "noise"}, COSINE.override(loss="nt_xent", token_norm="zscore")),
         ({"path": "trigonometric"}, COSINE.override(measure_only=True)),
+        ({"contrastive": 0.1, "velocity_cosine": 1.0, "shift": 2.0, "token_times": 0.25}, COSINE),
+        ({"prediction": "data", "loss_weight": "velocity", "contrastive": 0.1}, COSINE),
     ],
 )
 def test_the_objective_is_one_graph_compiled_once(settings, alignment, counter):

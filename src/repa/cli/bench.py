@@ -135,7 +135,9 @@ def _random(config: TrainConfig, width: int, device: "torch.device") -> Iterator
     from repa.training.resolve import with_streams
 
     given = config.model.model_dump()
-    config = config.override(model=config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()}))
+    model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
+    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
     from repa.training.features import wanted_by
 
     dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
