@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-from repa.base import launch
+from repa.base import launch, lock
 from repa.base.errors import UserError
 from repa.base.faults import sentence_of
 
@@ -187,6 +188,14 @@ def on_main(function: Callable[[], Value]) -> Value:
     if sentence is not None:
         raise SharedError(sentence)
     return value
+
+
+@contextlib.contextmanager
+def alone(target: Path, doing: str) -> Iterator[None]:
+    """`lock.alone`, held by the main process for all; a refusal is raised by all."""
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(lock.alone(target, doing)))
+        yield
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -73,10 +74,47 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the folders that `atomic_folder` was filling in `folder` when its process was killed; nobody else may be at it now."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+@contextlib.contextmanager
+def new_folder(path: str | Path, sign: str, what: str) -> Iterator[Path]:
+    """atomic_folder for a command that must not overwrite, and that is done when it was killed after its last step.
+
+    Args:
+        path: absent, empty, or what an equal command made.
+        sign: a file that such a folder has; without it nothing is made to compare with.
+        what: calls it in the refusal: "the export".
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    path = Path(path)
+    refusal = UserError(f"{path} exists and is not empty: choose another folder for {what}.")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        with atomic_folder(path) as temporary:
+            yield temporary
+        return
+    if not (path / sign).is_file():
+        raise refusal
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as temporary:
+        yield Path(temporary)
+        if _contents(Path(temporary)) != _contents(path):
+            raise refusal
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what `atomic_path` and `atomic_folder` were filling in `folder` when their process was killed.
+
+    `name`: only leftovers of this file or folder. Nobody else may be at it now. What cannot be removed stays, for the next time.
+    """
+    for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -1,12 +1,17 @@
 """Which of several processes this one is, by the variables that torchrun sets. Free of torch, which takes a second to import."""
 
 import os
+import signal
+import sys
+import threading
+import time
 from typing import NamedTuple
 
 from repa.base.errors import UserError
 
 JOIN = "REPA_JOIN_MINUTES"  # environment variable: how long processes wait for each other at the start
 JOIN_MINUTES = 10.0
+PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
 PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
@@ -77,3 +82,22 @@ def _pair(rank_name: str, world_name: str) -> tuple[int, int]:
 
 def _remedy(rank_name: str, world_name: str) -> str:
     return f"Start several processes by torchrun, or unset {rank_name} and {world_name} for one process."
+
+
+def die_with_parent(_: object = None) -> None:
+    """End this worker when the process that started it ends, however that ends; called first in each worker."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before it could be watched
+            os.kill(os.getpid(), signal.SIGKILL)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

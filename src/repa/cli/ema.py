@@ -25,9 +25,12 @@ class EmaArguments(Config):
 
 def main(argv: list[str]) -> int:
     given = options.parse(EmaArguments, argv, verb="ema", about=ABOUT, positional=("run",))
+    from repa.base import lock
+    from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)
+    with lock.alone(Path(given.run) / layout.AVERAGES, "repa ema"):
+        step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)
     say(
         f"{given.run}: made the weights {name} of step {step:,}. "
         f"Next: repa sample {given.run} --weights {name} --num-images 64 --out samples.npz"

@@ -1,5 +1,6 @@
 """`repa evaluate SAMPLES|RUN --reference REF ...` and `repa evaluate reference DATA --out ref.npz`."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from repa.base import files
+from repa.base import files, launch, lock
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Bars, Progress, say
@@ -62,12 +63,12 @@ def main(argv: list[str]) -> int:
     _check(given, is_run)
     if given.out or is_run:
         files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
-    results = (_of_run if is_run else _of_file)(given)
-    out = Path(given.out) if given.out else _place(given, results) if is_run else None
-    if out is not None:
-        from repa.base import dist
-
-        if dist.is_main():
+    written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
+    mine = written is not None and launch.place().rank == 0
+    with lock.alone(written, "repa evaluate") if mine else contextlib.nullcontext():
+        results = (_of_run if is_run else _of_file)(given)
+        out = Path(given.out) if given.out else _place(given, results) if is_run else None
+        if mine:
             files.write_json(out, results)
     for name, value in results["metrics"].items():
         say(f"{name:<20} {value:.4f}")

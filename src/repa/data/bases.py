@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.arrays import load_npy, save_npy
-from repa.data import locks
 from repa.data.groups import FeatureGroup
 from repa.data.manifest import PARTS, Manifest
 from repa.data.packing import principal_basis
@@ -26,7 +25,7 @@ def basis_name(spec: str) -> str:
 def basis_of(out: Path, spec: str, find: Callable[[], np.ndarray]) -> tuple[np.ndarray, str]:
     """The stored basis of an encoder and its checksum; found and stored by the first process that wants it."""
     path = out / basis_name(spec)
-    with locks.held(out / PARTS / f"{basis_name(spec)}.lock"):
+    with lock.held(out / PARTS / f"{basis_name(spec)}.lock"):
         if not path.is_file():
             basis = find()
             save_npy(path, basis)

@@ -1,12 +1,11 @@
 """Copies of files that lie elsewhere, in a folder of bounded size that processes on a machine share."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from repa.base import files
+from repa.base import files, lock
 
 
 class FileCache:
@@ -38,10 +37,7 @@ class FileCache:
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
         """One thread of one process at a time, for this key and those few that begin with the same digits."""
-        path = self.folder / "locks" / key[:2]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with lock.held(self.folder / "locks" / key[:2]):
             yield
 
     def _evict(self, keep: Path) -> None:

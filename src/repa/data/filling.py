@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.errors import UserError
-from repa.data import locks
 from repa.data.bases import basis_of, find_basis, lost_bases
 from repa.data.groups import BASE, FeatureGroup, Group, fields_of
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS, Manifest, Shard
@@ -46,7 +46,7 @@ class Job:
     rank: int = 0
     world: int = 1
     report: Report | None = None
-    held: dict[tuple[int, str], int] = field(default_factory=dict)  # locks of this process
+    held: dict[tuple[int, str], BaseFileLock] = field(default_factory=dict)  # locks of this process
 
     @property
     def share(self) -> range:
@@ -98,7 +98,7 @@ def _fill(job: Job) -> Manifest | None:
         _write(job, groups, mine)
     finally:
         for key in list(job.held):
-            locks.release(job.held.pop(key))
+            lock.release(job.held.pop(key))
     return finish(out, job.settings, len(job.shards))
 
 
@@ -112,7 +112,7 @@ def _claims(
         if not (job.out / PARTS / SETTINGS).is_file():  # others have finished everything meanwhile
             finished = Progress(job.out)
         for name in [name for name in taken if finished.part(k, name) is not None]:  # by another process, since
-            locks.release(taken.pop(name))
+            lock.release(taken.pop(name))
         job.held.update({(k, name): handle for name, handle in taken.items()})
         if taken and not job.shards[k].rows:  # a shard without images needs no model
             for name in taken:
@@ -148,7 +148,7 @@ def _write(job: Job, groups: Mapping[str, Group], mine: Mapping[int, Sequence[st
             names = [name for shard, name in job.held if shard == k]
             _write_shard(job, k, names, stream, counter, groups, finished)
             for name in names:
-                locks.release(job.held.pop((k, name)))
+                lock.release(job.held.pop((k, name)))
 
 
 def _write_shard(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import BaseFileLock
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.arrays import load_npy
 from repa.base.config import Config
 from repa.base.errors import UserError
-from repa.data import locks
 from repa.data.bases import basis_name
 from repa.data.config import split_format
 from repa.data.groups import BASE, fields_of
@@ -65,9 +65,9 @@ class Progress:
     def save(self, shard: int, group: str, part: Part) -> None:
         files.write_json(self.path(shard, group), part.model_dump(mode="json"))
 
-    def claim(self, shard: int, group: str) -> int | None:
+    def claim(self, shard: int, group: str) -> BaseFileLock | None:
         """Lock a part for this process; None when another is at it. What a killed one left of it is removed."""
-        handle = locks.take(self.path(shard, group, ".lock"))
+        handle = lock.take(self.path(shard, group, ".lock"))
         if handle is not None:
             names = [array_name(field, shard) for field in fields_of(group)]
             for name in [*names, *([captions_name(shard)] if group == BASE else [])]:
@@ -83,7 +83,7 @@ def begin(out: Path, settings: Settings) -> None:
 
 def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
     """Make the manifest of all parts and forget them; None while some are unfinished. Any process may call it."""
-    with locks.held(out / PARTS / "finish.lock"):
+    with lock.held(out / PARTS / "finish.lock"):
         now = started(out) or settings  # others may have asked for more encoders meanwhile
         progress = Progress(out)
         stored = progress.manifest.features if progress.manifest else ()

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from repa.base.errors import UserError
+from repa.base.launch import die_with_parent
 from repa.data.prefetch import ahead
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source
@@ -72,7 +73,7 @@ class FromSource(Dataset):
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=_as_it_is,
-                prefetch_factor=AHEAD if self.num_workers else None,
+                prefetch_factor=AHEAD if self.num_workers else None, worker_init_fn=die_with_parent,
             )  # fmt: skip
             stream = iter(loader)
         for piece, images in stream:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from repa.base import lock
 from repa.base.errors import UserError
 from repa.data.bases import basis_name
 from repa.data.groups import fields_of
@@ -28,7 +29,11 @@ def remove(out: str | Path, name: str) -> Manifest | None:
     Raises:
         UserError: no such field, or the one that everything else needs.
     """
-    out = Path(out)
+    with lock.alone(Path(out), "repa prepare --remove"):
+        return _remove(Path(out), name)
+
+
+def _remove(out: Path, name: str) -> Manifest | None:
     before = started(out)
     if before is None:
         raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")

@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.models import constructor_arguments, diffusers_export
@@ -24,7 +24,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
     Args:
         run: run folder.
-        out: folder to make; it must be absent or empty.
+        out: folder to make: absent, empty, or already what this call makes.
         form: "safetensors" (read by repa.models.load_exported) or "diffusers" (by DiTTransformer2DModel).
         step: which checkpoint; the highest when None.
 
@@ -33,15 +33,13 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
     """
     if form not in FORMATS:
         raise UserError(f"There is no format {form!r}: allowed are {', '.join(FORMATS)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another folder for the export.")
     config = layout.read_config(run, ("model", "diffusion", "autoencoder"))
     DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     num_heads = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG)).dims().num_heads
     step, state = load_weights(run, "ema", step)
     arguments = constructor_arguments(state, num_heads)
     facts = {**_facts(run, config), "step": step}
-    with files.atomic_folder(out) as temporary:
+    with lock.alone(out, "repa export"), files.new_folder(out, "README.md", "the export") as temporary:
         if form == "safetensors":
             save_exported(temporary, state, arguments, facts)
         else:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.encoders import canonical
@@ -92,9 +92,7 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
 
     `origin` is what it was made from, `kind` whose code made that.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run} exists and is not empty: choose another folder for the converted run.")
-    with files.atomic_folder(run) as temporary:
+    with lock.alone(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
         write_origin(temporary, origin, kind)
         save_checkpoint(temporary, checkpoint)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from repa.base import files
 from repa.base.config import read_yaml
 from repa.base.errors import UserError
 
@@ -72,6 +73,12 @@ def snapshot_steps(run: Path) -> list[int]:
 
 def average_file(run: Path, step: int, name: str) -> Path:
     return run / AVERAGES / step_name(step) / f"{name}{WEIGHTS}"
+
+
+def tidy(run: Path) -> None:
+    """Remove what killed writers left in a run folder; its lock must be held."""
+    for folder in (run, *(run / name for name in (CHECKPOINTS, SNAPSHOTS, AVERAGES)), *(run / AVERAGES).glob("*")):
+        files.remove_leftovers(folder)
 
 
 def average_steps(run: Path, name: str) -> list[int]:

@@ -6,6 +6,7 @@ of processes and any restart, so its file is the same to the byte.
 """
 
 import inspect
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -126,9 +127,18 @@ def write_samples(
     out = Path(out)
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
+    with dist.alone(out, "repa sample"):
+        return _write_samples(run, config, num, out, progress, count)
+
+
+def _write_samples(
+    run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Callable[[int, int], None],
+    count: Callable[[int], None],
+) -> Path:  # fmt: skip
     parts, job = out.with_suffix(".parts"), _job(run, config, num)
     if out.exists():
         _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
+        dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
         return out
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
@@ -146,9 +156,7 @@ def write_samples(
     if dist.is_main():
         files.write_json(out.with_suffix(".json"), job | ({"nfe": max(made)} if made else {}))
         _assemble([parts / f"{start:09d}.npy" for start in starts], num, out)
-        for path in parts.iterdir():
-            path.unlink()
-        parts.rmdir()
+        shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
     return out
 
@@ -187,8 +195,11 @@ def _part(path: Path) -> np.ndarray:
 
 
 def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
-    """Concatenate the parts into an npz without holding more than one of them in memory."""
+    """A PNG of some, then all in an npz, without holding more than one part in memory. The npz comes last: it says that all is there."""
     first = _part(paths[0])
+    enough = paths[: -(-GRID_IMAGES // len(first))]
+    few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
+    save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
     with (
         files.atomic_path(out) as temporary,
@@ -198,6 +209,3 @@ def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for path in paths:
             file.write(_part(path).tobytes())
-    enough = paths[: -(-GRID_IMAGES // len(first))]
-    few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
-    save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))

@@ -1,6 +1,8 @@
 """The training loop: reads top to bottom, waits for the device only on steps that log."""
 
 import contextlib
+import hashlib
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from repa.base import dist
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
 from repa.models import Condition
-from repa.runs import MetricsLog, Writer
+from repa.runs import MetricsLog, Writer, layout
 from repa.runs.averaging import drop_snapshots
 from repa.training import signals
 from repa.training.config import TrainConfig
@@ -61,7 +63,19 @@ def train(
 
     Continuing is the same call and bit-exact: all randomness is a function of (seed, step). `make_hooks` gets the resolved
     configuration and the autoencoder. `progress` is called after every step and must not touch the device.
+
+    Raises:
+        UserError: another process trains this run, or processes that should share the work were given different work.
     """
+    with dist.alone(run, "repa train"):
+        return _train(config, data, run, device, make_hooks, progress, say)
+
+
+def _train(
+    config: TrainConfig, data: DataSet, run: Path, device: torch.device,
+    make_hooks: Callable[[TrainConfig, Autoencoder], Sequence[Hook]], progress: Callable[[TrainState], None],
+    say: Callable[[str], None],
+) -> Finished:  # fmt: skip
     with dist.together():
         config = resolve(config, data, device)
         check_parts(config.batch_size, dist.world(), config.accumulate)
@@ -72,10 +86,12 @@ def train(
     dist.on_main(lambda: claim_folder(run, config, data))
     with dist.together():
         state.resume(run)
+    _require_agreement(run, config, data, state.step)
     if state.step >= config.num_steps:
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
         return Finished(state.step)
 
+    dist.on_main(lambda: layout.tidy(run))
     dist.on_main(lambda: drop_snapshots(run, state.step))
     for note in encoders.notes:
         say(note)
@@ -145,6 +161,19 @@ def train(
             if hooks_due or save_due or snapshot_due:
                 rows.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
+
+
+def _require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) -> None:
+    """All processes do one thing: the same step, configuration and data; or all stop before the first step."""
+    mine = {"step": str(step), "configuration": config.to_yaml(), "data": json.dumps(data.summary(), sort_keys=True)}
+    of_all = dist.gather_objects({name: hashlib.sha256(text.encode()).hexdigest() for name, text in mine.items()})
+    different = [name for name in mine if len({each[name] for each in of_all}) > 1]
+    if different:
+        steps = ", ".join(map(str, dist.gather_objects(step)))
+        raise dist.SharedError(
+            f"The processes disagree about {', '.join(different)} (their steps: {steps}): give all of them the same command, and "
+            f"a run folder that all see; {run} may be another folder on each machine."
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,91 @@
+"""One command at a time on what it writes: locks of files that die with their holder, and a sentence about who holds them."""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from repa.base import files
+from repa.base.errors import UserError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, on which commands are not kept apart
+
+
+def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
+    """Lock a file; None when another process has it. `release` gives it back, and so does the end of the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, thread_local=False)  # taken by one thread, given back by another
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def release(lock: BaseFileLock) -> None:
+    lock.release(force=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Wait for a lock and hold it in the block."""
+    lock = take(path, wait=True)
+    try:
+        yield
+    finally:
+        release(lock)
+
+
+def lock_of(target: Path) -> Path:
+    """Where the lock of a file or folder lies: beside it, or in a folder whose own place cannot be written."""
+    target = Path(os.path.abspath(target))
+    inside = target.is_dir() and not os.access(target.parent, os.W_OK)
+    return target / ".lock" if inside else target.parent / f".{target.name}.lock"
+
+
+@contextlib.contextmanager
+def alone(target: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a file or folder that the block writes; it vanishes afterwards.
+
+    Args:
+        target: what is written.
+        doing: the command, for others: "repa train".
+
+    Raises:
+        UserError: another process holds it; the sentence says which, where and since when.
+    """
+    path = lock_of(target)
+    lock = take(path)
+    if lock is None:
+        raise UserError(
+            f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
+        )
+    files.remove_leftovers(path.parent, target.name)  # of a writer that was killed
+    holder = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    try:
+        with contextlib.suppress(OSError):  # a record for others; the lock holds without it
+            path.write_text(json.dumps(holder), encoding="utf-8")
+        yield
+    finally:
+        # removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again
+        with contextlib.suppress(OSError):
+            path.unlink()
+        release(lock)
+
+
+def _holder(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            holder = json.loads(file.read(1000))
+        return f"{holder['doing']}, process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "which left no record"
