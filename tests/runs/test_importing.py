@@ -265,7 +265,8 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     assert convert(one, tmp_path)[0] == 0
-    assert convert(one, tmp_path)[0] == 2
+    assert convert(one, tmp_path)[0] == 0  # the same again is there already
+    assert convert({key: value + 1 for key, value in one.items()}, tmp_path)[0] == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert repa(["convert", str(tmp_path / "absent.pt"), str(tmp_path / "new")]) == 2
     assert "There is no checkpoint file" in capsys.readouterr().err

@@ -128,12 +128,12 @@ def write_samples(
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
     with dist.alone(out, "repa sample"):
-        return _write_samples(run, config, num, out, progress, count)
+        return _write_samples(run, config, num, out, progress, count, callback)
 
 
 def _write_samples(
     run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Callable[[int, int], None],
-    count: Callable[[int], None],
+    count: Callable[[int], None], callback: Callback | None,
 ) -> Path:  # fmt: skip
     parts, job = out.with_suffix(".parts"), _job(run, config, num)
     if out.exists():
