@@ -382,7 +382,8 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fake
     to_parent, from_child = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        Progress(out).claim(1, "base")
+        taken = Progress(out).claim(1, "base")
+        assert taken is not None  # and kept: what is let go of gives its lock back
         os.write(from_child[1], b"x")
         os.read(to_parent[0], 1)
         os._exit(0)
