@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from repa.alignment import Alignment
 from repa.alignment.losses import looks_at_other_images
-from repa.base import dist
+from repa.base import dist, faults
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.models import Backbone, Output, build
@@ -99,15 +99,17 @@ class TrainState:
                 f"{layout.checkpoint_folder(run, checkpoint.step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
                 f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
             )
-        load(self.model, checkpoint.model)
-        load(self.ema.model, checkpoint.ema)
-        for name, average in self.averages.items():
-            load(average.model, checkpoint.averages[name])
-        load(self.objective.alignments, checkpoint.projectors)
-        load_named_state(self.optimizer, self.objective, checkpoint.optimizer)
-        self.guard.load(checkpoint.counters)
-        self.objective.take_up(checkpoint.counters.get("schedules", {}))
-        self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
+        folder = layout.checkpoint_folder(run, checkpoint.step)
+        with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
+            load(self.model, checkpoint.model)
+            load(self.ema.model, checkpoint.ema)
+            for name, average in self.averages.items():
+                load(average.model, checkpoint.averages[name])
+            load(self.objective.alignments, checkpoint.projectors)
+            load_named_state(self.optimizer, self.objective, checkpoint.optimizer)
+            self.guard.load(checkpoint.counters)
+            self.objective.take_up(checkpoint.counters.get("schedules", {}))
+            self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
 
     @contextlib.contextmanager
     def whole_average(self) -> Iterator[Backbone]:
