@@ -275,7 +275,9 @@ def test_times_of_the_pixels_that_are_all_the_same_are_one_time_an_image(config)
 
 def test_terms_of_velocities_need_a_prediction_that_has_one():
     for setting in ({"contrastive": 0.1}, {"velocity_cosine": 1.0}):
-        with pytest.raises(UserError, match="velocity or data"):
-            DiffusionConfig.parse({"prediction": "noise", **setting})
+        for prediction in ("noise", "data"):
+            with pytest.raises(UserError, match="data with loss_weight velocity"):
+                DiffusionConfig.parse({"prediction": prediction, **setting})
+        assert DiffusionConfig.parse({"prediction": "data", "loss_weight": "velocity", **setting})
         with pytest.raises(UserError, match="objective ddpm has its own"):
             DiffusionConfig.parse({"objective": "ddpm", **setting})

@@ -117,10 +117,11 @@ class DiffusionConfig(Config):
         if self.loss_weight != "none":
             self._check_weight()
         for name in ("contrastive", "velocity_cosine"):
-            if getattr(self, name) and self.prediction not in ("velocity", "data"):
+            of_data = (self.prediction, self.loss_weight) == ("data", "velocity")  # whose division by sigma is bounded
+            if getattr(self, name) and self.prediction != "velocity" and not of_data:
                 raise UserError(
-                    f"{name} compares velocities, which a prediction of {self.prediction} does not give at t = 1: choose the "
-                    "prediction velocity or data, or leave it out."
+                    f"{name} compares velocities, which a prediction of {self.prediction} does not give at every t: choose the "
+                    "prediction velocity, or data with loss_weight velocity, or leave it out."
                 )
         return self
 
