@@ -1,0 +1,335 @@
+"""JiT, a diffusion transformer on pixels that predicts the clean image (arXiv 2511.13720), and PixelREPA's adapter on it.
+
+N batch, C channels, T tokens of the grid, S class tokens, D width, h heads, d = D / h. Large patches go through a narrow
+bottleneck; blocks have RMSNorm, SwiGLU, rotary positions and normed queries and keys; from one block on, copies of the
+class stand in front of the grid as tokens. Submodules carry the names of the released checkpoints.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from repa.base.errors import UserError
+from repa.models.config import check_dimensions
+from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.layers import (
+    MAX_PERIOD,
+    NORM_EPS,
+    LabelEmbedding,
+    TimestepEmbedding,
+    attend,
+    modulation,
+    modulations,
+    sincos_positions,
+    unpatchify,
+)
+
+INIT_STD = 0.02  # of the tables of labels and class tokens and of the timestep MLP
+
+
+class JiT(Backbone):
+    """Sizes of the paper: `jit_dimensions("JiT-B/16")`. Times are data times, t = 1 the clean image.
+
+    Args:
+        latent_size: side of the image, or (height, width); multiples of patch_size.
+        bottleneck: width between the patch and the token.
+        class_tokens: S copies of the class in front of the grid, each with a learned position; 0 for none.
+        class_tokens_from: blocks before the class tokens come in; their taps are what PixelREPA aligns.
+
+    Hidden taps are of the grid alone, (N, T, D), and so are attention taps, (N, h, T, T). The released H/16 also drops a
+    fifth of the outputs of its middle blocks in training; a network here draws no random numbers.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_size: int | Sequence[int],
+        latent_channels: int = 3,
+        patch_size: int = 16,
+        hidden_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        bottleneck: int = 128,
+        class_tokens: int = 32,
+        class_tokens_from: int = 4,
+    ):
+        super().__init__()
+        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+        for side in (height, width):
+            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
+        if hidden_dim // num_heads % 4:
+            raise UserError(
+                f"Rotary positions of rows and columns need heads whose width is a multiple of 4, but {hidden_dim} "
+                f"over {num_heads} heads gives {hidden_dim // num_heads}: choose other hidden_dim or num_heads."
+            )
+        if class_tokens and not 0 <= class_tokens_from < depth:
+            raise UserError(f"class_tokens_from {class_tokens_from} is no block of {depth}: choose 0 to {depth - 1}.")
+        self.latent_channels, self.patch_size = latent_channels, patch_size
+        self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
+        self.null_label, self.checkpoint_activations = num_classes, False
+        self.class_tokens, self.class_tokens_from = class_tokens, class_tokens_from
+        self.grid = height // patch_size, width // patch_size
+        self.state_shapes = {"x": (latent_channels, height, width)}
+
+        self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
+        self.rotation = Rotation(hidden_dim // num_heads, self.grid)
+        self.x_embedder = BottleneckEmbedding(latent_channels, bottleneck, hidden_dim, patch_size)
+        self.t_embedder = TimestepEmbedding(hidden_dim)
+        self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
+        self.in_context_posemb = nn.Parameter(torch.zeros(1, class_tokens, hidden_dim)) if class_tokens else None
+        self.blocks = nn.ModuleList(RotaryBlock(hidden_dim, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels)
+        initialise(self)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        for conv in (self.x_embedder.proj1, self.x_embedder.proj2):
+            nn.init.xavier_uniform_(conv.weight.flatten(1))  # as the linear layer that it is; a view, so in place
+        nn.init.zeros_(self.x_embedder.proj2.bias)
+
+    def null(self, like: Condition) -> Condition:
+        return like._replace(labels=torch.full_like(like.labels, self.null_label))
+
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
+        return [
+            p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
+        ]
+
+    def forward(
+        self,
+        state: State,
+        t: Tensor,
+        condition: Condition,
+        taps: tuple[Tap, ...] = (),
+        keep: Tensor | None = None,
+    ) -> Output:
+        """Predict from the noised state; see `Backbone.forward`. `keep` is not for this network.
+
+        Raises:
+            UserError: the state has other shapes, a tap is no block, or a time per token or tokens to keep are given.
+        """
+        self.check(state, taps)
+        if keep is not None or t.ndim != 1:
+            raise UserError("JiT takes one time per sample and all tokens: leave token times and routing out.")
+        x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
+        label = self.y_embedder(condition.labels)  # (N, D)
+        silu_c = F.silu(self.t_embedder(t) + label)
+        seen: dict[Tap, Tensor] = {}
+        front = 0  # class tokens that are in front of the grid
+        for depth, block in enumerate(self.blocks, start=1):
+            if self.in_context_posemb is not None and depth == self.class_tokens_from + 1:
+                front = self.class_tokens
+                x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
+            tapped = Tap(depth, "attention") in taps
+            rotation = self.rotation(front)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, logits = checkpoint(
+                    block, x, silu_c, *rotation, tapped, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, logits = block(x, silu_c, *rotation, tapped)
+            if tapped:
+                seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
+            if Tap(depth) in taps:
+                seen[Tap(depth)] = x[:, front:]
+        tokens = self.final_layer(x[:, front:], silu_c)  # (N, T, p * p * C)
+        return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
+
+
+SIZES = {  # hidden_dim, depth, num_heads, bottleneck, class_tokens_from (table 9)
+    "B": (768, 12, 12, 128, 4),
+    "L": (1024, 24, 16, 128, 8),
+    "H": (1280, 32, 16, 256, 10),
+}
+
+
+def jit_dimensions(name: str) -> dict[str, int]:
+    """Arguments of JiT by a name such as "JiT-B/16"; raises UserError when there is none."""
+    size, _, patch = name.removeprefix("JiT-").partition("/")
+    if size not in SIZES or patch not in ("16", "32") or not name.startswith("JiT-"):
+        raise UserError(f"Unknown model {name!r}: a name is JiT-{{{','.join(SIZES)}}}/{{16,32}}, as in 'JiT-B/16'.")
+    keys = ("hidden_dim", "depth", "num_heads", "bottleneck", "class_tokens_from")
+    return dict(zip(keys, SIZES[size], strict=True)) | {"patch_size": int(patch)}
+
+
+class BottleneckEmbedding(nn.Module):
+    """Cut the image into patches and project each through a narrow layer without bias: (N, C, H, W) -> (N, T, D)."""
+
+    def __init__(self, channels: int, bottleneck: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj1 = nn.Conv2d(channels, bottleneck, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck, dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class Rotation(nn.Module):
+    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid: the first half of a head turns by row, the second by
+    column, pairs of neighbouring channels by one angle. Tokens in front of the grid are not turned."""
+
+    def __init__(self, head_dim: int, grid: tuple[int, int]):
+        super().__init__()
+        half = head_dim // 2
+        rates = MAX_PERIOD ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # (d / 4,)
+        rows, columns = grid
+        row = (torch.arange(rows)[:, None] * rates).repeat_interleave(2, dim=1)  # (rows, d / 2)
+        column = (torch.arange(columns)[:, None] * rates).repeat_interleave(2, dim=1)
+        angles = torch.cat(
+            [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
+        )  # (rows, columns, d)
+        self.register_buffer("cos", angles.flatten(0, 1).cos().float(), persistent=False)  # (T, d)
+        self.register_buffer("sin", angles.flatten(0, 1).sin().float(), persistent=False)
+
+    def forward(self, front: int) -> tuple[Tensor, Tensor]:
+        """(front + T, d) each."""
+        return F.pad(self.cos, (0, 0, front, 0), value=1.0), F.pad(self.sin, (0, 0, front, 0))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of channels of x (N, h, T, d); cos and sin (T, d)."""
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention whose queries and keys are normed per head, then turned by their places: (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tapped: bool = False) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, d)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)  # autocast leaves a norm in float32
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)), logits
+
+
+class SwiGLU(nn.Module):
+    """SiLU(x W1) * (x W2), then W3, at two thirds of the hidden width (arXiv 2002.05202): (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        narrow = int(hidden * 2 / 3)
+        self.w12 = nn.Linear(dim, 2 * narrow)
+        self.w3 = nn.Linear(narrow, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class RotaryBlock(nn.Module):
+    """adaLN-Zero block of RMSNorm, rotary attention and SwiGLU."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attn = RotaryAttention(dim, num_heads)
+        self.norm2 = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.mlp = SwiGLU(dim, int(dim * mlp_ratio))
+        self.adaLN_modulation = modulation(dim, 6)
+
+    def forward(
+        self, x: Tensor, silu_c: Tensor, cos: Tensor, sin: Tensor, tapped: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (N, T, D), silu_c (N, D), cos and sin (T, d) -> (x, attention logits (N, h, T, T) when `tapped`)."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
+            self.adaLN_modulation, silu_c, x, 6
+        )
+        attention, logits = self.attn(torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn), cos, sin, tapped)
+        x = torch.addcmul(x, gate_attn, attention)
+        return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp))), logits
+
+
+class FinalLayer(nn.Module):
+    """Modulated RMSNorm and the projection of every token to its patch: (N, T, D) -> (N, T, p * p * C)."""
+
+    def __init__(self, dim: int, out_features: int):
+        super().__init__()
+        self.norm_final = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.linear = nn.Linear(dim, out_features)
+        self.adaLN_modulation = modulation(dim, 2)
+
+    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
+        shift, scale = modulations(self.adaLN_modulation, silu_c, x, 2)
+        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+
+
+class MaskedAdapter(nn.Module):
+    """PixelREPA's projector (arXiv 2603.14366): hidden tokens, some masked, through two JiT blocks to features.
+
+    It is conditioned as the network is, by embeddings and class tokens it has to itself. Where the features have the width of the
+    tokens, the tokens are the answer; elsewhere a head follows: Linear, LayerNorm, SiLU, Linear.
+
+    `forward(hidden, t, labels, keep)`: hidden (N, T, D), t (N,) data times, labels (N,) int64, keep (N, T) bool, False where
+    the mask token stands; the paper keeps a token with probability 0.8 in training, and all of them elsewhere. The mask is
+    handed in, since a network draws no random numbers. -> (N, T, F).
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        feature_dim: int,
+        grid: tuple[int, int],
+        *,
+        num_classes: int,
+        num_heads: int,
+        depth: int = 2,
+        class_tokens: int = 32,
+    ):
+        super().__init__()
+        self.rotation = Rotation(hidden_dim // num_heads, grid)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
+        self.t_embedder = TimestepEmbedding(hidden_dim)
+        self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
+        self.in_context_posemb = nn.Parameter(torch.zeros(1, class_tokens, hidden_dim))
+        self.blocks = nn.ModuleList(RotaryBlock(hidden_dim, num_heads) for _ in range(depth))
+        head = [
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.LayerNorm(hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, feature_dim),
+        ]
+        self.projection = nn.Sequential(*(head if hidden_dim != feature_dim else []))
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+
+    def forward(self, hidden: Tensor, t: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
+        x = torch.where(keep[..., None], hidden, self.mask_token.to(hidden.dtype))  # (N, T, D)
+        label = self.y_embedder(labels)
+        silu_c = F.silu(self.t_embedder(t) + label)
+        front = self.in_context_posemb.shape[1]
+        x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
+        rotation = self.rotation(front)
+        for block in self.blocks:
+            x, _ = block(x, silu_c, *rotation)
+        return self.projection(x[:, front:])  # (N, T, F)
+
+
+def initialise(module: JiT | MaskedAdapter) -> None:
+    """Linear layers by Xavier without bias, tables of small numbers, and blocks that start as the identity (adaLN-Zero)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    nn.init.normal_(module.y_embedder.embedding_table.weight, std=INIT_STD)
+    nn.init.normal_(module.t_embedder.mlp[0].weight, std=INIT_STD)
+    nn.init.normal_(module.t_embedder.mlp[2].weight, std=INIT_STD)
+    if module.in_context_posemb is not None:
+        nn.init.normal_(module.in_context_posemb, std=INIT_STD)
+    for block in module.blocks:
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
