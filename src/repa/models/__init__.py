@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = exports(
         "Backbone": "contract",
         "Condition": "contract",
         "DiT": "dit",
+        "Hooked": "hooked",
         "JiT": "jit",
         "MaskedAdapter": "jit",
         "ModelConfig": "config",

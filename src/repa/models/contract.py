@@ -74,6 +74,7 @@ class Backbone(nn.Module, ABC):
         state_shapes: name -> shape of one sample, "x": (C, H, W) first.
         blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
         prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
+        compiles: can torch.compile take it in one graph?
     """
 
     hidden_dim: int
@@ -82,6 +83,7 @@ class Backbone(nn.Module, ABC):
     state_shapes: Mapping[str, tuple[int, ...]]
     blocks: Sequence[nn.Module]
     prefix_tokens: int = 0
+    compiles: bool = True
 
     @abstractmethod
     def forward(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from repa.base import dist
+from repa.base.errors import UserError
 from repa.models import Backbone
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
@@ -57,6 +58,8 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
                 broadcast_buffers=False,  # all of them are constants
             )
     if config.compile:
+        if not objective.model.compiles:
+            raise UserError(f"{type(objective.model).__name__} cannot be compiled in one graph: turn compile off.")
         # in place, so that names stay; blocks by themselves where each gathers its parameters before it runs
         for part in objective.model.blocks if isinstance(objective, FSDPModule) else [module]:
             part.compile()

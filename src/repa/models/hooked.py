@@ -1,0 +1,144 @@
+"""Any network with a list of blocks as a backbone: its taps come from hooks, registered once."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from repa.base.errors import UserError
+from repa.models.contract import Backbone, Condition, Output, State, Tap
+
+NO_COMPILE = "A hooked network cannot be compiled, since hooks break its graph: turn compile off."
+
+
+class Hooked(Backbone):
+    """`net`, called through `call`, with the outputs of its `blocks` as hidden taps.
+
+    A block may give a tensor or a tuple whose first item is one, as tokens (N, P + T, D) with P tokens in front of the grid, which
+    taps leave out, or as a map (N, D, rows, columns). It has no attention taps, and torch.compile is refused: hooks would
+    break its graph.
+
+    Args:
+        net: the network; its state dict has "net." in front.
+        blocks: modules within `net`, in order, each run once a pass.
+        call: (net, state, t, condition) -> prediction of x, (N, C, H, W).
+        hidden_dim: D.
+        grid: (rows, columns) of the tokens.
+        null_label: the label that means "none".
+        state_shape: (C, H, W) of x.
+
+    Raises:
+        UserError: a block is no part of the network, or stands twice in the list.
+    """
+
+    compiles = False
+
+    def __init__(
+        self,
+        net: nn.Module,
+        blocks: Sequence[nn.Module],
+        call: Callable[[nn.Module, State, Tensor, Condition], Tensor],
+        *,
+        hidden_dim: int,
+        grid: tuple[int, int],
+        null_label: int,
+        state_shape: tuple[int, int, int],
+    ):
+        super().__init__()
+        parts = {id(module) for module in net.modules()}
+        if not blocks or len({id(block) for block in blocks}) < len(blocks) or any(id(b) not in parts for b in blocks):
+            raise UserError(
+                "The blocks to hook must be different modules of the network: hand some of its own modules."
+            )
+        self.net, self.blocks, self._call = net, list(blocks), call  # a list: the blocks are parts of the net already
+        self.hidden_dim, self.depth, self.grid, self.null_label = hidden_dim, len(blocks), grid, null_label
+        self.state_shapes = {"x": tuple(state_shape)}
+        self._record = _Record()
+        for depth, block in enumerate(blocks, start=1):
+            block.register_forward_hook(_Hook(Tap(depth), self._record))
+
+    def compile(self, *args, **kwargs) -> None:
+        raise UserError(NO_COMPILE)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Never: what a block of another network draws or changes is not known here, so it cannot be run twice."""
+        return False
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        if wanted:
+            raise UserError("The blocks of a hooked network are not computed again: turn checkpoint_activations off.")
+
+    def forward(
+        self,
+        state: State,
+        t: Tensor,
+        condition: Condition,
+        taps: tuple[Tap, ...] = (),
+        keep: Tensor | None = None,
+    ) -> Output:
+        """Predict from the noised state; see `Backbone.forward`.
+
+        Raises:
+            UserError: other shapes, an attention tap, tokens to keep, torch.compile, or a tapped block that did not run.
+        """
+        if torch.compiler.is_compiling():
+            raise UserError(NO_COMPILE)
+        self.check(state, taps)
+        if keep is not None or any(tap.kind != "hidden" for tap in taps):
+            raise UserError(
+                "A hooked network has hidden taps alone and takes all tokens: leave attention and routing out."
+            )
+        self._record.taps = taps
+        try:
+            prediction = self._call(self.net, state, t, condition)
+            hidden = self._record.hidden
+        finally:
+            self._record.clear()
+        for tap in taps:
+            if tap not in hidden:
+                raise UserError(f"Block {tap} did not run, so that it has nothing to tap: tap another block.")
+        return Output({"x": prediction}, {tap: self._tokens(tap, hidden[tap]) for tap in taps}, {})
+
+    def _tokens(self, tap: Tap, hidden: Tensor) -> Tensor:
+        """(N, T, D) of whatever the block gave."""
+        num_tokens = self.grid[0] * self.grid[1]
+        if hidden.ndim == 4 and tuple(hidden.shape[1:]) == (self.hidden_dim, *self.grid):
+            return hidden.flatten(2).transpose(1, 2)
+        if hidden.ndim == 3 and hidden.shape[1] >= num_tokens and hidden.shape[2] == self.hidden_dim:
+            return hidden[:, hidden.shape[1] - num_tokens :]
+        raise UserError(
+            f"Block {tap} gives {tuple(hidden.shape)}, which is neither (N, {self.hidden_dim}, {self.grid[0]}, "
+            f"{self.grid[1]}) nor (N, at least {num_tokens}, {self.hidden_dim}): correct hidden_dim or grid, or tap "
+            f"another block."
+        )
+
+    def null(self, like: Condition) -> Condition:
+        return like._replace(labels=torch.full_like(like.labels, self.null_label))
+
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """The matrices of the blocks: what else is one, a modulation or a gate, cannot be told from outside."""
+        return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]
+
+
+class _Record:
+    """What the hooks of one network have seen in this pass."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.taps: tuple[Tap, ...] = ()
+        self.hidden: dict[Tap, Tensor] = {}
+
+
+class _Hook:
+    """An object and no closure, so that a copy of the network (the average) writes to the copy's record."""
+
+    def __init__(self, tap: Tap, record: _Record):
+        self.tap, self.record = tap, record
+
+    def __call__(self, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        if self.tap in self.record.taps:
+            self.record.hidden[self.tap] = output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,96 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from repa.base.errors import UserError
+from repa.models import Condition, Hooked, Tap
+
+
+class Tokens(nn.Module):
+    """A token in front of the grid, and tuples."""
+
+    def forward(self, x):
+        return torch.cat([x[:, :1] * 2, x[:, 1:] + 1], dim=1), "more"
+
+
+class Net(nn.Module):
+    """A convolutional block, then one on tokens, over a map of 4 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.tokens, self.unused = nn.Conv2d(4, 4, 3, padding=1), Tokens(), nn.Linear(4, 4)
+        self.labels = nn.Embedding(4, 4)
+
+    def forward(self, x, t, labels):
+        x = self.conv(x + self.labels(labels)[:, :, None, None] * t[:, None, None, None])
+        front, grid = x.mean((2, 3))[:, None], x.flatten(2).transpose(1, 2)
+        out, _ = self.tokens(torch.cat([front, grid], dim=1))
+        return out[:, 1:].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def call(net, state, t, condition):
+    return net(state["x"], t, condition.labels)
+
+
+def hooked(net=None, blocks=("conv", "tokens"), **changes):
+    torch.manual_seed(0)
+    net = net or Net()
+    settings = {"hidden_dim": 4, "grid": (2, 3), "null_label": 3, "state_shape": (4, 2, 3), **changes}
+    return Hooked(net, [getattr(net, name) for name in blocks], call, **settings)
+
+
+def inputs(n=2):
+    generator = torch.Generator().manual_seed(1)
+    return {"x": torch.randn(n, 4, 2, 3, generator=generator)}, torch.rand(n), Condition(torch.arange(n))
+
+
+def test_taps_are_the_tokens_of_the_blocks():
+    model = hooked()
+    state, t, condition = inputs()
+    output = model(state, t, condition, (Tap(1), Tap(2)))
+    shifted = state["x"] + model.net.labels(condition.labels)[:, :, None, None] * t[:, None, None, None]
+    maps = model.net.conv(shifted)
+    torch.testing.assert_close(output.taps[Tap(1)], maps.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(output.taps[Tap(2)], maps.flatten(2).transpose(1, 2) + 1)
+    torch.testing.assert_close(output.prediction["x"], maps + 1)
+    assert model(state, t, condition).taps == {}
+    output.taps[Tap(2)].sum().backward()
+    assert model.net.conv.weight.grad.any()
+
+
+def test_a_copy_sees_itself():
+    model = hooked()
+    state, t, condition = inputs()
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        average.net.conv.bias += 5
+    wanted = model(state, t, condition, (Tap(1),)).taps[Tap(1)]
+    torch.testing.assert_close(average(state, t, condition, (Tap(1),)).taps[Tap(1)], wanted + 5)
+    assert average.blocks[0] is average.net.conv
+
+
+def test_parameters_stand_once():
+    assert sorted(hooked().state_dict()) == sorted(f"net.{name}" for name in Net().state_dict())
+    assert [tuple(p.shape) for p in hooked(blocks=("unused",)).matrices()] == [(4, 4)]
+    assert hooked().null(Condition(torch.tensor([0, 1]))).labels.tolist() == [3, 3]
+
+
+def test_what_it_refuses():
+    state, t, condition = inputs()
+    for taps in [(Tap(3),), (Tap(1, "attention"),)]:
+        with pytest.raises(UserError):
+            hooked()(state, t, condition, taps)
+    with pytest.raises(UserError, match="did not run"):
+        hooked(blocks=("unused",))(state, t, condition, (Tap(1),))
+    with pytest.raises(UserError, match="neither"):
+        hooked(hidden_dim=5)(state, t, condition, (Tap(1),))
+    with pytest.raises(UserError):
+        hooked(blocks=("conv", "conv"))
+    with pytest.raises(UserError):
+        Hooked(Net(), [nn.Linear(1, 1)], call, hidden_dim=4, grid=(2, 3), null_label=3, state_shape=(4, 2, 3))
+    with pytest.raises(UserError):
+        hooked().checkpoint_activations = True
+    with pytest.raises(UserError, match="compile"):
+        hooked().compile()
