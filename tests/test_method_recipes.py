@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from repa.base.registry import parse_spec
+from repa.cli.main import run as repa_run
 from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.recipes import RECIPES, load_recipe
@@ -131,6 +132,20 @@ def test_every_method_trains(name, data_folder, tmp_path):
     total += sum(t.weight * row["alignment"][t.key] for t in config.alignments)
     assert row["loss"] == pytest.approx(total, rel=1e-5, abs=1e-5)
     assert set(row.get("head") or {}) == {str(depth) for depth in config.model.heads}
+
+
+@pytest.mark.parametrize("name", [name for name in method_recipes() if name.startswith("cifar10")])
+def test_small_recipes_train_as_they_are(name, data_folder, tmp_path):
+    """In half precision, on the stored float16 features of the encoder inside the package, with a preview that is measured."""
+    run = tmp_path / "run"
+    given = [
+        "--num-steps", "2", "--batch-size", "4", "--log-every", "1", "--precision", "bf16", "--preview.every", "2",
+        "--preview.num-images", "4", "--preview.num-scored", "8", "--preview.num-steps", "2",
+    ]  # fmt: skip
+    assert repa_run(["train", name, "--data", str(data_folder), "--out", str(run), *given]) == 0
+    rows = {row["kind"]: row for row in read_metrics(run)}
+    assert rows["train"]["step"] == 2
+    assert rows["eval"]["frechet_distance"] > 0
 
 
 def test_figures_have_a_column_for_each_way_of_drawing_labels():

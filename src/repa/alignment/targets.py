@@ -99,7 +99,8 @@ class EncoderTarget(Target):
         if self.part == "attention":
             return features.attention[self.layer]
         if self.part == "all":
-            return torch.cat([features.pooled[:, None], features.patches], dim=1)  # (N, 1 + M, F)
+            # stored features are float16, which the autocast of a CPU cannot join
+            return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
         return features.patches
 
 
