@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = exports(
         "DiT": "dit",
         "Hooked": "hooked",
         "JiT": "jit",
+        "MMDiT": "mmdit",
         "MaskedAdapter": "jit",
         "ModelConfig": "config",
         "Output": "contract",

@@ -1,0 +1,203 @@
+"""MMDiT, the text-to-image network of REPA (arXiv 2410.06940, appendix; the block is of arXiv 2403.03206).
+
+N batch, C channels, T tokens of the grid, S text tokens, E their width, D width, h heads. Text and image are two streams
+with weights of their own that meet in one attention over [text, image].
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from repa.base.errors import UserError
+from repa.models.config import check_dimensions
+from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.layers import (
+    MLP,
+    FinalLayer,
+    PatchEmbedding,
+    TimestepEmbedding,
+    attend,
+    modulate,
+    modulation,
+    modulations,
+    sincos_positions,
+    unpatchify,
+)
+
+INIT_STD = 0.02  # of the timestep MLP
+
+
+class MMDiT(Backbone):
+    """24 blocks of width 768 and 24 heads by default, the paper's. Labels are not looked at: `Condition.text` is.
+
+    Args:
+        latent_size: side of the latent, or (height, width); multiples of patch_size.
+        text_shape: (S, E) of the text.
+        reference_init: PyTorch's default initialisation, as the released code has; otherwise adaLN-Zero, as in DiT.
+
+    Attributes:
+        null_text: (S, E) what stands for "no text". Zeros until the encoded empty text is copied into it.
+        null_mask: (S,) bool, its tokens.
+
+    Hidden taps are the image stream, (N, T, D); attention taps are of the grid alone, (N, h, T, T).
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_size: int | Sequence[int],
+        latent_channels: int = 4,
+        patch_size: int = 2,
+        hidden_dim: int = 768,
+        depth: int = 24,
+        num_heads: int = 24,
+        text_shape: tuple[int, int] = (77, 768),
+        reference_init: bool = False,
+    ):
+        super().__init__()
+        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+        for side in (height, width):
+            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
+        self.latent_channels, self.patch_size, self.text_shape = latent_channels, patch_size, tuple(text_shape)
+        self.hidden_dim, self.depth, self.checkpoint_activations = hidden_dim, depth, False
+        self.grid = height // patch_size, width // patch_size
+        self.state_shapes = {"x": (latent_channels, height, width)}
+
+        self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
+        self.register_buffer("null_text", torch.zeros(text_shape))
+        self.register_buffer("null_mask", torch.ones(text_shape[0], dtype=torch.bool))
+        self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
+        self.t_embedder = TimestepEmbedding(hidden_dim)
+        self.context_embedder = nn.Linear(text_shape[1], hidden_dim)
+        self.blocks = nn.ModuleList(JointBlock(hidden_dim, num_heads, last=i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels)
+        if not reference_init:
+            self.initialise()
+
+    def initialise(self) -> None:
+        """Blocks start as the identity and the prediction as zero (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view, so in place
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        for block in self.blocks:
+            for stream in (block.text, block.image):
+                nn.init.zeros_(stream.adaLN_modulation[1].weight)
+
+    def null(self, like: Condition) -> Condition:
+        num = len(like.labels)
+        mask = None if like.text_mask is None else self.null_mask.expand(num, -1)
+        return like._replace(text=self.null_text.expand(num, -1, -1), text_mask=mask)
+
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
+        return [
+            p
+            for block in self.blocks
+            for name, p in block.named_parameters()
+            if p.ndim == 2 and "adaLN_modulation" not in name
+        ]
+
+    def forward(
+        self,
+        state: State,
+        t: Tensor,
+        condition: Condition,
+        taps: tuple[Tap, ...] = (),
+        keep: Tensor | None = None,
+    ) -> Output:
+        """Predict from the noised state; see `Backbone.forward`. t goes to the sinusoid as it is, in [0, 1].
+
+        Raises:
+            UserError: other shapes, no text, a tap is no block, or a time per token or tokens to keep are given.
+        """
+        self.check(state, taps)
+        if keep is not None or t.ndim != 1:
+            raise UserError("MMDiT takes one time per sample and all tokens: leave token times and routing out.")
+        if condition.text is None or tuple(condition.text.shape[1:]) != self.text_shape:
+            found = "none" if condition.text is None else tuple(condition.text.shape)
+            raise UserError(
+                f"MMDiT takes text of shape (N, {self.text_shape[0]}, {self.text_shape[1]}), but got {found}."
+            )
+        image = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
+        text = self.context_embedder(condition.text)  # (N, S, D)
+        silu_c = F.silu(self.t_embedder(t))
+        mask = None
+        if condition.text_mask is not None:  # nobody looks at text that is not there
+            mask = F.pad(condition.text_mask, (0, image.shape[1]), value=True)[:, None]  # (N, 1, S + T)
+        seen: dict[Tap, Tensor] = {}
+        for depth, block in enumerate(self.blocks, start=1):
+            tapped = Tap(depth, "attention") in taps
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                text, image, logits = checkpoint(
+                    block, text, image, silu_c, mask, tapped, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                text, image, logits = block(text, image, silu_c, mask, tapped)
+            if tapped:
+                seen[Tap(depth, "attention")] = logits
+            if Tap(depth) in taps:
+                seen[Tap(depth)] = image
+        tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C)
+        return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
+
+
+class TokenStream(nn.Module):
+    """The weights that one of the two streams has in a block; the last text stream only gives keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, only_keys: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = None if only_keys else nn.Linear(dim, dim)
+        self.mlp = None if only_keys else MLP(dim, 4 * dim)
+        self.adaLN_modulation = modulation(dim, 2 if only_keys else 6)
+
+    def before(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(queries, keys and values, 3 of (N, h, T, D/h); what modulates and gates the rest)."""
+        shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, 2 if self.mlp is None else 6)
+        qkv = self.qkv(modulate(x, shift, scale)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return qkv, tuple(rest)
+
+    def after(self, x: Tensor, attention: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        """x (N, T, D) and what attention found for it, (N, T, D) -> (N, T, D)."""
+        gate_attn, shift, scale, gate_mlp = rest
+        x = torch.addcmul(x, gate_attn, self.proj(attention))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift, scale)))
+
+
+class JointBlock(nn.Module):
+    """Two streams, one attention over [text, image]; after the `last` block the text goes nowhere."""
+
+    def __init__(self, dim: int, num_heads: int, last: bool):
+        super().__init__()
+        self.text = TokenStream(dim, num_heads, only_keys=last)
+        self.image = TokenStream(dim, num_heads, only_keys=False)
+        self.last = last
+
+    def forward(
+        self, text: Tensor, image: Tensor, silu_c: Tensor, mask: Tensor | None = None, tapped: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """text (N, S, D), image (N, T, D), silu_c (N, D), mask (N, 1, S + T) -> (text, image, logits (N, h, T, T) when `tapped`)."""
+        of_text, rest_text = self.text.before(text, silu_c)
+        of_image, rest_image = self.image.before(image, silu_c)
+        q, k, v = torch.cat([of_text, of_image], dim=3)  # each (N, h, S + T, D/h)
+        num = text.shape[1]
+        logits = (q[:, :, num:] * q.shape[-1] ** -0.5) @ k[:, :, num:].transpose(-1, -2) if tapped else None
+        attention = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (N, S + T, D)
+        image = self.image.after(image, attention[:, num:], rest_image)
+        if not self.last:
+            text = self.text.after(text, attention[:, :num], rest_text)
+        return text, image, logits

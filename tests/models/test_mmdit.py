@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.models import Condition, MMDiT, Tap
+from tests import golden
+
+SIZES = {"latent_size": (4, 6), "hidden_dim": 16, "depth": 2, "num_heads": 2, "text_shape": (3, 5)}
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    model = MMDiT(**{**SIZES, **changes})
+    for parameter in model.parameters():  # the zeros of adaLN-Zero hide every mistake behind them
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(n=2):
+    generator = torch.Generator().manual_seed(1)
+    state = {"x": torch.randn(n, 4, 4, 6, generator=generator)}
+    mask = torch.ones(n, 3, dtype=torch.bool)
+    mask[0, 2] = False
+    text = torch.randn(n, 3, 5, generator=generator)
+    return state, torch.rand(n, generator=generator), Condition(torch.zeros(n, dtype=torch.int64), text, mask)
+
+
+def test_parameters_of_the_paper():
+    wanted = golden.load("mmdit_parameters")["expected"]
+    with torch.device("meta"):
+        model = MMDiT(latent_size=32, reference_init=True)
+    parts = {**wanted["by_module"], "blocks": wanted["by_module"]["joint_blocks"]}
+    for name in ("x_embedder", "t_embedder", "context_embedder", "blocks", "final_layer"):
+        assert sum(p.numel() for p in model.get_submodule(name).parameters()) == parts[name], name
+    assert sum(p.numel() for p in model.parameters()) == wanted["total_with_projector"] - wanted["projector"]
+
+
+def test_initialisation():
+    state, t, condition = inputs()
+    assert not MMDiT(**SIZES)(state, t, condition).prediction["x"].any()
+    assert MMDiT(**SIZES, reference_init=True)(state, t, condition).prediction["x"].abs().max() > 0.01
+
+
+def test_gradients_reach_every_parameter():
+    model = network()
+    model(*inputs()).prediction["x"].square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_text_that_is_masked_and_other_rows_are_not_seen():
+    model = network()
+    state, t, condition = inputs()
+    found = model(state, t, condition).prediction["x"]
+    assert found.shape == (2, 4, 4, 6)
+    text = condition.text.clone()
+    text[0, 2] += 1
+    torch.testing.assert_close(model(state, t, condition._replace(text=text)).prediction["x"], found)
+    text[0, 1] += 1
+    changed = model(state, t, condition._replace(text=text)).prediction["x"]
+    assert not torch.allclose(changed[0], found[0])
+    torch.testing.assert_close(changed[1], found[1])
+    short = condition._replace(text=condition.text[:1, :2], text_mask=None).rows(slice(0, 1))
+    other = network(text_shape=(2, 5))
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "null" not in k}, strict=False)
+    torch.testing.assert_close(
+        other({"x": state["x"][:1]}, t[:1], short).prediction["x"], found[:1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_taps_are_the_image_stream():
+    model = network()
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _, args, out: seen.extend([args, out]))
+    output = model(*inputs(), (Tap(1), Tap(1, "attention")))
+    torch.testing.assert_close(output.taps[Tap(1)], seen[1][1])
+    assert output.taps[Tap(1)].shape == (2, 6, 16)
+    (q, k, _), _ = model.blocks[0].image.before(seen[0][1], seen[0][2])
+    wanted = torch.einsum("nhqd,nhkd->nhqk", q, k) / 8**0.5
+    torch.testing.assert_close(output.taps[Tap(1, "attention")], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_text_is_the_encoded_empty_text():
+    model = network()
+    _, _, condition = inputs()
+    model.null_text.fill_(0.5)
+    model.null_mask[1:] = False
+    null = model.null(condition)
+    assert null.text.shape == (2, 3, 5)
+    assert null.text.unique().tolist() == [0.5]
+    assert null.text_mask.tolist() == [[True, False, False]] * 2
+    assert model.null(condition._replace(text_mask=None)).text_mask is None
+
+
+def test_recomputed_and_compiled_blocks_give_the_same():
+    model = network()
+    taps = (Tap(1), Tap(2, "attention"))
+    wanted = model(*inputs(), taps)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs(), taps)
+    torch.testing.assert_close(found.prediction["x"], wanted.prediction["x"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.taps, wanted.taps, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        model(*inputs()).prediction["x"].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_mistakes_are_refused():
+    state, t, condition = inputs()
+    with pytest.raises(UserError, match="text"):
+        network()(state, t, Condition(condition.labels))
+    with pytest.raises(UserError, match="text"):
+        network()(state, t, condition._replace(text=condition.text[:, :2]))
+    with pytest.raises(UserError):
+        network()(state, t[:, None].expand(-1, 6), condition)
