@@ -73,6 +73,7 @@ def test_settings_beside_the_terms():
     flow = load_recipe("sit-xl2-self-flow")
     assert (flow.diffusion.token_times, flow.model.separate_times) == (0.25, False)
     assert load_recipe("sit-xl2-self-transcendence").alignments[0].times == (0.4, 0.7)
+    assert load_recipe("sit-xl2-cfm").diffusion.contrastive == 0.05
     guided = load_recipe("sit-xl2-internal-guidance")
     assert (guided.model.heads, guided.head_weight) == ((8,), 0.5)
 
@@ -127,10 +128,12 @@ def test_every_method_trains(name, data_folder, tmp_path):
     state = start_training(config, open_data(data_folder), run, device=torch.device("cpu"), say=lambda text: None)
     assert state.step == 2
     row = next(row for row in read_metrics(run) if row["kind"] == "train")
-    total = row["denoising"] + sum(config.head_weight * loss for loss in (row.get("head") or {}).values())
+    total = row["denoising"] + row.get("contrastive", 0.0)  # which holds its weight
+    total += sum(config.head_weight * loss for loss in (row.get("head") or {}).values())
     total += sum(s.weight * row["stream"][s.name] for s in config.streams)
     total += sum(t.weight * row["alignment"][t.key] for t in config.alignments)
     assert row["loss"] == pytest.approx(total, rel=1e-5, abs=1e-5)
+    assert ("contrastive" in row) == (config.diffusion.contrastive > 0)
     assert set(row.get("head") or {}) == {str(depth) for depth in config.model.heads}
 
 

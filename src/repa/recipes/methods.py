@@ -148,6 +148,10 @@ def internal_guidance(place: Place) -> Parts:
     return {"model": {"heads": (place.aligned,)}, "head_weight": 0.5}
 
 
+def contrastive(place: Place) -> Parts:
+    return {"diffusion": DiffusionConfig(contrastive=0.05)}
+
+
 _OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
 METHODS: dict[str, Method] = {
     "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
@@ -194,6 +198,10 @@ METHODS: dict[str, Method] = {
     "dispersive-last": Method(
         "dispersive loss as the PyTorch release sets it", "2506.09027", "dispersive.md", dispersive_last,
         ("Distances are taken within each process, as there: eight of 32 images give the figures' setting.",),
+    ),
+    "cfm": Method(
+        "contrastive flow matching", "2506.05350", "cfm.md", contrastive,
+        ("The weight 0.05 is chosen here.", "It goes beside REPA: repa train sit-xl2-repa --diffusion.contrastive 0.05."),
     ),
     "internal-guidance": Method(
         "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,),
