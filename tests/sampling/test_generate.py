@@ -237,14 +237,15 @@ def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, config, 11, out, stop)
     parts = out.with_suffix(".parts")
+    nfe = generate(run, config, range(2)).nfe
     assert not out.exists()
-    assert sorted(path.name for path in parts.glob("*.npy")) == ["000000000.npy", "000000004.npy"]
-    kept = (parts / "000000004.npy").stat().st_mtime_ns
-    (parts / "000000000.npy").unlink()
+    assert sorted(path.name for path in parts.glob("*.npy")) == [f"000000000-{nfe}.npy", f"000000004-{nfe}.npy"]
+    kept = (parts / f"000000004-{nfe}.npy").stat().st_mtime_ns
+    (parts / f"000000000-{nfe}.npy").unlink()
     (parts / ".000000000.npy.killed.tmp").write_bytes(b"half")
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, config, 11, out, stop)
-    assert (parts / "000000004.npy").stat().st_mtime_ns == kept  # not made again
+    assert (parts / f"000000004-{nfe}.npy").stat().st_mtime_ns == kept  # not made again
     write_samples(run, config, 11, out)
     assert out.read_bytes() == whole
     assert not parts.exists()

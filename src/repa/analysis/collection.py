@@ -1,7 +1,7 @@
 """Features of many images, collected once: rows in chunks on disk, so that what a killed process made is not made again.
 
 CACHE/1f3a.../               one folder for what the features are a function of, which identity.json says
-  depth08-000000000.npy      rows 0 to CHUNK - 1 of one field, float32 or float16
+  depth08-000000000-9f2c....npy   rows 0 to CHUNK - 1 of one field, float32 or float16, and their checksum
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def collect(
     if folder is not None and dist.is_main():
         files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
     for rows in chunks[dist.rank() :: dist.world()]:
-        missing = [f for f in fields if folder is None or not _path(folder, f, rows).exists()]
+        missing = [f for f in fields if folder is None or _found(folder, f, rows) is None]
         if missing:
             made = {field: _stored(x, field, store) for field, x in make(rows, missing).items()}
             if folder is not None and rows is chunks[0]:
@@ -61,20 +61,37 @@ def collect(
                 if folder is None:
                     kept[field].append(torch.from_numpy(x))
                 else:
-                    save_npy(_path(folder, field, rows), x)
+                    save_npy(folder / f"{_stem(field, rows)}-{_checksum(x)}.npy", x)
         progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
     dist.barrier()
     if folder is None:
         return lambda field: torch.cat(kept[field])
-    return lambda field: torch.from_numpy(np.concatenate([_read(_path(folder, field, rows), rows) for rows in chunks]))
+    return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
 
 
 def _name(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _path(folder: Path, field: str, rows: range) -> Path:
-    return folder / f"{field}-{rows.start:09d}.npy"
+def _stem(field: str, rows: range) -> str:
+    return f"{field}-{rows.start:09d}"
+
+
+def _checksum(x: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()[:16]
+
+
+def _found(folder: Path, field: str, rows: range) -> np.ndarray | None:
+    """The rows that the cache holds; a file that is not what its name says is removed, and they are made again."""
+    for path in folder.glob(f"{_stem(field, rows)}-*.npy"):
+        try:
+            array = load_npy(path, "features", "Remove it, and it is made again.")
+        except UserError:
+            array = np.empty(0)
+        if array.ndim == 2 and len(array) == len(rows) and path.stem.rpartition("-")[2] == _checksum(array):
+            return array
+        path.unlink(missing_ok=True)
+    return None
 
 
 def _stored(x: Tensor, field: str, store: str) -> np.ndarray:
@@ -85,8 +102,7 @@ def _stored(x: Tensor, field: str, store: str) -> np.ndarray:
     return x.contiguous().numpy()
 
 
-def _read(path: Path, rows: range) -> np.ndarray:
-    array = load_npy(path, "features", "Remove it, and it is made again.")
-    if array.ndim != 2 or len(array) != len(rows):
-        raise UserError(f"{path} does not hold {len(rows)} rows: remove it, and it is made again.")
+def _read(folder: Path, field: str, rows: range) -> np.ndarray:
+    if (array := _found(folder, field, rows)) is None:
+        raise UserError(f"{folder} lost rows {rows.start} to {rows.stop - 1} of {field}: run the same command again.")
     return array

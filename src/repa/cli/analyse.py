@@ -4,7 +4,7 @@ import importlib
 
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
-from repa.cli import options
+from repa.cli import options, tables
 
 # what -> module of cli, sentence
 WHATS = {
@@ -38,4 +38,5 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0
     arguments_of(argv[0])  # refuses what is none
-    return getattr(importlib.import_module(f"repa.cli.{WHATS[argv[0]][0]}"), argv[0])(argv[1:])
+    with tables.outputs(f"repa analyse {argv[0]}"):
+        return getattr(importlib.import_module(f"repa.cli.{WHATS[argv[0]][0]}"), argv[0])(argv[1:])

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import signal
 import sys
 import threading
 
@@ -72,9 +73,11 @@ def run(argv: list[str]) -> int:
         if sentence is None:
             raise
         return _refuse(sentence, of_all=isinstance(error, UserError) and _shared(error))
-    except KeyboardInterrupt:
-        print("repa: stopped by Ctrl-C; the same command continues where it was.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        how = stop.args[0] if stop.args else signal.SIGINT
+        word = "Ctrl-C" if how == signal.SIGINT else signal.Signals(how).name
+        print(f"repa: stopped by {word}; the same command continues where it was.", file=sys.stderr)
+        return 128 + how
 
 
 def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -126,15 +129,22 @@ def _in_thread(arguments: threading.ExceptHookArgs) -> None:
         _refuse(sentence)
 
 
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main() -> None:
     keep_freed_memory()
     threading.excepthook = _in_thread
     sys.stdout.reconfigure(
         errors="backslashreplace"
     )  # names of any script in a locale of few letters; stderr does so anyway
+    for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews have ways to end of their own
+        signal.signal(number, _stop)
     code = run(sys.argv[1:])
-    if launch.place(strict=False).world > 1:
-        # gloo's threads may outlive the group and abort an interpreter that tears itself down, which hides the exit code
+    if launch.place(strict=False).world > 1 or code > 128:
+        # gloo's threads may outlive the group and abort an interpreter that tears itself down, which hides the exit code; and
+        # a second Ctrl-C would find threads that are waited for
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,16 +1,19 @@
 """Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv beside it."""
 
+import contextlib
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from repa.base import files
+from repa.base import files, launch, lock
 from repa.base.errors import UserError
 from repa.cli.console import speaks
 
+_held = contextlib.ExitStack()
+_doing = ""  # the command that writes, for others
 Rows = Sequence[dict[str, Any]]
 
 
@@ -56,12 +59,25 @@ def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
         files.write_text(out.with_suffix(".csv"), csv_text(rows))
 
 
+@contextlib.contextmanager
+def outputs(doing: str) -> Iterator[None]:
+    """While a command runs: it holds the locks of the files that `output` names."""
+    global _doing
+    _doing = doing
+    with _held:
+        yield
+
+
 def output(given: str, default: Path, suffix: str = ".json") -> Path:
     """The file to write: what --out names, or the default; refuses another suffix, or an impossible place, before any work."""
     out = Path(given) if given else default
     if out.suffix != suffix:
         raise UserError(f"--out is {out}: give a name that ends in {suffix}.")
     files.require_writable(out)
+    if launch.place().rank == 0:
+        _held.enter_context(lock.alone(out, _doing))
+        for beside in (".json", ".csv", ".png"):
+            files.remove_leftovers(out.parent, out.with_suffix(beside).name)
     return out
 
 

@@ -128,6 +128,8 @@ def write_samples(
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
     with dist.alone(out, "repa sample"):
+        for ending in (".json", ".png"):
+            dist.on_main(lambda ending=ending: files.remove_leftovers(out.parent, out.with_suffix(ending).name))
         return _write_samples(run, config, num, out, progress, count, callback)
 
 
@@ -143,19 +145,19 @@ def _write_samples(
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
-    calls: list[int] = []
     for done, start in enumerate(mine):
-        path = parts / f"{start:09d}.npy"
-        if not path.exists():
+        if _found(parts, start) is None:
             images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)), callback)
-            calls.append(nfe)
             count(nfe)
-            save_npy(path, images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+            # the calls are part of the name, so that whoever assembles the parts knows those of all
+            save_npy(parts / f"{start:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
         progress(min((done + 1) * config.batch_size * dist.world(), num), num)
-    made = [nfe for part in dist.gather_objects(calls) for nfe in part]  # the others wait here too
+    dist.barrier()
     if dist.is_main():
-        files.write_json(out.with_suffix(".json"), job | ({"nfe": max(made)} if made else {}))
-        _assemble([parts / f"{start:09d}.npy" for start in starts], num, out)
+        paths = [_found(parts, start) for start in starts]
+        nfe = max(int(path.stem.partition("-")[2]) for path in paths)
+        files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
+        _assemble(paths, num, out)
         shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
     return out
@@ -188,6 +190,11 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
         files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
         files.write_json(marker, job)
     dist.barrier()
+
+
+def _found(parts: Path, start: int) -> Path | None:
+    """The part that begins with image `start`, when it is there."""
+    return next(iter(parts.glob(f"{start:09d}-*.npy")), None)
 
 
 def _part(path: Path) -> np.ndarray:
