@@ -1,6 +1,12 @@
 """Diffusion transformers: networks that are functions of their arguments."""
 
 from repa.base.lazy import exports
+from repa.base.registry import Registry
+
+# f(config: ModelConfig, **settings) -> Backbone; a network with hooks (Hooked) is a function of this kind too, by its dotted name
+BACKBONES = Registry(
+    "backbone", {"dit": "repa.models.dit:dit", "jit": "repa.models.jit:jit", "mmdit": "repa.models.mmdit:mmdit"}
+)
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
@@ -26,4 +32,5 @@ __getattr__, __dir__, __all__ = exports(
         "to_diffusers": "diffusers_export",
         "to_published": "published",
     },
+    local=("BACKBONES",),
 )

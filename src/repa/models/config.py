@@ -1,11 +1,13 @@
-"""Which network: the one table of sizes (DiT, table 1), and its configuration. Torch-free."""
+"""Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
 
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
+from repa.base.registry import Spec, parse_spec
+from repa.models import BACKBONES
 
 
 class Dimensions(NamedTuple):
@@ -69,6 +71,10 @@ class ModelConfig(Config):
 
     name: str = "SiT-B/2"
     """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
+    backbone: Annotated[str, Spec(BACKBONES)] = "dit"
+    """Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
+    patch_size: int = Field(default=0, ge=0, le=1_024)
+    """Side of a patch; 0 = by name."""
     latent_size: int = Field(default=0, ge=0, le=65_536)
     """Side of the latent; 0 = taken from the data."""
     latent_channels: int = Field(default=0, ge=0, le=65_536)
@@ -105,12 +111,22 @@ class ModelConfig(Config):
             hidden_dim=self.hidden_dim or named.hidden_dim,
             depth=self.depth or named.depth,
             num_heads=self.num_heads or named.num_heads,
+            patch_size=self.patch_size or named.patch_size,
         )
 
     @property
     def learn_sigma(self) -> bool:
         """Does the network also predict the variance (the DiT family)?"""
         return FAMILIES[self.name.partition("-")[0]]
+
+    def require_plain(self) -> None:
+        """Raises UserError when an option of DiT is set, for networks that have none of them."""
+        options = ("learn_sigma", "qk_norm", "heads", "streams", "separate_times")
+        if asked := [name for name in options if getattr(self, name)]:
+            raise UserError(
+                f"The backbone {parse_spec(self.backbone)[0]!r} has no {asked[0]}: leave it out (learn_sigma comes with "
+                f"names DiT-...), or choose the backbone dit."
+            )
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of DiT, once the fields taken from the data are filled (num_classes 0 is then unlabelled data)."""

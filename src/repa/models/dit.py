@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
+from repa.models import BACKBONES
 from repa.models.config import FAMILIES, ModelConfig, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
@@ -191,6 +192,18 @@ def build_model(name: str, **overrides) -> DiT:
     return DiT(**arguments)
 
 
-def build(config: ModelConfig) -> DiT:
-    """The network that a complete configuration describes: latent size and channels must be filled in from the data."""
+def dit(config: ModelConfig) -> DiT:
+    """The backbone `dit`."""
     return DiT(**config.kwargs())
+
+
+def build(config: ModelConfig) -> Backbone:
+    """The network that a complete configuration describes: latent size and channels must be filled in from the data.
+
+    Raises:
+        UserError: sizes that do not fit together, or a private backbone that gives something else.
+    """
+    network = BACKBONES.build(config.backbone)(config)
+    if not isinstance(network, Backbone):
+        raise UserError(f"The backbone {config.backbone!r} must give a Backbone, but gave {type(network).__name__}.")
+    return network

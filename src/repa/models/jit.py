@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
-from repa.models.config import check_dimensions
+from repa.models.config import ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
     MAX_PERIOD,
@@ -141,6 +141,16 @@ class JiT(Backbone):
                 seen[Tap(depth)] = x[:, front:]
         tokens = self.final_layer(x[:, front:], silu_c)  # (N, T, p * p * C)
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
+
+
+def jit(config: ModelConfig, *, bottleneck: int = 128, class_tokens: int = 32, class_tokens_from: int = 4) -> JiT:
+    """The backbone `jit`: sizes of the configuration, and what it has besides (H: bottleneck=256,class_tokens_from=10)."""
+    config.require_plain()
+    own = {"bottleneck": bottleneck, "class_tokens": class_tokens, "class_tokens_from": class_tokens_from}
+    return JiT(
+        **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
+        num_classes=config.num_classes, **own,
+    )  # fmt: skip
 
 
 SIZES = {  # hidden_dim, depth, num_heads, bottleneck, class_tokens_from (table 9)

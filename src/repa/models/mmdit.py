@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
-from repa.models.config import check_dimensions
+from repa.models.config import ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
     MLP,
@@ -152,6 +152,15 @@ class MMDiT(Backbone):
                 seen[Tap(depth)] = image
         tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C)
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
+
+
+def mmdit(config: ModelConfig, *, tokens: int = 77, width: int = 768, reference_init: bool = False) -> MMDiT:
+    """The backbone `mmdit`: sizes of the configuration, for text of `tokens` tokens of `width`."""
+    config.require_plain()
+    return MMDiT(
+        **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
+        text_shape=(tokens, width), reference_init=reference_init,
+    )  # fmt: skip
 
 
 class TokenStream(nn.Module):

@@ -35,7 +35,12 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         raise UserError(f"There is no format {form!r}: allowed are {', '.join(FORMATS)}.")
     config = layout.read_config(run, ("model", "diffusion", "autoencoder"))
     DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
-    num_heads = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG)).dims().num_heads
+    model = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
+    if model.backbone != "dit":
+        raise UserError(
+            f"Exports hold a DiT alone, but {run} has the backbone {model.backbone!r}: use its checkpoints."
+        )
+    num_heads = model.dims().num_heads
     step, state = load_weights(run, "ema", step)
     arguments = constructor_arguments(state, num_heads)
     facts = {**_facts(run, config), "step": step}

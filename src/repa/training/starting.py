@@ -52,6 +52,10 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     Raises:
         UserError: nothing to start from there, or a network of other sizes.
     """
+    if not isinstance(objective.model, DiT):
+        raise UserError(
+            f"A run starts from weights of a DiT alone, but its network is a {type(objective.model).__name__}: leave init out."
+        )
     start, own = _read(source, num_heads), objective.model.state_dict()
     _check_sizes(source, start, objective.model, num_heads)
     state = dict(start.state)

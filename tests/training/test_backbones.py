@@ -1,0 +1,55 @@
+import json
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.models import BACKBONES, Condition, JiT, MMDiT, ModelConfig, build
+from repa.runs import load_run
+from repa.runs.export import export_run
+
+JIT = "jit:bottleneck=6,class_tokens=2,class_tokens_from=1"
+COMPLETE = {"latent_size": 8, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def not_a_network(config):
+    return torch.nn.Linear(1, 1)
+
+
+def test_names_build_networks_of_the_sizes_of_the_configuration():
+    assert BACKBONES.names() == ["dit", "jit", "mmdit"]
+    network = build(ModelConfig(backbone=JIT, patch_size=4, **COMPLETE))
+    assert isinstance(network, JiT)
+    assert (network.grid, network.hidden_dim, network.class_tokens_from) == ((2, 2), 16, 1)
+    network = build(ModelConfig(backbone="mmdit:tokens=3,width=5", **COMPLETE))
+    assert isinstance(network, MMDiT)
+    assert network.null(Condition(torch.zeros(2, dtype=torch.int64))).text.shape == (2, 3, 5)
+    assert build(ModelConfig(patch_size=8, **COMPLETE)).grid == (1, 1)
+
+
+def test_what_is_refused():
+    with pytest.raises(UserError, match="allowed are"):
+        ModelConfig().override(backbone="unet")
+    with pytest.raises(UserError, match="heads"):
+        build(ModelConfig(backbone=JIT, patch_size=4, heads=(1,), **COMPLETE))
+    with pytest.raises(UserError, match="Linear"):
+        build(ModelConfig(backbone=f"{__name__}.not_a_network", **COMPLETE))
+
+
+def test_jit_trains_and_is_read_back(run_training, tiny_config, tmp_path):
+    config = tiny_config.override(
+        num_steps=3,
+        save_every=3,
+        model=tiny_config.model.override(backbone=JIT, num_heads=4),
+        diffusion=tiny_config.diffusion.override(prediction="data", loss_weight="velocity"),
+    )
+    run_training(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 3
+    assert all(0 < loss < 100 for loss in losses)
+    model = load_run(tmp_path / "run").model
+    assert isinstance(model, JiT)
+    assert model.final_layer.linear.weight.any()  # zero before training
+    with pytest.raises(UserError, match="jit"):
+        export_run(tmp_path / "run", tmp_path / "out")
