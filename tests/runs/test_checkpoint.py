@@ -1,8 +1,10 @@
 """Checkpoints are whole or absent, and their bytes are the ones that were written."""
 
+import errno
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -205,3 +207,43 @@ def test_what_is_not_there_is_said(tmp_path):
         load_checkpoint(tmp_path, 6)
     with pytest.raises(UserError, match="has no weights 'best' at step 5: there are ema, ema-0.5, model,"):
         load_weights(tmp_path, "best")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(random_run, tmp_path, monkeypatch):
+    from repa.runs import checkpoint as room
+
+    run = tmp_path / "run"
+    shutil.copytree(random_run, run)
+    new = load_checkpoint(run)._replace(step=30)
+    rmtree = shutil.rmtree
+
+    def busy(path, *rest, **options):
+        if "removed" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        return rmtree(path, *rest, **options)
+
+    monkeypatch.setattr(room.shutil, "rmtree", busy)
+    with pytest.warns(UserWarning, match="the next checkpoint tries again"):
+        save_checkpoint(run, new, keep=1)
+    monkeypatch.undo()
+    assert layout.checkpoint_steps(run) == [30]
+    save_checkpoint(run, new._replace(step=40), keep=1)
+    assert [path.name for path in (run / layout.CHECKPOINTS).iterdir()] == ["0000040"]
+
+
+def test_weights_that_rotate_away_while_they_are_read(random_run, tmp_path, monkeypatch):
+    from repa.runs import checkpoint as room
+
+    run = tmp_path / "run"
+    shutil.copytree(random_run, run)
+    read = room._load_weights
+
+    def rotated(run, weights, step):
+        monkeypatch.setattr(room, "_load_weights", read)
+        newest = layout.checkpoint_folder(run, 20)
+        shutil.copytree(newest, tmp_path / "copy")
+        shutil.rmtree(newest)
+        raise UserError("a file is gone")
+
+    monkeypatch.setattr(room, "_load_weights", rotated)
+    assert room.load_weights(run, "ema")[0] == 10

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +72,15 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
 def _remove(folder: Path) -> None:
     """Out of sight first: a kill amid the removal leaves no checkpoint that lacks files."""
     hidden = folder.with_name(f".{folder.name}.removed.tmp")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+    try:
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    except (
+        OSError
+    ) as error:  # a file that somebody has open on NFS, a folder without permission: no reason to stop training
+        warnings.warn(
+            f"{folder} cannot be removed now ({error.strerror}): the next checkpoint tries again.", stacklevel=2
+        )
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -128,7 +136,20 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
-    """(step, state dict) of the network alone: "ema", "model", or another average by its name, of a checkpoint or of `repa ema`."""
+    """(step, state dict) of the network alone: "ema", "model", or another average by its name, of a checkpoint or of `repa ema`.
+
+    The newest checkpoint may be replaced by training while it is read: then the one that is the newest by now is taken.
+    """
+    while True:
+        before = layout.checkpoint_steps(run)
+        try:
+            return _load_weights(run, weights, step)
+        except (UserError, OSError):
+            if step is not None or layout.checkpoint_steps(run) == before:
+                raise
+
+
+def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[str, Tensor]]:
     steps = layout.checkpoint_steps(run)
     if not steps:
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
