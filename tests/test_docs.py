@@ -133,3 +133,14 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     assert (tmp_path / "samples.npz").is_file()
     assert run([*train, "--alignments.0.loss", "mylab.losses.smooth_l2", "--out", "other"]) == 2
     assert "smooth_l2" in capsys.readouterr().err
+
+
+def test_a_private_backbone_trains_and_samples(mylab, data_folder, tmp_path):
+    train = [
+        "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
+        "--preview.every", "0", "--alignments.0.target", "tiny", "--alignments.0.projector", "linear",
+        "--model.backbone", "mylab.backbones.convolutions:width=8", "--model.patch-size", "1",
+    ]  # fmt: skip
+    assert run(train) == 0
+    assert run(["sample", "run", "--num-images", "2", "--steps", "2", "--out", "samples.npz", "--trust", "mylab"]) == 0
+    assert (tmp_path / "samples.npz").is_file()

@@ -70,6 +70,8 @@ class Backbone(nn.Module, ABC):
     Attributes:
         hidden_dim: width D of the taps.
         depth: number of blocks.
+        num_classes: labels 0 ... num_classes - 1 are classes.
+        null_label: the label that means "none".
         grid: (rows, columns) of image tokens; T is their product.
         state_shapes: name -> shape of one sample, "x": (C, H, W) first.
         blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
@@ -79,6 +81,8 @@ class Backbone(nn.Module, ABC):
 
     hidden_dim: int
     depth: int
+    num_classes: int
+    null_label: int
     grid: tuple[int, int]
     state_shapes: Mapping[str, tuple[int, ...]]
     blocks: Sequence[nn.Module]

@@ -24,7 +24,7 @@ class Hooked(Backbone):
         call: (net, state, t, condition) -> prediction of x, (N, C, H, W).
         hidden_dim: D.
         grid: (rows, columns) of the tokens.
-        null_label: the label that means "none".
+        null_label: the label that means "none"; those below it are the classes.
         state_shape: (C, H, W) of x.
 
     Raises:
@@ -52,6 +52,7 @@ class Hooked(Backbone):
             )
         self.net, self.blocks, self._call = net, list(blocks), call  # a list: the blocks are parts of the net already
         self.hidden_dim, self.depth, self.grid, self.null_label = hidden_dim, len(blocks), grid, null_label
+        self.num_classes = null_label  # 0 ... null_label - 1
         self.state_shapes = {"x": tuple(state_shape)}
         self._record = _Record()
         for depth, block in enumerate(blocks, start=1):

@@ -65,7 +65,9 @@ class MMDiT(Backbone):
         for side in (height, width):
             check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
         self.latent_channels, self.patch_size, self.text_shape = latent_channels, patch_size, tuple(text_shape)
-        self.hidden_dim, self.depth, self.checkpoint_activations = hidden_dim, depth, False
+        self.hidden_dim, self.depth = hidden_dim, depth
+        self.num_classes = self.null_label = 0  # labels are not looked at
+        self.checkpoint_activations = False
         self.grid = height // patch_size, width // patch_size
         self.state_shapes = {"x": (latent_channels, height, width)}
 
