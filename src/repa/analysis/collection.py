@@ -4,9 +4,10 @@ CACHE/1f3a.../               one folder for what the features are a function of,
   depth08-000000000-9f2c....npy   rows 0 to CHUNK - 1 of one field, float32 or float16, and their checksum
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base import dist, files
+from repa.base import dist, files, lock
 from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 
@@ -47,8 +48,37 @@ def collect(
     chunks = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
     kept: dict[str, list[Tensor]] = {field: [] for field in fields}
     assert folder is not None or not dist.active(), "several processes need a folder to share"
-    if folder is not None and dist.is_main():
-        files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
+    with _tidied(folder) if folder is not None and dist.is_main() else contextlib.nullcontext():
+        if folder is not None and dist.is_main():
+            files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
+        _fill(folder, chunks, fields, kept, make, store, num, progress)
+        dist.barrier()
+    if folder is None:
+        return lambda field: torch.cat(kept[field])
+    return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
+
+
+@contextlib.contextmanager
+def _tidied(folder: Path) -> Iterator[None]:
+    """Remove what killed processes left in a cache folder, unless another process fills it now, which is welcome to."""
+    path = folder / ".filling.lock"
+    taken = lock.take(path)
+    if taken is None:
+        yield
+        return
+    files.remove_leftovers(folder)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release(taken)
+
+
+def _fill(
+    folder: Path | None, chunks: Sequence[range], fields: Sequence[str], kept: dict[str, list[Tensor]], make: Make, store: str,
+    num: int, progress: Progress,
+) -> None:  # fmt: skip
+    """This process's chunks of what is missing."""
     for rows in chunks[dist.rank() :: dist.world()]:
         missing = [f for f in fields if folder is None or _found(folder, f, rows) is None]
         if missing:
@@ -63,10 +93,6 @@ def collect(
                 else:
                     save_npy(folder / f"{_stem(field, rows)}-{_checksum(x)}.npy", x)
         progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
-    dist.barrier()
-    if folder is None:
-        return lambda field: torch.cat(kept[field])
-    return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
 
 
 def _name(identity: dict[str, Any]) -> str:

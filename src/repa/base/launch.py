@@ -84,9 +84,8 @@ def _remedy(rank_name: str, world_name: str) -> str:
     return f"Start several processes by torchrun, or unset {rank_name} and {world_name} for one process."
 
 
-def die_with_parent(_: object = None) -> None:
-    """End this worker when the process that started it ends, however that ends; called first in each worker."""
-    parent = os.getppid()
+def die_with_parent(parent: int, _: object = None) -> None:
+    """End this worker when the process `parent` that started it ends, however that ends; called first in each worker."""
     if sys.platform == "linux":
         import ctypes
 

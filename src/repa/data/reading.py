@@ -1,6 +1,8 @@
 """Batches of images for the encoders: decoded and cropped from a source by worker processes, or read back from shards."""
 
 import contextlib
+import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ class FromSource(Dataset):
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=_as_it_is,
-                prefetch_factor=AHEAD if self.num_workers else None, worker_init_fn=die_with_parent,
+                prefetch_factor=AHEAD if self.num_workers else None, worker_init_fn=functools.partial(die_with_parent, os.getpid()),
             )  # fmt: skip
             stream = iter(loader)
         for piece, images in stream:
