@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = exports(
         "cknna_of_run": "of_run",
         "collect_hidden": "hidden",
         "compare_encoders": "encoders",
+        "depth_effects": "depth",
         "correlation_decay_slope": "spatial",
         "find_copies": "neighbours",
         "linear_probe": "probe",

@@ -61,6 +61,13 @@ class SimilarityConfig(HiddenConfig):
     """CKNNA: paper (the printed formula), platonic (the function most people call), platonic-clamped (its script, which cuts outliers)."""
 
 
+class DepthConfig(HiddenConfig):
+    """How far the prediction moves when a block is left out."""
+
+    num_images: int = Field(256, ge=0)
+    """Images, evenly spaced over the data; 0 takes all. Each costs one forward pass, and one more for each block."""
+
+
 class HeadsConfig(Config):
     """The linear classifiers of a probe."""
 

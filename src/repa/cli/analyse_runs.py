@@ -1,10 +1,10 @@
-"""`repa analyse cknna RUN...` and `repa analyse probe RUN|ENCODER...`."""
+"""`repa analyse cknna RUN...`, `repa analyse depth RUN...` and `repa analyse probe RUN|ENCODER...`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repa.analysis.config import FOLDER, ImagesConfig, ProbeConfig, SimilarityConfig
+from repa.analysis.config import FOLDER, DepthConfig, ImagesConfig, ProbeConfig, SimilarityConfig
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 ABOUT_CKNNA = (
     "How alike the neighbourhoods of hidden states are to those of an encoder's tokens, for every depth, noise level and "
     "checkpoint asked for. Writes rows (.json, .csv) and curves (.png)."
+)
+ABOUT_DEPTH = (
+    "How far the prediction moves when one block is left out, for every depth and noise level: which blocks matter, and so where "
+    "to align. Writes rows (.json, .csv) and curves (.png)."
 )
 ABOUT_PROBE = (
     "Accuracy of linear classifiers on frozen features: hidden states of runs, or an encoder named in place of a run. "
@@ -43,6 +47,10 @@ class NetworksArguments(Config):
 
 
 class CknnaArguments(NetworksArguments, SimilarityConfig):
+    pass
+
+
+class DepthArguments(NetworksArguments, DepthConfig):
     pass
 
 
@@ -77,6 +85,36 @@ def cknna(argv: list[str]) -> int:
     columns = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth", config.measure: f"{title}|.4f"}
     say(tables.text(rows, columns))
     _draw(rows, config.measure, f"{title} with {config.encoder}", out)
+    return 0
+
+
+def depth(argv: list[str]) -> int:
+    given = options.parse(DepthArguments, argv, verb="analyse depth", about=ABOUT_DEPTH, positional=("runs...",))
+    config = options.part(DepthConfig, given)
+    if not given.runs:
+        raise UserError("`repa analyse depth` needs at least one run folder: see `repa analyse depth --help`.")
+    networks = networks_of(given.runs, given.checkpoints)
+    out = tables.output(given.out, _folder(given.runs[0]) / "depth.json")
+    from repa.analysis import depth_effects
+    from repa.base import dist
+    from repa.data import open_data
+
+    device, data = dist.setup(), open_data(given.data)
+    rows = []
+    for label, run in loaded(networks, given, device):
+        with Progress(f"{label}, step {run.step:,}", "images") as bar:
+            rows += [{"run": label, "step": run.step, **row} for row in depth_effects(run, data, config, bar)]
+    tables.write(out, _how(given, "depth"), rows)
+    columns = {
+        "run": "run",
+        "step": "step|,",
+        "t": "t|.2f",
+        "depth": "depth",
+        "change": "change|.4f",
+        "share": "share|.1%",
+    }
+    say(tables.text(rows, columns))
+    _draw(rows, "change", "change of the prediction without the block", out)
     return 0
 
 

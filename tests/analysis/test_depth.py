@@ -1,0 +1,55 @@
+"""The prediction without a block, against a network from which the block is taken out."""
+
+import copy
+
+import pytest
+import torch
+
+from repa.analysis import depth_effects
+from repa.analysis.config import DepthConfig
+from repa.base.errors import UserError
+from repa.cli.main import run as repa
+from repa.data import open_data
+from repa.runs import load_run
+
+CONFIG = DepthConfig(num_images=6, times=(0.3, 0.8), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def run(random_run):
+    return load_run(random_run)
+
+
+def test_is_the_change_of_a_network_whose_block_does_nothing(run, data_folder):
+    """A block whose gates are zero hands on its input; its outputs are those of `left_out`."""
+    rows = depth_effects(run, open_data(data_folder), CONFIG)
+    assert [(row["t"], row["depth"]) for row in rows] == [(t, depth) for t in (0.3, 0.8) for depth in (1, 2)]
+    assert all(row["change"] > 1e-3 for row in rows)
+    for t in (0.3, 0.8):
+        assert sum(row["share"] for row in rows if row["t"] == t) == pytest.approx(1)
+    silent = copy.deepcopy(run.model)
+    for p in silent.blocks[1].adaLN_modulation.parameters():
+        torch.nn.init.zeros_(p)
+    from dataclasses import replace
+
+    quiet = depth_effects(replace(run, model=silent), open_data(data_folder), CONFIG)
+    assert [row["change"] for row in quiet if row["depth"] == 2] == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
+def test_batches_and_hooks_leave_no_trace(run, data_folder):
+    data = open_data(data_folder)
+    one, other = (depth_effects(run, data, CONFIG.override(batch_size=size)) for size in (2, 6))
+    assert [row["change"] for row in one] == pytest.approx([row["change"] for row in other], rel=1e-5)
+    assert not any(block._forward_hooks for block in run.model.blocks)
+    with pytest.raises(UserError, match="no block 9"):
+        depth_effects(run, data, CONFIG.override(depths=(9,)))
+
+
+def test_the_command(random_run, data_folder, tmp_path, capsys):
+    out = tmp_path / "depth.json"
+    assert (
+        repa(["analyse", "depth", str(random_run), "--data", str(data_folder), "--num-images", "4", "--out", str(out)])
+        == 0
+    )
+    assert "share" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.csv", "depth.json", "depth.png"]
