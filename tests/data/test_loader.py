@@ -201,13 +201,13 @@ class TestStored:
 
     @pytest.fixture
     def stored(self, tmp_path):
-        """`plain` in float16 with pooled features, `small` in int8, `flat` in int8 coordinates of a basis."""
+        """`dino-b` in float16 with pooled features, `mae-l` in int8, `tiny` in int8 coordinates of a basis."""
         basis = np.linalg.qr(np.random.default_rng(9).normal(size=(self.DIM, self.DIM)))[0].astype(np.float32)
         basis = np.concatenate([np.full((1, self.DIM), 0.25, np.float32), basis])
         folder = tmp_path / "stored"
         folder.mkdir()
-        np.save(folder / "basis.flat.npy", basis)
-        path = folder / "basis.flat.npy"
+        np.save(folder / "basis.tiny.npy", basis)
+        path = folder / "basis.tiny.npy"
         record = ArrayFile(
             file=path.name, dtype="float32", shape=basis.shape, size=path.stat().st_size, sha256=files.sha256(path)
         )
@@ -217,33 +217,33 @@ class TestStored:
             return lambda i: pack(torch.from_numpy(self.tokens(i))[None], form, table)[key][0].numpy()
 
         extra = {
-            "features.plain": packed("fp16", "features"),
-            "pooled.plain": lambda i: self.tokens(i).mean(0).astype(np.float16),
-            "features.small": packed("int8", "features"),
-            "scale.small": packed("int8", "scale"),
-            "features.flat": packed(f"pca{self.DIM}-int8", "features", basis),
-            "scale.flat": packed(f"pca{self.DIM}-int8", "scale", basis),
+            "features.dino-b": packed("fp16", "features"),
+            "pooled.dino-b": lambda i: self.tokens(i).mean(0).astype(np.float16),
+            "features.mae-l": packed("int8", "features"),
+            "scale.mae-l": packed("int8", "scale"),
+            "features.tiny": packed(f"pca{self.DIM}-int8", "features", basis),
+            "scale.tiny": packed(f"pca{self.DIM}-int8", "scale", basis),
         }
         facts = {"dim": self.DIM, "grid": self.GRID, "pooled": False, "identity": {}}
         features = {
-            "plain": FeatureField(**{**facts, "pooled": True}),
-            "small": FeatureField(**facts, form="int8"),
-            "flat": FeatureField(**facts, form=f"pca{self.DIM}-int8", basis=record),
+            "dino-b": FeatureField(**{**facts, "pooled": True}),
+            "mae-l": FeatureField(**facts, form="int8"),
+            "tiny": FeatureField(**facts, form=f"pca{self.DIM}-int8", basis=record),
         }
         write_data(folder, (5, 4), extra=extra, features=features)
         return open_data(folder)
 
     def test_every_form_comes_out_as_tokens(self, stored):
-        loader = Loader(stored, batch_size=4, seed=0, features=["plain", "small", "flat"], pooled=True)
+        loader = Loader(stored, batch_size=4, seed=0, features=["dino-b", "mae-l", "tiny"], pooled=True)
         batch, indices = loader.batch(1), loader.indices(1)
         wanted = np.stack([self.tokens(i) for i in indices])
-        for name, error in (("plain", 2e-3), ("small", 0.02), ("flat", 0.06)):
+        for name, error in (("dino-b", 2e-3), ("mae-l", 0.02), ("tiny", 0.06)):
             patches = batch.features[name].patches
-            assert patches.dtype == (torch.float16 if name == "plain" else torch.float32)
+            assert patches.dtype == (torch.float16 if name == "dino-b" else torch.float32)
             assert tuple(patches.shape) == (4, 4, 6)
             assert np.abs(patches.numpy() - wanted).max() < error
-        np.testing.assert_allclose(batch.features["plain"].pooled, wanted.mean(1), atol=2e-3)
-        assert batch.features["small"].pooled is None
+        np.testing.assert_allclose(batch.features["dino-b"].pooled, wanted.mean(1), atol=2e-3)
+        assert batch.features["mae-l"].pooled is None
 
     def test_what_nobody_needs_at_a_step_is_not_read(self, stored, monkeypatch):
         asked = []
@@ -256,16 +256,16 @@ class TestStored:
         monkeypatch.setattr(stored, "gather", watched)
         loader = Loader(
             stored, batch_size=2, seed=0,
-            features=lambda step: ("small", "plain") if step < 2 else (), images=lambda step: step == 1,
+            features=lambda step: ("mae-l", "dino-b") if step < 2 else (), images=lambda step: step == 1,
         )  # fmt: skip
         stream = loader.iterate()
         batches = list(itertools.islice(stream, 4))
         stream.close()
-        assert [sorted(batch.features) for batch in batches] == [["plain", "small"]] * 2 + [[]] * 2
+        assert [sorted(batch.features) for batch in batches] == [["dino-b", "mae-l"]] * 2 + [[]] * 2
         assert [batch.images is not None for batch in batches] == [False, True, False, False]
-        assert asked.count("features.small") == asked.count("scale.small") == asked.count("features.plain") == 2
+        assert asked.count("features.mae-l") == asked.count("scale.mae-l") == asked.count("features.dino-b") == 2
         assert asked.count("images") == 1
-        assert "pooled.plain" not in asked
+        assert "pooled.dino-b" not in asked
 
     def test_ten_million_rows_need_no_more_memory_than_a_few(self, tmp_path):
         """Sparse files; an index of 8 bytes a row would be 76 MiB. The moments of 10 million images are read by 40 batches."""
