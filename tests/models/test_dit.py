@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.models import DiT, ModelConfig, build, build_model
+from repa.models import Condition, DiT, ModelConfig, build, build_model
 from repa.models.layers import Block
 from tests.calls import call
 from tests.oracles import dit as oracle
@@ -216,3 +216,9 @@ def test_shapes_can_be_had_without_memory():
         out = call(model, torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long), (8,))
     assert out.prediction.is_meta
     assert (out.prediction.shape, out.hidden[8].shape) == ((2, 4, 32, 32), (2, 256, 1152))
+
+
+def test_tokens_are_not_routed_in_silence(random_dit):
+    x_t, t, labels = inputs()
+    with pytest.raises(UserError, match="routes no tokens"):
+        random_dit()({"x": x_t}, t, Condition(labels), keep=torch.zeros(2, 0, dtype=torch.long))

@@ -141,6 +141,8 @@ class DiT(Backbone):
             UserError: the state has other shapes, or a tap is no block.
         """
         self.check(state, taps)
+        if keep is not None:
+            raise UserError("A DiT routes no tokens: it was given the ids of some to keep, so leave keep out.")
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
         for name, stream in reversed(self.streams.items()):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
