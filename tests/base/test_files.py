@@ -92,3 +92,20 @@ def test_an_array_that_does_not_fit_is_no_file(tmp_path):
     for value in (array, np.zeros((0, 3), np.float16), np.ones((2, 3), np.float32).T):
         save_npy(tmp_path / "b.npy", value)
         assert np.array_equal(load_npy(tmp_path / "b.npy", "an array"), value)
+
+
+def test_folders_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.fstat(handle).st_ino)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with files.atomic_folder(tmp_path / "made") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_bytes(b"x")
+    made = tmp_path / "made"
+    wanted = {path.stat().st_ino for path in (made, made / "sub", made / "sub" / "file")}
+    assert wanted <= set(synced[:-1])  # the last is the folder that holds the name
+    assert synced[-1] == tmp_path.stat().st_ino

@@ -1,14 +1,17 @@
 """torchrun's variables: all of them, none, or a sentence; and a process whose peers never come."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from repa.base.errors import UserError
-from repa.base.launch import Place, place
+from repa.base.launch import Place, die_with_parent, place
 from repa.cli import main
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -89,3 +92,42 @@ def test_no_address_to_meet_at(tmp_path):
     ended = alone(0, tmp_path, MASTER_ADDR="")
     assert ended.returncode == 2
     assert "MASTER_ADDR" in ended.stderr
+
+
+def _worker(parent, told):
+    die_with_parent(parent)
+    told.send(os.getpid())
+    time.sleep(60)
+
+
+def _parent(method, told):
+    context = multiprocessing.get_context(method)
+    for _ in range(2):
+        context.Process(target=_worker, args=(os.getpid(), told)).start()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "method", ["fork", "spawn", "forkserver"]
+)  # the default of Linux until Python 3.13, of others, and since
+def test_workers_live_as_long_as_their_parent(method):
+    mine, theirs = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(method, theirs))
+    parent.start()
+    workers = [mine.recv() if mine.poll(60) else 0 for _ in range(2)]
+    time.sleep(0.3)
+    assert all(_runs(worker) for worker in workers)
+    parent.kill()
+    parent.join()
+    until = time.monotonic() + 10
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,10 +43,50 @@ def test_the_second_is_told_who_and_a_kill_leaves_nothing_stale(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     target = tmp_path / "samples.npz"
-    (tmp_path / ".samples.npz.abc.tmp").write_bytes(b"half")
+    (tmp_path / ".samples.npz.abcdefgh.tmp").write_bytes(b"half")
     (tmp_path / ".other.npz.abc.tmp").write_bytes(b"of another")
     with lock.alone(target, "repa sample"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.npz.abc.tmp", ".samples.npz.lock"]
+
+
+def test_what_another_command_is_writing_stays(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    theirs = [".run.npz.abcdefgh.tmp", ".other.abcdefgh.tmp", ".notes.tmp"]
+    for name in theirs:
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "run")
+    for target in (tmp_path / "run", Path(".")):
+        with lock.alone(target, "repa train"):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*theirs, "run"])
+
+
+def test_two_names_of_a_folder_have_one_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with (
+        lock.alone(tmp_path / "run", "repa train"),
+        pytest.raises(UserError, match="repa train"),
+        lock.alone(tmp_path / "link", "repa sample"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("code", lock.NO_LOCKS)
+def test_without_locks_of_the_file_system_a_killed_holder_blocks_nobody(code, tmp_path, monkeypatch):
+    import fcntl
+
+    def none(*args):
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    if (child := os.fork()) == 0:
+        with lock.alone(tmp_path / "run", "repa train"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with pytest.warns(UserWarning, match="has no locks"), lock.alone(tmp_path / "run", "repa train"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_an_equal_command_made_is_done(tmp_path):

@@ -104,7 +104,7 @@ def test_the_same_snapshot_is_written_once(run):
 
 
 def test_what_a_kill_left_of_a_snapshot_is_removed_and_is_none(tmp_path):
-    torn = tmp_path / layout.SNAPSHOTS / ".0000010.abc.tmp"
+    torn = tmp_path / layout.SNAPSHOTS / ".0000010.abcdefgh.tmp"
     torn.mkdir(parents=True)
     (torn / "ema-width-0.1.safetensors").write_bytes(b"half")
     assert layout.snapshot_steps(tmp_path) == []

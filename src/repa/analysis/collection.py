@@ -51,6 +51,7 @@ def collect(
     with _tidied(folder) if folder is not None and dist.is_main() else contextlib.nullcontext():
         if folder is not None and dist.is_main():
             files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
+        dist.barrier()  # nobody writes while it is tidied
         _fill(folder, chunks, fields, kept, make, store, num, progress)
         dist.barrier()
     if folder is None:

@@ -2,18 +2,20 @@
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from repa.base import faults
 from repa.base.errors import UserError
+
+LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")  # what is being written or removed; letters of tempfile
 
 
 def cache_folder() -> Path:
@@ -59,9 +61,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for entry in (*temporary.rglob("*"), temporary):
+            if entry.is_dir():
+                sync_folder(entry)
+            else:
+                _sync(entry)
         _permit(temporary, 0o777)
         os.rename(temporary, path)
         sync_folder(path.parent)
@@ -104,12 +108,16 @@ def _contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def remove_leftovers(folder: Path, name: str = "") -> None:
+def remove_leftovers(folder: Path, mine: Callable[[str], object] = lambda name: True) -> None:
     """Remove what `atomic_path` and `atomic_folder` were filling in `folder` when their process was killed.
 
-    `name`: only leftovers of this file or folder. Nobody else may be at it now. What cannot be removed stays, for the next time.
+    `mine` tells the names of files and folders that nobody else may write now: another command's lie beside them, half written.
+    What cannot be removed stays, for the next time.
     """
-    for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
+    for leftover in folder.glob(".*.tmp"):
+        match = LEFTOVER.fullmatch(leftover.name)
+        if not match or not mine(match[1]):
+            continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

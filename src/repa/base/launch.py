@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from typing import NamedTuple
 
 from repa.base.errors import UserError
@@ -86,17 +85,15 @@ def _remedy(rank_name: str, world_name: str) -> str:
 
 def die_with_parent(parent: int, _: object = None) -> None:
     """End this worker when the process `parent` that started it ends, however that ends; called first in each worker."""
-    if sys.platform == "linux":
+    import multiprocessing
+
+    if sys.platform == "linux" and os.getppid() == parent:  # a fork server may stand between, whose end says nothing
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before it could be watched
-            os.kill(os.getpid(), signal.SIGKILL)
-        return
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()  # a pipe that closes with it, also when that was before this line
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

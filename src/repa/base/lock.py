@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, on w
 def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     """Lock a file; None when another process has it. `release` gives it back, and so does the end of the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, thread_local=False)  # taken by one thread, given back by another
+    # taken by one thread, given back by another; a soft lock, a file that is there or not, would outlive a killed holder
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
@@ -46,8 +48,11 @@ def held(path: Path) -> Iterator[None]:
 
 
 def lock_of(target: Path) -> Path:
-    """Where the lock of a file or folder lies: beside it, or in a folder whose own place cannot be written."""
-    target = Path(os.path.abspath(target))
+    """Where the lock of a file or folder lies: beside it, or in a folder whose own place cannot be written.
+
+    Of a link: where the lock of what it leads to lies, so that two names of a folder have one lock.
+    """
+    target = Path(os.path.realpath(target))
     inside = target.is_dir() and not os.access(target.parent, os.W_OK)
     return target / ".lock" if inside else target.parent / f".{target.name}.lock"
 
@@ -69,7 +74,10 @@ def alone(target: Path, doing: str) -> Iterator[None]:
         raise UserError(
             f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
         )
-    files.remove_leftovers(path.parent, target.name)  # of a writer that was killed
+    if not lock.is_locked:
+        warnings.warn(f"The file system of {target} has no locks: see that no other command writes it.", stacklevel=3)
+    place = Path(os.path.abspath(target))  # "." has no name
+    files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
     holder = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
     try:
         with contextlib.suppress(OSError):  # a record for others; the lock holds without it

@@ -25,11 +25,14 @@ class EmaArguments(Config):
 
 def main(argv: list[str]) -> int:
     given = options.parse(EmaArguments, argv, verb="ema", about=ABOUT, positional=("run",))
-    from repa.base import lock
+    from repa.base import files, lock
     from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    with lock.alone(Path(given.run) / layout.AVERAGES, "repa ema"):
+    averages = Path(given.run) / layout.AVERAGES
+    with lock.alone(averages, "repa ema"):
+        for folder in averages.glob("*"):
+            files.remove_leftovers(folder)
         step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)
     say(
         f"{given.run}: made the weights {name} of step {step:,}. "

@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
     written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
     mine = written is not None and launch.place().rank == 0
     with lock.alone(written, "repa evaluate") if mine else contextlib.nullcontext():
+        if mine and not given.out:
+            files.remove_leftovers(written)
         results = (_of_run if is_run else _of_file)(given)
         out = Path(given.out) if given.out else _place(given, results) if is_run else None
         if mine:

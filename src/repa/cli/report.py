@@ -31,10 +31,13 @@ def main(argv: list[str]) -> int:
     out = Path(given.out)
     if out.suffix != ".html":
         raise UserError(f"The report is an HTML page, but --out is {out}: give a name such as report.html.")
+    from repa.base import files, lock
     from repa.report import write_report
 
-    write_report(
-        given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True
-    )
+    with lock.alone(out, "repa report"):
+        files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
+        write_report(
+            given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True
+        )
     say(f"{out}: open it in a browser. Its tables are in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
     return 0

@@ -77,7 +77,7 @@ def output(given: str, default: Path, suffix: str = ".json") -> Path:
     if launch.place().rank == 0:
         _held.enter_context(lock.alone(out, _doing))
         for beside in (".json", ".csv", ".png"):
-            files.remove_leftovers(out.parent, out.with_suffix(beside).name)
+            files.remove_leftovers(out.parent, out.with_suffix(beside).name.__eq__)
     return out
 
 

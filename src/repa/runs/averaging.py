@@ -5,6 +5,7 @@ relative width is its standard deviation as a share of t.
 """
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,11 @@ def drop_snapshots(run: Path, step: int) -> None:
     """Remove those after `step`: their steps will be done again, perhaps with another end of the schedule."""
     for later in layout.snapshot_steps(run):
         if later > step:
-            shutil.rmtree(layout.snapshot_folder(run, later))
+            folder = layout.snapshot_folder(run, later)
+            # out of the way first; what somebody has open on NFS cannot go, and the next snapshot tries again
+            hidden = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
+            folder.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, dict[str, Tensor]]:

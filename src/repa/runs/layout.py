@@ -76,9 +76,11 @@ def average_file(run: Path, step: int, name: str) -> Path:
 
 
 def tidy(run: Path) -> None:
-    """Remove what killed writers left in a run folder; its lock must be held."""
-    for folder in (run, *(run / name for name in (CHECKPOINTS, SNAPSHOTS, AVERAGES)), *(run / AVERAGES).glob("*")):
-        files.remove_leftovers(folder)
+    """Remove what killed training left in a run folder, whose lock is held; other commands have locks for what they write there."""
+    files.remove_leftovers(run, (CONFIG, DATA, METRICS).__contains__)
+    files.remove_leftovers(run / SAMPLES, lambda name: _is_step(name.partition(".")[0]))
+    for name in (CHECKPOINTS, SNAPSHOTS):
+        files.remove_leftovers(run / name)
 
 
 def average_steps(run: Path, name: str) -> list[int]:

@@ -128,8 +128,8 @@ def write_samples(
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
     with dist.alone(out, "repa sample"):
-        for ending in (".json", ".png"):
-            dist.on_main(lambda ending=ending: files.remove_leftovers(out.parent, out.with_suffix(ending).name))
+        beside = [out.with_suffix(ending).name for ending in (".json", ".png")]
+        dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
         return _write_samples(run, config, num, out, progress, count, callback)
 
 

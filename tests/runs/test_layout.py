@@ -1,0 +1,26 @@
+"""What training removes of a run folder, and what other commands are writing there."""
+
+from repa.runs import layout
+
+
+def test_only_what_training_writes_is_tidied(tmp_path):
+    gone = [
+        ".config.yaml.abcdefgh.tmp",
+        ".metrics.jsonl.abcdefgh.tmp",
+        "samples/.0000010.png.abcdefgh.tmp",
+        "checkpoints/.0000010.abcdefgh.tmp/model.safetensors",
+        "checkpoints/.0000008.removed.tmp/model.safetensors",
+        "snapshots/.0000010.abcdefgh.tmp/ema.safetensors",
+    ]
+    stays = [
+        ".samples.npz.abcdefgh.tmp",
+        "samples/.mine.npz.abcdefgh.tmp",
+        "averages/0000010/.ema-width-0.1.safetensors.abcdefgh.tmp",
+        "evaluations/.0000010.json.abcdefgh.tmp",
+        "checkpoints/0000010/model.safetensors",
+    ]
+    for name in [*gone, *stays]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    layout.tidy(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(stays)
