@@ -197,35 +197,37 @@ NAMES = ("prepare", "train", "train --async-save", "sample", "evaluate", "probe"
 
 
 def campaign(command: Command, tmp_path: Path, kills: int) -> tuple[int, int]:
-    """Half of the kills at renames, the others at random times; gives how many were aimed, and how many hit."""
+    """Kill until so many kills came before the command's end; gives how many of them were aimed at a rename, and the tries.
+
+    A command has only so many renames; the other kills come at random times.
+    """
     wanted, seconds, renames = undisturbed(command, tmp_path / "whole")
     aims = [Aim(at, after) for at in range(1, renames + 1) for after in (False, True)]
     RANDOM.shuffle(aims)
     aims = aims[: max(1, kills // 2)]
-    hit = 0
-    for number in range(kills):
-        aim = aims[number] if number < len(aims) else None
-        hit += kill_and_finish(command, tmp_path / f"out{number}", wanted, RANDOM.uniform(0.02, 1) * seconds, aim)
-    return len(aims), hit
+    aimed = landed = tries = 0
+    while landed < kills:
+        assert tries < 4 * kills, f"{landed} of {tries} kills came before the end"
+        aim = aims[tries] if tries < len(aims) else None
+        hit = kill_and_finish(command, tmp_path / f"out{tries}", wanted, RANDOM.uniform(0.02, 0.95) * seconds, aim)
+        tries, landed, aimed = tries + 1, landed + hit, aimed + (hit and aim is not None)
+    return aimed, tries
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_done_again(name, commands, tmp_path):
-    aimed, hit = campaign(commands[name], tmp_path, kills=3)
-    assert hit >= aimed
+    aimed, _ = campaign(commands[name], tmp_path, kills=3)
+    assert aimed
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hundred_kills(name, commands, tmp_path, capsys):
-    aimed, hit = campaign(commands[name], tmp_path, kills=100)
+    aimed, tries = campaign(commands[name], tmp_path, kills=100)
     with capsys.disabled():
-        print(
-            f"{name}: 100 kills, {aimed} at a rename, {hit} before the end; all finished to the same bytes, 0 leftovers"
-        )
-    assert hit >= 50
+        print(f"{name}: 100 kills before its end ({tries} tries), {aimed} of them at a rename; same bytes, 0 leftovers")
 
 
 def pairs(command: Command, tmp_path: Path, number: int) -> tuple[int, int]:
