@@ -2,7 +2,7 @@
 
     python examples/your_own_loop.py
 
-The network is a small convolutional denoiser on 32-pixel crops of photographs that come with the package's dependencies.
+The network is a small convolutional denoiser on 32-pixel crops of the photographs inside the package.
 """
 
 import torch

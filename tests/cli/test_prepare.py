@@ -40,13 +40,13 @@ def repa(capsys, tmp_path, monkeypatch):
 def test_a_folder_from_plan_to_removal(repa, tmp_path):
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--plan")
     assert code == 0
-    assert "30 images of 17 classes" in text
+    assert "30 images of 20 classes" in text
     assert "features.tiny" in text
     assert "Nothing was written" in text
     assert not (tmp_path / "data").exists()
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--flip")
     assert code == 0
-    assert "data: 30 images of 17 classes at 16 pixels, 30 flipped copies." in text
+    assert "data: 30 images of 20 classes at 16 pixels, 30 flipped copies." in text
     assert "60/60 images" in text
     assert "written" in text
     before = open_data("data").manifest

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import repa.encoders
 from repa.base.errors import UserError
+from repa.base.images import to_tensor
+from repa.data.sources.photographs import load_photographs
 from repa.encoders import load_encoder
 
 WEIGHTS = Path(repa.encoders.__file__).parent / "weights"
@@ -23,16 +24,13 @@ def encoders() -> dict:
 
 @pytest.fixture(scope="module")
 def crops() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 32-pixel crops, 8 pixels apart, of each of 8 places in photographs that come with scikit-image."""
-    from skimage import data, transform
-
+    """Two 32-pixel crops, 8 pixels apart, of each of 8 places in four photographs."""
     first, second = [], []
-    for photograph in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket()):
-        small = transform.resize(photograph, (80, 120), anti_aliasing=True)
-        image = torch.from_numpy((small * 255).astype(np.uint8)).permute(2, 0, 1)
-        for left in (8, 72):
-            first.append(image[:, 24:56, left : left + 32])
-            second.append(image[:, 24:56, left + 8 : left + 40])
+    for name in ("astronaut", "cat", "coffee", "space shuttle"):
+        image = to_tensor(load_photographs()[name].resize((96, 96)))
+        for left in (8, 48):
+            first.append(image[:, 32:64, left : left + 32])
+            second.append(image[:, 32:64, left + 8 : left + 40])
     return torch.stack(first), torch.stack(second)
 
 

@@ -16,8 +16,8 @@ from repa.data.settings import started
 from repa.encoders import ENCODERS
 
 ABOUT = (
-    "Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, the ones that come with "
-    "the package's dependencies) -> shards for training: cropped images, latents, labels and target tokens. The same command "
+    "Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, those inside "
+    "the package) -> shards for training: cropped images, latents, labels and target tokens. The same command "
     "continues after any stop; settings that are left out are then those of the folder. `repa prepare DATA --only ...` and "
     "`--remove ...` work on what a folder already holds. `torchrun --nproc-per-node 8 -m repa prepare ...` shares the work."
 )

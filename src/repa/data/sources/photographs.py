@@ -1,8 +1,7 @@
-"""Real images without a download: random crops of the photographs that scikit-image and scikit-learn ship."""
+"""Real images without a download: random crops of the photographs inside the package."""
 
 import functools
-import math
-from importlib.util import find_spec
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,84 +12,59 @@ from repa.base.images import decode_image
 from repa.base.rng import fold
 from repa.data.sources.contract import Source
 
-SKIMAGE, SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
-PHOTOGRAPHS = {  # class name -> where its file lies
-    "astronaut": (*SKIMAGE, "astronaut.png"),
-    "brick": (*SKIMAGE, "brick.png"),
-    "camera": (*SKIMAGE, "camera.png"),
-    "cell": (*SKIMAGE, "cell.png"),
-    "chelsea": (*SKIMAGE, "chelsea.png"),
-    "china": (*SKLEARN, "china.jpg"),
-    "coffee": (*SKIMAGE, "coffee.png"),
-    "coins": (*SKIMAGE, "coins.png"),
-    "flower": (*SKLEARN, "flower.jpg"),
-    "grass": (*SKIMAGE, "grass.png"),
-    "gravel": (*SKIMAGE, "gravel.png"),
-    "hubble_deep_field": (*SKIMAGE, "hubble_deep_field.jpg"),
-    "ihc": (*SKIMAGE, "ihc.png"),
-    "moon": (*SKIMAGE, "moon.png"),
-    "motorcycle": (*SKIMAGE, "motorcycle_left.png"),
-    "retina": (*SKIMAGE, "retina.jpg"),
-    "rocket": (*SKIMAGE, "rocket.jpg"),
-}
-SMALLEST, LARGEST = 40, 0.6  # side of a crop: pixels; share of the photograph's shorter side
+FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
+SHARES = (0.6, 1.0)  # side of a crop over the photograph's: large enough to tell what it shows
 
 
 @functools.cache
-def load_photographs() -> tuple[Image.Image, ...]:
-    """The photographs as RGB, in the order of PHOTOGRAPHS.
-
-    Files are read directly: scikit-image's own loaders would go to the network for one that is missing, which is a
-    UserError here.
-    """
-    return tuple(_load(name, *where) for name, where in PHOTOGRAPHS.items())
+def load_photographs() -> dict[str, Image.Image]:
+    """Class name -> photograph, RGB, square, in the order of the names."""
+    files = {path.stem.replace("-", " "): path for path in sorted(FOLDER.glob("*.jpg"))}
+    return {name: decode_image(path.read_bytes(), path.name) for name, path in files.items()}
 
 
-def _load(name: str, package: str, folder: str, file: str) -> Image.Image:
-    spec = find_spec(package)  # without importing it, which takes a second
-    path = Path(spec.origin).parent / folder / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise UserError(
-            f"The photograph {name!r} is missing: the installed {package} does not hold {folder}/{file}. "
-            "Install scikit-image and scikit-learn, or give a folder of images."
-        )
-    return decode_image(path.read_bytes(), file)
+@functools.cache
+def checksum() -> str:
+    """sha256 of all photographs' pixels: data prepared from other ones is not continued."""
+    digest = hashlib.sha256()
+    for photograph in load_photographs().values():
+        digest.update(photograph.tobytes())
+    return digest.hexdigest()
 
 
 def photograph_crop(index: int, resolution: int, seed: int) -> Image.Image:
-    """Crop `index` of photograph index % 17, a function of (seed, index, resolution) alone, RGB.
+    """Crop `index`, RGB, of photograph index % 20: a function of (seed, index, resolution) alone.
 
-    The side is log-uniform between 40 pixels and 60 % of the shorter side (each octave is as frequent as the
-    next), the place uniform; bicubic with antialiasing; mirrored with probability 1/2. The same index shows the same
-    crop at every resolution.
+    The side is uniform between 60 % and 100 % of the photograph's, the place uniform; bicubic with antialiasing; mirrored
+    with probability 1/2. The same index shows the same crop at every resolution.
     """
-    photograph = load_photographs()[index % len(PHOTOGRAPHS)]
+    photographs = list(load_photographs().values())
+    photograph = photographs[index % len(photographs)]
     rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
-    side = math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST * min(photograph.size))))
-    left, top = rng.uniform(0, photograph.width - side), rng.uniform(0, photograph.height - side)
+    side = rng.uniform(*SHARES) * photograph.width
+    left, top = rng.uniform(0, photograph.width - side, size=2)
     box = (left, top, left + side, top + side)
     crop = photograph.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 
 
 class PhotographSource(Source):
-    """Random crops of the built-in photographs, one class for each photograph."""
+    """Random crops of the photographs inside the package, one class for each photograph."""
 
     def __init__(self, *, num: int = 10_000, seed: int = 0):
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
-        load_photographs()
         self.seed = seed
-        self.class_names = list(PHOTOGRAPHS)
-        self.labels = np.arange(num, dtype=np.int64) % len(PHOTOGRAPHS)
-        self.identity = {"name": "photographs", "num_images": num, "seed": seed}
+        self.class_names = list(load_photographs())
+        self.labels = np.arange(num, dtype=np.int64) % len(self.class_names)
+        self.identity = {"name": "photographs", "num_images": num, "seed": seed, "sha256": checksum()}
 
     def name(self, index: int) -> str:
         return f"photograph {index}"
 
     def decode(self, index: int) -> Image.Image:
-        return load_photographs()[index % len(PHOTOGRAPHS)]
+        return load_photographs()[self.class_names[index % len(self.class_names)]]
 
     def image(self, index: int, resolution: int) -> Image.Image:
         return photograph_crop(index, resolution, self.seed)
