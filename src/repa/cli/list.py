@@ -7,7 +7,10 @@ from repa.base.errors import UserError, nearest
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = "List names: recipes, models, encoders, autoencoders, paths, times, samplers, guidances, losses, projectors, schedules."
+ABOUT = (
+    "List names: recipes, models, encoders, text-encoders, autoencoders, paths, times, samplers, guidances, losses, projectors, "
+    "schedules."
+)
 
 Groups = dict[str, dict[str, str]]  # heading -> name -> sentence; an empty heading is not printed
 
@@ -40,13 +43,15 @@ def main(argv: list[str]) -> int:
 def _kinds() -> dict[str, Callable[[], Groups]]:
     from repa.alignment import LOSSES, PROJECTORS, SCHEDULES
     from repa.autoencoders import AUTOENCODERS
+    from repa.conditions import TEXT_ENCODERS
     from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, TIMESTEPS
     from repa.encoders import ENCODERS
     from repa.models.config import model_names
 
     registries = {
-        "encoders": ENCODERS, "autoencoders": AUTOENCODERS, "paths": PATHS, "times": TIMESTEPS, "samplers": SAMPLERS,
-        "guidances": GUIDANCES,         "losses": LOSSES, "projectors": PROJECTORS, "schedules": SCHEDULES,
+        "encoders": ENCODERS, "text-encoders": TEXT_ENCODERS, "autoencoders": AUTOENCODERS, "paths": PATHS,
+        "times": TIMESTEPS, "samplers": SAMPLERS, "guidances": GUIDANCES, "losses": LOSSES, "projectors": PROJECTORS,
+        "schedules": SCHEDULES,
     }  # fmt: skip
     kinds = {
         kind: (lambda registry=registry: {"": dict.fromkeys(registry.names(), "")})

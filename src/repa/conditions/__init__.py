@@ -1,0 +1,20 @@
+"""Frozen text encoders behind one contract: what captions and prompts are to a network."""
+
+from repa.base.lazy import exports
+from repa.base.registry import Registry
+from repa.conditions import families
+
+# f(name, weights, **settings) -> TextEncoder; a function of this kind by its dotted name too
+TEXT_ENCODERS = Registry(
+    "text encoder",
+    {
+        "tiny-text": "repa.conditions.words:load_words",
+        **dict.fromkeys(families.names(), "repa.conditions.hub:load_hub"),
+    },
+)
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {"Text": "contract", "TextEncoder": "contract", "load_text_encoder": "loading"},
+    local=("TEXT_ENCODERS",),
+)

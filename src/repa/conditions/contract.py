@@ -1,0 +1,58 @@
+"""What every frozen text encoder promises: texts in, a fixed number of token features out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MAX_LETTERS = 10_000  # of a text; what follows is beyond every tokenizer's limit, and costs it time
+
+
+class Text(NamedTuple):
+    """Token features of N texts."""
+
+    tokens: Tensor
+    """(N, S, E)."""
+    mask: Tensor | None
+    """(N, S) bool, True where there is a token of the text; None where the network may look at all S."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Text":
+        """The same change to every tensor: rows, a device, a type."""
+        return Text(change(self.tokens), None if self.mask is None else change(self.mask))
+
+
+class TextEncoder(nn.Module, ABC):
+    """A frozen text encoder: always in eval mode, never with gradients. Kinds implement `encode`.
+
+    A text is encoded alone: its features depend neither on the other texts of a call nor on their number.
+
+    Attributes:
+        name: the name in the registry.
+        dim: E, the width of a token.
+        num_tokens: S, tokens of every text; longer ones are cut, shorter ones padded.
+        masked: whether `mask` is given.
+        identity: what stored features depend on, for their manifest: name, checksums of weights and tokenizer, how texts
+            become tokens.
+    """
+
+    name: str
+    dim: int
+    num_tokens: int
+    masked: bool
+    identity: dict[str, Any]
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stays in eval mode: a frozen encoder must not change when the model around it starts to train."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> Text:
+        """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other."""
+        text = self.encode([text[:MAX_LETTERS] for text in texts])
+        return Text(text.tokens.float(), text.mask)
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Text:
+        """As `forward`."""

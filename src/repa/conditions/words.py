@@ -1,0 +1,88 @@
+"""`tiny-text`: a text encoder without weights, for tests and the offline demonstration."""
+
+import functools
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+from repa.base.rng import generator
+from repa.conditions.contract import Text, TextEncoder
+
+WORD = re.compile(r"\w+")
+BEGIN = ""  # in front of every text, so that no text has no token
+
+
+class WordHashes(TextEncoder):
+    """A token for each word: a Gaussian vector that the word's letters seed, plus sines and cosines of its position.
+
+    Equal words have equal vectors, other words nearly orthogonal ones (|cos| about 1/sqrt(E)); nothing is learned, so "cup" is
+    as far from "mug" as from "sky".
+    """
+
+    def __init__(self, name: str, num_tokens: int, dim: int):
+        super().__init__()
+        self.name, self.num_tokens, self.dim, self.masked = name, num_tokens, dim, True
+        self.identity = {
+            "name": name, "weights_sha256": None,
+            "preprocessing": f"NFKC, lower case, words of letters and digits; {num_tokens} tokens of {dim} numbers",
+        }  # fmt: skip
+        self.register_buffer("positions", POSITION * positions(num_tokens, dim), persistent=False)  # (S, E)
+        self._vector = functools.lru_cache(100_000)(lambda word: word_vector(word, dim))
+
+    def encode(self, texts: Sequence[str]) -> Text:
+        tokens = torch.zeros(len(texts), self.num_tokens, self.dim)
+        mask = torch.zeros(len(texts), self.num_tokens, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            words = [BEGIN, *words_of(text)][: self.num_tokens]
+            tokens[row, : len(words)] = torch.stack([self._vector(word) for word in words])
+            mask[row, : len(words)] = True
+        device = self.positions.device
+        tokens, mask = tokens.to(device), mask.to(device)
+        return Text((tokens + self.positions) * mask[..., None], mask)
+
+
+POSITION = 0.3  # of the positions, beside words of unit variance: order counts for less than what is said
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, in their order."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def word_vector(word: str, dim: int) -> Tensor:
+    """(E,) standard normal."""
+    return torch.randn(dim, generator=generator(0, "word", word))
+
+
+def positions(num: int, dim: int) -> Tensor:
+    """(num, dim): sines, then cosines, of wavelengths from 2 pi to 2 pi 100, since texts are short."""
+    rates = 100 ** (-torch.arange(dim // 2) / (dim // 2))
+    angles = torch.arange(num)[:, None] * rates
+    return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def load_words(name: str, weights: Path | None, *, tokens: int = 16, width: int = 64) -> WordHashes:
+    """`tiny-text`.
+
+    Raises:
+        UserError: weights are given, or sizes are no even, positive numbers.
+    """
+    if weights is not None:
+        raise UserError(f"The text encoder {name} has no weights, but got {weights}: leave them out.")
+    if (
+        type(tokens) is not int
+        or not 1 <= tokens <= 512
+        or type(width) is not int
+        or not 2 <= width <= 4096
+        or width % 2
+    ):
+        raise UserError(
+            f"{name} takes tokens from 1 to 512 and an even width from 2 to 4096, but got {tokens} and {width}."
+        )
+    return WordHashes(name, tokens, width)
