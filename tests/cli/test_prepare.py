@@ -64,7 +64,7 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     assert {name: facts.form for name, facts in features.items()} == {"tiny": "int8", "tiny-judge": "pca8"}
     assert repa("prepare", SOURCE, "data", "--features", "tiny", "--feature-forms", "int8")[0] == 0  # as at first
     code, text = repa("show", "data")
-    assert "30 of 17 classes at 16 pixels, and a flipped copy of each" in text
+    assert "30 of 20 classes at 16 pixels, and a flipped copy of each" in text
     assert "tiny (4 x 4 x 192 as int8), tiny-judge (2 x 2 x 128 as pca8)" in text
     code, text = repa("check", "data", "--full", "--num-images", "4")
     assert code == 0
