@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from repa.alignment import Alignment, AlignmentConfig, Beside
 from repa.models import Condition, DiT, Tap
-from repa.models.jit import JiT, MaskedAdapter
+from repa.models.jit import JiT
 from tests import golden
 
 TOLERANCE = 1e-6
@@ -98,16 +99,18 @@ def test_jit():
 
 
 def test_adapter_of_pixelrepa():
+    """As the projector of a term: the prediction, and the released loss, which is 1 - cosine."""
     case, model = jit()
     x, t, condition = inputs(case)
     hidden = model({"x": x}, t, condition, (Tap(1),)).taps[Tap(1)]
     case = golden.load("pixelrepa_mta")
-    adapter = MaskedAdapter(16, 5, model.grid, num_classes=3, num_heads=2, class_tokens=2).double()
+    config = AlignmentConfig(target="tiny", depth=1, projector="adapter:heads=2,class_tokens=2")
+    term = Alignment(config, 16, 5, model.grid, num_classes=3).double()
+    adapter = term.projector
     assert fill(adapter, case, lambda name: name.replace("projection_layer.mlp", "projection")) == {"mask_token"}
     with torch.no_grad():
         adapter.mask_token.copy_(golden.tensor(case["inputs"]["mask_token"]))
-    keep = torch.tensor(case["inputs"]["keep_mask"], dtype=torch.bool)
-    found = adapter(hidden, t, condition.labels, keep)
-    golden.check(found, case["expected"]["pred"], TOLERANCE)
-    loss = 1 - torch.cosine_similarity(found, golden.tensor(case["inputs"]["z"]), dim=-1).mean()
-    assert loss.item() == pytest.approx(case["expected"]["loss"], rel=TOLERANCE)
+    beside = Beside(t, condition, torch.tensor(case["inputs"]["keep_mask"], dtype=torch.bool))
+    golden.check(term.project(hidden, beside), case["expected"]["pred"], TOLERANCE)
+    loss = term.compare(hidden, golden.tensor(case["inputs"]["z"]), beside=beside)
+    assert 1 + float(loss.detach().mean()) == pytest.approx(case["expected"]["loss"], rel=TOLERANCE)

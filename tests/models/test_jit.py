@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.models import Condition, Tap
+from repa.models import Condition, ModelConfig, Tap, build, build_model
 from repa.models.jit import JiT, MaskedAdapter, jit_dimensions
 
 SIZES = {"hidden_dim": 16, "depth": 3, "num_heads": 2, "bottleneck": 6, "class_tokens": 2, "class_tokens_from": 1}
@@ -89,10 +89,25 @@ def test_compile_breaks_no_graph():
     torch.testing.assert_close(found.taps, wanted.taps, rtol=1e-4, atol=1e-5)
 
 
-def test_the_sizes_of_the_paper():
+@pytest.mark.parametrize(
+    ("name", "millions"),  # table 9 of arXiv 2511.13720; of the patches of 32, at 512 pixels
+    [("JiT-B/16", 131), ("JiT-L/16", 459), ("JiT-H/16", 953), ("JiT-B/32", 133), ("JiT-L/32", 462), ("JiT-H/32", 956)],
+)
+def test_the_sizes_of_the_paper_are_built_from_configuration(name, millions):
+    side = 16 * int(name.rpartition("/")[2])
+    config = ModelConfig(name=name, backbone="jit", latent_size=side, latent_channels=3, num_classes=1000)
     with torch.device("meta"):
-        model = JiT(latent_size=256, num_classes=1000, **jit_dimensions("JiT-B/16"))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 131  # table 9
+        models = build(config), build_model(name, latent_size=side, num_classes=1000)
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in models]
+    assert shapes[0] == shapes[1]
+    assert round(sum(p.numel() for p in models[0].parameters()) / 1e6) == millions
+
+
+def test_class_tokens_come_in_where_the_paper_has_them():
+    found = {name: jit_dimensions(name)["class_tokens_from"] for name in ("JiT-B/16", "JiT-L/16", "JiT-H/16")}
+    assert found == {"JiT-B/16": 4, "JiT-L/16": 8, "JiT-H/16": 10}
+    with pytest.raises(UserError, match="backbone jit"):
+        ModelConfig.parse({"name": "JiT-B/16"})
 
 
 def test_mistakes_are_refused():
@@ -114,11 +129,11 @@ def test_masked_tokens_of_the_adapter_are_not_seen():
         torch.nn.init.normal_(parameter, std=0.2)
     hidden, t, labels = torch.randn(2, 6, 16), torch.rand(2), torch.tensor([0, 3])
     keep = torch.tensor([[True, False, True, True, True, True], [True] * 6])
-    found = adapter(hidden, t, labels, keep)
+    found = adapter(hidden, t, Condition(labels), keep)
     found.square().sum().backward()
     assert [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()] == []
     other = hidden.clone()
     other[0, 1] += 1
-    torch.testing.assert_close(adapter(other, t, labels, keep), found)
+    torch.testing.assert_close(adapter(other, t, Condition(labels), keep), found)
     other[1, 1] += 1
-    assert not torch.allclose(adapter(other, t, labels, keep)[1], found[1])
+    assert not torch.allclose(adapter(other, t, Condition(labels), keep)[1], found[1])

@@ -171,8 +171,9 @@ def test_representation_guidance_walks_to_the_features_of_an_image(random_run, i
     x, labels = SampleStreams(3, [5]).randn(3, 16, 16), torch.tensor([1])
 
     def loss(x):
-        output = run.model({"x": x}, torch.tensor([0.5]), Condition(labels), run.guide.taps)
-        return float(run.guide.loss(output))
+        t, condition = torch.tensor([0.5]), Condition(labels)
+        output = run.model({"x": x}, t, condition, run.guide.taps)
+        return float(run.guide.loss(output, t, condition))
 
     direction = SampleStreams(4, [5]).randn(3, 16, 16)
     slope = (loss(x + 0.01 * direction) - loss(x - 0.01 * direction)) / 0.02

@@ -21,10 +21,11 @@ TARGETS = Registry(
         "none": "repa.alignment.targets:none",
     },
 )
-# f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F)
+# f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for what it may be given more
 PROJECTORS = Registry(
     "projector",
     {
+        "adapter": "repa.alignment.projectors:adapter",
         "mlp": "repa.alignment.projectors:mlp",
         "linear": "repa.alignment.projectors:linear",
         "conv": "repa.alignment.projectors:conv",
@@ -59,6 +60,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Alignment": "alignment",
         "AlignmentConfig": "config",
+        "Beside": "alignment",
         "Seen": "targets",
         "resize_tokens": "tokens",
     },

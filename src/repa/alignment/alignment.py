@@ -1,7 +1,7 @@
 """Eq. 8 as a module: project a tap, match token grids, compare; and the weight of Eq. 9."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn as nn
@@ -9,11 +9,22 @@ from torch import Tensor
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
+from repa.alignment.projectors import looks_at_condition
 from repa.alignment.targets import Seen, Target, build_target
 from repa.alignment.tokens import resize_tokens
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
-from repa.models.contract import Backbone, Tap
+from repa.models.contract import Backbone, Condition, Tap
+
+
+class Beside(NamedTuple):
+    """What a projector that looks at the condition is given beside the tokens."""
+
+    t: Tensor
+    """(N,) times of the noise."""
+    condition: Condition
+    visible: Tensor | None = None
+    """(N, T) bool, False for tokens that are masked; None: all are seen."""
 
 
 class Alignment(nn.Module):
@@ -28,6 +39,7 @@ class Alignment(nn.Module):
         grid: (rows, columns) of the transformer's tokens; None: a square.
         target: what `forward` compares with; None where only `compare` is used.
         prefix_tokens: tokens in front of the grid in the tap.
+        num_classes: of the network, for projectors that look at the condition.
     """
 
     def __init__(
@@ -39,12 +51,16 @@ class Alignment(nn.Module):
         *,
         target: Target | None = None,
         prefix_tokens: int = 0,
+        num_classes: int = 0,
     ):
         super().__init__()
         self.config, self.feature_dim, self.grid = config, feature_dim, grid
         self.target, self.prefix_tokens = target, prefix_tokens
         self.tap = Tap(config.depth, config.tap)
-        self.projector = PROJECTORS.build(config.projector)(hidden_dim, feature_dim or hidden_dim, grid)
+        projector = PROJECTORS.build(config.projector)
+        self.looks_at_condition = looks_at_condition(projector)
+        classes = (num_classes,) if self.looks_at_condition else ()
+        self.projector = projector(hidden_dim, feature_dim or hidden_dim, grid, *classes)
         if not isinstance(self.projector, nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
@@ -63,12 +79,26 @@ class Alignment(nn.Module):
                 f"The target {config.target!r} has a token for the whole image, and the network has {model.prefix_tokens} "
                 "tokens in front of its grid: give the run one stream, or take part=patches."
             )
-        return cls(config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens)
+        term = cls(
+            config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens,
+            num_classes=model.num_classes,
+        )  # fmt: skip
+        if target.prefix and term.looks_at_condition:
+            raise UserError(
+                f"The projector {config.projector!r} takes the tokens of the grid alone, and the target {config.target!r} has one for "
+                "the whole image: take part=patches, or the projector mlp."
+            )
+        return term
 
     @property
     def taps(self) -> tuple[Tap, ...]:
         """What this term needs to see of the network's pass."""
         return (self.tap, *self.target.own)
+
+    @property
+    def masked(self) -> float | None:
+        """Share of the tap's tokens that its projector is not to see in training; None: it masks none."""
+        return getattr(self.projector, "masked", None) if self.looks_at_condition else None
 
     def forward(self, seen: Seen) -> Tensor:
         """Eq. 8, per image, (N,): lower is better. Gradients reach the tap and the projector, never the target."""
@@ -77,18 +107,22 @@ class Alignment(nn.Module):
             student = student[:, self.prefix_tokens :]
         if self.config.measure_only:
             student = student.detach()
-        loss = self.compare(student, target, seen.output.kept)
+        beside = Beside(seen.t, seen.condition, seen.visible.get(self.config.key)) if self.looks_at_condition else None
+        loss = self.compare(student, target, seen.output.kept, beside)
         low, high = self.config.times
         if (low, high) == (0.0, 1.0):
             return loss
         t = seen.t if seen.t.ndim == 1 else seen.t.mean(1)
         return torch.where((t >= low) & (t <= high), loss, 0.0)
 
-    def compare(self, student: Tensor, target: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    def compare(
+        self, student: Tensor, target: Tensor | None, kept: Tensor | None = None, beside: Beside | None = None
+    ) -> Tensor:
         """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
 
         Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
-        `kept` (N, K): the tokens that the student has, where a network routes tokens.
+        `kept` (N, K): the tokens that the student has, where a network routes tokens. `beside`: for a projector that looks at
+        the condition.
 
         Raises:
             UserError: the target has another width than the projector was built for, or the grids differ and one has no
@@ -97,7 +131,7 @@ class Alignment(nn.Module):
         if self.tap.kind == "attention":
             with no_autocast(student.device):
                 return self.loss(_precise(student), None if target is None else _precise(target.detach()))
-        projected = self.projector(student)  # (N, T, F)
+        projected = self.project(student, beside)  # (N, T, F)
         with no_autocast(student.device):  # norms and logits need float32
             projected = _precise(projected)
             if target is None:
@@ -105,6 +139,16 @@ class Alignment(nn.Module):
             self._check_width(target)
             projected, matched = self._match(projected, _precise(target.detach()), kept)
             return self.loss(projected, self.token_norm(matched))  # (N,)
+
+    def project(self, student: Tensor, beside: Beside | None = None) -> Tensor:
+        """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
+        if not self.looks_at_condition:
+            return self.projector(student)
+        if beside is None:
+            raise UserError(
+                f"The projector {self.config.projector!r} looks at times and condition: give compare them as Beside(t, condition)."
+            )
+        return self.projector(student, *beside)
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""

@@ -3,13 +3,32 @@
 They are trained with the model and have no use afterwards. An impossible setting raises UserError.
 """
 
+from collections.abc import Callable
+
 import torch.nn as nn
 from torch import Tensor
 
 from repa.alignment.tokens import grid_side
 from repa.base.errors import UserError
+from repa.models.jit import MaskedAdapter
 
 Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
+
+
+def sees_condition(projector: Callable) -> Callable:
+    """Declare that a projector depends on more than the tokens; those of your own declare it too: `projector.sees_condition = True`.
+
+    It is built as f(hidden_dim, feature_dim, grid, num_classes, **settings), and its module is called with (hidden, t, condition,
+    visible). Where the module has an attribute `masked`, visible (N, T) bool is drawn in training, False for that share of
+    the tokens; elsewhere it is None.
+    """
+    projector.sees_condition = True
+    return projector
+
+
+def looks_at_condition(projector: Callable) -> bool:
+    """Whether a projector, with its settings bound, declares it (see `sees_condition`)."""
+    return bool(getattr(getattr(projector, "func", projector), "sees_condition", False))
 
 
 def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: int = 2048) -> nn.Sequential:
@@ -53,6 +72,46 @@ def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: int = 
     if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
         raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
     return _initialise(_Convolution(hidden_dim, feature_dim, kernel, grid))
+
+
+@sees_condition
+def adapter(
+    hidden_dim: int,
+    feature_dim: int,
+    grid: Grid,
+    num_classes: int,
+    *,
+    masked: float = 0.2,
+    depth: int = 2,
+    heads: int = 0,
+    class_tokens: int = 32,
+) -> nn.Module:
+    """PixelREPA's projector (arXiv 2603.14366): some tokens masked, then blocks of JiT with the condition of the network.
+
+    Args:
+        masked: share of the tokens that are masked in training.
+        depth: blocks.
+        heads: of their attention; 0: as many as there are with a width of 64.
+        class_tokens: copies of the class in front of the grid.
+    """
+    if type(depth) is not int or type(class_tokens) is not int or depth < 1 or class_tokens < 1:
+        raise UserError(
+            f"The projector 'adapter' needs whole numbers >= 1 as 'depth' and 'class_tokens', but got {depth!r}, {class_tokens!r}."
+        )
+    if not (isinstance(masked, (int, float)) and 0 <= masked < 1):
+        raise UserError(f"The projector 'adapter' needs 'masked' of at least 0 and below 1, but got {masked!r}.")
+    heads = heads or max(1, hidden_dim // 64)
+    if type(heads) is not int or heads < 1 or hidden_dim % (4 * heads):
+        raise UserError(
+            f"The projector 'adapter' needs heads whose width is a multiple of 4, but {hidden_dim} channels over {heads!r} heads "
+            "have none: choose another heads=."
+        )
+    if grid is None:
+        raise UserError("The projector 'adapter' needs to know the grid of the tokens: give Alignment (rows, columns).")
+    return MaskedAdapter(
+        hidden_dim, feature_dim, grid, num_classes=num_classes, num_heads=heads, depth=depth, class_tokens=class_tokens,
+        masked=masked,
+    )  # fmt: skip
 
 
 class _Convolution(nn.Module):

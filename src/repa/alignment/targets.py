@@ -12,7 +12,7 @@ from torch import Tensor
 from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
 from repa.encoders.contract import Features
-from repa.models.contract import Backbone, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import patchify
 
 
@@ -29,6 +29,10 @@ class Seen(NamedTuple):
     """What was noised."""
     t: Tensor
     """(N,) or (N, T) times of the noise."""
+    condition: Condition
+    """What the network was given: the null condition where it was dropped."""
+    visible: Mapping[str, Tensor]
+    """Term -> (N, T) bool: the tokens that its projector sees, where it masks some."""
 
 
 class Need(NamedTuple):

@@ -157,9 +157,10 @@ class DiffusionConfig(Config):
                 f"ddpm, or 'SiT-{size}', the same network without it."
             )
         if not learn_sigma and self.objective == "ddpm":
+            with_variance = "" if name.startswith("JiT") else f"'DiT-{size}', the same network with it, or "
             raise UserError(
-                f"The objective ddpm trains a variance too, which {name} does not predict: choose 'DiT-{size}', the same "
-                "network with it, or diffusion.objective flow."
+                f"The objective ddpm trains a variance too, which {name} does not predict: choose {with_variance}"
+                "diffusion.objective flow."
             )
 
     def check_sampler(self, spec: str) -> str:

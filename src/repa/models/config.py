@@ -27,22 +27,28 @@ SIZES = {
 }  # hidden_dim, depth, num_heads
 PATCH_SIZES = (1, 2, 4, 8)
 FAMILIES = {"SiT": False, "DiT": True}  # does the network also predict the variance (learn_sigma)?
+JIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}  # arXiv 2511.13720, table 9
+JIT_PATCH_SIZES = (16, 32)  # in pixels
+NAMED = {
+    **{f"{f}-{size}/{p}": Dimensions(*SIZES[size], p) for f in FAMILIES for size in SIZES for p in PATCH_SIZES},
+    **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
+}
 
 
 def model_names() -> list[str]:
-    """Every name that build_model knows: SiT-S/1 ... DiT-XL/8."""
-    return [f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in PATCH_SIZES]
+    """Every name that build_model knows: SiT-S/1 ... DiT-XL/8, JiT-B/16 ... JiT-H/32."""
+    return list(NAMED)
 
 
 def dimensions(name: str) -> Dimensions:
     """The size behind a name such as "SiT-XL/2"; raises UserError with the nearest name when there is none."""
-    if name not in model_names():
+    if name not in NAMED:
         raise UserError(
             f"Unknown model {name!r}: a name is {' or '.join(FAMILIES)}, a size of {', '.join(SIZES)} and a patch of "
-            f"{', '.join(map(str, PATCH_SIZES))}, as in 'SiT-XL/2'.{nearest(name, model_names())}"
+            f"{', '.join(map(str, PATCH_SIZES))}, as in 'SiT-XL/2'; or JiT, {', '.join(JIT_SIZES)} and "
+            f"{' or '.join(map(str, JIT_PATCH_SIZES))}, as in 'JiT-B/16'.{nearest(name, NAMED)}"
         )
-    size, patch = name.partition("-")[2].split("/")
-    return Dimensions(*SIZES[size], int(patch))
+    return NAMED[name]
 
 
 def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: int, latent_size: int) -> None:
@@ -70,7 +76,7 @@ class ModelConfig(Config):
     """The network to train."""
 
     name: str = "SiT-B/2"
-    """Family, size and patch size: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}. SiT predicts C channels, DiT 2C (learned variance)."""
+    """Family, size, patch: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}, or with the backbone jit JiT-{B,L,H}/{16,32}. DiT learns a variance."""
     backbone: Annotated[str, Spec(BACKBONES)] = "dit"
     """Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
     patch_size: int = Field(default=0, ge=0, le=1_024)
@@ -99,6 +105,8 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         check_dimensions(*self.dims(), latent_size=self.latent_size)
+        if self.name.startswith("JiT") and parse_spec(self.backbone)[0] == "dit":
+            raise UserError(f"{self.name} is a JiT, but the backbone is dit: give model.backbone jit too.")
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
                 raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
@@ -117,7 +125,7 @@ class ModelConfig(Config):
     @property
     def learn_sigma(self) -> bool:
         """Does the network also predict the variance (the DiT family)?"""
-        return FAMILIES[self.name.partition("-")[0]]
+        return FAMILIES.get(self.name.partition("-")[0], False)
 
     def require_plain(self) -> None:
         """Raises UserError when an option of DiT is set, for networks that have none of them."""

@@ -15,6 +15,7 @@ from repa.base.errors import UserError
 from repa.models import BACKBONES
 from repa.models.config import FAMILIES, ModelConfig, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
     FinalLayer,
@@ -182,16 +183,18 @@ class DiT(Backbone):
         return F.silu(self.t_embedder(t) + label[:, None]), mask
 
 
-def build_model(name: str, **overrides) -> DiT:
-    """A DiT by name, "SiT-B/2" or "DiT-XL/2", with any argument of DiT overridden.
+def build_model(name: str, **overrides) -> Backbone:
+    """A network by name, "SiT-B/2", "DiT-XL/2" or "JiT-B/16", with any argument of DiT or JiT overridden.
 
     latent_size, and for labelled data num_classes, come from the data and must be among the overrides.
 
     Raises:
         UserError: an unknown name (the nearest is suggested) or sizes that do not fit together.
     """
-    arguments = {**dimensions(name)._asdict(), "learn_sigma": FAMILIES[name.partition("-")[0]], **overrides}
-    return DiT(**arguments)
+    sizes, family = dimensions(name)._asdict(), name.partition("-")[0]
+    if family == "JiT":
+        return JiT(**{**jit_dimensions(name), **overrides})
+    return DiT(**{**sizes, "learn_sigma": FAMILIES[family], **overrides})
 
 
 def dit(config: ModelConfig) -> DiT:

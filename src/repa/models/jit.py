@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
-from repa.models.config import ModelConfig, check_dimensions
+from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
     MAX_PERIOD,
@@ -31,7 +31,8 @@ INIT_STD = 0.02  # of the tables of labels and class tokens and of the timestep 
 
 
 class JiT(Backbone):
-    """Sizes of the paper: `jit_dimensions("JiT-B/16")`. Times are data times, t = 1 the clean image.
+    """Sizes of the paper: `jit_dimensions("JiT-B/16")`. Times go to the sinusoid as they are; those of the released weights are
+    data times, t = 1 the clean image.
 
     Args:
         latent_size: side of the image, or (height, width); multiples of patch_size.
@@ -143,30 +144,31 @@ class JiT(Backbone):
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
 
 
-def jit(config: ModelConfig, *, bottleneck: int = 128, class_tokens: int = 32, class_tokens_from: int = 4) -> JiT:
-    """The backbone `jit`: sizes of the configuration, and what it has besides (H: bottleneck=256,class_tokens_from=10)."""
+def jit(
+    config: ModelConfig, *, bottleneck: int | None = None, class_tokens: int = 32, class_tokens_from: int | None = None
+) -> JiT:
+    """The backbone `jit`: sizes of the configuration; what is not given of the others is that of the paper's size."""
     config.require_plain()
-    own = {"bottleneck": bottleneck, "class_tokens": class_tokens, "class_tokens_from": class_tokens_from}
+    sizes = config.dims()
+    given = {"bottleneck": bottleneck, "class_tokens_from": class_tokens_from}
+    own = {**further_sizes(sizes), **{name: value for name, value in given.items() if value is not None}}
     return JiT(
-        **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
-        num_classes=config.num_classes, **own,
+        **sizes._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
+        num_classes=config.num_classes, class_tokens=class_tokens, **own,
     )  # fmt: skip
 
 
-SIZES = {  # hidden_dim, depth, num_heads, bottleneck, class_tokens_from (table 9)
-    "B": (768, 12, 12, 128, 4),
-    "L": (1024, 24, 16, 128, 8),
-    "H": (1280, 32, 16, 256, 10),
-}
+def further_sizes(sizes: Dimensions) -> dict[str, int]:
+    """What the paper gives a network of these sizes besides (table 9): class tokens come in after a third of the blocks."""
+    return {"bottleneck": 256 if sizes.hidden_dim >= 1280 else 128, "class_tokens_from": sizes.depth // 3}
 
 
 def jit_dimensions(name: str) -> dict[str, int]:
     """Arguments of JiT by a name such as "JiT-B/16"; raises UserError when there is none."""
-    size, _, patch = name.removeprefix("JiT-").partition("/")
-    if size not in SIZES or patch not in ("16", "32") or not name.startswith("JiT-"):
-        raise UserError(f"Unknown model {name!r}: a name is JiT-{{{','.join(SIZES)}}}/{{16,32}}, as in 'JiT-B/16'.")
-    keys = ("hidden_dim", "depth", "num_heads", "bottleneck", "class_tokens_from")
-    return dict(zip(keys, SIZES[size], strict=True)) | {"patch_size": int(patch)}
+    sizes = dimensions(name)
+    if not name.startswith("JiT"):
+        raise UserError(f"{name} is no JiT: a name is JiT-{{{','.join(JIT_SIZES)}}}/{{16,32}}, as in 'JiT-B/16'.")
+    return sizes._asdict() | further_sizes(sizes)
 
 
 class BottleneckEmbedding(nn.Module):
@@ -285,9 +287,15 @@ class MaskedAdapter(nn.Module):
     It is conditioned as the network is, by embeddings and class tokens it has to itself. Where the features have the width of the
     tokens, the tokens are the answer; elsewhere a head follows: Linear, LayerNorm, SiLU, Linear.
 
-    `forward(hidden, t, labels, keep)`: hidden (N, T, D), t (N,) data times, labels (N,) int64, keep (N, T) bool, False where
-    the mask token stands; the paper keeps a token with probability 0.8 in training, and all of them elsewhere. The mask is
-    handed in, since a network draws no random numbers. -> (N, T, F).
+    `forward(hidden, t, condition, visible)`: hidden (N, T, D), t (N,), visible (N, T) bool, False where the mask token stands,
+    or None where all are seen. The mask is handed in, since a network draws no random numbers. -> (N, T, F).
+
+    Args:
+        hidden_dim: D.
+        feature_dim: F.
+        grid: (rows, columns) of the tokens.
+        num_classes: of the network.
+        masked: share of the tokens that are to be masked in training; told to whoever draws the mask.
     """
 
     def __init__(
@@ -300,8 +308,10 @@ class MaskedAdapter(nn.Module):
         num_heads: int,
         depth: int = 2,
         class_tokens: int = 32,
+        masked: float = 0.2,
     ):
         super().__init__()
+        self.masked = masked
         self.rotation = Rotation(hidden_dim // num_heads, grid)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
         self.t_embedder = TimestepEmbedding(hidden_dim)
@@ -318,9 +328,11 @@ class MaskedAdapter(nn.Module):
         initialise(self)
         nn.init.normal_(self.mask_token, std=INIT_STD)
 
-    def forward(self, hidden: Tensor, t: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
-        x = torch.where(keep[..., None], hidden, self.mask_token.to(hidden.dtype))  # (N, T, D)
-        label = self.y_embedder(labels)
+    def forward(self, hidden: Tensor, t: Tensor, condition: Condition, visible: Tensor | None = None) -> Tensor:
+        x = hidden  # (N, T, D)
+        if visible is not None:
+            x = torch.where(visible[..., None], hidden, self.mask_token.to(hidden.dtype))
+        label = self.y_embedder(condition.labels)
         silu_c = F.silu(self.t_embedder(t) + label)
         front = self.in_context_posemb.shape[1]
         x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)

@@ -18,7 +18,7 @@ class Guide(NamedTuple):
     """A loss of what the network's taps show, whose gradient guides."""
 
     taps: tuple[Tap, ...]
-    loss: Callable[[Output], Tensor]  # (N,)
+    loss: Callable[[Output, Tensor, Condition], Tensor]  # of the output at times t (N,) under a condition: (N,)
     sha256: str  # of the image that it compares with
 
 
@@ -99,11 +99,11 @@ class Predictions:
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
         # copies made outside of inference mode are ordinary tensors, which autograd may keep
         with torch.inference_mode(False), torch.enable_grad():
-            x_t = x_t.clone().requires_grad_()
+            x_t, t = x_t.clone().requires_grad_(), t.clone()
             condition = Condition(*(None if part is None else part.clone() for part in self.condition))
-            state, times = self.layout.unpack(x_t), self.network_time(t.clone())
+            state, times = self.layout.unpack(x_t), self.network_time(t)
             output = self.model(state, times, condition, self.guide.taps)
-            (gradient,) = torch.autograd.grad(self.guide.loss(output).sum(), x_t)
+            (gradient,) = torch.autograd.grad(self.guide.loss(output, t, condition).sum(), x_t)
         return gradient
 
     def _null(self) -> Condition:

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa.alignment import Alignment, AlignmentConfig, Seen
+from repa.alignment import Alignment, AlignmentConfig, Beside, Seen
 from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop, open_image, to_tensor
 from repa.base.registry import parse_spec
 from repa.encoders.loading import load_encoder, weights_for
-from repa.models import Output
+from repa.models import Condition, Output
 from repa.runs import LoadedRun, layout
 from repa.runs.checkpoint import load_projectors
 from repa.runs.predictions import Guide
@@ -47,13 +47,13 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
             f"{run.folder} holds no projector of the alignment {term.key!r} at step {run.step}: choose another run."
         ) from None
     alignment = alignment.to(device).eval().requires_grad_(False)
-    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None))  # (1, M, F)
+    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None, None, {}))  # (1, M, F)
 
-    def loss(output: Output) -> Tensor:
+    def loss(output: Output, t: Tensor, condition: Condition) -> Tensor:
         student = output.taps[alignment.tap]
         if not alignment.target.prefix:
             student = student[:, alignment.prefix_tokens :]
-        return alignment.compare(student, target.expand(len(student), -1, -1))  # (N,)
+        return alignment.compare(student, target.expand(len(student), -1, -1), beside=Beside(t, condition))  # (N,)
 
     return Guide((alignment.tap,), loss, files.sha256(path))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repa.alignment import Alignment, AlignmentConfig
+from repa.alignment import Alignment, AlignmentConfig, Beside
 from repa.alignment.targets import build_target
 from repa.autoencoders.cost import AutoencoderCost, autoencoder_cost
 from repa.base.cost import Cost, cost_of
@@ -175,11 +175,12 @@ def _projectors(config: TrainConfig, dims: dict[str, int], num_tokens: int) -> C
     width = config.model.dims().hidden_dim
     for alignment in config.alignments:
         with torch.device("meta"):
-            projector = Alignment.of(alignment, build(config.model), dims).projector
-            if not list(projector.parameters()):
+            term = Alignment.of(alignment, build(config.model), dims)
+            if not list(term.parameters()):
                 continue
             hidden = torch.empty(1, num_tokens, width, requires_grad=not alignment.measure_only)
-        cost = cost_of(projector, functools.partial(projector, hidden))
+            beside = Beside(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
+        cost = cost_of(term, functools.partial(term.project, hidden, beside))
         total = Cost(*map(sum, zip(total, cost, strict=True)))
     return total
 
@@ -211,7 +212,10 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int]) -> int:
     heads = (1,) * bool(config.model.heads)
     model = build(config.model.override(depth=depth, heads=heads))
     tokens = model.grid[0] * model.grid[1]
-    terms = [Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid) for a in config.alignments]
+    terms = [
+        Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid, num_classes=model.num_classes)
+        for a in config.alignments
+    ]
     taps = tuple({Tap(1, a.tap) for a in config.alignments})
 
     def forward(num: int) -> Tensor:
@@ -239,9 +243,12 @@ def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
     if term.tap.kind == "attention":
         return term.compare(tap, torch.randn(tap.shape))
     student = tap[:, model.prefix_tokens :]
-    return term.compare(
-        student, None if term.config.target == "none" else torch.randn(*student.shape[:2], term.feature_dim)
+    num = len(student)
+    target = None if term.config.target == "none" else torch.randn(*student.shape[:2], term.feature_dim)
+    beside = Beside(
+        torch.rand(num), Condition(torch.zeros(num, dtype=torch.int64)), torch.ones(student.shape[:2]).bool()
     )
+    return term.compare(student, target, beside=beside)
 
 
 def saved_bytes(forward: Callable[[], Tensor], num_tokens: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repa.alignment import Alignment
 from repa.alignment.targets import Need, Seen, merged
 from repa.base import dist
+from repa.base.errors import UserError
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
@@ -35,16 +36,17 @@ class Draws(NamedTuple):
     dropped: Tensor  # (N,) bool: condition replaced by the null condition
     t_averaged: Tensor | None = None  # times at which the averaged network sees the images; None: no term asks
     keep: Tensor | None = None  # (N, K) ids of the tokens that are not routed around the middle blocks
-    other: State | None = (
-        None  # velocities of the images before these in the global batch, for contrastive flow matching
-    )
+    visible: State | None = None  # term -> (N, T) bool: tokens that its projector sees, where it masks some
+    # velocities of the images before these in the global batch, for contrastive flow matching
+    other: State | None = None
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
         t_averaged = None if self.t_averaged is None else self.t_averaged[part]
         keep = None if self.keep is None else self.keep[part]
         other = None if self.other is None else rows_of(self.other, part)
-        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, other)
+        visible = rows_of(self.visible or {}, part)
+        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other)
 
 
 class Objective(nn.Module):
@@ -79,6 +81,12 @@ class Objective(nn.Module):
         self.label_dropout, self.seed = label_dropout, seed
         self.taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.taps}))
         self.averaged_taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.target.averaged}))
+        looking = [a.config for a in alignments if a.looks_at_condition]
+        if looking and diffusion.token_times:
+            raise UserError(
+                f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} takes one time an image, but "
+                "diffusion.token_times gives two: leave that out, or take the projector mlp."
+            )
         self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
 
     def clean(self, x: Tensor, features: Mapping[str, Features]) -> State:
@@ -97,10 +105,21 @@ class Objective(nn.Module):
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
         t, first = self._token_times(t, stream)
-        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream)).rows(rows)
+        visible = self._visible(num, step, x.device)
+        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream), visible=visible).rows(rows)
         if not self.process.contrastive:
             return draws
         return draws._replace(other={name: self._before(part, noise[name], t, rows) for name, part in clean.items()})
+
+    def _visible(self, num: int, step: int, device: torch.device) -> State:
+        """Tokens that masking projectors see, each term from a stream of its own."""
+        found = {}
+        for term in self.alignments.values():
+            if term.masked is not None:
+                stream = generator(self.seed, "visible", term.config.key, step, device=device)
+                scores = torch.rand((num, self.model.grid[0] * self.model.grid[1]), generator=stream, device=device)
+                found[term.config.key] = scores >= term.masked
+        return found
 
     def _before(self, part: Tensor, noise: Tensor, t: Tensor, rows: slice) -> Tensor:
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
@@ -166,7 +185,8 @@ class Objective(nn.Module):
         """
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
         time = self.process.network_time(draws.t)
-        output = self.model(state, time, self._condition(condition, draws), self.taps, draws.keep)
+        condition = self._condition(condition, draws)
+        output = self.model(state, time, condition, self.taps, draws.keep)
 
         denoising = self._denoising(output.prediction["x"], clean, draws)  # Eq. 4, or Eq. 10 for DDPM
         total = torch.stack(list(denoising.values())).sum(0)  # (N,)
@@ -174,7 +194,7 @@ class Objective(nn.Module):
         for name, weight, loss in self._further(output, clean, draws):
             total = total + weight * loss
             terms[name] = loss.detach()
-        seen = Seen(output, features, averaged, clean, draws.t)
+        seen = Seen(output, features, averaged, clean, draws.t, condition, draws.visible or {})
         for alignment, weight in zip(self.alignments.values(), weights.unbind(), strict=True):
             if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
                 total = total + _untouched(alignment)

@@ -1,0 +1,100 @@
+"""PixelREPA's adapter as a projector of a term: what it is given, which tokens it sees, and where it is refused."""
+
+import pytest
+import torch
+
+from repa.alignment import PROJECTORS, Alignment, AlignmentConfig
+from repa.base import dist
+from repa.base.errors import UserError
+from repa.diffusion.config import DiffusionConfig
+from repa.encoders.contract import Features
+from repa.models import Condition, DiT
+from repa.training import Objective
+
+TERM = {"target": "tiny", "depth": 1, "projector": "adapter:masked=0.3,heads=2,class_tokens=2"}
+
+
+def network(**settings) -> DiT:
+    torch.manual_seed(0)
+    sizes = {"latent_size": 8, "latent_channels": 3, "patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2}
+    return DiT(**sizes, num_classes=3, **settings)
+
+
+def objective(term=TERM, diffusion=None, **settings) -> Objective:
+    model = network(**settings)
+    terms = [Alignment.of(AlignmentConfig(**term), model, {"tiny": 5})]
+    for parameter in terms[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # adaLN-Zero hides what a block is given
+    return Objective(model, terms, DiffusionConfig(**(diffusion or {})), label_dropout=0.3, seed=3)
+
+
+def batch(num=8):
+    stream = torch.Generator().manual_seed(1)
+    x, patches = torch.randn(num, 3, 8, 8, generator=stream), torch.randn(num, 16, 5, generator=stream)
+    return x, Condition(torch.randint(3, (num,), generator=stream)), {"tiny": Features(patches, None)}
+
+
+def test_it_is_given_times_the_dropped_condition_and_the_mask():
+    part = objective()
+    x, condition, features = batch()
+    clean = part.clean(x, features)
+    draws = part.draw(clean, 5)
+    given = []
+    (term,) = part.alignments.values()
+    term.projector.register_forward_pre_hook(lambda _, args: given.append(args))
+    losses = part(clean, condition, features, draws, part.weights(5, x.device))
+    _, t, seen, visible = given[0]
+    assert torch.equal(t, draws.t)
+    assert torch.equal(seen.labels, torch.where(draws.dropped, 3, condition.labels))
+    assert torch.equal(visible, draws.visible["tiny@1"])
+    losses.total.mean().backward()
+    assert [name for name, p in term.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_masks_are_a_function_of_seed_and_step_and_their_share_is_the_setting():
+    part, (x, _, features) = objective(), batch(400)
+    clean = part.clean(x, features)
+    masks = [part.draw(clean, step).visible["tiny@1"] for step in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert float((~masks[0]).float().mean()) == pytest.approx(0.3, abs=0.02)
+    rows = part.draw(clean, 0).rows(slice(3, 7))
+    assert torch.equal(rows.visible["tiny@1"], masks[0][3:7])
+
+
+def test_two_processes_draw_the_masks_of_one(monkeypatch):
+    part, (x, _, features) = objective(), batch()
+    whole = part.draw(part.clean(x, features), 2)
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        rows = slice(4 * rank, 4 * rank + 4)
+        found = part.draw(part.clean(x[rows], features), 2)
+        assert torch.equal(found.visible["tiny@1"], whole.visible["tiny@1"][rows])
+
+
+def test_the_other_draws_are_those_of_a_run_without_it():
+    x, _, features = batch()
+    with_mask, without = objective(), objective({**TERM, "projector": "linear"})
+    for part in (with_mask, without):
+        part.clean(x, features)
+    first, second = (part.draw(part.clean(x, features), 1) for part in (with_mask, without))
+    assert torch.equal(first.t, second.t)
+    assert torch.equal(first.noise["x"], second.noise["x"])
+    assert second.visible == {}
+
+
+@pytest.mark.parametrize("setting", ["masked=1", "masked=half", "depth=0", "heads=3", "heads=0.5", "class_tokens=0"])
+def test_impossible_settings_are_refused(setting):
+    with pytest.raises(UserError, match="adapter"):
+        PROJECTORS.build(f"adapter:{setting}")(16, 5, (4, 4), 3)
+
+
+def test_where_it_does_not_fit_a_sentence_says_so():
+    with pytest.raises(UserError, match="one time an image"):
+        objective(diffusion={"token_times": 0.25})
+    with pytest.raises(UserError, match="part=patches"):
+        objective({**TERM, "target": "tiny:part=all"}, streams={"class": 5})
+    term = Alignment(AlignmentConfig(**TERM), 16, 5, (4, 4), num_classes=3)
+    with pytest.raises(UserError, match="Beside"):
+        term.compare(torch.zeros(2, 16, 16), torch.zeros(2, 16, 5))
