@@ -1,8 +1,10 @@
 """Image i is a function of (run, configuration, i), whoever makes it, in whatever company, and after any interruption."""
 
+import functools
 import hashlib
 import json
 import shutil
+import threading
 import zipfile
 from dataclasses import replace
 
@@ -11,18 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from repa.autoencoders import load_autoencoder
+from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.images import grid
+from repa.base.precision import best_precision
 from repa.base.rng import SampleStreams
 from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
-from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, write_samples
+from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, samples, write_samples
+from repa.sampling.behind import OneBehind
 from tests.calls import call
 
-ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1)
+ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1, precision="fp32")
 SDE = ODE.override(sampler="euler_maruyama", steps=5)
 both = pytest.mark.parametrize("config", [ODE, SDE], ids=["ode", "sde"])
 
@@ -360,3 +364,47 @@ def test_guidance_needs_a_null_class_that_trained(run):
     with pytest.raises(UserError, match="label_dropout 0"):
         generate(never, SampleConfig(steps=2, guidance=["cfg:scale=1.5"]), [0])
     assert len(generate(never, SampleConfig(steps=2), [0]).images) == 1
+
+
+def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
+    """As on CUDA: a thread decodes and writes while the next batch is drawn. What it raises ends the command."""
+    at_once = write_samples(run, SDE, 11, tmp_path / "at_once.npz").read_bytes()
+    threads = set()
+    decode = samples.decode
+    monkeypatch.setattr(samples, "decode", lambda *a: threads.add(threading.current_thread()) or decode(*a))
+    monkeypatch.setattr(samples, "OneBehind", functools.partial(OneBehind, threaded=True))
+    assert write_samples(run, SDE, 11, tmp_path / "behind.npz").read_bytes() == at_once
+    assert threading.main_thread() not in threads
+    broken = replace(run, autoencoder=load_autoencoder("pixels"))
+    monkeypatch.setattr(type(broken.autoencoder), "images", lambda self, z: z * float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        write_samples(broken, SDE, 11, tmp_path / "broken.npz")
+    assert not (tmp_path / "broken.npz").exists()
+
+
+def test_bf16_differs_from_float32_by_little_and_is_another_job(run, tmp_path):
+    """Half precision may move a pixel by a few of 255 grey levels; float32 and bf16 parts are never mixed."""
+    exact, rounded = (generate(run, SDE.override(precision=p), range(8)).images.int() for p in ("fp32", "bf16"))
+    assert 0 < (exact - rounded).abs().float().mean() < 2
+    out = write_samples(run, SDE, 4, tmp_path / "samples.npz")
+    with pytest.raises(UserError, match="precision: fp32 -> bf16"):
+        write_samples(run, SDE.override(precision="bf16"), 4, out)
+    auto = write_samples(run, SDE.override(precision="auto"), 4, tmp_path / "auto.npz")
+    assert json.loads(auto.with_suffix(".json").read_text())["precision"] == best_precision(torch.device("cpu"))
+
+
+def test_half_precision_decodes_to_near_grey_levels():
+    """A decoder of one convolution: in bf16 within two grey levels of float32."""
+
+    class Convolution(Autoencoder):
+        def __init__(self):
+            super().__init__("convolution", channels=3, factor=1, scale=1.0, shift=0.0)
+            torch.manual_seed(0)
+            self.out = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+        def images(self, z):
+            return self.out(z)
+
+    autoencoder, latents = Convolution(), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (autoencoder.decode(latents, dtype).int() for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (exact - rounded).abs().max() <= 2

@@ -15,7 +15,7 @@ from repa.models import Condition, DiT, build_model
 from repa.runs import LoadedRun, load_run
 from repa.sampling import SampleConfig, generate, prepared
 
-EULER = SampleConfig(sampler="euler", steps=4, labels="1", seed=3)
+EULER = SampleConfig(sampler="euler", steps=4, labels="1", seed=3, precision="fp32")
 
 
 def random_network(seed=0, **overrides):

@@ -33,7 +33,7 @@ def depth_effects(
     done = 0
     for part in batches(indices, config.batch_size):
         x = latents(run, data, part, config.seed)
-        noise = SampleStreams(config.seed, [int(i) for i in part]).randn_like(x)
+        noise = SampleStreams(config.seed, part, x.device).randn_like(x)
         for t in config.times:
             times = torch.full((len(x),), t, device=device_of(run))
             x_t, _ = interpolate(run.path, x, noise, times)

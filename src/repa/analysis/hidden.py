@@ -52,7 +52,7 @@ def collect_hidden(
     for batch in latents:
         x = batch.to(parameter.device)
         numbers = range(seen, seen + len(x)) if streams is None else streams[seen : seen + len(x)]
-        noise = SampleStreams(seed, numbers).randn_like(x)
+        noise = SampleStreams(seed, numbers, x.device).randn_like(x)
         times = torch.full((len(x),), t, device=x.device)  # (n,)
         x_t, _ = interpolate(path, x, noise, times)
         hidden = hidden_states(model, x_t, network_time(times), taps)

@@ -42,10 +42,8 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
         moments = torch.from_numpy(data.gather("moments", indices)).float().to(device_of(run))
     else:
         moments = run.autoencoder.encode(pixels(data, indices).to(device_of(run)))
-    noise = SampleStreams(fold(seed, "posterior"), [int(i) for i in indices]).randn(
-        moments.shape[1] // 2, *moments.shape[2:]
-    )
-    return run.autoencoder.sample(moments, noise=noise.to(moments.device))
+    streams = SampleStreams(fold(seed, "posterior"), indices, moments.device)
+    return run.autoencoder.sample(moments, noise=streams.randn(moments.shape[1] // 2, *moments.shape[2:]))
 
 
 def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int, ...]:

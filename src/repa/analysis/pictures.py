@@ -55,7 +55,7 @@ def tokens_of_run(
     """Hidden states (n, T, D) by depth, of images noised to level t with the null label; image i has its own noise."""
     depths = check_run(run, data, depths)
     x = latents(run, data, indices, seed)
-    noise = SampleStreams(seed, [int(i) for i in indices]).randn_like(x)
+    noise = SampleStreams(seed, indices, x.device).randn_like(x)
     times = torch.full((len(x),), t, device=device_of(run))  # (n,)
     x_t, _ = interpolate(run.path, x, noise, times)
     hidden = hidden_states(run.model, x_t, run.process.network_time(times), depths)

@@ -96,13 +96,14 @@ class Autoencoder(nn.Module):
         return (mean - self._shift) * self._scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scaled latents (N, C, h, w) -> uint8 images (N, 3, H, W).
 
+        Only `dtype`, bfloat16 or float16, computes the convolutions in less than the precision of the weights.
         Rounds to the nearest grey level, as DiT and SiT do; REPA's reference truncates, half a level darker on average.
         """
         self._check_channels(latents, self.channels, "latents")
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(latents.device.type, dtype=dtype, enabled=dtype != torch.float32):
             images = self.images(latents.float() / self._scale + self._shift)
         if bad := not_finite(images):
             raise UserError(

@@ -37,15 +37,15 @@ class DecodedBy(Autoencoder):
     def images(self, z: Tensor) -> Tensor:
         return self.decoder.images(z)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scaled latents of `autoencoder` (N, C, h, w) -> uint8 images (N, 3, H, W).
 
         A distilled autoencoder shares the scaled latents, so its own scale applies; two others share the unscaled ones,
         whatever scale each of them was given.
         """
         if self.decoder.distilled or self.autoencoder.distilled:
-            return self.decoder.decode(latents)
-        return super().decode(latents)
+            return self.decoder.decode(latents, dtype)
+        return super().decode(latents, dtype)
 
 
 def load_decoder(

@@ -31,10 +31,14 @@ def best_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def resolved(precision: str, device: torch.device) -> str:
+    """What "auto" is on this device; any other precision as it is."""
+    return best_precision(device) if precision == "auto" else precision
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Matrix products in bf16 or fp16 as named (for "auto": bf16 where that is faster), nothing changed for "fp32"."""
-    if precision == "auto":
-        precision = best_precision(device)
+    precision = resolved(precision, device)
     return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
 
 

@@ -1,6 +1,7 @@
 """Randomness that is a function of (seed, what it is for): nothing depends on process count, batch size or restarts."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,22 +20,67 @@ def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -
 
 
 class SampleStreams:
-    """One independent stream per sample: image 12345 gets the same draws whatever batch, process count or restart.
+    """One independent stream per sample: image 12345 gets the same draws whatever batch, process count, restart or device.
 
-    Drawn on the CPU in float32, so that the numbers are also the same on every device.
+    A draw is a function of (stream, how many draws came before, place in the draw) by the counter-based generator of
+    `philox`, so all samples are drawn at once, where they are needed. Integers are the same on every device. Normal numbers
+    are computed in float64 and rounded to float32, which hides that devices differ in the last bit of a logarithm.
+
+    Args:
+        seed, indices: of the N streams.
+        device: where draws are made and returned.
     """
 
-    def __init__(self, seed: int, indices: Sequence[int]):
-        self.generators = [generator(seed, "sample", int(index)) for index in indices]
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self._on = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
+        keys = torch.tensor([fold(seed, "sample", int(index)) for index in indices], dtype=torch.int64)
+        self._keys = keys.to(self._on)[:, None]  # (N, 1)
+        self._draws = 0
 
     def randn(self, *shape: int) -> Tensor:
-        """(N, *shape) standard normal, row n from stream n."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        """(N, *shape) standard normal, float32, row n from stream n, by the transform of Box and Muller."""
+        num = math.prod(shape)
+        a, b, c, d = self._words(-(-num // 4))  # (N, K) each
+        pairs = [box_muller(*pair) for pair in ((a, b), (c, d))]
+        x = torch.stack([part for pair in pairs for part in pair], dim=2)  # (N, K, 4)
+        return x.flatten(1)[:, :num].reshape(-1, *shape).to(self.device)
 
     def randint(self, high: int) -> Tensor:
-        """(N,) integers in [0, high), int64."""
-        return torch.stack([torch.randint(high, (), generator=g) for g in self.generators])
+        """(N,) integers in [0, high), int64; each is as likely as the others to one part in 2^32 / high."""
+        return (self._words(1)[0][:, 0] * high >> 32).to(self.device)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal like `x` (N, ...): what samplers take as `randn_like`."""
         return self.randn(*x.shape[1:]).to(device=x.device, dtype=x.dtype)
+
+    def _words(self, num: int) -> tuple[Tensor, ...]:
+        """The next draw of every stream: four (N, num) of integers in [0, 2^32)."""
+        place = torch.arange(num, device=self._on).expand(len(self._keys), -1)
+        zero = torch.zeros_like(place)
+        draw, self._draws = torch.full_like(place, self._draws), self._draws + 1
+        return philox((place, draw, zero, zero), (self._keys & WORD, self._keys >> 32 & WORD))
+
+
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four words of a counter, two of a key.
+
+    All are int64 that hold 32-bit words without a sign; so are the four words that come back.
+    """
+    (a, b, c, d), (k, m) = counter, key
+    for i in range(rounds):
+        if i:
+            k, m = k + 0x9E3779B9 & WORD, m + 0xBB67AE85 & WORD
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # 64 bits, whose sign bit is a bit like the others
+        a, b, c, d = (q >> 32 & WORD) ^ b ^ k, q & WORD, (p >> 32 & WORD) ^ d ^ m, p & WORD
+    return a, b, c, d
+
+
+def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words of 32 bits -> two standard normal numbers, float32 computed in float64; none is beyond 6.7."""
+    radius = (-2 * torch.log((a.double() + 1) * 2.0**-32)).sqrt_()
+    angle = b.double() * (2.0**-31 * math.pi)
+    return (radius * angle.cos()).float(), (radius * angle.sin()).float()

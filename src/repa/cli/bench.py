@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from repa.base import dist, files
-    from repa.base.precision import best_precision
+    from repa.base.precision import resolved
     from repa.data import open_data
     from repa.training.advice import advise, table
     from repa.training.measure import product_rate
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         open_data(given.data)  # a wrong folder is said before anything is measured
     if given.out:
         files.require_writable(given.out)
-    own = best_precision(device) if recipe.precision == "auto" else recipe.precision
+    own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)
     precisions = dict.fromkeys((own, *given.precision))

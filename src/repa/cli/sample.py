@@ -1,5 +1,6 @@
 """`repa sample RUN --num-images N --out samples.npz ...`."""
 
+import time
 from pathlib import Path
 
 from pydantic import Field
@@ -32,7 +33,10 @@ def main(argv: list[str]) -> int:
     given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
     given, as_origin = given.as_origin_of(given.run)
     config = options.part(SampleConfig, given)
+    import torch
+
     from repa.base import dist
+    from repa.base.precision import resolved
     from repa.runs import load_run
     from repa.sampling import about_classes, prepared, write_samples
 
@@ -44,10 +48,12 @@ def main(argv: list[str]) -> int:
         say(as_origin)
     if note := about_classes(config.labels, run):
         say(note)
+    if resolved(config.precision, device) != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that are not in half precision, on CUDA
     if given.compile:
-        run.model.compile()
-    calls: list[int] = []
-    made = 0
+        run.model.compile_blocks()
+    calls: list[tuple[int, int]] = []  # of the network per image, images
+    made, began = 0, time.perf_counter()
     with Progress(f"sampling {given.run}", "images") as bar:
 
         def images(done: int, total: int) -> None:
@@ -56,12 +62,16 @@ def main(argv: list[str]) -> int:
             bar(done, total)
 
         out = write_samples(
-            run, config, given.num_images, Path(given.out), progress=images, count=calls.append,
+            run, config, given.num_images, Path(given.out), progress=images, count=lambda *batch: calls.append(batch),
             callback=lambda step: bar(made, given.num_images, f"{step.done:.0%} of a batch"),
         )  # fmt: skip
-    nfe = ", NFE " + " to ".join(str(n) for n in sorted({min(calls), max(calls)})) if calls else ""
+    told = ""
+    if calls:
+        nfe, rate = [n for n, _ in calls], sum(num for _, num in calls) / (time.perf_counter() - began)
+        told = ", NFE " + " to ".join(str(n) for n in sorted({min(nfe), max(nfe)})) + f", {rate:.3g} images/s"
+        told += f" on each of {dist.world()} processes" * dist.active()
     say(
-        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){nfe}; "
+        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){told}; "
         f"{out.with_suffix('.png')} shows some."
     )
     return 0

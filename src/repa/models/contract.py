@@ -116,6 +116,17 @@ class Backbone(nn.Module, ABC):
     def matrices(self) -> Iterable[nn.Parameter]:
         """The weights that Muon takes: the network knows, the optimizer does not."""
 
+    def compile_blocks(self) -> None:
+        """Compile each block by itself, in place: one graph for all that are alike, made in seconds.
+
+        Raises:
+            UserError: the network cannot be compiled.
+        """
+        if not self.compiles:
+            raise UserError(f"{type(self).__name__} cannot be compiled in one graph: turn compile off.")
+        for block in self.blocks:
+            block.compile()
+
     def check(self, state: State, taps: tuple[Tap, ...]) -> None:
         """Raises UserError unless the state has this network's shapes, and every tap is a block, counted from 1."""
         for name, shape in self.state_shapes.items():

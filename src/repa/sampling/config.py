@@ -39,8 +39,10 @@ class SampleConfig(Config):
     """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
     decoder_weights: str = ""
     """Local folder of that decoder's weights; empty takes the hub's."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Arithmetic of the network's matrix products; the sampler's state is float64."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the network's matrix products, auto: bf16 where the hardware multiplies it natively; the sampler's state is float64."""
+    decoder_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Arithmetic of the decoder's convolutions; fp32 means TF32 on CUDA."""
 
     guide_image: str = ""
     """Image whose features the guidance representation walks to, in --guidance representation:scale=5000,low=0.3."""

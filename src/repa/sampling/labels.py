@@ -16,14 +16,14 @@ NUMBER = re.compile(r"#?[0-9]{1,9}")
 
 
 def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, run: LoadedRun) -> Tensor:
-    """(N,) class labels: "uniform", "balanced" (index modulo classes), or given classes in turn.
+    """(N,) class labels on the device of `streams`: "uniform", "balanced" (index modulo classes), or given classes in turn.
 
     Only classes with training images are drawn: the vector of another one never trained.
     """
-    classes = torch.tensor(drawn_classes(protocol, run))
+    classes = torch.tensor(drawn_classes(protocol, run), device=streams.device)
     if protocol == "uniform":
         return classes[streams.randint(len(classes))]
-    return classes[torch.tensor([index % len(classes) for index in indices])]
+    return classes[[index % len(classes) for index in indices]]
 
 
 def drawn_classes(protocol: str, run: LoadedRun) -> tuple[int, ...]:

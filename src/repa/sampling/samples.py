@@ -5,6 +5,7 @@ which shows as single grey levels (on a CPU only for a batch of one). `write_sam
 of processes and any restart, so its file is the same to the byte.
 """
 
+import functools
 import inspect
 import shutil
 import zipfile
@@ -23,13 +24,14 @@ from repa.base import dist, files
 from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
-from repa.base.precision import Float32Default, autocast
+from repa.base.precision import DTYPES, Float32Default, autocast, resolved
 from repa.base.registry import parse_spec
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
 from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
+from repa.sampling.behind import OneBehind
 from repa.sampling.config import SampleConfig
 from repa.sampling.labels import draw_labels, drawn_classes
 from repa.sampling.towards import guide_of
@@ -55,22 +57,39 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
         run = run.with_weak(load_run(config.weak, config.weak_weights, step=step, autoencoder=own, device=device))
     if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
         run = replace(run, guide=guide_of(run, config, device))
+    if (
+        torch.device(device).type == "cuda"
+    ):  # cuDNN's layout: without it every convolution transposes its input and output
+        run.autoencoder.to(memory_format=torch.channels_last)
     return run
 
 
-@Float32Default()
-@torch.inference_mode()
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Samples:
     """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it.
 
     `callback` is told every step, with the state as `run.layout` packs it; a private sampler without such an argument tells nothing.
     """
+    return decode(run, config, draw(run, config, indices, callback))
+
+
+class Drawn(NamedTuple):
+    """What a sampler made of the noise of images `indices`."""
+
+    indices: Sequence[int]
+    state: Tensor  # as `run.layout` packs it
+    calls: "Watched"
+
+
+@Float32Default()
+@torch.inference_mode()
+def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Drawn:
+    """The sampler's part of `generate`; on CUDA nothing waits for it."""
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
-    streams = SampleStreams(config.seed, indices)
+    streams = SampleStreams(config.seed, indices, device)
     shapes = run.layout.shapes
-    noise = {name: streams.randn(*shape).to(device) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
-    labels = draw_labels(config.labels, indices, streams, run).to(device)
+    noise = {name: streams.randn(*shape) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
+    labels = draw_labels(config.labels, indices, streams, run)
     sampler = SAMPLERS.build(config.sampler)
     denoiser = run.denoiser(labels, config.guidance)
     calls = Watched(denoiser.predict)
@@ -78,9 +97,17 @@ def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callb
     denoiser = replace(denoiser, predict=calls)
     with autocast(device, config.precision):
         state = sampler(denoiser, run.layout.pack(noise), config.steps, randn_like=streams.randn_like, **told)
-    calls.require_finite(state, indices, f"{run.folder or 'the run'}, step {run.step}")
-    latents = run.layout.unpack(state)["x"]  # (N, C, h, w)
-    return Samples(run.autoencoder.decode(latents.float()).cpu(), calls.calls)
+    return Drawn(indices, state, calls)
+
+
+@Float32Default()
+@torch.inference_mode()
+def decode(run: LoadedRun, config: SampleConfig, drawn: Drawn) -> Samples:
+    """The decoder's part of `generate`: the images on the CPU. Raises UserError for images that are not finite."""
+    drawn.calls.require_finite(drawn.state, drawn.indices, f"{run.folder or 'the run'}, step {run.step}")
+    latents = run.layout.unpack(drawn.state)["x"]  # (N, C, h, w)
+    dtype = DTYPES.get(config.decoder_precision, torch.float32)
+    return Samples(run.autoencoder.decode(latents.float(), dtype).cpu(), drawn.calls.calls)
 
 
 class Watched(CountedCalls):
@@ -115,14 +142,15 @@ def write_samples(
     num: int,
     out: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    count: Callable[[int], None] = lambda nfe: None,
+    count: Callable[[int, int], None] = lambda nfe, num: None,
     callback: Callback | None = None,
 ) -> Path:
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
     `out` with suffix .json says how it was made; the same job is not done twice, and samples of another are not overwritten.
-    `count` is told the network calls per image of every batch that this process makes, `callback` each of its steps.
+    `count` is told the network calls per image, and the images, of every batch that this process makes; `callback` each
+    of its steps.
     """
     out = Path(out)
     if out.suffix != ".npz":
@@ -135,7 +163,7 @@ def write_samples(
 
 def _write_samples(
     run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Callable[[int, int], None],
-    count: Callable[[int], None], callback: Callback | None,
+    count: Callable[[int, int], None], callback: Callback | None,
 ) -> Path:  # fmt: skip
     parts, job = out.with_suffix(".parts"), _job(run, config, num)
     if out.exists():
@@ -145,13 +173,12 @@ def _write_samples(
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
-    for done, start in enumerate(mine):
-        if _found(parts, start) is None:
-            images, nfe = generate(run, config, range(start, min(start + config.batch_size, num)), callback)
-            count(nfe)
-            # the calls are part of the name, so that whoever assembles the parts knows those of all
-            save_npy(parts / f"{start:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
-        progress(min((done + 1) * config.batch_size * dist.world(), num), num)
+    with OneBehind(next(run.model.parameters()).device) as behind:
+        for done, start in enumerate(mine):
+            if _found(parts, start) is None:
+                drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
+                behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
+            progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
     if dist.is_main():
         paths = [_found(parts, start) for start in starts]
@@ -163,6 +190,15 @@ def _write_samples(
     return out
 
 
+def _decode_and_save(
+    run: LoadedRun, config: SampleConfig, drawn: Drawn, parts: Path, count: Callable[[int, int], None]
+) -> None:
+    images, nfe = decode(run, config, drawn)
+    count(nfe, len(images))
+    # the calls are part of the name, so that whoever assembles the parts knows those of all
+    save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+
+
 def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
     """What the samples are a function of."""
     return {
@@ -171,6 +207,7 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
         "autoencoder": run.autoencoder.name,
         "num_classes": len(set(drawn_classes(config.labels, run))),
         **config.model_dump(mode="json"),
+        "precision": resolved(config.precision, next(run.model.parameters()).device),
     }
 
 

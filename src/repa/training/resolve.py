@@ -8,7 +8,7 @@ import torch
 from repa.base import files
 from repa.base.config import difference
 from repa.base.errors import UserError
-from repa.base.precision import best_precision
+from repa.base.precision import resolved
 from repa.base.registry import parse_spec
 from repa.data import DataSet, recorded
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
@@ -57,7 +57,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         autoencoder=data.autoencoder,
         autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
         feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
-        precision=best_precision(device) if config.precision == "auto" else config.precision,
+        precision=resolved(config.precision, device),
     )
 
 
