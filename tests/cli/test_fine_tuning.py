@@ -202,7 +202,8 @@ def test_a_converted_folder_is_not_continued(recipe, data_folder, tmp_path, caps
         (("--model.depth", "3"), "depth 2 (here 3)"),
         (("--model.num-heads", "4"), "heads 2 (here 4)"),
         (("--model.name", "SiT-S/2"), "patch 4 (here 2)"),
-        (("--model.qk-norm", "true"), "qk-norm False (here True)"),
+        (("--model.qk-norm", "rms"), "qk-norm none (here rms)"),
+        (("--model.rotary",), "rotary False (here True)"),
         (("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm"), "learned variance False (here True)"),
     ],
 )

@@ -100,10 +100,10 @@ def test_nested_settings_leave_their_siblings():
     before, given = load_recipe("quickstart-repa"), train("--alignments.0.weight", "0.25", recipe="quickstart-repa")
     assert given.alignments == (before.alignments[0].override(weight=0.25),)
     assert given.model == before.model
-    given = train("--preview.guidance", "cfg:scale=2", "--model.qk-norm")
+    given = train("--preview.guidance", "cfg:scale=2", "--model.rotary")
     assert given.preview.guidance == ("cfg:scale=2",)
     assert given.preview.every == load_recipe("quickstart").preview.every
-    assert given.model.qk_norm
+    assert given.model.rotary
 
 
 def test_alignments_are_appended_and_removed():
@@ -133,7 +133,7 @@ def test_recipes_stay_as_they_are():
     [
         "quickstart --data d --out o --batch-size 4",
         "--data d --out o --batch-size 4 quickstart",
-        "--model.qk-norm quickstart --data d --out o",
+        "--model.rotary quickstart --data d --out o",
         "--optimizer.beta1 0.5 quickstart --data d --out o",
         "--alignments quickstart --data d --out o --help",
     ],

@@ -14,7 +14,7 @@ def inputs(n=2, channels=3, size=6, seed=1):
     return x_t, torch.rand(n, generator=generator), torch.arange(n) + 4  # the last label is the null label
 
 
-VARIANTS = [{}, {"learn_sigma": True}, {"qk_norm": True}, {"patch_size": 3}, {"num_classes": 9}]
+VARIANTS = [{}, {"learn_sigma": True}, {"qk_norm": "layer"}, {"patch_size": 3}, {"num_classes": 9}]
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
@@ -144,7 +144,7 @@ def test_dit_predicts_the_variance_too():
 
 def test_build_follows_the_configuration():
     size = {"hidden_dim": 16, "depth": 2, "num_heads": 4}
-    config = ModelConfig(name="DiT-S/4", latent_size=8, latent_channels=3, num_classes=7, qk_norm=True, **size)
+    config = ModelConfig(name="DiT-S/4", latent_size=8, latent_channels=3, num_classes=7, qk_norm="layer", **size)
     model = build(config)
     assert (model.hidden_dim, model.depth, model.patch_size, model.grid) == (16, 2, 4, (2, 2))
     assert (model.latent_channels, model.num_classes, model.null_label) == (3, 7, 7)
@@ -161,7 +161,7 @@ def test_unlabelled_data_has_the_null_label_only(random_dit):
 
 
 def test_every_parameter_receives_a_gradient(random_dit):
-    model = random_dit(qk_norm=True)
+    model = random_dit(qk_norm="layer")
     x_t, t, labels = inputs()
     call(model, x_t, t, labels).prediction.square().mean().backward()
     for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ def inputs(t):
 
 @pytest.fixture
 def exported(tmp_path, random_dit):
-    model = random_dit(qk_norm=True, mlp_ratio=2.0)
+    model = random_dit(qk_norm="layer", mlp_ratio=2.0)
     state = model.state_dict()
     save_exported(tmp_path, state, constructor_arguments(state, num_heads=2), {"step": 5})
     return tmp_path, model
@@ -122,7 +122,16 @@ def test_frequencies_of_diffusers_in_float64():
     assert folded.norm() < 1.1 * weight.norm()
 
 
-@pytest.mark.parametrize(("setting", "sentence"), [({"qk_norm": True}, "normalised"), ({"mlp_ratio": 2.0}, "4 times")])
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"qk_norm": "layer"}, "qk_norm is layer"),
+        ({"mlp_ratio": 2.0}, "4 times"),
+        ({"norm": "rms"}, "norm is rms"),
+        ({"rotary": True}, "rotary is True"),
+        ({"streams": {"class": 6}}, "streams is"),
+    ],
+)
 def test_what_diffusers_cannot_hold(setting, sentence, random_dit):
     with pytest.raises(UserError, match=sentence):
         to_diffusers(random_dit(**setting).state_dict(), 2, unit_times=True)

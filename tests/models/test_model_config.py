@@ -40,5 +40,5 @@ def test_the_configuration_needs_no_torch():
 def test_the_yaml_gives_the_same_configuration():
     import yaml
 
-    config = ModelConfig(name="SiT-S/4", latent_size=8, qk_norm=True)
+    config = ModelConfig(name="SiT-S/4", latent_size=8, qk_norm="layer")
     assert ModelConfig.parse(yaml.safe_load(config.to_yaml())) == config

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from repa.base.errors import UserError
-from repa.models import DiT, constructor_arguments, load_published
+from repa.models import DiT, constructor_arguments, load_published, to_published
 from tests.calls import call
 from tests.oracles import dit, published
 
@@ -24,7 +24,7 @@ def inputs():
 @pytest.fixture
 def repa_state(random_dit):
     projectors = {f"projectors.0.{i}.{kind}": torch.randn(4) for i in (0, 2, 4) for kind in ("weight", "bias")}
-    return {**random_dit(qk_norm=True).state_dict(), **projectors, "projectors.1.0.weight": torch.ones(2)}
+    return {**random_dit(qk_norm="layer").state_dict(), **projectors, "projectors.1.0.weight": torch.ones(2)}
 
 
 @pytest.mark.parametrize("wrapped", ["bare", "training", "ddp", "legacy", "safetensors"])
@@ -79,13 +79,23 @@ def test_arguments_are_read_from_the_shapes(random_dit):
         "num_classes": 7,
         "mlp_ratio": 2.0,
         "learn_sigma": True,
-        "qk_norm": True,
+        "qk_norm": "layer",
         "heads": (1,),
         "streams": {"class": 6},
+        "norm": "layer",
+        "mlp": "gelu",
+        "bias": True,
+        "rotary": False,
     }
     state = random_dit(**given).state_dict()
     assert constructor_arguments(state, num_heads=4) == given
-    with pytest.raises(UserError, match="width 8 and depth 2: give the number of heads"):
+    given |= {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "bias": False, "rotary": True, "mlp_ratio": 4.0}
+    given |= {"hidden_dim": 24, "num_heads": 2}
+    state = random_dit(**given).state_dict()
+    assert constructor_arguments(state, num_heads=2) == given
+    with pytest.raises(UserError, match="whose norm is rms: use `repa export`"):
+        to_published(state, {}, "dit")
+    with pytest.raises(UserError, match="width 24 and depth 2: give the number of heads"):
         constructor_arguments(state)
     with torch.device("meta"):
         named = DiT(latent_size=32, hidden_dim=1152, depth=28, num_heads=16, num_classes=1000)

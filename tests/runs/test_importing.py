@@ -230,7 +230,8 @@ def test_a_named_size_needs_no_heads(tmp_path):
         shapes = {key: value.shape for key, value in released.DiT(**small, num_classes=3).state_dict().items()}
     torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, tmp_path / "c.pt")
     model = read_checkpoint(tmp_path / "c.pt", "repa").settings["model"]
-    assert model == {"name": "SiT-S/8", "latent_size": 8, "latent_channels": 4, "num_classes": 3, "qk_norm": False}
+    block = {"norm": "layer", "mlp": "gelu", "qk_norm": "none", "bias": True, "rotary": False}
+    assert model == {"name": "SiT-S/8", "latent_size": 8, "latent_channels": 4, "num_classes": 3, **block}
 
 
 class Payload:

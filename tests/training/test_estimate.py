@@ -69,7 +69,7 @@ def test_network_against_the_formula_and_the_paper(name, width, depth, millions)
 
 def test_network_against_a_counter_on_a_real_one():
     config = ModelConfig(
-        name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2, latent_size=8, latent_channels=4, qk_norm=True
+        name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2, latent_size=8, latent_channels=4, qk_norm="layer"
     )
     model = build(config)
     with (

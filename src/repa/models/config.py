@@ -1,6 +1,6 @@
 """Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
 
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,8 @@ NAMED = {
     **{f"{f}-{size}/{p}": Dimensions(*SIZES[size], p) for f in FAMILIES for size in SIZES for p in PATCH_SIZES},
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
+BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig: what blocks are made of
+DIT_OPTIONS = ("heads", "streams", "separate_times")  # and what a DiT has besides
 
 
 def model_names() -> list[str]:
@@ -93,8 +95,16 @@ class ModelConfig(Config):
     """Number of blocks; 0 = by name."""
     num_heads: int = Field(default=0, ge=0, le=65_536)
     """Attention heads; 0 = by name."""
-    qk_norm: bool = False
-    """Normalise queries and keys per head (steadier in low precision)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """What adaLN modulates: LayerNorm without weights (DiT), or RMSNorm with one a channel (LightningDiT, RAE)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """The MLP of a block: GELU (DiT), or SwiGLU, three matrices of two thirds of the width (LightningDiT, RAE)."""
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    """Normalise queries and keys per head: not, by LayerNorm or by RMSNorm (steadier in low precision)."""
+    bias: bool = True
+    """Biases of queries, keys, values and the MLP; DDT has none."""
+    rotary: bool = False
+    """Turn queries and keys by the row and column of their token, beside the fixed positions (LightningDiT, RAE)."""
     heads: tuple[int, ...] = ()
     """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
     separate_times: bool = False
@@ -107,6 +117,12 @@ class ModelConfig(Config):
         check_dimensions(*self.dims(), latent_size=self.latent_size)
         if self.name.startswith("JiT") and parse_spec(self.backbone)[0] == "dit":
             raise UserError(f"{self.name} is a JiT, but the backbone is dit: give model.backbone jit too.")
+        hidden_dim, _, num_heads, _ = self.dims()
+        if self.rotary and hidden_dim // num_heads % 4:
+            raise UserError(
+                f"rotary turns pairs of channels by row and by column, so the width of a head must be a multiple of 4, but "
+                f"hidden_dim {hidden_dim} over num_heads {num_heads} gives {hidden_dim // num_heads}: choose others."
+            )
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
                 raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
@@ -129,10 +145,12 @@ class ModelConfig(Config):
 
     def require_plain(self) -> None:
         """Raises UserError when an option of DiT is set, for networks that have none of them."""
-        options = ("learn_sigma", "qk_norm", "heads", "streams", "separate_times")
-        if asked := [name for name in options if getattr(self, name)]:
+        fields = type(self).model_fields
+        asked = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if getattr(self, name) != fields[name].default]
+        if self.learn_sigma or asked:
+            option = asked[0] if asked else "learn_sigma"
             raise UserError(
-                f"The backbone {parse_spec(self.backbone)[0]!r} has no {asked[0]}: leave it out (learn_sigma comes with "
+                f"The backbone {parse_spec(self.backbone)[0]!r} has no {option}: leave it out (learn_sigma comes with "
                 f"names DiT-...), or choose the backbone dit."
             )
 
@@ -145,7 +163,7 @@ class ModelConfig(Config):
             "latent_channels": self.latent_channels,
             "num_classes": self.num_classes,
             "learn_sigma": self.learn_sigma,
-            "qk_norm": self.qk_norm,
+            **{name: getattr(self, name) for name in BLOCK_OPTIONS},
             "heads": self.heads,
             "streams": dict(self.streams),
             "separate_times": self.separate_times,

@@ -13,7 +13,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.models.conventions import FIRST_TIME_LAYER, for_frequencies_of_diffusers
 from repa.models.layers import NORM_EPS
-from repa.models.published import constructor_arguments
+from repa.models.published import constructor_arguments, not_plain
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
 MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
@@ -48,15 +48,17 @@ def to_diffusers(
         unit_times: was it trained with t in [0, 1] (SiT, REPA) rather than integer timesteps (DiT)?
 
     Raises:
-        UserError: a network that diffusers' class cannot express: qk_norm, or another MLP ratio.
+        UserError: a network that diffusers' class cannot express: blocks that are not DiT's, or another MLP ratio.
     """
     arguments = constructor_arguments(state, num_heads)
-    if arguments["qk_norm"] or arguments["mlp_ratio"] != MLP_RATIO:
-        what = (
-            "queries and keys are normalised" if arguments["qk_norm"] else f"MLPs are not {MLP_RATIO} times the width"
-        )
+    other = not_plain(arguments)
+    if arguments["qk_norm"] != "none":
+        other = other or f"qk_norm is {arguments['qk_norm']}"
+    if arguments["mlp_ratio"] != MLP_RATIO:
+        other = other or f"MLPs are not {MLP_RATIO} times the width"
+    if other:
         raise UserError(
-            f"diffusers' DiTTransformer2DModel has no place for this network, whose {what}: export safetensors."
+            f"diffusers' DiTTransformer2DModel has no place for this network, whose {other}: export safetensors."
         )
     config = {
         "_class_name": "DiTTransformer2DModel",

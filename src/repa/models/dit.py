@@ -18,9 +18,11 @@ from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
+    BlockOptions,
     FinalLayer,
     LabelEmbedding,
     PatchEmbedding,
+    Rotation,
     Stream,
     TimestepEmbedding,
     sincos_positions,
@@ -38,7 +40,8 @@ class DiT(Backbone):
         latent_channels: C.
         num_classes: K; labels 0 ... K-1 are classes, `null_label` = K is "no label". 0 for unlabelled data.
         learn_sigma: 2C output channels, [prediction, variance].
-        qk_norm: LayerNorm of queries and keys per head.
+        norm, mlp, qk_norm, bias: what blocks are made of (see BlockOptions); the defaults are DiT's.
+        rotary: queries and keys are also turned by the place of their token.
         streams: name -> width of a vector that is noised and predicted beside the latents; each is one token in front.
         heads: depths of blocks that also predict x, by a final layer each has to itself.
         separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
@@ -63,7 +66,11 @@ class DiT(Backbone):
         num_classes: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
-        qk_norm: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        qk_norm: str = "none",
+        bias: bool = True,
+        rotary: bool = False,
         streams: Mapping[str, int] | None = None,
         heads: Sequence[int] = (),
         separate_times: bool = False,
@@ -85,16 +92,18 @@ class DiT(Backbone):
         self.grid = height // patch_size, width // patch_size
         self.prefix_tokens = len(streams)
         self.state_shapes = {"x": (latent_channels, height, width), **{name: (dim,) for name, dim in streams.items()}}
+        options = BlockOptions(norm, mlp, qk_norm, bias)
         patch_features = patch_size**2 * latent_channels * (2 if learn_sigma else 1)
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
+        self.rotation = Rotation(hidden_dim // num_heads, self.grid) if rotary else None
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
-        self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_dim, patch_features)
+        self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, mlp_ratio, options) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_dim, patch_features, norm)
         self.streams = nn.ModuleDict({name: Stream(dim, hidden_dim) for name, dim in streams.items()})
-        self.heads = nn.ModuleDict({str(tap): FinalLayer(hidden_dim, patch_features) for tap in sorted(heads)})
+        self.heads = nn.ModuleDict({str(tap): FinalLayer(hidden_dim, patch_features, norm) for tap in sorted(heads)})
         self.check({name: torch.empty(1, *shape) for name, shape in self.state_shapes.items()}, tuple(map(Tap, heads)))
         self.initialise()
 
@@ -103,7 +112,8 @@ class DiT(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.flatten(1))  # as the linear layer that it is; a view, so in place
         nn.init.zeros_(patch.bias)
@@ -148,16 +158,17 @@ class DiT(Backbone):
         for name, stream in reversed(self.streams.items()):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
         silu_c, mask = self._conditioning(t, condition.labels)
+        rotation = None if self.rotation is None else self.rotation(self.prefix_tokens)  # (P + T, D / h) twice
         seen: dict[Tap, Tensor] = {}
         heads: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks, start=1):
             tapped = Tap(depth, "attention") in taps
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, logits = checkpoint(  # a block draws nothing
-                    block, x, silu_c, mask, tapped, use_reentrant=False, preserve_rng_state=False
+                    block, x, silu_c, mask, tapped, rotation, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, logits = block(x, silu_c, mask, tapped)
+                x, logits = block(x, silu_c, mask, tapped, rotation)
             if tapped:
                 seen[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
             if Tap(depth) in taps:

@@ -16,17 +16,17 @@ from repa.base.errors import UserError
 from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.layers import (
-    MAX_PERIOD,
-    NORM_EPS,
+    Block,
+    BlockOptions,
+    FinalLayer,
     LabelEmbedding,
+    Rotation,
     TimestepEmbedding,
-    attend,
-    modulation,
-    modulations,
     sincos_positions,
     unpatchify,
 )
 
+OPTIONS = BlockOptions(norm="rms", mlp="swiglu", qk_norm="rms")
 INIT_STD = 0.02  # of the tables of labels and class tokens and of the timestep MLP
 
 
@@ -65,11 +65,6 @@ class JiT(Backbone):
         height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
         for side in (height, width):
             check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
-        if hidden_dim // num_heads % 4:
-            raise UserError(
-                f"Rotary positions of rows and columns need heads whose width is a multiple of 4, but {hidden_dim} "
-                f"over {num_heads} heads gives {hidden_dim // num_heads}: choose other hidden_dim or num_heads."
-            )
         if class_tokens and not 0 <= class_tokens_from < depth:
             raise UserError(f"class_tokens_from {class_tokens_from} is no block of {depth}: choose 0 to {depth - 1}.")
         self.latent_channels, self.patch_size = latent_channels, patch_size
@@ -85,8 +80,8 @@ class JiT(Backbone):
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
         self.in_context_posemb = nn.Parameter(torch.zeros(1, class_tokens, hidden_dim)) if class_tokens else None
-        self.blocks = nn.ModuleList(RotaryBlock(hidden_dim, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels)
+        self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, options=OPTIONS) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels, OPTIONS.norm)
         initialise(self)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
@@ -132,10 +127,10 @@ class JiT(Backbone):
             rotation = self.rotation(front)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, logits = checkpoint(
-                    block, x, silu_c, *rotation, tapped, use_reentrant=False, preserve_rng_state=False
+                    block, x, silu_c, None, tapped, rotation, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, logits = block(x, silu_c, *rotation, tapped)
+                x, logits = block(x, silu_c, None, tapped, rotation)
             if tapped:
                 seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
             if Tap(depth) in taps:
@@ -183,104 +178,6 @@ class BottleneckEmbedding(nn.Module):
         return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)  # (N, T, D)
 
 
-class Rotation(nn.Module):
-    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid: the first half of a head turns by row, the second by
-    column, pairs of neighbouring channels by one angle. Tokens in front of the grid are not turned."""
-
-    def __init__(self, head_dim: int, grid: tuple[int, int]):
-        super().__init__()
-        half = head_dim // 2
-        rates = MAX_PERIOD ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # (d / 4,)
-        rows, columns = grid
-        row = (torch.arange(rows)[:, None] * rates).repeat_interleave(2, dim=1)  # (rows, d / 2)
-        column = (torch.arange(columns)[:, None] * rates).repeat_interleave(2, dim=1)
-        angles = torch.cat(
-            [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
-        )  # (rows, columns, d)
-        self.register_buffer("cos", angles.flatten(0, 1).cos().float(), persistent=False)  # (T, d)
-        self.register_buffer("sin", angles.flatten(0, 1).sin().float(), persistent=False)
-
-    def forward(self, front: int) -> tuple[Tensor, Tensor]:
-        """(front + T, d) each."""
-        return F.pad(self.cos, (0, 0, front, 0), value=1.0), F.pad(self.sin, (0, 0, front, 0))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of channels of x (N, h, T, d); cos and sin (T, d)."""
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * cos + turned * sin
-
-
-class RotaryAttention(nn.Module):
-    """Self-attention whose queries and keys are normed per head, then turned by their places: (N, T, D) -> (N, T, D)."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tapped: bool = False) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, d)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)  # autocast leaves a norm in float32
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)), logits
-
-
-class SwiGLU(nn.Module):
-    """SiLU(x W1) * (x W2), then W3, at two thirds of the hidden width (arXiv 2002.05202): (N, T, D) -> (N, T, D)."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        narrow = int(hidden * 2 / 3)
-        self.w12 = nn.Linear(dim, 2 * narrow)
-        self.w3 = nn.Linear(narrow, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
-class RotaryBlock(nn.Module):
-    """adaLN-Zero block of RMSNorm, rotary attention and SwiGLU."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attn = RotaryAttention(dim, num_heads)
-        self.norm2 = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.mlp = SwiGLU(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = modulation(dim, 6)
-
-    def forward(
-        self, x: Tensor, silu_c: Tensor, cos: Tensor, sin: Tensor, tapped: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (N, T, D), silu_c (N, D), cos and sin (T, d) -> (x, attention logits (N, h, T, T) when `tapped`)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
-            self.adaLN_modulation, silu_c, x, 6
-        )
-        attention, logits = self.attn(torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn), cos, sin, tapped)
-        x = torch.addcmul(x, gate_attn, attention)
-        return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp))), logits
-
-
-class FinalLayer(nn.Module):
-    """Modulated RMSNorm and the projection of every token to its patch: (N, T, D) -> (N, T, p * p * C)."""
-
-    def __init__(self, dim: int, out_features: int):
-        super().__init__()
-        self.norm_final = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.linear = nn.Linear(dim, out_features)
-        self.adaLN_modulation = modulation(dim, 2)
-
-    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
-        shift, scale = modulations(self.adaLN_modulation, silu_c, x, 2)
-        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
-
-
 class MaskedAdapter(nn.Module):
     """PixelREPA's projector (arXiv 2603.14366): hidden tokens, some masked, through two JiT blocks to features.
 
@@ -317,7 +214,7 @@ class MaskedAdapter(nn.Module):
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
         self.in_context_posemb = nn.Parameter(torch.zeros(1, class_tokens, hidden_dim))
-        self.blocks = nn.ModuleList(RotaryBlock(hidden_dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, options=OPTIONS) for _ in range(depth))
         head = [
             nn.Linear(hidden_dim, hidden_dim),
             nn.LayerNorm(hidden_dim),
@@ -338,7 +235,7 @@ class MaskedAdapter(nn.Module):
         x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
         rotation = self.rotation(front)
         for block in self.blocks:
-            x, _ = block(x, silu_c, *rotation)
+            x, _ = block(x, silu_c, rotation=rotation)
         return self.projection(x[:, front:])  # (N, T, F)
 
 

@@ -1,13 +1,16 @@
 """Layers of a diffusion transformer (Peebles & Xie, arXiv 2212.09748): embeddings, adaLN-Zero block, head.
 
-N batch, C channels, T tokens, D width, h heads, G tokens per side, p patch size. Submodules carry the names of the
-released checkpoints of DiT, SiT and REPA, so that their state dicts load without a map.
+N batch, C channels, T tokens, D width, h heads, d = D / h, G tokens per side, p patch size. Submodules carry the names of
+the released checkpoints of DiT, SiT and REPA, so that their state dicts load without a map.
 """
+
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repa.base.errors import UserError
 from repa.base.precision import no_autocast
 
 NORM_EPS = 1e-6
@@ -32,6 +35,28 @@ def timestep_frequencies(dim: int) -> Tensor:
     """(dim / 2,) angular frequencies 1 ... 1/MAX_PERIOD, float32 computed in float64."""
     half = dim // 2
     return (MAX_PERIOD ** -(torch.arange(half, dtype=torch.float64) / half)).float()
+
+
+class BlockOptions(NamedTuple):
+    """What a block is made of: DiT's by default. LightningDiT, RAE and JiT have norm rms, mlp swiglu and rotary positions
+    (which a network hands to its blocks), JiT and DDT also qk_norm rms, and DDT no bias."""
+
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm without weights, or RMSNorm with one a channel
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qk_norm: Literal["none", "layer", "rms"] = "none"  # of queries and keys, per head
+    bias: bool = True  # of queries, keys, values and the MLP
+
+
+def token_norm(kind: str, dim: int) -> nn.Module:
+    """What adaLN modulates: "layer" or "rms" of BlockOptions."""
+    return nn.RMSNorm(dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(dim, NORM_EPS, elementwise_affine=False)
+
+
+def query_norm(kind: str, head_dim: int) -> nn.Module:
+    """Of queries or keys: "none", "layer" or "rms" of BlockOptions."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(head_dim)
 
 
 class PatchEmbedding(nn.Module):
@@ -78,21 +103,68 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (N, T, D) -> (N, T, D); `qk_norm` normalises queries and keys per head."""
+class Rotation(nn.Module):
+    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid: the first half of a head turns by row, the second by
+    column, pairs of neighbouring channels by one angle. Tokens in front of the grid are not turned.
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+    Rows and columns are counted 0, 1, 2 ..., or stretched so that the last one is `extent`.
+    """
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], extent: float = 0.0):
+        super().__init__()
+        if head_dim % 4:
+            raise UserError(
+                f"Rotary positions turn pairs of channels by row and by column, so the width of a head must be a multiple of 4, "
+                f"but it is {head_dim}: choose other hidden_dim or num_heads."
+            )
+        half = head_dim // 2
+        rates = MAX_PERIOD ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # (d / 4,)
+        axes = [torch.arange(side) * (extent / max(side - 1, 1) if extent else 1.0) for side in grid]
+        row, column = ((axis[:, None] * rates).repeat_interleave(2, dim=1) for axis in axes)  # (side, d / 2) each
+        rows, columns = grid
+        angles = torch.cat(
+            [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
+        )  # (rows, columns, d)
+        # kept in checkpoints, as the fixed positions are: nothing else there tells that a network has them
+        self.register_buffer("cos", angles.flatten(0, 1).cos().float())  # (T, d)
+        self.register_buffer("sin", angles.flatten(0, 1).sin().float())
+
+    def forward(self, front: int = 0) -> tuple[Tensor, Tensor]:
+        """(front + T, d) each."""
+        return F.pad(self.cos, (0, 0, front, 0), value=1.0), F.pad(self.sin, (0, 0, front, 0))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of channels of x (N, h, T, d); cos and sin (T, d), or (N, 1, T, d)."""
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, num_heads: int, options: BlockOptions):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=options.bias)
+        self.q_norm = query_norm(options.qk_norm, dim // num_heads)
+        self.k_norm = query_norm(options.qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, tapped: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(output, logits): `mask` (N, T, T) bool is True where a token may look; logits (N, h, T, T) when `tapped`."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, D/h)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves a norm in float32
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        tapped: bool = False,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, logits): `mask` (N, T, T) bool is True where a token may look; logits (N, h, T, T) when `tapped`;
+        `rotation` is the cosines and sines of the places of the tokens."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves a norm, and a rotation, in float32
         # the fused kernels keep no logits: a tapped block pays for one more product of queries and keys
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2)), logits  # (N, T, D)
@@ -116,13 +188,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 class MLP(nn.Module):
     """Two linear layers with GELU (tanh approximation) between: (N, T, D) -> (N, T, D)."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """SiLU(x W1) * (x W2), then W3, at two thirds of the hidden width (arXiv 2002.05202): (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool = True):
+        super().__init__()
+        narrow = int(hidden * 2 / 3)
+        self.w12 = nn.Linear(dim, 2 * narrow, bias=bias)
+        self.w3 = nn.Linear(narrow, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
 
 
 def modulation(dim: int, chunks: int) -> nn.Sequential:
@@ -130,12 +216,12 @@ def modulation(dim: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), nn.Linear(dim, chunks * dim))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift: x (N, T, D), shift and scale (N, 1 or T, D).
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed * (1 + scale) + shift: normed (N, T, D), shift and scale (N, 1 or T, D).
 
     All in the dtype of x: in bfloat16, 1 + scale loses every scale below 0.004, which is all of them early in training.
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    return torch.addcmul(shift, normed, 1 + scale)
 
 
 def modulations(layer: nn.Module, silu_c: Tensor, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
@@ -145,34 +231,55 @@ def modulations(layer: nn.Module, silu_c: Tensor, x: Tensor, chunks: int) -> tup
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero.
+    """Transformer block with adaLN-Zero, or without any modulation.
 
     Under autocast the residual stream stays in float32.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        options: BlockOptions | None = None,
+        modulated: bool = True,
+    ):
         super().__init__()
-        self.attn = Attention(dim, num_heads, qk_norm)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = modulation(dim, 6)
+        options = options or BlockOptions()
+        self.norm1 = token_norm(options.norm, dim)
+        self.attn = Attention(dim, num_heads, options)
+        self.norm2 = token_norm(options.norm, dim)
+        mlp = SwiGLU if options.mlp == "swiglu" else MLP
+        self.mlp = mlp(dim, int(dim * mlp_ratio), options.bias)
+        self.adaLN_modulation = modulation(dim, 6) if modulated else None
 
     def forward(
-        self, x: Tensor, silu_c: Tensor, mask: Tensor | None = None, tapped: bool = False
+        self,
+        x: Tensor,
+        silu_c: Tensor,
+        mask: Tensor | None = None,
+        tapped: bool = False,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, T, D), silu_c (N, D) or (N, T, D), mask (N, T, T) -> (x, attention logits (N, h, T, T) when `tapped`)."""
+        if self.adaLN_modulation is None:
+            attention, logits = self.attn(self.norm1(x), mask, tapped, rotation)
+            x = x + attention
+            return x + self.mlp(self.norm2(x)), logits
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
             self.adaLN_modulation, silu_c, x, 6
         )
-        attention, logits = self.attn(modulate(x, shift_attn, scale_attn), mask, tapped)
+        attention, logits = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), mask, tapped, rotation)
         x = torch.addcmul(x, gate_attn, attention)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp))), logits
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))), logits
 
 
 class FinalLayer(nn.Module):
     """Modulated norm and the projection of every token to its patch: (N, T, D) -> (N, T, out_features)."""
 
-    def __init__(self, dim: int, out_features: int):
+    def __init__(self, dim: int, out_features: int, norm: str = "layer"):
         super().__init__()
+        self.norm_final = token_norm(norm, dim)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = modulation(dim, 2)
 
@@ -181,7 +288,7 @@ class FinalLayer(nn.Module):
 
     def normed(self, x: Tensor, silu_c: Tensor) -> Tensor:
         """What the projection sees: (N, T, D)."""
-        return modulate(x, *modulations(self.adaLN_modulation, silu_c, x, 2))
+        return modulate(self.norm_final(x), *modulations(self.adaLN_modulation, silu_c, x, 2))
 
 
 class Stream(nn.Module):

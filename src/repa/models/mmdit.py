@@ -24,6 +24,7 @@ from repa.models.layers import (
     modulation,
     modulations,
     sincos_positions,
+    token_norm,
     unpatchify,
 )
 
@@ -171,6 +172,7 @@ class TokenStream(nn.Module):
     def __init__(self, dim: int, num_heads: int, only_keys: bool):
         super().__init__()
         self.num_heads = num_heads
+        self.norm = token_norm("layer", dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = None if only_keys else nn.Linear(dim, dim)
         self.mlp = None if only_keys else MLP(dim, 4 * dim)
@@ -179,14 +181,16 @@ class TokenStream(nn.Module):
     def before(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(queries, keys and values, 3 of (N, h, T, D/h); what modulates and gates the rest)."""
         shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, 2 if self.mlp is None else 6)
-        qkv = self.qkv(modulate(x, shift, scale)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(modulate(self.norm(x), shift, scale)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         return qkv, tuple(rest)
 
     def after(self, x: Tensor, attention: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
         """x (N, T, D) and what attention found for it, (N, T, D) -> (N, T, D)."""
         gate_attn, shift, scale, gate_mlp = rest
         x = torch.addcmul(x, gate_attn, self.proj(attention))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift, scale)))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm(x), shift, scale)))
 
 
 class JointBlock(nn.Module):

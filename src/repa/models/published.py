@@ -5,6 +5,7 @@ and its older block names, and SiT's reversed time and opposite velocity, which 
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_c
 AVERAGE = {"ema", "shadow", "average", "averaged", "avg", "swa", "polyak"}  # words in the names of averages
 RAW = {"online", "raw", "live"}  # words that say the opposite, as in ema.online_model
 OPTIMIZER = {"opt", "optim", "optimizer", "exp"}  # exp_avg
+SWIGLU = "blocks.0.mlp.w3.weight"
 COUNTER = "n_averaged"  # beside the weights of torch's AveragedModel
 DEEPEST = 6  # dictionaries within each other, in which weights are looked for
 
@@ -101,7 +103,12 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
         UserError: variance channels where the kind has none ("repa", "sit"), or none where it needs them ("dit").
     """
     _check_kind(kind)
-    learn_sigma = constructor_arguments(state, num_heads=1)["learn_sigma"]
+    arguments = constructor_arguments(state, num_heads=1)
+    if other := not_plain(arguments):
+        raise UserError(
+            f"The code of REPA, SiT and DiT has no place for this network, whose {other}: use `repa export` instead."
+        )
+    learn_sigma = arguments["learn_sigma"]
     if learn_sigma != (kind == "dit"):
         does, choice = ("predicts", "dit") if learn_sigma else ("does not predict", "repa or sit")
         raise UserError(f"This network {does} a variance, so it cannot be written as kind {kind!r}: choose {choice}.")
@@ -137,12 +144,36 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
         "depth": depth,
         "num_heads": num_heads,
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_dim,
+        "mlp_ratio": _mlp_width(state) / hidden_dim,
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * latent_channels * patch_size**2,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "norm": "rms" if "blocks.0.norm1.weight" in state else "layer",
+        "mlp": "swiglu" if SWIGLU in state else "gelu",
+        "qk_norm": _qk_norm(state),
+        "bias": "blocks.0.attn.qkv.bias" in state,
+        "rotary": "rotation.cos" in state,
         "streams": {m[1]: len(value) for key, value in state.items() if (m := STREAM.fullmatch(key))},
         "heads": tuple(sorted(int(m[1]) for key in state if (m := HEAD.fullmatch(key)))),
     }
+
+
+def not_plain(arguments: Mapping[str, Any]) -> str:
+    """What of these arguments DiT and SiT have no place for, as "norm is rms"; empty when they have all."""
+    plain = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary": False, "streams": {}}
+    found = [f"{name} is {arguments[name]}" for name, value in plain.items() if arguments[name] != value]
+    return found[0] if found else ""
+
+
+def _mlp_width(state: Mapping[str, Tensor]) -> int:
+    """Hidden width of the MLPs; SwiGLU's matrices have two thirds of it, rounded down."""
+    if SWIGLU in state:
+        return math.ceil(state[SWIGLU].shape[1] * 3 / 2)
+    return state["blocks.0.mlp.fc1.weight"].shape[0]
+
+
+def _qk_norm(state: Mapping[str, Tensor]) -> str:
+    if "blocks.0.attn.q_norm.weight" not in state:
+        return "none"
+    return "layer" if "blocks.0.attn.q_norm.bias" in state else "rms"
 
 
 def heads_of_named(hidden_dim: int, depth: int) -> int | None:
@@ -277,7 +308,7 @@ def _check_keys(state: State, where: str, kind: str) -> None:
         arguments = constructor_arguments(state, num_heads=1)
         if arguments["depth"] > len(state):  # before a network is built of as many blocks as a name claims
             raise ValueError(f"{arguments['depth']} blocks in {len(state)} tensors")
-        if arguments["qk_norm"]:
+        if arguments["qk_norm"] != "none":
             arguments["num_heads"] = arguments["hidden_dim"] // state["blocks.0.attn.q_norm.weight"].shape[0]
         with torch.device("meta"):
             expected = {key: value.shape for key, value in DiT(**arguments).state_dict().items()}

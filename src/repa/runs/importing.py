@@ -13,7 +13,7 @@ from repa.base import files, lock
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.encoders import canonical
-from repa.models.config import FAMILIES, PATCH_SIZES, SIZES
+from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
 from repa.models.exported import read_exported
 from repa.models.published import Published, constructor_arguments, read_published
 from repa.runs import layout
@@ -117,7 +117,7 @@ def _model_settings(state: Mapping[str, Tensor], num_heads: int, kind: str, wher
     size = next((size for size, named in SIZES.items() if named == dims), None)
     family = next(name for name, learn_sigma in FAMILIES.items() if learn_sigma == arguments["learn_sigma"])
     own = {} if size else dict(zip(("hidden_dim", "depth", "num_heads"), dims, strict=True))
-    data = {name: arguments[name] for name in ("latent_size", "latent_channels", "num_classes", "qk_norm")}
+    data = {name: arguments[name] for name in ("latent_size", "latent_channels", "num_classes", *BLOCK_OPTIONS)}
     return {"name": f"{family}-{size or 'S'}/{arguments['patch_size']}", **data, **own}
 
 

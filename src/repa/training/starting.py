@@ -17,11 +17,13 @@ from repa.runs.importing import read_checkpoint
 from repa.runs.origin import refuse_converted
 from repa.training.objective import Objective
 
-LABELS, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
+LABELS = "y_embedder.embedding_table.weight"
+POSITIONS = ("pos_embed", "rotation.cos", "rotation.sin")  # formulas of the grid
 # sizes that must agree, as a sentence calls them; latent size and classes may differ
 SIZES = {
     "hidden_dim": "width", "depth": "depth", "num_heads": "heads", "patch_size": "patch", "latent_channels": "channels",
-    "learn_sigma": "learned variance", "qk_norm": "qk-norm", "mlp_ratio": "MLP ratio",
+    "learn_sigma": "learned variance", "mlp_ratio": "MLP ratio",
+    "norm": "norm", "mlp": "MLP", "qk_norm": "qk-norm", "bias": "bias", "rotary": "rotary",
 }  # fmt: skip
 
 
@@ -62,8 +64,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     if state[LABELS].shape != own[LABELS].shape:
         state[LABELS] = own[LABELS].clone()
         state[LABELS][-1] = start.state[LABELS][-1]
-    if state[POSITIONS].shape != own[POSITIONS].shape:
-        state[POSITIONS] = own[POSITIONS]
+    state |= {name: own[name] for name in POSITIONS if name in own and state[name].shape != own[name].shape}
     objective.model.load_state_dict(state)
     for alignment in objective.alignments.values():
         new = start.projectors.get((alignment.config.key, alignment.config.projector))
