@@ -23,7 +23,7 @@ ABOUT = (
 )
 
 
-FEATURES = "features:"
+FEATURES, TEXT = "features:", "text"
 CLASSES_SHOWN = 10  # with their counts; the manifest has all
 
 
@@ -35,9 +35,9 @@ class PrepareArguments(PrepareConfig):
     out: str = ""
     """folder of the prepared data; left out with --only and --remove, whose only folder it is"""
     only: tuple[str, ...] = ()
-    """Make these parts alone: base (labels, images, latents), features:ENCODER. Without a source: from the stored images."""
+    """Make these parts alone: base (labels, images, latents), features:ENCODER, text. Without a source: no base, from what is stored."""
     remove: tuple[str, ...] = ()
-    """Delete these fields of the folder: features:ENCODER, images."""
+    """Delete these fields of the folder: features:ENCODER, text, images."""
     plan: bool = False
     """Print counts, sizes and the time it takes, from a measurement of at most a minute, and write nothing."""
 
@@ -100,14 +100,21 @@ def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = (
 def _add(folder: Path, given: PrepareArguments) -> None:
     if not given.only:
         raise UserError(f"`repa prepare` needs a source and a folder, but got {given.source!r} alone: name both.")
-    wrong = [text for text in given.only if not text.startswith(FEATURES)]
+    wrong = [part for part in given.only if part != TEXT and not part.startswith(FEATURES)]
     if wrong:
-        raise UserError(f"--only {wrong[0]} needs the source too: only features:ENCODER comes from the stored images.")
+        raise UserError(
+            f"--only {wrong[0]} needs the source too: only features:ENCODER and text come from what is stored."
+        )
     from repa.base import dist
-    from repa.data import add_features
+    from repa.data import add_features, add_text
 
     rank, world = _place()
-    for spec in (ENCODERS.check(text.removeprefix(FEATURES)) for text in given.only):
+    if TEXT in given.only:
+        options_of = {"weights": given.text_weights, "form": given.text_form, "rank": rank, "world": world}
+        with Progress(_title(folder, rank, world), "shards") as bar:
+            manifest = add_text(folder, given.text, **options_of, progress=bar, device=dist.own_device())
+        _tell(folder, manifest)
+    for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
         options_of = {"weights": given.weights_of(spec), "form": given.form_of(spec), "rank": rank, "world": world}
         with Progress(_title(folder, rank, world), "images") as bar:
             manifest = add_features(folder, spec, **options_of, progress=bar, device=dist.own_device())

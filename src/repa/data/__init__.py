@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = exports(
         "ShardReader": "reader",
         "Source": "sources.contract",
         "add_features": "encode",
+        "add_text": "encode",
         "check_bytes": "checking",
         "check_models": "checking",
         "make_plan": "planning",

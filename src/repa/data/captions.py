@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -30,28 +31,40 @@ class Captions:
         for shard in np.unique(shards).tolist():
             if (record := self.reader.manifest.shards[shard].captions) is None:
                 continue
-            lines = self._kept(shard)
+            lines, where = self._kept(shard), Path(self.reader.folder, record.file)
             for place in np.flatnonzero(shards == shard).tolist():
                 row = int(indices[place] - self.reader.starts[shard])
-                try:
-                    found[place] = tuple(json.loads(lines[row]))
-                except (ValueError, TypeError, RecursionError) as error:
-                    raise UserError(
-                        f"Line {row + 1} of {record.file} in {self.reader.folder} is damaged ({error}): delete the file "
-                        "and run the same `repa prepare` again, which makes it anew."
-                    ) from None
+                found[place] = texts_of(lines[row], row, where)
         return found
 
     def _lines(self, shard: int) -> list[bytes]:
         planned = self.reader.manifest.shards[shard]
-        path = self.reader.path(planned.captions)
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        if len(lines) != planned.num:
-            raise UserError(
-                f"{path} holds the captions of {len(lines):,} images, but its shard has {planned.num:,}: delete it and run "
-                "the same `repa prepare` again, which makes it anew."
-            )
-        return lines
+        return lines_of(self.reader.path(planned.captions), planned.num)
+
+
+def lines_of(path: Path, num: int) -> list[bytes]:
+    """The lines of a file of captions, one for each of `num` images."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(lines) != num:
+        raise UserError(
+            f"{path} holds the captions of {len(lines):,} images, but its shard has {num:,}: delete it and run "
+            "the same `repa prepare` again, which makes it anew."
+        )
+    return lines
+
+
+def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
+    """The captions in a line; `row` and `path` are for messages."""
+    try:
+        texts = json.loads(line)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is no list of texts")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"Line {row + 1} of {path.name} in {path.parent} is damaged ({error}): delete the file "
+            "and run the same `repa prepare` again, which makes it anew."
+        ) from None
+    return tuple(texts)

@@ -9,6 +9,7 @@ from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec
+from repa.conditions import TEXT_ENCODERS
 from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -28,6 +29,12 @@ class PrepareConfig(Config):
     """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
     feature_forms: tuple[str, ...] = ()
     """How tokens are stored: fp16, int8 (a scale for each token), pcaK (K numbers a token) or pcaK-int8; ENCODER=FORM for one encoder."""
+    text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
+    """Text encoder whose tokens of every caption are stored, e.g. clip-l; empty stores the captions alone."""
+    text_weights: str = ""
+    """Local folder of the text encoder's weights; empty takes the hub's."""
+    text_form: Literal["fp16", "int8"] = "fp16"
+    """How tokens of captions are stored: fp16, or int8 with a scale for each token."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of autoencoder and encoders; bf16 and fp16 are faster where the hardware has them, and less exact."""
     flip: bool = False

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.data.captions import Captions
-from repa.data.manifest import FeatureField, Manifest
+from repa.data.manifest import FeatureField, Manifest, TextField
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import Stream, is_url
+from repa.data.texts import TextReader
 
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
 LABELS_CHUNK = 1 << 16  # that are read at a time
@@ -128,6 +129,16 @@ class DataSet:
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
         """The texts that came with the images `indices` (n,), in that order; () for an image without any."""
         return self._captions.gather(indices)
+
+    @property
+    def text(self) -> TextField | None:
+        """Facts of the stored tokens of the captions; None: there are none."""
+        return self.manifest.text
+
+    @functools.cached_property
+    def texts(self) -> TextReader:
+        """Those tokens."""
+        return TextReader(self.folder, self.manifest, self.stream.path if self.stream else None)
 
     def basis(self, encoder: str, device: torch.device | str) -> Tensor | None:
         """What `packing.unpack` needs for stored tokens that are coordinates; None for others."""

@@ -16,6 +16,7 @@ from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 
 BASE = "base"
+TEXT = "text"
 COMPARED = 4  # images whose moments are made again, to see that what comes with a source is of this autoencoder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,6 +25,8 @@ def fields_of(group: str) -> tuple[str, ...]:
     """The fields that a group may have."""
     if group == BASE:
         return ("labels", "images", "moments", "captions")
+    if group == TEXT:
+        return ("text", "text_mask", "text_scale", "text_rows")
     return (f"features.{group}", f"scale.{group}", f"pooled.{group}")
 
 

@@ -4,12 +4,13 @@ DATA/
   manifest.json               written last: a folder with a manifest is complete
   images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, scale.NAME, pooled.NAME
   captions-00000.jsonl        a JSON list of captions for each image of the shard, where the source has some
+  text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows beside them (data/texts.py)
   basis.NAME.npy              mean and directions of tokens that are stored as coordinates
   parts/                      only while work is unfinished: settings.json, a record for each finished part
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,6 +45,29 @@ class FeatureField(Config):
     """Which encoder, which weights."""
 
 
+class TextField(Config):
+    """The stored tokens of the captions."""
+
+    dim: int = Field(ge=1)
+    """Width E of a token."""
+    num_tokens: int = Field(ge=1)
+    """Tokens S of a caption."""
+    masked: bool
+    """Whether a mask says which of them are the caption's."""
+    form: Literal["fp16", "int8"] = "fp16"
+    """How they are stored."""
+    identity: dict[str, Any]
+    """Which text encoder, which weights."""
+
+    @property
+    def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Field -> type and shape of one entry: of a caption, and for text_rows of an image."""
+        tokens = ("int8" if self.form == "int8" else "float16", (self.num_tokens, self.dim))
+        scale = {"text_scale": ("float32", (self.num_tokens,))} if self.form == "int8" else {}
+        mask = {"text_mask": ("uint8", (self.num_tokens,))} if self.masked else {}
+        return {"text": tokens, **scale, **mask, "text_rows": ("int64", (2,))}
+
+
 class Inventory(Config):
     """What `prepare` found in a source."""
 
@@ -76,6 +100,8 @@ class Manifest(Config):
     """Which autoencoder, which weights."""
     features: dict[Annotated[str, Spec(ENCODERS)], FeatureField]
     """Encoder -> its stored tokens."""
+    text: TextField | None = None
+    """The stored tokens of the captions, where there are some."""
     shards: tuple[Shard, ...]
     """The shards, in order; one whose images are all skipped has no files."""
 
@@ -98,9 +124,21 @@ class Manifest(Config):
             raise ValueError(f"its shards hold {', '.join(sorted(fields))}, which is not what it announces")
         originals = [shard.num for shard in self.shards[: len(self.shards) // 2]]
         copied = [(False, num) for num in originals] + [(True, num) for num in originals]
+        self._check_text()
         if any(s.flipped for s in self.shards) and [(s.flipped, s.num) for s in self.shards] != copied:
             raise ValueError("its flipped shards are not a second copy of the others, after them")
         return self
+
+    def _check_text(self) -> None:
+        """Every shard with images has all files of the captions' tokens, but flipped ones, whose captions are the originals'."""
+        wanted = self.text.fields if self.text else {}
+        for number, shard in enumerate(self.shards):
+            found = {field: (f.dtype, f.shape[1:]) for field, f in shard.text.items()}
+            if found != (wanted if shard.num and not shard.flipped else {}):
+                raise ValueError(f"shard {number} holds other tokens of captions than it announces")
+            nums = {f.shape[:1] for field, f in shard.text.items() if field != "text_rows"}
+            if found and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
+                raise ValueError(f"shard {number} holds tokens of captions that are not those of its images")
 
     @property
     def resolution(self) -> int:
@@ -165,6 +203,11 @@ class Manifest(Config):
             f"images       {len(self.originals):,} of {len(self.class_names)} classes at {self.resolution} pixels{copies}",
             f"autoencoder  {self.config.autoencoder} ({checksum}), computed in {self.config.precision}",
             f"tokens       {', '.join(tokens) or 'none'}",
+            *(
+                [f"text         {self.config.text} ({self.text.num_tokens} x {self.text.dim} as {self.text.form})"]
+                if self.text
+                else []
+            ),
             f"fields       {', '.join(fields)}{', captions' if any(s.captions for s in self.shards) else ''}",
             f"on disk      {files.size(size)} in {len(self.shards)} shards",
         ]

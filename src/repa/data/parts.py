@@ -1,6 +1,6 @@
 """Preparation in progress: what was asked, which parts of which shards are finished, and the manifest made of them.
 
-A shard is finished in groups: "base" (images, labels, moments, captions) and one for each encoder. A group counts once
+A shard is finished in groups: "base" (images, labels, moments, captions), one for each encoder, and "text". A group counts once
 its record is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
 Processes meet only in these files: none waits for another but while a basis is found or a manifest written.
 """
@@ -22,8 +22,8 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.data.bases import basis_name
 from repa.data.config import split_format
-from repa.data.groups import BASE, fields_of
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS, FeatureField, Manifest, Shard
+from repa.data.groups import BASE, TEXT, fields_of
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS, FeatureField, Manifest, Shard, TextField
 from repa.data.settings import Settings, read_record, started
 from repa.data.shards import array_name, captions_name, record_of
 
@@ -52,11 +52,15 @@ class Progress:
         path = self.path(shard, group)
         if (values := read_record(path)) is not None:
             part = Part.parse(values, where=str(path))
+        elif self.manifest and group == TEXT and self.manifest.text and shard < len(self.manifest.shards):
+            whole = self.manifest.shards[shard]
+            shard_of = Shard(num=whole.num, files={}, flipped=whole.flipped, text=whole.text)
+            part = Part(shard=shard_of, identity=self.manifest.text.identity)
         elif self.manifest and group in (BASE, *self.manifest.features) and shard < len(self.manifest.shards):
             whole = self.manifest.shards[shard]
             mine = {field: file for field, file in whole.files.items() if field in fields_of(group)}
             identity = self.manifest.autoencoder if group == BASE else self.manifest.features[group].identity
-            shard_of = whole.override(files=mine, captions=whole.captions if group == BASE else None)
+            shard_of = whole.override(files=mine, captions=whole.captions if group == BASE else None, text={})
             part = Part(shard=shard_of, identity=identity)
         else:
             return None
@@ -88,7 +92,7 @@ def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
         progress = Progress(out)
         stored = progress.manifest.features if progress.manifest else ()
         names = dict.fromkeys([*now.config.features, *settings.config.features, *stored])
-        groups = (BASE, *names)
+        groups = (BASE, *names, *([TEXT] if now.config.text or settings.config.text else []))
         parts = [{group: progress.part(k, group) for group in groups} for k in range(num_shards)]
         if not all(part for shard in parts for part in shard.values()):
             return None
@@ -115,7 +119,8 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
     for number, shard in enumerate(parts):
         assert len({part.shard.num for part in shard.values()}) == 1, f"shard {number} differs in length: {shard}"
         merged = {field: file for part in shard.values() for field, file in part.shard.files.items()}
-        shards.append(shard[BASE].shard.override(files=merged))
+        text = shard[TEXT].shard.text if TEXT in shard else {}
+        shards.append(shard[BASE].shard.override(files=merged, text=text))
         first = first or (shard if shards[-1].num else None)
     if first is None:
         raise UserError(f"No image of {settings.source['name']} can be used; the first is {shards[0].skipped[0]}.")
@@ -123,7 +128,7 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
     for shard in shards:
         if shard.num and not shard.flipped:
             counts += np.bincount(load_npy(out / shard.files["labels"].file, "labels"), minlength=len(counts))
-    names = [group for group in first if group != BASE]
+    names = [group for group in first if group not in (BASE, TEXT)]
     return Manifest(
         source=settings.source,
         config=settings.config,
@@ -133,8 +138,16 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         inventory=settings.inventory.override(captioned=_captioned(out, shards)),
         autoencoder=first[BASE].identity,
         features={name: _facts(out, name, settings.config.form_of(name), first[name]) for name in names},
+        text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
         shards=tuple(shards),
     )
+
+
+def _text_facts(form: str, part: Part) -> TextField:
+    """Of a shard with images, so that it has captions or at least the empty text."""
+    _, num_tokens, dim = part.shard.text["text"].shape
+    masked = "text_mask" in part.shard.text
+    return TextField(dim=dim, num_tokens=num_tokens, masked=masked, form=form, identity=part.identity)
 
 
 def _captioned(out: Path, shards: list[Shard]) -> int | None:

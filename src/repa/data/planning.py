@@ -13,7 +13,7 @@ import torch
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encode import chosen_groups, load_later
-from repa.data.groups import FeatureGroup, Group
+from repa.data.groups import TEXT, FeatureGroup, Group
 from repa.data.parts import Progress
 from repa.data.reading import FromSource, Images, Planned, plan_shards, spread
 from repa.data.settings import Settings, agree
@@ -76,7 +76,8 @@ def make_plan(
     require_autoencoder(images, config)
     asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
     config = agree(out, asked).config
-    groups = {name: load() for name, load in load_later(config, device, chosen_groups(only, config)).items()}
+    chosen = [name for name in chosen_groups(only, config) if name != TEXT]
+    groups = {name: load() for name, load in load_later(config, device, chosen).items()}
     for group in groups.values():
         if isinstance(group, FeatureGroup) and group.num_directions:  # any basis takes as long
             group.use_basis(np.zeros((1 + group.num_directions, group.model.dim), np.float32), "")

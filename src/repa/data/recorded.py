@@ -19,6 +19,7 @@ def with_absolute_paths(config: PrepareConfig) -> PrepareConfig:
     """Local weights by their absolute paths, so that other working folders find them; names on the hub stay."""
     return config.override(
         autoencoder_weights=_absolute(config.autoencoder_weights),
+        text_weights=_absolute(config.text_weights),
         feature_weights=tuple(
             f"{encoder}={_absolute(path)}" for encoder, _, path in (p.rpartition("=") for p in config.feature_weights)
         ),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from repa.base.config import Config
 
@@ -69,6 +69,8 @@ class Shard(Config):
     """Field -> file."""
     captions: TextFile | None = None
     """Their captions, where the source has some: a JSON list of texts for each image, one a line."""
+    text: dict[str, ArrayFile] = Field(default_factory=dict)
+    """Field -> file of their captions' tokens, which have as many rows as there are captions; see data/texts.py."""
     flipped: bool = False
     """Whether the images are mirrored, left for right; such shards follow all the others, in the same order."""
     skipped: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ class Shard(Config):
     @property
     def records(self) -> list[ArrayFile | TextFile]:
         """All its files."""
-        return [*self.files.values(), *([self.captions] if self.captions else [])]
+        return [*self.files.values(), *([self.captions] if self.captions else []), *self.text.values()]
 
 
 def _plain_name(name: str, suffix: str) -> str:

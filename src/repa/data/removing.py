@@ -6,7 +6,7 @@ from pathlib import Path
 from repa.base import lock
 from repa.base.errors import UserError
 from repa.data.bases import basis_name
-from repa.data.groups import fields_of
+from repa.data.groups import TEXT, fields_of
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.parts import begin, forget
 from repa.data.settings import Settings, started
@@ -21,7 +21,8 @@ def remove(out: str | Path, name: str) -> Manifest | None:
 
     Args:
         out: a folder of `prepare`, finished or not.
-        name: "features:ENCODER" (tokens, scales, pooled features, basis), or "images" where moments are stored.
+        name: "features:ENCODER" (tokens, scales, pooled features, basis), "text" (tokens of captions, which stay themselves), or
+            "images" where moments are stored.
 
     Returns:
         The new manifest; None while the folder is unfinished.
@@ -41,18 +42,30 @@ def _remove(out: Path, name: str) -> Manifest | None:
     spec = name.removeprefix("features:")
     if name == "images":
         config, gone = _without_images(out, manifest), ("images",)
+    elif name == TEXT and (before.config.text or _files(out, *fields_of(TEXT))):
+        config, gone = before.config.override(text="", text_weights="", text_form="fp16"), fields_of(TEXT)
     elif name.startswith("features:") and (spec in before.config.features or _files(out, *fields_of(spec))):
         config, gone = _without_features(before, spec), fields_of(spec)
     else:
-        stored = ", ".join(["images", *(f"features:{spec}" for spec in before.config.features)])
+        stored = ", ".join(
+            [
+                "images",
+                *([TEXT] if before.config.text else []),
+                *(f"features:{spec}" for spec in before.config.features),
+            ]
+        )
         raise UserError(f"{out} has no {name!r} to remove: allowed are {stored}.")
     if manifest:
         shards = [
-            shard.override(files={field: file for field, file in shard.files.items() if field not in gone})
+            shard.override(
+                files={field: file for field, file in shard.files.items() if field not in gone},
+                text={} if name == TEXT else shard.text,
+            )
             for shard in manifest.shards
         ]
         features = {other: facts for other, facts in manifest.features.items() if f"features.{other}" not in gone}
-        manifest = manifest.override(config=config, features=features, shards=shards)
+        text = None if name == TEXT else manifest.text
+        manifest = manifest.override(config=config, features=features, text=text, shards=shards)
         manifest.save(out)
     if (out / PARTS).is_dir():
         begin(out, before.override(config=config))
@@ -60,7 +73,7 @@ def _remove(out: Path, name: str) -> Manifest | None:
             path.unlink()
     for path in _files(out, *gone):
         path.unlink()
-    if name != "images":
+    if name.startswith("features:"):
         (out / basis_name(spec)).unlink(missing_ok=True)
     if manifest and set(config.features) <= set(manifest.features):  # nothing is wanted any more
         forget(out)

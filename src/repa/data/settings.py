@@ -16,6 +16,7 @@ FREE = (
     "labels",
     "autoencoder_weights",
     "feature_weights",
+    "text_weights",
 )  # may change: weights are compared by checksum, labels by the source's
 
 READABLE = 100  # characters: of longer differences (a thousand class names) only the field is named
@@ -51,8 +52,11 @@ def agree(out: Path, asked: Settings) -> Settings:
     ]
     forms = [f"{name}={old.form_of(name)}" for name in old.features]
     forms += [f"{name}={new.form_of(name)}" for name in new.features if name not in both]
+    if old.text and not new.text:
+        new = new.override(text=old.text, text_form=old.text_form, text_weights=new.text_weights or old.text_weights)
     new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))
-    same = {name: getattr(new, name) for name in (*FREE, "features", "feature_forms")}
+    added = () if old.text else ("text", "text_form")
+    same = {name: getattr(new, name) for name in (*FREE, *added, "features", "feature_forms")}
     asked = Settings(source=asked.source, class_names=asked.class_names, config=new, inventory=asked.inventory)
     was = Settings(
         source=before.source, class_names=before.class_names, config=old.override(**same), inventory=asked.inventory

@@ -1,0 +1,125 @@
+"""Tokens of captions: written by `prepare`, read back by the image they belong to."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.conditions import load_text_encoder
+from repa.data import PrepareConfig, add_text, check_bytes, open_data, prepare, remove
+from repa.data.manifest import Manifest
+from tests.data.conftest import content
+
+TINY = "tiny-text:tokens=5,width=8"
+CONFIG = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0, text=TINY)
+CAPTIONS = {("ants", i): (f"ant {i}", "a small ant")[: 1 + i % 2] for i in range(0, 7, 2)} | {("bees", 3): ("a bee",)}
+IMAGES = [("ants", i) for i in range(7)] + [("bees", i) for i in range(4)]
+
+
+@pytest.fixture
+def source(folder):
+    for (name, i), texts in CAPTIONS.items():
+        (folder / name / f"{i:03d}.txt").write_text("\n".join(texts))
+    return folder
+
+
+def tokens_of(text):
+    """(S, E), (S,) as the encoder gives them."""
+    found = load_text_encoder(TINY)([text])
+    return found.tokens[0], found.mask[0]
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("fp16", 2e-3), ("int8", 0.03)])
+def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance):
+    manifest = prepare(source, tmp_path / "out", CONFIG.override(text_form=form, flip=True))
+    assert manifest.text.fields["text"] == ({"fp16": "float16", "int8": "int8"}[form], (5, 8))
+    assert [bool(shard.text) for shard in manifest.shards] == [True] * 4 + [False] * 4
+    data = open_data(tmp_path / "out")
+    indices = np.array([21, 2, 0, 13, 4, 1])  # the second half are flipped copies
+    for key in range(3):
+        text = data.texts.gather(indices, [key] * 6).text()
+        for row, index in enumerate(indices):
+            texts = CAPTIONS.get(IMAGES[index % 11], ("",))
+            tokens, mask = tokens_of(texts[key % len(texts)])
+            torch.testing.assert_close(text.tokens[row], tokens, rtol=tolerance, atol=tolerance)
+            assert torch.equal(text.mask[row], mask)
+    empty = data.texts.empty().text()
+    torch.testing.assert_close(empty.tokens[0], tokens_of("")[0], rtol=tolerance, atol=tolerance)
+    assert check_bytes(tmp_path / "out") > 0
+
+
+def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
+    prepare(source, tmp_path / "whole", CONFIG)
+    out = tmp_path / "out"
+    prepare(source, out, CONFIG.override(text=""))
+    before = content(out)
+    assert open_data(out).text is None
+
+    from repa.data import text_encoding
+
+    real, calls = text_encoding._write, []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(text_encoding, "_write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        add_text(out, TINY)
+    assert open_data(out).text is None  # the old manifest holds until all is there
+    assert add_text(out, TINY, rank=0, world=2) is None  # not its share alone
+    assert add_text(out).text.num_tokens == 5
+    assert len(calls) == 3 + 2  # two shards were finished before
+    assert content(out) == content(tmp_path / "whole")
+    assert prepare(source, out, CONFIG) == Manifest.open(out)
+    remove(out, "text")
+    changed = {"manifest.json"}
+    assert {k: v for k, v in content(out).items() if k not in changed} == {
+        k: v for k, v in before.items() if k not in changed
+    }
+    assert open_data(out).text is None
+
+
+def test_what_is_refused(source, folder, tmp_path):
+    out = tmp_path / "out"
+    prepare(source, out, CONFIG)
+    with pytest.raises(UserError, match=r"config\.text"):
+        prepare(source, out, CONFIG.override(text="tiny-text:tokens=6,width=8"))
+    with pytest.raises(UserError, match=r"config\.text_form"):
+        prepare(source, out, CONFIG.override(text_form="int8"))
+    assert prepare(source, out, CONFIG.override(text="")).config.text == TINY
+    for path in folder.rglob("*.txt"):
+        path.unlink()
+    with pytest.raises(UserError, match="no captions"):
+        prepare(folder, tmp_path / "other", CONFIG)
+    prepare(folder, tmp_path / "plain", CONFIG.override(text=""))
+    with pytest.raises(UserError, match="no captions"):
+        add_text(tmp_path / "plain", TINY)
+
+
+def test_manifests_and_rows_that_do_not_fit_are_refused(source, tmp_path):
+    out = tmp_path / "out"
+    prepare(source, out, CONFIG)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for change in (
+        lambda m: m["shards"][0]["text"].pop("text_mask"),
+        lambda m: m["text"].update(num_tokens=6),
+        lambda m: m.update(text=None),
+        lambda m: m["shards"][1]["text"]["text"].update(file="../text.npy"),
+        lambda m: m["shards"][1]["text"]["text"].update(shape=[1, 5, 8]),
+    ):
+        changed = json.loads(json.dumps(manifest))
+        change(changed)
+        (out / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError):
+            open_data(out)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    rows = np.load(out / "text_rows-00000.npy")
+    rows[1] = [2, 10]
+    np.save(out / "text_rows-00000.npy", rows)
+    with pytest.raises(UserError, match="image 1"):
+        open_data(out).texts.gather([1])
