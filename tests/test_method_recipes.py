@@ -10,6 +10,7 @@ from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import METHODS, figures_table, headline, method_recipes
+from repa.recipes.pixels import pixel_recipes
 from repa.recipes.published import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import TrainConfig
@@ -78,6 +79,21 @@ def test_settings_beside_the_terms():
     assert (guided.model.heads, guided.head_weight) == ((8,), 0.5)
 
 
+@pytest.mark.parametrize(("size", "depth", "heads"), [("b", 4, 12), ("l", 8, 16), ("h", 10, 16)])
+def test_pixelrepa_is_the_papers_settings(size, depth, heads):
+    """One term, 0.1 of a cosine through the adapter, at the last block before the class tokens, on JiT's own recipe."""
+    config = load_recipe(f"jit-{size}16-pixelrepa")
+    (term,) = config.alignments
+    found = (term.target, term.depth, term.loss, term.weight, term.projector)
+    assert found == ("dinov2-b", depth, "cosine", 0.1, f"adapter:masked=0.2,heads={heads}")
+    assert config.model.name == f"JiT-{size.upper()}/16"
+    diffusion = config.diffusion
+    assert (diffusion.prediction, diffusion.loss_weight, diffusion.sigma_min) == ("data", "velocity", 0.05)
+    assert diffusion.timesteps == "logit_normal:mean=0.8,std=0.8"
+    assert (config.optimizer.learning_rate, config.optimizer.beta2) == (2e-4, 0.95)
+    assert (config.batch_size, config.num_steps, config.ema_decays) == (1024, 750_600, (0.9996,))
+
+
 class Attentive(VisionEncoder):
     """Stands in for DINOv2: patches, a vector for the image, and attention, from one random layer."""
 
@@ -137,7 +153,10 @@ def test_every_method_trains(name, data_folder, tmp_path):
     assert set(row.get("head") or {}) == {str(depth) for depth in config.model.heads}
 
 
-@pytest.mark.parametrize("name", [name for name in method_recipes() if name.startswith("cifar10")])
+SMALL = [name for name in (*method_recipes(), *pixel_recipes()) if name.startswith("cifar10")]
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_small_recipes_train_as_they_are(name, data_folder, tmp_path):
     """In half precision, on the stored float16 features of the encoder inside the package, with a preview that is measured."""
     run = tmp_path / "run"
@@ -174,7 +193,10 @@ def test_headlines(key, model, line):
     assert headline(PUBLISHED.get(key, ()), model) == line
 
 
-@pytest.mark.parametrize("name", [name for name in method_recipes() if not name.startswith("cifar10")])
+FULL = [name for name in (*method_recipes(), *pixel_recipes()) if not name.startswith("cifar10")]
+
+
+@pytest.mark.parametrize("name", FULL)
 def test_commands_lead_from_images_to_figures(name):
     given = understood(name)
     assert set(given) == {"prepare", "train", "sample", "evaluate"}
@@ -183,11 +205,15 @@ def test_commands_lead_from_images_to_figures(name):
     assert given["sample"].run == given["train"].out
     assert given["evaluate"].samples == given["sample"].out
     heads = load_recipe(name).model.heads
+    if name.startswith("jit"):
+        assert given["sample"].labels == "balanced"
+        assert given["prepare"].flip
+        return
     assert given["sample"].guidance == tuple(f"internal:head={head},scale=1.4" for head in heads)
 
 
 def test_figures_are_of_recipes_that_exist():
-    assert set(PUBLISHED) <= set(METHODS)
+    assert set(PUBLISHED) <= {*METHODS, "jit", "pixelrepa"}
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
 

@@ -16,6 +16,7 @@ from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import method_recipes
+from repa.recipes.pixels import pixel_recipes
 from repa.report import read_run, write_report
 from repa.report.paper import ROWS, SAMPLINGS, printed
 from repa.report.paper_runs import row_of
@@ -50,7 +51,7 @@ def test_every_row_of_the_tables_has_its_recipe():
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa", "quickstart-muon"}
     expected |= {"cifar10", "cifar10-repa"}
-    assert set(RECIPES) == expected | set(method_recipes())
+    assert set(RECIPES) == expected | set(method_recipes()) | set(pixel_recipes())
 
 
 @pytest.mark.parametrize(

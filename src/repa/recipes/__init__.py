@@ -11,6 +11,7 @@ from repa.base.trust import trust_names_in
 from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
+from repa.recipes.pixels import pixel_recipes
 from repa.recipes.quickstart import quickstart, quickstart_muon, quickstart_repa
 from repa.recipes.recipe import Recipe
 from repa.report.paper import ROWS
@@ -20,6 +21,7 @@ from repa.training.config import TrainConfig
 RECIPES: dict[str, Recipe] = {
     **{name: paper_recipe(name, row) for name, row in ROWS.items()},
     **method_recipes(),
+    **pixel_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
     "quickstart-muon": Recipe.of(quickstart_muon),

@@ -251,11 +251,11 @@ def method_config(method: Method, place: Place, baseline: TrainConfig) -> TrainC
     return baseline.override(**{**parts, "model": baseline.model.override(**parts.get("model", {}))})
 
 
-def headline(figures: tuple[Published, ...], model: str) -> str:
-    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network without guidance."""
-    own = [f for f in figures if f.model == model and f.guidance == "none" and "baseline" not in f.note]
+def headline(figures: tuple[Published, ...], model: str, *, guided: bool = False) -> str:
+    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
+    own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
     if not own:
-        return "no unguided figure known"
+        return f"no {'guided' if guided else 'unguided'} figure known"
     ends = dict.fromkeys([min(own, key=lambda f: f.step), max(own, key=lambda f: f.step)])
     return "FID " + ", ".join(f"{printed(f.fid)} at {steps_text(f.step)}" for f in ends)
 

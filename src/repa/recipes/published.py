@@ -53,6 +53,13 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "urepa": (
         Published("SiT as a U-Net", 400 * EPOCH, 1.41, "an interval", note="another network than this recipe's"),
     ),
+    "jit": (
+        Published("JiT-B/16", 600 * EPOCH, 3.66, "classifier-free, t up to 0.9", "balanced", "as PixelREPA's paper reports it"),
+    ),
+    "pixelrepa": (
+        Published("JiT-B/16", 600 * EPOCH, 3.17, "classifier-free, scale 3.1, t up to 0.9", "balanced"),
+        Published("JiT-H/16", 600 * EPOCH, 1.81, "classifier-free, scale 2.4, t up to 0.9", "balanced"),
+    ),
     "internal-guidance": (
         Published("SiT-XL/2", 400_000, 5.31, "internal, scale 1.4"),
         Published("SiT-XL/2", 4_000_000, 1.75, "internal, scale 1.4"),
