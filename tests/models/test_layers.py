@@ -1,8 +1,11 @@
+import itertools
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from repa.models.layers import sincos_positions, timestep_frequencies, unpatchify
+from repa.models.layers import PatchEmbedding, sincos_positions, timestep_frequencies, unpatchify
 from tests.oracles import dit as oracle
 
 
@@ -36,3 +39,28 @@ def test_unpatchify_orders_rows_columns_channels():
                 for channel in range(channels):
                     y, x = token // grid * p + row, token % grid * p + column
                     assert image[0, channel, y, x] == tokens[0, token, (row * p + column) * channels + channel]
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
+def test_where_patches_overlap_a_pixel_is_the_sum_of_what_they_say(grid):
+    p, overlap, channels = 3, 2, 2
+    q = p + 2 * overlap
+    tokens = torch.randn(1, grid[0] * grid[1], q * q * channels, dtype=torch.float64)
+    image = unpatchify(tokens, grid, p, overlap)
+    expected = torch.zeros(channels, grid[0] * p, grid[1] * p, dtype=torch.float64)
+    for token, row, column, channel in itertools.product(range(grid[0] * grid[1]), range(q), range(q), range(channels)):
+        y, x = token // grid[1] * p + row - overlap, token % grid[1] * p + column - overlap
+        if 0 <= y < grid[0] * p and 0 <= x < grid[1] * p:
+            expected[channel, y, x] += tokens[0, token, (row * q + column) * channels + channel]
+    torch.testing.assert_close(image[0], expected)
+
+
+def test_a_patch_sees_its_neighbours_pixels():
+    embed = PatchEmbedding(1, 4, 2, overlap=1).double()
+    image = torch.randn(1, 1, 4, 6, dtype=torch.float64)
+    tokens = embed(image)
+    padded = F.pad(image, (1, 1, 1, 1))
+    for token in range(6):
+        y, x = token // 3 * 2, token % 3 * 2
+        expected = (embed.proj.weight * padded[0, :, y : y + 4, x : x + 4]).sum((1, 2, 3)) + embed.proj.bias
+        torch.testing.assert_close(tokens[0, token], expected)

@@ -86,13 +86,14 @@ def test_arguments_are_read_from_the_shapes(random_dit):
         "mlp": "gelu",
         "bias": True,
         "rotary": False,
+        "patch_overlap": 1,
     }
     state = random_dit(**given).state_dict()
-    assert constructor_arguments(state, num_heads=4) == given
+    assert constructor_arguments(state, num_heads=4, patch_overlap=1) == given
     given |= {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "bias": False, "rotary": True, "mlp_ratio": 4.0}
     given |= {"hidden_dim": 24, "num_heads": 2}
     state = random_dit(**given).state_dict()
-    assert constructor_arguments(state, num_heads=2) == given
+    assert constructor_arguments(state, num_heads=2, patch_overlap=1) == given
     with pytest.raises(UserError, match="whose norm is rms: use `repa export`"):
         to_published(state, {}, "dit")
     with pytest.raises(UserError, match="width 24 and depth 2: give the number of heads"):

@@ -102,6 +102,20 @@ def test_an_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
     assert "tells its kind itself" in capsys.readouterr().err
 
 
+def test_a_network_whose_patches_overlap(tiny_config, data_folder, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = tiny_config.override(model=tiny_config.model.override(patch_overlap=2), num_steps=2)
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    assert repa(["train", str(tmp_path / "recipe.yaml"), "--data", str(data_folder), "--out", str(run)]) == 0
+    export(run, out)
+    assert repa(["convert", str(out), str(tmp_path / "again")]) == 0
+    wanted, found = (call(load_run(folder).model, *inputs()).prediction for folder in (run, tmp_path / "again"))
+    assert wanted.abs().max() > 0
+    assert torch.equal(found, wanted)
+    assert repa(["export", str(run), str(tmp_path / "other"), "--format", "diffusers"]) == 2
+    assert "patches overlap" in capsys.readouterr().err
+
+
 def test_mistakes(random_run, tmp_path, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")

@@ -34,7 +34,7 @@ NAMED = {
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
 BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig: what blocks are made of
-DIT_OPTIONS = ("heads", "streams", "separate_times")  # and what a DiT has besides
+DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap")  # and what a DiT has besides
 
 
 def model_names() -> list[str]:
@@ -109,6 +109,8 @@ class ModelConfig(Config):
     """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
     separate_times: bool = False
     """Where tokens have different times (diffusion.token_times), they attend only to tokens of the same time."""
+    patch_overlap: int = Field(default=0, ge=0, le=1_024)
+    """Pixels of its neighbours that a patch also sees and predicts on each side: half a patch removes the edges between them."""
     streams: tuple[tuple[str, int], ...] = ()
     """Name and width of each vector that is noised beside the latents; filled in from the setting `streams` of the run."""
 
@@ -167,4 +169,5 @@ class ModelConfig(Config):
             "heads": self.heads,
             "streams": dict(self.streams),
             "separate_times": self.separate_times,
+            "patch_overlap": self.patch_overlap,
         }

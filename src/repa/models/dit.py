@@ -44,6 +44,7 @@ class DiT(Backbone):
         rotary: queries and keys are also turned by the place of their token.
         streams: name -> width of a vector that is noised and predicted beside the latents; each is one token in front.
         heads: depths of blocks that also predict x, by a final layer each has to itself.
+        patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
         separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
 
     Attributes:
@@ -74,6 +75,7 @@ class DiT(Backbone):
         streams: Mapping[str, int] | None = None,
         heads: Sequence[int] = (),
         separate_times: bool = False,
+        patch_overlap: int = 0,
     ):
         super().__init__()
         height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
@@ -93,11 +95,12 @@ class DiT(Backbone):
         self.prefix_tokens = len(streams)
         self.state_shapes = {"x": (latent_channels, height, width), **{name: (dim,) for name, dim in streams.items()}}
         options = BlockOptions(norm, mlp, qk_norm, bias)
-        patch_features = patch_size**2 * latent_channels * (2 if learn_sigma else 1)
+        self.patch_overlap = patch_overlap
+        patch_features = (patch_size + 2 * patch_overlap) ** 2 * latent_channels * (2 if learn_sigma else 1)
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid) if rotary else None
-        self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
+        self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
         self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, mlp_ratio, options) for _ in range(depth))
@@ -175,13 +178,16 @@ class DiT(Backbone):
                 seen[Tap(depth)] = x
             if str(depth) in self.heads:
                 tokens = self.heads[str(depth)](x[:, self.prefix_tokens :], silu_c)
-                heads[depth] = unpatchify(tokens, self.grid, self.patch_size)
+                heads[depth] = self._image(tokens)
         x = self.final_layer.normed(x, silu_c)
-        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C)
-        prediction = {"x": unpatchify(tokens, self.grid, self.patch_size)}
+        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
+        prediction = {"x": self._image(tokens)}
         for place, (name, stream) in enumerate(self.streams.items()):
             prediction[name] = stream.linear(x[:, place])  # (N, F)
         return Output(prediction, seen, heads)
+
+    def _image(self, tokens: Tensor) -> Tensor:
+        return unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)  # (N, C, H, W)
 
     def _conditioning(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """SiLU of time and label, (N, D) or per token (N, T, D), and who may look at whom (N, T, T)."""

@@ -60,11 +60,14 @@ def query_norm(kind: str, head_dim: int) -> nn.Module:
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the latent into patches, row by row, and project each to the width: (N, C, H, W) -> (N, T, D)."""
+    """Cut the latent into patches, row by row, and project each to the width: (N, C, H, W) -> (N, T, D).
 
-    def __init__(self, channels: int, dim: int, patch_size: int):
+    Each patch also sees `overlap` pixels of its neighbours on every side; outside the latent they are zero.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int, overlap: int = 0):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size + 2 * overlap, patch_size, padding=overlap)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
@@ -315,8 +318,19 @@ def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, -1)
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """(N, rows * columns, p * p * C) -> (N, C, rows * p, columns * p); features are ordered (row in patch, column in patch, channel)."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: int = 0) -> Tensor:
+    """(N, rows * columns, q * q * C) -> (N, C, rows * p, columns * p); features are ordered (row in patch, column in patch, channel).
+
+    q = p + 2 overlap: where patches overlap, a pixel is the sum of what all of them say about it, and what they say beyond
+    the edge of the latent is dropped.
+    """
     n, p = len(tokens), patch_size
+    if overlap:
+        q = p + 2 * overlap
+        patches = tokens.unflatten(2, (q, q, -1)).permute(0, 4, 2, 3, 1).flatten(1, 3)  # (N, C * q * q, T)
+        patches = patches.to(
+            torch.promote_types(patches.dtype, torch.float32)
+        )  # bfloat16 would round every partial sum
+        return F.fold(patches, (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
     x = tokens.reshape(n, *grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, grid[0] * p, grid[1] * p)

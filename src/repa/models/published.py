@@ -118,15 +118,19 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
     return state | ({f"projectors.{key}": value for key, value in projectors.items()} if kind == "repa" else {})
 
 
-def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+def constructor_arguments(
+    state: Mapping[str, Tensor], num_heads: int | None = None, patch_overlap: int = 0
+) -> dict[str, Any]:
     """Arguments with which DiT loads this state dict, read from the shapes of its tensors.
 
-    The number of heads leaves no trace there: it is that of the named size with this width and depth, unless given.
+    The number of heads leaves no trace there: it is that of the named size with this width and depth, unless given. Nor does
+    the overlap of patches, which released checkpoints do not have.
 
     Raises:
         UserError: no named size has this width and depth, and the number of heads was not given.
     """
-    hidden_dim, latent_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    hidden_dim, latent_channels, kernel, _ = state["x_embedder.proj.weight"].shape
+    patch_size = kernel - 2 * patch_overlap
     blocks = filter(None, (re.match(r"blocks\.(\d+)\.", key) for key in state))
     depth = 1 + max((int(block[1]) for block in blocks), default=0)
     if num_heads is None:
@@ -145,7 +149,8 @@ def constructor_arguments(state: Mapping[str, Tensor], num_heads: int | None = N
         "num_heads": num_heads,
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "mlp_ratio": _mlp_width(state) / hidden_dim,
-        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * latent_channels * patch_size**2,
+        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * latent_channels * kernel**2,
+        "patch_overlap": patch_overlap,
         "norm": "rms" if "blocks.0.norm1.weight" in state else "layer",
         "mlp": "swiglu" if SWIGLU in state else "gelu",
         "qk_norm": _qk_norm(state),

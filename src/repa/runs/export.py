@@ -40,9 +40,13 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         raise UserError(
             f"Exports hold a DiT alone, but {run} has the backbone {model.backbone!r}: use its checkpoints."
         )
+    if form == "diffusers" and model.patch_overlap:
+        raise UserError(
+            f"diffusers' DiTTransformer2DModel has no place for the network of {run}, whose patches overlap: export safetensors."
+        )
     num_heads = model.dims().num_heads
     step, state = load_weights(run, "ema", step)
-    arguments = constructor_arguments(state, num_heads)
+    arguments = constructor_arguments(state, num_heads, model.patch_overlap)
     facts = {**_facts(run, config), "step": step}
     with lock.alone(out, "repa export"), files.new_folder(out, "README.md", "the export") as temporary:
         if form == "safetensors":

@@ -82,7 +82,8 @@ def read_export(folder: Path) -> Imported:
     """A folder of `repa export` as a run's settings and weights."""
     config, ema = read_exported(folder)
     settings = {name: config[name] for name in ("diffusion", "autoencoder")}
-    model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder))
+    overlap = config["model"].get("patch_overlap", 0)
+    model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder), overlap)
     checkpoint = Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0})
     return Imported({**settings, "model": model}, checkpoint, config.get("kind", ""))
 
@@ -98,10 +99,12 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
         save_checkpoint(temporary, checkpoint)
 
 
-def _model_settings(state: Mapping[str, Tensor], num_heads: int, kind: str, where: str) -> dict[str, Any]:
+def _model_settings(
+    state: Mapping[str, Tensor], num_heads: int, kind: str, where: str, patch_overlap: int = 0
+) -> dict[str, Any]:
     """The section `model` of a configuration that builds the network of this state dict."""
     try:
-        arguments = constructor_arguments(state, num_heads or None)
+        arguments = constructor_arguments(state, num_heads or None, patch_overlap)
     except UserError as error:
         raise UserError(f"{error} The option is --model.num-heads.") from None
     if kind == "repa" and arguments["learn_sigma"]:
@@ -117,7 +120,10 @@ def _model_settings(state: Mapping[str, Tensor], num_heads: int, kind: str, wher
     size = next((size for size, named in SIZES.items() if named == dims), None)
     family = next(name for name, learn_sigma in FAMILIES.items() if learn_sigma == arguments["learn_sigma"])
     own = {} if size else dict(zip(("hidden_dim", "depth", "num_heads"), dims, strict=True))
-    data = {name: arguments[name] for name in ("latent_size", "latent_channels", "num_classes", *BLOCK_OPTIONS)}
+    data = {
+        name: arguments[name]
+        for name in ("latent_size", "latent_channels", "num_classes", "patch_overlap", *BLOCK_OPTIONS)
+    }
     return {"name": f"{family}-{size or 'S'}/{arguments['patch_size']}", **data, **own}
 
 
