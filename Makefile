@@ -1,16 +1,17 @@
 # make quickstart   set everything up and run the main job on this machine
 # make test         set everything up and run the tests
+# make docs         the documentation as a site in build/site
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow lint docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/repa quickstart
 
-test: $(VENV)/installed-dev lint
+test: $(VENV)/installed-dev lint docs
 	$(TEST)
 
 test-slow: $(VENV)/installed-dev
@@ -32,6 +33,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -75,7 +75,8 @@ def check_models(
     Args:
         folder: a finished folder that holds images.
         num: how many images, at equal distances.
-        autoencoder_weights, feature_weights: where weights lie now; None and () look where `prepare` found them.
+        autoencoder_weights: where they lie now; None looks where `prepare` found them.
+        feature_weights: where they lie now; () looks where `prepare` found them.
         device: where the models run.
 
     Raises:

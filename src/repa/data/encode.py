@@ -88,7 +88,10 @@ def add_features(
         spec: a name of ENCODERS or a dotted name.
         weights: local weights of that encoder; None for its own.
         form: how its tokens are stored: fp16, int8, pcaK or pcaK-int8.
-        rank, world, progress, device: as for `prepare`.
+        rank: as for `prepare`.
+        world: as for `prepare`.
+        progress: as for `prepare`.
+        device: as for `prepare`.
 
     Raises:
         UserError: the folder holds no images, or the encoder cannot be loaded.

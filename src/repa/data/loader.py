@@ -55,7 +55,8 @@ class Loader:
             another thread, some steps ahead.
         images: whether the images are wanted, or a function of the step; stored moments always come.
         pooled: whether pooled features are wanted beside the tokens.
-        rank, world: this process, and how many there are.
+        rank: number of this process.
+        world: number of processes.
         device: where batches go. CUDA: copied from pinned memory on a stream of their own while other steps compute.
 
     Raises:

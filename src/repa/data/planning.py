@@ -65,7 +65,11 @@ def make_plan(
     """Look at the source and at what is done, load the models, and try them on images from all over the source.
 
     Args:
-        source, out, config, only, device: as for `prepare`.
+        source: as for `prepare`.
+        out: as for `prepare`.
+        config: as for `prepare`.
+        only: as for `prepare`.
+        device: as for `prepare`.
         seconds: how long to measure at most, over all steps; small sources take less.
 
     Raises:

@@ -15,7 +15,8 @@ class Writer:
 
     Args:
         run: run folder.
-        keep, keep_every: see `save_checkpoint`.
+        keep: see `save_checkpoint`.
+        keep_every: see `save_checkpoint`.
         background: by a thread.
     """
 

@@ -1,0 +1,90 @@
+"""Pages of the documentation that are made from the code: public names, options of the configuration. Called by mkdocs."""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from pydantic import BaseModel
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+ROOMS = (
+    "alignment", "analysis", "autoencoders", "conditions", "data", "diffusion", "encoders", "evaluation", "metrics", "models",
+    "report", "runs", "sampling", "training",
+)  # fmt: skip
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, "reference/options.md", content=options_page()))
+    for room in ROOMS:
+        files.append(File.generated(config, f"reference/{room}.md", content=room_page(room)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Links to files of the repository that are no pages become their path: the site does not hold them."""
+
+    def outside(match: re.Match) -> str:
+        inside = (ROOT / "docs" / page.file.src_uri).parent.joinpath(match[2].partition("#")[0]).resolve()
+        return match[0] if inside.is_relative_to(ROOT / "docs") else f"{match[1]} (`{inside.relative_to(ROOT)}`)"
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)", outside, markdown)
+
+
+def room_page(room: str) -> str:
+    """One heading a public name, whose docstring mkdocstrings reads from the source."""
+    module = importlib.import_module(f"repa.{room}")
+    lines = [f"# repa.{room}", "", inspect.getdoc(module) or "", ""]
+    for name in sorted(module.__all__):
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
+        elif hasattr(value, "names"):  # a registry
+            entries = ", ".join(f"`{entry}`" for entry in value.names())
+            lines += [f"## {name}", "", f"Registry of {value.kind}s: {entries}.", ""]
+    return "\n".join(lines)
+
+
+def options_page() -> str:
+    """Every field of what `repa train` and `repa prepare` take, with its sentence."""
+    from repa.data.config import PrepareConfig
+    from repa.training.config import TrainConfig
+
+    lines = [
+        "# Options",
+        "",
+        "Made from the configuration classes. `repa VERB --help` prints them with the recipe's values.",
+        "",
+    ]
+    for verb, cls in (("train", TrainConfig), ("prepare", PrepareConfig)):
+        lines += [f"## repa {verb}", "", "| option | default | meaning |", "|---|---|---|"]
+        lines += [f"| `--{flag}` | {cell(default)} | {about} |" for flag, default, about in fields(cls)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def fields(cls: type[BaseModel], above: str = "") -> Iterator[tuple[str, Any, str]]:
+    for name, field in cls.model_fields.items():
+        flag = above + name.replace("_", "-")
+        inner = [part for part in (field.annotation, *get_args(field.annotation)) if inspect.isclass(part)]
+        nested = next((part for part in inner if issubclass(part, BaseModel)), None)
+        if nested is not None:
+            many = nested is not field.annotation
+            yield from fields(nested, f"{flag}.{'0.' if many else ''}")
+        else:
+            about = (field.description or "").replace("|", "\\|").replace("\n", " ")
+            yield flag, field.get_default(call_default_factory=True), about
+
+
+def cell(default: Any) -> str:
+    if default is None or default == "" or default == () or "Undefined" in repr(default):
+        return ""
+    return f"`{default}`"
