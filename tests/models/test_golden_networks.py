@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa.alignment import Alignment, AlignmentConfig, Beside
-from repa.models import Condition, DiT, Tap
+from repa.models import DDT, Condition, DiT, Tap
 from repa.models.jit import JiT
 from tests import golden
 
@@ -114,3 +114,84 @@ def test_adapter_of_pixelrepa():
     golden.check(term.project(hidden, beside), case["expected"]["pred"], TOLERANCE)
     loss = term.compare(hidden, golden.tensor(case["inputs"]["z"]), beside=beside)
     assert 1 + float(loss.detach().mean()) == pytest.approx(case["expected"]["loss"], rel=TOLERANCE)
+
+
+def permuted(tensor, heads, dim=0):
+    """Queries or keys whose pairs of channels are (column, row) by turns, as in DDT, in our order: rows first, then columns."""
+    pairs = tensor.unflatten(dim, (heads, -1, 2, 2))  # of each head: which frequency, column or row, the two of a pair
+    return pairs.movedim(dim + 2, dim + 1).flip(dim + 1).flatten(dim, dim + 3)
+
+
+def test_ddt():
+    case = golden.load("ddt_network")
+    sizes = case["config"]
+    model = DDT(
+        latent_size=4, hidden_dim=16, depth=3, num_heads=2, num_classes=3, head_depth=sizes["blocks"] - sizes["encoder_blocks"],
+        qk_norm="rms", bias=False, final_norm="layer", extent=16.0, max_period=10.0,
+    ).double()  # fmt: skip
+    values = {name: value(k, shape) for k, name, shape in case["weights"]["names"]}
+    for block in range(3):
+        at = f"blocks.{block}."
+        values[at + "mlp.w12.weight"] = torch.cat([values.pop(at + "mlp.w1.weight"), values.pop(at + "mlp.w3.weight")])
+        values[at + "mlp.w3.weight"] = values.pop(at + "mlp.w2.weight")
+        q, k, v = values[at + "attn.qkv.weight"].chunk(3)
+        values[at + "attn.qkv.weight"] = torch.cat([permuted(q, 2), permuted(k, 2), v])
+        for norm in ("q_norm", "k_norm"):
+            values[f"{at}attn.{norm}.weight"] = permuted(values[f"{at}attn.{norm}.weight"], 1)
+    for name in [name for name in values if "adaLN_modulation.0" in name]:
+        values[name.replace("adaLN_modulation.0", "adaLN_modulation.1")] = values.pop(name)
+    for name in ("x_embedder.proj.weight", "s_embedder.proj.weight"):
+        values[name] = values[name].unflatten(1, (4, 2, 2))
+    for name in (
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+    ):  # (channel, row, column) -> (row, column, channel)
+        values[name] = values[name].unflatten(0, (4, 2, 2)).movedim(0, 2).flatten(0, 2)
+    load(model, values)
+    x, t, condition = inputs(case)
+    encoded = model.encode({"x": x}, t, condition)
+    expected = case["expected"]
+    golden.check(encoded.guide, expected["s"], TOLERANCE)
+    golden.check(model({"x": x}, t, condition).prediction["x"], expected["v"], TOLERANCE)
+    other = golden.tensor(expected["second_input"]["x"])
+    shared = model.decode({"x": other}, encoded)
+    golden.check(shared.prediction["x"], expected["v_with_shared_s_other_x_t"], TOLERANCE)
+
+
+def test_raev2():
+    case = golden.load("raev2_network")
+    model = DDT(
+        latent_size=2, latent_channels=3, patch_size=1, hidden_dim=16, depth=3, num_heads=2, num_classes=3, head_depth=1,
+        head_dim=24, head_heads=2, qk_norm="rms", times="fourier", silu_twice=True, time_tokens=2, class_tokens=3, heads=(1,),
+    ).double()  # fmt: skip
+    values = {name: value(k, shape) for k, name, shape in case["weights"]["names"]}
+    for block in range(3):
+        at = f"blocks.{block}."
+        for kind in ("weight", "bias"):
+            values[f"{at}attn.qkv.{kind}"] = torch.cat([values.pop(f"{at}attn.{part}.{kind}") for part in "qkv"])
+            values[f"{at}mlp.w12.{kind}"] = torch.cat([values.pop(f"{at}mlp.{part}.{kind}") for part in ("w1", "w2")])
+    names = {
+        "adaln": "adaLN", "base_final_layer": "heads.1", "layer.norm": "layer.norm_final", "heads.1.norm": "heads.1.norm_final",
+        "ctx_embedder.embedding": "y_embedder.embedding", "ctx_embedder.learnable_tokens": "class_tokens",
+        "t_embedder.learnable_tokens": "time_tokens",
+    }  # fmt: skip
+    for official, ours in names.items():
+        values = {name.replace(official, ours): v for name, v in values.items()}
+    values = {name: v[None] if name.endswith("_tokens") else v for name, v in values.items()}
+    load(model, values)
+    model.t_embedder.W.copy_(torch.sin(0.37 * torch.arange(256, dtype=torch.float64) + 0.9))
+    x, t, condition = inputs(case)
+    output = model({"x": x}, t, condition)
+    golden.check(output.prediction["x"], case["expected"]["x_hat"], TOLERANCE)
+    golden.check(output.heads[1], case["expected"]["x_base"], TOLERANCE)
+
+
+def value(k, shape):
+    count = int(torch.tensor(shape).prod())
+    return (0.3 * torch.sin(0.37 * torch.arange(count, dtype=torch.float64) + 0.5 * k + 0.1)).reshape(shape)
+
+
+def load(model, values):
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    buffers = {name for name, _ in model.named_buffers()}
+    assert (set(missing) - buffers, unexpected) == (set(), [])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.models import BACKBONES, Condition, JiT, MMDiT, ModelConfig, build
+from repa.models import BACKBONES, DDT, Condition, JiT, MMDiT, ModelConfig, build
 from repa.runs import load_run
 from repa.runs.export import export_run
+from repa.sampling import SampleConfig, generate
 
 JIT = "jit:bottleneck=6,class_tokens=2,class_tokens_from=1"
 COMPLETE = {"latent_size": 8, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 2, "num_heads": 2}
@@ -17,7 +18,7 @@ def not_a_network(config):
 
 
 def test_names_build_networks_of_the_sizes_of_the_configuration():
-    assert BACKBONES.names() == ["dit", "jit", "mmdit"]
+    assert BACKBONES.names() == ["ddt", "dit", "jit", "mmdit"]
     network = build(ModelConfig(backbone=JIT, patch_size=4, **COMPLETE))
     assert isinstance(network, JiT)
     assert (network.grid, network.hidden_dim, network.class_tokens_from) == ((2, 2), 16, 1)
@@ -53,3 +54,23 @@ def test_jit_trains_and_is_read_back(run_training, tiny_config, tmp_path):
     assert model.final_layer.linear.weight.any()  # zero before training
     with pytest.raises(UserError, match="jit"):
         export_run(tmp_path / "run", tmp_path / "out")
+
+
+RAE = "ddt:head_depth=1,head_dim=24,head_heads=3,positions=true,times=fourier,silu_twice=true"
+
+
+def test_ddt_trains_samples_and_is_refused_where_it_has_no_place(run_training, tiny_config, tmp_path):
+    blocks = {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "rotary": True, "heads": (1,)}
+    model = tiny_config.model.override(backbone=RAE, depth=3, num_heads=2, **blocks)
+    config = tiny_config.override(num_steps=3, save_every=3, model=model)
+    run_training(config, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert isinstance(run.model, DDT)
+    assert run.model.final_layer.linear.weight.any()
+    assert run.model.heads["1"].linear.weight.any()
+    config = SampleConfig(sampler="heun", steps=3, guidance=("internal:head=1,scale=1.4", "cfg:scale=2"))
+    assert generate(run, config, range(2)).images.float().std() > 0
+    with pytest.raises(UserError, match="has the backbone 'ddt"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="a DiT alone, but its network is a DDT"):
+        run_training(tiny_config.override(model=model, init=str(tmp_path / "run")), tmp_path / "second")

@@ -5,7 +5,13 @@ from repa.base.registry import Registry
 
 # f(config: ModelConfig, **settings) -> Backbone; a network with hooks (Hooked) is a function of this kind too, by its dotted name
 BACKBONES = Registry(
-    "backbone", {"dit": "repa.models.dit:dit", "jit": "repa.models.jit:jit", "mmdit": "repa.models.mmdit:mmdit"}
+    "backbone",
+    {
+        "dit": "repa.models.dit:dit",
+        "ddt": "repa.models.ddt:ddt",
+        "jit": "repa.models.jit:jit",
+        "mmdit": "repa.models.mmdit:mmdit",
+    },
 )
 
 __getattr__, __dir__, __all__ = exports(
@@ -13,6 +19,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Backbone": "contract",
         "Condition": "contract",
+        "DDT": "ddt",
         "DiT": "dit",
         "Hooked": "hooked",
         "JiT": "jit",

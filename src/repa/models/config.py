@@ -1,4 +1,4 @@
-"""Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
+"""Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), or a dotted name: a function (ModelConfig) -> Backbone."""
 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -80,7 +80,7 @@ class ModelConfig(Config):
     name: str = "SiT-B/2"
     """Family, size, patch: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}, or with the backbone jit JiT-{B,L,H}/{16,32}. DiT learns a variance."""
     backbone: Annotated[str, Spec(BACKBONES)] = "dit"
-    """Which network: dit, jit (pixels, patch_size 16 or 32), mmdit (text), or a function (ModelConfig) -> Backbone by its dotted name."""
+    """Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), or a dotted name: a function (ModelConfig) -> Backbone."""
     patch_size: int = Field(default=0, ge=0, le=1_024)
     """Side of a patch; 0 = by name."""
     latent_size: int = Field(default=0, ge=0, le=65_536)
@@ -145,10 +145,11 @@ class ModelConfig(Config):
         """Does the network also predict the variance (the DiT family)?"""
         return FAMILIES.get(self.name.partition("-")[0], False)
 
-    def require_plain(self) -> None:
-        """Raises UserError when an option of DiT is set, for networks that have none of them."""
+    def require_plain(self, allowed: tuple[str, ...] = ()) -> None:
+        """Raises UserError when an option of DiT is set that is not `allowed`, for networks that have no other of them."""
         fields = type(self).model_fields
-        asked = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if getattr(self, name) != fields[name].default]
+        options = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if name not in allowed]
+        asked = [name for name in options if getattr(self, name) != fields[name].default]
         if self.learn_sigma or asked:
             option = asked[0] if asked else "learn_sigma"
             raise UserError(

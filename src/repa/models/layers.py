@@ -31,10 +31,10 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(1, rows * columns, dim).float()
 
 
-def timestep_frequencies(dim: int) -> Tensor:
-    """(dim / 2,) angular frequencies 1 ... 1/MAX_PERIOD, float32 computed in float64."""
+def timestep_frequencies(dim: int, max_period: float = MAX_PERIOD) -> Tensor:
+    """(dim / 2,) angular frequencies 1 ... 1/max_period, float32 computed in float64."""
     half = dim // 2
-    return (MAX_PERIOD ** -(torch.arange(half, dtype=torch.float64) / half)).float()
+    return (max_period ** -(torch.arange(half, dtype=torch.float64) / half)).float()
 
 
 class BlockOptions(NamedTuple):
@@ -47,16 +47,24 @@ class BlockOptions(NamedTuple):
     bias: bool = True  # of queries, keys, values and the MLP
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the wider type of input and weight, as autocast computes LayerNorm: it leaves RMSNorm out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+
+
 def token_norm(kind: str, dim: int) -> nn.Module:
     """What adaLN modulates: "layer" or "rms" of BlockOptions."""
-    return nn.RMSNorm(dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(dim, NORM_EPS, elementwise_affine=False)
+    return RMSNorm(dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(dim, NORM_EPS, elementwise_affine=False)
 
 
 def query_norm(kind: str, head_dim: int) -> nn.Module:
     """Of queries or keys: "none", "layer" or "rms" of BlockOptions."""
     if kind == "none":
         return nn.Identity()
-    return nn.RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(head_dim)
+    return RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(head_dim)
 
 
 class PatchEmbedding(nn.Module):
@@ -76,22 +84,37 @@ class PatchEmbedding(nn.Module):
 class TimestepEmbedding(nn.Module):
     """[cos, sin] of t, unscaled, through an MLP: (N,) -> (N, D), (N, T) -> (N, T, D). Not under autocast: bfloat16 blurs near times."""
 
-    def __init__(self, dim: int, num_features: int = 256):
+    def __init__(self, dim: int, num_features: int = 256, max_period: float = MAX_PERIOD):
         super().__init__()
-        self.num_features = num_features
+        self.num_features, self.max_period = num_features, max_period
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.register_buffer("frequencies", timestep_frequencies(num_features), persistent=False)
+        self.register_buffer("frequencies", timestep_frequencies(num_features, max_period), persistent=False)
 
     def _apply(self, *args, **kwargs):
         # Follow every .to() in device, never in dtype: rounded frequencies would be other frequencies.
         super()._apply(*args, **kwargs)
-        self.frequencies = timestep_frequencies(self.num_features).to(self.frequencies.device)
+        self.frequencies = timestep_frequencies(self.num_features, self.max_period).to(self.frequencies.device)
         return self
 
     def forward(self, t: Tensor) -> Tensor:
         with no_autocast(t.device):
             angles = t[..., None] * self.frequencies  # (..., 128)
             features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (..., D)
+
+
+class FourierTimes(nn.Module):
+    """[sin, cos] of 2 pi W t through an MLP, W random and frozen: (N,) -> (N, D). In float32, also under autocast."""
+
+    def __init__(self, dim: int, num_features: int = 512):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer("W", torch.randn(num_features // 2))  # in checkpoints: no formula gives it again
+
+    def forward(self, t: Tensor) -> Tensor:
+        with no_autocast(t.device):
+            angles = 2 * torch.pi * t[..., None] * self.W  # (..., 256)
+            features = torch.cat([angles.sin(), angles.cos()], dim=-1)
             return self.mlp(features.to(self.mlp[0].weight.dtype))  # (..., D)
 
 
