@@ -18,6 +18,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _rooms = {
     "trust": "base.trust",
     "Alignment": "alignment",
+    "attach": "alignment",
     "DiT": "models",
     "build_model": "models",
     "load_encoder": "encoders",

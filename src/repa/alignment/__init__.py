@@ -17,6 +17,7 @@ TARGETS = Registry(
     {
         "block": "repa.alignment.targets:block",
         "ema": "repa.alignment.targets:ema",
+        "features": "repa.alignment.targets:features",
         "latent": "repa.alignment.targets:latent",
         "none": "repa.alignment.targets:none",
     },
@@ -58,10 +59,12 @@ SCHEDULES = Registry(
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "Aligner": "attach",
         "Alignment": "alignment",
         "AlignmentConfig": "config",
         "Beside": "alignment",
         "Seen": "targets",
+        "attach": "attach",
         "resize_tokens": "tokens",
     },
     local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TOKEN_NORMS"),

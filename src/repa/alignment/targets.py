@@ -160,6 +160,13 @@ def latent(model: Backbone, tap: Tap) -> Target:
     return LatentTarget(patch, patch[0] * patch[1] * channels)
 
 
+def features(model: Backbone, tap: Tap) -> Target:
+    """Features of any origin, which a loop of one's own hands to `Alignment.compare`: no target of a run."""
+    raise UserError(
+        "The target 'features' is for Alignment.compare in a loop of your own: a run needs the name of an encoder."
+    )
+
+
 def none(model: Backbone, tap: Tap) -> Target:
     """No target: the loss looks at the tap alone."""
     return Target()

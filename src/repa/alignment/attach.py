@@ -1,0 +1,408 @@
+"""Alignment in a network, a trainer and a loop of one's own: `repa.attach`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repa.alignment.alignment import Alignment
+from repa.alignment.config import AlignmentConfig
+from repa.alignment.tokens import grid_side, resize_tokens
+from repa.base import dist
+from repa.base.errors import UserError, nearest
+from repa.base.registry import parse_spec
+from repa.encoders.contract import Features
+from repa.models.taps import Block, Eye, Grid, Tokens, find_blocks, image_tokens, width_of
+
+WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
+Given = Tensor | Features | Mapping[str, Tensor | Features] | None
+
+
+def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "Aligner":
+    """Alignment terms for a network of any make: its forward, weights and names stay as they are.
+
+        aligner = repa.attach(net, "transformer_blocks.7")          # before torch.compile, DDP and the optimizer
+        optimizer = AdamW([*net.parameters(), *aligner.parameters()])
+        ...
+        loss = denoising_loss(net(...)) + aligner(features)         # features (N, M, F) of the clean images
+        loss.backward(); optimizer.step(); aligner.step()
+
+    By default the term compares how similar the tokens of an image are to each other (loss gram), without a projector: a
+    pretrained network keeps its hidden states, of which only the relations are asked to change (SGA, arXiv 2605.20808).
+    For a network that starts from nothing: `attach(net, block, features=768, loss="cosine")`.
+
+    Args:
+        net: the network, also one inside DDP, torch.compile (not yet run) or peft.
+        block: a name, or a pattern: then each block that fits has a term. See `find_blocks`.
+        features: width F of the features, where a projector maps to it.
+        settings: of `Aligner.add`.
+
+    Raises:
+        UserError: there is no such block, or settings that do not fit; the sentence names what there is.
+    """
+    return Aligner(net).add(block, features, **settings)
+
+
+class Aligner(nn.Module):
+    """Terms of the loss that look at a network's blocks. Made by `attach`.
+
+    Its parameters are the projectors', its state dict holds them and where schedules stand. In several processes wrap it
+    as the network (DDP, `accelerator.prepare`) and call it: gradients of projectors are averaged as all others are.
+
+    Attributes:
+        values: term -> its loss in the last call, unweighted, without gradient.
+        steps: optimiser steps done, which schedules depend on.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.terms = nn.ModuleDict()
+        self.values: dict[str, Tensor] = {}
+        self.steps = 0
+        self._eye, self._places = Eye(net), {}
+
+    def add(
+        self,
+        block: str,
+        features: int = 0,
+        *,
+        target: str = "features",
+        tap: str = "hidden",
+        grid: tuple[int, ...] | None = None,
+        hidden_dim: int | None = None,
+        output: int | str | None = None,
+        text: str = "front",
+        **settings: Any,
+    ) -> "Aligner":
+        """A further term, or several where the pattern `block` fits several blocks.
+
+        Args:
+            features: as for `attach`.
+            target: "features" that each call is given, "none" (dispersive), or the name of another block.
+            tap: "hidden", or "attention": the logits of the first self-attention in the block, computed as PyTorch's
+                scaled_dot_product_attention is called; without torch.compile.
+            grid: (rows, columns) or (frames, rows, columns) of the tokens; None: from the network's input, or a square.
+            hidden_dim: width of the block's tokens, where network and block do not tell.
+            output: which of a block's outputs, where that is not clear from shapes.
+            text: where text tokens stand in a sequence with the image's, "front" or "behind".
+            settings: fields of `AlignmentConfig`: loss, weight, schedule, projector, token_norm, times, name, measure_only.
+        """
+        net = self._eye.net
+        if text not in ("front", "behind"):
+            raise UserError(f"Text tokens stand in 'front' or 'behind' those of the image, but text is {text!r}.")
+        if grid is not None:
+            grid = _checked_grid(grid)
+        other = None
+        if target not in ("features", "none"):
+            (other,) = _one(find_blocks(net, target), target)
+            target = "none"
+        settings.setdefault("loss", "attention_ce" if tap == "attention" else "gram")
+        unprojected = tap == "attention" or other or parse_spec(settings["loss"])[0] in WITHOUT_WIDTH
+        settings.setdefault("projector", "none" if unprojected else "mlp")
+        found = find_blocks(net, block)
+        if "name" in settings and len(found) > 1:
+            raise UserError(f"{block!r} fits {len(found)} blocks, which cannot all have the name {settings['name']!r}.")
+        for each in found:
+            named = {"name": each.name, **settings}
+            config = AlignmentConfig.parse({"target": target, "depth": 1, "tap": tap, **named})
+            if config.key in self._places:
+                raise UserError(f"There is a term {config.key!r} already: give this one another name.")
+            width = self._width(each, hidden_dim, config, features, other is not None)
+            feature_dim = (features or width) if width else 0
+            term = Alignment(config, width, feature_dim, None if grid is None else grid[-2:])
+            weight = next(each.module.parameters(), None)
+            self.terms[config.module] = term.to(None if weight is None else weight.device)
+            self._places[config.key] = _Place(each.name, other and other.name, grid, output, text, width)
+            self._eye.watch(each, attention=tap == "attention")
+            if other:
+                self._eye.watch(other)
+        return self
+
+    def _width(self, block: Block, given: int | None, config: AlignmentConfig, features: int, own_target: bool) -> int:
+        """Width of the tap; 0 where no projector has to know it."""
+        if config.projector == "none":
+            return 0
+        if not features and not own_target and config.target == "features":
+            raise UserError(
+                f"The projector {config.projector!r} needs the width of the features: attach(net, {block.name!r}, features=768)."
+            )
+        width = given or width_of(self._eye.net, block)
+        if width is None:
+            raise UserError(f"The width of the tokens of {block.name} cannot be told from outside: give hidden_dim.")
+        return width
+
+    def weight(self, name: str) -> float:
+        """Lambda of a term at this step."""
+        return self._term(name).weight(self.steps)
+
+    @property
+    def active(self) -> bool:
+        """Does a term count at this step that looks at features? If not, the encoder need not run."""
+        return any(term.weight(self.steps) and term.config.target == "features" for term in self.terms.values())
+
+    def forward(
+        self, features: Given = None, *, t: Tensor | None = None, grid: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The weighted sum of the terms, a number to add to the loss, for the network's last pass.
+
+        Args:
+            features: of the clean images: tokens (N, M, F), of a video (N, frames, M, F), attention logits (N, h, M, M); or
+                what an encoder of `repa.encoders` gives; or these by the names of terms.
+            t: (N,) times in [0, 1], 0 is data, for terms with `times`.
+            grid: of this batch, where it changes from batch to batch and the network's input is packed.
+
+        Raises:
+            UserError: the network has not run since the last call, or shapes that do not fit together.
+        """
+        total: Tensor | float = 0.0
+        self.values = {}
+        if not self._places:
+            raise UserError("This aligner has no terms: it was detached. Attach again.")
+        for name, place in self._places.items():
+            term = self._term(name)
+            weight = term.weight(self.steps)
+            if weight == 0:  # its parameters stay in the graph: DDP waits for the gradient of each
+                total = total + sum(0.0 * p.sum() for p in term.parameters())
+                continue
+            loss = self._loss(name, term, place, features, t, grid)
+            self.values[name] = loss.detach().mean()
+            total = total + weight * loss.mean()
+        self._eye.record.begin(None)
+        return total if isinstance(total, Tensor) else torch.tensor(total)
+
+    def loss(self, features: Given = None, **more: Any) -> Tensor:
+        """The same as calling it, for one process; see `forward`.
+
+        Raises:
+            UserError: in several processes, whose projectors would go apart: wrap the aligner as the network, and call it.
+        """
+        if dist.world() > 1 and any(p.requires_grad for p in self.parameters()):
+            raise UserError(
+                "In several processes the gradients of projectors must be averaged: wrap the aligner as the network (DDP or "
+                "accelerator.prepare) and call it, aligner(features), instead of its loss."
+            )
+        return self(features, **more)
+
+    def taps(self) -> dict[str, Tensor]:
+        """Term -> tokens (N, T, D) of the network's last pass, for analysis, or as features of another network's aligner."""
+        return {name: self._tokens(name, place.block, place, None).tokens for name, place in self._places.items()}
+
+    def step(self) -> None:
+        """An optimiser step is done: schedules move on."""
+        self.steps += 1
+        for name in self._places:
+            schedule = self._term(name).schedule
+            if hasattr(schedule, "watches") and schedule.watches(self.steps) and name in self.values:
+                schedule.observe(self.steps, float(dist.mean_over(self.values[name])))
+
+    def detach(self) -> None:
+        """Take the hooks out of the network, which is then as before."""
+        self._eye.close()
+        self._places.clear()
+
+    def get_extra_state(self) -> Tensor:
+        """Where schedules stand, as bytes of JSON: a tensor, as safetensors hold nothing else."""
+        schedules = {name: self._term(name).schedule for name in self._places}
+        observed = {name: schedule.state() for name, schedule in schedules.items() if hasattr(schedule, "watches")}
+        text = json.dumps({"steps": self.steps, "schedules": observed})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        try:
+            saved = json.loads(bytes(state.tolist()))
+            steps, observed = saved["steps"], saved["schedules"]
+            if type(steps) is not int or steps < 0:
+                raise ValueError(f"steps is {steps!r}")
+            for name, values in observed.items():
+                self._term(name).schedule.load(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The state of an aligner is damaged, or of other terms: {error}.") from error
+        self.steps = steps
+
+    def extra_repr(self) -> str:
+        lines = []
+        for name, place in self._places.items():
+            config = self._term(name).config
+            against = place.other or config.target
+            lines.append(
+                f"{name}: {config.tap} of {self._eye.kind}, {config.loss} against {against}, weight {config.weight}"
+            )
+        return "\n".join(lines)
+
+    def _term(self, name: str) -> Alignment:
+        return self.terms[name.replace(".", "_")]
+
+    def _loss(
+        self,
+        name: str,
+        term: Alignment,
+        place: "_Place",
+        features: Given,
+        t: Tensor | None,
+        grid: tuple[int, ...] | None,
+    ) -> Tensor:
+        """(N,) of one term."""
+        if term.tap.kind == "attention":
+            student, target = self._attention(name, place, grid), self._given(name, features, "attention")
+            return _within(term, t, term.compare(student, target))
+        student, grid = self._tokens(name, place.block, place, grid)
+        if term.config.measure_only:
+            student = student.detach()
+        elif torch.is_grad_enabled() and not student.requires_grad:
+            raise UserError(
+                f"What block {place.block} gives depends on no trained weight, or was computed without gradients: train weights "
+                "of this block or in front of it."
+            )
+        if place.width and student.shape[2] != place.width:
+            raise UserError(
+                f"Block {place.block} gives tokens of width {student.shape[2]}, but its projector was built for {place.width}: "
+                f"attach with hidden_dim={student.shape[2]}."
+            )
+        target = None
+        if place.other:
+            target = self._tokens(name, place.other, place, grid).tokens.detach()
+        elif term.config.target == "features":
+            target = self._given(name, features, "patches")
+        student, target, frames = _frames(place.block, student, target, grid)
+        if target is not None and target.shape[1] != student.shape[1] and term.config.resample == "student":
+            rows_columns = grid[-2:] if grid else (_side(place.block, student.shape[1]),) * 2
+            target = resize_tokens(target.float(), student.shape[1], rows_columns)
+        loss_name = parse_spec(term.config.loss)[0]
+        if target is not None and not place.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
+            raise UserError(
+                f"Without a projector the loss {loss_name!r} needs tokens of one width, but block {place.block} gives "
+                f"{student.shape[2]} and the target has {target.shape[2]}: take projector='mlp', or loss='gram'."
+            )
+        weight = next(term.parameters(), None)
+        if weight is not None and not torch.is_autocast_enabled(student.device.type):
+            student = student.to(weight.dtype)
+        loss = term.compare(student, target).unflatten(0, (-1, frames)).mean(1)  # (N,)
+        return _within(term, t, loss)
+
+    def _tokens(self, name: str, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
+        record = self._eye.record
+        if block not in record.passes:
+            raise UserError(
+                f"Block {block} has not run since the last call of the aligner: run the network first. A network that was compiled "
+                "must be attached to before its first run."
+            )
+        grid = _checked_grid(grid) if grid is not None else place.grid
+        return image_tokens(
+            record.passes[block],
+            record.image,
+            self._eye.patch,
+            where=block,
+            grid=grid,
+            output=place.output,
+            text=place.text,
+        )
+
+    def _attention(self, name: str, place: "_Place", grid: tuple[int, ...] | None) -> Tensor:
+        """Logits (N, h, T, T) between the tokens of the image."""
+        logits = self._eye.record.attention.get(place.block)
+        if logits is None:
+            raise UserError(
+                f"No self-attention of block {place.block} was seen: it must run before the aligner is called, call PyTorch's "
+                "scaled_dot_product_attention, and not be compiled. Otherwise take tap='hidden'."
+            )
+        number = self._tokens(name, place.block, place, grid).tokens.shape[1]
+        cut = slice(logits.shape[-1] - number, None) if place.text == "front" else slice(number)
+        return logits[..., cut, cut]
+
+    def _given(self, name: str, features: Given, part: str) -> Tensor:
+        """The features of a term among what the call was given."""
+        if isinstance(features, Mapping):
+            if name not in features:
+                raise UserError(
+                    f"The term {name!r} has no features: the call gives {', '.join(features) or 'none'}."
+                    f"{nearest(name, features)}"
+                )
+            features = features[name]
+        if isinstance(features, Features):
+            if part == "attention":
+                if not features.attention or len(features.attention) != 1:
+                    raise UserError(
+                        f"The term {name!r} needs the attention of one block: encoder(images, grid, attention=(9,))."
+                    )
+                return next(iter(features.attention.values()))
+            features = features.patches
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(
+                f"The term {name!r} needs features as tokens (N, M, F), of a video (N, frames, M, F), but was given {given}."
+            )
+        return features
+
+
+class _Place:
+    """Where a term looks."""
+
+    def __init__(
+        self, block: str, other: str | None, grid: Grid | None, output: int | str | None, text: str, width: int
+    ):
+        self.block, self.other, self.grid, self.output, self.text, self.width = block, other, grid, output, text, width
+
+
+def _frames(block: str, student: Tensor, target: Tensor | None, grid: Grid | None) -> tuple[Tensor, Tensor | None, int]:
+    """Frames of a video become images of their own: (N F, T, D), (N F, M, G) and F; 1 of images."""
+    if target is not None and len(target) != len(student):
+        raise UserError(f"The network saw {len(student)} samples, but the features are of {len(target)}.")
+    if target is not None and target.ndim == 3 and grid is not None and len(grid) == 3 and grid[0] > 1:
+        raise UserError(
+            f"Block {block} gives {grid[0]} frames of tokens, so that features must be (N, frames, M, F), but they are "
+            f"{tuple(target.shape)}."
+        )
+    if grid is None or len(grid) < 3:
+        if target is not None and target.ndim == 4:
+            raise UserError(
+                f"The features {tuple(target.shape)} are of a video, but block {block} gives tokens of images: give "
+                "grid=(frames, rows, columns)."
+            )
+        return student, target, 1
+    frames = grid[0]
+    if target is not None and target.ndim == 3:
+        target = target[:, None]
+    if target is not None and target.shape[1] != frames:  # autoencoders of video merge frames: so do the features
+        num, given, tokens, dim = target.shape
+        flat = target.float().permute(0, 2, 3, 1).reshape(num, tokens * dim, given)
+        merged = nn.functional.adaptive_avg_pool1d(flat, frames)
+        target = merged.reshape(num, tokens, dim, frames).permute(0, 3, 1, 2)
+    if target is not None:
+        target = target.flatten(0, 1)
+    return student.unflatten(1, (frames, -1)).flatten(0, 1), target, frames
+
+
+def _within(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
+    """The losses of images whose time the term counts for; 0 for the others."""
+    low, high = term.config.times
+    if (low, high) == (0.0, 1.0):
+        return loss
+    if t is None:
+        raise UserError(
+            f"The term {term.config.key!r} counts for times {low} to {high} alone: give t (N,), aligner(features, t=t)."
+        )
+    return torch.where((t >= low) & (t <= high), loss, 0.0)
+
+
+def _checked_grid(grid: tuple[int, ...]) -> Grid:
+    grid = tuple(grid)
+    if len(grid) not in (2, 3) or not all(type(side) is int and side > 0 for side in grid):
+        raise UserError(f"A grid is (rows, columns) or (frames, rows, columns), but got {grid!r}.")
+    return grid
+
+
+def _side(block: str, num_tokens: int) -> int:
+    try:
+        return grid_side(num_tokens)
+    except UserError:
+        raise UserError(
+            f"Block {block} gives {num_tokens} tokens, whose grid is not known: give grid=(rows, columns)."
+        ) from None
+
+
+def _one(found: list[Block], target: str) -> list[Block]:
+    if len(found) != 1:
+        raise UserError(f"A target is one block, but {target!r} fits {len(found)}.")
+    return found

@@ -1,0 +1,413 @@
+"""What blocks of any network gave in its last pass: found by name, seen by hooks, and cut to the tokens of the image.
+
+Hooks that only keep what they see are traced by torch.compile like the rest of a network, without a graph break, when they were
+registered before it compiles.
+"""
+
+import inspect
+import math
+import weakref
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from repa.base.errors import UserError, nearest
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of names that wrappers add
+Grid = tuple[int, ...]  # (rows, columns), or (frames, rows, columns) of a video
+
+
+class Block(NamedTuple):
+    name: str
+    module: nn.Module
+
+
+def find_blocks(net: nn.Module, pattern: str) -> list[Block]:
+    """Modules by name, "transformer_blocks.7", or by a pattern whose * and [4-8] stay within one part of a name.
+
+    A name may lack what stands in front of it in the network, so that it holds for a wrapped network too.
+
+    Raises:
+        UserError: nothing has this name, or several have a name without * or [; the sentence names candidates.
+    """
+    found = {}
+    for name, module in net.named_modules():
+        parts = tuple(part for part in name.split(".") if part and part not in WRAPPERS)
+        if parts and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            found[parts] = module  # a wrapper comes before what it wraps, which is the one to hook
+    wanted = tuple(pattern.split("."))
+    whole = [parts for parts in found if _matches(parts, wanted)]
+    matching = whole or [parts for parts in found if _matches(parts[-len(wanted) :], wanted)]
+    if not matching:
+        near = [".".join(parts) for parts in found if len(parts) <= len(wanted) + 1]
+        raise UserError(
+            f"{type(net).__name__} has no block {pattern!r}: it has {_candidates(net)}.{nearest(pattern, near)}"
+        )
+    if len(matching) > 1 and not any(sign in pattern for sign in "*?["):
+        names = ", ".join(".".join(parts) for parts in matching[:4])
+        raise UserError(
+            f"{pattern!r} names {len(matching)} blocks of {type(net).__name__} ({names} ...): write the whole name, or a "
+            f"pattern with * to take all."
+        )
+    return [Block(".".join(parts), found[parts]) for parts in matching]
+
+
+def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _candidates(net: nn.Module) -> str:
+    """The outermost lists of blocks, "transformer_blocks.0 to .27", and the parts without a list."""
+    found: list[str] = []
+    lists: list[str] = []
+    for name, module in net.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module):
+            lists.append(name)
+            found.append(f"{name}.0 to .{len(module) - 1}" if len(module) > 1 else f"{name}.0")
+    found += [
+        name for name, child in net.named_children() if name.endswith("block") and not isinstance(child, nn.ModuleList)
+    ]
+    found = found or [name for name, _ in net.named_children()]
+    return ", ".join(found[:8]) + (" ..." if len(found) > 8 else "") if found else "no parts"
+
+
+class Pass(NamedTuple):
+    """What a block was given and gave."""
+
+    output: Any
+    shape: tuple[int, ...] | None
+    """Of the block's first argument."""
+
+
+class Record:
+    """What was seen in the last pass of one network. Copies of what holds a record share it."""
+
+    def __init__(self) -> None:
+        self.image: tuple[int, ...] | None = None  # shape of the network's first argument
+        self.passes: dict[str, Pass] = {}
+        self.attention: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def begin(self, image: tuple[int, ...] | None) -> None:
+        self.image = image
+        self.passes.clear()
+        self.attention.clear()
+
+    def __deepcopy__(self, memo: dict) -> "Record":
+        return self
+
+    def __reduce__(self) -> tuple:  # activations and handles belong to this process
+        return Record, ()
+
+
+class Eye:
+    """Watches blocks of one network.
+
+    Args:
+        net: may be wrapped by DDP, torch.compile or peft; watched before it is compiled.
+    """
+
+    def __init__(self, net: nn.Module):
+        inner = unwrapped(net)
+        self.record, self.first, self.kind = Record(), _first_parameter(inner), type(inner).__name__
+        self.patch = _patch_size(inner)
+        self._net = weakref.ref(net)
+        for module in _called(net):
+            self._keep(module.register_forward_pre_hook(_Begin(self.first, self.record), with_kwargs=True))
+
+    def __reduce__(self) -> tuple:
+        return _blind, (self.first, self.kind, self.patch)
+
+    def __deepcopy__(self, memo: dict) -> "Eye":
+        return self
+
+    @property
+    def net(self) -> nn.Module:
+        net = self._net()
+        if net is None:
+            raise UserError("The network that was attached to is gone: keep it, and attach again.")
+        return net
+
+    def watch(self, block: Block, *, attention: bool = False) -> None:
+        if attention:
+            watcher = _Attention(block.name, self.record)
+            self._keep(block.module.register_forward_pre_hook(watcher.enter))
+            self._keep(block.module.register_forward_hook(watcher.leave, always_call=True))
+        hook = _See(block.name, _first_parameter(block.module), self.record)
+        self._keep(block.module.register_forward_hook(hook, with_kwargs=True))
+
+    def close(self) -> None:
+        for handle in self.record.handles:
+            handle.remove()
+        self.record.handles.clear()
+        self.record.begin(None)
+
+    def _keep(self, handle: Any) -> None:
+        self.record.handles.append(handle)
+
+
+def _blind(first: str, kind: str, patch: Grid | None) -> Eye:
+    """An eye that was pickled sees nothing until it is attached again."""
+    eye = object.__new__(Eye)
+    eye.record, eye.first, eye.kind, eye.patch, eye._net = Record(), first, kind, patch, lambda: None
+    return eye
+
+
+class _Begin:
+    """A pass begins. Objects and no closures: a copy of the network, its average, must not write to this record."""
+
+    def __init__(self, first: str, record: Record):
+        self.first, self.record = first, record
+
+    def __deepcopy__(self, memo: dict) -> "_Begin":
+        return _Begin(self.first, Record())
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.record.begin(_shape(args, kwargs, self.first))
+
+
+class _See:
+    """A block gave something."""
+
+    def __init__(self, name: str, first: str, record: Record):
+        self.name, self.first, self.record = name, first, record
+
+    def __deepcopy__(self, memo: dict) -> "_See":
+        return _See(self.name, self.first, Record())
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not _recomputed():
+            self.record.passes[self.name] = Pass(output, _shape(args, kwargs, self.first))
+
+
+class _Attention(TorchFunctionMode):
+    """Computes the logits of the first self-attention within a block, as it is called: norms and rotations are in them."""
+
+    def __init__(self, name: str, record: Record):
+        super().__init__()
+        self.name, self.record = name, record
+
+    def __deepcopy__(self, memo: dict) -> "_Attention":
+        return _Attention(self.name, Record())
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        self.__enter__()
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and self.name not in self.record.attention and not _recomputed():
+            query, key = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+            if query.shape[-2] == key.shape[-2]:
+                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)  # grouped queries
+                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+                self.record.attention[self.name] = query @ key.mT * scale  # (N, h, T, T)
+        return function(*args, **kwargs)
+
+
+def _recomputed() -> bool:
+    """Within backward: activation checkpointing runs a block again, and what it gives then is not for the loss."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network within DDP, torch.compile and peft."""
+    return _called(net)[-1]
+
+
+def _called(net: nn.Module) -> list[nn.Module]:
+    """The network itself last, and before it what peft wraps around it: that calls its forward, past its hooks."""
+    found = []
+    while True:
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            net = net.module
+        elif hasattr(net, "_orig_mod"):
+            net = net._orig_mod
+        elif hasattr(net, "get_base_model"):
+            found.append(net)
+            net = net.get_base_model()
+        else:
+            return [*found, net]
+
+
+def width_of(net: nn.Module, block: Block) -> int | None:
+    """Channels of what a block gives, where network or block tell: as transformers of diffusers and U-Nets do."""
+    net = unwrapped(net)
+    config = getattr(net, "config", None)
+    resnets = getattr(block.module, "resnets", None)
+    for value in (
+        getattr(resnets[-1] if resnets else block.module, "out_channels", None),
+        *(vars(net).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")),
+        *(getattr(config, name, None) for name in ("hidden_size", "dim")),
+        _product(config, "num_attention_heads", "attention_head_dim"),
+    ):
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _product(config: Any, *names: str) -> int | None:
+    values = [getattr(config, name, None) for name in names]
+    return math.prod(values) if all(type(value) is int for value in values) else None
+
+
+def _patch_size(net: nn.Module) -> Grid | None:
+    """Pixels of the latent that a token covers, (rows, columns) or (frames, rows, columns), where the network tells."""
+    value = getattr(getattr(net, "config", net), "patch_size", None)
+    if type(value) is int and value > 0:
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(type(v) is int and v > 0 for v in value):
+        return tuple(value)
+    return None
+
+
+def _first_parameter(module: nn.Module) -> str:
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return names[0] if names else ""
+
+
+def _shape(args: tuple, kwargs: dict, first: str) -> tuple[int, ...] | None:
+    """Shape of the first argument; of the first tensor in it, where it is a state of several."""
+    value = args[0] if args else kwargs.get(first)
+    if isinstance(value, dict):
+        value = next(iter(value.values()), None)
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+class Tokens(NamedTuple):
+    tokens: Tensor
+    """(N, T, D), row-major."""
+    grid: Grid | None
+    """Of the T tokens; None where they come packed and nobody gave a grid."""
+
+
+def image_grid(image: tuple[int, ...] | None, patch: Grid | None, num_tokens: int) -> Grid | None:
+    """The grid of the image among `num_tokens` tokens, for an input (N, C, H, W) or (N, C, F, H, W); None where that cannot be told.
+
+    The network's patches tell it, when it has so many; else the one patch that gives exactly this number.
+    """
+    if image is None or len(image) not in (4, 5):
+        return None
+    size = image[2:]
+    if patch is not None:
+        steps = (*(1,) * (len(size) - len(patch)), *patch)[-len(size) :]
+        grid = tuple(length // step for length, step in zip(size, steps, strict=True))
+        if math.prod(grid) <= num_tokens:
+            return grid
+    for step in range(1, min(size[-2:]) + 1):
+        rows, columns = size[-2] // step, size[-1] // step
+        if math.prod(size[:-2]) * rows * columns == num_tokens and not (size[-2] % step or size[-1] % step):
+            return (*size[:-2], rows, columns)
+    return None
+
+
+def image_tokens(
+    seen: Pass,
+    image: tuple[int, ...] | None,
+    patch: Grid | None,
+    *,
+    where: str,
+    grid: Grid | None = None,
+    output: int | str | None = None,
+    text: str = "front",
+) -> Tokens:
+    """The image's tokens among what a block gave.
+
+    A block gives tokens (N, T, D), a map (N, D, H, W) or (N, D, F, H, W), or several of them in a tuple or a dict: then those of
+    the image have as many tokens as the image, or the shape of the block's first argument.
+
+    Args:
+        seen: of the block.
+        image: shape of the network's input; packed tokens (N, T, C) tell their number.
+        patch: see `image_grid`.
+        where: names the block in messages.
+        grid: overrules what the input tells.
+        output: which of several.
+        text: further tokens stand in "front" of those of the image, or "behind".
+
+    Raises:
+        UserError: there is no tensor of such a shape, or it is not clear which.
+    """
+    options = _tensors(seen.output)
+    if output is not None:
+        if output not in options:
+            raise UserError(f"Block {where} has no output {output!r}: it gives {_described(options)}.")
+        options = {output: options[output]}
+    if not options:
+        raise UserError(f"Block {where} gives no tokens (N, T, D) and no map (N, D, H, W): name another block.")
+    if len(options) > 1:
+        options = _of_image(options, seen, image, patch, grid)
+    if len(options) != 1:
+        raise UserError(
+            f"Block {where} gives {_described(_tensors(seen.output))}: say which are of the image with output=0 or output=1."
+        )
+    (tensor,) = options.values()
+    if tensor.ndim > 3:
+        found = tuple(tensor.shape[2:])
+        if grid is not None and grid != found:
+            raise UserError(
+                f"Block {where} gives a map of {_times(found)}, but the grid was said to be {_times(grid)}."
+            )
+        return Tokens(tensor.flatten(2).transpose(1, 2), found)
+    number = tensor.shape[1]
+    own = grid or image_grid(image, patch, number)
+    wanted = math.prod(own) if own else _packed(image, seen, number)
+    if wanted > number:
+        raise UserError(
+            f"Block {where} gives {number} tokens, which are fewer than the {_times(own) if own else wanted} of the image: name "
+            "another block, or give the grid."
+        )
+    if wanted < number:
+        tensor = tensor[:, number - wanted :] if text == "front" else tensor[:, :wanted]
+    return Tokens(tensor, own)
+
+
+def _packed(image: tuple[int, ...] | None, seen: Pass, number: int) -> int:
+    """How many of `number` tokens are the image's, where no grid is known: as many as went in."""
+    if image is not None and len(image) == 3:
+        return image[1]
+    return number
+
+
+def _of_image(options: dict, seen: Pass, image: tuple[int, ...] | None, patch: Grid | None, grid: Grid | None) -> dict:
+    def number(tensor: Tensor) -> int:
+        return math.prod(tensor.shape[2:]) if tensor.ndim > 3 else tensor.shape[1]
+
+    def wanted(tensor: Tensor) -> int | None:
+        own = grid or image_grid(image, patch, number(tensor))
+        return math.prod(own) if own else image[1] if image is not None and len(image) == 3 else None
+
+    fitting = {key: tensor for key, tensor in options.items() if number(tensor) == wanted(tensor)}
+    if len(fitting) == 1:
+        return fitting
+    return {key: tensor for key, tensor in (fitting or options).items() if tuple(tensor.shape) == seen.shape}
+
+
+def _tensors(value: Any) -> dict[int | str, Tensor]:
+    """The tensors of tokens or maps among what a block gave, by place or name."""
+    if isinstance(value, Tensor):
+        items: Iterable = [(0, value)]
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    else:
+        items = []
+    return {k: v for k, v in items if isinstance(v, Tensor) and v.is_floating_point() and 3 <= v.ndim <= 5}
+
+
+def _described(options: dict[int | str, Tensor]) -> str:
+    return ", ".join(f"{key}: {tuple(tensor.shape)}" for key, tensor in options.items()) or "no tensor"
+
+
+def _times(grid: Grid) -> str:
+    return " x ".join(map(str, grid))
