@@ -112,6 +112,11 @@ class Aligner(nn.Module):
             width = self._width(each, hidden_dim, config, features, other is not None)
             feature_dim = (features or width) if width else 0
             term = Alignment(config, width, feature_dim, None if grid is None else grid[-2:])
+            if term.looks_at_condition:
+                raise UserError(
+                    f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
+                    "or conv."
+                )
             weight = next(each.module.parameters(), None)
             self.terms[config.module] = term.to(None if weight is None else weight.device)
             self._places[config.key] = _Place(each.name, other and other.name, grid, output, text, width)
