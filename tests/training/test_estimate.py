@@ -19,7 +19,7 @@ from repa.models.cost import model_cost
 from repa.recipes import load_recipe
 from repa.training import estimate as estimates
 from repa.training.config import TrainConfig
-from repa.training.estimate import activation_bytes, estimate, saved_bytes
+from repa.training.estimate import activation_bytes, estimate, passes_of, saved_bytes
 from tests.calls import call
 from tests.oracles.cost import dit_forward, vit_forward
 
@@ -114,6 +114,9 @@ def test_autoencoder_against_a_counter_on_a_real_one():
     found = autoencoder_cost("sd-vae-ft-mse", 32)
     assert found.cost.forward == counter.get_total_flops()
     assert found.cost.parameters == sum(p.numel() for p in vae.parameters()) == 83_653_863
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        vae.decoder(torch.randn(1, 4, 4, 4))
+    assert found.decoding == counter.get_total_flops()
     assert (found.channels, found.factor) == (4, 8)
     assert autoencoder_cost("sd3-vae", 32).channels == 16
     assert autoencoder_cost("pixels", 32)[:3] == (3, 1, False)
@@ -252,6 +255,8 @@ def test_the_command(capsys):
     assert "85.7 M" in " ".join(table["dinov2-b"])
     assert "time on 4 x a100 of 312 TFLOP/s at 50% utilisation (assumed)" in lines
     assert {"teachers run in training", "stored tokens"} <= set(table)
+    assert "50,000 samples, 250 steps, cfg:scale=1.8,high=0.7, on the same devices at the same utilisation" in lines
+    assert float(table["images/s"][-1].replace(",", "")) > 100
     assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100"]) == 0
     out = capsys.readouterr().out
     assert "8 x a device of 100 TFLOP/s" in out
@@ -263,6 +268,21 @@ def test_the_command(capsys):
     assert "they are the latents" in out
     assert run(["estimate", "sit-b2", "--device", "h1000"]) == 2
     assert "Did you mean 'h100'?" in capsys.readouterr().err
+
+
+def test_samples_cost_the_passes_that_their_guidances_ask_for(monkeypatch):
+    """Times 1, 0.76, 0.52, 0.28, 0.04: guided by cfg below 0.7 in three of five; of two guidances each other pass once."""
+    assert passes_of(5, ()) == 5
+    assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == 5 + 3
+    assert passes_of(5, ["internal:head=8,scale=1.4"]) == 5  # a head costs no pass
+    assert passes_of(5, ["cfg:scale=2,high=0.7", "autoguidance:scale=1.5,low=0.7"]) == 5 + 3 + 2
+    found = estimated(TrainConfig(model={"name": "SiT-XL/2"}, autoencoder="sd-vae-ft-mse"))
+    passes = passes_of(250, ["cfg:scale=1.8,high=0.7"])
+    assert found.sampling_flops(passes) == passes * found.network.forward + found.autoencoder.decoding
+    assert 420 <= passes <= 426  # 250 and the share of the grid below 0.7
+    assert found.samples_per_second(passes) == pytest.approx(
+        found.rate * found.num_devices / found.sampling_flops(passes)
+    )
 
 
 def recipe(name: str) -> TrainConfig:

@@ -15,7 +15,7 @@ from repa.models import build_model
 from repa.runs import read_metrics
 from repa.training import Objective, OptimizerConfig, TrainConfig
 from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
-from repa.training.state import load_named_state, named_state
+from repa.training.state import TrainState, load_named_state, named_state
 from tests.oracles.muon import orthogonalised
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())
@@ -63,6 +63,42 @@ def test_the_rate_rises_then_follows_its_schedule():
     assert cosine == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 12)) for k in range(12)])
     assert cosine[6] == pytest.approx(0.05)
     assert rates(warmup_steps=100)[11] == pytest.approx(0.1 * 12 / 100)
+
+
+@pytest.mark.parametrize("size", [0.01, 30.0])
+def test_clipping_by_the_optimizer_is_clipping_before_it(size):
+    """Three steps of AdamW whose gradients are scaled as they are read, against torch's own clipping in a pass before."""
+    found = []
+    for fused in (True, False):
+        objective, optimizer = make("adamw")
+        state = TrainState(TrainConfig(), objective, None, {}, optimizer, None)
+        for seed in range(3):
+            gradients(objective, seed)
+            for p in objective.parameters():
+                p.grad *= size / 100
+            if fused:
+                [norm] = state.clip([list(objective.parameters())])
+            else:
+                norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            step_unless(GOOD, optimizer)
+            assert not hasattr(optimizer, "grad_scale")
+            found.append(norm)
+        found.append(weights(objective))
+    assert torch.equal(torch.stack(found[:3]), torch.stack(found[4:7]))
+    assert (found[0] > 1) == (size > 1)
+    for a, b in zip(found[3], found[7], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_groups_with_norms_of_their_own_are_clipped_before_the_step():
+    objective, optimizer = make("adamw")
+    gradients(objective, 1)
+    first, *rest = objective.parameters()
+    wanted = first.grad / first.grad.norm()
+    norms = TrainState(TrainConfig(), objective, None, {}, optimizer, None).clip([[first], rest])
+    assert len(norms) == 2
+    torch.testing.assert_close(first.grad, wanted, rtol=1e-4, atol=1e-6)
+    assert not hasattr(optimizer, "grad_scale")
 
 
 def test_the_rate_scales_the_step():

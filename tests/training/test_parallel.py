@@ -95,9 +95,8 @@ def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_steps_of_two_processes_are_those_of_one(parallel, recompute, config, data_folder, tmp_path):
-    """DDP cuts the graph at its buckets, of which this network has several; FSDP2 compiles each block by itself."""
-    size = {"hidden_dim": 128, "depth": 3} if parallel == "ddp" else {}
-    config = config.override(model=config.model.override(**size), num_steps=4, save_every=4)
+    """With DDP once each block by itself and once the whole step, cut at DDP's buckets; FSDP2 compiles each block by itself."""
+    config = config.override(num_steps=4, save_every=4, compile_scope="step" if recompute else "blocks")
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
     compiled = config.override(parallel=parallel, compile=True, checkpoint_activations=recompute)
     run_all([(compiled, data_folder, tmp_path / "two")], 2, tmp_path, limit=600)

@@ -36,10 +36,12 @@ class AutoencoderCost(NamedTuple):
     stores_moments: bool
     cost: Cost
     """Parameters of encoder and decoder, FLOPs of the encoder."""
+    decoding: int
+    """FLOPs of the decoder."""
 
 
 def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = None) -> AutoencoderCost:
-    """What encoding an image of `resolution` pixels costs.
+    """What encoding an image of `resolution` pixels costs, and decoding it.
 
     Raises:
         UserError: its shape is known from its weights alone, and they cannot be had.
@@ -48,14 +50,18 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     if spec in SHAPES and weights is None:
         vae, channels = _outline(*SHAPES[spec])
         cost = cost_of(vae, lambda: vae.encoder(pixels))
-        return AutoencoderCost(channels, FACTOR, True, cost)
+        latents = torch.empty(1, channels, resolution // FACTOR, resolution // FACTOR, device="meta")
+        return AutoencoderCost(channels, FACTOR, True, cost, cost_of(vae, lambda: vae.decoder(latents)).forward)
     autoencoder = load_autoencoder(spec, weights=weights).to("meta")
     if resolution % autoencoder.factor:
         raise UserError(
             f"resolution is {resolution}, but {spec} shrinks images {autoencoder.factor} times: choose a multiple."
         )
     cost = cost_of(autoencoder, lambda: autoencoder.moments(pixels)[0])
-    return AutoencoderCost(autoencoder.channels, autoencoder.factor, autoencoder.stores_moments, cost)
+    side = resolution // autoencoder.factor
+    latents = torch.empty(1, autoencoder.channels, side, side, device="meta")
+    decoding = cost_of(autoencoder, lambda: autoencoder.images(latents)).forward
+    return AutoencoderCost(autoencoder.channels, autoencoder.factor, autoencoder.stores_moments, cost, decoding)
 
 
 def _outline(kind: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:

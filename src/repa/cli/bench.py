@@ -96,13 +96,14 @@ def main(argv: list[str]) -> int:
 def _figures(config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device") -> "Figures":
     import torch
 
+    from repa.training.attention import fastest_kernels
     from repa.training.measure import Step, measure
 
     torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     source = _prepared(config, Path(given.data), device) if given.data else _random(config, given.token_width, device)
-    with source as (config, dims, feed, data, teacher, where):
+    with source as (config, dims, feed, data, teacher, where), fastest_kernels(config, 1, device):
         return measure(Step(config, dims, feed, device), rates, given.rounds, data, teacher, where)
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from repa.base.errors import nearest
 from repa.cli import options
 from repa.cli.console import duration, say
+from repa.diffusion.config import Guidances
 from repa.recipes import load_recipe
 from repa.training.config import TrainConfig
 from repa.training.devices import PEAKS
@@ -39,6 +40,12 @@ class EstimateArguments(TrainConfig):
     """Part of the peak that the run reaches; `repa bench` measures it."""
     resolution: int = Field(256, ge=8)
     """Side of the images, in pixels."""
+    samples: int = Field(50_000, ge=1)
+    """Images to sample after training."""
+    sample_steps: int = Field(250, ge=1)
+    """Steps of the sampler euler_maruyama."""
+    sample_guidance: Guidances = ("cfg:scale=1.8,high=0.7",)
+    """Guidances of the samples; a guided step costs two passes of the network."""
 
     @field_validator("device")
     @classmethod
@@ -59,7 +66,8 @@ def main(argv: list[str]) -> int:
         config = config.override(autoencoder=AUTOENCODER)
     peak = given.tflops or PEAKS[given.device]
 
-    from repa.training.estimate import estimate
+    from repa.diffusion import build_process
+    from repa.training.estimate import estimate, passes_of
 
     found = estimate(
         config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,
@@ -67,6 +75,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
     say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)")))
+    passes = passes_of(given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift)
+    say("\n".join(sampling(found, passes, given)))
     return 0
 
 
@@ -135,6 +145,21 @@ def _time(found: "Estimate", machine: str) -> list[str]:
         times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
         lines.append(_row(what if found.teachers else "the run", *map(duration, times)))
     return lines
+
+
+def sampling(found: "Estimate", passes: int, given: EstimateArguments) -> list[str]:
+    """Lines about samples; a device reaches another share of its peak there than in training."""
+    rate = found.samples_per_second(passes)
+    guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
+    head = f"{given.samples:,} samples, {given.sample_steps} steps{guided}, on the same devices at the same utilisation"
+    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
+    return [
+        "", head,
+        _row("passes of the network", f"{passes}", note="for each image"),
+        _row("GFLOP/image", f"{flops:,.0f}", note=f"of them the decoder {decoder:,.0f}"),
+        _row("images/s", f"{rate:,.3g}"),
+        _row("time", duration(given.samples / rate)),
+    ]  # fmt: skip
 
 
 def _row(name: str, first: str, second: str = "", note: str = "") -> str:

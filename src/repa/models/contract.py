@@ -122,10 +122,14 @@ class Backbone(nn.Module, ABC):
         Raises:
             UserError: the network cannot be compiled.
         """
-        if not self.compiles:
-            raise UserError(f"{type(self).__name__} cannot be compiled in one graph: turn compile off.")
+        self.require_compiles()
         for block in self.blocks:
             block.compile()
+
+    def require_compiles(self) -> None:
+        """Raises UserError unless torch.compile can take the network in one graph."""
+        if not self.compiles:
+            raise UserError(f"{type(self).__name__} cannot be compiled in one graph: turn compile off.")
 
     def check(self, state: State, taps: tuple[Tap, ...]) -> None:
         """Raises UserError unless the state has this network's shapes, and every tap is a block, counted from 1."""

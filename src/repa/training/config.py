@@ -129,7 +129,9 @@ class TrainConfig(Config):
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
     compile: bool = False
-    """Compile the step with torch.compile: minutes at the start, faster steps."""
+    """Compile with torch.compile: faster steps on a GPU, last digits change."""
+    compile_scope: Literal["blocks", "step"] = "blocks"
+    """What is compiled: each block of the network by itself, in seconds, or the whole step as one graph, in minutes."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()

@@ -4,7 +4,7 @@ FLOPs are counted by torch on networks without weights; the time is those FLOPs 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,13 @@ from repa.base.errors import UserError
 from repa.base.precision import autocast
 from repa.base.registry import parse_spec
 from repa.data.config import split_format
+from repa.diffusion import GUIDANCES, sde_grid
+from repa.diffusion.chain import Chain
 from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
 from repa.models import Backbone, Condition, Tap, build
 from repa.models.cost import model_cost
+from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
 from repa.training.resolve import with_streams
@@ -77,6 +80,14 @@ class Estimate:
         """Encoding every image once: the autoencoder and, for cached tokens, the teachers."""
         flops = self.autoencoder.cost.forward + (self.teacher_flops if cached else 0)
         return self.num_images * flops / (self.rate * self.num_devices)
+
+    def sampling_flops(self, passes: int) -> int:
+        """Of one image that takes `passes` of the network and one of the decoder."""
+        return passes * self.network.forward + self.autoencoder.decoding
+
+    def samples_per_second(self, passes: int) -> float:
+        """Of all devices together."""
+        return self.rate * self.num_devices / self.sampling_flops(passes)
 
     def memory(self, *, cached: bool) -> dict[str, float]:
         """Bytes on each device by what they hold."""
@@ -157,6 +168,13 @@ def estimate(
         projectors=_projectors(config, dims, grid**2), teachers=teachers, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
     )  # fmt: skip
+
+
+def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
+    """Passes of the network for one image by euler_maruyama: one a step, and those that the guidances ask for at its time."""
+    chain = Chain([GUIDANCES.build(spec) for spec in guidance])
+    times = sde_grid(steps, shift=shift).tolist()[:-1]
+    return sum(len({pass_of(name) for name in chain.needs(t)}) for t in times)
 
 
 def _averaged(config: TrainConfig) -> int:

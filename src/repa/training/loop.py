@@ -22,11 +22,12 @@ from repa.models import Condition
 from repa.runs import MetricsLog, Writer, layout
 from repa.runs.averaging import drop_snapshots
 from repa.training import signals
+from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
 from repa.training.features import EncoderFeatures
 from repa.training.meters import Waiting
 from repa.training.microbatches import backward, check_parts
-from repa.training.parallel import running, whole
+from repa.training.parallel import running
 from repa.training.resolve import claim_folder, resolve, with_streams
 from repa.training.rows import Rows
 from repa.training.starting import begins
@@ -120,7 +121,11 @@ def _train(
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
     rows, saved = Rows(state, run, log, batches, ideal, device, say), time.monotonic()
 
-    with contextlib.closing(log), contextlib.closing(batches), writer, signals.noted() as caught:
+    kernels = fastest_kernels(config, dist.world(), device)
+    with contextlib.closing(log), contextlib.closing(batches), writer, signals.noted() as caught, kernels as timed:
+        if timed:
+            times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in timed.items())
+            log.line(f"attention kernels in order, forward and backward of one block: {times}")
         for batch, features in encoders.along(batches, state.step, wanted):
             clean = state.objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
             draws, weights = state.objective.draw(clean, state.step), state.objective.weights(state.step, device)
@@ -129,7 +134,7 @@ def _train(
                 precision=config.precision, scaled=state.guard.scaled, averaged=state.averaged(),
             )  # fmt: skip
             state.guard.unscale(state.objective.parameters())
-            norms = [whole(nn.utils.clip_grad_norm_(group, config.optimizer.max_grad_norm)) for group in groups]
+            norms = state.clip(groups)
             state.advance(norms)
             state.objective.observe(state.step, losses)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,8 +128,7 @@ class Step:
 
     def advance(self) -> None:
         self.state.guard.unscale(self.state.objective.parameters())
-        limit = self.config.optimizer.max_grad_norm
-        self.state.advance([nn.utils.clip_grad_norm_(group, limit) for group in self.groups])
+        self.state.advance(self.state.clip(self.groups))
 
     def average(self) -> None:
         """The averages' part of `advance` once more."""

@@ -79,10 +79,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """A step of the optimizer, or none where `skip` (a float on the device) is 1: decided there, nothing waits."""
+    """A step of the optimizer, or none where `skip` (a float on the device) is 1: decided there, nothing waits.
+
+    Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
+    """
     optimizer.found_inf = skip  # the protocol of torch.amp.GradScaler with fused optimizers
     optimizer.step()
-    del optimizer.found_inf  # no part of its state
+    for name in ("found_inf", "grad_scale"):  # no part of its state
+        vars(optimizer).pop(name, None)
 
 
 def learning_rate(settings: OptimizerConfig, num_steps: int, step: int) -> float:

@@ -19,7 +19,7 @@ from repa.training.features import wanted_by
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
 # checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
 CHANGEABLE = (
-    "num_steps", "accumulate", "parallel", "checkpoint_activations", "compile", "max_skipped_steps",
+    "num_steps", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
     "preview", "wandb", "autoencoder_weights", "feature_weights",
 )  # fmt: skip

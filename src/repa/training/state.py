@@ -27,6 +27,8 @@ from repa.training.optimizer import build_optimizer, learning_rate, set_learning
 from repa.training.parallel import gather, load, place, shard, whole
 from repa.training.starting import start_from
 
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
 
 @dataclass
 class TrainState:
@@ -46,6 +48,19 @@ class TrainState:
     @property
     def model(self) -> Backbone:
         return self.objective.model
+
+    def clip(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+        """The norm of each group's gradients, which count for no more than max_grad_norm in the `advance` that follows.
+
+        The fused AdamW scales gradients while it reads them, which spares a pass over them. Where groups have scales of
+        their own, or another optimizer takes part, they are scaled here.
+        """
+        limit = self.config.optimizer.max_grad_norm
+        if len(groups) > 1 or not isinstance(self.optimizer, torch.optim.AdamW):
+            return [whole(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
+        self.optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
+        return [norm]
 
     def advance(self, norms: Sequence[Tensor]) -> None:
         """A step of optimizer and averages with the gradients that are there; where a norm is not finite, nothing but its count."""

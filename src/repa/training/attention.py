@@ -1,0 +1,64 @@
+"""Which of PyTorch's fused attention kernels is the fastest at a run's shape: by measurement, as releases and devices differ."""
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repa.base.precision import DTYPES
+from repa.training.config import TrainConfig
+from repa.training.measure import timed
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+ROUNDS = 5
+
+
+def shape_of(config: TrainConfig, world: int) -> tuple[int, int, int, int]:
+    """(N, heads, T, width of a head) of the network's attention in one micro-batch of one process."""
+    dims = config.model.dims()
+    tokens = (config.model.latent_size // dims.patch_size) ** 2 + len(config.streams)
+    num = config.batch_size // (world * config.accumulate)
+    return num, dims.num_heads, tokens, dims.hidden_dim // dims.num_heads
+
+
+def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Seconds of forward and backward by name of KERNELS, the median of ROUNDS, the fastest first; those that refuse are left out.
+
+    Queries, keys and values are views of one tensor, as the network has them.
+    """
+    num, heads, tokens, width = shape
+    qkv = torch.randn(num, tokens, 3 * heads * width, device=device, dtype=dtype, requires_grad=True)
+    found = {}
+    for name, backend in KERNELS.items():
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):  # "No available kernel"
+            once = functools.partial(_forward_and_backward, qkv, heads)
+            seconds = [timed(once, device) for _ in range(ROUNDS + 1)][1:]  # the first loads and builds the kernel
+            found[name] = statistics.median(seconds)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _forward_and_backward(qkv: torch.Tensor, heads: int) -> None:
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, D/h)
+    out = F.scaled_dot_product_attention(q, k, v)
+    torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+
+@contextlib.contextmanager
+def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> Iterator[Mapping[str, float]]:
+    """Attention prefers the kernels in the order that `measured` finds, within the block; nothing is changed but on CUDA."""
+    if device.type != "cuda":
+        yield {}
+        return
+    found = measured(shape_of(config, world), DTYPES.get(config.precision, torch.float32), device)
+    rest = [name for name in KERNELS if name not in found]  # for masks and widths that the first do not take
+    with sdpa_kernel([KERNELS[name] for name in (*found, *rest)], set_priority=True):
+        yield found
