@@ -11,7 +11,8 @@ from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
 from repa.cli.main import run as repa
 from repa.diffusion.config import DiffusionConfig
-from repa.models import Condition, DiT, build_model
+from repa.models import Condition, build_model
+from repa.models.config import Route
 from repa.runs import LoadedRun, load_run
 from repa.sampling import SampleConfig, generate, prepared
 
@@ -103,33 +104,21 @@ def test_autoguidance_asks_the_weaker_network():
         run.with_weak(random_network(streams={"class": 6}))
 
 
-class Routing(DiT):
-    """Stands in for a network that routes tokens around its middle blocks: block 2 sees those of `keep` alone."""
-
-    route = (2, 2)
-
-    def forward(self, state, t, condition, taps=(), keep=None):
-        assert keep is None or keep.shape == (len(t), 0)
-        whole = self.blocks
-        self.blocks = whole if keep is None else whole[:1]
-        try:
-            return super().forward(state, t, condition, taps)
-        finally:
-            self.blocks = whole
-
-
-def test_path_drop_asks_for_a_pass_without_condition_and_middle():
-    run = random_network()
-    run.model.__class__ = Routing
+@pytest.mark.parametrize("merge", ["identity", "fuse"])
+def test_path_drop_asks_for_a_pass_without_condition_and_middle(merge):
+    run = random_network(route=Route(2, 2, 0.5, 0, merge, 0.1))
 
     def velocity(state, t):
         null, times = Condition(torch.tensor([run.model.null_label])), torch.tensor([t])
         routed = run.model(state, times, null, keep=torch.empty(1, 0, dtype=torch.long)).prediction["x"]
         return {"x": routed + 2 * (asked(run, state, t, 1).prediction["x"] - routed)}
 
-    same(generate(run, EULER.override(guidance=["path_drop:scale=2"]), [5]).images, euler(run, velocity))
+    config = EULER.override(guidance=["path_drop:scale=2"])
+    same(generate(run, config, [5]).images, euler(run, velocity))
     with pytest.raises(UserError, match="path_drop needs a network"):
-        generate(random_network(), EULER.override(guidance=["path_drop:scale=2"]), [5])
+        generate(random_network(), config, [5])
+    with pytest.raises(UserError, match="never trained: leave it out, or train with --model.path-drop"):
+        generate(random_network(route=Route(2, 2, 0.5)), config, [5])
 
 
 def test_a_network_of_another_checkpoint_guides_on_the_command_line(random_run, tmp_path):

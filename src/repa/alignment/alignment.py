@@ -9,11 +9,13 @@ from torch import Tensor
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
+from repa.alignment.losses import looks_at_other_images
 from repa.alignment.projectors import looks_at_condition
 from repa.alignment.targets import Seen, Target, build_target
 from repa.alignment.tokens import resize_tokens
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
+from repa.base.registry import parse_spec
 from repa.models.contract import Backbone, Condition, Tap
 
 
@@ -88,7 +90,25 @@ class Alignment(nn.Module):
                 f"The projector {config.projector!r} takes the tokens of the grid alone, and the target {config.target!r} has one for "
                 "the whole image: take part=patches, or the projector mlp."
             )
+        if model.route and model.route.keep < 1 and any(model.route.covers(tap.depth) for tap in term.taps):
+            term.refuse_what_needs_all_tokens()
         return term
+
+    def refuse_what_needs_all_tokens(self) -> None:
+        """Raises UserError where the term cannot be compared on the tokens that a routed block has, others in each image."""
+        comparing = looks_at_other_images(self.loss)
+        needs = {
+            "the tap attention": self.tap.kind == "attention",
+            f"the projector {self.config.projector}": self.looks_at_condition
+            or parse_spec(self.config.projector)[0] == "conv",
+            "resample target": self.config.resample == "target",
+            f"the loss {self.config.loss}, which compares places of several images,": comparing,
+        }
+        if asked := [what for what, needed in needs.items() if needed]:
+            raise UserError(
+                f"The alignment {self.config.key!r} looks at a block that sees a share of the tokens, but {asked[0]} needs all of them: "
+                "choose blocks before or after the route, or other settings of the alignment."
+            )
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -108,7 +128,7 @@ class Alignment(nn.Module):
         if self.config.measure_only:
             student = student.detach()
         beside = Beside(seen.t, seen.condition, seen.visible.get(self.config.key)) if self.looks_at_condition else None
-        loss = self.compare(student, target, seen.output.kept, beside)
+        loss = self.compare(*self._kept(student, target, seen.output.kept), beside)
         low, high = self.config.times
         if (low, high) == (0.0, 1.0):
             return loss
@@ -121,8 +141,8 @@ class Alignment(nn.Module):
         """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
 
         Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
-        `kept` (N, K): the tokens that the student has, where a network routes tokens. `beside`: for a projector that looks at
-        the condition.
+        `kept` (N, K): the student has these tokens of its grid alone, where a network routes tokens. `beside`: for a projector
+        that looks at the condition.
 
         Raises:
             UserError: the target has another width than the projector was built for, or the grids differ and one has no
@@ -138,7 +158,11 @@ class Alignment(nn.Module):
                 return self.loss(projected, None)
             self._check_width(target)
             projected, matched = self._match(projected, _precise(target.detach()), kept)
-            return self.loss(projected, self.token_norm(matched))  # (N,)
+            matched = self.token_norm(matched)  # of all of the image's tokens, whichever are kept
+            if kept is not None:
+                prefix = matched.shape[1] - self.grid[0] * self.grid[1]
+                matched = torch.cat([matched[:, :prefix], _take(matched[:, prefix:], kept)], 1)
+            return self.loss(projected, matched)  # (N,)
 
     def project(self, student: Tensor, beside: Beside | None = None) -> Tensor:
         """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
@@ -154,20 +178,30 @@ class Alignment(nn.Module):
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""
         return self.config.weight * self.schedule(step)
 
+    def _kept(
+        self, student: Tensor, target: Tensor | None, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Student, target and the ids of the student's tokens where the target has all of them (None: both have the same).
+
+        A tap of a routed block has K tokens, other taps of the pass and targets from elsewhere have all T.
+        """
+        if kept is None or self.tap.kind == "attention":
+            return student, target, None
+        front = self.prefix_tokens if self.target.prefix else 0
+        routed = student.shape[1] == front + kept.shape[1]
+        if not (self.target.own and target.shape[1] == kept.shape[1]):
+            return student, target, kept if routed else None
+        return (student if routed else _take(student, kept)), target, None
+
     def _match(self, projected: Tensor, target: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both on one grid, (N, T, F) and (N, T, F)."""
+        """Both on one grid, (N, T, F) and (N, T, F); of the student's tokens those that it has."""
         prefix = 1 if self.target is not None and self.target.prefix else 0
         head, target = target[:, :prefix], target[:, prefix:]
         if self.config.resample == "target":
             tokens = resize_tokens(projected[:, prefix:], target.shape[1])
             return torch.cat([projected[:, :prefix], tokens], 1), torch.cat([head, target], 1)
-        routed = kept is not None and projected.shape[1] - prefix == kept.shape[1]
-        if not routed:
-            target = resize_tokens(target, projected.shape[1] - prefix, self.grid)
-        elif target.shape[1] != kept.shape[1]:
-            rows, columns = self.grid
-            target = resize_tokens(target, rows * columns, self.grid)
-            target = target.gather(1, kept[:, :, None].expand(-1, -1, target.shape[2]))  # (N, K, F)
+        num = projected.shape[1] - prefix if kept is None else self.grid[0] * self.grid[1]
+        target = resize_tokens(target, num, self.grid)
         return projected, torch.cat([head, target], 1) if prefix else target
 
     def _check_width(self, target: Tensor) -> None:
@@ -176,6 +210,11 @@ class Alignment(nn.Module):
                 f"The features {self.config.target!r} have {target.shape[-1]} channels, but their projector was built "
                 f"for {self.feature_dim}: they come from another encoder than the alignment names."
             )
+
+
+def _take(tokens: Tensor, kept: Tensor) -> Tensor:
+    """(N, T, F) -> (N, K, F): those of `kept` (N, K)."""
+    return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), or a dotted name: a function (ModelConfig) -> Backbone."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -34,7 +35,7 @@ NAMED = {
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
 BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig: what blocks are made of
-DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap")  # and what a DiT has besides
+DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap", "route")  # and what a DiT has besides
 
 
 def model_names() -> list[str]:
@@ -74,6 +75,65 @@ def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: in
         )
 
 
+class Route(NamedTuple):
+    """Which blocks see a share of the tokens, which share, and how the others come back. Blocks count from 1.
+
+    Attributes:
+        first, last: the blocks between which tokens are left out.
+        keep: share of an image's tokens that these blocks see in training; 1 leaves none out.
+        groups: side of square groups of tokens, of each of which the same share is kept; 0: any tokens of the image.
+        merge: identity, where the others come back as they left (TREAD, arXiv 2501.04765); fuse, where a mask token stands
+            for them, and a linear layer joins all with the tokens before the first block (SPRINT, arXiv 2510.21986).
+        path_drop: probability that an image's result of these blocks is thrown away, so that the network can be asked
+            without them (the guidance path_drop).
+    """
+
+    first: int
+    last: int
+    keep: float = 1.0
+    groups: int = 0
+    merge: Literal["identity", "fuse"] = "identity"
+    path_drop: float = 0.0
+
+    def check(self, depth: int, heads: Sequence[int], grid: tuple[int, int]) -> None:
+        """Raises UserError unless a network of so many blocks, these heads and this grid (0: not known yet) can be routed so."""
+        if not 1 <= self.first <= self.last <= depth:
+            raise UserError(
+                f"route {self.first} {self.last} is no part of blocks 1 to {depth}: give the first and the last block that see a "
+                "share of the tokens."
+            )
+        if inside := [head for head in heads if self.covers(head)]:
+            raise UserError(
+                f"The head at block {inside[0]} predicts all of x, but blocks {self.first} to {self.last} see a share of the "
+                "tokens: choose a block before or after them."
+            )
+        if not min(grid):
+            return
+        size = self.groups**2 if self.groups else grid[0] * grid[1]
+        if self.groups and (grid[0] % self.groups or grid[1] % self.groups):
+            raise UserError(
+                f"keep_groups {self.groups} does not divide the {grid[0]} x {grid[1]} tokens of this network: choose a divisor, or 0 "
+                "for tokens from anywhere."
+            )
+        if round(self.keep * size) < 1 or (self.groups and abs(self.keep * size - round(self.keep * size)) > 1e-6):
+            raise UserError(
+                f"keep {self.keep:g} of {size} tokens is no whole number of at least 1: choose another share"
+                f"{' or other keep_groups' if self.groups else ''}."
+            )
+
+    def covers(self, depth: int) -> bool:
+        """Is it one of the blocks that see a share of the tokens?"""
+        return self.first <= depth <= self.last
+
+    def num_kept(self, grid: tuple[int, int]) -> int:
+        """K, the number of an image's tokens that are kept in training."""
+        groups = (grid[0] // self.groups) * (grid[1] // self.groups) if self.groups else 1
+        return groups * round(self.keep * (grid[0] * grid[1] // groups))
+
+
+ROUTING = ("keep", "keep_groups", "merge", "path_drop")  # fields that say how, in the order of Route
+
+
 class ModelConfig(Config):
     """The network to train."""
 
@@ -111,6 +171,16 @@ class ModelConfig(Config):
     """Where tokens have different times (diffusion.token_times), they attend only to tokens of the same time."""
     patch_overlap: int = Field(default=0, ge=0, le=1_024)
     """Pixels of its neighbours that a patch also sees and predicts on each side: half a patch removes the edges between them."""
+    route: tuple[int, int] | tuple[()] = ()
+    """First and last block that see a share of the tokens in training (TREAD, SPRINT); empty: all blocks see all."""
+    keep: float = Field(1.0, gt=0, le=1)
+    """The share of an image's tokens that the blocks of the route see."""
+    keep_groups: int = Field(0, ge=0, le=1_024)
+    """Keep the same share of every square group of so many tokens a side; 0: tokens from anywhere in the image."""
+    merge: Literal["identity", "fuse"] = "identity"
+    """After the route: identity, tokens that were left out come back as they left; fuse, a linear layer joins both paths."""
+    path_drop: float = Field(0.0, ge=0, lt=1)
+    """Probability that an image's result of the route's blocks is thrown away, which the guidance path_drop needs."""
     streams: tuple[tuple[str, int], ...] = ()
     """Name and width of each vector that is noised beside the latents; filled in from the setting `streams` of the run."""
 
@@ -128,7 +198,18 @@ class ModelConfig(Config):
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
                 raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
+        if self.route:
+            self.routing.check(self.dims().depth, self.heads, (self.latent_size // self.dims().patch_size,) * 2)
+        elif asked := [name for name in ROUTING if getattr(self, name) != type(self).model_fields[name].default]:
+            raise UserError(
+                f"{asked[0]} says how tokens are routed, but there is no route: give its blocks, route FIRST LAST."
+            )
         return self
+
+    @property
+    def routing(self) -> Route | None:
+        """How tokens are routed around blocks; None: they are not."""
+        return Route(*self.route, *(getattr(self, name) for name in ROUTING)) if self.route else None
 
     def dims(self) -> Dimensions:
         """(hidden_dim, depth, num_heads, patch_size), the name's unless a field overrides it."""
@@ -171,4 +252,5 @@ class ModelConfig(Config):
             "streams": dict(self.streams),
             "separate_times": self.separate_times,
             "patch_overlap": self.patch_overlap,
+            "route": self.routing,
         }

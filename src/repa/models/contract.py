@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
+from repa.models.config import Route
 
 State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by its name, (N, F)
 
@@ -57,7 +58,9 @@ class Output(NamedTuple):
     prediction: State  # keyed as the state; "x" is (N, 2C, H, W) where the network also answers a variance
     taps: dict[Tap, Tensor]  # hidden: residual stream after the block (N, T, D); attention: logits (N, h, T, T)
     heads: dict[int, Tensor]  # depth -> prediction of x from that block (N, C, H, W)
-    kept: Tensor | None = None  # (N, K) ids of the tokens in the taps; None: all T
+    kept: Tensor | None = (
+        None  # (N, K) ids of the tokens in the taps of the route's blocks; None: all T, as in other blocks
+    )
 
 
 class Backbone(nn.Module, ABC):
@@ -77,6 +80,7 @@ class Backbone(nn.Module, ABC):
         blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
         prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
         compiles: can torch.compile take it in one graph?
+        route: the blocks that see a share of the tokens in training; None: all see all.
     """
 
     hidden_dim: int
@@ -88,6 +92,7 @@ class Backbone(nn.Module, ABC):
     blocks: Sequence[nn.Module]
     prefix_tokens: int = 0
     compiles: bool = True
+    route: Route | None = None
 
     @abstractmethod
     def forward(
@@ -105,7 +110,10 @@ class Backbone(nn.Module, ABC):
             t: (N,), or (N, T) where a method gives every token its own time; passed on as it is.
             condition: of N samples.
             taps: the places to return.
-            keep: (N, K) ids of the tokens that the middle of the network sees, where it routes tokens; None: all.
+            keep: (N, K) ids of the tokens that the blocks of `route` see, where there is one; None: all.
+
+        A network with a route takes one argument more, `path_dropped` (N,) bool: the images for which the result of these
+        blocks is thrown away.
         """
 
     @abstractmethod

@@ -7,18 +7,25 @@ from repa.base.cost import Cost, cost_of
 from repa.models.config import ModelConfig
 from repa.models.contract import Condition
 from repa.models.dit import build
+from repa.models.routing import placeholder
 
 
-def model_cost(config: ModelConfig, *, token_times: bool = False) -> Cost:
-    """Of one image; latent size and channels must be filled in. `token_times`: every token has a time."""
+def model_cost(config: ModelConfig, *, token_times: bool = False, routed: bool = True) -> Cost:
+    """Of one image; latent size and channels must be filled in.
+
+    Args:
+        token_times: every token has a time.
+        routed: leave out the tokens that a route leaves out in training; samplers and averaged networks see all of them.
+    """
     with torch.device("meta"):
         model = build(config)
         state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
         t = torch.empty(1, model.grid[0] * model.grid[1]) if token_times else torch.empty(1)
         condition = Condition(torch.empty(1, dtype=torch.int64))
+        keep = placeholder(model.route, 1, model.grid) if routed else None
 
     def run() -> Tensor:
-        output = model(state, t, condition)
+        output = model(state, t, condition, keep=keep)
         return sum(part.sum() for part in (*output.prediction.values(), *output.heads.values()))
 
     return cost_of(model, run)

@@ -51,7 +51,7 @@ def to_diffusers(
         UserError: a network that diffusers' class cannot express: blocks that are not DiT's, or another MLP ratio.
     """
     arguments = constructor_arguments(state, num_heads)
-    other = not_plain(arguments)
+    other = not_plain(arguments, state)
     if arguments["qk_norm"] != "none":
         other = other or f"qk_norm is {arguments['qk_norm']}"
     if arguments["mlp_ratio"] != MLP_RATIO:

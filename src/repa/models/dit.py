@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models import BACKBONES
-from repa.models.config import FAMILIES, ModelConfig, check_dimensions, dimensions
+from repa.models.config import FAMILIES, ModelConfig, Route, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
@@ -28,6 +28,7 @@ from repa.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from repa.models.routing import Context, Router
 
 INIT_STD = 0.02  # of the label table and of the timestep MLP
 
@@ -46,6 +47,7 @@ class DiT(Backbone):
         heads: depths of blocks that also predict x, by a final layer each has to itself.
         patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
         separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
+        route: blocks that see a share of the tokens where `keep` says which, and how the others come back.
 
     Attributes:
         checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass:
@@ -76,6 +78,7 @@ class DiT(Backbone):
         heads: Sequence[int] = (),
         separate_times: bool = False,
         patch_overlap: int = 0,
+        route: Route | Sequence | None = None,
     ):
         super().__init__()
         height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
@@ -107,6 +110,11 @@ class DiT(Backbone):
         self.final_layer = FinalLayer(hidden_dim, patch_features, norm)
         self.streams = nn.ModuleDict({name: Stream(dim, hidden_dim) for name, dim in streams.items()})
         self.heads = nn.ModuleDict({str(tap): FinalLayer(hidden_dim, patch_features, norm) for tap in sorted(heads)})
+        self.router = None
+        if route:
+            self.route = Route(*route)
+            self.route.check(depth, heads, self.grid)
+            self.router = Router(self.route, hidden_dim, len(streams))
         self.check({name: torch.empty(1, *shape) for name, shape in self.state_shapes.items()}, tuple(map(Tap, heads)))
         self.initialise()
 
@@ -128,6 +136,8 @@ class DiT(Backbone):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         for module in (*final_layers, *self.streams.values()):
             nn.init.zeros_(module.linear.weight)
+        if self.router:
+            self.router.initialise()
 
     def null(self, like: Condition) -> Condition:
         return like._replace(labels=torch.full_like(like.labels, self.null_label))
@@ -145,27 +155,49 @@ class DiT(Backbone):
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
+        path_dropped: Tensor | None = None,
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`.
 
         t goes to the sinusoid as it is: t in [0, 1], or the integer timesteps of DDPM as floats. Hidden taps have the
-        tokens of streams in front, (N, P + T, D); attention taps are of the grid alone, (N, h, T, T).
+        tokens of streams in front, (N, P + T, D); attention taps are of the grid alone, (N, h, T, T). With `keep` those of
+        the route's blocks have K tokens in place of T; with none of the tokens these blocks do not run, and have no taps.
 
         Raises:
-            UserError: the state has other shapes, or a tap is no block.
+            UserError: the state has other shapes, a tap is no block, or tokens are to be left out by a network without route.
         """
         self.check(state, taps)
-        if keep is not None:
-            raise UserError("A DiT routes no tokens: it was given the ids of some to keep, so leave keep out.")
+        if self.router is None and not (keep is None and path_dropped is None):
+            raise UserError(
+                "A DiT without route routes no tokens: leave keep out, or build it with --model.route FIRST LAST."
+            )
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
         for name, stream in reversed(self.streams.items()):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
         silu_c, mask = self._conditioning(t, condition.labels)
         rotation = None if self.rotation is None else self.rotation(self.prefix_tokens)  # (P + T, D / h) twice
-        seen: dict[Tap, Tensor] = {}
-        heads: dict[int, Tensor] = {}
-        for depth, block in enumerate(self.blocks, start=1):
-            tapped = Tap(depth, "attention") in taps
+        context = Context(silu_c, mask, rotation)
+        seen = Output({}, {}, {}, keep)
+        if self.router is None:
+            x = self._through(range(1, len(self.blocks) + 1), x, context, taps, seen)
+        else:
+            first, last = self.route.first, self.route.last
+            x = self._through(range(1, first), x, context, taps, seen)
+            deep = self._routed(range(first, last + 1), x, context, taps, seen)
+            x = self.router.merge(x, deep, keep, path_dropped)
+            x = self._through(range(last + 1, len(self.blocks) + 1), x, context, taps, seen)
+        x = self.final_layer.normed(x, silu_c)
+        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
+        seen.prediction["x"] = self._image(tokens)
+        for place, (name, stream) in enumerate(self.streams.items()):
+            seen.prediction[name] = stream.linear(x[:, place])  # (N, F)
+        return seen
+
+    def _through(self, depths: range, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output) -> Tensor:
+        """Tokens x (N, P + T, D) after some blocks, whose taps and heads are written into `seen`."""
+        silu_c, mask, rotation = context
+        for depth in depths:
+            block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, logits = checkpoint(  # a block draws nothing
                     block, x, silu_c, mask, tapped, rotation, use_reentrant=False, preserve_rng_state=False
@@ -173,18 +205,22 @@ class DiT(Backbone):
             else:
                 x, logits = block(x, silu_c, mask, tapped, rotation)
             if tapped:
-                seen[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
+                seen.taps[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
             if Tap(depth) in taps:
-                seen[Tap(depth)] = x
+                seen.taps[Tap(depth)] = x
             if str(depth) in self.heads:
                 tokens = self.heads[str(depth)](x[:, self.prefix_tokens :], silu_c)
-                heads[depth] = self._image(tokens)
-        x = self.final_layer.normed(x, silu_c)
-        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
-        prediction = {"x": self._image(tokens)}
-        for place, (name, stream) in enumerate(self.streams.items()):
-            prediction[name] = stream.linear(x[:, place])  # (N, F)
-        return Output(prediction, seen, heads)
+                seen.heads[depth] = self._image(tokens)
+        return x
+
+    def _routed(self, depths: range, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output) -> Tensor | None:
+        """The kept tokens (N, P + K, D) after the blocks of the route; None where none is kept."""
+        if seen.kept is None:
+            return self._through(depths, x, context, taps, seen)
+        if seen.kept.shape[1] == 0:
+            return None
+        x, context = self.router.take(x, seen.kept), self.router.take_context(context, seen.kept)
+        return self._through(depths, x, context, taps, seen)
 
     def _image(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)  # (N, C, H, W)

@@ -30,6 +30,8 @@ SWIGLU = "blocks.0.mlp.w3.weight"
 COUNTER = "n_averaged"  # beside the weights of torch's AveragedModel
 DEEPEST = 6  # dictionaries within each other, in which weights are looked for
 
+FUSION = "router.fuse.weight"  # of a network that was trained with the merge fuse
+
 
 class Weights(NamedTuple):
     """One set of weights of a network in a checkpoint."""
@@ -104,7 +106,7 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
     """
     _check_kind(kind)
     arguments = constructor_arguments(state, num_heads=1)
-    if other := not_plain(arguments):
+    if other := not_plain(arguments, state):
         raise UserError(
             f"The code of REPA, SiT and DiT has no place for this network, whose {other}: use `repa export` instead."
         )
@@ -161,11 +163,11 @@ def constructor_arguments(
     }
 
 
-def not_plain(arguments: Mapping[str, Any]) -> str:
-    """What of these arguments DiT and SiT have no place for, as "norm is rms"; empty when they have all."""
+def not_plain(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """What of these arguments, and of their weights, DiT and SiT have no place for, as "norm is rms"; empty when they have all."""
     plain = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary": False, "streams": {}}
     found = [f"{name} is {arguments[name]}" for name, value in plain.items() if arguments[name] != value]
-    return found[0] if found else ""
+    return found[0] if found else "merge is fuse" if FUSION in state else ""
 
 
 def _mlp_width(state: Mapping[str, Tensor]) -> int:

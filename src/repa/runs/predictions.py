@@ -85,7 +85,7 @@ class Predictions:
 
     def _routed(self, x_t: Tensor, t: Tensor) -> Output:
         """Without a condition, and with no token in the blocks that the network can route around."""
-        if not getattr(self.model, "route", None):
+        if not self.model.route:
             raise UserError(
                 "The guidance path_drop needs a network that was trained with tokens routed around its middle blocks, and this "
                 "one was not: choose another guidance."

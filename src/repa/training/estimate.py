@@ -6,6 +6,7 @@ FLOPs are counted by torch on networks without weights; the time is those FLOPs 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from repa.diffusion.chain import Chain
 from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
 from repa.models import Backbone, Condition, Tap, build
+from repa.models.config import ROUTING, ModelConfig
 from repa.models.cost import model_cost
+from repa.models.routing import placeholder, tokens_at
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
@@ -165,7 +168,7 @@ def estimate(
         config=config, num_images=num_images, num_devices=num_devices, rate=rate,
         network=model_cost(config.model, token_times=each), averaged=_averaged(config),
         storable=bool(needs) and not any(need.attention for need in needs),
-        projectors=_projectors(config, dims, grid**2), teachers=teachers, autoencoder=autoencoder,
+        projectors=_projectors(config, dims), teachers=teachers, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
     )  # fmt: skip
 
@@ -184,19 +187,21 @@ def _averaged(config: TrainConfig) -> int:
     if not settings:
         return 0
     each = config.diffusion.token_times > 0 and not settings[0].get("cleanest")
-    return model_cost(config.model, token_times=each).forward
+    return model_cost(config.model, token_times=each, routed=False).forward
 
 
-def _projectors(config: TrainConfig, dims: dict[str, int], num_tokens: int) -> Cost:
+def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
     """Of all alignments together. A projector's backward is not asked for the gradient of what it sees when it measures only."""
     total = Cost(0, 0, 0)
     width = config.model.dims().hidden_dim
     for alignment in config.alignments:
         with torch.device("meta"):
-            term = Alignment.of(alignment, build(config.model), dims)
+            model = build(config.model)
+            term = Alignment.of(alignment, model, dims)
             if not list(term.parameters()):
                 continue
-            hidden = torch.empty(1, num_tokens, width, requires_grad=not alignment.measure_only)
+            tokens = tokens_at(model.route, alignment.depth, model.grid)
+            hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
             beside = Beside(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
         cost = cost_of(term, functools.partial(term.project, hidden, beside))
         total = Cost(*map(sum, zip(total, cost, strict=True)))
@@ -215,37 +220,48 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
         dims: target -> width of its tokens.
     """
     one, two = (_kept(config, depth, dims) for depth in (1, 2))
-    block, depth = two - one, config.model.dims().depth
-    if not config.checkpoint_activations:
-        return one + (depth - 1) * block
-    model = config.model
-    tokens = (model.latent_size // model.dims().patch_size) ** 2
-    return (
-        one + (depth - 1) * 4 * tokens * model.dims().hidden_dim
-    )  # of every block its input, of one at a time the rest
+    block, routed_block, model, route = two - one, 0, config.model, config.model.routing
+    grid = (model.latent_size // model.dims().patch_size,) * 2
+    routed = route.last - route.first + 1 if route else 0
+    if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
+        first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
+        routed_block = second - first
+        one = first - routed_block
+    if config.checkpoint_activations:  # of every block its input, of one at a time the rest
+        block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
+        routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
+    return one + (model.dims().depth - routed - 1) * block + routed * routed_block
 
 
-def _kept(config: TrainConfig, depth: int, dims: dict[str, int]) -> int:
-    """Of a network of `depth` blocks: what two images need more than one, so that weights do not count."""
-    heads = (1,) * bool(config.model.heads)
-    model = build(config.model.override(depth=depth, heads=heads))
+def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
+    """Of a network of `depth` blocks, the last `routed` of them in its route: what two images need more than one, so that weights
+    do not count."""
+    shape: dict[str, Any] = {"depth": depth, "heads": (1,) * bool(config.model.heads)}
+    if config.model.route and not routed:
+        shape |= {"route": (), **{name: ModelConfig.model_fields[name].default for name in ROUTING}}
+    elif routed:
+        shape["route"] = (depth - routed + 1, depth)
+    model = build(config.model.override(**shape))
     tokens = model.grid[0] * model.grid[1]
     terms = [
         Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid, num_classes=model.num_classes)
         for a in config.alignments
     ]
-    taps = tuple({Tap(1, a.tap) for a in config.alignments})
+    inside = [bool(routed) and config.model.routing.covers(a.depth) for a in config.alignments]
+    taps = [Tap(model.route.first if within else 1, term.tap.kind) for term, within in zip(terms, inside, strict=True)]
 
     def forward(num: int) -> Tensor:
         state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
         t = torch.rand(num, tokens) if config.diffusion.token_times else torch.rand(num)
-        output = model(state, t, Condition(torch.zeros(num, dtype=torch.int64)), taps)
-        losses = [_compared(term, output.taps[Tap(1, term.config.tap)], model) for term in terms]
+        keep = placeholder(model.route, num, model.grid)
+        output = model(state, t, Condition(torch.zeros(num, dtype=torch.int64)), tuple(set(taps)), keep)
+        losses = [_compared(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
         predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
         return sum(losses) + sum(predicted)
 
+    seen = {tokens_at(model.route, depth, model.grid), tokens}
     with autocast(torch.device("cpu"), "fp32" if config.precision == "fp32" else "bf16"):
-        return saved_bytes(lambda: forward(2), tokens) - saved_bytes(lambda: forward(1), tokens)
+        return saved_bytes(lambda: forward(2), *seen) - saved_bytes(lambda: forward(1), *seen)
 
 
 def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
@@ -269,12 +285,12 @@ def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
     return term.compare(student, target, beside=beside)
 
 
-def saved_bytes(forward: Callable[[], Tensor], num_tokens: int) -> int:
-    """Bytes of the storages that autograd saves in a forward, each once, those of attention weights left out."""
+def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:
+    """Bytes of the storages that autograd saves in a forward, each once, those of attention weights (T, T) left out."""
     storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no two have one address
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (num_tokens, num_tokens):
+        if all(tensor.shape[-2:] != (number, number) for number in num_tokens):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 

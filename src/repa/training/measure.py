@@ -22,6 +22,7 @@ from repa.data import Batch
 from repa.data.manifest import FeatureField
 from repa.encoders.contract import Features
 from repa.models import Condition, build
+from repa.models.routing import placeholder
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
 from repa.training.meters import peak_memory
@@ -224,7 +225,8 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in wanted_by(config)}
         clean = objective.clean(torch.zeros(num, channels, size, size), features)
         zeros = torch.zeros(num)
-        draws, weights = Draws(zeros, clean, zeros.bool(), zeros), torch.zeros(len(alignments))
+        keep = placeholder(model.route, num, model.grid)
+        draws, weights = Draws(zeros, clean, zeros.bool(), zeros, keep), torch.zeros(len(alignments))
         condition = Condition(zeros.long())
         with FlopCounterMode(display=False) as counter:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None

@@ -18,6 +18,7 @@ from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.routing import draw
 from repa.training.config import StreamConfig
 
 
@@ -39,6 +40,7 @@ class Draws(NamedTuple):
     visible: State | None = None  # term -> (N, T) bool: tokens that its projector sees, where it masks some
     # velocities of the images before these in the global batch, for contrastive flow matching
     other: State | None = None
+    path_dropped: Tensor | None = None  # (N,) bool: what the route's blocks give is thrown away; None: nobody's
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
@@ -46,7 +48,10 @@ class Draws(NamedTuple):
         keep = None if self.keep is None else self.keep[part]
         other = None if self.other is None else rows_of(self.other, part)
         visible = rows_of(self.visible or {}, part)
-        return Draws(self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other)
+        path = None if self.path_dropped is None else self.path_dropped[part]
+        return Draws(
+            self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other, path
+        )
 
 
 class Objective(nn.Module):
@@ -105,8 +110,13 @@ class Objective(nn.Module):
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
         t, first = self._token_times(t, stream)
-        visible = self._visible(num, step, x.device)
-        draws = Draws(t, noise, dropped, self._averaged_times(t, first, stream), visible=visible).rows(rows)
+        averaged, visible = self._averaged_times(t, first, stream), self._visible(num, step, x.device)
+        keep, path = None, None
+        if self.model.route:
+            keep, path = draw(
+                self.model.route, num, self.model.grid, generator(self.seed, "route", step, device=x.device)
+            )
+        draws = Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path).rows(rows)
         if not self.process.contrastive:
             return draws
         return draws._replace(other={name: self._before(part, noise[name], t, rows) for name, part in clean.items()})
@@ -186,7 +196,8 @@ class Objective(nn.Module):
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
         time = self.process.network_time(draws.t)
         condition = self._condition(condition, draws)
-        output = self.model(state, time, condition, self.taps, draws.keep)
+        path = {} if draws.path_dropped is None else {"path_dropped": draws.path_dropped}
+        output = self.model(state, time, condition, self.taps, draws.keep, **path)
 
         denoising = self._denoising(output.prediction["x"], clean, draws)  # Eq. 4, or Eq. 10 for DDPM
         total = torch.stack(list(denoising.values())).sum(0)  # (N,)

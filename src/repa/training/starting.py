@@ -10,7 +10,7 @@ from repa.base.errors import UserError
 from repa.models import DiT
 from repa.models.config import ModelConfig
 from repa.models.exported import CONFIG, read_exported
-from repa.models.published import KINDS, constructor_arguments, heads_of_named
+from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
 from repa.runs.checkpoint import load_checkpoint
 from repa.runs.importing import read_checkpoint
@@ -129,6 +129,8 @@ def _check_sizes(source: str, start: Start, model: DiT, num_heads: int) -> None:
     differences = [
         f"{word} {found[name]} (here {wanted[name]})" for name, word in SIZES.items() if found[name] != wanted[name]
     ]
+    if (FUSION in start.state) != (FUSION in model.state_dict()):
+        differences.append("the merge fuse" if FUSION in start.state else "no merge fuse")
     if differences:
         raise UserError(
             f"init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "

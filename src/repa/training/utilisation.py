@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from repa.models.routing import tokens_at
 from repa.training.measure import PRODUCT_SIDE, product_rate
 from repa.training.objective import Objective
 
@@ -17,13 +18,22 @@ def flops_of(objective: Objective) -> float:
 
     A multiply and an add are two. `measure.flops_per_image` counts them in seconds; this takes no time at the start of a run.
     """
-    model, tokens = objective.model, objective.model.grid[0] * objective.model.grid[1]
-    matrices = [
-        (name, p.numel()) for name, p in objective.named_parameters() if p.ndim > 1 and "y_embedder" not in name
-    ]
-    products = sum(2 * size * (1 if any(part in name for part in ONCE) else tokens) for name, size in matrices)
-    attention = model.depth * 2 * (2 * tokens**2 * model.hidden_dim)  # queries with keys, weights with values
+    model, products = objective.model, 0
+    for name, p in objective.named_parameters():
+        if p.ndim > 1 and "y_embedder" not in name:
+            once = any(part in name for part in ONCE)
+            products += 2 * p.numel() * (1 if once else tokens_at(model.route, _depth_of(name, objective), model.grid))
+    seen = [tokens_at(model.route, depth, model.grid) for depth in range(1, model.depth + 1)]
+    attention = sum(2 * (2 * tokens**2 * model.hidden_dim) for tokens in seen)  # queries with keys, weights with values
     return float(FORWARD_AND_BACKWARD * (products + attention))
+
+
+def _depth_of(name: str, objective: Objective) -> int:
+    """The block that a parameter belongs to, or whose tap its projector sees; 0: none, so that it sees all tokens."""
+    room, *path = name.split(".")
+    if room == "alignments":
+        return objective.alignments[path[0]].tap.depth
+    return int(path[1]) + 1 if path[0] == "blocks" else 0
 
 
 def ideal_seconds(objective: Objective, precision: str, device: torch.device) -> float:
