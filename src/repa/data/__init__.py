@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "Batch": "loader",
         "DataSet": "dataset",
+        "FeatureCache": "feature_cache",
         "Loader": "loader",
         "Manifest": "manifest",
         "PrepareConfig": "config",

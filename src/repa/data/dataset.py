@@ -29,6 +29,13 @@ class DataSet:
         self.reader = ShardReader(folder, manifest, stream.path if stream else None)
         self._captions = Captions(self.reader)
 
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __repr__(self) -> str:
+        stored = ", ".join(self.manifest.fields)
+        return f"DataSet({str(self.folder)!r}): {len(self)} images of {self.resolution} pixels, {self.num_classes} classes; {stored}"
+
     @property
     def num_bytes(self) -> int:
         """Size of all arrays."""

@@ -1,0 +1,273 @@
+"""Features by key, for a loader of one's own: those that `repa prepare` stored, or a folder that fills as training goes.
+
+FOLDER/
+  cache.json                    which encoder, shape and type of one entry
+  RANDOM.safetensors            the entries of one batch; its header holds their keys and checksums
+  .lock                         one process at a time adds
+"""
+
+import hashlib
+import json
+import uuid
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from repa.base import files, lock
+from repa.base.errors import UserError
+from repa.data.dataset import DataSet, open_data
+from repa.data.manifest import MANIFEST
+from repa.data.packing import unpack
+from repa.encoders.contract import VisionEncoder
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FACTS = "cache.json"
+GIB = 1 << 30
+
+
+class FeatureCache:
+    """Features of images by key: `cache[keys]`, float32 (N, M, F). Made by `open`.
+
+        cache = FeatureCache.open("features", encoder)
+        features = cache.fill(paths, lambda missing: encoder(images[missing], grid=16).patches)
+
+    What is added stays; when `limit` is reached, nothing more is stored, as data that is read in epochs would push out what
+    comes next. Processes share a folder: each sees what others added.
+    """
+
+    def __init__(self, folder: Path, identity: Any, dtype: str, limit: float):
+        self.folder, self.identity, self.dtype, self.limit = folder, identity, dtype, limit
+        self.shape: tuple[int, ...] | None = None
+        self._places: dict[str, list[tuple[str, int, str]]] = {}  # key -> (file, row, checksum)
+        self._sizes: dict[str, int] = {}
+        self._told = False
+
+    @staticmethod
+    def open(
+        folder: str | Path,
+        encoder: VisionEncoder | str | None = None,
+        *,
+        dtype: str = "fp16",
+        limit: float = 64 * GIB,
+    ) -> "FeatureCache | PreparedFeatures":
+        """A folder of features; made when it is absent.
+
+        Args:
+            folder: of `repa prepare`: keys are then the numbers of images, 0, 1, ...; or of a cache.
+            encoder: whose features: of a prepared folder a name, where it has several; of a cache the encoder, or any text
+                that names it: features of another are refused.
+            dtype: how entries are stored, fp16, bf16 or fp32.
+            limit: bytes on the disk.
+
+        Raises:
+            UserError: the folder holds features of another encoder, or something else.
+        """
+        folder = Path(folder)
+        if (folder / MANIFEST).is_file():
+            return PreparedFeatures(open_data(folder), encoder.name if isinstance(encoder, VisionEncoder) else encoder)
+        if dtype not in DTYPES:
+            raise UserError(f"Features are stored as {', '.join(DTYPES)}, but dtype is {dtype!r}.")
+        identity = encoder.identity if isinstance(encoder, VisionEncoder) else encoder
+        cache = FeatureCache(folder, identity, dtype, limit)
+        if folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+            raise UserError(f"{folder} is neither prepared data nor a cache of features: choose an empty folder.")
+        cache._refresh()
+        return cache
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return str(key) in self._places
+
+    def __repr__(self) -> str:
+        used = files.size(sum(self._sizes.values()))
+        return f"FeatureCache({str(self.folder)!r}): {len(self)} entries of {self.shape}, {used} of {files.size(self.limit)}"
+
+    def __getitem__(self, keys: Hashable | Sequence[Hashable]) -> Tensor:
+        """(N, M, F) of N keys, or (M, F) of one.
+
+        Raises:
+            UserError: a key is not there, or its entry is damaged.
+        """
+        if isinstance(keys, (str, int)):
+            return self[[keys]][0]
+        found = self.find(keys)
+        missing = [key for key, entry in zip(keys, found, strict=True) if entry is None]
+        if missing:
+            raise UserError(
+                f"{self.folder} has no whole features for {len(missing)} of {len(keys)} keys, such as {missing[0]!r}: add them with "
+                "fill."
+            )
+        return torch.stack(found)
+
+    def find(self, keys: Sequence[Hashable]) -> list[Tensor | None]:
+        """Each entry, float32 (M, F), or None where there is no whole one."""
+        if any(str(key) not in self._places for key in keys):
+            self._refresh()  # another process may have added it
+        return [self._read(str(key)) for key in keys]
+
+    def fill(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """(N, M, F): stored entries, and for the others what `compute` gives, which is stored while there is room.
+
+        Args:
+            compute: positions in `keys` that are missing -> their features (n, M, F).
+        """
+        found = self.find(keys)
+        missing = [position for position, entry in enumerate(found) if entry is None]
+        if missing:
+            new = compute(missing).detach()
+            if len(new) != len(missing):
+                raise UserError(f"compute was asked for the features of {len(missing)} images, but gave {len(new)}.")
+            self.add([keys[position] for position in missing], new)
+            for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
+                found[position] = entry
+        return torch.stack(found)
+
+    def add(self, keys: Sequence[Hashable], features: Tensor) -> bool:
+        """Store (N, M, F) under N keys, whole or not at all; False when there is no room.
+
+        Raises:
+            UserError: another shape than the entries have, or values that their type cannot hold.
+        """
+        names = [str(key) for key in keys]
+        stored = features.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        if len(names) != len(stored):
+            raise UserError(f"{len(names)} keys do not fit {len(stored)} features.")
+        if not stored.isfinite().all():
+            raise UserError(
+                f"Features are not finite as {self.dtype}: check the encoder, or open the cache with dtype='fp32'."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(self.folder / ".lock"):
+            files.remove_leftovers(self.folder)  # of a process that was killed: the lock is ours
+            self._refresh()
+            shape = tuple(stored.shape[1:])
+            if self.shape is None:
+                facts = {"encoder": self.identity, "dtype": self.dtype, "shape": shape}
+                files.write_json(self.folder / FACTS, facts)
+                self.shape = shape
+            if shape != self.shape:
+                raise UserError(
+                    f"{self.folder} holds features {self.shape}, but was given {shape}: take another folder."
+                )
+            header = {"keys": json.dumps(names), "checksums": json.dumps([_checksum(row) for row in stored])}
+            content = save({"features": stored}, metadata=header)
+            if sum(self._sizes.values()) + len(content) > self.limit:
+                self._say_full()
+                return False
+            path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+            files.write_bytes(path, content)
+            self._take(path)
+        return True
+
+    def _refresh(self) -> None:
+        """Learn of files that are new."""
+        path = self.folder / FACTS
+        if self.shape is None and path.is_file():
+            facts = files.read_object(path, dtype=str, shape=list)
+            if facts.get("encoder") != self.identity and self.identity is not None:
+                raise UserError(
+                    f"{self.folder} holds features of {facts.get('encoder')}, not of {self.identity}: take another folder."
+                )
+            if facts["dtype"] not in DTYPES or not all(type(side) is int and side > 0 for side in facts["shape"]):
+                raise UserError(f"{path} is damaged: remove {self.folder} and fill it again.")
+            self.identity, self.dtype, self.shape = facts.get("encoder"), facts["dtype"], tuple(facts["shape"])
+        if self.shape is not None:
+            for file in sorted(self.folder.glob("[0-9a-f]*.safetensors")):
+                if file.name not in self._sizes:
+                    self._take(file)
+
+    def _take(self, path: Path) -> None:
+        """Enter the keys of a file; a file that is none of ours, or is damaged, is passed over, and its entries are made anew."""
+        self._sizes[path.name] = path.stat().st_size
+        try:
+            with safe_open(path, "pt") as file:
+                header, shape = file.metadata() or {}, file.get_slice("features").get_shape()
+                names, checksums = json.loads(header["keys"]), json.loads(header["checksums"])
+            whole = len(names) == len(checksums) == shape[0] and tuple(shape[1:]) == self.shape
+            if not (whole and all(isinstance(text, str) for text in (*names, *checksums))):
+                raise ValueError("its header does not fit")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path} is damaged and is passed over ({error}): its entries are made again.", stacklevel=4)
+            return
+        for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
+            self._places.setdefault(name, []).append((path.name, row, checksum))
+
+    def _read(self, name: str) -> Tensor | None:
+        places = self._places.get(name, [])
+        for place in list(places):
+            file_name, row, checksum = place
+            try:
+                with safe_open(self.folder / file_name, "pt") as file:
+                    entry = file.get_slice("features")[row]
+            except (SafetensorError, OSError):
+                entry = None
+            if entry is not None and _checksum(entry) == checksum:
+                return entry.float()
+            places.remove(place)
+        self._places.pop(name, None)
+        return None
+
+    def _say_full(self) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self.folder} is full ({files.size(self.limit)}): features of further images are computed each time. Raise limit.",
+                stacklevel=4,
+            )
+
+
+class PreparedFeatures:
+    """Stored tokens of prepared data: keys are the numbers of images, in the order of the source."""
+
+    def __init__(self, data: DataSet, encoder: str | None):
+        names = list(data.features)
+        if encoder is None and len(names) == 1:
+            (encoder,) = names
+        if encoder not in names:
+            raise UserError(
+                f"{data.folder} stores features of {', '.join(names) or 'no encoder'}: name one of them, not {encoder!r}."
+            )
+        self.data, self.encoder, self._basis = data, encoder, data.basis(encoder, "cpu")
+        facts = data.features[encoder]
+        self.shape = (facts.grid**2, facts.dim)
+
+    def __len__(self) -> int:
+        return self.data.num_images
+
+    def __contains__(self, key: Hashable) -> bool:
+        return type(key) is int and 0 <= key < len(self)
+
+    def __repr__(self) -> str:
+        return f"PreparedFeatures({str(self.data.folder)!r}): {self.encoder}, {len(self)} entries of {self.shape}"
+
+    def __getitem__(self, keys: int | Sequence[int] | np.ndarray) -> Tensor:
+        """(N, M, F) of N numbers, or (M, F) of one; raises UserError for what is no number of an image."""
+        if isinstance(keys, (int, np.integer)):
+            return self[[int(keys)]][0]
+        rows = np.asarray(keys)
+        if (
+            rows.ndim != 1
+            or rows.dtype.kind not in "iu"
+            or (len(rows) and not 0 <= rows.min() <= rows.max() < len(self))
+        ):
+            raise UserError(
+                f"Prepared features have the numbers of images 0 to {len(self) - 1} as keys, but got {keys!r:.80}."
+            )
+        stored = torch.from_numpy(self.data.gather(f"features.{self.encoder}", rows))
+        scale = None
+        if self.data.features[self.encoder].form.endswith("int8"):
+            scale = torch.from_numpy(self.data.gather(f"scale.{self.encoder}", rows))
+        return unpack(stored, scale, self._basis)
+
+
+def _checksum(entry: Tensor) -> str:
+    return hashlib.blake2b(entry.contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()

@@ -1,0 +1,135 @@
+"""Features by key: whole, bounded, shared by processes, of one encoder."""
+
+import multiprocessing
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.base.images import to_tensor
+from repa.data import FeatureCache, PrepareConfig, open_data, open_source, prepare
+from repa.encoders import load_encoder
+
+
+def rows(*numbers):
+    return torch.stack([torch.full((4, 3), float(n)) for n in numbers])
+
+
+def computed(log):
+    def compute(positions):
+        log.append(list(positions))
+        return rows(*positions)
+
+    return compute
+
+
+def test_only_what_is_missing_is_computed(tmp_path):
+    log, cache = [], FeatureCache.open(tmp_path / "cache", "an encoder")
+    assert torch.equal(cache.fill(["a", "b"], computed(log)), rows(0, 1))
+    assert torch.equal(cache.fill(["b", "c", "a"], computed(log)), rows(1, 1, 0))
+    assert log == [[0, 1], [1]]
+    again = FeatureCache.open(tmp_path / "cache", "an encoder")
+    assert len(again) == 3
+    assert "c" in again
+    assert torch.equal(again[["c", "a"]], rows(1, 0))
+    assert torch.equal(again["b"], rows(1)[0])
+    with pytest.raises(UserError, match="'d'"):
+        again[["a", "d"]]
+
+
+def test_one_process_sees_what_another_added(tmp_path):
+    first, second = (FeatureCache.open(tmp_path / "cache") for _ in range(2))
+    first.add(["a"], rows(7))
+    assert torch.equal(second[["a"]], rows(7))
+
+
+def _fill(folder, start):
+    cache = FeatureCache.open(folder)
+    for key in range(start, start + 20):
+        cache.fill([key, key + 1], lambda missing, key=key: rows(*(key + m for m in missing)))
+
+
+def test_processes_fill_one_folder_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_fill, args=(tmp_path / "cache", start)) for start in (0, 10)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert torch.equal(FeatureCache.open(tmp_path / "cache")[list(range(31))], rows(*range(31)))
+
+
+def test_nothing_is_stored_beyond_the_limit(tmp_path):
+    cache = FeatureCache.open(tmp_path / "cache", limit=1500)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for key in range(40):
+            assert torch.equal(cache.fill([key], lambda _, key=key: rows(key)), rows(key))
+    assert ["full" in str(warning.message) for warning in said] == [True]
+    stored = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert 1000 < stored <= 1500
+    assert 0 in cache
+    assert 39 not in cache
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "header", "gone"])
+def test_damaged_entries_are_made_again(tmp_path, damage):
+    FeatureCache.open(tmp_path / "cache").add(["a", "b"], rows(1, 2))
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "byte":
+        content[-1] ^= 255  # of the last entry
+    elif damage == "cut":
+        del content[-8:]
+    elif damage == "header":
+        content = content.replace(b'keys":"[', b'keys":"{')
+    path.write_bytes(content)
+    if damage == "gone":
+        cache = FeatureCache.open(tmp_path / "cache")
+        path.unlink()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache = FeatureCache.open(tmp_path / "cache")
+    log = []
+    assert torch.equal(cache.fill(["a", "b"], lambda missing: log.append(missing) or rows(1, 2)[missing]), rows(1, 2))
+    assert log == ([[1]] if damage == "byte" else [[0, 1]])
+    assert torch.equal(FeatureCache.open(tmp_path / "cache")[["a", "b"]], rows(1, 2))
+
+
+def test_another_encoder_shape_or_folder_is_refused(tmp_path):
+    cache = FeatureCache.open(tmp_path / "cache", "one")
+    cache.add(["a"], rows(1))
+    with pytest.raises(UserError, match="not of other"):
+        FeatureCache.open(tmp_path / "cache", "other")
+    with pytest.raises(UserError, match="take another folder"):
+        cache.add(["b"], torch.zeros(1, 5, 3))
+    with pytest.raises(UserError, match="not finite as fp16"):
+        cache.add(["b"], rows(1) * 1e6)
+    with pytest.raises(UserError, match="do not fit"):
+        cache.add(["b", "c"], rows(1))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="neither"):
+        FeatureCache.open(tmp_path / "own")
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_prepared_features_by_number(tmp_path, form):
+    config = PrepareConfig(resolution=32, features=("tiny",), feature_forms=(form,), num_workers=0)
+    prepare("photographs:num=6", tmp_path / "data", config)
+    cache = FeatureCache.open(tmp_path / "data")
+    assert len(cache) == len(open_data(tmp_path / "data")) == 6
+    source, encoder = open_source("photographs:num=6"), load_encoder("tiny")
+    images = torch.stack([to_tensor(source.image(i, 32)) for i in (4, 1)])
+    expected = encoder(images, grid=int(cache.shape[0] ** 0.5)).patches
+    torch.testing.assert_close(cache[np.array([4, 1])], expected, atol=0.05, rtol=0.02)
+    assert torch.equal(cache[4], cache[[4, 1]][0])
+    assert 6 not in cache
+    with pytest.raises(UserError, match="0 to 5"):
+        cache[[6]]
+    with pytest.raises(UserError, match="stores features of tiny"):
+        FeatureCache.open(tmp_path / "data", "dinov2-b")
