@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -131,7 +132,12 @@ def test_without_network_the_way_out_is_named(monkeypatch):
         load_autoencoder("sd-vae-ft-ema", weights="nobody/not-a-repository")
 
 
-def test_a_broken_diffusers_is_answered(monkeypatch, kl_folder):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match="diffusers cannot be imported"):
-        load_autoencoder("kl", weights=kl_folder)
+def test_a_missing_and_a_broken_diffusers_are_answered(monkeypatch, kl_folder):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    for module, said in ((None, r'pip install "repa\[latents\]"'), (Broken("diffusers"), "remove a torchvision")):
+        monkeypatch.setitem(sys.modules, "diffusers", module)
+        with pytest.raises(UserError, match=said):
+            load_autoencoder("kl", weights=kl_folder)

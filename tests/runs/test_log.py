@@ -113,5 +113,5 @@ def test_weights_and_biases_gets_the_numbers_offline(tmp_path, monkeypatch):
 
 def test_without_weights_and_biases_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="wandb is not installed: pip install 'repa.wandb.', or leave out --wandb"):
+    with pytest.raises(UserError, match=r'--wandb needs wandb.* pip install "repa\[wandb\]"'):
         MetricsLog(tmp_path, project="repa")

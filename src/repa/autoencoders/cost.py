@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from repa.autoencoders.contract import load_autoencoder
+from repa.base import extras
 from repa.base.cost import Cost, cost_of
 from repa.base.errors import UserError
 
@@ -66,8 +67,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
 
 def _outline(kind: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:
     """A model of diffusers on the meta device, and its latent channels."""
-    import diffusers
-
+    diffusers = extras.need("diffusers", "The cost of an autoencoder")
     with torch.device("meta"):
         vae = getattr(diffusers, kind)(**arguments)
     return vae.requires_grad_(False), arguments["latent_channels"]

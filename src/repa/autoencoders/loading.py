@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from repa.base import extras
 from repa.base.errors import UserError
 
 
@@ -54,14 +55,13 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
 
 
 def _diffusers() -> Any:
+    diffusers = extras.need("diffusers", "An autoencoder of latents")
     try:
-        import diffusers
-
         diffusers.AutoencoderKL  # noqa: B018  the import proper: diffusers is lazy
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"diffusers cannot be imported ({reason}): install it, and remove a torchvision built for another torch."
+            f"diffusers cannot be imported ({reason}): remove a torchvision built for another torch."
         ) from error
     return diffusers
 

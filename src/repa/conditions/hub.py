@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repa.base import faults, files
+from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.families import Family, family_of
@@ -132,8 +132,9 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
 
 def _network(name: str, family: Family, folder: Path) -> nn.Module:
     """The network, float32, every tensor of it from the folder."""
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
+
+    transformers = extras.need("transformers", f"The text encoder {name}")
 
     try:
         with faults.reading(folder, f"weights of the text encoder {name}", "Download or copy them again."):
@@ -150,8 +151,7 @@ def _network(name: str, family: Family, folder: Path) -> nn.Module:
 
 
 def _tokenizer(name: str, folder: Path) -> Any:
-    import transformers
-
+    transformers = extras.need("transformers", f"The text encoder {name}")
     try:
         with faults.reading(folder, f"the tokenizer of the text encoder {name}", "Download or copy it again."):
             tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repa.base import extras
 from repa.base.errors import UserError, nearest
 from repa.diffusion.denoiser import Denoiser
 from repa.diffusion.interpolants import check_numbers
@@ -143,10 +144,7 @@ def dopri5(
     check_numbers("sampler dopri5", rtol=rtol, atol=atol)
     if min(rtol, atol) <= 0:
         raise UserError(f"The tolerances of dopri5 must be positive, but got rtol={rtol}, atol={atol}.")
-    try:
-        from torchdiffeq import odeint
-    except ModuleNotFoundError:
-        raise UserError('The sampler dopri5 needs torchdiffeq: pip install "repa[ode]".') from None
+    odeint = extras.need("torchdiffeq", "The sampler dopri5").odeint
     x = to_state(noise)
     grid = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
     # step_t: without it the solver steps past t = 0, where no network was trained, and interpolates back

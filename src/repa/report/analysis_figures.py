@@ -11,7 +11,7 @@ import numpy as np
 
 from repa.base.errors import UserError
 from repa.base.files import atomic_path
-from repa.report.style import TEXT, frame, legend_label, line, strong
+from repa.report.style import TEXT, frame, legend_label, line, new_figure, strong
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +35,6 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
         value: the key of what is drawn.
         label: what the axis calls it.
     """
-    from matplotlib.figure import Figure
-
     of_runs = [row for row in rows if row.get("depth") is not None]
     if not of_runs:
         raise UserError("There is nothing to draw: no row has a depth.")
@@ -44,7 +42,7 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
     maps = [n for n in networks if len({row["t"] for row in of_runs if _network(row) == n}) > 1]
     steps = sorted({row["step"] for row in of_runs})
     panels = 1 + len(maps) + (len(steps) > 1)
-    picture = Figure(figsize=(PANEL[0] * panels + LEGEND * (1 + (len(steps) > 1)), PANEL[1]), layout="constrained")
+    picture = new_figure(figsize=(PANEL[0] * panels + LEGEND * (1 + (len(steps) > 1)), PANEL[1]), layout="constrained")
     axes = picture.subplots(1, panels, squeeze=False)[0]
     _draw_depths(axes[0], rows, value, label)
     told = [row[value] for row in of_runs if not math.isnan(row[value])] or [0.0]  # NaN: a gap in curve and map
@@ -60,13 +58,11 @@ def picture_table(
     pictures: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Figure:
     """Pictures uint8 (H, W, 3) in rows and columns, enlarged without smoothing, each row and column with its label."""
-    from matplotlib.figure import Figure
-
     num_rows, num_columns = len(pictures), max(map(len, pictures))
     beside = 0.2 + 0.065 * max((len(part) for label in row_labels for part in label.split("\n")), default=0)
     above = 0.1 + 0.17 * max((label.count("\n") + 1 for label in column_labels if label), default=0)
     size = beside + PICTURE * num_columns, above + PICTURE * num_rows + 0.1
-    picture = Figure(figsize=size, facecolor="white")
+    picture = new_figure(figsize=size, facecolor="white")
     for r, row in enumerate(pictures):
         bottom = (PICTURE * (num_rows - 1 - r) + 0.1) / size[1]
         picture.text(

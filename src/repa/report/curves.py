@@ -13,7 +13,7 @@ from repa.report.learning import QUANTITIES, Quantity
 from repa.report.protocols import Protocol, distance_name
 from repa.report.records import RunRecord, common_protocol
 from repa.report.seeds import Group, grouped
-from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, strong
+from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,11 +44,9 @@ def curve_figure(
         protocol: which Fréchet distances, see `RunRecord.protocols`; the one that most runs share when None.
         size: inches.
     """
-    from matplotlib.figure import Figure
-
     if kind not in KINDS:
         raise UserError(f"There is no curve {kind!r}: choose from {', '.join(KINDS)}.{nearest(kind, KINDS)}")
-    picture = Figure(figsize=size, layout="constrained")
+    picture = new_figure(figsize=size, layout="constrained")
     draw_curves(picture.add_subplot(), runs, kind, against=against, protocol=protocol)
     return picture
 

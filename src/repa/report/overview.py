@@ -10,7 +10,7 @@ from repa.report.pictures import MOST_IMAGES, read_preview, tile_pixels
 from repa.report.protocols import DISTANCE, Protocol, distance_name
 from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.seeds import group_indices, grouped
-from repa.report.style import colour
+from repa.report.style import colour, new_figure
 from repa.report.text import count, figure
 from repa.runs import layout
 
@@ -27,8 +27,6 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     Runs without previews have no panel; without evaluations the denoising loss is drawn instead.
     Raises UserError when there is neither a preview nor a logged step.
     """
-    from matplotlib.figure import Figure
-
     out, records = Path(out), read_runs(runs, names)
     drawn = [(i, run, steps[-1]) for i, run in enumerate(records) if (steps := layout.preview_steps(run.path))]
     if not drawn and not any(run.steps for run in records):
@@ -36,7 +34,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     tiles = [tile_pixels(read_preview(run, step)[:MOST_IMAGES]) for _, run, step in drawn]
     widths = [TILE * pixels.shape[1] / pixels.shape[0] for pixels in tiles]
     size = sum(width + BESIDE for width in widths) + CURVE_LABELS + CURVE + 2 * BESIDE, ABOVE + TILE + BELOW
-    picture = Figure(figsize=size, facecolor="white")
+    picture = new_figure(figsize=size, facecolor="white")
 
     def panel(left: float, width: float):
         return picture.add_axes((left / size[0], BELOW / size[1], width / size[0], TILE / size[1]))

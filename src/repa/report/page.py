@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from markupsafe import Markup, escape
 
+from repa.base import extras
 from repa.base.files import write_text
 from repa.report.analysis_results import accuracies, read_analyses
 from repa.report.configs import config_differences
@@ -114,13 +115,17 @@ def write_report(
 
 
 def _environment():
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    jinja2 = extras.need("jinja2", "The report")
 
     def source(name: str) -> str:
         return resources.files("repa.report").joinpath(name).read_text("utf-8")
 
-    environment = Environment(
-        loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "count": count, "duration": duration, "figure": figure, "how_made": how_made, "short_count": short_count,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from repa.base import extras
 from repa.base.errors import UserError
 from repa.report.records import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (
     "#0072b2",
@@ -78,6 +80,11 @@ def frame(axes: Axes, horizontal: str, vertical: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.tick_params(color=RULE, labelcolor=TEXT, labelsize=9)
+
+
+def new_figure(**settings: Any) -> Figure:
+    """matplotlib's Figure(**settings); raises UserError where matplotlib is not installed."""
+    return extras.need("matplotlib.figure", "A picture of a report").Figure(**settings)
 
 
 def dress(axes: Axes, label: str, horizontal_label: str) -> None:

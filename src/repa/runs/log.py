@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from repa.base import dist, faults, files
+from repa.base import dist, extras, faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 
@@ -95,10 +95,7 @@ class WeightsAndBiases:
     """One run there for one run folder, continued when training is; offline it lies in the folder's `wandb/` until synced."""
 
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("wandb is not installed: pip install 'repa[wandb]', or leave out --wandb.") from None
+        wandb = extras.need("wandb", "--wandb")
         name = run / layout.WANDB_ID
         if not name.is_file():
             files.write_text(name, secrets.token_hex(4))

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from repa.base import extras
 from repa.base.errors import UserError, nearest
 from repa.base.images import decode_image
 from repa.data.sources.archives import Slices
@@ -120,11 +121,7 @@ def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> Table
 
 
 def _library() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("Hugging Face data sets need a package: pip install 'repa[hf]'.") from error
-    return datasets
+    return extras.need("datasets", "A Hugging Face data set")
 
 
 def _loading(load: Callable[[], Any], where: str) -> Any:

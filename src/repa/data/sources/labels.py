@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repa.base import faults, files
+from repa.base import extras, faults, files
 from repa.base.errors import UserError, nearest
 from repa.base.images import image_endings
 from repa.data.sources.contract import plain_text, printable
@@ -315,8 +315,7 @@ def label_columns(there: Iterable[str]) -> list[str]:
 
 
 def _read_parquet(path: Path, column: str) -> tuple[list[str], list[Any]]:
-    from pyarrow import lib, parquet
-
+    lib, parquet = (extras.need(f"pyarrow.{name}", f"The table {path}") for name in ("lib", "parquet"))
     try:
         key = _columns(path, parquet.read_schema(path).names, column)
         table = parquet.read_table(path, columns=[key, column])

