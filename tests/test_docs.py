@@ -140,6 +140,7 @@ def test_a_private_backbone_trains_and_samples(mylab, data_folder, tmp_path):
         "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
         "--preview.every", "0", "--alignments.0.target", "tiny", "--alignments.0.projector", "linear",
         "--model.backbone", "mylab.backbones.convolutions:width=8", "--model.patch-size", "1",
+        "--optimizer.name", "adamw",
     ]  # fmt: skip
     assert run(train) == 0
     assert run(["sample", "run", "--num-images", "2", "--steps", "2", "--out", "samples.npz", "--trust", "mylab"]) == 0

@@ -49,7 +49,7 @@ def test_every_row_of_the_tables_has_its_recipe():
     expected |= {
         f"{model}{tail}" for model in ("sit-b2", "sit-l2", "sit-xl2", "dit-l2", "dit-xl2") for tail in ("", "-repa")
     }
-    expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa", "quickstart-muon"}
+    expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
     expected |= {"cifar10", "cifar10-repa"}
     assert set(RECIPES) == expected | set(method_recipes()) | set(pixel_recipes())
 

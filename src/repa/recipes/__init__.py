@@ -12,7 +12,7 @@ from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
 from repa.recipes.pixels import pixel_recipes
-from repa.recipes.quickstart import quickstart, quickstart_muon, quickstart_repa
+from repa.recipes.quickstart import quickstart, quickstart_repa
 from repa.recipes.recipe import Recipe
 from repa.report.paper import ROWS
 from repa.runs import layout
@@ -24,7 +24,6 @@ RECIPES: dict[str, Recipe] = {
     **pixel_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
-    "quickstart-muon": Recipe.of(quickstart_muon),
     "cifar10": Recipe.of(cifar10),
     "cifar10-repa": Recipe.of(cifar10_repa),
 }

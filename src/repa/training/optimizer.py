@@ -19,13 +19,10 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Op
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     if settings.name == "adamw":
         return _adamw([p for _, p in named], settings)
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"The optimizer muon is torch.optim.Muon, which torch {torch.__version__} lacks: install torch 2.9 or newer, "
-            "or choose adamw."
-        )
     hidden = {id(p) for p in objective.model.matrices()}
     matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
+    if not matrices:
+        raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
     return MuonAdamW(matrices, others, settings)
 
 
