@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in one call of at most nine minutes: the CUDA tests, then the table of training steps.
+# Every check that needs a GPU, in one call of at most nine minutes: the CUDA tests, then benchmarks/gpu.py, the instrument of
+# `repa bench` at its full length, in one process.
 #
 #     OUT=results bash benchmarks/gpu.sh [--wheels FOLDER] [--device cpu]
 #
-# Writes $OUT/log.txt, $OUT/tests.xml, $OUT/NAME.json and NAME.md for each table. --wheels installs the .whl files of a folder
+# Writes $OUT/log.txt, $OUT/tests.xml, $OUT/gpu.json (whole after each row) and $OUT/trace.json.gz. --wheels installs the .whl files of a folder
 # first, for a machine without network. --device cpu tries the script itself, with a tiny network.
 # A part that fails does not stop the others; the exit code is that of the tests.
 set -uo pipefail
@@ -40,18 +41,11 @@ echo "== tests"
 timeout --kill-after=5 150 "$python" -m pytest -q -k cuda --junitxml "$out/tests.xml" tests/training/test_cuda.py
 tests=$?
 
-step() {  # NAME, then options of the benchmark; later tables get what time is left
-  local name=$1; shift
-  echo "== $name ($(left) s left)"
-  within "$python" benchmarks/train_step.py --device "$device" --out "$out/$name.json" "$@"
-}
-if [ "$device" = cpu ]; then
-  step tiny --models SiT-S/8 --batch 2 --latent 16 --width 64 --layers 1 --teachers cached online --rounds 1
-else
-  step xl-online --models SiT-XL/2 --batch 128 --teachers online --compiled --rounds 3  # the target: 400 images a second
-  step table --models SiT-B/2 SiT-L/2 --batch 256 --teachers cached online --compiled --rounds 3
-  step xl-cached --models SiT-XL/2 --batch 128 --teachers cached --rounds 3
-  step plain --models SiT-B/2 --batch 64 --teachers online --plain --rounds 3
+echo "== measure ($(left) s left)"
+trace=()
+[ "$device" = cpu ] || trace=(--trace "$out/trace.json.gz")
+within "$python" benchmarks/gpu.py --device "$device" --out "$out/gpu.json" --seconds "$(($(left) - 10))" ${trace[@]+"${trace[@]}"}
+if [ "$device" != cpu ]; then
   within "$python" benchmarks/adaln.py --model SiT-XL/2 --batch 256
 fi
 echo "== $((SECONDS - started)) s; the tests ended with $tests"

@@ -57,7 +57,7 @@ def main() -> None:
     def row(name: str, images: Tensor, rate: float) -> None:
         difference = (images.int() - exact.int()).abs().flatten().float()
         high = difference.kthvalue(int(0.99 * len(difference))).values
-        fd = evaluate(batches(images), judge, reference, ("fd",))["frechet_distance"]
+        fd = evaluate(batches(images), judge, reference, ("fd",))["fd"]
         print(f"{name:<20}{rate:>10.1f}{difference.mean():>8.2f}{high:>8.0f}{difference.max():>9.0f}{fd:>10.4f}")
 
     row("fp32", exact, rate)

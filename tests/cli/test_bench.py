@@ -25,7 +25,20 @@ def _small_products(monkeypatch):
 
 def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    words = ["--data", str(data_folder), "--batch-size", "4", "8", "--rounds", "1", "--out", str(out)]
+    trace = tmp_path / "trace.json.gz"
+    words = [
+        "--data",
+        str(data_folder),
+        "--batch-size",
+        "4",
+        "8",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+        "--trace",
+        str(trace),
+    ]
     assert run(["bench", str(recipe), *words]) == 0
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
@@ -33,6 +46,9 @@ def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
     assert sorted(kinds) == [(n, p, "cached") for n in (4, 8) for p in ("bf16", "fp32")]
     assert all(row["parts"]["data"] > 0 for row in found["rows"])
     assert printed.count("| SiT-S/4 |") == 4
+    assert printed.count("Kernels: ") == 1  # of the recipe's own step, whose timeline is kept
+    assert trace.exists()
+    assert all(sum(row["profile"]["categories"].values()) > 0 for row in found["rows"])
     assert "Next: " in printed or "Nothing that was measured" in printed
     for gain, sentence in found["advice"]:
         assert gain >= 1.03
@@ -49,10 +65,13 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
 def test_a_teacher_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
     data = tmp_path / "data"
     assert run(["prepare", str(image_folder), str(data), "--resolution", "16"]) == 0
-    assert run(["bench", str(recipe), "--data", str(data), "--rounds", "1", "--precision", "fp32"]) == 0
+    words = ["--rounds", "1", "--precision", "fp32", "--out", str(tmp_path / "bench.json")]
+    assert run(["bench", str(recipe), "--data", str(data), *words]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| SiT-S/4 | online | 8 |") == 1
     assert "Store the target tokens" in printed
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert rows[0]["utilisation_with_encoder"] > rows[0]["utilisation"] > 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +90,7 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
 
 
 def test_wrong_folders_are_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("repa.training.measure.product_rate", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr("repa.training.instrument.rate", lambda *_: pytest.fail("measured first"))
     assert run(["bench", "quickstart", "--data", str(tmp_path)]) == 2
     assert "holds no prepared data" in capsys.readouterr().err
     (tmp_path / "file").touch()

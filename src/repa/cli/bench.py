@@ -18,6 +18,7 @@ from repa.training.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
+    from repa.training.instrument import Source
     from repa.training.measure import Figures
 
 ABOUT = (
@@ -43,7 +44,9 @@ class BenchArguments(Config):
     token_width: int = Field(768, ge=1)
     """Without data: channels of the random target tokens; DINOv2-B has 768."""
     out: str = ""
-    """File (.json) for the figures; empty writes none."""
+    """File (.json) for the figures, written after each row; empty writes none."""
+    trace: str = ""
+    """File (.json.gz) for the timeline of two of the recipe's own steps, for ui.perfetto.dev; empty writes none."""
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
     from repa.base.precision import resolved
     from repa.data import open_data
     from repa.training.advice import advise, table
-    from repa.training.measure import product_rate
+    from repa.training.instrument import rate, summary
     from repa.training.meters import peak_memory
 
     device = dist.setup()
@@ -64,21 +67,28 @@ def main(argv: list[str]) -> int:
         raise UserError("`repa bench` measures one process and its device: start it without torchrun.")
     if given.data:
         open_data(given.data)  # a wrong folder is said before anything is measured
-    if given.out:
-        files.require_writable(given.out)
+    for path in filter(None, (given.out, given.trace)):
+        files.require_writable(path)
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)
     precisions = dict.fromkeys((own, *given.precision))
-    rates = {precision: product_rate(precision, device) for precision in precisions}
+    rates = {precision: rate(precision, device) for precision in precisions}
     say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items()))  # fmt: skip
-    figures = []
+    figures, rows = [], []
     variants = itertools.product(sizes, precisions, {recipe.compile, recipe.compile or given.compiled})
     for batch_size, precision, compiled in sorted(variants):
         config = recipe.override(batch_size=batch_size, precision=precision, compile=compiled)
-        figures.append(_figures(config, given, rates, device))
+        own_step = (batch_size, precision, compiled) == (sizes[0], own, recipe.compile)
+        found, row = _figures(config, given, rates, device, given.trace if own_step else "")
+        figures.append(found)
+        rows.append(row)
         say(f"{batch_size} images, {precision}{', compiled' * compiled}: {figures[-1].images_per_second:.1f} images/s")
+        if own_step:
+            say(summary(rows[-1]))
+        if given.out:
+            files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows})
     say("\n" + table(figures) + "\n")
     now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
     advice = advise(now, [f for f in figures if f is not now])
@@ -88,30 +98,26 @@ def main(argv: list[str]) -> int:
         say(f"{'Next' if number == 0 else 'Then'}: {sentence}")
     say(f"Memory at most: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'in all'}.")
     if given.out:
-        rows = {"device": str(device), "rates": rates, "rows": [f.row() for f in figures], "advice": advice}
-        files.write_json(Path(given.out), rows)
+        files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows, "advice": advice})
     return 0
 
 
-def _figures(config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device") -> "Figures":
-    import torch
+def _figures(
+    config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device", trace: str
+) -> "tuple[Figures, dict[str, Any]]":
+    from repa.training.instrument import observed
 
-    from repa.training.attention import fastest_kernels
-    from repa.training.measure import Step, measure
-
-    torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
-    # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
-    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-    source = _prepared(config, Path(given.data), device) if given.data else _random(config, given.token_width, device)
-    with source as (config, dims, feed, data, teacher, where), fastest_kernels(config, 1, device):
-        return measure(Step(config, dims, feed, device), rates, given.rounds, data, teacher, where)
+    made = _prepared(config, Path(given.data), device) if given.data else _random(config, given.token_width, device)
+    with made as (config, source):
+        return observed(config, source, rates, given.rounds, device, trace)
 
 
 @contextlib.contextmanager
-def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> Iterator[tuple[Any, ...]]:
+def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
     """Batches of a prepared folder, read and encoded as training does."""
     from repa.data import Loader, open_data
     from repa.training.features import EncoderFeatures
+    from repa.training.instrument import Source, flops_of_encoders
     from repa.training.resolve import resolve, with_streams
 
     data = open_data(folder)
@@ -126,12 +132,17 @@ def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> Iter
     steps = itertools.count()
     with contextlib.closing(loader.iterate()) as batches:
         feed = encoders.along(batches, 0, lambda step: needs)
-        yield config, encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where
+        running = tuple(need for need in needs if need.encoder in encoders.encoders)
+        yield config, Source(
+            encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
+            flops_of_encoders(running, encoders.grid, config),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _random(config: TrainConfig, width: int, device: "torch.device") -> Iterator[tuple[Any, ...]]:
+def _random(config: TrainConfig, width: int, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
     """One random batch that stays in memory, with tokens that are there already."""
+    from repa.training.instrument import Source
     from repa.training.measure import Synthetic, endless
     from repa.training.resolve import with_streams
 
@@ -146,4 +157,4 @@ def _random(config: TrainConfig, width: int, device: "torch.device") -> Iterator
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, resolution=1)
     where = "cached" if dims else "none"
-    yield config, dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where
+    yield config, Source(dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where)

@@ -57,6 +57,12 @@ class Figures:
     """Bytes on a CUDA device; None elsewhere, where the process counts as a whole."""
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by name of PARTS, each waited for; their sum exceeds `seconds` where they overlap."""
+    encoder_floor: float = 0.0
+    """Seconds of the matrix products of encoders that run in the step, at the measured rate."""
+    first_seconds: float = 0.0
+    """Of the first step, which compiles and fills caches."""
+    reserved_memory: int | None = None
+    """Bytes that PyTorch took of a CUDA device, of which `peak_memory` were in use at once."""
 
     @property
     def images_per_second(self) -> float:
@@ -67,11 +73,17 @@ class Figures:
         """Share of the machine's measured matrix-product rate that goes into network and projectors."""
         return self.floor / self.seconds
 
+    @property
+    def utilisation_with_encoder(self) -> float:
+        """The same with the encoders that run in the step: what the device does, not what the network gains."""
+        return (self.floor + self.encoder_floor) / self.seconds
+
     def share(self, part: str) -> float:
         return self.parts[part] / sum(self.parts.values())
 
     def row(self) -> dict[str, Any]:
-        return {**vars(self), "images_per_second": self.images_per_second, "utilisation": self.utilisation}
+        names = ("images_per_second", "utilisation", "utilisation_with_encoder")
+        return {**vars(self), **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ def measure(
     data: Callable[[], Batch],
     teacher: Callable[[Batch], Mapping[str, Features]],
     where: str,
+    encoder_flops: float = 0.0,
 ) -> Figures:
     """Time a step, whole and in parts, after one that is not counted (it compiles, and fills caches).
 
@@ -166,20 +179,23 @@ def measure(
         rounds: the figure is the median of so many.
         data, teacher: make a batch, and its tokens.
         where: online, cached or none, for the table.
+        encoder_flops: of the encoders that run in the step, for one image.
     """
     config, device = step.config, step.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step()
+    first = timed(step, device)
     steps = STEPS_TIMED[device.type]
     seconds = statistics.median(timed(lambda: [step() for _ in range(steps)], device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     parts = [step.parts(data, teacher) for _ in range(max(1, rounds // 2))]
-    floor = config.batch_size * flops_per_image(config, step.dims) / rates[config.precision]
+    of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
     return Figures(
-        config.model.name, where, config.batch_size, config.precision, config.compile, seconds, floor, memory, medians
-    )
+        config.model.name, where, config.batch_size, config.precision, config.compile, seconds,
+        of_one * flops_per_image(config, step.dims), memory, medians, of_one * encoder_flops, first, reserved,
+    )  # fmt: skip
 
 
 def latents(batch: Batch) -> Tensor:
@@ -232,6 +248,40 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
             objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
     return counter.get_total_flops() // num
+
+
+def sustained_rate(precision: str, device: torch.device, seconds: float = 3.0) -> float:
+    """FLOP/s of a large square product that goes on for so long: a burst runs at clocks that minutes of training do not have."""
+    rate, side = product_rate(precision, device), PRODUCT_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(DTYPES.get(precision, torch.float32)) for _ in range(2))
+    repeats = max(1, round(seconds * rate / (2 * side**3)))
+    return repeats * 2 * side**3 / timed(lambda: [a @ b for _ in range(repeats)], device)
+
+
+def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
+    """(M, K, N) of the products of a block, (M, K) @ (K, N), for one micro-batch: forward, gradient of the input, of the weight."""
+    dims = config.model.dims()
+    width, tokens = dims.hidden_dim, (config.model.latent_size // dims.patch_size) ** 2
+    rows, found = config.batch_size // config.accumulate * tokens, {}
+    for name, (into, out) in {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}.items():
+        into, out = into * width, out * width
+        found[f"{name} forward"] = (rows, into, out)
+        found[f"{name} input"] = (rows, out, into)
+        found[f"{name} weight"] = (out, rows, into)
+    return found
+
+
+def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """FLOP/s of each of `product_shapes`, laid out as autograd lays them out: the best of several."""
+    dtype, rates = DTYPES.get(config.precision, torch.float32), {}
+    for name, (m, k, n) in product_shapes(config).items():
+        left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        if name.endswith("forward"):  # x @ weight.T
+            right = right.t().contiguous().t()
+        elif name.endswith("weight"):  # gradient.T @ x
+            left = left.t().contiguous().t()
+        rates[name] = 2 * m * k * n / min(timed(lambda: left @ right, device) for _ in range(repeats))  # noqa: B023
+    return rates
 
 
 def product_rate(precision: str, device: torch.device, *, side: int = 0, repeats: int = 8) -> float:

@@ -1,0 +1,101 @@
+"""Where the time of a step goes: kernels by category, the share in which the device was busy, and a trace to look at.
+
+On CUDA kernels are those of the device. On a CPU they are PyTorch's operators, each with the time that it did not pass on.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from repa.training.measure import timed
+
+CATEGORIES = {  # in this order: the first that fits a name takes it
+    "attention": r"flash|fmha|attention|sdpa|mha",
+    "optimizer": r"adam|lerp|muon|multi_tensor|foreach",
+    "product": r"gemm|cutlass|nvjet|xmma|cublas|\bmm\b|addmm|\bbmm\b|baddbmm|convolution|conv2d|_scaled_mm|splitk",
+    "copy": r"memcpy|memset|copy|_to_copy|\bto\b|fill_|zero_|\bcat\b|clone|contiguous|embedding",
+    "norm and sum": r"norm|reduce|softmax|\bsum\b|\bmean\b|triton_red|triton_per",
+    "pointwise": r"elementwise|gelu|silu|\bmul\b|\badd\b|addcmul|\bdiv\b|\bsub\b|pow|sigmoid|where|triton_poi|triton_",
+}
+OTHER = "other"
+LONGEST = 25
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one step."""
+
+    seconds: float
+    categories: dict[str, float]
+    """Seconds by name of CATEGORIES and "other"; streams that overlap count each."""
+    busy: float
+    """Share of the time in which the device did something."""
+    launches: float
+    """Kernels of the device, or operators of the CPU."""
+    longest: list[dict[str, Any]]
+    """Name, seconds and calls of the LONGEST kernels."""
+
+
+def category_of(name: str) -> str:
+    """Of a kernel or operator."""
+    return next((c for c, pattern in CATEGORIES.items() if re.search(pattern, name.lower())), OTHER)
+
+
+def profiled(run: Callable[[], object], device: torch.device, *, steps: int = 2, trace: str | Path = "") -> Profile:
+    """Profile `steps` calls of `run`, which is a step that has run before.
+
+    Args:
+        trace: file for the timeline (.json or .json.gz), which chrome://tracing and ui.perfetto.dev show; empty: none.
+    """
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities, acc_events=True) as recorded:
+        seconds = timed(lambda: [run() for _ in range(steps)], device)
+    if trace:
+        recorded.export_chrome_trace(str(trace))
+    rows = [
+        (row.key, (row.self_device_time_total if on_cuda else row.self_cpu_time_total) / 1e6, row.count)
+        for row in recorded.key_averages()
+        if not on_cuda or row.device_type == DeviceType.CUDA
+    ]
+    rows = sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
+    categories = dict.fromkeys((*CATEGORIES, OTHER), 0.0)
+    for name, spent, _ in rows:
+        categories[category_of(name)] += spent / steps
+    if on_cuda:
+        spans = [(e.time_range.start, e.time_range.end) for e in recorded.events() if e.device_type == DeviceType.CUDA]
+        busy = union(spans) / 1e6 / seconds
+    else:
+        busy = sum(spent for _, spent, _ in rows) / seconds
+    longest = [{"name": name[:120], "seconds": spent / steps, "calls": n / steps} for name, spent, n in rows[:LONGEST]]
+    return Profile(seconds / steps, categories, busy, sum(n for _, _, n in rows) / steps, longest)
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of what the spans cover together."""
+    covered, end = 0.0, float("-inf")
+    for begin, finish in sorted(spans):
+        covered += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return covered
+
+
+def device_state(device: torch.device) -> dict[str, str]:
+    """Clock, power, temperature and what throttles, as the driver's tool tells them; nothing where there is none."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    asked = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(asked, (part.strip() for part in told.strip().split(",")), strict=False))
