@@ -128,6 +128,8 @@ class TrainConfig(Config):
     """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp)."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
+    fp8: bool = False
+    """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and pays on H100 and newer."""
     compile: bool = False
     """Compile with torch.compile: faster steps on a GPU, last digits change."""
     compile_scope: Literal["blocks", "step"] = "blocks"

@@ -21,6 +21,7 @@ from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.ema import EMA, build_averages, constant
+from repa.training.fp8 import use_fp8
 from repa.training.guards import Guard
 from repa.training.objective import Objective
 from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
@@ -166,6 +167,8 @@ def build_state(
         with dist.together():
             start_from(config.init, objective, config.model.dims().num_heads)
     ema, averages = EMA(objective.model, constant(config.ema_decay)), build_averages(objective.model, config)
+    if config.fp8:  # not the averages, which are sampled from
+        use_fp8(objective.model, config.precision, device)
     if config.parallel == "fsdp" and dist.active():
         shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
     optimizer = build_optimizer(objective, config)
