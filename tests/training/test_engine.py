@@ -12,7 +12,8 @@ import torch
 from repa.alignment import Alignment, AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import Condition, DiT
+from repa.models import Condition, DiT, Tap, TwoTimes
+from repa.models.config import Route
 from repa.training import Objective
 from repa.training.config import StreamConfig
 
@@ -146,13 +147,52 @@ def test_two_times_an_image_go_to_a_quarter_and_the_rest_of_its_tokens():
     objective = objective_of(model, terms, {"token_times": 0.25}, {})
     x, condition, _ = images()
     draws = objective.draw({"x": x}, 0)
-    assert draws.t.shape == (6, 16)
-    for times in draws.t:
+    assert draws.t.of_tokens().shape == (6, 16)
+    for times in draws.t.of_tokens():
         _, counts = times.unique(return_counts=True)
         assert sorted(counts.tolist()) == [4, 12]
-    assert torch.equal(draws.t_averaged, draws.t.amin(1))
+    assert torch.equal(draws.t_averaged, draws.t.of_tokens().amin(1))
     losses = step_of(objective, x, condition, {}, 0, network())
     assert losses.total.isfinite().all()
+
+
+def test_the_averaged_network_has_the_same_groups_of_tokens_each_earlier():
+    terms = [{"target": "ema:depth=4,earlier=0.25", "depth": 2, "projector": "linear"}]
+    objective = objective_of(network(), terms, {"token_times": 0.25}, {})
+    draws = objective.draw({"x": images(num=400)[0]}, 0)
+    less = draws.t.values - draws.t_averaged.values
+    assert torch.equal(draws.t.second, draws.t_averaged.second)
+    assert (less >= 0).all()
+    assert float(less.max()) <= 0.25
+    assert not torch.allclose(less[:, 0], less[:, 1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"separate_times": True}, {"separate_times": True, "route": Route(2, 3, 0.5)}]
+)
+def test_two_times_an_image_are_the_times_of_their_tokens(settings):
+    """Two modulations and a choice give what a modulation for every token gives: taps, heads, predictions and gradients."""
+    model = network(heads=(4,), **settings).double()
+    keep = torch.arange(1, 16, 2).expand(6, -1) if "route" in settings else None
+    x, condition, stream = images()
+    second = torch.rand(6, 16, generator=stream) < 0.75
+    two = TwoTimes(torch.rand(6, 2, generator=stream).double(), second)
+    found = []
+    for t in (two, two.of_tokens()):
+        output = model({"x": x.double()}, t, condition, (Tap(3), Tap(2, "attention")), keep)
+        total = sum(part.square().sum() for part in (*output.taps.values(), *output.heads.values()))
+        gradients = torch.autograd.grad(total + output.prediction["x"].square().sum(), list(model.parameters()))
+        found.append((output.prediction["x"], *output.taps.values(), output.heads[4], *gradients))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_two_equal_times_are_one_time():
+    model = network().double()
+    x, condition, _ = images()
+    t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    two = TwoTimes(t[:, None].expand(-1, 2), torch.arange(16).expand(6, -1) > 5)
+    one, both = (model({"x": x.double()}, times, condition).prediction["x"] for times in (t, two))
+    torch.testing.assert_close(one, both, rtol=0, atol=1e-12)
 
 
 def test_a_token_with_the_same_time_everywhere_is_an_image_with_that_time():
@@ -180,8 +220,6 @@ def test_tokens_of_other_times_are_not_seen():
 
 def test_attention_taps_are_the_logits_behind_the_attention():
     model = network(depth=1, streams={"class": 3})
-    from repa.models import Tap
-
     x, condition, stream = images()
     state = {"x": x, "class": torch.randn(6, 3, generator=stream)}
     taps = (Tap(1, "attention"), Tap(1))

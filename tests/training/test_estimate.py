@@ -296,12 +296,12 @@ def test_an_averaged_network_as_target_costs_one_forward():
     assert not found.storable
 
 
-def test_a_time_for_every_token_costs_a_modulation_for_every_token():
-    width, depth, tokens = 768, 12, 256
+def test_two_times_an_image_cost_two_modulations():
+    width, depth = 768, 12
     found, plain = estimated(recipe("sit-b2-self-flow")), estimated(recipe("sit-b2"))
     modulations = 2 * width * width * (6 * depth + 2)
     times = 2 * (256 * width + width * width)  # two layers make a vector of a time
-    assert found.network.forward - plain.network.forward == (tokens - 1) * (modulations + times)
+    assert found.network.forward - plain.network.forward == modulations + times
     assert found.averaged == plain.network.forward  # it sees one time an image
     assert found.activations > plain.activations
 

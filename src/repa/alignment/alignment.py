@@ -16,7 +16,7 @@ from repa.alignment.tokens import resize_tokens
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
 from repa.base.registry import parse_spec
-from repa.models.contract import Backbone, Condition, Tap
+from repa.models.contract import Backbone, Condition, Tap, TwoTimes
 
 
 class Beside(NamedTuple):
@@ -132,7 +132,7 @@ class Alignment(nn.Module):
         low, high = self.config.times
         if (low, high) == (0.0, 1.0):
             return loss
-        t = seen.t if seen.t.ndim == 1 else seen.t.mean(1)
+        t = seen.t.of_tokens().mean(1) if isinstance(seen.t, TwoTimes) else seen.t
         return torch.where((t >= low) & (t <= high), loss, 0.0)
 
     def compare(

@@ -12,7 +12,7 @@ from torch import Tensor
 from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
 from repa.encoders.contract import Features
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import patchify
 
 
@@ -27,8 +27,8 @@ class Seen(NamedTuple):
     """Of the averaged network, without gradient; None when no term asks for it."""
     clean: State
     """What was noised."""
-    t: Tensor
-    """(N,) or (N, T) times of the noise."""
+    t: Times
+    """Times of the noise, (N,) or two an image."""
     condition: Condition
     """What the network was given: the null condition where it was dropped."""
     visible: Mapping[str, Tensor]

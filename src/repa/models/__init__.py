@@ -29,6 +29,7 @@ __getattr__, __dir__, __all__ = exports(
         "Output": "contract",
         "State": "contract",
         "Tap": "contract",
+        "TwoTimes": "contract",
         "build": "dit",
         "build_model": "dit",
         "constructor_arguments": "published",

@@ -4,7 +4,7 @@ N batch, C channels, T tokens of the grid, D width, h attention heads, S text to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,6 +50,26 @@ class Condition(NamedTuple):
     def rows(self, part: slice | Tensor) -> "Condition":
         """Some of the samples."""
         return Condition(*(None if value is None else value[part] for value in self))
+
+
+class TwoTimes(NamedTuple):
+    """Two times an image, and which of them each of its tokens has: a modulation is computed twice an image, not for each token."""
+
+    values: Tensor  # (N, 2)
+    second: Tensor  # (N, T) bool: has the second time
+
+    ndim = 2  # as of the times (N, T) that they stand for
+
+    def of_tokens(self) -> Tensor:
+        """(N, T)."""
+        return torch.where(self.second, self.values[:, 1:], self.values[:, :1])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TwoTimes":
+        """The same of both parts, which have N in front."""
+        return TwoTimes(function(self.values), function(self.second))
+
+
+Times = Tensor | TwoTimes  # (N,), (N, T), or two an image
 
 
 class Output(NamedTuple):
@@ -98,7 +118,7 @@ class Backbone(nn.Module, ABC):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -107,7 +127,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             state: keyed and shaped as `state_shapes`, with N in front.
-            t: (N,), or (N, T) where a method gives every token its own time; passed on as it is.
+            t: (N,); where tokens of an image have different times TwoTimes, or (N, T) for more of them. Passed on as they are.
             condition: of N samples.
             taps: the places to return.
             keep: (N, K) ids of the tokens that the blocks of `route` see, where there is one; None: all.

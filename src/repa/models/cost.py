@@ -5,7 +5,7 @@ from torch import Tensor
 
 from repa.base.cost import Cost, cost_of
 from repa.models.config import ModelConfig
-from repa.models.contract import Condition
+from repa.models.contract import Condition, TwoTimes
 from repa.models.dit import build
 from repa.models.routing import placeholder
 
@@ -14,13 +14,14 @@ def model_cost(config: ModelConfig, *, token_times: bool = False, routed: bool =
     """Of one image; latent size and channels must be filled in.
 
     Args:
-        token_times: every token has a time.
+        token_times: tokens of an image have one of two times.
         routed: leave out the tokens that a route leaves out in training; samplers and averaged networks see all of them.
     """
     with torch.device("meta"):
         model = build(config)
         state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
-        t = torch.empty(1, model.grid[0] * model.grid[1]) if token_times else torch.empty(1)
+        tokens = model.grid[0] * model.grid[1]
+        t = TwoTimes(torch.empty(1, 2), torch.empty(1, tokens, dtype=torch.bool)) if token_times else torch.empty(1)
         condition = Condition(torch.empty(1, dtype=torch.int64))
         keep = placeholder(model.route, 1, model.grid) if routed else None
 

@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from repa.base.errors import UserError
 from repa.models import BACKBONES
 from repa.models.config import FAMILIES, ModelConfig, Route, check_dimensions, dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
     BlockOptions,
+    Chosen,
+    Conditioning,
     FinalLayer,
     LabelEmbedding,
     PatchEmbedding,
@@ -151,7 +153,7 @@ class DiT(Backbone):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -225,15 +227,18 @@ class DiT(Backbone):
     def _image(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)  # (N, C, H, W)
 
-    def _conditioning(self, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """SiLU of time and label, (N, D) or per token (N, T, D), and who may look at whom (N, T, T)."""
+    def _conditioning(self, t: Times, labels: Tensor) -> tuple[Conditioning, Tensor | None]:
+        """SiLU of time and label, and who may look at whom (N, T, T)."""
         label = self.y_embedder(labels)  # (N, D)
         if t.ndim == 1:
             return F.silu(self.t_embedder(t) + label), None
         if self.streams:
             raise UserError("A time per token needs a network without streams, whose tokens have no place in the grid.")
-        mask = t[:, :, None] == t[:, None, :] if self.separate_times else None
-        return F.silu(self.t_embedder(t) + label[:, None]), mask
+        two = isinstance(t, TwoTimes)
+        which = t.second if two else t  # (N, T)
+        mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
+        silu_c = F.silu(self.t_embedder(t.values if two else t) + label[:, None])  # (N, 2 or T, D)
+        return Chosen(silu_c, t.second[..., None]) if two else silu_c, mask
 
 
 def build_model(name: str, **overrides) -> Backbone:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 
 NO_COMPILE = "A hooked network cannot be compiled, since hooks break its graph: turn compile off."
 
@@ -74,7 +74,7 @@ class Hooked(Backbone):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -93,7 +93,8 @@ class Hooked(Backbone):
             )
         self._record.taps = taps
         try:
-            prediction = self._call(self.net, state, t, condition)
+            times = t.of_tokens() if isinstance(t, TwoTimes) else t
+            prediction = self._call(self.net, state, times, condition)
             hidden = self._record.hidden
         finally:
             self._record.clear()

@@ -250,8 +250,21 @@ def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, 1 + scale)
 
 
-def modulations(layer: nn.Module, silu_c: Tensor, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) -> (N, T, D) each."""
+class Chosen(NamedTuple):
+    """SiLU of two conditions an image, and which of them each token has."""
+
+    both: Tensor  # (N, 2, D)
+    second: Tensor  # (N, T, 1) bool
+
+
+Conditioning = Tensor | Chosen  # SiLU of time and label: (N, D), (N, T, D), or two an image
+
+
+def modulations(layer: nn.Module, silu_c: Conditioning, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) or Chosen -> (N, T, D) each."""
+    if isinstance(silu_c, Chosen):
+        first, second = layer(silu_c.both).to(x.dtype).split(1, dim=1)  # two products an image, not one for each token
+        return torch.where(silu_c.second, second, first).chunk(chunks, dim=2)
     out = layer(silu_c).to(x.dtype)
     return (out if out.ndim == 3 else out.unsqueeze(1)).chunk(chunks, dim=2)
 
@@ -282,12 +295,12 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        silu_c: Tensor,
+        silu_c: Conditioning,
         mask: Tensor | None = None,
         tapped: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, T, D), silu_c (N, D) or (N, T, D), mask (N, T, T) -> (x, attention logits (N, h, T, T) when `tapped`)."""
+        """x (N, T, D), silu_c of it, mask (N, T, T) -> (x, attention logits (N, h, T, T) when `tapped`)."""
         if self.adaLN_modulation is None:
             attention, logits = self.attn(self.norm1(x), mask, tapped, rotation)
             x = x + attention

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.models.config import Route
+from repa.models.layers import Chosen, Conditioning
 
 MASK_STD = 0.02
 
@@ -16,8 +17,8 @@ MASK_STD = 0.02
 class Context(NamedTuple):
     """What blocks are given beside the tokens."""
 
-    silu_c: Tensor
-    """SiLU of time and label, (N, D), or (N, T, D) with a time per token."""
+    silu_c: Conditioning
+    """SiLU of time and label."""
     mask: Tensor | None
     """(N, T, T) bool, who may look at whom."""
     rotation: tuple[Tensor, Tensor] | None
@@ -84,7 +85,9 @@ class Router(nn.Module):
     def take_context(self, context: Context, keep: Tensor) -> Context:
         """What blocks are given for the tokens that `take` gives."""
         silu_c, mask, rotation = context
-        if silu_c.ndim == 3:
+        if isinstance(silu_c, Chosen):
+            silu_c = silu_c._replace(second=self.take(silu_c.second, keep))  # (N, K, 1)
+        elif silu_c.ndim == 3:
             silu_c = self.take(silu_c, keep)  # (N, K, D)
         if mask is not None:
             mask = self.take(self.take(mask, keep).mT, keep).mT  # (N, K, K)

@@ -23,7 +23,7 @@ from repa.diffusion import GUIDANCES, sde_grid
 from repa.diffusion.chain import Chain
 from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
-from repa.models import Backbone, Condition, Tap, build
+from repa.models import Backbone, Condition, Tap, TwoTimes, build
 from repa.models.config import ROUTING, ModelConfig
 from repa.models.cost import model_cost
 from repa.models.routing import placeholder, tokens_at
@@ -252,7 +252,8 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
 
     def forward(num: int) -> Tensor:
         state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
-        t = torch.rand(num, tokens) if config.diffusion.token_times else torch.rand(num)
+        two = TwoTimes(torch.rand(num, 2), torch.rand(num, tokens) < 0.5)
+        t = two if config.diffusion.token_times else torch.rand(num)
         keep = placeholder(model.route, num, model.grid)
         output = model(state, t, Condition(torch.zeros(num, dtype=torch.int64)), tuple(set(taps)), keep)
         losses = [_compared(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]

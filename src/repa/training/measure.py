@@ -21,7 +21,7 @@ from repa.base.precision import DTYPES
 from repa.data import Batch
 from repa.data.manifest import FeatureField
 from repa.encoders.contract import Features
-from repa.models import Condition, build
+from repa.models import Condition, TwoTimes, build
 from repa.models.routing import placeholder
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
@@ -242,7 +242,10 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         clean = objective.clean(torch.zeros(num, channels, size, size), features)
         zeros = torch.zeros(num)
         keep = placeholder(model.route, num, model.grid)
-        draws, weights = Draws(zeros, clean, zeros.bool(), zeros, keep), torch.zeros(len(alignments))
+        two = TwoTimes(torch.zeros(num, 2), torch.zeros(num, tokens, dtype=torch.bool))
+        t = two if config.diffusion.token_times else zeros
+        cleanest = any(target.cleanest for target in objective.averaging)
+        draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(len(alignments))
         condition = Condition(zeros.long())
         with FlopCounterMode(display=False) as counter:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None

@@ -3,7 +3,7 @@
 N images of this process, T tokens, A alignments. State and draws are keyed as in models/contract.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.routing import draw
 from repa.training.config import StreamConfig
 
@@ -32,10 +32,10 @@ class Losses(NamedTuple):
 class Draws(NamedTuple):
     """The random numbers of one step for this process's rows."""
 
-    t: Tensor  # (N,), or (N, T) where every token has a time
+    t: Times  # (N,), or two an image
     noise: State
     dropped: Tensor  # (N,) bool: condition replaced by the null condition
-    t_averaged: Tensor | None = None  # times at which the averaged network sees the images; None: no term asks
+    t_averaged: Times | None = None  # times at which the averaged network sees the images; None: no term asks
     keep: Tensor | None = None  # (N, K) ids of the tokens that are not routed around the middle blocks
     visible: State | None = None  # term -> (N, T) bool: tokens that its projector sees, where it masks some
     # velocities of the images before these in the global batch, for contrastive flow matching
@@ -44,14 +44,12 @@ class Draws(NamedTuple):
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        t_averaged = None if self.t_averaged is None else self.t_averaged[part]
+        t, t_averaged = (None if t is None else each(t, lambda x: x[part]) for t in (self.t, self.t_averaged))
         keep = None if self.keep is None else self.keep[part]
         other = None if self.other is None else rows_of(self.other, part)
         visible = rows_of(self.visible or {}, part)
         path = None if self.path_dropped is None else self.path_dropped[part]
-        return Draws(
-            self.t[part], rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other, path
-        )
+        return Draws(t, rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other, path)
 
 
 class Objective(nn.Module):
@@ -109,8 +107,8 @@ class Objective(nn.Module):
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
-        t, first = self._token_times(t, stream)
-        averaged, visible = self._averaged_times(t, first, stream), self._visible(num, step, x.device)
+        t = self._token_times(t, stream)
+        averaged, visible = self._averaged_times(t, stream), self._visible(num, step, x.device)
         keep, path = None, None
         if self.model.route:
             keep, path = draw(
@@ -131,35 +129,36 @@ class Objective(nn.Module):
                 found[term.config.key] = scores >= term.masked
         return found
 
-    def _before(self, part: Tensor, noise: Tensor, t: Tensor, rows: slice) -> Tensor:
+    def _before(self, part: Tensor, noise: Tensor, t: Times, rows: slice) -> Tensor:
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
-        times = self._times_of(t.roll(1, 0)[rows], part)
+        times = self._times_of(each(t, lambda x: x.roll(1, 0)[rows]), part)
         return self.process.velocity(before, noise.roll(1, 0)[rows], times)
 
-    def _token_times(self, t: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def _token_times(self, t: Tensor, stream: torch.Generator) -> Times:
         """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
 
-        Gives times (N, T) and which tokens have the first; without token_times the times (N,) as they are.
+        Without token_times the times (N,) as they are.
         """
         if not self.token_times:
-            return t, None
+            return t
         rows, columns = self.model.grid
         second = self.process.draw_times(len(t), stream, t.device)
         scores = torch.rand((len(t), rows * columns), generator=stream, device=t.device)
         first = scores.argsort(1).argsort(1) < round(self.token_times * rows * columns)  # (N, T)
-        return torch.where(first, t[:, None], second[:, None]), first
+        return TwoTimes(torch.stack([t, second], 1), ~first)
 
-    def _averaged_times(self, t: Tensor, first: Tensor | None, stream: torch.Generator) -> Tensor | None:
+    def _averaged_times(self, t: Times, stream: torch.Generator) -> Times | None:
         """The averaged network's times: earlier by u * `earlier`, u ~ U(0, 1) for each time of an image, or its cleanest time."""
         if not self.averaging:
             return None
         target = self.averaging[0]
         if target.cleanest:
-            return t if first is None else t.amin(1)  # (N,)
-        u = torch.rand((len(t), 2), generator=stream, device=t.device)
-        u = u[:, 0] if first is None else torch.where(first, u[:, :1], u[:, 1:])
-        return (t - target.earlier * u).clamp(0, 1)
+            return t.values.amin(1) if isinstance(t, TwoTimes) else t  # (N,)
+        values = t.values if isinstance(t, TwoTimes) else t[:, None]
+        u = torch.rand((len(values), 2), generator=stream, device=values.device)[:, : values.shape[1]]
+        values = (values - target.earlier * u).clamp(0, 1)
+        return t._replace(values=values) if isinstance(t, TwoTimes) else values[:, 0]
 
     def weights(self, step: int, device: torch.device) -> Tensor:
         """(A,) lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
@@ -171,7 +170,7 @@ class Objective(nn.Module):
         """What the averaged network answers on the same images and noise, called outside of DDP and torch.compile."""
         state = self._noised(clean, draws.noise, draws.t_averaged)
         return network(
-            state, self.process.network_time(draws.t_averaged), self._condition(condition, draws), self.averaged_taps
+            state, self._network_time(draws.t_averaged), self._condition(condition, draws), self.averaged_taps
         )
 
     def forward(
@@ -194,7 +193,7 @@ class Objective(nn.Module):
             averaged: from `averaged`.
         """
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
-        time = self.process.network_time(draws.t)
+        time = self._network_time(draws.t)
         condition = self._condition(condition, draws)
         path = {} if draws.path_dropped is None else {"path_dropped": draws.path_dropped}
         output = self.model(state, time, condition, self.taps, draws.keep, **path)
@@ -254,7 +253,12 @@ class Objective(nn.Module):
     def _condition(self, condition: Condition, draws: Draws) -> Condition:
         return self.model.null(condition).where(draws.dropped, condition)
 
-    def _noised(self, clean: State, noise: State, t: Tensor) -> State:
+    def _network_time(self, t: Times) -> Times:
+        if isinstance(t, TwoTimes):
+            return t._replace(values=self.process.network_time(t.values))
+        return self.process.network_time(t)
+
+    def _noised(self, clean: State, noise: State, t: Times) -> State:
         return {name: self.process.noised(part, noise[name], self._times_of(t, part)) for name, part in clean.items()}
 
     def _denoising(self, prediction: Tensor, clean: State, draws: Draws) -> dict[str, Tensor]:
@@ -279,13 +283,18 @@ class Objective(nn.Module):
             found.append((f"stream/{stream.name}", stream.weight, loss))
         return found
 
-    def _times_of(self, t: Tensor, part: Tensor) -> Tensor:
-        """Times as a process takes them: (N,) as they are; (N, T) spread over the pixels of each token, (N, 1, H, W)."""
-        if t.ndim == 1:
+    def _times_of(self, t: Times, part: Tensor) -> Tensor:
+        """Times as a process takes them: (N,) as they are; those of tokens spread over their pixels, (N, 1, H, W)."""
+        if not isinstance(t, TwoTimes):
             return t
         rows, columns = self.model.grid
-        grid = t.unflatten(1, (1, rows, columns))
+        grid = t.of_tokens().unflatten(1, (1, rows, columns))
         return grid.repeat_interleave(part.shape[2] // rows, 2).repeat_interleave(part.shape[3] // columns, 3)
+
+
+def each(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
+    """The function of times (N,), or of both parts of two times an image."""
+    return t.map(function) if isinstance(t, TwoTimes) else function(t)
 
 
 def rows_of(state: State, part: slice) -> State:
