@@ -86,7 +86,7 @@ def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> C
     device = torch.device(args.device)
     dims, _, data, tokens_of = source_of(config, args, teacher)
     batch = data()
-    x, labels = latents(batch), batch.labels
+    x, labels = latents(batch, config.model.latent_channels), batch.labels
     objective = build_state(config, dims, device).objective
     model, projector = objective.model, next(iter(objective.alignments.values())).projector if dims else None
     ema = copy.deepcopy(model)

@@ -39,3 +39,24 @@ def save_dc(folder, seed=0, **settings):
     blocks = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in both.items()}
     AutoencoderDC(**{"latent_channels": 8, "attention_head_dim": 4, **blocks, **settings}).save_pretrained(folder)
     return folder
+
+
+def save_rae(folder, seed=0, **settings):
+    """An AutoencoderRAE of images of 32 pixels: 64 channels at an eighth of the size, with statistics of each channel and place."""
+    from diffusers import AutoencoderRAE
+
+    torch.manual_seed(seed)
+    encoder = {
+        "encoder_hidden_size": 64,
+        "encoder_num_hidden_layers": 1,
+        "encoder_patch_size": 14,
+        "encoder_input_size": 56,
+    }
+    decoder = {
+        f"decoder_{key}": value
+        for key, value in (("hidden_size", 16), ("num_hidden_layers", 1), ("num_attention_heads", 2))
+    }
+    statistics = {"latents_mean": torch.randn(64, 4, 4), "latents_std": 1 + torch.rand(64, 4, 4)}
+    shape = {"patch_size": 8, "decoder_intermediate_size": 32}
+    AutoencoderRAE(**{**encoder, **decoder, **shape, **statistics, **settings}).save_pretrained(folder)
+    return folder

@@ -16,7 +16,7 @@ class Private(Pixels):
 
 def test_names_and_mistakes():
     assert AUTOENCODERS.names() == [
-        "dc-ae-f32", "flux-vae", "kl", "pixels", "sd-vae-ft-ema", "sd-vae-ft-mse", "sd3-vae", "sdxl-vae",
+        "dc-ae-f32", "flux-vae", "kl", "pixels", "rae", "rae-dinov2-b", "sd-vae-ft-ema", "sd-vae-ft-mse", "sd3-vae", "sdxl-vae",
         "taef1", "taesd", "taesd3", "taesdxl",
     ]  # fmt: skip
     for name in AUTOENCODERS.names():

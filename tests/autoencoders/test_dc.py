@@ -13,9 +13,7 @@ def test_latents_are_those_of_diffusers_and_never_drawn(dc_folder, images):
         encoded = vae.encode(images.float() / 127.5 - 1).latent  # (2, 8, 4, 6)
         decoded = vae.decode(encoded).sample
     moments = autoencoder.encode(images)
-    assert moments.shape == (2, 16, 4, 6)
-    torch.testing.assert_close(moments[:, :8], encoded)
-    assert not moments[:, 8:].any()
+    torch.testing.assert_close(moments, encoded)
     latents = autoencoder.sample(moments)
     torch.testing.assert_close(latents, encoded * 0.3189)
     assert torch.equal(autoencoder.sample(moments, torch.Generator().manual_seed(5)), latents)

@@ -17,10 +17,13 @@ from tests.oracles.data import noise_image
 class FakeAutoencoder:
     """Moments are block means: C = 2 channels (red and green) at a quarter of the size, standard deviations all 1/2."""
 
-    channels, factor, stores_moments = 2, 4, True
+    channels, factor, stores_moments, stored_channels = 2, 4, True, 4
 
     def __init__(self):
         self.identity = {"name": "fake", "sha256": "a" * 64}
+
+    def check_resolution(self, height, width):
+        """It takes all."""
 
     def encode(self, images, dtype=torch.float32):
         assert len(images), "real networks may fail on no images"

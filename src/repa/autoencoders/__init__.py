@@ -15,6 +15,8 @@ AUTOENCODERS = Registry(
         "flux-vae": "repa.autoencoders.kl:flux_vae",
         "kl": "repa.autoencoders.kl:kl",  # any other: kl:hub=owner/name,subfolder=vae
         "dc-ae-f32": "repa.autoencoders.dc:dc_ae_f32",
+        "rae-dinov2-b": "repa.autoencoders.rae:rae_dinov2_b",
+        "rae": "repa.autoencoders.rae:rae",  # any other: rae:hub=owner/name
         "taesd": "repa.autoencoders.taesd:taesd",
         "taesdxl": "repa.autoencoders.taesd:taesdxl",
         "taesd3": "repa.autoencoders.taesd:taesd3",

@@ -1,6 +1,7 @@
 """What every autoencoder does: uint8 images -> moments (stored) -> latents (what models see) -> uint8 images.
 
-N batch, C latent channels, H W image, h = H / factor and w = W / factor latent.
+N batch, C latent channels, H W image, h = H / factor and w = W / factor latent. M = 2C: mean and standard deviation; M = C, the
+mean alone, of an autoencoder without a posterior.
 """
 
 import functools
@@ -23,17 +24,19 @@ class Autoencoder(nn.Module):
         name: the spec it was loaded by.
         channels: C.
         factor: pixels per latent, along each side.
+        resolution: the one side of images that it takes; 0: any that is a multiple of the factor.
         scale, shift: latents = (z - shift) * scale; a number, or one for each channel.
         space: name of the latent space, which other autoencoders may share; empty when not known.
         distilled: was it trained to take another one's place in the scaled latents, as TAESD? They are then what it
             shares with those of its space; all others share the unscaled ones.
-        stochastic: does `sample` draw noise, or is the standard deviation always 0?
+        stochastic: does `sample` draw noise, or is the standard deviation always 0, and left out of what is stored?
         stores_moments: are moments worth storing, or as cheap to recompute from the images as to read?
     """
 
     stochastic: bool = True
     stores_moments: bool = True
     distilled: bool = False
+    resolution: int = 0
 
     def __init__(
         self,
@@ -53,6 +56,11 @@ class Autoencoder(nn.Module):
             assert len(tensor) in (1, channels), f"{len(tensor)} values for {channels} channels"
             self.register_buffer(buffer, tensor, persistent=False)
 
+    @property
+    def stored_channels(self) -> int:
+        """M, of the moments."""
+        return 2 * self.channels if self.stochastic else self.channels
+
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation, each (N, C, h, w)."""
         raise NotImplementedError
@@ -67,27 +75,29 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images (N, 3, H, W) -> float32 moments (N, 2C, h, w): [mean, standard deviation], unscaled.
+        """uint8 images (N, 3, H, W) -> float32 moments (N, M, h, w), unscaled.
 
         Computed in the precision of the weights, whatever autocast the caller runs under: what is stored must not
         depend on who asked. Only `dtype`, bfloat16 or float16, computes the matrix products in another.
         """
         self._check_images(images)
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return torch.cat(self.moments(images.float() / 127.5 - 1), dim=1).float()
+            mean, std = self.moments(images.float() / 127.5 - 1)
+            return (torch.cat([mean, std], dim=1) if self.stochastic else mean).float()
 
     @torch.no_grad()
     def sample(self, moments: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """Moments (N, 2C, h, w) -> float32 latents (N, C, h, w), scaled: (mean + std * noise - shift) * scale.
+        """Moments (N, M, h, w) -> float32 latents (N, C, h, w), scaled: (mean + std * noise - shift) * scale.
 
         Args:
-            moments: [mean, standard deviation], as `encode` gave them, in any precision.
+            moments: as `encode` gave them, in any precision.
             generator: where the noise comes from, on any device; the global generator when None.
             noise: (N, C, h, w) standard normal drawn by the caller, instead of a generator.
         """
-        self._check_channels(moments, 2 * self.channels, "moments")
-        mean, std = moments.float().chunk(2, dim=1)  # (N, C, h, w) each
+        self._check_channels(moments, self.stored_channels, "moments")
+        mean = moments.float()
         if self.stochastic:
+            mean, std = mean.chunk(2, dim=1)  # (N, C, h, w) each
             if noise is None:
                 device = generator.device if generator else mean.device
                 noise = torch.randn(mean.shape, generator=generator, device=device)
@@ -114,14 +124,14 @@ class Autoencoder(nn.Module):
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What a manifest records: name, scale, shift and the checksum of the encoder.
+        """What a manifest records: name, scale, shift, whether it has deviations, and the checksum of the encoder.
 
         Of the encoder alone: autoencoders that differ in the decoder only (sd-vae-ft-mse and -ema) share their latents.
         """
         weights = self.encoder_weights()
         checksum = _digest(weights) if weights else None
         scale, shift = (list(v) if isinstance(v, Sequence) else v for v in (self.scale, self.shift))
-        return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift}
+        return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift, "stochastic": self.stochastic}
 
     def release_networks(self) -> None:
         """Let encoder and decoder go, and the memory they take; `sample` needs scale and shift alone."""
@@ -138,10 +148,19 @@ class Autoencoder(nn.Module):
                 f"The autoencoder {self.name!r} takes uint8 images (N, 3, H, W), but got {_describe(images)}: "
                 f"give the pixels 0 to 255, unscaled."
             )
-        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+        self.check_resolution(images.shape[2], images.shape[3])
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raises UserError unless it takes images of this size."""
+        if self.resolution and (height, width) != (self.resolution, self.resolution):
+            raise UserError(
+                f"The autoencoder {self.name!r} takes images of {self.resolution} x {self.resolution} alone, but got {height} x "
+                f"{width}: choose --resolution {self.resolution}."
+            )
+        if height % self.factor or width % self.factor:
             raise UserError(
                 f"The autoencoder {self.name!r} takes images whose sides are multiples of {self.factor}, "
-                f"but got {images.shape[2]} x {images.shape[3]}: crop or resize them first."
+                f"but got {height} x {width}: crop or resize them first."
             )
 
     def _check_channels(self, tensor: Tensor, channels: int, what: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repa.autoencoders.contract import load_autoencoder
 from repa.base import extras
@@ -19,14 +19,27 @@ _KL: dict[str, Any] = {
     "layers_per_block": 2,
 }
 _WIDE = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    **dict.fromkeys(("sd-vae-ft-mse", "sd-vae-ft-ema", "sdxl-vae"), ("AutoencoderKL", {**_KL, "latent_channels": 4})),
-    **dict.fromkeys(("sd3-vae", "flux-vae"), ("AutoencoderKL", _WIDE)),
-    **dict.fromkeys(("taesd", "taesdxl"), ("AutoencoderTiny", {"latent_channels": 4})),
-    **dict.fromkeys(("taesd3", "taef1"), ("AutoencoderTiny", {"latent_channels": 16})),
+_VIT_XL = {"decoder_hidden_size": 1152, "decoder_num_hidden_layers": 28, "decoder_intermediate_size": 4096}
+
+
+class Shape(NamedTuple):
+    """A class of diffusers and its arguments; its latents."""
+
+    kind: str
+    arguments: dict[str, Any]
+    channels: int
+    factor: int = 8
+
+
+SHAPES: dict[str, Shape] = {
+    **dict.fromkeys(
+        ("sd-vae-ft-mse", "sd-vae-ft-ema", "sdxl-vae"), Shape("AutoencoderKL", {**_KL, "latent_channels": 4}, 4)
+    ),
+    **dict.fromkeys(("sd3-vae", "flux-vae"), Shape("AutoencoderKL", _WIDE, 16)),
+    **dict.fromkeys(("taesd", "taesdxl"), Shape("AutoencoderTiny", {"latent_channels": 4}, 4)),
+    **dict.fromkeys(("taesd3", "taef1"), Shape("AutoencoderTiny", {"latent_channels": 16}, 16)),
+    "rae-dinov2-b": Shape("AutoencoderRAE", _VIT_XL, 768, 16),
 }
-"""Name -> class of diffusers and its arguments."""
-FACTOR = 8  # pixels per latent, of all of these
 
 
 class AutoencoderCost(NamedTuple):
@@ -35,6 +48,7 @@ class AutoencoderCost(NamedTuple):
     channels: int
     factor: int
     stores_moments: bool
+    stored_channels: int
     cost: Cost
     """Parameters of encoder and decoder, FLOPs of the encoder."""
     decoding: int
@@ -49,11 +63,15 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     """
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     if spec in SHAPES and weights is None:
-        vae, channels = _outline(*SHAPES[spec])
-        cost = cost_of(vae, lambda: vae.encoder(pixels))
-        latents = torch.empty(1, channels, resolution // FACTOR, resolution // FACTOR, device="meta")
-        return AutoencoderCost(channels, FACTOR, True, cost, cost_of(vae, lambda: vae.decoder(latents)).forward)
+        shape = SHAPES[spec]
+        vae, side = _outline(shape), resolution // shape.factor
+        latents = torch.empty(1, shape.channels, side, side, device="meta")
+        cost = cost_of(vae, lambda: _encoded(shape.kind, vae, pixels))
+        decoding = cost_of(vae, lambda: _decoded(shape.kind, vae, latents)).forward
+        stored = shape.channels * (2 if shape.kind == "AutoencoderKL" else 1)
+        return AutoencoderCost(shape.channels, shape.factor, True, stored, cost, decoding)
     autoencoder = load_autoencoder(spec, weights=weights).to("meta")
+    autoencoder.check_resolution(resolution, resolution)
     if resolution % autoencoder.factor:
         raise UserError(
             f"resolution is {resolution}, but {spec} shrinks images {autoencoder.factor} times: choose a multiple."
@@ -62,12 +80,21 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     side = resolution // autoencoder.factor
     latents = torch.empty(1, autoencoder.channels, side, side, device="meta")
     decoding = cost_of(autoencoder, lambda: autoencoder.images(latents)).forward
-    return AutoencoderCost(autoencoder.channels, autoencoder.factor, autoencoder.stores_moments, cost, decoding)
+    stores, stored = autoencoder.stores_moments, autoencoder.stored_channels
+    return AutoencoderCost(autoencoder.channels, autoencoder.factor, stores, stored, cost, decoding)
 
 
-def _outline(kind: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:
-    """A model of diffusers on the meta device, and its latent channels."""
+def _outline(shape: Shape) -> nn.Module:
+    """A model of diffusers on the meta device."""
     diffusers = extras.need("diffusers", "The cost of an autoencoder")
     with torch.device("meta"):
-        vae = getattr(diffusers, kind)(**arguments)
-    return vae.requires_grad_(False), arguments["latent_channels"]
+        return getattr(diffusers, shape.kind)(**shape.arguments).requires_grad_(False)
+
+
+def _encoded(kind: str, vae: Any, pixels: Tensor) -> Tensor:
+    """Without what follows the encoder and is no product of matrices."""
+    return vae.encode(pixels).latent if kind == "AutoencoderRAE" else vae.encoder(pixels)
+
+
+def _decoded(kind: str, vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents).sample if kind == "AutoencoderRAE" else vae.decoder(latents)

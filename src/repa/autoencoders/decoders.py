@@ -24,7 +24,7 @@ class DecodedBy(Autoencoder):
             space=autoencoder.space,
         )
         self.stochastic, self.stores_moments = autoencoder.stochastic, autoencoder.stores_moments
-        self.distilled = autoencoder.distilled
+        self.distilled, self.resolution = autoencoder.distilled, autoencoder.resolution
         self.autoencoder, self.decoder = autoencoder, decoder
         self.to(autoencoder._scale.device)
 

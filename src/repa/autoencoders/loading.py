@@ -22,6 +22,10 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         UserError: no such folder or repository, a damaged file, a model of another class, tensors that do not fit.
     """
     diffusers = _diffusers()
+    if not hasattr(diffusers, kind):
+        raise UserError(
+            f"The autoencoder {name!r} is diffusers' {kind}, which diffusers {diffusers.__version__} does not have: install a newer one."
+        )
     local = Path(source).is_dir()
     if not local and (Path(source).is_absolute() or str(source).startswith(".")):  # which no name on the hub is
         raise UserError(

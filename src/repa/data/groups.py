@@ -50,6 +50,7 @@ class BaseGroup:
                 f"resolution is {config.resolution}, but {config.autoencoder} shrinks images {model.factor} times: "
                 "choose a multiple of that."
             )
+        model.check_resolution(config.resolution, config.resolution)
         if not (config.store_images or model.stores_moments):
             raise UserError(
                 f"store_images is off, but {config.autoencoder} stores no moments, so nothing would be left: leave it on."
@@ -59,7 +60,7 @@ class BaseGroup:
         if config.store_images:
             self.sizes["images"] = 3 * config.resolution**2
         if model.stores_moments:
-            self.sizes["moments"] = 2 * 2 * model.channels * (config.resolution // model.factor) ** 2
+            self.sizes["moments"] = 2 * model.stored_channels * (config.resolution // model.factor) ** 2
 
     def encode(self, images: Images) -> dict[str, np.ndarray]:
         """Field -> rows (n, ...)."""
@@ -71,7 +72,7 @@ class BaseGroup:
         return fields
 
     def _moments(self, images: Images) -> Tensor:
-        """(n, 2C, h, w): made now, or those that come with the images, of which the first are compared."""
+        """(n, M, h, w): made now, or those that come with the images, of which the first are compared."""
         if images.moments is None:
             return self._encode(images.pixels)
         if not self._compared:

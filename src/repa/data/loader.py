@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
     labels: Tensor  # (N,) int64
     images: Tensor | None  # (N, 3, R, R) uint8
-    moments: Tensor | None  # (N, 2C, h, w) as stored, float16: `Autoencoder.sample` computes in float32
+    moments: Tensor | None  # (N, M, h, w) as stored, float16: `Autoencoder.sample` computes in float32
     features: dict[str, Features]  # encoder -> patches (N, T, D) float16 as stored or float32, pooled (N, D) or None
 
 

@@ -112,8 +112,8 @@ class Estimate:
         }
 
     def moments_bytes(self) -> int:
-        """On disk, of one image: mean and deviation in float16."""
-        return 4 * self.autoencoder.channels * self.config.model.latent_size**2 * self.autoencoder.stores_moments
+        """On disk, of one image, in float16."""
+        return 2 * self.autoencoder.stored_channels * self.config.model.latent_size**2 * self.autoencoder.stores_moments
 
     def forms(self, teacher: str) -> list[str]:
         """Those of FORMS in which a teacher's tokens can be stored."""

@@ -185,9 +185,11 @@ def _require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int)
 def _latents(batch: Batch, autoencoder: nn.Module, seed: int, step: int) -> Tensor:
     """Clean latents (N, C, h, w), sampled anew from the posterior at every step with draws of the global batch."""
     moments = batch.moments if batch.moments is not None else autoencoder.encode(batch.images)
-    num, channels = len(moments), moments.shape[1] // 2
+    if not autoencoder.stochastic:
+        return autoencoder.sample(moments)
+    num, shape = len(moments), (autoencoder.channels, *moments.shape[2:])
     stream = generator(seed, "posterior", step, device=moments.device)
-    noise = torch.randn((dist.world() * num, channels, *moments.shape[2:]), generator=stream, device=moments.device)
+    noise = torch.randn((dist.world() * num, *shape), generator=stream, device=moments.device)
     return autoencoder.sample(moments, noise=noise[dist.rank() * num : (dist.rank() + 1) * num])
 
 

@@ -132,7 +132,7 @@ class Step:
 
     def student(self, batch: Batch, features: Mapping[str, Features]) -> None:
         objective, step = self.state.objective, self.state.step
-        clean = objective.clean(latents(batch), features)
+        clean = objective.clean(latents(batch, self.config.model.latent_channels), features)
         draws, weights = objective.draw(clean, step), objective.weights(step, self.device)
         backward(
             self.objective, clean, Condition(batch.labels), features, draws, weights, accumulate=self.config.accumulate,
@@ -198,10 +198,10 @@ def measure(
     )  # fmt: skip
 
 
-def latents(batch: Batch) -> Tensor:
+def latents(batch: Batch, channels: int) -> Tensor:
     """Something to train on: the means of the moments, or the pixels. Their scale costs nothing."""
     if batch.moments is not None:
-        return batch.moments.float().chunk(2, dim=1)[0]
+        return batch.moments[:, :channels].float()
     return batch.images.float() / 127.5 - 1
 
 
