@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repa.base.errors import UserError
 from repa.data import open_source
+from repa.data.sources import photographs
 from repa.data.sources.photographs import FOLDER, load_photographs, photograph_crop
 
 
@@ -93,3 +95,31 @@ def test_sides_places_and_mirroring_follow_their_distributions(monkeypatch):
         assert abs(np.sort(place) - (np.arange(400) + 0.5) / 400).max() < 0.08, name  # Kolmogorov-Smirnov, p = 0.01
     assert 160 < len(mirrored) < 240
     assert set(mirrored) == {Image.Transpose.FLIP_LEFT_RIGHT}
+
+
+def test_captions_say_what_is_seen():
+    plain, told = (open_source(f"photographs:num=400,seed=2{more}") for more in ("", ",captions=true"))
+    assert plain.captions(3) == ()
+    assert not plain.has_captions
+    assert told.identity != plain.identity
+    light = {"dark": [], "": [], "bright": []}
+    for index in range(400):
+        sentence, words = told.captions(index)
+        name = told.class_names[index % 20]
+        assert name in sentence
+        assert words.startswith(name)
+        side = photographs.crop_of(index, 2, 256).share
+        assert ("close" in sentence) == ("close" in words) == (side < 0.8)
+        word = next((word for word in ("dark", "bright") if word in sentence), "")
+        assert (name, word) not in photographs.unseen()
+        difference = np.asarray(told.image(index, 8), float).mean() - np.asarray(plain.image(index, 8), float).mean()
+        light[word].append(difference)
+    assert max(light["dark"]) < -5
+    assert min(light["bright"]) > 5
+    assert set(light[""]) == {0.0}
+    assert all(90 < len(found) < 200 for found in light.values())
+    assert len(photographs.unseen()) == 10
+    assert photographs.captions_of("owl", "bright", True) == ("a bright picture of an owl, close", "owl, bright, close")
+    assert photographs.captions_of("books", "", False) == ("a picture of books", "books")
+    with pytest.raises(UserError, match="true or false"):
+        open_source("photographs:captions=2")

@@ -22,7 +22,7 @@ def test_names_build_networks_of_the_sizes_of_the_configuration():
     network = build(ModelConfig(backbone=JIT, patch_size=4, **COMPLETE))
     assert isinstance(network, JiT)
     assert (network.grid, network.hidden_dim, network.class_tokens_from) == ((2, 2), 16, 1)
-    network = build(ModelConfig(backbone="mmdit:tokens=3,width=5", **COMPLETE))
+    network = build(ModelConfig(backbone="mmdit", text_shape=(3, 5), **COMPLETE))
     assert isinstance(network, MMDiT)
     assert network.null(Condition(torch.zeros(2, dtype=torch.int64))).text.shape == (2, 3, 5)
     assert build(ModelConfig(patch_size=8, **COMPLETE)).grid == (1, 1)

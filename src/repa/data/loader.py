@@ -4,18 +4,21 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.base.rng import fold
+from repa.conditions import Text
 from repa.data.dataset import DataSet
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
 from repa.data.prefetch import ahead
 from repa.data.remote import FetchAhead
+from repa.data.texts import StoredText
 from repa.encoders.contract import Features
 
 DEPTH = 4  # batches that are read ahead
@@ -30,6 +33,8 @@ class Batch(NamedTuple):
     images: Tensor | None  # (N, 3, R, R) uint8
     moments: Tensor | None  # (N, M, h, w) as stored, float16: `Autoencoder.sample` computes in float32
     features: dict[str, Features]  # encoder -> patches (N, T, D) float16 as stored or float32, pooled (N, D) or None
+    text: Text | None = None  # tokens (N, S, E) float32 of one caption of each image
+    captions: Sequence[str] = ()  # or that caption itself, N of them
 
 
 class _Rows(NamedTuple):
@@ -38,6 +43,13 @@ class _Rows(NamedTuple):
     names: tuple[str, ...]  # of encoders
     fields: dict[str, Tensor]
     copied: "torch.cuda.Event | None"
+    text: StoredText | None = None
+    captions: Sequence[str] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is copied."""
+        return [*self.fields.values(), *(part for part in self.text or () if part is not None)]
 
 
 class Loader:
@@ -55,6 +67,7 @@ class Loader:
             another thread, some steps ahead.
         images: whether the images are wanted, or a function of the step; stored moments always come.
         pooled: whether pooled features are wanted beside the tokens.
+        text: "tokens" or "captions", of one caption of each image, drawn anew at every position; "": neither.
         rank: number of this process.
         world: number of processes.
         device: where batches go. CUDA: copied from pinned memory on a stream of their own while other steps compute.
@@ -66,14 +79,15 @@ class Loader:
     def __init__(
         self, data: DataSet, *, batch_size: int, seed: int,
         features: Sequence[str] | Callable[[int], Sequence[str]] = (), images: bool | Callable[[int], bool] = False,
-        pooled: bool = False, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
+        pooled: bool = False, text: Literal["", "tokens", "captions"] = "",
+        rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
     ):  # fmt: skip
         if batch_size % world:
             raise UserError(
                 f"A batch of {batch_size} images cannot be shared equally by {world} processes: "
                 f"choose a multiple of {world}."
             )
-        self.data, self.batch_size, self.pooled = data, batch_size, pooled
+        self.data, self.batch_size, self.pooled, self.text, self.seed = data, batch_size, pooled, text, seed
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
@@ -145,8 +159,9 @@ class Loader:
         """The steps, each after its shards and those that follow were asked for."""
         for step in steps:
             epoch, place = divmod(step * self.batch_size, self.data.num_images)
-            shards = [self.data.manifest.shards[number].files for number in self.order.shards_from(epoch, place)]
-            fetcher.want(files[field] for files in shards if files for field in self.fields(step))
+            shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
+            fetcher.want(shard.files[field] for shard in shards if shard.files for field in self.fields(step))
+            fetcher.want(file for shard in shards for file in (shard.text.values() if self.text == "tokens" else ()))
             yield step
 
     def _largest_shard(self) -> int:
@@ -166,18 +181,32 @@ class Loader:
                 self.data.gather(field, indices, out=rows.numpy())
             fields[field] = rows
         names = tuple(field.removeprefix("features.") for field in fields if field.startswith("features."))
+        text, captions = self._chosen(step, indices)
         if self._side is None:
-            return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None)
+            text = text and text.to(lambda rows: rows.to(self.device))
+            return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions)
         with torch.cuda.stream(self._side):
             fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
-            return _Rows(names, fields, self._side.record_event())
+            text = text and text.to(lambda rows: rows.pin_memory().to(self.device, non_blocking=True))
+            return _Rows(names, fields, self._side.record_event(), text, captions)
+
+    def _chosen(self, step: int, indices: np.ndarray) -> tuple[StoredText | None, list[str]]:
+        """One caption of each image of a step: which one is a function of (seed, position in the endless sequence)."""
+        if not self.text:
+            return None, []
+        start = step * self.batch_size + self.rank * len(indices)
+        keys = [fold(self.seed, "caption", position) for position in range(start, start + len(indices))]
+        if self.text == "tokens":
+            return self.data.texts.gather(indices, keys), []
+        captions = zip(self.data.captions(indices), keys, strict=True)
+        return None, [texts[key % len(texts)] if texts else "" for texts, key in captions]
 
     def _finish(self, rows: _Rows) -> Batch:
         """Tokens out of their stored form, on the device."""
         if rows.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(rows.copied)
-            for tensor in rows.fields.values():
+            for tensor in rows.tensors:
                 tensor.record_stream(current)  # or its memory would be given to the next copy while it is still read
         features, fields = {}, rows.fields
         for name in rows.names:
@@ -186,4 +215,5 @@ class Loader:
                 patches = unpack(patches, fields.get(f"scale.{name}"), self._basis(name))
             pooled = fields.get(f"pooled.{name}")
             features[name] = Features(patches, pooled)
-        return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features)
+        text = rows.text and rows.text.text()
+        return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features, text, rows.captions)

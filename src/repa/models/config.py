@@ -134,6 +134,14 @@ class Route(NamedTuple):
 ROUTING = ("keep", "keep_groups", "merge", "path_drop")  # fields that say how, in the order of Route
 
 
+TEXT_BACKBONES = ("mmdit",)
+
+
+def reads_text(backbone: str) -> bool:
+    """Does this network of ours read `Condition.text`? A private one is trained on text where the run names a text encoder."""
+    return parse_spec(backbone)[0] in TEXT_BACKBONES
+
+
 class ModelConfig(Config):
     """The network to train."""
 
@@ -181,6 +189,8 @@ class ModelConfig(Config):
     """After the route: identity, tokens that were left out come back as they left; fuse, a linear layer joins both paths."""
     path_drop: float = Field(0.0, ge=0, lt=1)
     """Probability that an image's result of the route's blocks is thrown away, which the guidance path_drop needs."""
+    text_shape: tuple[Annotated[int, Field(ge=0, le=65_536)], Annotated[int, Field(ge=0, le=65_536)]] = (0, 0)
+    """Tokens of a text and their width, for networks that read text; 0 0 = taken from the data."""
     streams: tuple[tuple[str, int], ...] = ()
     """Name and width of each vector that is noised beside the latents; filled in from the setting `streams` of the run."""
 

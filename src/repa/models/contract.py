@@ -144,6 +144,13 @@ class Backbone(nn.Module, ABC):
     def matrices(self) -> Iterable[nn.Parameter]:
         """The weights that Muon takes: the network knows, the optimizer does not."""
 
+    def completed(self, condition: Condition) -> Condition:
+        """The condition with everything that the network reads: one that reads text adds the empty one where there is none."""
+        return condition
+
+    def take_empty_text(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Keep the encoded empty text (S, E), mask (S,), which then stands for "no text". Networks without text ignore it."""
+
     def compile_blocks(self) -> None:
         """Compile each block by itself, in place: one graph for all that are alike, made in seconds.
 

@@ -22,7 +22,7 @@ def model_cost(config: ModelConfig, *, token_times: bool = False, routed: bool =
         state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
         tokens = model.grid[0] * model.grid[1]
         t = TwoTimes(torch.empty(1, 2), torch.empty(1, tokens, dtype=torch.bool)) if token_times else torch.empty(1)
-        condition = Condition(torch.empty(1, dtype=torch.int64))
+        condition = model.completed(Condition(torch.empty(1, dtype=torch.int64)))
         keep = placeholder(model.route, 1, model.grid) if routed else None
 
     def run() -> Tensor:

@@ -29,6 +29,7 @@ from repa.models.layers import (
 )
 
 INIT_STD = 0.02  # of the timestep MLP
+CLIP_L = (77, 768)  # tokens of a text and their width
 
 
 class MMDiT(Backbone):
@@ -58,7 +59,7 @@ class MMDiT(Backbone):
         hidden_dim: int = 768,
         depth: int = 24,
         num_heads: int = 24,
-        text_shape: tuple[int, int] = (77, 768),
+        text_shape: tuple[int, int] = CLIP_L,
         reference_init: bool = False,
     ):
         super().__init__()
@@ -101,8 +102,17 @@ class MMDiT(Backbone):
 
     def null(self, like: Condition) -> Condition:
         num = len(like.labels)
-        mask = None if like.text_mask is None else self.null_mask.expand(num, -1)
+        needed = like.text is None or like.text_mask is not None
+        mask = self.null_mask.expand(num, -1) if needed else None
         return like._replace(text=self.null_text.expand(num, -1, -1), text_mask=mask)
+
+    def completed(self, condition: Condition) -> Condition:
+        return self.null(condition) if condition.text is None else condition
+
+    def take_empty_text(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.null_text.copy_(tokens)
+        if mask is not None:
+            self.null_mask.copy_(mask)
 
     def matrices(self) -> Iterable[nn.Parameter]:
         """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
@@ -157,12 +167,12 @@ class MMDiT(Backbone):
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
 
 
-def mmdit(config: ModelConfig, *, tokens: int = 77, width: int = 768, reference_init: bool = False) -> MMDiT:
-    """The backbone `mmdit`: sizes of the configuration, for text of `tokens` tokens of `width`."""
+def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
+    """The backbone `mmdit`: sizes of the configuration, its text too; CLIP-L's where it is not known yet."""
     config.require_plain()
     return MMDiT(
         **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
-        text_shape=(tokens, width), reference_init=reference_init,
+        text_shape=config.text_shape if any(config.text_shape) else CLIP_L, reference_init=reference_init,
     )  # fmt: skip
 
 

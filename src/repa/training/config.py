@@ -10,11 +10,13 @@ from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
+from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, Guidances, check_null_trained
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
-from repa.models.config import ModelConfig
+from repa.models import BACKBONES
+from repa.models.config import ModelConfig, reads_text
 
 
 class OptimizerConfig(Config):
@@ -112,6 +114,10 @@ class TrainConfig(Config):
     """Local folder of the autoencoder's weights; empty takes the hub's."""
     feature_weights: tuple[str, ...] = ()
     """Local weights of encoders that run while training or judge previews, written ENCODER=PATH; the others come from the hub."""
+    text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
+    """Text encoder of the captions, e.g. clip-l, for networks that read text; empty takes that of the stored tokens."""
+    text_weights: str = ""
+    """Local folder of its weights, where it runs while training or sampling; empty takes the hub's."""
     init: str = ""
     """Start from these weights: run folder, folder of `repa export`, or repa:FILE, sit:FILE, dit:FILE. Empty: from random."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -121,7 +127,7 @@ class TrainConfig(Config):
     num_steps: int = Field(400_000, ge=1)
     """Steps to train in all."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that a label is replaced by the null label, so that guidance is possible."""
+    """Probability that a label or a caption is replaced by the null label or the empty text, so that guidance is possible."""
     accumulate: int = Field(1, ge=1)
     """Parts into which a step's images are split to need less memory; the gradient stays that of all of them."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -177,6 +183,10 @@ class TrainConfig(Config):
         self.diffusion.check_sampler(self.preview.sampler)
         if self.preview.every or self.preview.scored_every:
             check_null_trained(self.preview.guidance, self.label_dropout)
+        if self.text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
+            raise ValueError(
+                f"text is {self.text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
+            )
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:

@@ -255,7 +255,9 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
         two = TwoTimes(torch.rand(num, 2), torch.rand(num, tokens) < 0.5)
         t = two if config.diffusion.token_times else torch.rand(num)
         keep = placeholder(model.route, num, model.grid)
-        output = model(state, t, Condition(torch.zeros(num, dtype=torch.int64)), tuple(set(taps)), keep)
+        output = model(
+            state, t, model.completed(Condition(torch.zeros(num, dtype=torch.int64))), tuple(set(taps)), keep
+        )
         losses = [_compared(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
         predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
         return sum(losses) + sum(predicted)

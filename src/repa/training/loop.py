@@ -18,7 +18,6 @@ from repa.autoencoders.contract import require_same_autoencoder
 from repa.base import dist
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
-from repa.models import Condition
 from repa.runs import MetricsLog, Writer, layout
 from repa.runs.averaging import drop_snapshots
 from repa.training import signals
@@ -32,6 +31,7 @@ from repa.training.resolve import claim_folder, resolve, with_streams
 from repa.training.rows import Rows
 from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
+from repa.training.text import TextConditions
 from repa.training.utilisation import ideal_seconds
 
 
@@ -82,9 +82,10 @@ def _train(
         check_parts(config.batch_size, dist.world(), config.accumulate)
         new = begins(run)
         encoders = EncoderFeatures(config, data, device)
-        config = with_streams(config, encoders.dims)
-    state = build_state(config, encoders.dims, device, begins=new)
-    dist.on_main(lambda: claim_folder(run, config, data))
+        texts = TextConditions(config, data, device)
+        config = texts.completed(with_streams(config, encoders.dims))
+    state = build_state(config, encoders.dims, device, begins=new, empty_text=texts.empty)
+    dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     with dist.together():
         state.resume(run)
     _require_agreement(run, config, data, state.step)
@@ -103,7 +104,7 @@ def _train(
         loader = Loader(
             data, batch_size=config.batch_size, seed=config.seed, features=lambda step: encoders.stored(wanted(step)),
             images=lambda step: encoders.reads_images(wanted(step)),
-            pooled=encoders.pooled, rank=dist.rank(), world=dist.world(), device=device,
+            pooled=encoders.pooled, text=texts.reads, rank=dist.rank(), world=dist.world(), device=device,
         )  # fmt: skip
     hooks = make_hooks(config, autoencoder)
     if data.has_moments and not hooks:
@@ -130,7 +131,7 @@ def _train(
             clean = state.objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
             draws, weights = state.objective.draw(clean, state.step), state.objective.weights(state.step, device)
             losses = backward(
-                objective, clean, Condition(batch.labels), features, draws, weights, accumulate=config.accumulate,
+                objective, clean, texts(batch), features, draws, weights, accumulate=config.accumulate,
                 precision=config.precision, scaled=state.guard.scaled, averaged=state.averaged(),
             )  # fmt: skip
             state.guard.unscale(state.objective.parameters())

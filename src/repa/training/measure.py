@@ -134,8 +134,9 @@ class Step:
         objective, step = self.state.objective, self.state.step
         clean = objective.clean(latents(batch, self.config.model.latent_channels), features)
         draws, weights = objective.draw(clean, step), objective.weights(step, self.device)
+        condition = self.state.model.completed(Condition(batch.labels))
         backward(
-            self.objective, clean, Condition(batch.labels), features, draws, weights, accumulate=self.config.accumulate,
+            self.objective, clean, condition, features, draws, weights, accumulate=self.config.accumulate,
             precision=self.config.precision, scaled=self.state.guard.scaled, averaged=self.state.averaged(),
         )  # fmt: skip
 
@@ -246,7 +247,7 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         t = two if config.diffusion.token_times else zeros
         cleanest = any(target.cleanest for target in objective.averaging)
         draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(len(alignments))
-        condition = Condition(zeros.long())
+        condition = model.completed(Condition(zeros.long()))
         with FlopCounterMode(display=False) as counter:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
             objective(clean, condition, features, draws, weights, averaged).total.sum().backward()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +16,14 @@ from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.runs import layout
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
+from repa.training.text import chosen_text
 
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
 # checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
 CHANGEABLE = (
     "num_steps", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
-    "preview", "wandb", "autoencoder_weights", "feature_weights",
+    "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
 
 
@@ -57,8 +59,17 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         autoencoder=data.autoencoder,
         autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
         feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
+        **_text(config, data),
         precision=resolved(config.precision, device),
     )
+
+
+def _text(config: TrainConfig, data: DataSet) -> dict[str, str]:
+    """The text encoder, and where its weights lay when the data was prepared by it."""
+    text = chosen_text(config, data)
+    of_data = data.manifest.config
+    known = of_data.text_weights if data.text and of_data.text == text and Path(of_data.text_weights).exists() else ""
+    return {"text": text, "text_weights": config.text_weights or known}
 
 
 def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:
@@ -67,10 +78,10 @@ def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:
     return config.override(model=config.model.override(streams=streams))
 
 
-def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
+def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, Any] | None = None) -> None:
     """Write config.yaml and data.json into a new run folder; refuse one that holds another run or other data.
 
-    Only what CHANGEABLE names may differ between continuations.
+    Only what CHANGEABLE names may differ between continuations. `text` is the identity of the text encoder, where there is one.
     """
     path = run / layout.CONFIG
     if path.is_file():
@@ -83,7 +94,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet) -> None:
             )
     elif run.is_dir() and any(not _ours(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
-    summary = data.summary()
+    summary = data.summary() | ({"text": text} if text else {})
     if path.is_file() and (before_data := files.read_object(run / layout.DATA)) != summary:
         changed = sorted(key for key in {*before_data, *summary} if before_data.get(key) != summary.get(key))
         raise UserError(

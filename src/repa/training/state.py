@@ -15,6 +15,7 @@ from repa.alignment.losses import looks_at_other_images
 from repa.base import dist, faults
 from repa.base.errors import UserError
 from repa.base.rng import fold
+from repa.conditions import Text
 from repa.models import Backbone, Output, build
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
@@ -140,10 +141,12 @@ class TrainState:
 
 
 def build_state(
-    config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, begins: bool = True
-) -> TrainState:
+    config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, begins: bool = True,
+    empty_text: Text | None = None,
+) -> TrainState:  # fmt: skip
     """A state at step 0. `config` is resolved (no field left to the data); feature_dims: encoder -> width of its tokens.
 
+    `empty_text` (1, S, E) is what stands for "no text" in a network that reads text.
     `config.init` is read when the run `begins`; later a checkpoint takes its place, and it need not exist any more.
 
     Network and projectors are initialised from streams of their own: a run with another alignment, or none, starts from
@@ -152,6 +155,8 @@ def build_state(
     with seeded(config.seed, "model"):
         model = build(config.model)
     model.checkpoint_activations = config.checkpoint_activations
+    if empty_text is not None:
+        model.take_empty_text(*empty_text.map(lambda x: x[0]))
     alignments = []
     for alignment in config.alignments:
         with seeded(config.seed, "projector", alignment.key):

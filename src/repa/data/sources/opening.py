@@ -70,7 +70,7 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
     path = Path(name)
     if name == "photographs":
         _require_own(labels, name)
-        return PhotographSource, ("num", "seed")
+        return PhotographSource, ("num", "seed", "captions")
     if name.startswith("hf:"):
         return (lambda **s: open_hub(name[3:], labels, **s)), ("config", "split", "revision", *COLUMNS, "streaming")
     if path.is_dir():

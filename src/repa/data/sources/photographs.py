@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,12 @@ from repa.base.rng import fold
 from repa.data.sources.contract import Source
 
 FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
+CLOSE = 0.8  # a crop of a smaller share is called close
+LIGHTS = {
+    "dark": (0.4, 0.0),
+    "": (1.0, 0.0),
+    "bright": (0.4, 255.0),
+}  # word -> share of the contrast that stays, and towards what
 SHARES = (0.6, 1.0)  # side of a crop over the photograph's: large enough to tell what it shows
 
 
@@ -32,6 +39,23 @@ def checksum() -> str:
     return digest.hexdigest()
 
 
+class Crop(NamedTuple):
+    """Which part of a photograph is seen: its side as a share of the photograph's, its corner in pixels, and whether mirrored."""
+
+    share: float
+    left: float
+    top: float
+    mirrored: bool
+
+
+def crop_of(index: int, seed: int, width: int) -> Crop:
+    """Crop `index` of a photograph of `width` pixels, a function of (seed, index) alone: share and place are uniform."""
+    rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
+    share = rng.uniform(*SHARES)
+    left, top = rng.uniform(0, width - share * width, size=2)
+    return Crop(share, left, top, rng.random() < 0.5)
+
+
 def photograph_crop(index: int, resolution: int, seed: int) -> Image.Image:
     """Crop `index`, RGB, of photograph index % 20: a function of (seed, index, resolution) alone.
 
@@ -40,25 +64,60 @@ def photograph_crop(index: int, resolution: int, seed: int) -> Image.Image:
     """
     photographs = list(load_photographs().values())
     photograph = photographs[index % len(photographs)]
-    rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
-    side = rng.uniform(*SHARES) * photograph.width
-    left, top = rng.uniform(0, photograph.width - side, size=2)
-    box = (left, top, left + side, top + side)
-    crop = photograph.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+    crop = crop_of(index, seed, photograph.width)
+    side = crop.share * photograph.width
+    box = (crop.left, crop.top, crop.left + side, crop.top + side)
+    image = photograph.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else image
+
+
+def light_of(index: int, seed: int) -> str:
+    """dark, bright or "", each as often as the others that the photograph is seen in: see `unseen`."""
+    names = list(load_photographs())
+    place = index % len(names)
+    lights = [light for light in LIGHTS if (names[place], light) not in unseen()]
+    return lights[fold(seed, "light", index) % len(lights)]
+
+
+@functools.cache
+def unseen() -> tuple[tuple[str, str], ...]:
+    """Photographs and lights that are never together, so that a network can be asked for what it has not seen: every second
+    photograph lacks dark or bright, in turn."""
+    return tuple((name, ("dark", "bright")[k % 2]) for k, name in enumerate(list(load_photographs())[::2]))
+
+
+def lit(image: Image.Image, light: str) -> Image.Image:
+    """The image with all its values moved towards black or white."""
+    pixels = np.asarray(image, np.float32)
+    share, end = LIGHTS[light]
+    return Image.fromarray((end + (pixels - end) * share + 0.5).astype(np.uint8))
+
+
+def captions_of(name: str, light: str, close: bool) -> tuple[str, str]:
+    """Two ways to say what is seen: "a dark picture of a cat, close" and "cat, dark, close"."""
+    no_article = name.endswith("s") or name in ("coffee", "sushi")
+    what = name if no_article else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    near = ", close" if close else ""
+    return f"a {light} picture of {what}{near}".replace("  ", " "), ", ".join(filter(None, (name, light, near[2:])))
 
 
 class PhotographSource(Source):
-    """Random crops of the photographs inside the package, one class for each photograph."""
+    """Random crops of the photographs inside the package, one class for each photograph.
 
-    def __init__(self, *, num: int = 10_000, seed: int = 0):
+    With captions=true each is also shown in one of three lights, and two captions say what is seen.
+    """
+
+    def __init__(self, *, num: int = 10_000, seed: int = 0, captions: bool = False):
+        if type(captions) is not bool:
+            raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
-        self.seed = seed
+        self.seed, self.has_captions = seed, captions
         self.class_names = list(load_photographs())
         self.labels = np.arange(num, dtype=np.int64) % len(self.class_names)
         self.identity = {"name": "photographs", "num_images": num, "seed": seed, "sha256": checksum()}
+        self.identity |= {"captions": True} if captions else {}
 
     def name(self, index: int) -> str:
         return f"photograph {index}"
@@ -67,4 +126,12 @@ class PhotographSource(Source):
         return load_photographs()[self.class_names[index % len(self.class_names)]]
 
     def image(self, index: int, resolution: int) -> Image.Image:
-        return photograph_crop(index, resolution, self.seed)
+        image = photograph_crop(index, resolution, self.seed)
+        return lit(image, light_of(index, self.seed)) if self.has_captions else image
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if not self.has_captions:
+            return ()
+        name = self.class_names[index % len(self.class_names)]
+        close = crop_of(index, self.seed, load_photographs()[name].width).share < CLOSE
+        return captions_of(name, light_of(index, self.seed), close)

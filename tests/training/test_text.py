@@ -1,0 +1,132 @@
+"""MMDiT trained on captions: from stored tokens or from the encoder, exactly resumed, whatever the number of processes."""
+
+import json
+
+import pytest
+import torch
+
+from repa.base.errors import UserError
+from repa.conditions import load_text_encoder
+from repa.data import Loader, PrepareConfig, open_data, prepare
+from repa.runs import load_run
+from repa.runs.checkpoint import load_checkpoint
+from repa.training import train
+from repa.training.text import TextConditions
+
+TINY = "tiny-text:tokens=4,width=8"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def captioned(image_folder, tmp_path_factory):
+    """The images of `image_folder` with captions, all but one with two, with tokens ("stored") and without ("plain")."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("captioned")
+    shutil.copytree(image_folder, root / "source")
+    for path in sorted((root / "source").rglob("*.png")):
+        if (path.parent.name, path.stem) != ("dark", "03"):
+            path.with_suffix(".txt").write_text(f"a {path.parent.name} picture\nnumber {path.stem}")
+    config = PrepareConfig(resolution=16, features=("tiny",), shard_size=16, text=TINY)
+    prepare(root / "source", root / "stored", config)
+    prepare(root / "source", root / "plain", config.override(text=""))
+    return root
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config.override(model=tiny_config.model.override(backbone="mmdit"), num_steps=6, save_every=3)
+
+
+def start(config, data, run, **options):
+    return train(config, open_data(data), run, device=CPU, say=lambda text: None, **options)
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned):
+    data = open_data(captioned / "stored")
+    whole = Loader(data, batch_size=8, seed=3, text="captions")
+    batches = [whole.batch(step) for step in range(10)]
+    for step, batch in enumerate(batches):
+        texts = data.captions(whole.indices(step))
+        assert all(text in (of_image or ("",)) for text, of_image in zip(batch.captions, texts, strict=True))
+        shares = [Loader(data, batch_size=8, seed=3, text="captions", rank=r, world=2).batch(step) for r in (0, 1)]
+        assert [*shares[0].captions, *shares[1].captions] == batch.captions
+    seen = [text for batch in batches for text in batch.captions]
+    assert 20 < sum(text.startswith("number") for text in seen) < 60  # half of 80
+    assert "" in seen
+    tokens = Loader(data, batch_size=8, seed=3, text="tokens").batch(4).text
+    wanted = load_text_encoder(TINY)(batches[4].captions)
+    torch.testing.assert_close(tokens.tokens, wanted.tokens, rtol=1e-3, atol=2e-3)
+    assert torch.equal(tokens.mask, wanted.mask)
+
+
+def test_training_resumes_exactly_and_is_read_back(captioned, config, tmp_path):
+    start(config, captioned / "stored", tmp_path / "whole")
+    start(config.override(num_steps=3), captioned / "stored", tmp_path / "parts")
+    start(config, captioned / "stored", tmp_path / "parts")
+    whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    for kind in ("model", "ema", "projectors", "optimizer"):
+        assert all(torch.equal(value, getattr(parts, kind)[key]) for key, value in getattr(whole, kind).items()), kind
+    assert all(0 < loss < 100 for loss in losses(tmp_path / "whole"))
+    model = load_run(tmp_path / "whole").model
+    empty = load_text_encoder(TINY)([""])
+    torch.testing.assert_close(model.null_text, empty.tokens[0], rtol=1e-3, atol=2e-3)
+    assert torch.equal(model.null_mask, empty.mask[0])
+    assert model.context_embedder.weight.grad is None
+    record = json.loads((tmp_path / "whole/data.json").read_text())["text"]
+    assert record == load_text_encoder(TINY).identity
+
+
+def test_tokens_computed_while_training_give_the_same(captioned, config, tmp_path):
+    start(config, captioned / "stored", tmp_path / "stored")
+    start(config.override(text=TINY), captioned / "plain", tmp_path / "online")
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), rel=1e-3)
+    start(config.override(text=TINY, accumulate=2), captioned / "plain", tmp_path / "parts")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+
+
+def test_text_reaches_the_network(captioned, config, tmp_path):
+    """The first step's gradient of what reads the text is not zero once the gates are open, and captions matter."""
+    data = open_data(captioned / "stored")
+    config = config.override(model=config.model.override(backbone="mmdit:reference_init=true"))
+    start(config, data.folder, tmp_path / "run")
+    model = load_run(tmp_path / "run").model
+    texts = TextConditions(config.override(text=TINY), data, CPU)
+    batch = Loader(data, batch_size=8, seed=0, text="tokens").batch(0)
+    condition, state = texts(batch), {"x": torch.randn(8, *model.state_shapes["x"])}
+    own = model(state, torch.full((8,), 0.5), condition).prediction["x"]
+    none = model(state, torch.full((8,), 0.5), model.null(condition)).prediction["x"]
+    assert (own - none).abs().amax((1, 2, 3)).min() > 1e-6
+
+
+def test_what_does_not_fit_is_refused(captioned, config, data_folder, tmp_path):
+    with pytest.raises(UserError, match="no captions"):
+        start(config, data_folder, tmp_path / "a")
+    with pytest.raises(UserError, match="--text"):
+        start(config, captioned / "plain", tmp_path / "b")
+    with pytest.raises(UserError, match="text_shape"):
+        start(config.override(model=config.model.override(text_shape=(5, 8))), captioned / "stored", tmp_path / "c")
+    with pytest.raises(UserError, match="reads no text"):
+        config.override(text=TINY, model=config.model.override(backbone="dit"))
+    start(config.override(num_steps=1), captioned / "stored", tmp_path / "d")
+    with pytest.raises(UserError, match="text"):
+        start(config.override(text="tiny-text:tokens=4,width=10"), captioned / "stored", tmp_path / "d")
+
+
+def test_a_run_knows_other_weights_of_its_text_encoder(captioned, config, tmp_path, monkeypatch):
+    start(config.override(num_steps=1, text=TINY), captioned / "plain", tmp_path / "run")
+    from repa.training import text
+
+    def another(*arguments, **options):
+        encoder = load_text_encoder(*arguments, **options)
+        encoder.identity = {**encoder.identity, "weights_sha256": "other"}
+        return encoder
+
+    monkeypatch.setattr(text, "load_text_encoder", another)
+    with pytest.raises(UserError, match=r"other data .*text"):
+        start(config.override(text=TINY), captioned / "plain", tmp_path / "run")
