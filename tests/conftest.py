@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,4 +81,45 @@ def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
             for p in network.parameters():
                 p.data = torch.randn(p.shape, generator=stream) * 0.15
         save_checkpoint(run, state.snapshot())
+    return run
+
+
+@pytest.fixture(scope="session")
+def captioned_data(image_folder, tmp_path_factory) -> Path:
+    """Those images with captions, all but one with two, prepared with tokens (stored/) and without (plain/)."""
+    from repa.data import PrepareConfig, prepare
+
+    root = tmp_path_factory.mktemp("captioned")
+    shutil.copytree(image_folder, root / "source")
+    for path in sorted((root / "source").rglob("*.png")):
+        if (path.parent.name, path.stem) != ("dark", "03"):
+            path.with_suffix(".txt").write_text(f"a {path.parent.name} picture\nnumber {path.stem}")
+    config = PrepareConfig(resolution=16, features=("tiny",), shard_size=16, text="tiny-text:tokens=4,width=8")
+    prepare(root / "source", root / "stored", config)
+    prepare(root / "source", root / "plain", config.override(text=""))
+    return root
+
+
+@pytest.fixture(scope="session")
+def text_run(tiny_config, captioned_data, tmp_path_factory) -> Path:
+    """A run folder of an MMDiT with random weights, trained for no step on `captioned_data`."""
+    from repa.data import open_data
+    from repa.runs import save_checkpoint
+    from repa.training.resolve import claim_folder, resolve
+    from repa.training.state import build_state
+    from repa.training.text import TextConditions
+
+    run, device = tmp_path_factory.mktemp("runs") / "text", torch.device("cpu")
+    data = open_data(captioned_data / "stored")
+    config = resolve(tiny_config.override(model=tiny_config.model.override(backbone="mmdit")), data, device)
+    texts = TextConditions(config, data, device)
+    config = texts.completed(config)
+    claim_folder(run, config, data, texts.identity)
+    state = build_state(config, {"tiny": data.features["tiny"].dim}, device, empty_text=texts.empty)
+    stream = torch.Generator().manual_seed(0)
+    for network in (state.model, state.ema.model):
+        for p in network.parameters():
+            p.data = torch.randn(p.shape, generator=stream) * 0.15
+    state.step = 10
+    save_checkpoint(run, state.snapshot())
     return run

@@ -7,7 +7,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.conditions import load_text_encoder
-from repa.data import Loader, PrepareConfig, open_data, prepare
+from repa.data import Loader, open_data
 from repa.runs import load_run
 from repa.runs.checkpoint import load_checkpoint
 from repa.training import train
@@ -15,22 +15,6 @@ from repa.training.text import TextConditions
 
 TINY = "tiny-text:tokens=4,width=8"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def captioned(image_folder, tmp_path_factory):
-    """The images of `image_folder` with captions, all but one with two, with tokens ("stored") and without ("plain")."""
-    import shutil
-
-    root = tmp_path_factory.mktemp("captioned")
-    shutil.copytree(image_folder, root / "source")
-    for path in sorted((root / "source").rglob("*.png")):
-        if (path.parent.name, path.stem) != ("dark", "03"):
-            path.with_suffix(".txt").write_text(f"a {path.parent.name} picture\nnumber {path.stem}")
-    config = PrepareConfig(resolution=16, features=("tiny",), shard_size=16, text=TINY)
-    prepare(root / "source", root / "stored", config)
-    prepare(root / "source", root / "plain", config.override(text=""))
-    return root
 
 
 @pytest.fixture
@@ -47,8 +31,8 @@ def losses(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned):
-    data = open_data(captioned / "stored")
+def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned_data):
+    data = open_data(captioned_data / "stored")
     whole = Loader(data, batch_size=8, seed=3, text="captions")
     batches = [whole.batch(step) for step in range(10)]
     for step, batch in enumerate(batches):
@@ -65,10 +49,10 @@ def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned)
     assert torch.equal(tokens.mask, wanted.mask)
 
 
-def test_training_resumes_exactly_and_is_read_back(captioned, config, tmp_path):
-    start(config, captioned / "stored", tmp_path / "whole")
-    start(config.override(num_steps=3), captioned / "stored", tmp_path / "parts")
-    start(config, captioned / "stored", tmp_path / "parts")
+def test_training_resumes_exactly_and_is_read_back(captioned_data, config, tmp_path):
+    start(config, captioned_data / "stored", tmp_path / "whole")
+    start(config.override(num_steps=3), captioned_data / "stored", tmp_path / "parts")
+    start(config, captioned_data / "stored", tmp_path / "parts")
     whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     for kind in ("model", "ema", "projectors", "optimizer"):
         assert all(torch.equal(value, getattr(parts, kind)[key]) for key, value in getattr(whole, kind).items()), kind
@@ -82,17 +66,17 @@ def test_training_resumes_exactly_and_is_read_back(captioned, config, tmp_path):
     assert record == load_text_encoder(TINY).identity
 
 
-def test_tokens_computed_while_training_give_the_same(captioned, config, tmp_path):
-    start(config, captioned / "stored", tmp_path / "stored")
-    start(config.override(text=TINY), captioned / "plain", tmp_path / "online")
+def test_tokens_computed_while_training_give_the_same(captioned_data, config, tmp_path):
+    start(config, captioned_data / "stored", tmp_path / "stored")
+    start(config.override(text=TINY), captioned_data / "plain", tmp_path / "online")
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), rel=1e-3)
-    start(config.override(text=TINY, accumulate=2), captioned / "plain", tmp_path / "parts")
+    start(config.override(text=TINY, accumulate=2), captioned_data / "plain", tmp_path / "parts")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
 
 
-def test_text_reaches_the_network(captioned, config, tmp_path):
+def test_text_reaches_the_network(captioned_data, config, tmp_path):
     """The first step's gradient of what reads the text is not zero once the gates are open, and captions matter."""
-    data = open_data(captioned / "stored")
+    data = open_data(captioned_data / "stored")
     config = config.override(model=config.model.override(backbone="mmdit:reference_init=true"))
     start(config, data.folder, tmp_path / "run")
     model = load_run(tmp_path / "run").model
@@ -104,22 +88,24 @@ def test_text_reaches_the_network(captioned, config, tmp_path):
     assert (own - none).abs().amax((1, 2, 3)).min() > 1e-6
 
 
-def test_what_does_not_fit_is_refused(captioned, config, data_folder, tmp_path):
+def test_what_does_not_fit_is_refused(captioned_data, config, data_folder, tmp_path):
     with pytest.raises(UserError, match="no captions"):
         start(config, data_folder, tmp_path / "a")
     with pytest.raises(UserError, match="--text"):
-        start(config, captioned / "plain", tmp_path / "b")
+        start(config, captioned_data / "plain", tmp_path / "b")
     with pytest.raises(UserError, match="text_shape"):
-        start(config.override(model=config.model.override(text_shape=(5, 8))), captioned / "stored", tmp_path / "c")
+        start(
+            config.override(model=config.model.override(text_shape=(5, 8))), captioned_data / "stored", tmp_path / "c"
+        )
     with pytest.raises(UserError, match="reads no text"):
         config.override(text=TINY, model=config.model.override(backbone="dit"))
-    start(config.override(num_steps=1), captioned / "stored", tmp_path / "d")
+    start(config.override(num_steps=1), captioned_data / "stored", tmp_path / "d")
     with pytest.raises(UserError, match="text"):
-        start(config.override(text="tiny-text:tokens=4,width=10"), captioned / "stored", tmp_path / "d")
+        start(config.override(text="tiny-text:tokens=4,width=10"), captioned_data / "stored", tmp_path / "d")
 
 
-def test_a_run_knows_other_weights_of_its_text_encoder(captioned, config, tmp_path, monkeypatch):
-    start(config.override(num_steps=1, text=TINY), captioned / "plain", tmp_path / "run")
+def test_a_run_knows_other_weights_of_its_text_encoder(captioned_data, config, tmp_path, monkeypatch):
+    start(config.override(num_steps=1, text=TINY), captioned_data / "plain", tmp_path / "run")
     from repa.training import text
 
     def another(*arguments, **options):
@@ -129,4 +115,4 @@ def test_a_run_knows_other_weights_of_its_text_encoder(captioned, config, tmp_pa
 
     monkeypatch.setattr(text, "load_text_encoder", another)
     with pytest.raises(UserError, match=r"other data .*text"):
-        start(config.override(text=TINY), captioned / "plain", tmp_path / "run")
+        start(config.override(text=TINY), captioned_data / "plain", tmp_path / "run")

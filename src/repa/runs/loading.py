@@ -16,6 +16,7 @@ from repa.base.files import read_object
 from repa.base.precision import Float32Default
 from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
+from repa.conditions import TEXT_ENCODERS, Text
 from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
 from repa.diffusion.config import DiffusionConfig, check_null_trained
 from repa.models import Backbone, Condition, build
@@ -23,6 +24,7 @@ from repa.models.config import ModelConfig, Route
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
 from repa.runs.predictions import Guide, Predictions
+from repa.runs.prompts import Prompts
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
@@ -42,6 +44,10 @@ class LoadedRun:
     class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
     weak: "LoadedRun | None" = None  # a weaker run, for autoguidance
     guide: Guide | None = None  # a loss, for representation guidance
+    text: str = ""  # text encoder of the captions that it was trained on
+    text_weights: str = ""  # where its weights lay then
+    text_identity: dict[str, Any] | None = None  # its name and checksums
+    prompts: Prompts | None = None  # what samples shall be of
 
     @cached_property
     def process(self) -> Process:
@@ -84,8 +90,14 @@ class LoadedRun:
         """Of what a sampler integrates: the latents, and the streams beside them."""
         return Layout(self.model.state_shapes)
 
-    def denoiser(self, labels: Tensor, guidances: Sequence[str] = ()) -> Denoiser:
+    def denoiser(
+        self, labels: Tensor, guidances: Sequence[str] = (), *, text: Text | None = None, negative: Text | None = None
+    ) -> Denoiser:
         """The denoiser of states as `layout` packs them, for given labels (N,), with guidances (specs of GUIDANCES) closed over.
+
+        Args:
+            text: tokens of N texts, for a network that reads text.
+            negative: those of one text (1, S, E), which stands for "no text" in guidance.
 
         Raises:
             UserError: guidance by a null class that never trained, or by a weaker run of another kind.
@@ -102,15 +114,16 @@ class LoadedRun:
             raise UserError(
                 f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."
             )
-        predictions = self.predictions(Condition(labels))
+        predictions = self.predictions(_condition(labels, text), negative and _condition(labels, negative))
         fn = guided(predictions, [GUIDANCES.build(spec) for spec in guidances], self.layout)
         process = self.process
         return Denoiser(fn, process.path, process.prediction, sigma_min=process.sigma_min, shift=process.shift)
 
-    def predictions(self, condition: Condition) -> Predictions:
-        """The network's predictions by name, for N samples of a condition."""
+    def predictions(self, condition: Condition, null: Condition | None = None) -> Predictions:
+        """The network's predictions by name, for N samples of a condition; `null` in place of the network's own "none"."""
         weak = None if self.weak is None else self.weak.predictions(condition)
-        return Predictions(self.model, self.process.network_time, condition, self.layout, weak, self.guide)
+        condition = self.model.completed(condition)
+        return Predictions(self.model, self.process.network_time, condition, self.layout, weak, self.guide, null)
 
     def with_weak(self, weak: "LoadedRun") -> "LoadedRun":
         """This run, guided by a weaker one; raises UserError unless both predict the same of the same state."""
@@ -119,6 +132,10 @@ class LoadedRun:
                 raise UserError(
                     f"The weaker run {weak.folder} has the {what} {other!r}, but {self.folder} has {own!r}: autoguidance needs the same."
                 )
+        if self.text_identity != weak.text_identity:
+            raise UserError(
+                f"The weaker run {weak.folder} reads texts of another encoder than {self.folder}: autoguidance needs the same."
+            )
         if self.layout.shapes != weak.layout.shapes or self.model.num_classes != weak.model.num_classes:
             raise UserError(
                 f"The weaker run {weak.folder} has other latents, streams or classes than {self.folder}: autoguidance needs the same."
@@ -165,8 +182,28 @@ def load_run(
     names = tuple(map(str, data.get("class_names", ())))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
-        _label_dropout(run, config), _counts(run, data, len(names)),
+        _label_dropout(run, config), _counts(run, data, len(names)), **_text(run, config, data),
     )  # fmt: skip
+
+
+def _condition(labels: Tensor, text: Text | None) -> Condition:
+    """Of N samples; one text is that of all."""
+    if text is None:
+        return Condition(labels)
+    return Condition(labels, *text.map(lambda x: x.expand(len(labels), *x.shape[1:])))
+
+
+def _text(run: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The text encoder that a run was trained with, from its configuration and the record of its data."""
+    spec, weights, identity = config.get("text", ""), config.get("text_weights", ""), data.get("text")
+    if not isinstance(spec, str) or not isinstance(weights, str) or not isinstance(identity, dict | None):
+        raise UserError(
+            f"{run / layout.CONFIG} or {run / layout.DATA} is damaged: their text is not what `repa train` wrote."
+        )
+    if spec:
+        with contents_of(run / layout.CONFIG):
+            TEXT_ENCODERS.check(spec)
+    return {"text": spec, "text_weights": weights if Path(weights).exists() else "", "text_identity": identity}
 
 
 def _counts(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:

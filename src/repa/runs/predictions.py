@@ -32,6 +32,7 @@ class Predictions:
         layout: of x_t.
         weak: another network's predictions, for autoguidance.
         guide: whose gradient is asked for, for representation guidance.
+        null: of N samples, what stands for "none"; None: what the network says itself.
     """
 
     model: Backbone
@@ -40,6 +41,7 @@ class Predictions:
     layout: Layout
     weak: "Predictions | None" = None
     guide: Guide | None = None
+    null: Condition | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
@@ -107,7 +109,7 @@ class Predictions:
         return gradient
 
     def _null(self) -> Condition:
-        return self.model.null(self.condition)
+        return self.null or self.model.null(self.condition)
 
     def _named(self, name: str, output: Output) -> Tensor:
         """The final prediction, or a head's of the latents beside the final one of the streams, which have no heads."""

@@ -31,6 +31,16 @@ class SampleConfig(Config):
     """Step of its checkpoint; -1 takes the newest."""
     labels: str = "uniform"
     """uniform: drawn for each image; balanced: classes in turn; or classes in turn by number or name: 3,7 or cat,dog."""
+    prompt: tuple[str, ...] = ()
+    """Texts in turn, for a run that was trained on captions: --prompt "a cat" "a dog"."""
+    prompt_file: str = ""
+    """File of prompts: one a line, or .jsonl whose lines hold a "prompt"."""
+    prompt_data: str = ""
+    """Prepared data whose captions are the prompts: image i is of the first caption of image i."""
+    negative_prompt: str = ""
+    """What guidance walks away from; empty: the empty text."""
+    text_weights: str = ""
+    """Where the weights of the run's text encoder lie now; empty: where training found them, else the hub's."""
     seed: int = 0
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
@@ -55,6 +65,13 @@ class SampleConfig(Config):
         if not all(part.strip() for part in labels.split(",")):
             raise ValueError(f"labels {labels!r} must be uniform, balanced, or classes such as 3, cat or cat,dog")
         return labels
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self):
+        given = [name for name in ("prompt", "prompt_file", "prompt_data") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given: prompts come from one of them")
+        return self
 
     @model_validator(mode="after")
     def _has_what_guides(self):

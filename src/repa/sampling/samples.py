@@ -7,6 +7,7 @@ of processes and any restart, so its file is the same to the byte.
 
 import functools
 import inspect
+import json
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from repa.runs import LoadedRun, load_run
 from repa.sampling.behind import OneBehind
 from repa.sampling.config import SampleConfig
 from repa.sampling.labels import draw_labels, drawn_classes
+from repa.sampling.prompts import prompts_of, prompts_record
 from repa.sampling.towards import guide_of
 
 GRID_IMAGES = 64  # in the picture beside the npz
@@ -47,7 +49,7 @@ class Samples(NamedTuple):
 
 
 def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
-    """The run with what sampling needs beside it: another decoder, a weaker run and an image to guide it."""
+    """The run with what sampling needs beside it: prompts, another decoder, a weaker run and an image to guide it."""
     own = run.autoencoder
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
@@ -57,6 +59,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
         run = run.with_weak(load_run(config.weak, config.weak_weights, step=step, autoencoder=own, device=device))
     if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
         run = replace(run, guide=guide_of(run, config, device))
+    run = replace(run, prompts=prompts_of(run, config, device))
     if (
         torch.device(device).type == "cuda"
     ):  # cuDNN's layout: without it every convolution transposes its input and output
@@ -91,7 +94,8 @@ def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback:
     noise = {name: streams.randn(*shape) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
     labels = draw_labels(config.labels, indices, streams, run)
     sampler = SAMPLERS.build(config.sampler)
-    denoiser = run.denoiser(labels, config.guidance)
+    text, negative = (run.prompts.of(indices), run.prompts.negative) if run.prompts else (None, None)
+    denoiser = run.denoiser(labels, config.guidance, text=text, negative=negative)
     calls = Watched(denoiser.predict)
     told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
     denoiser = replace(denoiser, predict=calls)
@@ -148,7 +152,8 @@ def write_samples(
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
-    `out` with suffix .json says how it was made; the same job is not done twice, and samples of another are not overwritten.
+    `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
+    samples of another are not overwritten.
     `count` is told the network calls per image, and the images, of every batch that this process makes; `callback` each
     of its steps.
     """
@@ -156,7 +161,7 @@ def write_samples(
     if out.suffix != ".npz":
         raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
     with dist.alone(out, "repa sample"):
-        beside = [out.with_suffix(ending).name for ending in (".json", ".png")]
+        beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
         dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
         return _write_samples(run, config, num, out, progress, count, callback)
 
@@ -184,10 +189,18 @@ def _write_samples(
         paths = [_found(parts, start) for start in starts]
         nfe = max(int(path.stem.partition("-")[2]) for path in paths)
         files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
+        if run.prompts:
+            _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
         _assemble(paths, num, out)
         shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
     return out
+
+
+def _write_prompts(texts: Sequence[str], path: Path) -> None:
+    """A line for each image, for those who score them."""
+    lines = (json.dumps({"index": index, "prompt": text}, ensure_ascii=False) for index, text in enumerate(texts))
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _decode_and_save(
@@ -207,6 +220,7 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
         "autoencoder": run.autoencoder.name,
         "num_classes": len(set(drawn_classes(config.labels, run))),
         **config.model_dump(mode="json"),
+        **prompts_record(run),
         "precision": resolved(config.precision, next(run.model.parameters()).device),
     }
 
