@@ -17,6 +17,7 @@ from repa.models import build
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import method_recipes
 from repa.recipes.pixels import pixel_recipes
+from repa.recipes.text import text_recipes
 from repa.report import read_run, write_report
 from repa.report.paper import ROWS, SAMPLINGS, printed
 from repa.report.paper_runs import row_of
@@ -51,7 +52,7 @@ def test_every_row_of_the_tables_has_its_recipe():
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
     expected |= {"cifar10", "cifar10-repa"}
-    assert set(RECIPES) == expected | set(method_recipes()) | set(pixel_recipes())
+    assert set(RECIPES) == expected | set(method_recipes()) | set(pixel_recipes()) | set(text_recipes())
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_list_gives_name_line_and_fid(capsys):
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines if line.startswith("#")] == [
         "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
-        "JiT, on pixels", "Small runs",
+        "JiT, on pixels", "Text to image", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]

@@ -138,7 +138,9 @@ def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
 def test_labels(run, monkeypatch):
     asked = []
     denoiser = LoadedRun.denoiser
-    monkeypatch.setattr(LoadedRun, "denoiser", lambda self, y, g=None: asked.append(y.tolist()) or denoiser(self, y, g))
+    monkeypatch.setattr(
+        LoadedRun, "denoiser", lambda self, y, g=None, **_: asked.append(y.tolist()) or denoiser(self, y, g)
+    )
 
     def labels(protocol, indices):
         generate(run, ODE.override(labels=protocol, steps=1), indices)
@@ -173,7 +175,9 @@ def test_classes_that_nobody_knows(labels, run):
 def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
     asked = []
     denoiser = LoadedRun.denoiser
-    monkeypatch.setattr(LoadedRun, "denoiser", lambda self, y, g=None: asked.append(y.tolist()) or denoiser(self, y, g))
+    monkeypatch.setattr(
+        LoadedRun, "denoiser", lambda self, y, g=None, **_: asked.append(y.tolist()) or denoiser(self, y, g)
+    )
     named = replace(run, class_names=("1", "tench, Tinca tinca"))
     for text, wanted in (("1", [0, 0]), ("tench, Tinca tinca", [1, 1]), ("0,1", [0, 0])):
         generate(named, ODE.override(labels=text, steps=1), range(2))

@@ -116,3 +116,24 @@ def test_a_run_knows_other_weights_of_its_text_encoder(captioned_data, config, t
     monkeypatch.setattr(text, "load_text_encoder", another)
     with pytest.raises(UserError, match=r"other data .*text"):
         start(config.override(text=TINY), captioned_data / "plain", tmp_path / "run")
+
+
+def test_previews_are_of_captions_and_the_report_shows_them(captioned_data, config, tmp_path):
+    from repa.cli.hooks import preview_hooks
+    from repa.report import write_report
+    from repa.runs import layout
+
+    preview = config.preview.override(every=3, num_images=4, num_steps=2, num_scored=6, features="tiny")
+    run, data = tmp_path / "run", open_data(captioned_data / "stored")
+    start(config.override(preview=preview), data.folder, run, make_hooks=preview_hooks(run, data, CPU))
+    prompts = json.loads(layout.preview_prompts(run).read_text())
+    assert prompts == [next(iter(texts), "") for texts in data.captions([0, 7, 15, 23])]
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert page.count("<figcaption>a dark picture</figcaption>") == 3
+    layout.preview_prompts(run).write_text('["<b>bold", "' + 1000 * "x" + '"]')
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "<figcaption>&lt;b&gt;bold</figcaption>" in page
+    assert 301 * "x" not in page
+    layout.preview_prompts(run).write_text("{}")
+    with pytest.raises(UserError, match=r"prompts\.json"):
+        write_report([run], tmp_path / "page.html")

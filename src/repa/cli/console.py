@@ -55,7 +55,9 @@ class Progress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         note, now = escaped(note), time.perf_counter()
-        if self.first is None:  # before it, models were loaded, or another process did the work
+        if (
+            self.first is None or done < self.first
+        ):  # another pass begins; before it, models were loaded, or another process did the work
             self.first, self.begin = done, now
         if not speaks():
             return

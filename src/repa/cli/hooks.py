@@ -12,15 +12,18 @@ from torch import Tensor
 from repa.autoencoders import Autoencoder, load_decoder
 from repa.base import dist, files
 from repa.base.images import grid, save_png
+from repa.conditions import load_text_encoder
 from repa.data import DataSet
 from repa.encoders.loading import weights_for
 from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
 from repa.evaluation.measure import check_number
 from repa.runs import LoadedRun, layout
+from repa.runs.prompts import Prompts
 from repa.sampling import SampleConfig, generate
 from repa.training import Hook, TrainConfig, TrainState
 
 BATCH = 250
+MOST_PROMPTS = 1000  # whose tokens are kept in memory while a run trains
 LOGGED = {"fd": "frechet_distance"}  # names in metrics.jsonl where they differ from those of `repa evaluate`
 
 
@@ -52,6 +55,7 @@ class Previews:
             sampler=preview.sampler, steps=preview.num_steps, guidance=preview.guidance, labels="balanced",
             seed=config.seed, precision=config.precision,
         )  # fmt: skip
+        self.prompts = captions_as_prompts(config, data, max(preview.num_images, preview.num_scored), device)
         if preview.scored_every:
             self.metrics = EvaluateConfig(features=preview.features, metrics=preview.metrics).wanted
             check_number(preview.num_scored, self.metrics, "--preview.num-scored")
@@ -93,6 +97,8 @@ class Previews:
                 names,
                 label_dropout=self.config.label_dropout,
                 class_counts=tuple(self.data.manifest.class_counts),
+                text=self.config.text,
+                prompts=self.prompts,
             )
             images = made(max(num_drawn, num_scored))
             if scored:
@@ -102,7 +108,7 @@ class Previews:
             for _ in images:  # that are drawn and not measured
                 pass
         if drawn:
-            _save(self.run, state.step, kept)
+            _save(self.run, state.step, kept, self.prompts)
         return {**values, "nfe": max(nfe, default=None)}
 
     def _due(self, every: int, step: int) -> bool:
@@ -118,12 +124,29 @@ def _first(images: Iterator[Tensor], num: int) -> Iterator[Tensor]:
         yield batch
 
 
-def _save(run: Path, step: int, kept: Sequence[tuple[int, Tensor]]) -> None:
-    """The kept images of every process, in index order, as .npz and .png."""
+def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: torch.device) -> Prompts | None:
+    """First captions of images at equal distances, at most MOST_PROMPTS, for samples of a run that reads text; None for others."""
+    if not config.text:
+        return None
+    originals = data.originals
+    rows = np.unique(np.linspace(0, len(originals) - 1, min(num, MOST_PROMPTS, len(originals))).astype(np.int64))
+    texts = [next(iter(captions), "") for captions in data.captions(rows)]
+    if data.text and data.manifest.config.text == config.text:
+        text = data.texts.gather(rows).text()
+    else:
+        text = load_text_encoder(config.text, weights=config.text_weights or None, device=device)(texts)
+    text = text.map(lambda x: x.cpu())
+    return Prompts(texts, lambda numbers: text.map(lambda x: x[torch.tensor(numbers)].to(device)))
+
+
+def _save(run: Path, step: int, kept: Sequence[tuple[int, Tensor]], prompts: Prompts | None) -> None:
+    """The kept images of every process, in index order, as .npz and .png, and their prompts once."""
     rows = [pair for part in dist.gather_objects(list(kept)) for pair in part]
     if not dist.is_main():
         return
     images = torch.stack([image for _, image in sorted(rows, key=lambda row: row[0])])
+    if prompts:
+        files.write_json(layout.preview_prompts(run), prompts.texts_of(range(len(images))))
     with files.atomic_path(layout.preview(run, step, ".npz")) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy())
     save_png(grid(images), layout.preview(run, step, ".png"))

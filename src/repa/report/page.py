@@ -20,7 +20,16 @@ from repa.report.facts import data_facts
 from repa.report.findings import verdict
 from repa.report.learning import logged
 from repa.report.paper import printed
-from repa.report.pictures import Tile, analysis_pictures, check_images, has_preview, preview_columns, read_preview, tile
+from repa.report.pictures import (
+    Tile,
+    analysis_pictures,
+    check_images,
+    has_preview,
+    preview_columns,
+    read_preview,
+    tile,
+    told_samples,
+)
 from repa.report.protocols import DISTANCE, PROTOCOL, Protocol, distance_name, is_number
 from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.results import results as find_results
@@ -30,6 +39,7 @@ from repa.report.style import COLOURS
 from repa.report.summary import reached_text, summary_rows, summary_table
 from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
 from repa.report.text import count, duration, figure, how_made, short_count
+from repa.runs import layout
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
 LAST_WIDTH = 320  # and for each of the larger pictures
@@ -167,6 +177,11 @@ def _samples(records: Sequence[RunRecord], training_images: np.ndarray | None) -
         "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(cell.tile for cell in cells)],
         "last_width": LAST_WIDTH,
         "last": [(run, tiles[-1]) for run, tiles in zip(records, last, strict=True) if tiles],
+        "told": [
+            (run, told)
+            for run in records
+            if (shown := layout.preview_steps(run.path)) and (told := told_samples(run, shown[-1]))
+        ],
         "training_tile": tile(training_images) if training_images is not None else None,
     }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from repa.base import faults
+from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.images import decode_image
@@ -28,6 +28,7 @@ CAPTIONS = {
     "pictures": "Tokens as colours, their first three principal components, beside the images.",
     "progress": "Samples of checkpoints from the same noise and labels.",
 }
+MOST_LETTERS = 300  # of a prompt under its sample
 MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
 
 
@@ -86,6 +87,26 @@ def read_preview(run: RunRecord, step: int) -> np.ndarray:
     if "arr_0" not in arrays:
         raise UserError(f"{path} is damaged: it lacks the array arr_0. Remove it.")
     return check_images(arrays["arr_0"], str(path))
+
+
+class ToldSample(NamedTuple):
+    """A sample and the text that it is of."""
+
+    tile: Tile
+    text: str
+
+
+def told_samples(run: RunRecord, step: int) -> list[ToldSample]:
+    """The first samples of a preview with their prompts; none of a run without prompts, or where they do not fit."""
+    path = layout.preview_prompts(run.path)
+    texts = files.read_json(path) if path.is_file() else []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is damaged: it must hold a list of texts. Remove it.")
+    images = read_preview(run, step) if texts else []
+    return [
+        ToldSample(tile(images[k : k + 1]), text[:MOST_LETTERS])
+        for k, text in enumerate(texts[: min(len(images), MOST_IMAGES)])
+    ]
 
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:

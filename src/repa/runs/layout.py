@@ -100,6 +100,11 @@ def preview(run: Path, step: int, suffix: str) -> Path:
     return run / SAMPLES / f"{step_name(step)}{suffix}"
 
 
+def preview_prompts(run: Path) -> Path:
+    """Of which texts the previews are, a JSON list in their order; of a run that was trained on captions."""
+    return run / SAMPLES / "prompts.json"
+
+
 def preview_steps(run: Path) -> list[int]:
     folder = run / SAMPLES
     return sorted(int(p.stem) for p in folder.glob("*.npz") if _is_step(p.stem)) if folder.is_dir() else []
