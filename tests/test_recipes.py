@@ -51,7 +51,7 @@ def test_every_row_of_the_tables_has_its_recipe():
         f"{model}{tail}" for model in ("sit-b2", "sit-l2", "sit-xl2", "dit-l2", "dit-xl2") for tail in ("", "-repa")
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
-    expected |= {"cifar10", "cifar10-repa"}
+    expected |= {"cifar10", "cifar10-repa", "quickstart-text"}
     assert set(RECIPES) == expected | set(method_recipes()) | set(pixel_recipes()) | set(text_recipes())
 
 
@@ -215,6 +215,17 @@ def test_time_to_expect():
     assert "not stated in the paper" in RECIPES["sit-b2-repa"].promise
 
 
+def test_the_text_to_image_network_is_that_of_the_paper():
+    config = RECIPES["coco-mmdit-repa"]()
+    with torch.device("meta"):
+        model = build(config.model.override(latent_size=32, latent_channels=4))
+        projector = Alignment.of(config.alignments[0], model, {"dinov2-b": 768})
+    counts = [sum(p.numel() for p in module.parameters()) for module in (model, projector)]
+    assert counts == [512_415_504 - 7_344_896, 7_344_896]
+    assert model.state_shapes == {"x": (4, 32, 32)}
+    assert RECIPES["coco-mmdit"]().alignments == ()
+
+
 def test_list_gives_name_line_and_fid(capsys):
     assert repa_run(["list", "recipes"]) == 0
     printed_lines = capsys.readouterr().out.splitlines()
@@ -222,7 +233,7 @@ def test_list_gives_name_line_and_fid(capsys):
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines if line.startswith("#")] == [
         "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
-        "JiT, on pixels", "Text to image", "Small runs",
+        "Text to image", "JiT, on pixels", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]

@@ -14,7 +14,7 @@ from repa.recipes.paper import paper_recipe
 from repa.recipes.pixels import pixel_recipes
 from repa.recipes.quickstart import quickstart, quickstart_repa
 from repa.recipes.recipe import Recipe
-from repa.recipes.text import text_recipes
+from repa.recipes.text import quickstart_text, text_recipes
 from repa.report.paper import ROWS
 from repa.runs import layout
 from repa.training.config import TrainConfig
@@ -22,10 +22,11 @@ from repa.training.config import TrainConfig
 RECIPES: dict[str, Recipe] = {
     **{name: paper_recipe(name, row) for name, row in ROWS.items()},
     **method_recipes(),
-    **pixel_recipes(),
     **text_recipes(),
+    **pixel_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
+    "quickstart-text": Recipe.of(quickstart_text),
     "cifar10": Recipe.of(cifar10),
     "cifar10-repa": Recipe.of(cifar10_repa),
 }

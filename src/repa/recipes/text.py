@@ -13,11 +13,10 @@ CAPTIONS = "coco/annotations/captions_{}2014.json"
 
 
 def text_recipes() -> dict[str, Recipe]:
-    """`coco-mmdit`, `coco-mmdit-repa`, and the small `quickstart-text`."""
+    """`coco-mmdit` and `coco-mmdit-repa`."""
     return {
         "coco-mmdit": _coco("coco-mmdit", "MMDiT on MS-COCO without alignment", aligned=False),
         "coco-mmdit-repa": _coco("coco-mmdit-repa", "MMDiT on MS-COCO aligned to dinov2-b after block 8", aligned=True),
-        "quickstart-text": Recipe.of(quickstart_text),
     }
 
 
