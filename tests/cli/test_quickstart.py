@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from repa import recipes
@@ -38,6 +39,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
         assert all(row["frechet_distance"] > 0 for row in rows if row["kind"] == "eval")
         assert all(set(row["alignment"]) == {"tiny@1"} for row in rows if row["kind"] == "train")
         assert layout.preview_steps(out / name) == [2, 4]
+        assert np.load(layout.preview(out / name, 4, ".npz"))["labels"].tolist() == [0, 1, 0, 1]
     rows = {
         name: [row for row in read_metrics(out / name) if row["kind"] == "train"] for name in ("baseline", "aligned")
     }
@@ -50,6 +52,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     assert f"quickstart --out {out}" in page
     assert "--preview.features lite0" in page
     assert "repa train quickstart-repa" in page
+    assert "Last samples of aligned: " in page  # with the name of a class
     said = capsys.readouterr().out
     assert "report.html" in said
     assert "40 images of 2 classes" in said

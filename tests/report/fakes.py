@@ -54,7 +54,7 @@ def fake_run(
     for step in previews:
         path = layout.preview(folder, step, ".npz")
         path.parent.mkdir(exist_ok=True)
-        np.savez(path, arr_0=rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8))
+        np.savez(path, arr_0=rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8), labels=np.arange(16) % 2)
     return folder
 
 

@@ -60,11 +60,23 @@ def two(tmp_path):
 
 def test_whole_page(two, tmp_path):
     training = np.zeros((20, 8, 8, 3), np.uint8)
-    page = page_of(two, tmp_path / "r.html", training_images=training, facts={"GPU": "none"}, commands=["repa train x"])
+    page = page_of(
+        two,
+        tmp_path / "r.html",
+        training_images=training,
+        training_captions=["disc"],
+        facts={"GPU": "none"},
+        commands=["repa train x"],
+    )
     assert page.balanced
     assert page.open == []
     images = page.all("img")
-    assert len(images) == 2 * 2 + 2 + 1  # the grid, the last previews, the training images
+    assert len(images) == 2 * 16 + 2 * 2 + 16  # the last samples one by one, the grid, the training images
+    assert [image["alt"] for image in images[:2]] == [
+        "Last samples of baseline: disc",
+        "Last samples of baseline: square",
+    ]
+    assert images[-16]["alt"] == "Training image: disc"
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
     svgs = page.all("svg")
     assert len(svgs) == 4  # distance against steps and against seconds, denoising, alignment
@@ -143,14 +155,14 @@ def test_a_run_that_has_nothing_yet(tmp_path):
 def test_missing_previews_leave_a_gap(tmp_path):
     runs = [fake_run(tmp_path / "a", previews=(50, 100)), fake_run(tmp_path / "b", previews=(50,))]
     page = page_of(runs, tmp_path / "r.html")
-    assert len(page.all("img")) == 3 + 2
+    assert len(page.all("img")) == 3 + 2 * 16
     assert page.text.count("no preview") == 1
 
 
 def test_many_steps_are_thinned_and_the_ends_stay(tmp_path):
     run = fake_run(tmp_path / "a", previews=tuple(range(10, 201, 10)), num_steps=200)
     page = page_of([run], tmp_path / "r.html")
-    assert len(page.all("img")) == 6 + 1
+    assert len(page.all("img")) == 6 + 16
     assert "10 steps" in page.text
     assert "200 steps" in page.text
 

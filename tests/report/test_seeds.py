@@ -73,7 +73,7 @@ def test_speedup_over_seeds_pairs_equal_seeds(six):
     expected = [100 / 50, 100 / 40, 100 / 25]  # pairing any other seeds gives other factors
     assert factors.mean == pytest.approx(np.mean(expected))
     assert (factors.low, factors.high, factors.num) == (pytest.approx(2.0), pytest.approx(4.0), 3)
-    sentence, notes = verdict(read_runs(six))
+    sentence, notes, _ = verdict(read_runs(six))
     assert "2.8 times fewer (3 pairs of the same seed: 2.0 to 4.0)" in sentence
     assert any("baseline of its seed" in note for note in notes)
     assert any("With 3 seeds" in note for note in notes)

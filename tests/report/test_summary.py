@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from repa.base.errors import UserError
 from repa.report import config_differences, read_run, read_runs, speedup, summary_rows, summary_table, verdict
 from repa.runs import layout
-from tests.report.fakes import PROTOCOL, config, fake_run
+from tests.report.fakes import ALIGNMENT, PROTOCOL, config, fake_run
 
 
 def test_speedup_is_the_linear_interpolation(tmp_path):
@@ -24,7 +24,7 @@ def test_speedup_is_the_linear_interpolation(tmp_path):
     assert found.aligned.between == (40, 60)
     assert found.times_steps == pytest.approx(100 / 55)
     assert found.times_seconds == pytest.approx(50.0 / 38.5)
-    sentence, notes = verdict(read_runs([baseline, aligned]))
+    sentence, notes, _ = verdict(read_runs([baseline, aligned]))
     assert sentence == (
         "The aligned run reached the baseline’s final Fréchet distance (11.00 at 100 steps) after 55 steps: "
         "1.8 times fewer."
@@ -102,7 +102,7 @@ def test_distances_made_differently_are_not_compared(tmp_path, change):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0}, protocol={**PROTOCOL, **change})
     assert speedup(baseline, aligned) is None
-    sentence, notes = verdict(read_runs([baseline, aligned]))
+    sentence, notes, _ = verdict(read_runs([baseline, aligned]))
     assert "fewer" not in sentence
     assert any("no speed-up is stated" in note for note in notes)
 
@@ -201,3 +201,18 @@ def test_names_must_fit(tmp_path):
 def _made(folder):
     folder.mkdir(parents=True)
     return folder
+
+
+def test_what_was_compared_is_said_only_where_alignment_is_all_that_differs(tmp_path):
+    def meaning(**changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        aligned = config(True, **changes)
+        runs = [
+            fake_run(folder / "baseline", distances={100: 10.0}),
+            fake_run(folder / "aligned", aligned=True, distances={100: 5.0}, settings=aligned),
+        ]
+        return verdict(read_runs(runs)).meaning
+
+    assert "the same network on the same images" in meaning()
+    assert meaning(optimizer={"learning_rate": 1.0}) == ""
+    assert meaning(alignments=[{**ALIGNMENT, "target": "block:depth=5"}]) == ""

@@ -19,7 +19,7 @@ from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
 from repa.evaluation.measure import check_number
 from repa.runs import LoadedRun, layout
 from repa.runs.prompts import Prompts
-from repa.sampling import SampleConfig, generate
+from repa.sampling import SampleConfig, drawn_classes, generate
 from repa.training import Hook, TrainConfig, TrainState
 
 BATCH = 250
@@ -108,7 +108,8 @@ class Previews:
             for _ in images:  # that are drawn and not measured
                 pass
         if drawn:
-            _save(self.run, state.step, kept, self.prompts)
+            classes = () if self.prompts else drawn_classes(self.sampling.labels, loaded)
+            _save(self.run, state.step, kept, classes, self.prompts)
         return {**values, "nfe": max(nfe, default=None)}
 
     def _due(self, every: int, step: int) -> bool:
@@ -139,8 +140,10 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
     return Prompts(texts, lambda numbers: text.map(lambda x: x[torch.tensor(numbers)].to(device)))
 
 
-def _save(run: Path, step: int, kept: Sequence[tuple[int, Tensor]], prompts: Prompts | None) -> None:
-    """The kept images of every process, in index order, as .npz and .png, and their prompts once."""
+def _save(
+    run: Path, step: int, kept: Sequence[tuple[int, Tensor]], classes: Sequence[int], prompts: Prompts | None
+) -> None:
+    """The kept images of every process, in index order, as .npz and .png, with their classes, or their prompts once."""
     rows = [pair for part in dist.gather_objects(list(kept)) for pair in part]
     if not dist.is_main():
         return
@@ -148,5 +151,6 @@ def _save(run: Path, step: int, kept: Sequence[tuple[int, Tensor]], prompts: Pro
     if prompts:
         files.write_json(layout.preview_prompts(run), prompts.texts_of(range(len(images))))
     with files.atomic_path(layout.preview(run, step, ".npz")) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy())
+        labels = {"labels": np.resize(np.array(classes, np.int64), len(images))} if classes else {}
+        np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)
     save_png(grid(images), layout.preview(run, step, ".png"))

@@ -141,7 +141,9 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    images = dataset.gather("images", _shown(dataset.labels)).transpose(0, 2, 3, 1)  # (16, H, W, 3)
+    shown, names = _shown(dataset.labels), dataset.class_names
+    images = dataset.gather("images", shown).transpose(0, 2, 3, 1)  # (16, H, W, 3)
+    captions = [names[label] for label in dataset.labels[shown]] if len(names) > 1 else []
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     page = write_report(
         runs, folder / "report.html", title="repa quickstart: the same SiT without and with alignment", names=list(RUNS),
@@ -149,7 +151,7 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
             **machine_facts(), "Time of this command": duration(seconds), "Its peak memory": files.size(_peak_memory()),
             "Size of its folder": files.size(size),
         },
-        commands=commands, training_images=images,
+        commands=commands, training_images=images, training_captions=captions,
     )  # fmt: skip
     say()
     print_table(summary_table(runs))

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from repa.base.registry import parse_spec
+from repa.encoders import ENCODERS
 from repa.report.configs import config_differences
 from repa.report.protocols import DISTANCE, distance_name
 from repa.report.records import RunRecord
@@ -28,7 +30,8 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
     ours = "the aligned run" if len(aligned) == 1 else run.name
     theirs = "the baseline" if len(records) == len(aligned) + 1 else baseline.name
     sentence = (_reached if reached else _not_reached)(ours, theirs, found, len(pairs))
-    return Verdict(sentence, [*_details(ours, theirs, found), *_fairness(baseline, run)])
+    notes = [*_details(ours, theirs, found), *_fairness(baseline, run)]
+    return Verdict(sentence, notes, _meaning(ours, theirs, baseline, run))
 
 
 def _reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> str:
@@ -86,11 +89,15 @@ def _interpolation(ours: str, reached: Reached) -> str:
     return f"The step is linearly interpolated between the evaluations of {ours} at {first} and {second} steps."
 
 
+def _other_differences(baseline: RunRecord, run: RunRecord) -> list[str]:
+    """Settings in which the two differ, but for those of the alignment."""
+    return [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] != "alignments"]
+
+
 def _fairness(baseline: RunRecord, run: RunRecord) -> list[str]:
     """What else differed, and what one run each cannot say."""
     notes = []
-    others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] != "alignments"]
-    if others:
+    if others := _other_differences(baseline, run):
         notes.append(
             f"The two configurations also differ in {listed(others)}: the comparison is not of alignment alone."
         )
@@ -101,6 +108,18 @@ def _fairness(baseline: RunRecord, run: RunRecord) -> list[str]:
         "compares only with distances made in the same way."
     )
     return notes
+
+
+def _meaning(ours: str, theirs: str, baseline: RunRecord, run: RunRecord) -> str:
+    """What was compared; nothing where more than alignment to encoders differs."""
+    to_encoders = all(parse_spec(str(item.get("target")))[0] in ENCODERS for item in run.alignments)
+    if not to_encoders or baseline.data != run.data or _other_differences(baseline, run):
+        return ""
+    return (
+        f"Both runs train the same network on the same images, in the same order, from the same start. While {ours} learns to remove "
+        "noise, its inner layers are also asked to describe a picture as an image encoder that was trained before does; "
+        f"{theirs} learns without. A lower distance means that samples look more like the training images."
+    )
 
 
 def _without_comparison(records: Sequence[RunRecord], baseline: RunRecord | None, aligned: list[RunRecord]) -> Verdict:

@@ -21,20 +21,23 @@ from repa.report.findings import verdict
 from repa.report.learning import logged
 from repa.report.paper import printed
 from repa.report.pictures import (
+    Sample,
     Tile,
     analysis_pictures,
     check_images,
     has_preview,
+    preview_classes,
     preview_columns,
+    preview_prompts,
     read_preview,
+    samples,
     tile,
-    told_samples,
 )
 from repa.report.protocols import DISTANCE, PROTOCOL, Protocol, distance_name, is_number
 from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.results import results as find_results
 from repa.report.results import without_paper
-from repa.report.seeds import group_indices, group_speedups, grouped
+from repa.report.seeds import Group, group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
 from repa.report.summary import reached_text, summary_rows, summary_table
 from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
@@ -42,7 +45,8 @@ from repa.report.text import count, duration, figure, how_made, short_count
 from repa.runs import layout
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
-LAST_WIDTH = 320  # and for each of the larger pictures
+CELL_WIDTH = 320  # and at most for one of them
+TOP_RUNS = 3  # whose last samples stand beside the curve on top
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +70,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     commands: Sequence[str] | None = None,
     training_images: np.ndarray | None = None,
+    training_captions: Sequence[str] = (),
     tables: bool = False,
 ) -> Path:
     """Write the report of one or several run folders; returns `out`.
@@ -79,7 +84,8 @@ def write_report(
         results: files of `repa evaluate --out` beside those in the runs' folders, also of samples that are of no run here.
         facts: hardware, versions, sizes, times: name -> value. `machine_facts()` gives those of this process.
         commands: the shell commands that produced the runs.
-        training_images: uint8 (N, H, W, 3), shown beside the last previews.
+        training_images: uint8 (N, H, W, 3), shown below the samples.
+        training_captions: what is written under each of them, such as the name of its class.
         tables: write the tables as Markdown and CSV too, beside `out` under its name.
 
     Raises:
@@ -93,6 +99,7 @@ def write_report(
     probed = accuracies(analyses)
     measured, speedups = find_results(groups, others, probed), group_speedups(groups)
     learning, constant = logged(records)
+    curves = _curves(records)
     values = {
         "title": title,
         "verdict": said,
@@ -103,13 +110,14 @@ def write_report(
         "results": measured,
         "speedups": [speedup_cells(each) for each in speedups],
         "reported": without_paper(measured, groups),
-        "curves": _curves(records),
+        "top": curves[0] if curves else None,
+        "curves": curves[1:],
         "learning": [learning_curve(records, key) for key in learning],
         "constant": constant,
         "analyses": [analysis_curve(each, number) for number, each in enumerate(analyses) if each.best],
         "probed": probed,
         "analysis_pictures": [(run, picture) for run in records for picture in analysis_pictures(run)],
-        **_samples(records, training_images),
+        **_samples(records, groups, training_images, training_captions),
         "differences": config_differences(records),
         "configs": [yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in records],
         "evaluations": [_evaluation_table(run) for run in records],
@@ -165,25 +173,33 @@ def _curves(records: Sequence[RunRecord]) -> list[Curve]:
     return curves
 
 
-def _samples(records: Sequence[RunRecord], training_images: np.ndarray | None) -> dict[str, Any]:
-    """The grid (rows are runs, columns steps), and the last previews larger beside training images."""
+def _samples(
+    records: Sequence[RunRecord],
+    groups: Sequence[Group],
+    training_images: np.ndarray | None,
+    training_captions: Sequence[str],
+) -> dict[str, Any]:
+    """The last samples, one by one; the grid (rows are runs, columns steps); training images."""
     steps = preview_columns(records)
     protocol = common_protocol(records)
     grid = [[_cell(run, step, protocol) for step in steps] for run in records]
-    last = [[cell.tile for cell in cells if cell.tile] for cells in grid]
+    last = [(run, _last_samples(run)) for run in records if any(has_preview(run, step) for step in steps)]
+    leaders = [group.runs[0] for group in groups][:TOP_RUNS]
     return {
         "steps": steps,
-        "cell_width": min(LAST_WIDTH, GRID_WIDTH // max(len(steps), 1)),
+        "cell_width": min(CELL_WIDTH, GRID_WIDTH // max(len(steps), 1)),
         "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(cell.tile for cell in cells)],
-        "last_width": LAST_WIDTH,
-        "last": [(run, tiles[-1]) for run, tiles in zip(records, last, strict=True) if tiles],
-        "told": [
-            (run, told)
-            for run in records
-            if (shown := layout.preview_steps(run.path)) and (told := told_samples(run, shown[-1]))
-        ],
-        "training_tile": tile(training_images) if training_images is not None else None,
+        "top_samples": [(run, found) for run, found in last if run in leaders],
+        "other_samples": [(run, found) for run, found in last if run not in leaders],
+        "training_samples": [] if training_images is None else samples(training_images, training_captions),
+        "told": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
     }
+
+
+def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:
+    """Of the last step; under them the captions, or the names of their classes."""
+    step = layout.preview_steps(run.path)[-1]
+    return samples(read_preview(run, step), captions or preview_classes(run, step))
 
 
 def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:

@@ -29,7 +29,15 @@ CAPTIONS = {
     "progress": "Samples of checkpoints from the same noise and labels.",
 }
 MOST_LETTERS = 300  # of a prompt under its sample
+SAMPLE_PIXELS = 128  # side of an image that stands alone
 MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
+
+
+class Sample(NamedTuple):
+    """One image as a data URI, and what is written under it: the name of its class, or nothing."""
+
+    uri: str
+    caption: str
 
 
 class Tile(NamedTuple):
@@ -56,6 +64,18 @@ def tile(images: np.ndarray) -> Tile:
     if max(picture.size) > MOST_PIXELS:
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
     return Tile(_uri(picture), *picture.size, len(images))
+
+
+def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Sample]:
+    """uint8 (N, H, W, C) -> the first 16, one by one, each of at most 128 stored pixels a side."""
+    from PIL import Image
+
+    found = []
+    for index, image in enumerate(check_images(images)[:MOST_IMAGES]):
+        picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+        picture.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS), Image.Resampling.LANCZOS)
+        found.append(Sample(_uri(picture), captions[index] if index < len(captions) else ""))
+    return found
 
 
 def tile_pixels(images: np.ndarray) -> np.ndarray:
@@ -89,24 +109,25 @@ def read_preview(run: RunRecord, step: int) -> np.ndarray:
     return check_images(arrays["arr_0"], str(path))
 
 
-class ToldSample(NamedTuple):
-    """A sample and the text that it is of."""
+def preview_classes(run: RunRecord, step: int) -> list[str]:
+    """The names of the classes that the samples of one step are of; none where there is one class only, or none was kept."""
+    names = run.data.get("class_names") or []
+    path = layout.preview(run.path, step, ".npz")
+    labels = load_npz(path, "a preview", ("labels",), remedy="Remove it.", limit=MOST_BYTES).get("labels")
+    if labels is None or len(names) < 2:
+        return []
+    if labels.ndim != 1 or labels.dtype.kind != "i":
+        raise UserError(f"{path} is damaged: its labels are no list of whole numbers. Remove it.")
+    return [str(names[label]) if 0 <= label < len(names) else "" for label in labels.tolist()]
 
-    tile: Tile
-    text: str
 
-
-def told_samples(run: RunRecord, step: int) -> list[ToldSample]:
-    """The first samples of a preview with their prompts; none of a run without prompts, or where they do not fit."""
+def preview_prompts(run: RunRecord) -> list[str]:
+    """The prompts that the samples of every step are of; none of a run without prompts."""
     path = layout.preview_prompts(run.path)
     texts = files.read_json(path) if path.is_file() else []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path} is damaged: it must hold a list of texts. Remove it.")
-    images = read_preview(run, step) if texts else []
-    return [
-        ToldSample(tile(images[k : k + 1]), text[:MOST_LETTERS])
-        for k, text in enumerate(texts[: min(len(images), MOST_IMAGES)])
-    ]
+    return [text[:MOST_LETTERS] for text in texts]
 
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:

@@ -12,6 +12,8 @@ class Verdict(NamedTuple):
 
     sentence: str
     notes: list[str]
+    meaning: str = ""
+    """What was compared, for a reader who does not know the method."""
 
 
 def count(value: float) -> str:

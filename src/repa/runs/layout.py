@@ -8,7 +8,7 @@ RUN/
   checkpoints/0001000/        model, ema, projectors, optimizer (safetensors), state.json
   snapshots/0001000/          averages of power-function profiles in half precision, for `repa ema`
   averages/0001000/           what `repa ema` made of them, by width
-  samples/0001000.npz, .png   previews: uint8 NHWC under arr_0, and the grid of them
+  samples/0001000.npz, .png   previews: uint8 NHWC under arr_0 and their labels, and the grid of them
   evaluations/*.json          results of `repa evaluate` that belong in the report
   analysis/                   what `repa analyse` found: rows (.json, .csv), pictures, and its cache
   report.html
