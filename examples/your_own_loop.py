@@ -1,17 +1,17 @@
-"""Only the alignment loss (Eq. 8), in a training loop of your own: any network, one forward hook, plain PyTorch.
+"""Alignment in a training loop of your own: any network, plain PyTorch; the lines marked with + are all that it takes.
 
     python examples/your_own_loop.py
 
-The network is a small convolutional denoiser on 32-pixel crops of the photographs inside the package.
+The network is a small convolutional denoiser on 32-pixel crops of photographs that come with the package. It starts from nothing,
+so that it takes REPA's own loss; for a pretrained network `repa.attach(net, block)` is enough (docs/own-network.md).
 """
 
 import torch
 from torch import nn
 
-from repa.alignment import Alignment, AlignmentConfig
+import repa  # +
 from repa.base.images import to_tensor
 from repa.data import open_source
-from repa.encoders import load_encoder
 
 
 def main(num_steps: int = 100) -> list[tuple[float, float]]:
@@ -24,26 +24,30 @@ def main(num_steps: int = 100) -> list[tuple[float, float]]:
         nn.Conv2d(96, 96, 3, padding=1), nn.GELU(), nn.ConvTranspose2d(96, 3, 4, stride=4),
     )  # fmt: skip
 
-    encoder = load_encoder("tiny")  # frozen; "dinov2-b" where its weights can be had
-    config = AlignmentConfig(target="tiny", depth=1, weight=0.5, projector="mlp:width=256")
-    alignment = Alignment(config, hidden_dim=96, feature_dim=encoder.dim)
-    hidden = []  # what the hook catches: (N, D, 8, 8) as tokens (N, 64, D), row-major
-    network[2].register_forward_hook(lambda module, args, output: hidden.append(output.flatten(2).transpose(1, 2)))
-    optimizer = torch.optim.AdamW([*network.parameters(), *alignment.parameters()], lr=1e-3)
+    encoder = repa.load_encoder("tiny")  # + frozen; "dinov2-b" where its weights can be had
+    aligner = repa.attach(  # +
+        network,
+        "2",
+        features=encoder.dim,
+        loss="cosine",
+        projector="mlp:width=256",  # +
+    )  # +
+    optimizer = torch.optim.AdamW([*network.parameters(), *aligner.parameters()], lr=1e-3)  # + its parameters
 
     history = []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         batch = images[torch.randint(len(images), (16,))]
         x = batch / 127.5 - 1
         noise, t = torch.randn_like(x), torch.rand(len(x), 1, 1, 1)  # t = 0 is data, t = 1 is noise
         x_t = (1 - t) * x + t * noise
         prediction = network(torch.cat([x_t, t.expand(-1, 1, 32, 32)], dim=1))
         denoising = (prediction - (noise - x)).square().mean()
-        aligned = alignment.compare(hidden.pop(), encoder(batch, grid=8).patches).mean()  # (N,) -> mean
-        (denoising + alignment.weight(step) * aligned).backward()
+        loss = denoising + aligner.loss(encoder(batch, grid=8))  # +
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        history.append((denoising.item(), aligned.item()))
+        aligner.step()  # +
+        history.append((denoising.item(), aligner.values["2"].item()))
     return history
 
 

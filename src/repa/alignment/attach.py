@@ -1,5 +1,6 @@
 """Alignment in a network, a trainer and a loop of one's own: `repa.attach`."""
 
+import html
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -235,6 +236,28 @@ class Aligner(nn.Module):
                 f"{name}: {config.tap} of {self._eye.kind}, {config.loss} against {against}, weight {config.weight}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: each term, where it looks, its weight now and its last loss."""
+        rows = []
+        for name, place in self._places.items():
+            config, value = self._term(name).config, self.values.get(name)
+            against = place.other or config.target
+            cells = (
+                name,
+                place.block,
+                config.tap,
+                config.loss,
+                against,
+                f"{self.weight(name):g}",
+                "" if value is None else f"{value:.4f}",
+            )
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+        head = "".join(
+            f"<th>{title}</th>" for title in ("term", "block", "tap", "loss", "against", "weight", "last loss")
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<p>Aligner of {html.escape(self._eye.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
 
     def _term(self, name: str) -> Alignment:
         return self.terms[name.replace(".", "_")]

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import html
 import importlib
 import importlib.util
 import inspect
@@ -46,6 +47,14 @@ class Registry:
 
     def __repr__(self) -> str:
         return f"{self.kind}: {', '.join(self.names())}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each name with the settings it takes."""
+        rows = []
+        for name in self.names():
+            settings = ", ".join(sorted(_keyword_settings(self.table[name]))) or "no settings"
+            rows.append(f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(settings)}</td></tr>")
+        return f"<p>{html.escape(self.kind)}</p><table>{''.join(rows)}</table>"
 
     def __getitem__(self, spec: str) -> Any:
         return self.build(spec)
