@@ -15,7 +15,10 @@ def test_page_and_tables_lie_side_by_side(tmp_path, capsys):
     published = results_file(tmp_path / "adm.json", {"fid": 4.6}, None, samples="adm.npz")
     out = tmp_path / "pages" / "r.html"
     out.parent.mkdir()
-    assert repa(["report", *map(str, runs), "--results", str(published), "--out", str(out)]) == 0
+    picture = tmp_path / "picture.png"
+    command = ["report", *map(str, runs), "--results", str(published), "--out", str(out), "--picture", str(picture)]
+    assert repa(command) == 0
+    assert picture.stat().st_size > 10_000
     assert "r.md" in capsys.readouterr().out
     text = out.with_suffix(".md").read_text()
     assert "ours (2 seeds) reached the final Fréchet distance of base (2 seeds)" in text
@@ -28,6 +31,7 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     run = fake_run(tmp_path / "a")
     for words, sentence in (
         ([str(run), "--out", "r.pdf"], "The report is an HTML page"),
+        ([str(run), "--picture", "r.svg"], "The picture is a PNG file"),
         ([str(tmp_path / "b")], "b is not a run folder"),
         ([str(run), "--results", str(tmp_path / "absent.json")], "There is no file"),
     ):

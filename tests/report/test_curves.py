@@ -88,6 +88,8 @@ def test_picture_for_a_readme(two, tmp_path):
     out = save_figure(two, tmp_path / "figure.png")
     picture = Image.open(out)
     assert picture.format == "PNG"
+    colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 1000  # samples are on it
     assert picture.width > 2 * picture.height
     empty = fake_run(tmp_path / "young", num_steps=0)
     with pytest.raises(UserError, match="nothing to draw"):

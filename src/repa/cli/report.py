@@ -22,6 +22,8 @@ class ReportArguments(Config):
     """Files by `repa evaluate --out`, beside those in the runs' folders evaluations/; also of samples that are of no run here."""
     names: tuple[str, ...] = ()
     """Names of the runs on the page; empty takes their folders'."""
+    picture: str = ""
+    """Name of a .png: samples growing while training, a row a run, beside the distances; for a README."""
     title: str = "Representation alignment: runs compared"
     """Title of the page."""
 
@@ -31,13 +33,17 @@ def main(argv: list[str]) -> int:
     out = Path(given.out)
     if out.suffix != ".html":
         raise UserError(f"The report is an HTML page, but --out is {out}: give a name such as report.html.")
+    if given.picture and Path(given.picture).suffix != ".png":
+        raise UserError(f"The picture is a PNG file, but --picture is {given.picture}: give a name such as report.png.")
     from repa.base import files, lock
-    from repa.report import write_report
+    from repa.report import save_figure, write_report
 
     with lock.alone(out, "repa report"):
         files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
         write_report(
             given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True
         )
+    if given.picture:
+        save_figure(given.runs, given.picture, list(given.names) or None)
     say(f"{out}: open it in a browser. Its tables are in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
     return 0

@@ -1,59 +1,102 @@
-"""One wide picture of what runs did, for a README: the last samples of each run, and the Fréchet distance."""
+"""One wide picture of what runs did, for a README: samples growing out of the same noise, and the Fréchet distance."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from repa.base.errors import UserError
 from repa.base.files import atomic_path
 from repa.report.curves import draw_curves
-from repa.report.pictures import MOST_IMAGES, read_preview, tile_pixels
-from repa.report.protocols import DISTANCE, Protocol, distance_name
+from repa.report.pictures import has_preview, preview_columns, read_preview
+from repa.report.protocols import DISTANCE, Protocol
 from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.seeds import group_indices, grouped
-from repa.report.style import colour, new_figure
+from repa.report.style import TEXT, colour, new_figure
 from repa.report.text import count, figure
 from repa.runs import layout
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 4  # samples of each run and step, 2 x 2
 # inches
-TILE, CURVE = 2.9, 5.2  # height of every panel, width of the curve
-ABOVE, BELOW, BESIDE = 0.6, 0.55, 0.25  # two lines of title, the axis label, the gap between panels
-CURVE_LABELS = 0.6
+CELL, GAP = 1.36, 0.1  # side of those four, room between cells
+NAME, NUMBER, ABOVE, BELOW = (
+    1.0,
+    0.24,
+    0.42,
+    0.5,
+)  # a run's name, the number under a cell, steps above, the curve's label below
+CURVE, CURVE_LABELS = 4.4, 0.75
 DPI = 160
 
 
 def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: Sequence[str] | None = None) -> Path:
-    """Write a PNG: previews of each run's last step beside the Fréchet distance against steps.
+    """Write a PNG: a row of previews for each run, a column for each step, beside the Fréchet distance against steps.
 
-    Runs without previews have no panel; without evaluations the denoising loss is drawn instead.
+    Four samples stand for each step, evenly chosen from those of a preview. Runs without previews have no row; without
+    evaluations the denoising loss is drawn instead.
     Raises UserError when there is neither a preview nor a logged step.
     """
     out, records = Path(out), read_runs(runs, names)
-    drawn = [(i, run, steps[-1]) for i, run in enumerate(records) if (steps := layout.preview_steps(run.path))]
+    drawn = [(index, run) for index, run in enumerate(records) if layout.preview_steps(run.path)]
     if not drawn and not any(run.steps for run in records):
         raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
-    tiles = [tile_pixels(read_preview(run, step)[:MOST_IMAGES]) for _, run, step in drawn]
-    widths = [TILE * pixels.shape[1] / pixels.shape[0] for pixels in tiles]
-    size = sum(width + BESIDE for width in widths) + CURVE_LABELS + CURVE + 2 * BESIDE, ABOVE + TILE + BELOW
+    steps, protocol, groups = (
+        preview_columns(records),
+        common_protocol(records),
+        group_indices(records, grouped(records)),
+    )
+    rows = max(len(drawn), 2)  # the curve needs the height of two
+    width = NAME + len(steps) * (CELL + GAP) if drawn else 0.0
+    size = width + CURVE_LABELS + CURVE + 0.2, ABOVE + rows * (CELL + NUMBER) + BELOW
     picture = new_figure(figsize=size, facecolor="white")
-
-    def panel(left: float, width: float):
-        return picture.add_axes((left / size[0], BELOW / size[1], width / size[0], TILE / size[1]))
-
-    left, protocol, groups = BESIDE, common_protocol(records), group_indices(records, grouped(records))
-    for (index, run, step), pixels, width in zip(drawn, tiles, widths, strict=True):
-        axes = panel(left, width)
-        axes.imshow(pixels, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        axes.set_title(_panel_title(run, step, protocol), fontsize=10, color=colour(groups[index]), parse_math=False)
-        left += width + BESIDE
+    for row, (index, run) in enumerate(drawn):
+        _draw_row(picture, run, steps, row, colour(groups[index]), protocol)
+    box = [width + CURVE_LABELS, BELOW, CURVE, size[1] - BELOW - ABOVE / 2]
+    axes = picture.add_axes([box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]])
     kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
-    draw_curves(panel(left + CURVE_LABELS, CURVE), records, kind, protocol=protocol)
+    draw_curves(axes, records, kind, protocol=protocol)
     with atomic_path(out) as temporary:
         picture.savefig(temporary, format="png", dpi=DPI)
     return out
 
 
-def _panel_title(run: RunRecord, step: int, protocol: Protocol | None) -> str:
-    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
-    distance = f", {distance_name(protocol)} {figure(rows[-1][DISTANCE])}" if rows else ""
-    return f"{run.name}\n{count(step)} steps{distance}"
+def _draw_row(
+    picture: Figure, run: RunRecord, steps: Sequence[int], row: int, run_colour: str, protocol: Protocol | None
+) -> None:
+    """The name of a run, and its samples at every step with their distance."""
+    width, height = picture.get_size_inches()
+    bottom = height - ABOVE - (row + 1) * (CELL + NUMBER) + NUMBER
+    style = {"fontsize": 10, "color": TEXT, "va": "center", "parse_math": False}
+    picture.text(
+        (NAME - 0.12) / width, (bottom + CELL / 2) / height, run.name, **{**style, "color": run_colour}, ha="right", weight="bold"
+    )  # fmt: skip
+    found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)} if protocol is not None else {}
+    for column, step in enumerate(steps):
+        left = NAME + column * (CELL + GAP)
+        middle = (left + CELL / 2) / width
+        if row == 0:
+            picture.text(middle, (height - ABOVE / 2) / height, f"{count(step)} steps", **style, ha="center")
+        if has_preview(run, step):
+            axes = picture.add_axes([left / width, bottom / height, CELL / width, CELL / height])
+            axes.imshow(_four(read_preview(run, step)), interpolation="lanczos", aspect="auto")
+            axes.set_axis_off()
+        if step in found:
+            picture.text(middle, (bottom - NUMBER / 2) / height, figure(found[step]), **style, ha="center")
+
+
+def _four(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, C) -> four of them, evenly chosen, 2 x 2 with a white line between: (2H + gap, 2W + gap, 3)."""
+    chosen = images[np.linspace(0, len(images) - 1, SHOWN).round().astype(int)]
+    side = chosen.shape[1]
+    gap = max(1, side // 24)
+    sheet = np.full((2 * side + gap, 2 * side + gap, 3), 255, np.uint8)
+    for index, image in enumerate(chosen):
+        top, left = index // 2 * (side + gap), index % 2 * (side + gap)
+        sheet[top : top + side, left : left + side] = image
+    return sheet
