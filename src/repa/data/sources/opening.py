@@ -10,6 +10,7 @@ from repa.base.registry import parse_spec
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource
 from repa.data.sources.cifar import CifarSource, is_cifar
+from repa.data.sources.coco import CocoSource
 from repa.data.sources.contract import Source
 from repa.data.sources.folders import EXTENSIONS, FolderSource, hidden
 from repa.data.sources.huggingface import open_arrow, open_hub, open_saved
@@ -26,7 +27,7 @@ PIPE_SETTINGS = re.compile(
 COLUMNS = ("image", "label", "caption")
 KINDS = (
     "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
-    "'hf:OWNER/NAME', or 'photographs'"
+    "COCO's captions (.json), 'hf:OWNER/NAME', or 'photographs'"
 )
 
 
@@ -108,6 +109,9 @@ def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str
         raise UserError(f"{name!r} is not read from afar: allowed are .tar and .parquet. Fetch the file first.")
     if ending == ".arrow":
         return (lambda **s: open_arrow(expand(name), labels, **s)), COLUMNS
+    if ending == ".json":
+        _require_own(labels, name)
+        return (lambda **s: CocoSource(Path(name), **s)), ("images",)
     if ending in (".npz", ".npy"):
         return (lambda **s: ArraySource(Path(name), labels, **s)), ("image", "label")
     if ending in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
