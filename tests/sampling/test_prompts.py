@@ -12,8 +12,8 @@ from repa.cli.main import run as repa
 from repa.conditions import load_text_encoder
 from repa.models import Condition
 from repa.runs import load_run
+from repa.runs.prompts import prompts_in
 from repa.sampling import SampleConfig, generate, prepared, write_samples
-from repa.sampling.prompts import prompts_in
 
 TINY = "tiny-text:tokens=4,width=8"
 CONFIG = SampleConfig(sampler="heun", steps=3, precision="fp32", prompt=("a dark picture", "a light picture"))

@@ -132,6 +132,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     from repa.evaluation import evaluate_stream
     from repa.runs import load_run
     from repa.sampling import about_classes, drawn_classes, generate, prepared
+    from repa.sampling.prompts import prompts_record
 
     device = dist.setup()
     given, as_origin = given.as_origin_of(given.samples)
@@ -150,6 +151,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
         **run.identity, "run": given.samples,
         "num": given.num_images, "autoencoder": run.autoencoder.name,
         "num_classes": len(set(drawn_classes(sampling.labels, run))), **sampling.model_dump(mode="json"),
+        **prompts_record(run),
     }  # fmt: skip
     size, num = sampling.batch_size, given.num_images
 
@@ -166,7 +168,8 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     with Bars() as bars:
         return evaluate_stream(
             stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, config,
-            device=device, samples=given.samples, made=made, progress=bars.of(f"looking at {given.reference}"),
+            device=device, samples=given.samples, made=made,
+            prompts=run.prompts.texts_of(range(num)) if run.prompts else (), progress=bars.of(f"looking at {given.reference}"),
         )  # fmt: skip
 
 

@@ -66,10 +66,8 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
     Raises:
         UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
     """
-    family, size = family_of(name)
-    folder = weights or _locate(name, family.hub[size])
-    _check_folder(name, family, folder)
-    net, num_tokens = _network(name, family, folder), tokens or family.num_tokens
+    family, folder = locate(name, weights)
+    net, num_tokens = read_network(name, family.model, folder), tokens or family.num_tokens
     blocks = net.config.num_hidden_layers
     if type(layer) is not int or not 0 <= layer <= blocks:
         raise UserError(f"The text encoder {name} has blocks 1 to {blocks}, but got layer={layer!r}.")
@@ -83,13 +81,21 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
         "tokenizer_sha256": _checksum(folder, TOKENIZER),
         "preprocessing": f"{num_tokens} tokens; {f'output of block {layer}' if layer else 'last hidden states'}; {padding}",
     }
-    tokenizer = _tokenizer(name, folder)
+    tokenizer = read_tokenizer(name, folder)
     return HubText(
         net, tokenizer, name=name, num_tokens=num_tokens, masked=family.masked, layer=layer, identity=identity
     )
 
 
-def _locate(name: str, hub: str) -> Path:
+def locate(name: str, weights: Path | None) -> tuple[Family, Path]:
+    """The family of an encoder, and the checked folder of its weights and tokenizer: see `load_hub`."""
+    family, size = family_of(name)
+    folder = weights or _found(name, family.hub[size])
+    _check_folder(name, family, folder)
+    return family, folder
+
+
+def _found(name: str, hub: str) -> Path:
     """Our cache folder, the hub's, or the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -130,15 +136,15 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
         raise UserError(f"{folder} holds a model of type {found!r}, but the text encoder {name} is of type {allowed}.")
 
 
-def _network(name: str, family: Family, folder: Path) -> nn.Module:
-    """The network, float32, every tensor of it from the folder."""
+def read_network(name: str, model: str, folder: Path) -> nn.Module:
+    """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
     from huggingface_hub.errors import StrictDataclassError
 
     transformers = extras.need("transformers", f"The text encoder {name}")
 
     try:
         with faults.reading(folder, f"weights of the text encoder {name}", "Download or copy them again."):
-            net, report = getattr(transformers, family.model).from_pretrained(
+            net, report = getattr(transformers, model).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except (StrictDataclassError, TypeError) as error:
@@ -150,7 +156,8 @@ def _network(name: str, family: Family, folder: Path) -> nn.Module:
     return net
 
 
-def _tokenizer(name: str, folder: Path) -> Any:
+def read_tokenizer(name: str, folder: Path) -> Any:
+    """Texts -> token ids, padded on the right."""
     transformers = extras.need("transformers", f"The text encoder {name}")
     try:
         with faults.reading(folder, f"the tokenizer of the text encoder {name}", "Download or copy it again."):

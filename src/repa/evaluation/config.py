@@ -9,15 +9,18 @@ from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 
 INCEPTION = "inception"
-Metric = Literal["fid", "sfid", "inception_score", "kid", "fd", "kd", "precision", "recall"]
+Metric = Literal[
+    "fid", "sfid", "inception_score", "kid", "fd", "kd", "precision", "recall", "caption_agreement", "clip_score", "clip_agreement"
+]  # fmt: skip
 OF_INCEPTION: tuple[Metric, ...] = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
-ASIDE = ("kid", "kd")  # measured only when asked for: papers' tables do not have them
+OF_CAPTIONS: tuple[Metric, ...] = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
+ASIDE = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
 
 
 def metrics_of(features: str) -> tuple[Metric, ...]:
     """What can be measured in these features."""
-    return OF_INCEPTION if features == INCEPTION else OF_ENCODERS
+    return (*(OF_INCEPTION if features == INCEPTION else OF_ENCODERS), *OF_CAPTIONS)
 
 
 class JudgeConfig(Config):
@@ -35,7 +38,14 @@ class EvaluateConfig(JudgeConfig):
     """Metrics of samples against a reference."""
 
     metrics: tuple[Metric, ...] = ()
-    """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; empty: all but k*d."""
+    """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; of samples with
+    prompts caption_agreement, clip_score, clip_agreement; empty: all but k*d and those of prompts."""
+    prompts: str = ""
+    """File of the samples' prompts in their order, .txt or .jsonl; empty: what lies beside them, or what a run is asked for."""
+    clip: str = "clip-l"
+    """Which CLIP measures clip_score and clip_agreement: clip-b, clip-l or clip-h."""
+    clip_weights: str = ""
+    """Local folder of its weights, as on the hub; empty takes the hub's."""
     neighbours: Literal["float32", "float16"] = "float32"
     """Arithmetic of precision and recall; float16 rounds as the ADM evaluator does, for figures beside published ones."""
 

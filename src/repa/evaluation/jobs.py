@@ -13,13 +13,16 @@ from repa import __version__
 from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.data.recorded import encoder_weights
-from repa.evaluation.config import INCEPTION, EvaluateConfig, ReferenceConfig
+from repa.evaluation.captions import CaptionMeasure, measures_of
+from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, ReferenceConfig
+from repa.evaluation.images import Images
 from repa.evaluation.judges import InceptionJudge, Judge, load_judge
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
-from repa.evaluation.reference import Progress, Reference, kept_reference, silent
+from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
 from repa.evaluation.sources import DataImages, open_images
 from repa.metrics.score import SPLIT_SIZE
+from repa.runs.prompts import prompts_in
 
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"
 
@@ -55,7 +58,7 @@ def evaluate_file(
 
     return evaluate_stream(
         counted(), images.num, images.height, reference, config, device=device, samples=str(samples), made=made,
-        progress=reference_progress,
+        prompts=_prompts_of(images, path.with_suffix(".jsonl"), config), progress=reference_progress,
     )  # fmt: skip
 
 
@@ -69,6 +72,7 @@ def evaluate_stream(
     device: torch.device,
     samples: str,
     made: dict[str, Any] | None = None,
+    prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure `num` images of `side` pixels of a stream, none of which is kept.
@@ -77,6 +81,7 @@ def evaluate_stream(
         stream: read only once everything else is checked and the reference is there.
         samples: what to call them in the results.
         made: how they were made.
+        prompts: of which text each image is, where they are of texts.
         progress: of the reference, where it has to be computed.
     """
     if num < 2:
@@ -90,7 +95,8 @@ def evaluate_stream(
     judge = load_judge(config.features, weights=config.features_weights or _recorded(opened, config), device=device)
     real = load_reference(opened, judge, config.features, config.batch_size, progress)
     check_measurable(judge, real, config.wanted)
-    found = measure(stream, judge, real, config.wanted, neighbours=config.neighbours)
+    told = _told(config, prompts, num, opened, real, device)
+    found = measure(stream, judge, real, config.wanted, neighbours=config.neighbours, told=told)
     return {
         "metrics": found,
         "num_samples": num,
@@ -103,6 +109,42 @@ def evaluate_stream(
         "reference_kind": "statistics" if isinstance(opened, ReferenceFile) else "images",
         **provenance(judge, config, device),
     }
+
+
+def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequence[str]:
+    """Of samples in a file: those of the file asked for, or beside them, or the first captions of prepared data; none if unneeded."""
+    if not set(OF_CAPTIONS) & set(config.wanted):
+        return ()
+    if config.prompts:
+        return prompts_in(Path(config.prompts))
+    if isinstance(images, DataImages):
+        data = images.data
+        return [next(iter(texts), "") for texts in data.captions(data.originals)] if data.has_captions else ()
+    return prompts_in(beside) if beside.is_file() else ()
+
+
+def _told(
+    config: EvaluateConfig,
+    prompts: Sequence[str],
+    num: int,
+    opened: Images | ReferenceFile,
+    real: Reference,
+    device: torch.device,
+) -> list[CaptionMeasure]:
+    """What looks at samples and their prompts, where that is asked for."""
+    asked = [name for name in config.wanted if name in OF_CAPTIONS]
+    if not asked:
+        return []
+    if len(prompts) < num:
+        raise UserError(
+            f"{asked[0]} needs the prompt of each of {num:,} samples, but there are {len(prompts):,}: give their file as --prompts, or a "
+            "run that was trained on captions."
+        )
+    captioned = isinstance(opened, DataImages) and opened.data.has_captions
+    known = (real.subset, opened.data.captions(subset_of(opened.num))) if captioned else None
+    return measures_of(
+        asked, clip=config.clip, clip_weights=config.clip_weights, prompts=prompts, reference=known, device=device
+    )
 
 
 def make_reference(

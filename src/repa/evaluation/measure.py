@@ -8,6 +8,8 @@ from torch import Tensor
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.encoders.contract import VisionEncoder
+from repa.evaluation.captions import CaptionMeasure
+from repa.evaluation.config import OF_CAPTIONS
 from repa.evaluation.judges import Judge, as_judge
 from repa.evaluation.reference import Moments, Reference, accumulator_of
 from repa.evaluation.rows import gather_rows
@@ -63,14 +65,20 @@ def measure(
     metrics: Sequence[str],
     *,
     neighbours: str = "float32",
+    told: Sequence[CaptionMeasure] = (),
 ) -> dict[str, float]:
-    """`evaluate` of (indices (n,), images (n, 3, H, W)): the number of each image among those of all processes."""
+    """`evaluate` of (indices (n,), images (n, 3, H, W)): the number of each image among those of all processes.
+
+    `told` measure what `metrics` ask about prompts.
+    """
     check_measurable(judge, reference, metrics)
     statistics, spatial = (Statistics(accumulator_of(judge)) for _ in range(2))
     score, rows, places = RunningScore(), [], []
     for indices, images in stream:
         seen = judge(images)
         statistics.update(seen.pooled)
+        for each in told:
+            each.update(indices, images, seen.pooled)
         if "sfid" in metrics:
             spatial.update(seen.spatial)
         if "inception_score" in metrics:
@@ -92,13 +100,16 @@ def measure(
         samples = gather_rows(rows, places)
         rows.clear()  # they are in `samples`: held twice no longer than that
         found |= _of_rows(reference.subset.to(judge.device), samples.to(judge.device), metrics, neighbours)
-    return {name: found[name] for name in metrics}
+    for each in told:
+        found |= each.result()
+    wanted = [name for metric in metrics for name in (metric, f"{metric}_shuffled") if name in found]
+    return {name: found[name] for name in wanted}
 
 
 def check_measurable(judge: Judge, reference: Reference, metrics: Sequence[str]) -> None:
     """Raises UserError for a metric that cannot be had, before any image is looked at."""
     for name in metrics:
-        if name not in judge.metrics:
+        if name not in (*judge.metrics, *OF_CAPTIONS):
             raise UserError(
                 f"{name!r} is not measured in the features of {judge.name}: allowed are {', '.join(judge.metrics)}."
             )

@@ -1,0 +1,209 @@
+"""Do samples show what their prompts say? By the words of captioned reference images, or by CLIP."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from repa.base.errors import UserError
+from repa.conditions.hub import locate, read_network, read_tokenizer
+from repa.conditions.words import words_of
+from repa.evaluation.rows import gather_rows
+
+MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
+RARE, COMMON = 0.005, 0.95  # share of captions: words outside tell nothing, or cannot be learned
+RIDGE = 0.1  # beside features of unit variance
+CHUNK = 256  # samples that are compared with all prompts at a time
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CaptionMeasure(Protocol):
+    """Looks at samples in batches, of any process, and at the prompt of each."""
+
+    def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
+        """Indices (n,), uint8 images (n, 3, H, W), and their features in the judge's eyes (n, D)."""
+        ...
+
+    def result(self) -> dict[str, float]:
+        """The metrics by name, the same in all processes."""
+        ...
+
+
+class CaptionAgreement:
+    """Whether an image's features fit its own prompt better than other prompts.
+
+    A ridge regression on the reference's features predicts which words an image's caption has. A sample and a prompt disagree by the
+    squared differences between predicted and present words, each over that word's variance in the reference that is left
+    unexplained. `caption_agreement` is the share of other prompts that disagree more than the sample's own, averaged over
+    samples: 1 where words are followed, 0.5 where they are ignored. `caption_agreement_shuffled` is the same with the prompts
+    moved on by one sample, which shows what 0.5 is.
+
+    Args:
+        features: (M, D) of reference images.
+        captions: of these images.
+        prompts: of the samples, by their index.
+
+    Raises:
+        UserError: captions without words that tell images apart.
+    """
+
+    def __init__(self, features: Tensor, captions: Sequence[tuple[str, ...]], prompts: Sequence[str]):
+        told = [set().union(*map(words_of, texts)) if texts else set() for texts in captions]
+        counts = Counter(word for words in told for word in words)
+        useful = [word for word, num in counts.most_common() if RARE * len(told) <= num <= COMMON * len(told)]
+        self.vocabulary = sorted(useful[:MOST_WORDS])
+        if not self.vocabulary:
+            raise UserError(
+                "The captions of the reference have no words that tell its images apart: give prepared data with captions, or leave "
+                "caption_agreement out of --metrics."
+            )
+        self.prompts, self.rows, self.places = prompts, [], []
+        x, y = features.double().cpu(), self._present(told)  # (M, D), (M, V)
+        self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
+        self.base = y.mean(0)
+        x = (x - self.mean) / self.std
+        gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+        self.weights = torch.linalg.solve(gram, x.T @ (y - self.base) / len(x))  # (D, V)
+        self.unexplained = (y - self.base - x @ self.weights).square().mean(0).clamp_min(1e-4)  # (V,)
+
+    def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
+        self.rows.append(pooled.float().cpu())
+        self.places.append(indices)
+
+    def result(self) -> dict[str, float]:
+        x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
+        predicted = self.base + x @ self.weights  # (N, V)
+        words, own = self._distinct(self.prompts[: len(x)])  # (P, V), (N,)
+        cost = (words.square() / self.unexplained).sum(1) - 2 * predicted @ (words / self.unexplained).T  # (N, P)
+        return {
+            "caption_agreement": agreement(-cost, own),
+            "caption_agreement_shuffled": agreement(-cost, own.roll(-1)),
+        }
+
+    def _present(self, told: Sequence[set[str]]) -> Tensor:
+        """(n, V): 1 where a word is said."""
+        return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
+
+    def _distinct(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The distinct sets of words that prompts have (P, V), and of each prompt the number of its own (N,)."""
+        return torch.unique(self._present([set(words_of(text)) for text in prompts]), dim=0, return_inverse=True)
+
+
+class ClipScore:
+    """How near images are to their prompts in the eyes of a CLIP.
+
+    `clip_score` is the mean of max(0, 100 cos(image, text)); `clip_agreement` the share of other prompts that are farther from
+    an image than its own, and `clip_agreement_shuffled` that of prompts moved on by one sample.
+
+    Args:
+        name: clip-b, clip-l or clip-h, whose image and text networks are read.
+        weights: a folder as on the hub; None: the caches, or the hub.
+        prompts: of the samples, by their index.
+    """
+
+    def __init__(self, name: str, weights: Path | None, prompts: Sequence[str], device: torch.device):
+        if not name.startswith("clip-"):
+            raise UserError(f"clip is {name!r}, which is no CLIP: allowed are clip-b, clip-l and clip-h.")
+        family, folder = locate(name, weights)
+        self.net = read_network(name, "CLIPModel", folder).to(device).eval()
+        self.tokenizer, self.device, self.prompts = read_tokenizer(name, folder), device, prompts
+        self.num_tokens = min(family.num_tokens, self.net.config.text_config.max_position_embeddings)
+        self.images, self.texts, self.places = [], [], []
+
+    @torch.inference_mode()
+    def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
+        texts = [self.prompts[int(index)] for index in indices]
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+        ).to(self.device)
+        pixels = clip_pixels(images, self.net.config.vision_config.image_size).to(self.device)
+        seen = self.net(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
+        self.images.append(F.normalize(seen.image_embeds.float(), dim=1).cpu())
+        self.texts.append(F.normalize(seen.text_embeds.float(), dim=1).cpu())
+        self.places.append(indices)
+
+    def result(self) -> dict[str, float]:
+        images, texts = gather_rows(self.images, self.places), gather_rows(self.texts, self.places)
+        distinct: dict[str, int] = {}
+        own = torch.tensor([distinct.setdefault(text, len(distinct)) for text in self.prompts[: len(images)]])
+        first = torch.tensor([own.tolist().index(number) for number in range(len(distinct))])
+        scores = images.double() @ texts[first].double().T  # (N, P)
+        matching = scores[torch.arange(len(own)), own]
+        return {
+            "clip_score": float(100 * matching.clamp_min(0).mean()),
+            "clip_agreement": agreement(scores, own),
+            "clip_agreement_shuffled": agreement(scores, own.roll(-1)),
+        }
+
+
+def agreement(scores: Tensor, own: Tensor) -> float:
+    """The share of other prompts that fit a sample worse than its own, averaged over samples; a tie counts half.
+
+    Args:
+        scores: (N, P), how well each sample fits each distinct prompt.
+        own: (N,), the number of each sample's prompt.
+
+    Raises:
+        UserError: fewer than two prompts.
+    """
+    if scores.shape[1] < 2:
+        raise UserError(
+            "All samples have one and the same prompt, so there is nothing to tell apart: give several prompts."
+        )
+    shares = []
+    for rows, numbers in zip(scores.split(CHUNK), own.split(CHUNK), strict=True):
+        mine = rows.gather(1, numbers[:, None])  # (n, 1)
+        better = (rows < mine).double() + 0.5 * (rows == mine).double()
+        shares.append((better.sum(1) - 0.5) / (rows.shape[1] - 1))  # its own is a tie with itself
+    return float(torch.cat(shares).mean())
+
+
+def clip_pixels(images: Tensor, side: int) -> Tensor:
+    """uint8 (n, 3, H, W) -> float (n, 3, side, side) as CLIP is used: Pillow's bicubic of the shorter side, centre, mean and std."""
+    found = []
+    for image in images.permute(0, 2, 3, 1).cpu().numpy():
+        height, width = image.shape[:2]
+        scale = side / min(height, width)
+        size = (side if width <= height else int(width * scale), side if height <= width else int(height * scale))
+        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        found.append(np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255)
+    pixels = (np.stack(found) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2))
+
+
+def measures_of(
+    metrics: Sequence[str],
+    *,
+    clip: str,
+    clip_weights: str,
+    prompts: Sequence[str],
+    reference: Any,
+    device: torch.device,
+) -> list[CaptionMeasure]:
+    """What measures the metrics about captions among `metrics`.
+
+    Args:
+        clip, clip_weights: as in EvaluateConfig.
+        prompts: of the samples.
+        reference: features (M, D) of reference images and their captions, or None.
+
+    Raises:
+        UserError: a metric lacks what it needs.
+    """
+    found: list[CaptionMeasure] = []
+    if "caption_agreement" in metrics:
+        if reference is None:
+            raise UserError(
+                "caption_agreement learns words from the reference, which has no captions: give prepared data with captions."
+            )
+        found.append(CaptionAgreement(*reference, prompts))
+    if {"clip_score", "clip_agreement"} & set(metrics):
+        found.append(ClipScore(clip, Path(clip_weights) if clip_weights else None, prompts, device))
+    return found
