@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repa.alignment import LOSSES, PROJECTORS, TOKEN_NORMS
+from repa.alignment import LOSSES, PROJECTORS, TIME_WEIGHTS, TOKEN_NORMS
 from tests import golden
 
 
@@ -98,6 +98,33 @@ def test_reed():
     assert image == pytest.approx(wanted["img_proj_loss"], rel=1e-9)
     assert text == pytest.approx(wanted["text_proj_loss"], rel=1e-9)
     assert case["weights"][0] * image + case["weights"][1] * text == pytest.approx(wanted["proj_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [("distance=1", "d1_unnormalised_paper"), ("distance=1,normalize=true", "d1_tau1"), ("distance=0", "d0"),
+     ("distance=2,normalize=true", "d2_tau1_cumulative")],
+)  # fmt: skip
+def test_crepa(settings, wanted):
+    case = golden.load("crepa")
+    student, target = (golden.tensor(case["inputs"][name]).flatten(1, 2) for name in ("projected", "features"))
+    found = LOSSES.build(f"crepa:frames=4,{settings}")(student, target)
+    assert found.shape == (2,)
+    assert float(found.mean()) == pytest.approx(case["expected"][wanted], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_reed_weights_over_times(name):
+    """The released code multiplies the mean weight with the mean loss; here each image has the weight of its own time."""
+    case = golden.load("reed")
+    inputs = {key: golden.tensor(formula) for key, formula in case["inputs"].items()}
+    t, cosine = torch.tensor(case["t"], dtype=torch.float64), LOSSES.build("cosine")
+    image = cosine(inputs["z_img_tilde"], inputs["z_img"])
+    text = cosine(inputs["z_txt_tilde"][:, None], inputs["z_txt"][:, None])
+    losses, weights = case["weights"][0] * image + case["weights"][1] * text, TIME_WEIGHTS.build(name)(t)
+    released = float(weights.mean() * losses.mean())
+    assert released == pytest.approx(case["expected"][name]["proj_loss"], rel=1e-9)
+    assert float((weights * losses).mean()) != pytest.approx(released, rel=1e-3)
 
 
 def test_dispersive_is_the_formula_written_out():

@@ -8,7 +8,7 @@ LOSSES = Registry(
     "loss",
     {
         name: f"repa.alignment.losses:{name}"
-        for name in ("attention_ce", "cosine", "dispersive", "gram", "mse", "nt_xent", "smooth_l1")
+        for name in ("attention_ce", "cosine", "crepa", "dispersive", "gram", "mse", "nt_xent", "smooth_l1")
     },
 )
 # f(dims, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
@@ -19,6 +19,7 @@ TARGETS = Registry(
         "ema": "repa.alignment.targets:ema",
         "features": "repa.alignment.targets:features",
         "latent": "repa.alignment.targets:latent",
+        "run": "repa.alignment.targets:run",
         "none": "repa.alignment.targets:none",
     },
 )
@@ -48,12 +49,18 @@ SCHEDULES = Registry(
     "weight schedule",
     {
         "constant": "repa.alignment.schedules:constant",
+        "warmup": "repa.alignment.schedules:warmup",
         "stop": "repa.alignment.schedules:stop",
         "linear": "repa.alignment.schedules:linear",
         "cosine": "repa.alignment.schedules:cosine",
         "plateau": "repa.alignment.schedules:Plateau",
     },
     base="callable",
+)
+# f(t (N,), **settings) -> (N,) multiplier of an image's loss; t = 0 is data
+TIME_WEIGHTS = Registry(
+    "weight over times",
+    {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "sigmoid")},
 )
 
 __getattr__, __dir__, __all__ = exports(
@@ -67,5 +74,5 @@ __getattr__, __dir__, __all__ = exports(
         "attach": "attach",
         "resize_tokens": "tokens",
     },
-    local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TOKEN_NORMS"),
+    local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TIME_WEIGHTS", "TOKEN_NORMS"),
 )

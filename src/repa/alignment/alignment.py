@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TOKEN_NORMS
+from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import looks_at_other_images
 from repa.alignment.projectors import looks_at_condition
@@ -63,6 +63,9 @@ class Alignment(nn.Module):
         self.looks_at_condition = looks_at_condition(projector)
         classes = (num_classes,) if self.looks_at_condition else ()
         self.projector = projector(hidden_dim, feature_dim or hidden_dim, grid, *classes)
+        self._sharing: list[
+            Alignment
+        ] = []  # another term whose projector is used; a list, so that it is no part of this one
         if not isinstance(self.projector, nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
@@ -70,6 +73,7 @@ class Alignment(nn.Module):
         self.loss = LOSSES.build(config.loss)
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)
+        self.time_weight = TIME_WEIGHTS.build(config.time_weight)
 
     @classmethod
     def of(cls, config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Self:
@@ -118,7 +122,8 @@ class Alignment(nn.Module):
     @property
     def masked(self) -> float | None:
         """Share of the tap's tokens that its projector is not to see in training; None: it masks none."""
-        return getattr(self.projector, "masked", None) if self.looks_at_condition else None
+        projector = self._sharing[0].projector if self._sharing else self.projector
+        return getattr(projector, "masked", None) if self.looks_at_condition else None
 
     def forward(self, seen: Seen) -> Tensor:
         """Eq. 8, per image, (N,): lower is better. Gradients reach the tap and the projector, never the target."""
@@ -130,10 +135,10 @@ class Alignment(nn.Module):
         beside = Beside(seen.t, seen.condition, seen.visible.get(self.config.key)) if self.looks_at_condition else None
         loss = self.compare(*self._kept(student, target, seen.output.kept), beside)
         low, high = self.config.times
-        if (low, high) == (0.0, 1.0):
+        if (low, high, self.config.time_weight) == (0.0, 1.0, "constant"):
             return loss
         t = seen.t.of_tokens().mean(1) if isinstance(seen.t, TwoTimes) else seen.t
-        return torch.where((t >= low) & (t <= high), loss, 0.0)
+        return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
 
     def compare(
         self, student: Tensor, target: Tensor | None, kept: Tensor | None = None, beside: Beside | None = None
@@ -164,15 +169,33 @@ class Alignment(nn.Module):
                 matched = torch.cat([matched[:, :prefix], _take(matched[:, prefix:], kept)], 1)
             return self.loss(projected, matched)  # (N,)
 
+    def share_projector_of(self, other: "Alignment") -> None:
+        """Use another term's projector, and have none; raises UserError unless it fits."""
+        alike = ("projector", "pool", "measure_only")
+        if different := [name for name in alike if getattr(self.config, name) != getattr(other.config, name)]:
+            raise UserError(
+                f"The alignment {self.config.key!r} uses the projector of {other.config.key!r}, but has another {different[0]}: give "
+                "both the same."
+            )
+        if other.feature_dim != self.feature_dim:
+            raise UserError(
+                f"The alignment {self.config.key!r} uses the projector of {other.config.key!r}, but its target has {self.feature_dim} "
+                f"channels and that one's {other.feature_dim}: give it a projector of its own."
+            )
+        self.projector, self._sharing = nn.Identity(), [other]
+
     def project(self, student: Tensor, beside: Beside | None = None) -> Tensor:
         """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
+        if self.config.pool:
+            student = student.mean(1, keepdim=True)  # (N, 1, D)
+        projector = self._sharing[0].projector if self._sharing else self.projector
         if not self.looks_at_condition:
-            return self.projector(student)
+            return projector(student)
         if beside is None:
             raise UserError(
                 f"The projector {self.config.projector!r} looks at times and condition: give compare them as Beside(t, condition)."
             )
-        return self.projector(student, *beside)
+        return projector(student, *beside)
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TOKEN_NORMS
+from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS, TOKEN_NORMS
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
@@ -17,7 +17,7 @@ class AlignmentConfig(Config):
     """One term of Eq. 9; a run has as many as it likes, each with its own projector and weight."""
 
     target: str
-    """An encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"; or ema:depth=20, block:depth=16, latent, none."""
+    """An encoder: dinov2-b, dinov2-b:part=attention,layer=9; or ema:depth=20, block:depth=16, run:path=RUN,depth=16, latent, none."""
 
     depth: int = Field(ge=1)
     """Block whose output is aligned, counted from 1 (the paper: 8 for the sizes L and XL; 4 for B)."""
@@ -32,16 +32,25 @@ class AlignmentConfig(Config):
     """Lambda of Eq. 9: how much this term counts beside the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
-    """Multiplier of the weight over training: constant, stop:step=250000, linear:steps=400000, cosine:steps=400000, plateau."""
+    """Multiplier of the weight over training: constant, stop:step=250000, warmup, linear:steps=400000, cosine:steps=400000, plateau."""
 
     times: tuple[float, float] = (0.0, 1.0)
     """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
+
+    time_weight: Annotated[str, Spec(TIME_WEIGHTS)] = "constant"
+    """How much it counts at each of these times: constant, linear, cosine, sigmoid:slope=10; all but constant less with more noise."""
 
     loss: Annotated[str, Spec(LOSSES)] = "cosine"
     """How projected tokens and target are compared: cosine, nt_xent:temperature=0.07, see `repa list losses`."""
 
     projector: Annotated[str, Spec(PROJECTORS)] = "mlp"
-    """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, none."""
+    """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, adapter:masked=0.2, none."""
+
+    projector_of: str = ""
+    """Another term before this one, whose projector is used here too, in place of one of its own."""
+
+    pool: bool = False
+    """Compare the mean of the tap's tokens, one vector an image, as with a target that is one vector."""
 
     token_norm: Annotated[str, Spec(TOKEN_NORMS)] = "none"
     """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6, layernorm."""
@@ -104,6 +113,10 @@ class AlignmentConfig(Config):
             raise UserError(
                 f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "
                 "part=attention and layer=N, and only it."
+            )
+        if self.pool and (self.tap == "attention" or parse_spec(self.projector)[0] in ("conv", "adapter")):
+            raise UserError(
+                "pool gives one vector an image, which has neither attention nor places: take the tap hidden and the projector mlp."
             )
         if self.tap == "attention" and self.projector != "none":
             raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")

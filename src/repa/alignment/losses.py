@@ -119,6 +119,39 @@ def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 
     return (excess.square() if norm == "mse" else excess).flatten(1).mean(1)
 
 
+def crepa(
+    student: Tensor,
+    target: Tensor,
+    *,
+    frames: int,
+    distance: int = 1,
+    temperature: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """CREPA (arXiv 2506.09229): each frame of a film points where its own features and its neighbours' point.
+
+        loss = -mean_i sum_{|i - j| <= distance} exp(-|i - j| / temperature) mean_p cos(student[i, p], target[j, p])
+
+    (N, frames * P, F) twice, frame by frame -> (N,). With `normalize` the weights of a frame sum to 1; the paper's do not.
+    """
+    _positive("crepa", "temperature", temperature)
+    if not (type(frames) is type(distance) is int and frames >= 1 and distance >= 0) or student.shape[1] % max(
+        frames, 1
+    ):
+        raise UserError(
+            f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens and a distance >= 0, but got "
+            f"{frames!r} and {distance!r}."
+        )
+    own, wanted = (_unit(x).unflatten(1, (frames, -1)) for x in (student, target))  # (N, frames, P, F)
+    cosines = torch.einsum("nipf,njpf->nij", own, wanted) / own.shape[2]  # (N, frames, frames)
+    places = torch.arange(frames, device=student.device)
+    apart = (places[:, None] - places).abs().to(own.dtype)
+    weights = torch.where(apart <= distance, (-apart / temperature).exp(), 0.0)
+    if normalize:
+        weights = weights / weights.sum(1, keepdim=True)
+    return -(weights * cosines).sum((1, 2)) / frames  # (N,)
+
+
 def attention_ce(student: Tensor, target: Tensor, *, heads: int = 12) -> Tensor:
     """HASTE (arXiv 2505.16792): cross entropy of the student's attention with the target's, logits (N, h, T, T) -> (N,).
 

@@ -21,6 +21,11 @@ def stop(now: int, /, *, step: int = 250_000) -> float:
     return 1.0 if now < _positive("stop", "step", step) else 0.0
 
 
+def warmup(now: int, /, *, steps: int = 50_000) -> float:
+    """From 0 at step 0 up a straight line to 1 at `steps` (REED, arXiv 2507.08980: of the denoising loss)."""
+    return min(1.0, now / _positive("warmup", "steps", steps))
+
+
 def linear(now: int, /, *, steps: int = 400_000) -> float:
     """From 1 at step 0 down a straight line to 0 at `steps`."""
     return max(0.0, 1.0 - now / _positive("linear", "steps", steps))

@@ -61,6 +61,8 @@ class Target:
         need: the encoder whose features it reads, or None.
         own: further taps of the same pass.
         averaged: taps of the averaged network.
+        run: folder of the run whose network takes the averaged network's place; "" where it does not.
+        scale: of its condition: null + scale (conditional - null); 1 asks for the conditional pass alone.
         earlier: how much less noise the averaged network sees, at most: its time is t - u * earlier, u ~ U(0, 1).
         cleanest: whether the averaged network sees all tokens at the least noisy time of the image.
         prefix: whether the target has a row for the token of a stream in front of the grid.
@@ -70,6 +72,8 @@ class Target:
     need: Need | None = None
     own: tuple[Tap, ...] = ()
     averaged: tuple[Tap, ...] = ()
+    run: str = ""
+    scale: float = 1.0
     earlier: float = 0.0
     cleanest: bool = False
     prefix: bool = False
@@ -151,6 +155,23 @@ def ema(model: Backbone, tap: Tap, *, depth: int, earlier: float = 0.0, cleanest
     if not 0 <= earlier <= 1:
         raise UserError(f"The target ema needs 'earlier' between 0 and 1, but got {earlier!r}.")
     return AveragedTarget(model.checked(Tap(depth, tap.kind)), model, float(earlier), cleanest)
+
+
+def run(model: Backbone, tap: Tap, *, path: str, depth: int, step: int = -1, scale: float = 30.0) -> Target:
+    """Guided features of a network that was trained before (Self-Transcendence, arXiv 2601.07773, second stage).
+
+    The run's averaged network, frozen, sees the same images, noise and times with their labels and without; the target is
+    null + scale (conditional - null) at a block. It has the width and depth of the network in training.
+
+    Args:
+        path: run folder.
+        step: of its checkpoint; -1 the newest, which the run's configuration then names.
+    """
+    if not (isinstance(scale, (int, float)) and scale >= 0):
+        raise UserError(f"The target run needs a scale of at least 0, but got {scale!r}.")
+    target = AveragedTarget(model.checked(Tap(depth, tap.kind)), model, 0.0, False)
+    target.run, target.scale = str(path), float(scale)
+    return target
 
 
 def latent(model: Backbone, tap: Tap) -> Target:

@@ -133,7 +133,8 @@ def dispersive_last(place: Place) -> Parts:
 
 
 def urepa(place: Place) -> Parts:
-    return _terms(_encoder(place, resample="target"), _relations(place, "gram", 1.5, resample="target"))
+    tokens = _encoder(place, resample="target", name="tokens")
+    return _terms(tokens, _relations(place, "gram", 1.5, resample="target", projector_of="tokens"))
 
 
 def trd(place: Place) -> Parts:
@@ -141,7 +142,7 @@ def trd(place: Place) -> Parts:
 
 
 def sara(place: Place) -> Parts:
-    return _terms(_encoder(place), _relations(place, "gram", 0.5))
+    return _terms(_encoder(place, name="tokens"), _relations(place, "gram", 0.5, projector_of="tokens"))
 
 
 def internal_guidance(place: Place) -> Parts:
@@ -158,7 +159,7 @@ METHODS: dict[str, Method] = {
     "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
     "urepa": Method(
         "U-REPA's two terms", "2503.18414", "relations.md", urepa,
-        ("The paper's network is a U-Net; here the terms act on SiT. Each has a projector, where the paper's share one.",),
+        ("The paper's network is a U-Net; here the terms act on SiT.",),
     ),
     "trd": Method(
         "token relation distillation", "2505.23656", "relations.md", trd,
@@ -191,7 +192,7 @@ METHODS: dict[str, Method] = {
         "Self-Transcendence, first stage", "2601.07773", "self.md", self_transcendence,
         (
             "The paper's stage is about 200K steps long: --num-steps 200000.",
-            "Its second stage, which aligns a new network to the guided features of this one, is not there.",
+            "Its second stage aligns a new network to the guided features of this one: docs/methods/self.md has the command.",
         ),
     ),
     "dispersive": Method("dispersive loss", "2506.09027", "dispersive.md", dispersive),

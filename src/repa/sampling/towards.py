@@ -36,7 +36,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     with torch.no_grad():
         features = encoder(image, run.model.grid[0])
     alignment = Alignment.of(term, run.model, {encoder_name: features.patches.shape[-1]})
-    prefix = f"{term.module}."
+    prefix = f"{(term.projector_of or term.key).replace('.', '_')}."  # as `AlignmentConfig.module`
     state = {
         k.removeprefix(prefix): v for k, v in load_projectors(run.folder, run.step).items() if k.startswith(prefix)
     }

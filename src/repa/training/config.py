@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from repa.alignment import LOSSES
+from repa.alignment import LOSSES, SCHEDULES
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
@@ -106,6 +106,8 @@ class TrainConfig(Config):
     """The alignment terms; none trains the baseline."""
     streams: tuple[StreamConfig, ...] = ()
     """Vectors that are noised and predicted beside the latents; none, unless the run is a REG."""
+    denoising_schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
+    """Multiplier of all denoising losses over training; warmup:steps=50000 trains the alignments first (REED)."""
     head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     """How much the denoising loss of each of model.heads counts."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
@@ -199,11 +201,18 @@ class TrainConfig(Config):
                 raise ValueError(
                     f"two alignments are called {key!r}: give one of them another name, --alignments.0.name NAME"
                 )
-        averaged = {_averaged_times(a.target) for a in self.alignments if parse_spec(a.target)[0] == "ema"}
+        averaged = {_other_pass(a.target) for a in self.alignments if parse_spec(a.target)[0] in ("ema", "run")}
         if len(averaged) > 1:
             raise ValueError(
-                "the targets ema of a run share one pass of the averaged network: give all the same earlier and cleanest"
+                "the targets ema and run share one pass of one other network: give all the same earlier and cleanest, or path, step "
+                "and scale"
             )
+        for index, alignment in enumerate(self.alignments):
+            if alignment.projector_of and alignment.projector_of not in keys[:index]:
+                raise ValueError(
+                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is no alignment before it: choose one of "
+                    f"{', '.join(keys[:index]) or 'none'}"
+                )
         names = [s.name for s in self.streams]
         if "x" in names or len(names) != len(set(names)):
             raise ValueError(
@@ -240,10 +249,11 @@ class TrainConfig(Config):
                 refuse_accumulation(alignment.key, alignment.loss, self.accumulate)
 
 
-def _averaged_times(target: str) -> tuple[float, bool]:
-    """When the averaged network sees the images, as a target "ema:..." says."""
-    _, settings = parse_spec(target)
-    return settings.get("earlier", 0.0), settings.get("cleanest", False)
+def _other_pass(target: str) -> tuple:
+    """What a target "ema:..." or "run:..." says of the pass that it looks at; only blocks of one pass may differ."""
+    name, settings = parse_spec(target)
+    defaults = {"ema": {"earlier": 0.0, "cleanest": False}, "run": {"path": "", "step": -1, "scale": 30.0}}[name]
+    return name, *(settings.get(key, value) for key, value in defaults.items())
 
 
 def refuse_accumulation(key: str, loss: str, accumulate: int) -> None:

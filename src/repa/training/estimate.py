@@ -181,13 +181,15 @@ def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
 
 
 def _averaged(config: TrainConfig) -> int:
-    """One forward of the averaged network serves all terms that look at it."""
+    """One forward of the averaged network, or two of a frozen one with guidance, serve all terms that look at it."""
     targets = [parse_spec(alignment.target) for alignment in config.alignments]
-    settings = [settings for name, settings in targets if name == "ema"]
-    if not settings:
+    found = [(name, settings) for name, settings in targets if name in ("ema", "run")]
+    if not found:
         return 0
-    each = config.diffusion.token_times > 0 and not settings[0].get("cleanest")
-    return model_cost(config.model, token_times=each, routed=False).forward
+    name, settings = found[0]
+    each = config.diffusion.token_times > 0 and not settings.get("cleanest")
+    passes = 2 if name == "run" and settings.get("scale") != 1 else 1
+    return passes * model_cost(config.model, token_times=each, routed=False).forward
 
 
 def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
@@ -204,6 +206,8 @@ def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
             hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
             beside = Beside(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
         cost = cost_of(term, functools.partial(term.project, hidden, beside))
+        if alignment.projector_of:
+            cost = cost._replace(parameters=0)
         total = Cost(*map(sum, zip(total, cost, strict=True)))
     return total
 

@@ -246,7 +246,7 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         two = TwoTimes(torch.zeros(num, 2), torch.zeros(num, tokens, dtype=torch.bool))
         t = two if config.diffusion.token_times else zeros
         cleanest = any(target.cleanest for target in objective.averaging)
-        draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(len(alignments))
+        draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
         condition = model.completed(Condition(zeros.long()))
         with FlopCounterMode(display=False) as counter:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repa.alignment import Alignment
+from repa.alignment import SCHEDULES, Alignment
 from repa.alignment.targets import Need, Seen, merged
 from repa.base import dist
 from repa.base.errors import UserError
@@ -61,6 +61,7 @@ class Objective(nn.Module):
     Args:
         streams: vectors that are noised beside the latents.
         head_weight: of the denoising loss of each of the network's heads.
+        denoising_schedule: multiplier of all denoising losses over training.
     """
 
     def __init__(
@@ -73,9 +74,19 @@ class Objective(nn.Module):
         seed: int,
         streams: Sequence[StreamConfig] = (),
         head_weight: float = 0.5,
+        denoising_schedule: str = "constant",
     ):
         super().__init__()
         self.model = model
+        self.denoising_schedule = SCHEDULES.build(denoising_schedule)
+        if hasattr(self.denoising_schedule, "watches"):
+            raise UserError(
+                f"The denoising loss has no schedule {denoising_schedule!r}, which watches a term: choose warmup."
+            )
+        terms = {a.config.key: a for a in alignments}
+        for term in alignments:
+            if term.config.projector_of:
+                term.share_projector_of(terms[term.config.projector_of])
         self.alignments = nn.ModuleDict({a.config.module: a for a in alignments})
         self.watching = {a.config.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
         self.process = build_process(diffusion)
@@ -161,17 +172,26 @@ class Objective(nn.Module):
         return t._replace(values=values) if isinstance(t, TwoTimes) else values[:, 0]
 
     def weights(self, step: int, device: torch.device) -> Tensor:
-        """(A,) lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
-        lambdas = [torch.full((), a.weight(step), device=device) for a in self.alignments.values()]
-        return torch.stack(lambdas) if lambdas else torch.empty(0, device=device)
+        """(1 + A,): of the denoising losses, and lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
+        found = [self.denoising_schedule(step), *(a.weight(step) for a in self.alignments.values())]
+        return torch.stack([torch.full((), weight, device=device) for weight in found])
 
     @torch.no_grad()
     def averaged(self, network: Backbone, clean: State, condition: Condition, draws: Draws) -> Output:
-        """What the averaged network answers on the same images and noise, called outside of DDP and torch.compile."""
-        state = self._noised(clean, draws.noise, draws.t_averaged)
-        return network(
-            state, self._network_time(draws.t_averaged), self._condition(condition, draws), self.averaged_taps
-        )
+        """What the averaged or frozen network answers on the same images and noise, called outside of DDP and torch.compile."""
+        state, time = self._noised(clean, draws.noise, draws.t_averaged), self._network_time(draws.t_averaged)
+        target, taps = self.averaging[0], self.averaged_taps
+        if not target.run:
+            return network(state, time, self._condition(condition, draws), taps)
+        output = network(state, time, condition, taps)
+        if target.scale != 1:
+            null = network(state, time, network.null(condition), taps).taps
+            output = output._replace(
+                taps={
+                    tap: torch.lerp(null[tap].float(), seen.float(), target.scale) for tap, seen in output.taps.items()
+                }
+            )
+        return output
 
     def forward(
         self,
@@ -189,7 +209,7 @@ class Objective(nn.Module):
             condition: of these images.
             features: of the clean images by encoder name; an alignment whose encoder is not among them is left out.
             draws: of these N rows, from `draw`.
-            weights: (A,), from `weights`.
+            weights: (1 + A,), from `weights`.
             averaged: from `averaged`.
         """
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
@@ -204,8 +224,10 @@ class Objective(nn.Module):
         for name, weight, loss in self._further(output, clean, draws):
             total = total + weight * loss
             terms[name] = loss.detach()
+        of_denoising, *lambdas = weights.unbind()
+        total = of_denoising * total
         seen = Seen(output, features, averaged, clean, draws.t, condition, draws.visible or {})
-        for alignment, weight in zip(self.alignments.values(), weights.unbind(), strict=True):
+        for alignment, weight in zip(self.alignments.values(), lambdas, strict=True):
             if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
                 total = total + _untouched(alignment)
                 continue

@@ -52,10 +52,12 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         config.preview.every or config.preview.scored_every
     ) and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
+    alignments = [term.override(target=_pinned(term.target)) for term in config.alignments]
     encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
     return config.override(
         model=config.model.override(**facts),
         diffusion=config.diffusion.for_latents((data.latent_channels, data.latent_size, data.latent_size)),
+        alignments=alignments,
         autoencoder=data.autoencoder,
         autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
         feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
@@ -70,6 +72,20 @@ def _text(config: TrainConfig, data: DataSet) -> dict[str, str]:
     of_data = data.manifest.config
     known = of_data.text_weights if data.text and of_data.text == text and Path(of_data.text_weights).exists() else ""
     return {"text": text, "text_weights": config.text_weights or known}
+
+
+def _pinned(target: str) -> str:
+    """A target "run:path=..." with the step that its newest checkpoint has now, so that going on later sees the same network."""
+    name, settings = parse_spec(target)
+    if name != "run" or settings.get("step", -1) >= 0:
+        return target
+    run = Path(str(settings["path"])) if "path" in settings else None
+    steps = layout.checkpoint_steps(run) if run else []
+    if not steps:
+        raise UserError(
+            f"The target {target!r} needs the folder of a trained run, written run:path=RUN,depth=BLOCK: give one that has a checkpoint."
+        )
+    return f"{target},step={max(steps)}"
 
 
 def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:

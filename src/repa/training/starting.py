@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
-from repa.models import DiT
+from repa.base.registry import parse_spec
+from repa.diffusion.config import DiffusionConfig
+from repa.models import Backbone, DiT, build
 from repa.models.config import ModelConfig
 from repa.models.exported import CONFIG, read_exported
 from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
-from repa.runs.checkpoint import load_checkpoint
+from repa.runs.checkpoint import load_checkpoint, load_weights
 from repa.runs.importing import read_checkpoint
 from repa.runs.origin import refuse_converted
+from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -71,6 +75,33 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:
             alignment.load_state_dict(new)
+
+
+def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -> Backbone | None:
+    """The averaged network of the run that a target "run:path=..." names, in evaluation mode; None where there is no such target.
+
+    Raises:
+        UserError: no such run, or one of another width, depth, latents, classes, path or objective than `model` is trained with.
+    """
+    named = [settings for name, settings in (parse_spec(a.target) for a in config.alignments) if name == "run"]
+    if not named:
+        return None
+    run = Path(str(named[0]["path"]))
+    found = layout.read_config(run, ("model", "diffusion"))
+    where = str(run / layout.CONFIG)
+    diffusion = DiffusionConfig.parse(found["diffusion"], where=where)
+    network = build(ModelConfig.parse(found["model"], where=where))
+    for name in ("hidden_dim", "depth", "state_shapes", "num_classes", "prefix_tokens"):
+        if (theirs := getattr(network, name)) != (own := getattr(model, name)):
+            raise UserError(f"The target run has the {name} {theirs} in {run}, and this run {own}: both need the same.")
+    for name in ("objective", "path"):
+        if (theirs := getattr(diffusion, name)) != (own := getattr(config.diffusion, name)):
+            raise UserError(
+                f"The target run has the {name} {theirs!r} in {run}, and this run {own!r}: both need the same."
+            )
+    _, state = load_weights(run, "ema", None if named[0].get("step", -1) < 0 else int(named[0]["step"]))
+    network.load_state_dict(state)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def _read(source: str, num_heads: int) -> Start:

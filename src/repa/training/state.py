@@ -27,7 +27,7 @@ from repa.training.guards import Guard
 from repa.training.objective import Objective
 from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from repa.training.parallel import gather, load, place, shard, whole
-from repa.training.starting import start_from
+from repa.training.starting import frozen_network, start_from
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -42,6 +42,7 @@ class TrainState:
     averages: dict[str, EMA]  # beside `ema`, by the stem of their file
     optimizer: torch.optim.Optimizer
     guard: Guard
+    frozen: Backbone | None = None  # another run's network, where a term looks at one
     step: int = 0
     rate: float = 0.0  # learning rate of the last step
     seconds: float = 0.0  # spent in training steps, previews and checkpoints not counted
@@ -79,7 +80,7 @@ class TrainState:
         """What runs the averaged network on (clean, condition, draws) of a part of this step, or gives None when no term asks."""
         if not self.objective.averages(self.step):
             return lambda *_: None
-        return functools.partial(self.objective.averaged, self.ema.model)
+        return functools.partial(self.objective.averaged, self.frozen or self.ema.model)
 
     def snapshot(self, *, copy: bool = False) -> Checkpoint:
         """Everything that must survive a restart, whole, on the CPU of the main process; the others must ask too.
@@ -166,8 +167,10 @@ def build_state(
             refuse_accumulation(alignment.config.key, alignment.config.loss, config.accumulate)
     objective = Objective(
         model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed,
-        streams=config.streams, head_weight=config.head_weight,
+        streams=config.streams, head_weight=config.head_weight, denoising_schedule=config.denoising_schedule,
     ).to(device)  # fmt: skip
+    with dist.together():
+        frozen = frozen_network(config, model, device)
     if config.init and begins:
         with dist.together():
             start_from(config.init, objective, config.model.dims().num_heads)
@@ -177,7 +180,7 @@ def build_state(
     if config.parallel == "fsdp" and dist.active():
         shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
     optimizer = build_optimizer(objective, config)
-    return TrainState(config, objective, ema, averages, optimizer, Guard(config.precision, device))
+    return TrainState(config, objective, ema, averages, optimizer, Guard(config.precision, device), frozen)
 
 
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

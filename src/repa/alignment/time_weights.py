@@ -1,0 +1,34 @@
+"""How much an image's loss counts at its time: f(t (N,), **settings) -> (N,), t = 0 is data, 1 noise (REED, arXiv 2507.08980).
+
+Each image's loss is multiplied by the weight of its own time. REED's released code multiplies the mean of the losses by the
+mean of the weights, by a broadcast of (N, 1, 1, 1) with (N,).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from repa.base.errors import UserError
+
+
+def constant(t: Tensor) -> Tensor:
+    """1 at every time."""
+    return torch.ones_like(t)
+
+
+def linear(t: Tensor) -> Tensor:
+    """1 - t: less, the more noise there is."""
+    return 1 - t
+
+
+def cosine(t: Tensor) -> Tensor:
+    """cos(pi t / 2)^2: as linear, flat at both ends."""
+    return (0.5 * math.pi * t).cos().square()
+
+
+def sigmoid(t: Tensor, *, slope: float = 10.0) -> Tensor:
+    """1 / (1 + exp(slope (t - 0.5))): a soft step down at t = 0.5."""
+    if not (isinstance(slope, (int, float)) and slope > 0):
+        raise UserError(f"The weight over times 'sigmoid' needs a slope above 0, but got {slope!r}.")
+    return torch.sigmoid(slope * (0.5 - t))
