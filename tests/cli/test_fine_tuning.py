@@ -234,3 +234,44 @@ def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
         assert code == 2
         assert sentence in capsys.readouterr().err
         assert not new.exists()
+
+
+def test_a_lora_trains_its_updates_alone_and_is_a_network_like_any_other(random_run, tune, tmp_path):
+    options = ("--lora.rank", "2", "--num-steps", "3", "--optimizer.learning-rate", "0.01", "--ema-decay", "0.5")
+    code, new = tune(random_run, *options)
+    assert code == 0
+    before, after = load_checkpoint(random_run), load_checkpoint(new)
+    for key, value in before.ema.items():
+        assert key == TABLE or torch.equal(after.model[key], value)  # frozen
+    updates = [key for key in after.model if key.endswith("lora_B")]
+    assert updates
+    assert all(after.model[key].any() for key in updates)
+
+    model = load_run(new).model  # merged: a network without updates
+    key = updates[0].removesuffix(".lora_B")
+    merged = after.ema[f"{key}.weight"] + after.ema[f"{key}.lora_B"] @ after.ema[f"{key}.lora_A"]
+    torch.testing.assert_close(model.state_dict()[f"{key}.weight"], merged)
+    assert repa(["export", str(new), "--out", str(tmp_path / "exported")]) == 0
+    assert not any("lora" in name for name in load_file(next((tmp_path / "exported").glob("*.safetensors"))))
+    code, onwards = tune(new, *STILL, out="onwards")  # all weights, from the merged ones
+    assert code == 0
+    torch.testing.assert_close(load_checkpoint(onwards).model[f"{key}.weight"], merged)
+
+    code, parts = tune(random_run, *options, "--num-steps", "1", out="parts")
+    code, parts = tune(random_run, *options, out="parts")
+    assert code == 0
+    for name, value in after.ema.items():
+        assert torch.equal(load_checkpoint(parts).ema[name], value)
+
+
+def test_a_lora_needs_a_network_to_start_from(recipe, data_folder, tmp_path, capsys):
+    argv = ["train", recipe, "--data", data_folder, "--out", tmp_path / "new", "--lora.rank", "2"]
+    assert repa([str(word) for word in argv]) == 2
+    assert "init is empty" in capsys.readouterr().err
+
+
+def test_epochs_end_training_where_the_data_is_small(random_run, tune, capsys):
+    code, new = tune(random_run, "--epochs", "2", "--num-steps", "1000", "--batch-size", "6")
+    assert code == 0
+    assert load_checkpoint(new).step == layout.read_config(new)["num_steps"] == 14  # of 40 images twice, 6 a step
+    assert "2 epochs of 40 images are 14 steps" in capsys.readouterr().out

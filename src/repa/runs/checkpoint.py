@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repa.base import faults, files
 from repa.base.errors import UserError
+from repa.models.lora import merged
 from repa.runs import layout
 
 OF_TENSORS = "sha256"  # in the header of files by `save_checked`
@@ -139,11 +140,13 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
     """(step, state dict) of the network alone: "ema", "model", or another average by its name, of a checkpoint or of `repa ema`.
 
     The newest checkpoint may be replaced by training while it is read: then the one that is the newest by now is taken.
+    The updates of a LoRA are merged into the weights.
     """
     while True:
         before = layout.checkpoint_steps(run)
         try:
-            return _load_weights(run, weights, step)
+            found, state = _load_weights(run, weights, step)
+            return found, merged(state)
         except (UserError, OSError):
             if step is not None or layout.checkpoint_steps(run) == before:
                 raise

@@ -40,6 +40,13 @@ class OptimizerConfig(Config):
     """Gradients are scaled down to this global L2 norm when they exceed it."""
 
 
+class LoRAConfig(Config):
+    """Fine-tuning that trains an update of low rank beside each matrix of attention and MLP, and the table of labels."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the updates, such as 16; 0 trains all weights. Needs init."""
+
+
 class PreviewConfig(Config):
     """Samples of the EMA network while it trains, always from the same initial noise."""
 
@@ -122,12 +129,16 @@ class TrainConfig(Config):
     """Local folder of its weights, where it runs while training or sampling; empty takes the hub's."""
     init: str = ""
     """Start from these weights: run folder, folder of `repa export`, or repa:FILE, sit:FILE, dit:FILE. Empty: from random."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train updates of low rank instead of all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     batch_size: int = Field(256, ge=1)
     """Images per step over all processes."""
     num_steps: int = Field(400_000, ge=1)
-    """Steps to train in all."""
+    """Steps to train in all, or fewer where epochs says so."""
+    epochs: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Passes over the data after which training ends, if num_steps does not end it before; 0: num_steps alone."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a label or a caption is replaced by the null label or the empty text, so that guidance is possible."""
     accumulate: int = Field(1, ge=1)
@@ -222,8 +233,26 @@ class TrainConfig(Config):
             raise ValueError(
                 "diffusion.token_times gives every token of the grid a time, and a stream has no place there: choose one"
             )
+        if self.lora.rank:
+            self._check_lora()
         self._check_step()
         return self
+
+    def _check_lora(self) -> None:
+        if not self.init:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}, but init is empty, and a LoRA updates a trained network: give a run or a checkpoint"
+            )
+        for name, given, instead in (
+            ("ema_widths", self.ema_widths, "ema_decays"),
+            ("parallel", self.parallel == "fsdp" and "fsdp", "ddp"),
+            ("fp8", self.fp8, "bf16"),
+            ("optimizer.name", self.optimizer.name == "muon" and "muon", "adamw"),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} {given} does not go with lora.rank {self.lora.rank}: choose {instead}, or train all weights"
+                )
 
     def _check_step(self) -> None:
         if self.batch_size % self.accumulate:

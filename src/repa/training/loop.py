@@ -78,7 +78,7 @@ def _train(
     say: Callable[[str], None],
 ) -> Finished:  # fmt: skip
     with dist.together():
-        config = resolve(config, data, device)
+        asked, config = config.num_steps, resolve(config, data, device)
         check_parts(config.batch_size, dist.world(), config.accumulate)
         new = begins(run)
         encoders = EncoderFeatures(config, data, device)
@@ -97,6 +97,10 @@ def _train(
     dist.on_main(lambda: drop_snapshots(run, state.step))
     for note in encoders.notes:
         say(note)
+    if config.num_steps < asked:
+        say(
+            f"{config.epochs:g} epochs of {len(data):,} images are {config.num_steps:,} steps; --epochs 0 trains {asked:,}."
+        )
     wanted = state.objective.needs  # where a weight is 0, its encoder is not run, and nothing is read for it
     with dist.together():
         autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)

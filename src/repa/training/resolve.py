@@ -1,5 +1,6 @@
 """From what the user asked and what the data is to the configuration that runs; every mismatch is said before any slow work."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from repa.training.text import chosen_text
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
 # checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
 CHANGEABLE = (
-    "num_steps", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
+    "num_steps", "epochs", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
     "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
@@ -63,7 +64,14 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
         **_text(config, data),
         precision=resolved(config.precision, device),
+        num_steps=_num_steps(config, len(data)),
     )
+
+
+def _num_steps(config: TrainConfig, num_images: int) -> int:
+    """Those of `epochs` passes over the data, if they are fewer than were asked for."""
+    passes = math.ceil(config.epochs * num_images / config.batch_size)
+    return min(config.num_steps, max(1, passes)) if config.epochs else config.num_steps
 
 
 def _text(config: TrainConfig, data: DataSet) -> dict[str, str]:

@@ -17,6 +17,7 @@ from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
 from repa.models import Backbone, Output, build
+from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
@@ -174,6 +175,9 @@ def build_state(
     if config.init and begins:
         with dist.together():
             start_from(config.init, objective, config.model.dims().num_heads)
+    if config.lora.rank:
+        with seeded(config.seed, "lora"):
+            use_lora(objective.model, config.lora.rank)
     ema, averages = EMA(objective.model, constant(config.ema_decay)), build_averages(objective.model, config)
     if config.fp8:  # not the averages, which are sampled from
         use_fp8(objective.model, config.precision, device)

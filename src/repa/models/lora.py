@@ -1,0 +1,74 @@
+"""LoRA (arXiv 2106.09685): a frozen linear layer and an update of low rank beside it, W x + B A x; merged, it is a layer as before.
+
+The factor alpha / rank of the paper is 1, so that a state dict says all there is to merge.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repa.base.errors import UserError
+from repa.models.contract import Backbone
+
+DOWN, UP = "lora_A", "lora_B"
+LABELS = "y_embedder"  # trained too: the classes of a new data set have no vectors yet
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an update: (..., K) -> (..., N). `use_lora` makes it of a plain one, in place."""
+
+    def add_update(self, rank: int) -> None:
+        """It begins as the layer was: B is zero."""
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def use_lora(model: Backbone, rank: int) -> list[str]:
+    """Freeze the network, and give each matrix of its attention and MLP an update of this rank, in place; returns their names.
+
+    Raises:
+        UserError: the network names no matrices, or a rank that is no update of low rank.
+    """
+    chosen = {id(parameter) for parameter in model.matrices()}
+    layers = {
+        name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and id(layer.weight) in chosen
+    }
+    if not layers:
+        raise UserError(f"A LoRA needs linear layers in the network's matrices, and {type(model).__name__} names none.")
+    smallest = min(min(layer.weight.shape) for layer in layers.values())
+    if rank >= smallest:
+        raise UserError(
+            f"lora.rank is {rank}, but the smallest matrix has {smallest} rows or columns: choose less, such as 16."
+        )
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.__class__ = LoRALinear
+        layer.add_update(rank)
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{LABELS}."):
+            parameter.requires_grad_(True)
+    return list(layers)
+
+
+def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with W + B A in place of W, A and B; one without updates as it is."""
+    plain = {name: value for name, value in state.items() if not name.endswith((f".{DOWN}", f".{UP}"))}
+    for name, down in state.items():
+        layer = name.removesuffix(f".{DOWN}")
+        if layer == name:
+            continue
+        up, weight = state.get(f"{layer}.{UP}"), plain.get(f"{layer}.weight")
+        if up is None or weight is None or up.shape[1:] != down.shape[:1] or (len(up), down.shape[1]) != weight.shape:
+            raise UserError(
+                f"The update of {layer} does not fit its weight: these are not the weights of a LoRA of repa."
+            )
+        update = up.double() @ down.double()
+        plain[f"{layer}.weight"] = (weight.double() + update).to(torch.promote_types(weight.dtype, down.dtype))
+    return plain
