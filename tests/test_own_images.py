@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from repa.base.errors import UserError
+from repa.cli import options
+from repa.cli.train import TrainArguments
 from repa.data.sources.contract import Source
 from repa.recipes import load_recipe
 from repa.recipes.own_images import choose
@@ -38,9 +40,14 @@ class Pictures(Source):
 def test_by_the_data(num, size, resolution, model, flip, steps, judge):
     choice = choose(Pictures(num, size), 1000)
     assert (choice.resolution, choice.flip) == (resolution, flip)
-    assert choice.changes == {"model.name": model, "num_steps": steps, "preview.features": judge}
+    overlap = 4 if resolution == 64 else 2  # half a patch
+    changes = {"model.name": model, "model.patch_overlap": overlap, "num_steps": steps, "preview.features": judge}
+    assert choice.changes == changes
     assert f"{resolution} pixels, because the images' shorter sides are about {min(size)} pixels" in choice.reasons[0]
-    recipe = choice.of(load_recipe("quickstart-repa"))
+    words = ["quickstart-repa", "--data", "d", "--out", "o", *choice.flags()]
+    recipe = options.parse(
+        TrainArguments, words, verb="train", about="", positional=("recipe",), values=load_recipe(words[0])
+    )
     assert (recipe.model.name, recipe.num_steps, recipe.preview.features) == (model, steps, judge)
     assert recipe.model.hidden_dim == load_recipe("quickstart-repa").model.hidden_dim
 
@@ -48,7 +55,7 @@ def test_by_the_data(num, size, resolution, model, flip, steps, judge):
 def test_what_is_asked_for_is_taken():
     choice = choose(Pictures(100, (500, 500)), 1000, resolution=32, asked_steps=7)
     assert (choice.resolution, choice.changes["num_steps"]) == (32, 7)
-    assert choice.flags()[:4] == ["--model.name", "SiT-S/4", "--num-steps", "7"]
+    assert choice.flags()[:4] == ["--model.name", "SiT-S/4", "--model.patch-overlap", "2"]
 
 
 def test_without_its_package_the_small_judge(monkeypatch):

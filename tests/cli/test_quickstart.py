@@ -1,12 +1,19 @@
 """`repa quickstart` itself, with its recipes made small: the same code from images to page."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from repa import recipes
+from repa.cli import quickstart
 from repa.cli.main import run
+from repa.cli.together import run_together
 from repa.runs import layout, read_metrics
 
 SMALL = {
@@ -20,13 +27,15 @@ SMALL = {
 
 
 @pytest.fixture
-def small_recipes(monkeypatch):
-    for name in ("quickstart", "quickstart-repa"):
-        whole = recipes.RECIPES[name]()
+def small_recipes(monkeypatch, tmp_path):
+    """Files in the place of the two names: the trainings are processes of their own, which no patch of this one reaches."""
+    runs = {}
+    for name, recipe in quickstart.RUNS.items():
+        whole = recipes.RECIPES[recipe]()
         alignments = [{**whole.alignments[0].model_dump(), "depth": 1, "projector": "linear"}]
-        monkeypatch.setitem(
-            recipes.RECIPES, name, lambda whole=whole, a=alignments: whole.override(**SMALL, alignments=a)
-        )
+        runs[name] = str(tmp_path / f"{recipe}.yaml")
+        (tmp_path / f"{recipe}.yaml").write_text(whole.override(**SMALL, alignments=alignments).to_yaml())
+    monkeypatch.setattr(quickstart, "RUNS", runs)
 
 
 def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
@@ -51,8 +60,8 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     assert "aligned" in page
     assert f"quickstart --out {out}" in page
     assert "--preview.features lite0" in page
-    assert "repa train quickstart-repa" in page
     assert "Last samples of aligned: " in page  # with the name of a class
+    assert f"repa train {tmp_path}/quickstart-repa.yaml" in page
     said = capsys.readouterr().out
     assert "report.html" in said
     assert "40 images of 2 classes" in said
@@ -81,3 +90,31 @@ def test_the_photographs_come_first_and_name_the_next_command(small_recipes, tmp
     assert "20 classes" in said
     assert "quickstart --source FOLDER" in said
     assert (tmp_path / "quickstart" / "report.html").is_file()
+
+
+def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_folder, tmp_path):
+    out = tmp_path / "quick"
+    commands = [
+        ["train", recipe, "--data", str(tmp_path / "data"), "--out", str(out / name), "--num-steps", "1000000"]
+        for name, recipe in quickstart.RUNS.items()
+    ]
+    assert run(["prepare", str(image_folder), str(tmp_path / "data"), "--resolution", "32", "--features", "tiny"]) == 0
+    code = f"import sys; from repa.cli.together import run_together; sys.exit(run_together({commands!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    while not all(layout.checkpoint_steps(out / name) for name in quickstart.RUNS):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    for name in quickstart.RUNS:
+        last = list(read_metrics(out / name))[-1]["step"]
+        assert layout.checkpoint_steps(out / name)[-1] == last < 1_000_000
+
+
+def test_where_one_command_fails_its_exit_code_is_that_of_all(capfd):
+    assert run_together([["show", "quickstart"], ["show", "quickstrat"]]) == 2
+    said = capfd.readouterr()
+    assert "prediction: data" in said.out
+    assert "Did you mean 'quickstart'?" in said.err

@@ -10,6 +10,13 @@ from repa.base.errors import escaped
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
 MEASURED = 1.0  # seconds of work before its rate is worth telling
+_bars = True
+
+
+def draw_no_bars() -> None:
+    """Plain lines from now on, also on a terminal: another process writes there too."""
+    global _bars
+    _bars = False
 
 
 def speaks() -> bool:
@@ -39,7 +46,7 @@ class Progress:
         self.first: int | None = None  # where this process started: a continued job's rate counts only its own work
 
     def __enter__(self) -> "Progress":
-        if speaks() and sys.stderr.isatty():
+        if _bars and speaks() and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

@@ -13,11 +13,12 @@ from pydantic import Field
 
 from repa.base import extras
 from repa.base.config import Config
-from repa.cli import options, prepare, train
+from repa.cli import options, prepare
 from repa.cli.console import duration, say
+from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
-from repa.recipes.own_images import Choice, choose, judge_of
+from repa.recipes.own_images import Choice, choose, judge_of, patches_of
 from repa.training.config import TrainConfig
 
 ABOUT = (
@@ -28,6 +29,7 @@ ABOUT = (
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PHOTOGRAPHS = "photographs"
 RESOLUTION = 32  # pixels, of the photographs
+GRID = 8  # side of the token grid of both sizes, for the target's features
 NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and the judge looks at all of them
 
 
@@ -60,21 +62,23 @@ def main(argv: list[str]) -> int:
     choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)
     choice = replace(choice, changes={**choice.changes, "seed": given.seed})
     config = PrepareConfig(
-        resolution=choice.resolution, features=(target,), labels=given.labels, flip=choice.flip, skip_bad=is_own
+        resolution=choice.resolution,
+        features=(target,),
+        grid=GRID,
+        labels=given.labels,
+        flip=choice.flip,
+        skip_bad=is_own,
     )
     prepare.start(source, data, config)
-    for name, recipe in recipes.items():
-        say()
-        if stopped_by := train.start(choice.of(recipe), data, folder / name):
-            return 128 + stopped_by
+    trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()] for n in RUNS]
+    say("\nBoth trainings side by side:")
+    if code := run_together(trainings):
+        return code
     commands = [
         shlex.join([*_program(), "quickstart", *_flags(given)]),
         "# which is the same as",
         shlex.join(["repa", "prepare", source, str(data), *_flags(config)]),
-        *(
-            shlex.join(["repa", "train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()])
-            for n in RUNS
-        ),
+        *(shlex.join(["repa", *words]) for words in trainings),
         shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / "report.html")]),
     ]
     _report(folder, data, commands, time.perf_counter() - begin)
@@ -102,8 +106,9 @@ def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
 def _for_photographs(given: QuickstartArguments) -> Choice:
     judge, why = judge_of(NUM_CROPS)
     say(f"The judge of the samples is {judge}, {why}.")
-    changes = {"preview.features": judge, **({"num_steps": given.num_steps} if given.num_steps else {})}
-    return Choice(given.resolution or RESOLUTION, False, changes, ())
+    side = given.resolution or RESOLUTION
+    changes = {**({} if side == RESOLUTION else patches_of(side)), "preview.features": judge}
+    return Choice(side, False, {**changes, **({"num_steps": given.num_steps} if given.num_steps else {})}, ())
 
 
 def _program() -> list[str]:
@@ -171,8 +176,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def _peak_memory() -> int:
-    """Bytes that this process had in memory at most."""
+    """Bytes that this process and both trainings had in memory, as if all had needed most at once."""
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own, of_one = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = own + len(RUNS) * of_one
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux

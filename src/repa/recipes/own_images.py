@@ -8,17 +8,13 @@ from typing import Any
 
 from repa.base.errors import UserError
 from repa.data.sources.contract import Source
-from repa.training.config import TrainConfig
 
 FEWEST, MOST = 20, 100_000  # images
 LARGE_SIDE = 96  # median of the shorter sides, in pixels, from which images are trained on at 64 pixels
 FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
 LOOKED_AT = 64  # images whose sizes are read
-PATCHES = {
-    32: "SiT-S/4",
-    64: "SiT-S/8",
-}  # resolution -> model: 64 tokens either way, so that a step takes the same time
+PATCHES = {32: 4, 64: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
 
 
@@ -31,14 +27,6 @@ class Choice:
     changes: dict[str, Any]
     """Fields of the recipes, dotted, that are set otherwise."""
     reasons: Sequence[str]
-
-    def of(self, recipe: TrainConfig) -> TrainConfig:
-        """The recipe with the changes."""
-        values: dict[str, Any] = {}
-        for name, value in self.changes.items():
-            group, _, inner = name.rpartition(".")
-            values[group or inner] = getattr(recipe, group).override(**{inner: value}) if group else value
-        return recipe.override(**values)
 
     def flags(self) -> list[str]:
         """The changes as options of `repa train`."""
@@ -70,7 +58,7 @@ def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: 
     reasons = [
         f"{side} pixels, "
         + ("as asked for" if resolution else f"because the images' shorter sides are about {middle:,} pixels")
-        + f"; {PATCHES[side]} cuts them into 64 patches"
+        + f"; SiT-S/{PATCHES[side]} cuts them into 64 patches"
     ]
     flip = num < FEW
     if flip:
@@ -82,8 +70,13 @@ def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: 
     reasons.append(f"{steps:,} steps{because}")
     judge, why = judge_of(num)
     reasons.append(f"{judge} as judge, {why}")
-    changes = {"model.name": PATCHES[side], "num_steps": steps, "preview.features": judge}
+    changes = {**patches_of(side), "num_steps": steps, "preview.features": judge}
     return Choice(side, flip, changes, reasons)
+
+
+def patches_of(side: int) -> dict[str, Any]:
+    """Model and overlap of its patches for images of this side."""
+    return {"model.name": f"SiT-S/{PATCHES[side]}", "model.patch_overlap": PATCHES[side] // 2}
 
 
 def judge_of(num_images: int) -> tuple[str, str]:

@@ -1,0 +1,59 @@
+"""Commands of this program beside each other, each in a process with its share of the cores."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing import connection
+
+from repa.base import launch
+from repa.cli import console
+from repa.training import signals
+
+SECONDS = 0.2  # between looks at what came
+
+
+def run_together(commands: Sequence[Sequence[str]]) -> int:
+    """Run command lines of `repa` at once; the first exit code that is not 0, or 128 + the signal that stopped them.
+
+    A signal to this process reaches all of them, and where one fails the others are stopped, as `repa train` stops: with a
+    checkpoint. They end with this process, however it ends.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_run, args=(os.getpid(), threads, list(words))) for words in commands]
+    told = 0
+    with signals.noted() as caught:
+        try:
+            for process in processes:
+                process.start()
+            while running := [process for process in processes if process.exitcode is None]:
+                connection.wait([process.sentinel for process in running], timeout=SECONDS)
+                wanted = len(caught) + any(process.exitcode for process in processes)
+                if wanted > told:
+                    _stop(processes)
+                    told = wanted
+        finally:
+            _stop(processes)
+            for process in processes:
+                if process.pid is not None:
+                    process.join()
+    if caught:
+        return 128 + caught[0]
+    return next((process.exitcode for process in processes if process.exitcode), 0)
+
+
+def _stop(processes: Sequence[multiprocessing.Process]) -> None:
+    for process in processes:
+        if process.pid is not None and process.exitcode is None:
+            process.terminate()  # SIGTERM, which `repa train` answers after the step
+
+
+def _run(parent: int, threads: int, words: list[str]) -> None:
+    launch.die_with_parent(parent)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, below
+    console.draw_no_bars()  # two bars would overwrite each other
+    sys.argv[1:] = words
+    from repa.cli.main import main
+
+    main()
