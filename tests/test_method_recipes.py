@@ -8,6 +8,7 @@ from repa.base.registry import parse_spec
 from repa.cli.main import run as repa_run
 from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
+from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import METHODS, figures_table, headline, method_recipes
 from repa.recipes.pixels import pixel_recipes
@@ -59,6 +60,8 @@ def terms_of(name: str) -> list[tuple]:
         ),
         ("sit-xl2-trd", [("dinov2-b", 8, "hidden", "gram:norm=l1,margin=0.1", "mlp", "none", 0.5)]),
         ("sit-xl2-internal-guidance", []),
+        ("sit-xl2-tread", []),
+        ("sit-b2-sprint", []),
     ],
 )  # fmt: skip
 def test_recipes_are_the_papers_settings(name, terms):
@@ -77,6 +80,12 @@ def test_settings_beside_the_terms():
     assert load_recipe("sit-xl2-cfm").diffusion.contrastive == 0.05
     guided = load_recipe("sit-xl2-internal-guidance")
     assert (guided.model.heads, guided.head_weight) == ((8,), 0.5)
+    assert load_recipe("sit-b2-tread").model.routing == Route(3, 8, 0.5)
+    assert load_recipe("sit-xl2-tread").model.routing == Route(3, 24, 0.5)
+    assert load_recipe("sit-b2-sprint").model.routing == Route(3, 10, 0.25, 2, "fuse", 0.1)
+    sprint = load_recipe("sit-xl2-sprint")
+    assert sprint.model.routing == Route(3, 26, 0.25, 2, "fuse", 0.1)
+    assert (sprint.model.rotary, sprint.model.qk_norm, sprint.diffusion.timesteps) == (True, "rms", "logit_normal")
 
 
 @pytest.mark.parametrize(("size", "depth", "heads"), [("b", 4, 12), ("l", 8, 16), ("h", 10, 16)])
@@ -123,7 +132,7 @@ def toy(config: TrainConfig) -> TrainConfig:
     terms = [t.override(projector="mlp:width=8") if t.projector == "mlp" else t for t in terms]
     streams = [s.override(source=stand_in) for s in config.streams]
     terms = [t.override(projector="mlp:width=8") if t.projector.startswith("mlp:") else t for t in terms]
-    model = config.model.override(hidden_dim=12, num_heads=2, name=config.model.name.replace("/2", "/4"))
+    model = config.model.override(hidden_dim=16, num_heads=2, name=config.model.name.replace("/2", "/4"))
     return config.override(
         model=model,
         alignments=terms,
@@ -209,7 +218,8 @@ def test_commands_lead_from_images_to_figures(name):
         assert given["sample"].labels == "balanced"
         assert given["prepare"].flip
         return
-    assert given["sample"].guidance == tuple(f"internal:head={head},scale=1.4" for head in heads)
+    wanted = tuple(f"internal:head={head},scale=1.4" for head in heads)
+    assert given["sample"].guidance == (("path_drop:scale=3",) if "sprint" in name else wanted)
 
 
 def test_figures_are_of_recipes_that_exist():
@@ -226,7 +236,7 @@ def test_small_recipes_are_the_baseline_but_for_the_method():
         assert changed, name
         assert changed <= {"alignments", "streams", "model", "diffusion", "head_weight"}, name
         model = {key for key in baseline["model"] if config["model"][key] != baseline["model"][key]}
-        assert model <= {"heads", "separate_times"}, name
+        assert model <= {"heads", "separate_times", "route", *ROUTING}, name
         assert all("dinov2" not in term["target"] for term in config["alignments"]), name
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.models import Condition, DiT, Tap, build
+from repa.models import Condition, DiT, Tap, TwoTimes, build
 from repa.models.config import ModelConfig, Route
 from repa.models.routing import draw
 
@@ -120,6 +120,18 @@ def test_a_time_per_token_stays_with_its_token():
     mixed = model(state, times, condition, (Tap(2),), some).taps[Tap(2)]
     turned = model(state, times, condition, (Tap(2),), some.flip(1)).taps[Tap(2)]
     torch.testing.assert_close(mixed, turned.flip(1))
+
+
+def test_one_of_two_times_stays_with_its_token():
+    """As the same times written out for each token."""
+    model, (state, _, condition) = network(Route(2, 3, 0.25), separate_times=True), inputs()
+    values = torch.tensor([[0.2, 0.7], [0.9, 0.4]], dtype=torch.float64)
+    second = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    for keep in (None, KEEP):
+        found = model(state, TwoTimes(values, second), condition, (Tap(2),), keep)
+        wanted = model(state, torch.where(second, values[:, 1:], values[:, :1]), condition, (Tap(2),), keep)
+        torch.testing.assert_close(found.taps, wanted.taps)
+        torch.testing.assert_close(found.prediction, wanted.prediction)
 
 
 def test_rotary_positions_stay_with_their_tokens():

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     peak = given.tflops or PEAKS[given.device]
 
     from repa.diffusion import build_process
-    from repa.training.estimate import estimate, passes_of
+    from repa.training.estimate import estimate, passes_of, short_passes_of
 
     found = estimate(
         config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,
@@ -75,8 +75,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
     say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)")))
-    passes = passes_of(given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift)
-    say("\n".join(sampling(found, passes, given)))
+    asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
+    say("\n".join(sampling(found, passes_of(*asked), short_passes_of(*asked), given)))
     return 0
 
 
@@ -147,15 +147,16 @@ def _time(found: "Estimate", machine: str) -> list[str]:
     return lines
 
 
-def sampling(found: "Estimate", passes: int, given: EstimateArguments) -> list[str]:
+def sampling(found: "Estimate", passes: int, short: int, given: EstimateArguments) -> list[str]:
     """Lines about samples; a device reaches another share of its peak there than in training."""
-    rate = found.samples_per_second(passes)
+    rate = found.samples_per_second(passes, short)
     guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
+    around = f", {short} of them around the blocks of the route" if short else ""
     head = f"{given.samples:,} samples, {given.sample_steps} steps{guided}, on the same devices at the same utilisation"
-    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
+    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes, short), found.autoencoder.decoding))
     return [
         "", head,
-        _row("passes of the network", f"{passes}", note="for each image"),
+        _row("passes of the network", f"{passes}", note=f"for each image{around}"),
         _row("GFLOP/image", f"{flops:,.0f}", note=f"of them the decoder {decoder:,.0f}"),
         _row("images/s", f"{rate:,.3g}"),
         _row("time", duration(given.samples / rate)),

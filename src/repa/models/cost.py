@@ -1,5 +1,7 @@
 """Parameters and FLOPs of a diffusion transformer."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,15 @@ from repa.models.dit import build
 from repa.models.routing import placeholder
 
 
-def model_cost(config: ModelConfig, *, token_times: bool = False, routed: bool = True) -> Cost:
+def model_cost(
+    config: ModelConfig, *, token_times: bool = False, kept: Literal["some", "all", "none"] = "some"
+) -> Cost:
     """Of one image; latent size and channels must be filled in.
 
     Args:
         token_times: tokens of an image have one of two times.
-        routed: leave out the tokens that a route leaves out in training; samplers and averaged networks see all of them.
+        kept: which tokens the blocks of a route see: some in training, all in samplers and averaged networks, none where the
+            guidance path_drop asks for a prediction without these blocks.
     """
     with torch.device("meta"):
         model = build(config)
@@ -23,7 +28,9 @@ def model_cost(config: ModelConfig, *, token_times: bool = False, routed: bool =
         tokens = model.grid[0] * model.grid[1]
         t = TwoTimes(torch.empty(1, 2), torch.empty(1, tokens, dtype=torch.bool)) if token_times else torch.empty(1)
         condition = model.completed(Condition(torch.empty(1, dtype=torch.int64)))
-        keep = placeholder(model.route, 1, model.grid) if routed else None
+        keep = placeholder(model.route, 1, model.grid) if kept == "some" else None
+        if kept == "none" and model.route:
+            keep = torch.empty(1, 0, dtype=torch.int64)
 
     def run() -> Tensor:
         output = model(state, t, condition, keep=keep)

@@ -153,6 +153,21 @@ def contrastive(place: Place) -> Parts:
     return {"diffusion": DiffusionConfig(contrastive=0.05)}
 
 
+def tread(place: Place) -> Parts:
+    """From behind the second block to before the last four, for half of the tokens."""
+    blocks = (3, place.last - 4) if place.last > 6 else (2, 4)
+    return {"model": {"route": blocks, "keep": 0.5}}
+
+
+def sprint(place: Place) -> Parts:
+    """All but the first and the last two blocks see one token of every 2 x 2."""
+    route = {"route": (3, place.last - 2), "keep": 0.25, "keep_groups": 2, "merge": "fuse", "path_drop": 0.1}
+    if place is not XL:
+        return {"model": route}
+    blocks = {"rotary": True, "qk_norm": "rms"}
+    return {"model": route | blocks, "diffusion": DiffusionConfig(timesteps="logit_normal")}
+
+
 _OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
 METHODS: dict[str, Method] = {
     "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
@@ -207,6 +222,24 @@ METHODS: dict[str, Method] = {
     "internal-guidance": Method(
         "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,),
         "internal:head={aligned},scale=1.4",
+    ),
+    "tread": Method(
+        "TREAD", "2501.04765", "routing.md", tread,
+        (
+            "The route is the authors' r(2, B - 4) with half of the tokens; that its first block is the third is read here.",
+            "For the guided figure they train on with all tokens: repa train RECIPE --init RUN --model.keep 1.",
+            "Their network is DiT-XL/2 in EDM's parameterisation; here the route is in SiT.",
+        ),
+    ),
+    "sprint": Method(
+        "SPRINT, first stage", "2510.21986", "routing.md", sprint,
+        (
+            "The paper's first stage is 2M steps long, --num-steps 2000000; on SiT-XL/2 times, queries and keys are as there.",
+            "The second sees all tokens: --init RUN --model.keep 1 --num-steps 200000 --batch-size 1024 --optimizer.learning-rate 2e-4",
+            "--optimizer.warmup-steps 5000. With REPA: --alignments.0.target dinov2-b --alignments.0.depth 8, compared at kept tokens.",
+            "The mask token is trained, where the released code keeps its random numbers, and sine positions stay beside the rotary ones.",
+        ),
+        "path_drop:scale=3",
     ),
 }  # fmt: skip
 

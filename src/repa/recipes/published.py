@@ -69,6 +69,16 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("LightningDiT-XL/1", 680 * EPOCH, 1.19, "internal, classifier-free", "random", "another network"),
         Published("LightningDiT-XL/1", 680 * EPOCH, 1.07, "internal, classifier-free", "balanced", "another network"),
     ),
+    "tread": (
+        Published("DiT-XL/2", 400_000, 3.93, note="as the project's page has it; another parameterisation than this recipe's"),
+        Published("DiT-XL/2", 400_000, 2.09, "classifier-free", note="and steps with all tokens, how many is not stated"),
+    ),
+    "sprint": (
+        Published("SiT-XL/2", 400 * EPOCH, 1.62, "path-drop, scale 3", note="and the second stage"),
+        Published("SiT-XL/2", 400 * EPOCH, 1.96, "classifier-free, scale 3", note="and the second stage"),
+        Published("SiT-XL/2", 400 * EPOCH, 1.59, "path-drop, scale 3", note="with REPA, and the second stage"),
+        Published("SiT-XL/2", 400 * EPOCH, 1.87, "classifier-free, scale 3", note="with REPA, and the second stage"),
+    ),
 }  # fmt: skip
 
 # FID on MS-COCO 2014 at 256 pixels, 40,192 samples of validation captions in order: the text-to-image table of REPA's later version

@@ -4,6 +4,7 @@ FLOPs are counted by torch on networks without weights; the time is those FLOPs 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,9 @@ class Estimate:
     num_images: int
     num_devices: int
     rate: float  # FLOP/s of a device, as used
-    network: Cost
+    network: Cost  # in training, with the tokens that a route leaves out left out
+    sampled: int  # of a forward of all tokens
+    short: int  # of a forward that leaves the blocks of a route out
     projectors: Cost
     teachers: dict[str, EncoderCost]
     autoencoder: AutoencoderCost
@@ -84,13 +87,13 @@ class Estimate:
         flops = self.autoencoder.cost.forward + (self.teacher_flops if cached else 0)
         return self.num_images * flops / (self.rate * self.num_devices)
 
-    def sampling_flops(self, passes: int) -> int:
-        """Of one image that takes `passes` of the network and one of the decoder."""
-        return passes * self.network.forward + self.autoencoder.decoding
+    def sampling_flops(self, passes: int, short: int = 0) -> int:
+        """Of one image that takes `passes` of the network, `short` of them around the blocks of its route, and one of the decoder."""
+        return (passes - short) * self.sampled + short * self.short + self.autoencoder.decoding
 
-    def samples_per_second(self, passes: int) -> float:
+    def samples_per_second(self, passes: int, short: int = 0) -> float:
         """Of all devices together."""
-        return self.rate * self.num_devices / self.sampling_flops(passes)
+        return self.rate * self.num_devices / self.sampling_flops(passes, short)
 
     def memory(self, *, cached: bool) -> dict[str, float]:
         """Bytes on each device by what they hold."""
@@ -166,7 +169,8 @@ def estimate(
     each = config.diffusion.token_times > 0
     return Estimate(
         config=config, num_images=num_images, num_devices=num_devices, rate=rate,
-        network=model_cost(config.model, token_times=each), averaged=_averaged(config),
+        network=model_cost(config.model, token_times=each), sampled=model_cost(config.model, kept="all").forward,
+        short=model_cost(config.model, kept="none").forward, averaged=_averaged(config),
         storable=bool(needs) and not any(need.attention for need in needs),
         projectors=_projectors(config, dims), teachers=teachers, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
@@ -175,9 +179,18 @@ def estimate(
 
 def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
     """Passes of the network for one image by euler_maruyama: one a step, and those that the guidances ask for at its time."""
+    return sum(_passes(steps, guidance, shift).values())
+
+
+def short_passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
+    """How many of these are around the blocks of the network's route."""
+    return _passes(steps, guidance, shift)["routed"]
+
+
+def _passes(steps: int, guidance: Sequence[str], shift: float) -> Counter[str]:
     chain = Chain([GUIDANCES.build(spec) for spec in guidance])
     times = sde_grid(steps, shift=shift).tolist()[:-1]
-    return sum(len({pass_of(name) for name in chain.needs(t)}) for t in times)
+    return Counter(name for t in times for name in {pass_of(name) for name in chain.needs(t)})
 
 
 def _averaged(config: TrainConfig) -> int:
@@ -189,7 +202,7 @@ def _averaged(config: TrainConfig) -> int:
     name, settings = found[0]
     each = config.diffusion.token_times > 0 and not settings.get("cleanest")
     passes = 2 if name == "run" and settings.get("scale") != 1 else 1
-    return passes * model_cost(config.model, token_times=each, routed=False).forward
+    return passes * model_cost(config.model, token_times=each, kept="all").forward
 
 
 def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
