@@ -18,9 +18,13 @@ from torch import Tensor
 from repa.base import launch, lock
 from repa.base.errors import UserError
 from repa.base.faults import sentence_of
+from repa.base.mailbox import Mailbox
 
 NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
-TIMEOUT = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
+TIMEOUT = timedelta(
+    minutes=15
+)  # of collectives of tensors, to which processes come together; what may take longer is a `Mailbox`
+_mailbox: Mailbox | None = None
 Value = TypeVar("Value")
 
 
@@ -85,6 +89,8 @@ def _join(backend: str) -> None:
         ) from error
     finally:
         note.cancel()
+    # gloo connects processes when they first talk, not each with each at the start; on CUDA it serves statistics alone
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
@@ -97,10 +103,12 @@ def _alone(whom: str, minutes: float) -> str:
 
 def teardown() -> None:
     """Leave the group cleanly: gloo's threads abort the interpreter when tensors outlive them, so collect, meet, then destroy."""
+    global _mailbox
     if td.is_available() and td.is_initialized():
         gc.collect()
-        td.barrier()
+        barrier()
         td.destroy_process_group()
+        _mailbox = None
 
 
 def active() -> bool:
@@ -119,9 +127,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def _messages() -> Mailbox:
+    """Of the group that this process is in, made with it or by a caller."""
+    global _mailbox
+    if _mailbox is None:
+        _mailbox = Mailbox(td.distributed_c10d._get_default_store(), rank(), world())
+    return _mailbox
+
+
 def barrier() -> None:
-    if active():
-        td.barrier()
+    """Until all processes are here, however long one of them takes."""
+    gather_objects(None)
 
 
 def sum_over(x: Tensor) -> Tensor:
@@ -168,9 +184,7 @@ def from_main(value):
     """The main process's (picklable) value on every process."""
     if not active():
         return value
-    box = [value]
-    td.broadcast_object_list(box, src=0)
-    return box[0]
+    return _messages().from_main(value)
 
 
 def on_main(function: Callable[[], Value]) -> Value:
@@ -217,9 +231,7 @@ def gather_objects(value) -> list:
     """The (small, picklable) value of every process, in rank order."""
     if not active():
         return [value]
-    box = [None] * world()
-    td.all_gather_object(box, value)
-    return box
+    return _messages().gather(value)
 
 
 def any_process(flags: list[bool], device: torch.device) -> list[bool]:

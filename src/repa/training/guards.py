@@ -87,11 +87,15 @@ class Guard:
             self._norms.append(row["grad_norm_max"])
         return notes
 
+    def stuck(self, allowed: int) -> bool:
+        """Were more than `allowed` steps in a row skipped (waits for the device)?"""
+        return int(self.in_row) > allowed
+
     def require_progress(self, allowed: int, step: int, loss: float, checkpoints: Sequence[int]) -> None:
         """UserError after more than `allowed` skipped steps in a row (waits for the device). `checkpoints`: steps of those there are."""
-        in_row = int(self.in_row)
-        if in_row <= allowed:
+        if not self.stuck(allowed):
             return
+        in_row = int(self.in_row)
         good = f"The checkpoint of step {checkpoints[-1]} is good. " if checkpoints else ""
         raise UserError(
             f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "

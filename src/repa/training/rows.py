@@ -46,9 +46,11 @@ class Rows:
         self.since_step = state.step
         self.restart()
         state.seconds += elapsed
-        with dist.together():
-            steps_saved = layout.checkpoint_steps(self.run)
-            state.guard.require_progress(config.max_skipped_steps, state.step, row["loss"], steps_saved)
+        # every process judges the same averaged gradients, so all stop here or none: nobody asks, or reads the folder, to go on
+        if state.guard.stuck(config.max_skipped_steps):
+            with dist.together():
+                steps_saved = layout.checkpoint_steps(self.run)
+                state.guard.require_progress(config.max_skipped_steps, state.step, row["loss"], steps_saved)
         rate = config.batch_size * steps / elapsed
         state.metrics = {
             **row, "learning_rate": state.rate, "images_per_second": rate, "utilisation": rate / dist.world() * self.ideal,

@@ -1,0 +1,72 @@
+"""Small values between processes through the store at which they met: for what is not a tensor, and for waits without a limit of minutes.
+
+A collective of tensors that is late means a dead process, and its time-out is minutes. Waiting for the main process to write
+samples is no such thing. So objects and barriers go through the key-value store, over one connection a process: nothing
+connects every process with every other, and a process that sleeps in them holds no device.
+"""
+
+import pickle
+from datetime import timedelta
+
+import torch.distributed as td
+
+from repa.base.errors import UserError
+
+PATIENCE = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
+
+
+class Mailbox:
+    """Rounds of messages, which all processes take in the same order.
+
+    Args:
+        store: at which the processes met.
+        rank, world: of this process.
+        patience: how long a round may take.
+    """
+
+    def __init__(self, store: td.Store, rank: int, world: int, patience: timedelta = PATIENCE):
+        self.store, self.rank, self.world, self.patience = td.PrefixStore("mailbox", store), rank, world, patience
+        self.round = 0
+
+    def from_main(self, value: object) -> object:
+        """The main process's (picklable) value, in every process."""
+        key = self._next()
+        if self.rank == 0:
+            self.store.set(key, pickle.dumps(value))
+            return value
+        self.store.wait([key], self.patience)
+        found = pickle.loads(self.store.get(key))  # of a process of this run
+        if self.store.add(f"{key}/read", 1) == self.world - 1:  # the last one clears up
+            self.store.delete_key(key)
+            self.store.delete_key(f"{key}/read")
+        return found
+
+    def gather(self, value: object) -> list[object]:
+        """The value of every process, in rank order, in every process: the main one collects them, so nobody reads world^2."""
+        key, values = self._next(), None
+        if self.rank == 0:
+            keys = [f"{key}/{other}" for other in range(1, self.world)]
+            self._wait_for(keys)
+            values = [value, *(pickle.loads(self.store.get(other)) for other in keys)]
+            for other in keys:
+                self.store.delete_key(other)
+        else:
+            self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+        return self.from_main(values)
+
+    def _wait_for(self, keys: list[str]) -> None:
+        try:
+            self.store.wait(keys, self.patience)
+        except RuntimeError as error:  # of which the store's time-out is one
+            absent = [key.rpartition("/")[2] for key in keys if not self.store.check([key])]
+            if not absent:
+                raise
+            minutes = self.patience.total_seconds() / 60
+            raise UserError(
+                f"Waited {minutes:g} minutes for processes {', '.join(absent[:8])}, which did not come: see whether their machines "
+                "are alive, and start the same command again."
+            ) from error
+
+    def _next(self) -> str:
+        self.round += 1
+        return str(self.round)
