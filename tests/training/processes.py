@@ -38,16 +38,18 @@ def probes(config, autoencoder) -> list[Hook]:
     return [Hook(10, probe)]
 
 
-def begin(jobs: Sequence[Job], rank: int = 0, world: int = 1, meeting: Path | None = None) -> multiprocessing.Process:
+def begin(
+    jobs: Sequence[Job], rank: int = 0, world: int = 1, meeting: Path | None = None, local: int = 0
+) -> multiprocessing.Process:
     """Start a process that trains one run after the other."""
-    process = CONTEXT.Process(target=_train, args=(jobs, rank, world, meeting), daemon=True)
+    process = CONTEXT.Process(target=_train, args=(jobs, rank, world, meeting, local), daemon=True)
     process.start()
     return process
 
 
-def run_all(jobs: Sequence[Job], world: int, folder: Path, limit: float = 240) -> None:
-    """`world` processes (gloo) train the runs together; fails when one does, or when it takes longer than `limit` seconds."""
-    processes = [begin(jobs, rank, world, folder / "meeting") for rank in range(world)]
+def run_all(jobs: Sequence[Job], world: int, folder: Path, limit: float = 240, local: int = 0) -> None:
+    """`world` processes (gloo) train the runs together, as on machines of `local` each; fails when one does, or after `limit` seconds."""
+    processes = [begin(jobs, rank, world, folder / "meeting", local) for rank in range(world)]
     limit += time.monotonic()
     for process in processes:
         process.join(max(1.0, limit - time.monotonic()))
@@ -56,8 +58,10 @@ def run_all(jobs: Sequence[Job], world: int, folder: Path, limit: float = 240) -
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def _train(jobs: Sequence[Job], rank: int, world: int, meeting: Path | None) -> None:
+def _train(jobs: Sequence[Job], rank: int, world: int, meeting: Path | None, local: int) -> None:
     torch.set_num_threads(1)
+    if local:
+        os.environ |= {"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)}
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     for config, data, run in jobs:

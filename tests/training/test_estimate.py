@@ -192,7 +192,7 @@ def test_memory_by_what_it_holds(base):
 
 def test_memory_of_several_processes(monkeypatch):
     monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 1000)
-    whole = estimated(aligned("SiT-S/2")).memory(cached=True)
+    whole = estimated(aligned("SiT-S/2", parallel="ddp")).memory(cached=True)
     shared = estimated(aligned("SiT-S/2", parallel="fsdp", accumulate=2)).memory(cached=True)
     for what in ("weights", "gradients", "AdamW", "averages"):
         assert shared[what] == whole[what] / 8

@@ -12,6 +12,7 @@ from repa.data import open_data
 from repa.runs import layout, read_metrics
 from repa.training import train
 from repa.training.microbatches import check_parts
+from repa.training.parallel import mesh_sides
 from tests.training.processes import probes, run_all
 
 NUM_STEPS, HALF = 20, 10
@@ -104,6 +105,30 @@ def test_compiled_steps_of_two_processes_are_those_of_one(parallel, recompute, c
     assert len(mine) == 4
     for a, b in zip(mine, yours, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_processes_on_two_machines_are_one(config, data_folder, tmp_path):
+    """HSDP: parts within each machine, gradients summed between the two; ten steps, then ten more from the checkpoint."""
+    train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
+    shared = config.override(parallel="fsdp")
+    jobs = [(c, data_folder, tmp_path / "four") for c in (shared.override(num_steps=HALF), shared)]
+    run_all(jobs, 4, tmp_path, limit=500, local=2)
+    mine, yours = ([(row["loss"], row["grad_norm"]) for row in rows(tmp_path / n)] for n in ("four", "one"))
+    assert len(mine) == NUM_STEPS
+    for a, b in zip(mine, yours, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    a, b = contents(tmp_path / "four"), contents(tmp_path / "one")
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_processes_lie_on_machines():
+    assert mesh_sides(8, 8) == (8,)
+    assert mesh_sides(64, 8) == (8, 8)
+    assert mesh_sides(4, 1) == (4,)  # machines of one process have nobody to share parts with
+    assert mesh_sides(12, 8) == (12,)  # nor are machines alike
 
 
 def test_the_runs_did_learn_and_contrast(runs):

@@ -112,7 +112,7 @@ def _network(name: str, cost: "Cost", note: str) -> str:
 
 def _memory(found: "Estimate") -> list[str]:
     held = found.memory(cached=False)
-    lines = ["", f"memory of a device ({found.config.parallel}; without the workspace of kernels)"]
+    lines = ["", f"memory of a device ({found.parallel}; without the workspace of kernels)"]
     return [
         *lines,
         *(_row(what, _size(size)) for what, size in held.items() if size),

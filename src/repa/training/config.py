@@ -143,8 +143,8 @@ class TrainConfig(Config):
     """Probability that a label or a caption is replaced by the null label or the empty text, so that guidance is possible."""
     accumulate: int = Field(1, ge=1)
     """Parts into which a step's images are split to need less memory; the gradient stays that of all of them."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp)."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp); auto: the faster."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
     fp8: bool = False

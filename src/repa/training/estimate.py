@@ -32,6 +32,7 @@ from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
 from repa.training.resolve import with_streams
+from repa.training.scaling import faster
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
 """Stored forms of tokens that are compared."""
@@ -95,9 +96,18 @@ class Estimate:
         """Of all devices together."""
         return self.rate * self.num_devices / self.sampling_flops(passes, short)
 
+    @property
+    def parallel(self) -> str:
+        """The strategy, in machines of at most eight devices."""
+        if self.config.parallel != "auto":
+            return self.config.parallel
+        local = min(8, self.num_devices)
+        flops, images = self.step_flops + self.teacher_flops, self.config.batch_size / self.num_devices
+        return faster(self.network.parameters, flops, images, self.num_devices // local, local)
+
     def memory(self, *, cached: bool) -> dict[str, float]:
         """Bytes on each device by what they hold."""
-        divided = self.num_devices if self.config.parallel == "fsdp" else 1
+        divided = min(8, self.num_devices) if self.parallel == "fsdp" else 1
         trained = self.network.parameters + self.projectors.parameters
         averages = 1 + len(self.config.ema_decays) + len(self.config.ema_widths)
         images = self.config.batch_size / self.num_devices / self.config.accumulate

@@ -27,7 +27,7 @@ from repa.training.features import EncoderFeatures
 from repa.training.meters import Waiting
 from repa.training.microbatches import backward, check_parts
 from repa.training.parallel import running
-from repa.training.resolve import claim_folder, resolve, with_streams
+from repa.training.resolve import claim_folder, resolve, strategy, with_streams
 from repa.training.rows import Rows
 from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
@@ -84,10 +84,10 @@ def _train(
         encoders = EncoderFeatures(config, data, device)
         texts = TextConditions(config, data, device)
         config = texts.completed(with_streams(config, encoders.dims))
+        config = config.override(parallel=strategy(config, device))
     state = build_state(config, encoders.dims, device, begins=new, empty_text=texts.empty)
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
-    with dist.together():
-        state.resume(run)
+    state.resume(run)
     _require_agreement(run, config, data, state.step)
     if state.step >= config.num_steps:
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from repa.base import dist
+from repa.base import dist, launch
 from repa.models import Backbone
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
@@ -28,23 +29,36 @@ BUCKET = (
 def shard(objective: Objective, averages: list[Backbone], device: torch.device, precision: str) -> None:
     """Leave each process its part of every parameter, in place (FSDP2): of the objective, and of averages of its network.
 
-    A block's parameters are gathered when it runs and let go after it. They are float32; under bf16 the blocks are gathered
-    and multiplied in bf16, and their gradients summed in float32. The rest (embeddings, head, projectors) is small and
-    stays float32, and autocast treats it as it does in a single process. Copies of the network must be made before this:
-    what is sharded cannot be copied.
+    A block's parameters are gathered when it runs and let go after its backward. On several machines each holds all parts, and
+    gradients are summed between them (HSDP): no machine waits for another one's weights. Parameters are float32; under
+    bf16 the blocks are gathered and multiplied in bf16, and their gradients summed in float32. The rest (embeddings, head,
+    projectors) is small and stays float32, and autocast treats it as it does in a single process. Copies of the network
+    must be made before this: what is sharded cannot be copied.
     """
-    mesh = init_device_mesh(device.type, (dist.world(),))
+    mesh = _mesh(device)
     half = torch.bfloat16 if precision == "bf16" else None
     # the residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for block in objective.model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        # gathered once a step: the backward finds the weights of the forward, which in bf16 are the smallest thing there
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for average in averages:  # run only where a term looks at the averaged network, block by block then
         for block in average.blocks:
             fully_shard(block, mesh=mesh)
         # a root keeps its parameters whole after a forward, for the backward; an average has none, and is updated in parts
         fully_shard(average, mesh=mesh, reshard_after_forward=True)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    sides = mesh_sides(dist.world(), launch.place(strict=False).local_world)
+    return init_device_mesh(device.type, sides, mesh_dim_names=("replicate", "shard")[-len(sides) :])
+
+
+def mesh_sides(world: int, local_world: int) -> tuple[int, ...]:
+    """(processes,) in one row; (machines, processes of each) where there are several machines with as many each."""
+    several = 1 < local_world < world and world % local_world == 0
+    return (world // local_world, local_world) if several else (world,)
 
 
 def running(objective: Objective, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -96,13 +110,16 @@ def gather(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Te
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds, laid out as `like`; one of another shape is kept whole."""
-    value = value.to(like.device)
+    """The main process's whole tensor as this process holds it: its part, laid out as `like`; one of another shape is kept whole.
+
+    In the other processes `value` says shape and type alone, and all must ask at once: one process reads, and each gets what it needs.
+    """
+    whole = value.to(like.device) if dist.is_main() else torch.empty_like(value, device=like.device)
     if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(
-            value, like.device_mesh, like.placements, src_data_rank=None
-        )  # each has read it itself
-    return value
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=0)
+    if dist.active():
+        td.broadcast(whole, 0)
+    return whole
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 
-from repa.base import files
+from repa.base import dist, files, launch
 from repa.base.config import difference
 from repa.base.errors import UserError
 from repa.base.precision import resolved
 from repa.base.registry import parse_spec
 from repa.data import DataSet, recorded
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
+from repa.models.cost import model_cost
 from repa.runs import layout
 from repa.training.config import TrainConfig
 from repa.training.features import wanted_by
+from repa.training.parallel import mesh_sides
+from repa.training.scaling import faster
 from repa.training.text import chosen_text
 
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
@@ -26,6 +29,20 @@ CHANGEABLE = (
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
     "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
+
+
+def strategy(config: TrainConfig, device: torch.device) -> str:
+    """What parallel "auto" is: on several GPUs the strategy that is predicted to be faster, elsewhere ddp; any other as it is.
+
+    Of a configuration that is complete.
+    """
+    if config.parallel != "auto":
+        return config.parallel
+    if device.type != "cuda" or not dist.active() or config.optimizer.name == "muon":
+        return "ddp"
+    cost = model_cost(config.model, token_times=config.diffusion.token_times > 0)
+    sides = (1, *mesh_sides(dist.world(), launch.place(strict=False).local_world))[-2:]
+    return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
 
 
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from repa.alignment import Alignment
 from repa.alignment.losses import looks_at_other_images
@@ -109,8 +110,11 @@ class TrainState:
         dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
-        """Continue from the newest checkpoint, when there is one: made by any number of processes, whatever the strategy."""
-        checkpoint = load_checkpoint(run)
+        """Continue from the newest checkpoint, when there is one: made by any number of processes, whatever the strategy.
+
+        The main process reads it and deals it out tensor by tensor; all processes must ask.
+        """
+        checkpoint = _read_once(run)
         if checkpoint is None:
             return
         if not checkpoint.optimizer:
@@ -140,6 +144,20 @@ class TrainState:
         model = build(self.config.model).to(device).eval().requires_grad_(False)
         model.load_state_dict({name: whole(value) for name, value in self.ema.model.state_dict().items()})
         yield model
+
+
+def _read_once(run: Path) -> Checkpoint | None:
+    """The newest checkpoint in the main process, and in the others its outline: the same with tensors of no device."""
+    own: list[Checkpoint] = []
+
+    def read() -> dict[str, object] | None:
+        if (checkpoint := load_checkpoint(run)) is None:
+            return None
+        own.append(checkpoint)
+        return tree_map_only(Tensor, lambda x: x.to("meta"), checkpoint._asdict()) if dist.active() else {}
+
+    outline = dist.on_main(read)
+    return None if outline is None else own[0] if own else Checkpoint(**outline)
 
 
 def build_state(

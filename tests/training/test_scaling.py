@@ -1,0 +1,71 @@
+"""The model of several GPUs against its arithmetic by hand, and the choice of a strategy that rests on it."""
+
+import pytest
+import torch
+
+from repa.base import dist
+from repa.models.config import ModelConfig
+from repa.models.cost import model_cost
+from repa.training import TrainConfig
+from repa.training.resolve import strategy
+from repa.training.scaling import Machine, checkpoint, faster, step
+
+PLAIN = Machine(seconds_per_tflop=1e-3, memory=4e12, links=4e11, network=2e11, latency=0.0, contention=0.0)
+P = 700e6
+
+
+def test_eight_gpus_by_hand():
+    """30 ms of computing: 10 forward, 20 backward. All-reduce of 5.6 GB at 7/8: 12.25 ms, hidden; the update 64 P / 4 TB/s."""
+    found = step("ddp", P, 1e12, 30, 1, 8, PLAIN)
+    assert found.compute == pytest.approx(0.030)
+    assert found.communication == pytest.approx(8 * P * 7 / 8 / 4e11)
+    assert found.exposed == pytest.approx(0)
+    assert found.update == pytest.approx(0.0112)
+    assert found.sent == pytest.approx(8 * P * 7 / 8)
+    shared = step("fsdp", P, 1e12, 30, 1, 8, PLAIN)
+    assert shared.communication == pytest.approx((2 + 4) * P * 7 / 8 / 4e11)
+    assert shared.update == pytest.approx(found.update / 8)
+    assert shared.seconds < found.seconds
+
+
+def test_between_machines_gradients_take_the_network():
+    """Small batches: 2 ms of computing cannot hide 8 P 3/4 / 200 GB/s = 21 ms beside the 12.25 within a machine."""
+    found = step("ddp", P, 1e12, 2, 4, 8, PLAIN)
+    between = 8 * P * 3 / 4 / 2e11
+    assert found.communication == pytest.approx(8 * P * 7 / 8 / 4e11 + between)
+    assert found.exposed == pytest.approx(found.communication - 2 / 3 * 0.002)
+    busy = step("ddp", P, 1e12, 100, 4, 8, PLAIN)
+    assert busy.exposed == 0
+
+
+def test_what_overlaps_is_not_free_and_collectives_take_time_to_begin():
+    slow = Machine(seconds_per_tflop=1e-3, links=4e11, network=2e11, latency=1e-3, contention=0.5)
+    found = step("ddp", P, 1e12, 60, 1, 8, slow, buckets=10)
+    communication = 8 * P * 7 / 8 / 4e11 + 10 * 1e-3
+    assert found.exposed == pytest.approx(0.5 * communication)
+
+
+def test_checkpoints():
+    found = checkpoint(1e9, 2, host=4e9, disk=2e9, network=8e9)
+    assert vars(found) == {"size": 16e9, "gather": 4.0, "write": 8.0, "verify": 8.0, "deal": 6.0}
+
+
+def test_the_faster_strategy():
+    assert faster(P, 1e12, 256, 1, 1) == "ddp"  # one process
+    assert faster(P, 1e12, 32, 1, 8) == "fsdp"  # the update of all parameters on every GPU is what it saves
+    assert faster(1e6, 1e12, 256, 1, 8) == "ddp"  # nothing to save
+
+
+@pytest.mark.parametrize(
+    ("device", "world", "changes", "wanted"),
+    [
+        ("cuda", 8, {}, "fsdp"), ("cuda", 1, {}, "ddp"), ("cpu", 8, {}, "ddp"), ("cuda", 8, {"parallel": "ddp"}, "ddp"),
+        ("cuda", 8, {"optimizer": {"name": "muon"}}, "ddp"),
+    ],
+)  # fmt: skip
+def test_auto_is_resolved_by_device_and_optimizer(device, world, changes, wanted, monkeypatch):
+    monkeypatch.setattr(dist, "active", lambda: world > 1)
+    monkeypatch.setattr(dist, "world", lambda: world)
+    model = ModelConfig(name="SiT-XL/2", latent_size=32, latent_channels=4, num_classes=1000)
+    assert model_cost(model).parameters > 6e8
+    assert strategy(TrainConfig(model=model, batch_size=256, **changes), torch.device(device)) == wanted
