@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from repa.alignment import SCHEDULES
 from repa.base.registry import parse_spec
 from repa.cli.main import run as repa_run
 from repa.data import open_data
@@ -58,6 +59,7 @@ def terms_of(name: str) -> list[tuple]:
                 ("dinov2-b", 8, "hidden", "gram", "mlp", "none", 1.5),
             ],
         ),
+        ("sit-xl2-reed", [("dinov2-b", 8, "hidden", "cosine", "mlp", "none", 0.5)]),
         ("sit-xl2-trd", [("dinov2-b", 8, "hidden", "gram:norm=l1,margin=0.1", "mlp", "none", 0.5)]),
         ("sit-xl2-internal-guidance", []),
         ("sit-xl2-tread", []),
@@ -78,6 +80,8 @@ def test_settings_beside_the_terms():
     assert (flow.diffusion.token_times, flow.model.separate_times) == (0.25, False)
     assert load_recipe("sit-xl2-self-transcendence").alignments[0].times == (0.4, 0.7)
     assert load_recipe("sit-xl2-cfm").diffusion.contrastive == 0.05
+    assert load_recipe("sit-xl2-reed").denoising_schedule == "warmup:steps=50000"
+    assert load_recipe("sit-xl2-urepa").alignments[1].projector_of == "tokens"
     guided = load_recipe("sit-xl2-internal-guidance")
     assert (guided.model.heads, guided.head_weight) == ((8,), 0.5)
     assert load_recipe("sit-b2-tread").model.routing == Route(3, 8, 0.5)
@@ -154,6 +158,7 @@ def test_every_method_trains(name, data_folder, tmp_path):
     assert state.step == 2
     row = next(row for row in read_metrics(run) if row["kind"] == "train")
     total = row["denoising"] + row.get("contrastive", 0.0)  # which holds its weight
+    total *= SCHEDULES.build(config.denoising_schedule)(0)
     total += sum(config.head_weight * loss for loss in (row.get("head") or {}).values())
     total += sum(s.weight * row["stream"][s.name] for s in config.streams)
     total += sum(t.weight * row["alignment"][t.key] for t in config.alignments)
@@ -234,7 +239,7 @@ def test_small_recipes_are_the_baseline_but_for_the_method():
         config = load_recipe(name).model_dump()
         changed = {key for key in baseline if config[key] != baseline[key]}
         assert changed, name
-        assert changed <= {"alignments", "streams", "model", "diffusion", "head_weight"}, name
+        assert changed <= {"alignments", "streams", "model", "diffusion", "head_weight", "denoising_schedule"}, name
         model = {key for key in baseline["model"] if config["model"][key] != baseline["model"][key]}
         assert model <= {"heads", "separate_times", "route", *ROUTING}, name
         assert all("dinov2" not in term["target"] for term in config["alignments"]), name

@@ -6,13 +6,16 @@ import torch
 from repa.alignment import Alignment, AlignmentConfig
 from repa.base.config import read_yaml
 from repa.base.errors import UserError
+from repa.cli.main import run as repa
+from repa.data import open_data
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, DiT
 from repa.runs import load_run, read_metrics
-from repa.training import Objective, TrainConfig
+from repa.training import Objective, TrainConfig, train
 from repa.training.estimate import _averaged
 
+CPU = torch.device("cpu")
 TOKENS = {"target": "tiny", "depth": 1, "projector": "linear", "name": "tokens"}
 RELATIONS = {**TOKENS, "loss": "gram", "name": "relations", "weight": 1.5}
 
@@ -159,3 +162,40 @@ def test_two_forwards_of_a_frozen_run_are_counted(tiny_config, random_run):
     config = config.override(model=config.model.override(**complete))
     averaged = config.override(alignments=(AlignmentConfig(target="ema:depth=2", depth=1),))
     assert _averaged(config) == 2 * _averaged(averaged) > 0
+
+
+def with_text(tiny_config) -> TrainConfig:
+    term = AlignmentConfig(target="text", depth=2, projector="linear", pool=True, name="caption")
+    return tiny_config.override(alignments=(*tiny_config.alignments, term), num_steps=2)
+
+
+def test_a_caption_is_a_target_of_a_network_that_reads_none(tiny_config, captioned_data, tmp_path):
+    """The mean of the tokens that are there of the image's caption, whatever was dropped; as wide as the data says."""
+    seen = []
+
+    def look(state):
+        term = state.objective.alignments["caption"]
+        term.register_forward_pre_hook(lambda _, args: seen.append((term.target(args[0]), args[0])))
+
+    run = tmp_path / "run"
+    train(
+        with_text(tiny_config),
+        open_data(captioned_data / "stored"),
+        run,
+        device=CPU,
+        say=lambda text: None,
+        progress=look,
+    )
+    target, given = seen[0]
+    assert target.shape == (8, 1, 8)
+    for n, mask in enumerate(given.given.text_mask):
+        torch.testing.assert_close(target[n, 0], given.given.text[n][mask].mean(0) if mask.any() else torch.zeros(8))
+    assert read_yaml(run / "config.yaml")["alignments"][1]["target"] == "text:width=8"
+    assert repa(["sample", str(run), "--num-images", "2", "--steps", "2", "--out", str(tmp_path / "s.npz")]) == 0
+
+
+def test_captions_that_are_not_there_are_said(tiny_config, captioned_data, tmp_path):
+    with pytest.raises(UserError, match="--text NAME"):
+        train(with_text(tiny_config), open_data(captioned_data / "plain"), tmp_path / "run", device=CPU)
+    with pytest.raises(UserError, match="pool true"):
+        AlignmentConfig.parse({"target": "text", "depth": 1})

@@ -20,6 +20,7 @@ TARGETS = Registry(
         "features": "repa.alignment.targets:features",
         "latent": "repa.alignment.targets:latent",
         "run": "repa.alignment.targets:run",
+        "text": "repa.alignment.targets:text",
         "none": "repa.alignment.targets:none",
     },
 )

@@ -17,7 +17,7 @@ class AlignmentConfig(Config):
     """One term of Eq. 9; a run has as many as it likes, each with its own projector and weight."""
 
     target: str
-    """An encoder: dinov2-b, dinov2-b:part=attention,layer=9; or ema:depth=20, block:depth=16, run:path=RUN,depth=16, latent, none."""
+    """An encoder: dinov2-b, dinov2-b:part=attention,layer=9; or ema:depth=20, block:depth=16, run:path=RUN,depth=16, latent, text, none."""
 
     depth: int = Field(ge=1)
     """Block whose output is aligned, counted from 1 (the paper: 8 for the sizes L and XL; 4 for B)."""
@@ -117,6 +117,10 @@ class AlignmentConfig(Config):
         if self.pool and (self.tap == "attention" or parse_spec(self.projector)[0] in ("conv", "adapter")):
             raise UserError(
                 "pool gives one vector an image, which has neither attention nor places: take the tap hidden and the projector mlp."
+            )
+        if parse_spec(self.target)[0] == "text" and not self.pool:
+            raise UserError(
+                "The target text is one vector an image: give pool true, which takes the mean of the tap's tokens."
             )
         if self.tap == "attention" and self.projector != "none":
             raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")

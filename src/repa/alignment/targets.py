@@ -31,6 +31,8 @@ class Seen(NamedTuple):
     """Times of the noise, (N,) or two an image."""
     condition: Condition
     """What the network was given: the null condition where it was dropped."""
+    given: Condition
+    """What the data says of the images, nothing dropped."""
     visible: Mapping[str, Tensor]
     """Term -> (N, T) bool: the tokens that its projector sees, where it masks some."""
 
@@ -143,6 +145,37 @@ class LatentTarget(Target):
 
     def __call__(self, seen: Seen) -> Tensor:
         return patchify(seen.clean["x"], self.patch)
+
+
+class TextTarget(Target):
+    """The mean of the tokens of an image's caption, one vector an image: (N, 1, E)."""
+
+    def __init__(self, width: int):
+        self.dim = width
+
+    def __call__(self, seen: Seen) -> Tensor:
+        if seen.given.text is None:
+            raise UserError(
+                "A term has the target text, but the images came without the tokens of captions: use data that `repa prepare --text` made."
+            )
+        tokens = seen.given.text.float()  # (N, S, E)
+        if seen.given.text_mask is None:
+            return tokens.mean(1, keepdim=True)
+        there = seen.given.text_mask[..., None].float()  # (N, S, 1)
+        return (tokens * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
+
+
+def text(model: Backbone, tap: Tap, *, width: int = 0) -> Target:
+    """The caption (REED, arXiv 2507.08980), of whose stored tokens the mean is taken; goes with pool, so that both are one vector.
+
+    Args:
+        width: E of the stored tokens; a run fills it in from its data.
+    """
+    if type(width) is not int or width < 1:
+        raise UserError(
+            "The target text needs to know how wide the tokens are, which a run takes from its data: give text:width=768."
+        )
+    return TextTarget(width)
 
 
 def block(model: Backbone, tap: Tap, *, depth: int) -> Target:

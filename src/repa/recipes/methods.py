@@ -132,6 +132,12 @@ def dispersive_last(place: Place) -> Parts:
     return _terms(AlignmentConfig(target="none", depth=place.last, loss=loss, projector="none", weight=0.25))
 
 
+def reed(place: Place) -> Parts:
+    """50K of 400K steps of warm-up, an eighth."""
+    steps = 125 if place is SMALL else 50_000
+    return {**_terms(_encoder(place)), "denoising_schedule": f"warmup:steps={steps}"}
+
+
 def urepa(place: Place) -> Parts:
     tokens = _encoder(place, resample="target", name="tokens")
     return _terms(tokens, _relations(place, "gram", 1.5, resample="target", projector_of="tokens"))
@@ -172,6 +178,13 @@ _OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen h
 METHODS: dict[str, Method] = {
     "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
     "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
+    "reed": Method(
+        "REED's warm-up", "2507.08980", "encoder.md", reed,
+        (
+            "The paper's second term, a caption, needs data with texts: docs/methods/encoder.md has the command.",
+            "Its blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion.",
+        ),
+    ),
     "urepa": Method(
         "U-REPA's two terms", "2503.18414", "relations.md", urepa,
         ("The paper's network is a U-Net; here the terms act on SiT.",),

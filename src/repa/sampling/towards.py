@@ -47,7 +47,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
             f"{run.folder} holds no projector of the alignment {term.key!r} at step {run.step}: choose another run."
         ) from None
     alignment = alignment.to(device).eval().requires_grad_(False)
-    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None, None, {}))  # (1, M, F)
+    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None, None, None, {}))  # (1, M, F)
 
     def loss(output: Output, t: Tensor, condition: Condition) -> Tensor:
         student = output.taps[alignment.tap]

@@ -297,7 +297,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
 def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
     """Of the term's target, on a network of which only the width is that of the run."""
     encoder, _ = alignment.encoder
-    if encoder or alignment.target == "latent":
+    if encoder or parse_spec(alignment.target)[0] in ("latent", "text"):
         return build_target(alignment, model, dims).dim
     return model.hidden_dim
 

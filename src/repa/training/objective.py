@@ -214,7 +214,7 @@ class Objective(nn.Module):
         """
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
         time = self._network_time(draws.t)
-        condition = self._condition(condition, draws)
+        given, condition = condition, self._condition(condition, draws)
         path = {} if draws.path_dropped is None else {"path_dropped": draws.path_dropped}
         output = self.model(state, time, condition, self.taps, draws.keep, **path)
 
@@ -226,7 +226,7 @@ class Objective(nn.Module):
             terms[name] = loss.detach()
         of_denoising, *lambdas = weights.unbind()
         total = of_denoising * total
-        seen = Seen(output, features, averaged, clean, draws.t, condition, draws.visible or {})
+        seen = Seen(output, features, averaged, clean, draws.t, condition, given, draws.visible or {})
         for alignment, weight in zip(self.alignments.values(), lambdas, strict=True):
             if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
                 total = total + _untouched(alignment)

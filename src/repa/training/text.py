@@ -2,8 +2,10 @@
 
 import torch
 
+from repa.alignment import AlignmentConfig
 from repa.base.errors import UserError
 from repa.base.precision import autocast
+from repa.base.registry import parse_spec
 from repa.conditions import Text, load_text_encoder
 from repa.data import Batch, DataSet
 from repa.models import Condition
@@ -38,13 +40,16 @@ class TextConditions:
     Attributes:
         reads: what the loader is to read: "" nothing, "tokens", or "captions".
         identity: of the text encoder, which the run records; None where no text is read.
-        empty: the tokens of the empty text, which stands for "no text"; None as above.
+        empty: the tokens of the empty text, which stands for "no text"; None as above, or where only targets read text.
+        width: of the tokens; 0 where no text is read.
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
         self.device, self.precision, self.encoder = device, config.precision, None
-        self.reads, self.identity, self.empty = "", None, None
+        self.reads, self.identity, self.empty, self.width = "", None, None, 0
         if not config.text:
+            if any(parse_spec(term.target)[0] == "text" for term in config.alignments):
+                self._read_for_targets(data)
             return
         if data.text and data.manifest.config.text == config.text:
             self.reads, self.identity = "tokens", data.text.identity
@@ -53,15 +58,27 @@ class TextConditions:
             self.encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
             self.reads, self.identity = "captions", self.encoder.identity
             self.empty = self._encode([""])
+        self.width = self.empty.tokens.shape[2]
 
     def completed(self, config: TrainConfig) -> TrainConfig:
-        """With the shape of the text, which the network is built for."""
+        """With the shape of the text, which the network and terms with the target text are built for."""
+        if self.width:
+            config = config.override(alignments=[_with_width(term, self.width) for term in config.alignments])
         if self.empty is None:
             return config
         found, asked = tuple(self.empty.tokens.shape[1:]), config.model.text_shape
         if asked != (0, 0) and asked != found:
             raise UserError(f"model.text_shape is {asked}, but {config.text} gives {found}: leave it out.")
         return config.override(model=config.model.override(text_shape=found))
+
+    def _read_for_targets(self, data: DataSet) -> None:
+        """Stored tokens, for terms whose target is text, of a network that reads none."""
+        if not data.text:
+            raise UserError(
+                f"A term has the target text, but the data in {data.folder} holds no tokens of captions: run "
+                f"`repa prepare {data.folder} --only text --text NAME`, or prepare data with captions."
+            )
+        self.reads, self.width = "tokens", data.texts.empty().text().tokens.shape[2]
 
     def __call__(self, batch: Batch) -> Condition:
         """The condition of the images of a batch."""
@@ -73,3 +90,9 @@ class TextConditions:
     def _encode(self, texts: list[str]) -> Text:
         with autocast(self.device, self.precision):
             return self.encoder(texts)
+
+
+def _with_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
+    """A target text that says how wide the tokens of the data are."""
+    name, settings = parse_spec(term.target)
+    return term if name != "text" or "width" in settings else term.override(target=f"text:width={width}")
