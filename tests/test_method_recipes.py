@@ -11,6 +11,7 @@ from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
+from repa.recipes.latents import FAMILIES
 from repa.recipes.methods import METHODS, figures_table, headline, method_recipes
 from repa.recipes.pixels import pixel_recipes
 from repa.recipes.published import PUBLISHED
@@ -228,7 +229,7 @@ def test_commands_lead_from_images_to_figures(name):
 
 
 def test_figures_are_of_recipes_that_exist():
-    assert set(PUBLISHED) <= {*METHODS, "jit", "pixelrepa"}
+    assert set(PUBLISHED) <= {*METHODS, "jit", "pixelrepa", *FAMILIES}
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
 

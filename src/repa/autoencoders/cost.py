@@ -19,6 +19,13 @@ _KL: dict[str, Any] = {
     "layers_per_block": 2,
 }
 _WIDE = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+_DEEP: dict[str, Any] = {  # 69.8 million parameters
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 32,
+}
 _VIT_XL = {"decoder_hidden_size": 1152, "decoder_num_hidden_layers": 28, "decoder_intermediate_size": 4096}
 
 
@@ -38,6 +45,7 @@ SHAPES: dict[str, Shape] = {
     **dict.fromkeys(("sd3-vae", "flux-vae"), Shape("AutoencoderKL", _WIDE, 16)),
     **dict.fromkeys(("taesd", "taesdxl"), Shape("AutoencoderTiny", {"latent_channels": 4}, 4)),
     **dict.fromkeys(("taesd3", "taef1"), Shape("AutoencoderTiny", {"latent_channels": 16}, 16)),
+    **dict.fromkeys(("va-vae", "e2e-va-vae"), Shape("AutoencoderKL", _DEEP, 32, 16)),
     "rae-dinov2-b": Shape("AutoencoderRAE", _VIT_XL, 768, 16),
 }
 

@@ -64,6 +64,16 @@ def flux_vae(weights: str | Path | None) -> KLAutoencoder:
     return _load("flux-vae", weights or "black-forest-labs/FLUX.1-dev", "vae", space="flux")
 
 
+def va_vae(weights: str | Path | None) -> KLAutoencoder:
+    """VA-VAE, aligned to DINOv2-L: 32 channels at a 16th of the size, normalised channel by channel."""
+    return _load("va-vae", weights or "REPA-E/vavae-hf", space="va-vae")
+
+
+def e2e_va_vae(weights: str | Path | None) -> KLAutoencoder:
+    """VA-VAE as REPA-E trained it further, together with a network."""
+    return _load("e2e-va-vae", weights or "REPA-E/e2e-vavae-hf", space="e2e-va-vae")
+
+
 def kl(weights: str | Path | None, *, hub: str = "", subfolder: str = "") -> KLAutoencoder:
     """Any other AutoencoderKL, by its name on the hub or from a folder.
 

@@ -79,6 +79,21 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("SiT-XL/2", 400 * EPOCH, 1.59, "path-drop, scale 3", note="with REPA, and the second stage"),
         Published("SiT-XL/2", 400 * EPOCH, 1.87, "classifier-free, scale 3", note="with REPA, and the second stage"),
     ),
+    "lightningdit": (
+        Published("LightningDiT-XL/1", 64 * EPOCH, 5.14),
+        Published("LightningDiT-XL/1", 800 * EPOCH, 2.17),
+        Published("LightningDiT-XL/1", 64 * EPOCH, 2.11, "classifier-free, scale 10, 3 channels, t up to 0.89"),
+        Published("LightningDiT-XL/1", 800 * EPOCH, 1.35, "classifier-free, scale 6.7, 3 channels, t up to 0.875"),
+    ),
+    "ddt": (
+        Published("DDT-XL/2", 400 * EPOCH, 6.27, note="as a later paper (2605.21981) reports it"),
+        Published("DDT-XL/2", 400 * EPOCH, 1.26, "classifier-free, scale 2, t up to 0.7"),
+    ),
+    "rae": (
+        Published("DiT-DH-XL", 80 * EPOCH, 2.16, labels="balanced"),
+        Published("DiT-DH-XL", 800 * EPOCH, 1.51, labels="balanced"),
+        Published("DiT-DH-XL", 800 * EPOCH, 1.13, "autoguidance, scale 1.42", "balanced"),
+    ),
 }  # fmt: skip
 
 # FID on MS-COCO 2014 at 256 pixels, 40,192 samples of validation captions in order: the text-to-image table of REPA's later version

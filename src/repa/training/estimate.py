@@ -238,15 +238,16 @@ def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
 def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     """Bytes that autograd keeps of one image between forward and backward.
 
-    Measured on this machine's CPU with networks of one block and of two, and extended to all blocks: they are alike. Matrices of
-    attention weights (T, T) are left out, as fused attention on a GPU never stores them. Other precisions than fp32 count
-    as bf16.
+    Measured on this machine's CPU with networks of one block and of two (a DDT's head is whole in both), and extended to all
+    blocks: they are alike. Matrices of attention weights (T, T) are left out, as fused attention on a GPU never stores them.
+    Other precisions than fp32 count as bf16.
 
     Args:
         config: with latent size and channels filled in.
         dims: target -> width of its tokens.
     """
-    one, two = (_kept(config, depth, dims) for depth in (1, 2))
+    alike = 1 + parse_spec(config.model.backbone)[1].get("head_depth", 0)
+    one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
     block, routed_block, model, route = two - one, 0, config.model, config.model.routing
     grid = (model.latent_size // model.dims().patch_size,) * 2
     routed = route.last - route.first + 1 if route else 0
@@ -257,7 +258,7 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     if config.checkpoint_activations:  # of every block its input, of one at a time the rest
         block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
         routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
-    return one + (model.dims().depth - routed - 1) * block + routed * routed_block
+    return one + (model.dims().depth - routed - alike) * block + routed * routed_block
 
 
 def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
