@@ -1,11 +1,11 @@
-"""What alignment does over several seeds: a recipe without and one with it, trained for each seed on the same data; a table.
+"""What alignment does over several seeds: a recipe without and one with it, trained for each seed on the same data; tables.
 
-    python benchmarks/seeds.py --out seeds/photographs
-    python benchmarks/seeds.py --out seeds/cifar10 --source cifar10-train.zip
+    python benchmarks/seeds.py --out seeds/photographs --jobs 2
+    python benchmarks/seeds.py --out seeds/cifar10 --source cifar10-train.zip --jobs 2
     python benchmarks/seeds.py --out seeds/tokens --source cifar10-train.zip --recipes cifar10 cifar10-repa --seeds 0 1
 
-Stopped, it continues by the same command; finished, it only prints the table again. `--jobs 2` trains two runs at a time with
-half the threads each.
+Every preview keeps the samples that it measures, and each judge looks at all of them: one table for each. Stopped, it continues
+by the same command; finished, it only prints the tables again. `--jobs 2` trains two runs at a time with half the threads each.
 """
 
 import argparse
@@ -16,10 +16,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from repa.report import speedup
+import numpy as np
+import torch
+
+from repa.base import files
+from repa.data import open_data
+from repa.evaluation import evaluate, load_judge, reference_of
+from repa.recipes import load_recipe
+from repa.report.summary import first_reached
+from repa.runs import layout
 
 NAMES = ("baseline", "aligned")  # of the runs, in the order of --recipes
+Rows = list[dict[str, Any]]
 
 
 def repa(*arguments: str, threads: int) -> None:
@@ -27,7 +37,26 @@ def repa(*arguments: str, threads: int) -> None:
     subprocess.run([sys.executable, "-m", "repa", *arguments], check=True, env=environment)
 
 
-def table(out: Path, seeds: list[int]) -> str:
+def distances(runs: list[Path], data: Path, spec: str, kept: Path) -> dict[Path, Rows]:
+    """Run -> step and Fréchet distance of each preview's samples, in the features of one judge; what is in `kept` is not measured again."""
+    known = files.read_json(kept) if kept.is_file() else {}
+    wanted = [(run, step) for run in runs for step in layout.preview_steps(run)]
+    if any(f"{run.name}/{step}" not in known for run, step in wanted):
+        judge = load_judge(spec)
+        reference = reference_of(open_data(data), judge, spec)
+        for run, step in wanted:
+            if f"{run.name}/{step}" not in known:
+                with np.load(layout.preview(run, step, ".npz")) as samples:
+                    images = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)
+                known[f"{run.name}/{step}"] = evaluate(images.split(250), judge, reference)["fd"]
+                files.write_json(kept, known)
+    return {
+        run: [{"step": step, "frechet_distance": known[f"{run.name}/{step}"]} for step in layout.preview_steps(run)]
+        for run in runs
+    }
+
+
+def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
     """A Markdown table: a row per seed, and means."""
     lines = [
         "| seed | baseline, final | aligned, final | aligned has the baseline's final after | times fewer |",
@@ -36,14 +65,17 @@ def table(out: Path, seeds: list[int]) -> str:
     finals: list[tuple[float, float]] = []
     factors: list[float] = []
     for seed in seeds:
-        found = speedup(*(out / f"{name}-{seed}" for name in NAMES))
-        assert found is not None, "both runs are evaluated by the same recipe"
-        finals.append((found.target, found.aligned_final["frechet_distance"]))
-        reached = "not reached | "
-        if found.aligned is not None:
-            factors.append(found.times_steps)
-            reached = f"{found.aligned.step:,.0f} instead of {found.baseline.step:,.0f} steps | {found.times_steps:.2f}"
-        lines.append(f"| {seed} | {finals[-1][0]:.2f} | {finals[-1][1]:.2f} | {reached} |")
+        baseline, aligned = (found[out / f"{name}-{seed}"] for name in NAMES)
+        target = baseline[-1]["frechet_distance"]
+        finals.append((target, aligned[-1]["frechet_distance"]))
+        first, reached = first_reached(baseline, target), first_reached(aligned, target)
+        assert first is not None, "its last evaluation is at the target"
+        told = "not reached | "
+        if reached is not None:
+            factors.append(first.step / reached.step)
+            least = "≥ " if reached.is_bound else ""
+            told = f"{reached.step:,.0f} instead of {first.step:,.0f} steps | {least}{factors[-1]:.2f}"
+        lines.append(f"| {seed} | {finals[-1][0]:.2f} | {finals[-1][1]:.2f} | {told} |")
     baseline, aligned = (f"{statistics.mean(column):.2f}" for column in zip(*finals, strict=True))
     factor = f"{statistics.mean(factors):.2f}" if len(factors) == len(seeds) else ""
     return "\n".join([*lines, f"| mean | {baseline} | {aligned} | | {factor} |"])
@@ -52,33 +84,32 @@ def table(out: Path, seeds: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--source", default="photographs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--source", default="photographs:num=4000", help="as the quickstart's, unless given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")
     )
+    parser.add_argument("--judges", nargs="+", default=["tiny-judge", "lite0"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="after --: options of `repa train` for every run")
     args = parser.parse_args()
     cores = os.cpu_count() or 1
     data = args.out / "data"
     repa("prepare", args.source, str(data), "--resolution", "32", "--features", "tiny", threads=cores)
+    num = load_recipe(args.recipes[0]).preview.num_scored
+    runs = []
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = []
         for seed, (name, recipe) in itertools.product(args.seeds, zip(NAMES, args.recipes, strict=True)):
-            words = [
-                "--data",
-                str(data),
-                "--out",
-                str(args.out / f"{name}-{seed}"),
-                "--seed",
-                str(seed),
-                *args.overrides,
-            ]
+            runs.append(args.out / f"{name}-{seed}")
+            words = ["--data", str(data), "--out", str(runs[-1]), "--seed", str(seed), "--preview.num-images", str(num)]
+            words += ["--preview.num-scored", "0", *args.overrides]
             jobs.append(pool.submit(repa, "train", recipe, *words, threads=max(1, cores // args.jobs)))
         for job in jobs:
             job.result()
-    print(table(args.out, args.seeds))
+    for judge in args.judges:
+        print(f"\n{judge}, {num} samples:\n")
+        print(table(args.out, args.seeds, distances(runs, data, judge, args.out / f"{judge}.json")), flush=True)
 
 
 if __name__ == "__main__":

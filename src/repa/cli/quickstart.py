@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
         skip_bad=is_own,
     )
     prepare.start(source, data, config)
+    _look_at(data, choice.changes["preview.features"])
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()] for n in RUNS]
     say("\nBoth trainings side by side:")
     if code := run_together(trainings):
@@ -109,6 +110,15 @@ def _for_photographs(given: QuickstartArguments) -> Choice:
     side = given.resolution or RESOLUTION
     changes = {**({} if side == RESOLUTION else patches_of(side)), "preview.features": judge}
     return Choice(side, False, {**changes, **({"num_steps": given.num_steps} if given.num_steps else {})}, ())
+
+
+def _look_at(data: Path, judge: str) -> None:
+    """What the judge makes of the training images, kept beside them: with all cores, before both runs ask for it."""
+    from repa.data import open_data
+    from repa.evaluation import load_judge, reference_of
+
+    say(f"{judge} looks at the training images, once for both runs.")
+    reference_of(open_data(data), load_judge(judge), judge)
 
 
 def _program() -> list[str]:
