@@ -79,6 +79,17 @@ def test_taps_are_the_image_stream():
     torch.testing.assert_close(output.taps[Tap(1, "attention")], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_patches_may_overlap():
+    """One token's prediction reaches the pixels around its patch."""
+    model = network(patch_overlap=1)
+    state, t, condition = inputs()
+    torch.nn.init.zeros_(model.final_layer.linear.weight)
+    torch.nn.init.ones_(model.final_layer.linear.bias)
+    found = model(state, t, condition).prediction["x"]
+    assert found.shape == (2, 4, 4, 6)
+    assert found[0, 0].tolist() == [[1, 2, 2, 2, 2, 1], [2, 4, 4, 4, 4, 2], [2, 4, 4, 4, 4, 2], [1, 2, 2, 2, 2, 1]]
+
+
 def test_no_text_is_the_encoded_empty_text():
     model = network()
     _, _, condition = inputs()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
@@ -124,3 +125,34 @@ def test_the_command(text_run, tmp_path, capsys):
     )
     assert "4 images" in capsys.readouterr().out
     assert len((tmp_path / "cats.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_folder_for_each_prompt(text_run, random_run, tmp_path, capsys):
+    lines = [
+        '{"tag": "single", "include": [{"class": "cat"}], "prompt": "a dark picture"}',
+        '{"prompt": "a light one"}',
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    words = [
+        "sample",
+        str(text_run),
+        "--num-images",
+        "6",
+        "--steps",
+        "2",
+        "--prompt-file",
+        str(tmp_path / "prompts.jsonl"),
+    ]
+    for _ in range(2):  # the second time nothing is sampled
+        assert repa([*words, "--out", str(tmp_path / "s.npz"), "--folders", str(tmp_path / "geneval")]) == 0
+    assert (tmp_path / "geneval/00000/metadata.jsonl").read_text() == lines[0] + "\n"
+    assert sorted(p.name for p in (tmp_path / "geneval/00001/samples").iterdir()) == [f"0000{k}.png" for k in range(3)]
+    images = np.load(tmp_path / "s.npz")["arr_0"]
+    shown = np.asarray(Image.open(tmp_path / "geneval/00001/samples/00002.png"))
+    np.testing.assert_array_equal(shown, images[5])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("")
+    assert repa([*words, "--out", str(tmp_path / "s.npz"), "--folders", str(tmp_path / "mine")]) == 2
+    words = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(tmp_path / "b.npz")]
+    assert repa([*words, "--folders", str(tmp_path / "b")]) == 2
+    assert "trained on labels" in capsys.readouterr().err

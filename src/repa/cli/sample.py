@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Progress, say
 from repa.sampling.config import SampleConfig
@@ -19,6 +20,8 @@ class SampleArguments(SampleConfig):
     """Name of the .npz."""
     num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
     """Number of images."""
+    folders: str = ""
+    """Also write a folder of PNGs for each prompt, as GenEval's scorer and others read them; empty writes none."""
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
     checkpoint: int = -1
@@ -39,11 +42,14 @@ def main(argv: list[str]) -> int:
     from repa.base.precision import resolved
     from repa.runs import load_run
     from repa.sampling import about_classes, prepared, write_samples
+    from repa.sampling.folders import write_folders
 
     device = dist.setup()
     step = None if given.checkpoint < 0 else given.checkpoint
     run = load_run(given.run, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device)
     run = prepared(run, config, device)
+    if given.folders and run.prompts is None:
+        raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
     if as_origin:
         say(as_origin)
     if note := about_classes(config.labels, run):
@@ -65,6 +71,8 @@ def main(argv: list[str]) -> int:
             run, config, given.num_images, Path(given.out), progress=images, count=lambda *batch: calls.append(batch),
             callback=lambda step: bar(made, given.num_images, f"{step.done:.0%} of a batch"),
         )  # fmt: skip
+    if given.folders and run.prompts:
+        dist.on_main(lambda: write_folders(out, run.prompts, given.prompt_file, Path(given.folders)))
     told = ""
     if calls:
         nfe, rate = [n for n, _ in calls], sum(num for _, num in calls) / (time.perf_counter() - began)

@@ -38,6 +38,7 @@ class MMDiT(Backbone):
     Args:
         latent_size: side of the latent, or (height, width); multiples of patch_size.
         text_shape: (S, E) of the text.
+        patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
         reference_init: PyTorch's default initialisation, as the released code has; otherwise adaLN-Zero, as in DiT.
 
     Attributes:
@@ -60,6 +61,7 @@ class MMDiT(Backbone):
         depth: int = 24,
         num_heads: int = 24,
         text_shape: tuple[int, int] = CLIP_L,
+        patch_overlap: int = 0,
         reference_init: bool = False,
     ):
         super().__init__()
@@ -67,6 +69,7 @@ class MMDiT(Backbone):
         for side in (height, width):
             check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
         self.latent_channels, self.patch_size, self.text_shape = latent_channels, patch_size, tuple(text_shape)
+        self.patch_overlap = patch_overlap
         self.hidden_dim, self.depth = hidden_dim, depth
         self.num_classes = self.null_label = 0  # labels are not looked at
         self.checkpoint_activations = False
@@ -76,11 +79,11 @@ class MMDiT(Backbone):
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
         self.register_buffer("null_text", torch.zeros(text_shape))
         self.register_buffer("null_mask", torch.ones(text_shape[0], dtype=torch.bool))
-        self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
+        self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
         self.t_embedder = TimestepEmbedding(hidden_dim)
         self.context_embedder = nn.Linear(text_shape[1], hidden_dim)
         self.blocks = nn.ModuleList(JointBlock(hidden_dim, num_heads, last=i == depth - 1) for i in range(depth))
-        self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels)
+        self.final_layer = FinalLayer(hidden_dim, (patch_size + 2 * patch_overlap) ** 2 * latent_channels)
         if not reference_init:
             self.initialise()
 
@@ -163,16 +166,17 @@ class MMDiT(Backbone):
                 seen[Tap(depth, "attention")] = logits
             if Tap(depth) in taps:
                 seen[Tap(depth)] = image
-        tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C)
-        return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
+        tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C), wider where patches overlap
+        return Output({"x": unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)}, seen, {})
 
 
 def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
     """The backbone `mmdit`: sizes of the configuration, its text too; CLIP-L's where it is not known yet."""
-    config.require_plain()
+    config.require_plain(allowed=("patch_overlap",))
     return MMDiT(
         **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
         text_shape=config.text_shape if any(config.text_shape) else CLIP_L, reference_init=reference_init,
+        patch_overlap=config.patch_overlap,
     )  # fmt: skip
 
 

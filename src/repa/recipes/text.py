@@ -68,10 +68,10 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
 def quickstart_text() -> TrainConfig:
     """A small MMDiT on 32-pixel photographs with captions, aligned to the embedded encoder; docs/text.md shows that it follows words."""
     return TrainConfig(
-        model=ModelConfig(name="SiT-S/4", backbone="mmdit", hidden_dim=128, depth=6, num_heads=2),
+        model=ModelConfig(name="SiT-S/4", backbone="mmdit", hidden_dim=128, depth=6, num_heads=2, patch_overlap=2),
         diffusion=DiffusionConfig(prediction="data"),
         alignments=(AlignmentConfig(target="tiny", depth=2, projector="mlp:width=256"),),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
         batch_size=32,
         num_steps=1500,
         ema_decay=0.98,

@@ -1,0 +1,42 @@
+"""Samples as the folders that scorers of prompts read, GenEval's among them: a folder for each prompt.
+
+OUT/00000/metadata.jsonl       the prompt's line of the file of prompts, or {"prompt": ...}
+OUT/00000/samples/00000.png    samples of it, in the order of their seeds
+"""
+
+import json
+import re
+from pathlib import Path
+
+from repa.base import files
+from repa.base.arrays import load_npz
+from repa.base.errors import UserError
+from repa.base.images import save_png
+from repa.runs.prompts import Prompts
+
+LIMIT = 2**36  # bytes of samples that are held at a time
+
+
+def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) -> None:
+    """Lay the images of an .npz by `repa sample` out by prompt; the same call again writes the same.
+
+    Args:
+        samples: image i is of prompt i modulo their number.
+        prompt_file: where the prompts came from, or "".
+        out: a new or empty folder, or one that this function wrote.
+
+    Raises:
+        UserError: the folder holds other things.
+    """
+    if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
+        raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts.texts]
+    if prompt_file.endswith(".jsonl"):  # scorers find there what they need beside the prompt
+        lines = [line for line in Path(prompt_file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    images = load_npz(samples, "samples", ("arr_0",), limit=LIMIT)["arr_0"]
+    for index, image in enumerate(images):
+        number, place = index % len(prompts.texts), index // len(prompts.texts)
+        folder = out / f"{number:05d}"
+        save_png(image, folder / "samples" / f"{place:05d}.png")
+        if not place:
+            files.write_text(folder / "metadata.jsonl", lines[number] + "\n")
