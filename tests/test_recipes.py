@@ -15,6 +15,7 @@ from repa.data import open_data
 from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
+from repa.recipes.few_images import few_image_recipes
 from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
 from repa.recipes.pixels import pixel_recipes
@@ -53,7 +54,7 @@ def test_every_row_of_the_tables_has_its_recipe():
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
     expected |= {"cifar10", "cifar10-repa", "quickstart-text", *method_recipes(), *pixel_recipes()}
-    assert set(RECIPES) == expected | set(latent_recipes()) | set(text_recipes())
+    assert set(RECIPES) == expected | set(latent_recipes()) | set(few_image_recipes()) | set(text_recipes())
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_list_gives_name_line_and_fid(capsys):
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines if line.startswith("#")] == [
         "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
-        "Text to image", "Other latents, and two halves", "JiT, on pixels", "Small runs",
+        "Text to image", "Other latents, and two halves", "A few thousand images of your own", "JiT, on pixels", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]

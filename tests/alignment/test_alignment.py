@@ -114,3 +114,17 @@ def test_grids_that_differ_must_be_square():
     hidden, target = inputs(tokens=9, target_tokens=10)
     with pytest.raises(UserError, match="10 tokens are not a square grid"):
         build().compare(hidden, target)
+
+
+def test_relations_between_tokens_need_no_projector_to_one_width():
+    alignment = build(loss="gram", projector="none")
+    hidden, target = inputs()
+    cosines = [
+        [torch.nn.functional.cosine_similarity(u[n, :, None], u[n, None], dim=-1) for u in (hidden, target)]
+        for n in range(4)
+    ]
+    assert torch.allclose(
+        alignment.compare(hidden, target), torch.stack([(a - b).square().mean() for a, b in cosines]), atol=1e-6
+    )
+    with pytest.raises(UserError, match="as wide as the tap"):
+        build(loss="mse", projector="none")

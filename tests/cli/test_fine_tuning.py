@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from repa.cli.main import run as repa
 from repa.data import PrepareConfig, prepare
 from repa.models.layers import sincos_positions
-from repa.runs import layout, load_checkpoint, load_run
+from repa.runs import layout, load_checkpoint, load_run, read_metrics
 from tests.calls import call
 from tests.oracles import released
 from tests.oracles.published import sit_velocity
@@ -275,3 +275,16 @@ def test_epochs_end_training_where_the_data_is_small(random_run, tune, capsys):
     assert code == 0
     assert load_checkpoint(new).step == layout.read_config(new)["num_steps"] == 14  # of 40 images twice, 6 a step
     assert "2 epochs of 40 images are 14 steps" in capsys.readouterr().out
+
+
+def test_the_recipe_for_few_images_tunes_a_run(random_run, data_folder, tmp_path, capsys):
+    small = ("--model.name", "SiT-S/4", "--model.hidden-dim", "32", "--model.depth", "2", "--model.num-heads", "2")
+    term = ("--alignments.0.target", "tiny", "--alignments.0.depth", "1")
+    argv = ["train", "finetune-256", "--data", data_folder, "--out", tmp_path / "new", *small, *term]
+    assert repa([str(word) for word in argv]) == 2
+    assert "none was given: --init" in capsys.readouterr().err
+    short = ("--init", random_run, "--epochs", "1", "--preview.every", "0", "--lora.rank", "2")
+    assert repa([str(word) for word in (*argv, *short, "--log-every", "1")]) == 0, capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "new").step == 2  # 40 images, 32 a step
+    row = next(row for row in read_metrics(tmp_path / "new") if row["kind"] == "train")
+    assert 0 < row["alignment"]["tiny@1"] < 4

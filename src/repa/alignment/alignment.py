@@ -62,7 +62,10 @@ class Alignment(nn.Module):
         projector = PROJECTORS.build(config.projector)
         self.looks_at_condition = looks_at_condition(projector)
         classes = (num_classes,) if self.looks_at_condition else ()
-        self.projector = projector(hidden_dim, feature_dim or hidden_dim, grid, *classes)
+        self.loss = LOSSES.build(config.loss)
+        relations = getattr(getattr(self.loss, "func", self.loss), "compares_relations", False)
+        width = hidden_dim if relations and config.projector == "none" else feature_dim or hidden_dim
+        self.projector = projector(hidden_dim, width, grid, *classes)
         self._sharing: list[
             Alignment
         ] = []  # another term whose projector is used; a list, so that it is no part of this one
@@ -70,7 +73,6 @@ class Alignment(nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
             )
-        self.loss = LOSSES.build(config.loss)
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)
         self.time_weight = TIME_WEIGHTS.build(config.time_weight)
@@ -134,10 +136,17 @@ class Alignment(nn.Module):
             student = student.detach()
         beside = Beside(seen.t, seen.condition, seen.visible.get(self.config.key)) if self.looks_at_condition else None
         loss = self.compare(*self._kept(student, target, seen.output.kept), beside)
+        return self.at_times(loss, seen.t) if self.looks_at_times else loss
+
+    @property
+    def looks_at_times(self) -> bool:
+        """Does it count less, or not at all, for images of some times?"""
+        return (*self.config.times, self.config.time_weight) != (0.0, 1.0, "constant")
+
+    def at_times(self, loss: Tensor, t: Tensor | TwoTimes) -> Tensor:
+        """The losses (N,) of images at times t, as they count there."""
         low, high = self.config.times
-        if (low, high, self.config.time_weight) == (0.0, 1.0, "constant"):
-            return loss
-        t = seen.t.of_tokens().mean(1) if isinstance(seen.t, TwoTimes) else seen.t
+        t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
         return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
 
     def compare(

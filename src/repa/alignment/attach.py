@@ -113,6 +113,8 @@ class Aligner(nn.Module):
             width = self._width(each, hidden_dim, config, features, other is not None)
             feature_dim = (features or width) if width else 0
             term = Alignment(config, width, feature_dim, None if grid is None else grid[-2:])
+            if config.projector_of:
+                term.share_projector_of(self._term(config.projector_of))
             if term.looks_at_condition:
                 raise UserError(
                     f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
@@ -156,7 +158,7 @@ class Aligner(nn.Module):
         Args:
             features: of the clean images: tokens (N, M, F), of a video (N, frames, M, F), attention logits (N, h, M, M); or
                 what an encoder of `repa.encoders` gives; or these by the names of terms.
-            t: (N,) times in [0, 1], 0 is data, for terms with `times`.
+            t: (N,) times in [0, 1], 0 is data, for terms with `times` or `time_weight`.
             grid: of this batch, where it changes from batch to batch and the network's input is packed.
 
         Raises:
@@ -260,6 +262,10 @@ class Aligner(nn.Module):
         return f"<p>Aligner of {html.escape(self._eye.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
 
     def _term(self, name: str) -> Alignment:
+        if name not in self._places:
+            raise UserError(
+                f"There is no term {name!r}: there are {', '.join(self._places)}.{nearest(name, self._places)}"
+            )
         return self.terms[name.replace(".", "_")]
 
     def _loss(
@@ -403,15 +409,14 @@ def _frames(block: str, student: Tensor, target: Tensor | None, grid: Grid | Non
 
 
 def _within(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
-    """The losses of images whose time the term counts for; 0 for the others."""
-    low, high = term.config.times
-    if (low, high) == (0.0, 1.0):
+    """The losses of images as they count at their times."""
+    if not term.looks_at_times:
         return loss
     if t is None:
         raise UserError(
-            f"The term {term.config.key!r} counts for times {low} to {high} alone: give t (N,), aligner(features, t=t)."
+            f"How much the term {term.config.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
         )
-    return torch.where((t >= low) & (t <= high), loss, 0.0)
+    return term.at_times(loss, t)
 
 
 def _checked_grid(grid: tuple[int, ...]) -> Grid:

@@ -29,6 +29,12 @@ def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
     return declare
 
 
+def compares_relations(loss: Callable) -> Callable:
+    """Declare that a loss compares tokens with each other and never with the target's: student and target may differ in width."""
+    loss.compares_relations = True
+    return loss
+
+
 def looks_at_other_images(loss: Callable) -> bool:
     """Whether a loss, with its settings bound, declares it (see `compares_images`)."""
     declared = getattr(getattr(loss, "func", loss), "compares_images", False)
@@ -90,6 +96,7 @@ def mse(student: Tensor, target: Tensor) -> Tensor:
     return (student - target).square().flatten(1).mean(1)
 
 
+@compares_relations
 @compares_images(lambda scope="sample", **_: scope == "batch")
 def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 0.0, scope: str = "sample") -> Tensor:
     """How the cosines between tokens differ from those of the target: (N, T, F), (N, T, G) -> (N,).

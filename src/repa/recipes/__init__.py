@@ -9,6 +9,7 @@ from repa.base.config import read_yaml
 from repa.base.errors import UserError, nearest
 from repa.base.trust import trust_names_in
 from repa.recipes.cifar10 import cifar10, cifar10_repa
+from repa.recipes.few_images import few_image_recipes
 from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
@@ -25,6 +26,7 @@ RECIPES: dict[str, Recipe] = {
     **method_recipes(),
     **text_recipes(),
     **latent_recipes(),
+    **few_image_recipes(),
     **pixel_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),

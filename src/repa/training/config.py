@@ -128,7 +128,7 @@ class TrainConfig(Config):
     text_weights: str = ""
     """Local folder of its weights, where it runs while training or sampling; empty takes the hub's."""
     init: str = ""
-    """Start from these weights: run folder, folder of `repa export`, or repa:FILE, sit:FILE, dit:FILE. Empty: from random."""
+    """Start from these weights: run folder, folder of `repa export`, repa:FILE, sit:FILE, dit:FILE. Empty: random; ?: to be given."""
     lora: LoRAConfig = LoRAConfig()
     """Train updates of low rank instead of all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
