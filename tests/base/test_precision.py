@@ -1,7 +1,9 @@
+import time
+
 import pytest
 import torch
 
-from repa.base.precision import autocast, best_precision, no_autocast
+from repa.base.precision import autocast, best_precision, no_autocast, product_seconds
 
 CPU = torch.device("cpu")
 
@@ -17,12 +19,25 @@ def test_products_are_in_the_named_precision(precision, dtype):
 
 
 def test_auto_is_what_the_machine_gains_from(monkeypatch):
-    for native, precision, dtype in ((True, "bf16", torch.bfloat16), (False, "fp32", torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for times, precision, dtype in (
+        (2.1, "bf16", torch.bfloat16),
+        (1.1, "fp32", torch.float32),
+        (0.3, "fp32", torch.float32),
+    ):
+        seconds = {torch.float32: times, torch.bfloat16: 1.0}
+        monkeypatch.setattr("repa.base.precision.product_seconds", seconds.__getitem__)
         assert best_precision(CPU) == precision
         with autocast(CPU, "auto"):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_products_are_timed_once_and_by_this_process_alone():
+    """Processor time: a pause between begin and end would not count."""
+    product_seconds.cache_clear()
+    begin = time.process_time()
+    first = product_seconds(torch.float32)
+    assert 0 < first <= time.process_time() - begin
+    assert product_seconds(torch.float32) == first
 
 
 def test_the_meta_device_has_no_autocast_to_switch_off():

@@ -1,6 +1,8 @@
 """Which arithmetic a machine gains from, and the autocast that uses it."""
 
 import contextlib
+import functools
+import time
 
 import torch
 
@@ -21,14 +23,29 @@ class Float32Default(contextlib.ContextDecorator):
         return Float32Default()
 
 
+WORTH = 1.25  # times as fast that products in bf16 must be on a CPU: casts take some of it back
+SIDE, REPEATS = 512, 5  # of the matrices that are multiplied to see it; the best of so many
+
+
 def best_precision(device: torch.device) -> str:
-    """ "bf16" where the hardware multiplies it natively, else "fp32"."""
+    """ "bf16" where products are faster in it, else "fp32": on CUDA by what the hardware says, on a CPU by trying."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16" if native else "fp32"
+        return "bf16" if product_seconds(torch.float32) > WORTH * product_seconds(torch.bfloat16) else "fp32"
     return "fp32"
+
+
+@functools.cache
+def product_seconds(dtype: torch.dtype) -> float:
+    """Of processor time, for a square product on the CPU: what other programs do meanwhile does not count. Once a process."""
+    x, found = torch.ones(SIDE, SIDE, device="cpu").to(dtype), []
+    with no_autocast(x.device), torch.no_grad():
+        for _ in range(REPEATS + 1):  # the first prepares the kernel
+            begin = time.process_time()
+            x @ x
+            found.append(time.process_time() - begin)
+    return min(found[1:])
 
 
 def resolved(precision: str, device: torch.device) -> str:
