@@ -23,7 +23,7 @@ from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig, Route
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
-from repa.runs.predictions import Guide, Predictions
+from repa.runs.predictions import Guide, Predictions, Sharing
 from repa.runs.prompts import Prompts
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
@@ -44,6 +44,7 @@ class LoadedRun:
     class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
     weak: "LoadedRun | None" = None  # a weaker run, for autoguidance
     guide: Guide | None = None  # a loss, for representation guidance
+    sharing: Sharing | None = None  # when the encoder of a DDT runs; None: always
     text: str = ""  # text encoder of the captions that it was trained on
     text_weights: str = ""  # where its weights lay then
     text_identity: dict[str, Any] | None = None  # its name and checksums
@@ -83,7 +84,8 @@ class LoadedRun:
             "weights_sha256": self.weights_sha256,
         }
         weak = {} if self.weak is None else {"weak_step": self.weak.step, "weak_sha256": self.weak.weights_sha256}
-        return own | weak | ({} if self.guide is None else {"guide_image_sha256": self.guide.sha256})
+        shared = {} if self.sharing is None else {"encoder_evaluations": self.sharing.chosen}
+        return own | weak | shared | ({} if self.guide is None else {"guide_image_sha256": self.guide.sha256})
 
     @cached_property
     def layout(self) -> Layout:
@@ -123,7 +125,10 @@ class LoadedRun:
         """The network's predictions by name, for N samples of a condition; `null` in place of the network's own "none"."""
         weak = None if self.weak is None else self.weak.predictions(condition)
         condition = self.model.completed(condition)
-        return Predictions(self.model, self.process.network_time, condition, self.layout, weak, self.guide, null)
+        sharing = None if self.sharing is None else self.sharing.anew()
+        return Predictions(
+            self.model, self.process.network_time, condition, self.layout, weak, self.guide, null, sharing
+        )
 
     def with_weak(self, weak: "LoadedRun") -> "LoadedRun":
         """This run, guided by a weaker one; raises UserError unless both predict the same of the same state."""

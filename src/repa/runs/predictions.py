@@ -11,7 +11,7 @@ from repa.base.errors import UserError
 from repa.diffusion.chain import HEAD
 from repa.diffusion.guidance import CONDITIONAL, NULL
 from repa.diffusion.state import Layout
-from repa.models import Backbone, Condition, Output, Tap
+from repa.models import DDT, Backbone, Condition, Output, State, Tap
 
 
 class Guide(NamedTuple):
@@ -20,6 +20,37 @@ class Guide(NamedTuple):
     taps: tuple[Tap, ...]
     loss: Callable[[Output, Tensor, Condition], Tensor]  # of the output at times t (N,) under a condition: (N,)
     sha256: str  # of the image that it compares with
+
+
+class Sharing:
+    """At which evaluations of a sampler the encoder of a DDT runs; at the others its head uses what was found last (arXiv 2504.05741).
+
+    Evaluations are counted from 0. None: it always runs, and `guides` keeps what it finds for the conditional samples.
+    """
+
+    def __init__(self, evaluations: frozenset[int] | None = None):
+        self.evaluations = evaluations
+        self.guides: list[Tensor] = []
+        self.calls, self._kept = 0, None
+
+    @property
+    def chosen(self) -> list[int]:
+        """The evaluations, for a record."""
+        return sorted(self.evaluations or ())
+
+    def anew(self) -> "Sharing":
+        """For another walk of the sampler."""
+        return Sharing(self.evaluations) if self.evaluations is not None else self
+
+    def __call__(self, model: DDT, state: State, t: Tensor, condition: Condition, num: int) -> Output:
+        """`num` conditional samples come first; where the batch has changed, what was found before is of no use."""
+        call, kept = self.calls, self._kept
+        self.calls += 1
+        if self.evaluations is None or call in self.evaluations or kept is None or len(kept.guide) != len(t):
+            self._kept = kept = model.encode(state, t, condition)
+        if self.evaluations is None:
+            self.guides.append(kept.guide[:num])
+        return model.decode(state, kept)
 
 
 @dataclass(frozen=True)
@@ -33,6 +64,7 @@ class Predictions:
         weak: another network's predictions, for autoguidance.
         guide: whose gradient is asked for, for representation guidance.
         null: of N samples, what stands for "none"; None: what the network says itself.
+        sharing: of a DDT, when its encoder runs; None: always.
     """
 
     model: Backbone
@@ -42,6 +74,7 @@ class Predictions:
     weak: "Predictions | None" = None
     guide: Guide | None = None
     null: Condition | None = None
+    sharing: Sharing | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
@@ -76,7 +109,10 @@ class Predictions:
         state = self.layout.unpack(torch.cat([x_t] * num) if num > 1 else x_t)
         times = self.network_time(torch.cat([t] * num) if num > 1 else t)
         condition = conditions[0] if num == 1 else conditions[0].cat(conditions[1])
-        output = self.model(state, times, condition)
+        if self.sharing is None:
+            output = self.model(state, times, condition)
+        else:
+            output = self.sharing(self.model, state, times, condition, len(x_t))
         rows = [slice(i * len(x_t), (i + 1) * len(x_t)) for i in range(num)]
         return [
             Output(

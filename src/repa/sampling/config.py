@@ -23,6 +23,8 @@ class SampleConfig(Config):
     """Steps of the sampler."""
     guidance: Guidances = ()
     """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; none: off."""
+    encoder_steps: int = Field(0, ge=0)
+    """Of a DDT: evaluations on which the encoder runs, chosen by a few images; the others use what it found last. 0: all."""
     weak: str = ""
     """Weaker run folder for autoguidance; the run itself where only another checkpoint or other weights are meant."""
     weak_weights: str = "ema"

@@ -36,6 +36,7 @@ from repa.sampling.behind import OneBehind
 from repa.sampling.config import SampleConfig
 from repa.sampling.labels import draw_labels, drawn_classes
 from repa.sampling.prompts import prompts_of, prompts_record
+from repa.sampling.sharing import with_shared_encoder
 from repa.sampling.towards import guide_of
 
 GRID_IMAGES = 64  # in the picture beside the npz
@@ -60,6 +61,8 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
         run = replace(run, guide=guide_of(run, config, device))
     run = replace(run, prompts=prompts_of(run, config, device))
+    if config.encoder_steps:
+        run = with_shared_encoder(run, config, draw)
     if (
         torch.device(device).type == "cuda"
     ):  # cuDNN's layout: without it every convolution transposes its input and output
