@@ -52,6 +52,17 @@ def check_null_trained(guidances: Iterable[str], label_dropout: float | None) ->
             )
 
 
+def check_path_trained(guidances: Iterable[str], path_drop: float | None) -> None:
+    """UserError for guidance by a network without the blocks of its route that never trained so; None: it has no route, or how it
+    trained is not known, which is said when it is asked."""
+    for spec in guidances if path_drop == 0 else ():
+        if parse_spec(spec)[0] == "path_drop":
+            raise UserError(
+                f"The guidance {spec} asks the network without the blocks of its route, which it never trained: leave it out, or "
+                "train with --model.path-drop 0.1."
+            )
+
+
 def check_shift(shift: float) -> float:
     """The shift itself. Code with t = 1 at the data writes the inverse number; refusing it here catches the commonest mix-up."""
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not math.isfinite(shift):

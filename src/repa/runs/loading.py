@@ -18,9 +18,9 @@ from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
 from repa.conditions import TEXT_ENCODERS, Text
 from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
-from repa.diffusion.config import DiffusionConfig, check_null_trained
+from repa.diffusion.config import DiffusionConfig, check_null_trained, check_path_trained
 from repa.models import Backbone, Condition, build
-from repa.models.config import ModelConfig, Route
+from repa.models.config import ModelConfig
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, weights_checksum
 from repa.runs.predictions import Guide, Predictions, Sharing
@@ -105,13 +105,7 @@ class LoadedRun:
             UserError: guidance by a null class that never trained, or by a weaker run of another kind.
         """
         check_null_trained(guidances, self.label_dropout)
-        if isinstance(self.model.route, Route) and not self.model.route.path_drop:
-            for spec in guidances:
-                if parse_spec(spec)[0] == "path_drop":
-                    raise UserError(
-                        f"The guidance {spec} asks the network without the blocks of its route, which it never trained: leave it out, or "
-                        "train with --model.path-drop 0.1."
-                    )
+        check_path_trained(guidances, getattr(self.model.route, "path_drop", None))
         if self.process.prediction != "velocity" and any(parse_spec(spec)[0] == "representation" for spec in guidances):
             raise UserError(
                 f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."

@@ -12,7 +12,7 @@ from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
 from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
-from repa.diffusion.config import DiffusionConfig, Guidances, check_null_trained
+from repa.diffusion.config import DiffusionConfig, Guidances, check_null_trained, check_path_trained
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
 from repa.models import BACKBONES
@@ -196,6 +196,7 @@ class TrainConfig(Config):
         self.diffusion.check_sampler(self.preview.sampler)
         if self.preview.every or self.preview.scored_every:
             check_null_trained(self.preview.guidance, self.label_dropout)
+            check_path_trained(self.preview.guidance, self.model.path_drop)
         if self.text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
             raise ValueError(
                 f"text is {self.text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
