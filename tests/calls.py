@@ -11,7 +11,7 @@ from repa.models import Backbone, Condition, Tap
 
 def call(model: Backbone, x_t: Tensor, t: Tensor, labels: Tensor, taps: tuple[int, ...] = ()) -> SimpleNamespace:
     """`prediction` of x and `hidden` states by depth, of a network that noises nothing but latents."""
-    output = model({"x": x_t}, t, Condition(labels), tuple(map(Tap, taps)))
+    output = model({"x": x_t}, t, model.completed(Condition(labels)), tuple(map(Tap, taps)))
     return SimpleNamespace(
         prediction=output.prediction["x"], hidden={tap.depth: value for tap, value in output.taps.items()}
     )

@@ -11,7 +11,7 @@ import yaml
 from repa.alignment import Alignment
 from repa.base.errors import UserError
 from repa.cli.main import run as repa_run
-from repa.data import open_data
+from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
@@ -25,7 +25,7 @@ from repa.report.paper import ROWS, SAMPLINGS, printed
 from repa.report.paper_runs import row_of
 from repa.report.results import without_paper
 from repa.report.seeds import grouped
-from repa.runs import read_metrics
+from repa.runs import load_run, read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
 from tests.promises import understood
@@ -226,6 +226,15 @@ def test_the_text_to_image_network_is_that_of_the_paper():
     assert counts == [512_415_504 - 7_344_896, 7_344_896]
     assert model.state_shapes == {"x": (4, 32, 32)}
     assert RECIPES["coco-mmdit"]().alignments == ()
+
+
+def test_the_small_text_recipe_trains_on_captioned_photographs(tmp_path):
+    prepare("photographs:num=40,captions=true", tmp_path / "data", PrepareConfig(
+        resolution=32, features=("tiny",), text="tiny-text", num_workers=0
+    ))  # fmt: skip
+    config = RECIPES["quickstart-text"]().override(num_steps=2, batch_size=4, preview={"every": 0}, save_every=2)
+    start_training(config, open_data(tmp_path / "data"), tmp_path / "run", device=torch.device("cpu"), say=str)
+    assert load_run(tmp_path / "run").text == "tiny-text"
 
 
 def test_list_gives_name_line_and_fid(capsys):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.conditions import load_text_encoder
-from repa.data import PrepareConfig, add_text, check_bytes, open_data, prepare, remove
+from repa.conditions import load_text_encoder, words
+from repa.data import PrepareConfig, add_text, check_bytes, check_models, open_data, prepare, remove
 from repa.data.manifest import Manifest
 from tests.data.conftest import content
 
@@ -32,7 +32,7 @@ def tokens_of(text):
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("fp16", 2e-3), ("int8", 0.03)])
-def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance):
+def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monkeypatch):
     manifest = prepare(source, tmp_path / "out", CONFIG.override(text_form=form, flip=True))
     assert manifest.text.fields["text"] == ({"fp16": "float16", "int8": "int8"}[form], (5, 8))
     assert [bool(shard.text) for shard in manifest.shards] == [True] * 4 + [False] * 4
@@ -48,6 +48,12 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance):
     empty = data.texts.empty().text()
     torch.testing.assert_close(empty.tokens[0], tokens_of("")[0], rtol=tolerance, atol=tolerance)
     assert check_bytes(tmp_path / "out") > 0
+    (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
+    assert 0 < finding.error < 2 * tolerance
+    assert finding.trouble == ""
+    monkeypatch.setattr(words, "POSITION", 3.0)  # another network under the same name
+    (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
+    assert "differs" in finding.trouble
 
 
 def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):

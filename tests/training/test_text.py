@@ -12,6 +12,7 @@ from repa.runs import load_run
 from repa.runs.checkpoint import load_checkpoint
 from repa.training import train
 from repa.training.text import TextConditions
+from tests.training import processes
 
 TINY = "tiny-text:tokens=4,width=8"
 CPU = torch.device("cpu")
@@ -72,6 +73,18 @@ def test_tokens_computed_while_training_give_the_same(captioned_data, config, tm
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), rel=1e-3)
     start(config.override(text=TINY, accumulate=2), captioned_data / "plain", tmp_path / "parts")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+
+
+def test_two_processes_are_one(captioned_data, config, tmp_path):
+    """Under DDP, and under FSDP with the text encoder running in both."""
+    config = config.override(num_steps=3)
+    start(config, captioned_data / "stored", tmp_path / "one")
+    online = config.override(parallel="fsdp", text=TINY)
+    jobs = [(config, "stored", "ddp"), (online, "plain", "fsdp")]
+    processes.run_all([(c, captioned_data / data, tmp_path / run) for c, data, run in jobs], 2, tmp_path)
+    for run, tolerance in (("ddp", 1e-5), ("fsdp", 1e-3)):
+        assert losses(tmp_path / run) == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
+        assert load_run(tmp_path / run).model.null_text.any()
 
 
 def test_text_reaches_the_network(captioned_data, config, tmp_path):

@@ -143,6 +143,8 @@ def _plan(given: PrepareArguments) -> None:
     for field, size in plan.sizes.items():
         say(f"          {field:<24} {files.size(size):>12}")
     say(f"          {'all together':<24} {files.size(plan.num_bytes):>12}")
+    if given.text:
+        say(f"          and the tokens of {given.text} for each caption: how many there are is known after the images")
     for step, rate in plan.rates.items():
         if step == "base" and given.autoencoder == "pixels":  # a copy in memory: its rate says nothing
             continue

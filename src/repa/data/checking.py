@@ -11,6 +11,8 @@ from torch import Tensor
 from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
+from repa.conditions import load_text_encoder
+from repa.data.dataset import open_data
 from repa.data.encode import load_later
 from repa.data.groups import BASE, FeatureGroup, Group
 from repa.data.manifest import Manifest
@@ -23,6 +25,9 @@ TOLERANCE = {
     "bf16": 0.05,
     "fp16": 0.02,
 }  # relative error: other devices and kernels stay below, other weights do not
+
+
+TOLERANCE_INT8 = 0.05  # of tokens stored as int8 against those before they were rounded
 
 
 class Finding(NamedTuple):
@@ -96,10 +101,11 @@ def check_models(
         feature_weights=(*feature_weights, *manifest.config.feature_weights),
     )
     names = [*([BASE] if "moments" in manifest.fields else []), *manifest.features]
-    return [
+    findings = [
         _compare(reader, rows, images, name, load, torch.device(device))
         for name, load in load_later(config, torch.device(device), names).items()
     ]
+    return [*findings, *([_compare_text(folder, rows, torch.device(device))] if manifest.text else [])]
 
 
 def _compare(
@@ -133,6 +139,26 @@ def _compare(
     limit = TOLERANCE[manifest.config.precision]
     trouble = "" if error <= limit else f"differs by {error:.2g} from what is stored, more than {limit:g}"
     return Finding(field, error, trouble)
+
+
+def _compare_text(folder: Path, rows: np.ndarray, device: torch.device) -> Finding:
+    """The first caption of images `rows`, encoded again."""
+    data = open_data(folder)
+    config, identity = data.manifest.config, data.text.identity
+    try:
+        encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
+    except UserError as error:
+        return Finding("text", None, f"not encoded again: {error}")
+    for key, value in identity.items():
+        if encoder.identity.get(key) != value:
+            return Finding("text", None, f"made by {key} {value!r}, but here is {encoder.identity.get(key)!r}")
+    stored = data.texts.gather(rows).text().tokens
+    fresh = encoder([next(iter(texts), "") for texts in data.captions(rows)]).tokens.cpu()
+    error = float((stored - fresh).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    limit = TOLERANCE[config.precision] if config.text_form == "fp16" else TOLERANCE_INT8
+    return Finding(
+        "text", error, "" if error <= limit else f"differs by {error:.2g} from what is stored, more than {limit:g}"
+    )
 
 
 def _tokens(fields: dict[str, np.ndarray], name: str, basis: Tensor | None) -> Tensor:

@@ -167,7 +167,15 @@ class Loader:
     def _largest_shard(self) -> int:
         """Bytes of the fields of one shard."""
         fields = self.fields(0)
-        return max(sum(shard.files[f].size for f in fields) for shard in self.data.manifest.shards if shard.num)
+        texts = {
+            id(s): sum(file.size for file in s.text.values()) * (self.text == "tokens")
+            for s in self.data.manifest.shards
+        }
+        return max(
+            sum(shard.files[f].size for f in fields) + texts[id(shard)]
+            for shard in self.data.manifest.shards
+            if shard.num
+        )
 
     def _read(self, step: int) -> _Rows:
         indices, fields = self.indices(step), {}
