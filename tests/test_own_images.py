@@ -5,10 +5,7 @@ import pytest
 from PIL import Image
 
 from repa.base.errors import UserError
-from repa.cli import options
-from repa.cli.train import TrainArguments
 from repa.data.sources.contract import Source
-from repa.recipes import load_recipe
 from repa.recipes.own_images import choose
 
 
@@ -30,32 +27,27 @@ class Pictures(Source):
 
 
 @pytest.mark.parametrize(
-    ("num", "size", "resolution", "model", "flip", "steps", "judge"),
-    [
-        (20, (500, 400), 64, "SiT-S/8", True, 1000, "lite0"),
-        (6_000, (40, 32), 32, "SiT-S/4", False, 1000, "lite0"),
-        (50_000, (32, 32), 32, "SiT-S/4", False, 2000, "tiny-judge"),
-    ],
+    ("num", "flip", "steps", "judge"),
+    [(20, True, 1000, "lite0"), (6_000, False, 1000, "lite0"), (50_000, False, 2000, "tiny-judge")],
 )
-def test_by_the_data(num, size, resolution, model, flip, steps, judge):
-    choice = choose(Pictures(num, size), 1000)
-    assert (choice.resolution, choice.flip) == (resolution, flip)
-    overlap = 4 if resolution == 64 else 2  # half a patch
-    changes = {"model.name": model, "model.patch_overlap": overlap, "num_steps": steps, "preview.features": judge}
-    assert choice.changes == changes
-    assert f"{resolution} pixels, because the images' shorter sides are about {min(size)} pixels" in choice.reasons[0]
-    words = ["quickstart-repa", "--data", "d", "--out", "o", *choice.flags()]
-    recipe = options.parse(
-        TrainArguments, words, verb="train", about="", positional=("recipe",), values=load_recipe(words[0])
-    )
-    assert (recipe.model.name, recipe.num_steps, recipe.preview.features) == (model, steps, judge)
-    assert recipe.model.hidden_dim == load_recipe("quickstart-repa").model.hidden_dim
+def test_by_the_data(num, flip, steps, judge):
+    choice = choose(Pictures(num, (500, 400)), 1000)
+    assert (choice.resolution, choice.flip) == (32, flip)
+    assert choice.changes == {
+        "model.name": "SiT-S/4", "model.patch_overlap": 2, "num_steps": steps, "preview.features": judge,
+    }  # fmt: skip
+    assert "32 pixels, of sides of about 400" in choice.reasons[0]
+    assert ("twice the usual, because there are more than 10,000 images" in choice.reasons[-2]) == (steps == 2000)
 
 
 def test_what_is_asked_for_is_taken():
-    choice = choose(Pictures(100, (500, 500)), 1000, resolution=32, asked_steps=7)
-    assert (choice.resolution, choice.changes["num_steps"]) == (32, 7)
-    assert choice.flags()[:4] == ["--model.name", "SiT-S/4", "--model.patch-overlap", "2"]
+    large = choose(Pictures(100, (500, 500)), 1000, resolution=64)
+    assert (large.resolution, large.changes["model.name"], large.changes["num_steps"]) == (64, "SiT-S/8", 2000)
+    assert "twice the usual, because of 64 pixels" in large.reasons[-2]
+    choice = choose(Pictures(100, (500, 500)), 1000, resolution=64, asked_steps=7)
+    assert choice.flags() == [
+        "--model.name", "SiT-S/8", "--model.patch-overlap", "4", "--num-steps", "7", "--preview.features", "lite0",
+    ]  # fmt: skip
 
 
 def test_without_its_package_the_small_judge(monkeypatch):

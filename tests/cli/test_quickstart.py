@@ -65,7 +65,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "report.html" in said
     assert "40 images of 2 classes" in said
-    assert "32 pixels, because the images" in said
+    assert "32 pixels, of sides of about" in said
     assert "lite0 as judge" in said
 
     before = {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}

@@ -1,4 +1,4 @@
-"""What `repa quickstart` does with images of one's own: size, mirrored copies, model, steps and judge by the data."""
+"""What `repa quickstart` does with images of one's own: mirrored copies, model, steps and judge by the data."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from repa.base.errors import UserError
 from repa.data.sources.contract import Source
 
 FEWEST, MOST = 20, 100_000  # images
-LARGE_SIDE = 96  # median of the shorter sides, in pixels, from which images are trained on at 64 pixels
 FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
+SMALL = 32  # pixels: in a few minutes shapes can be told at 32 pixels, and hardly at 64, which takes twice the steps
 LOOKED_AT = 64  # images whose sizes are read
 PATCHES = {32: 4, 64: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
@@ -38,8 +38,8 @@ def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: 
 
     Args:
         source: opened; a few of its images are looked at.
-        num_steps: of the recipe, for up to 10,000 images.
-        resolution: 32 or 64; 0 chooses.
+        num_steps: of the recipe, for up to 10,000 images of 32 pixels.
+        resolution: 32 or 64; 0 takes 32.
         asked_steps: the user's own number; 0 chooses.
 
     Raises:
@@ -52,20 +52,18 @@ def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: 
             + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` for so many (docs/guide.md).")
         )
     sides = shorter_sides(source)
-    middle = round(median(sides))
-    large = middle >= LARGE_SIDE
-    side = resolution or (64 if large else 32)
+    side = resolution or SMALL
+    why = f"of sides of about {median(sides):,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches"
     reasons = [
-        f"{side} pixels, "
-        + ("as asked for" if resolution else f"because the images' shorter sides are about {middle:,} pixels")
-        + f"; SiT-S/{PATCHES[side]} cuts them into 64 patches"
+        f"{side} pixels, {why}" + ("" if resolution else " (--resolution 64 shows more and takes twice the steps)")
     ]
     flip = num < FEW
     if flip:
         reasons.append(f"mirrored copies, because {num:,} images are few")
-    steps = asked_steps or num_steps * (2 if num > MANY else 1)
+    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"of {side} pixels"] * (side > SMALL)
+    steps = asked_steps or num_steps * (2 if grounds else 1)
     because = (
-        ", as asked for" if asked_steps else f", because there are more than {MANY:,} images" if num > MANY else ""
+        ", as asked for" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
     )
     reasons.append(f"{steps:,} steps{because}")
     judge, why = judge_of(num)
