@@ -4,11 +4,15 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repa.alignment.config import AlignmentConfig
+from repa.base.rng import SampleStreams
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig
+from repa.training.attention import KERNELS
 from repa.training.features import EncoderFeatures
+from repa.training.fp8 import CAPABILITY, Float8Linear
 from repa.training.measure import Step, Synthetic, endless
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -85,6 +89,82 @@ def test_two_steps_in_fp16_scale_the_loss_and_move_the_weights():
     step = cached_step(configuration(precision="fp16"))
     before = [p.detach().clone() for p in step.state.objective.parameters()]
     for _ in itertools.repeat(None, 2):
+        step()
+    after = list(step.state.objective.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_noise_of_a_sample_is_that_of_the_cpu():
+    """Integers to the bit; normal numbers are rounded from float64, so that the last bit of a logarithm does not show."""
+    here, there = (SampleStreams(3, range(50), device) for device in ("cpu", "cuda"))
+    a, b = here.randn(4, 32, 32), there.randn(4, 32, 32)
+    assert b.is_cuda
+    assert (a != b.cpu()).float().mean() < 1e-6
+    assert torch.equal(here.randint(1000), there.randint(1000).cpu())
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
+def test_attention_kernels_at_the_width_of_xl_have_the_gradients_of_float64(kernel):
+    """Heads of 72 numbers are no multiple of 16; in bf16 the whole gradient is within the rounding of its inputs."""
+    torch.manual_seed(0)
+    qkv = torch.randn(4, 256, 3 * 2 * 72, device=DEVICE, dtype=torch.bfloat16)
+
+    def gradient(qkv, backend):
+        qkv = qkv.detach().requires_grad_()
+        q, k, v = qkv.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        (found,) = torch.autograd.grad((out.float() ** 2).sum(), qkv)
+        return found.double()
+
+    exact = gradient(qkv.double(), SDPBackend.MATH)
+    try:
+        found = gradient(qkv, KERNELS[kernel])
+    except RuntimeError as error:
+        pytest.skip(f"{kernel} refuses: {str(error).splitlines()[0]}")
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_clipping_by_the_optimizer_is_clipping_before_it():
+    weights = []
+    for fused in (True, False):
+        step = cached_step(configuration(precision="fp32", optimizer={"max_grad_norm": 0.01}))
+        step.student(*next(step.feed))
+        if fused:
+            norms = step.state.clip(step.groups)
+        else:
+            norms = [torch.nn.utils.clip_grad_norm_(group, 0.01) for group in step.groups]
+        step.state.advance(norms)
+        weights.append([p.detach().clone() for p in step.state.objective.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_linear_layers_in_8_bits_are_those_of_the_cpu():
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("multiplies no 8-bit numbers")
+    torch.manual_seed(0)
+    found = []
+    x, gradient = torch.randn(64, 96), torch.randn(64, 32).to(torch.bfloat16)
+    linear = torch.nn.Linear(96, 32)
+    linear.__class__ = Float8Linear
+    for device in ("cpu", "cuda"):
+        layer, inputs = linear.to(device), x.to(device).detach().requires_grad_()
+        layer.weight.grad = None
+        out = layer(inputs)
+        out.backward(gradient.to(device))
+        found.append([t.float().cpu() for t in (out, inputs.grad, layer.weight.grad)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+def test_a_step_in_8_bits_compiled_moves_the_weights():
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("multiplies no 8-bit numbers")
+    step = cached_step(configuration(fp8=True, compile=True))
+    before = [p.detach().clone() for p in step.state.objective.parameters()]
+    for _ in range(2):
         step()
     after = list(step.state.objective.parameters())
     assert all(p.isfinite().all() for p in after)
