@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
+from repa.models.kernels import modulated_norm
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
@@ -291,6 +292,7 @@ class Block(nn.Module):
         mlp = SwiGLU if options.mlp == "swiglu" else MLP
         self.mlp = mlp(dim, int(dim * mlp_ratio), options.bias)
         self.adaLN_modulation = modulation(dim, 6) if modulated else None
+        self.fused_norm = False
 
     def forward(
         self,
@@ -308,9 +310,19 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
             self.adaLN_modulation, silu_c, x, 6
         )
-        attention, logits = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), mask, tapped, rotation)
+        attention, logits = self.attn(self._modulated(self.norm1, x, shift_attn, scale_attn), mask, tapped, rotation)
         x = torch.addcmul(x, gate_attn, attention)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))), logits
+        return torch.addcmul(x, gate_mlp, self.mlp(self._modulated(self.norm2, x, shift_mlp, scale_mlp))), logits
+
+    def _modulated(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if self.fused_norm and scale.shape[1] == 1:  # a shift for every token has no sums to fuse
+            return modulated_norm(x, shift, scale, norm.eps)
+        return modulate(norm(x), shift, scale)
+
+    def fuse_norm(self) -> bool:
+        """Take the kernel of `kernels.py` for norm and modulation, where they are LayerNorm and adaLN; returns whether they are."""
+        self.fused_norm = type(self.norm1) is nn.LayerNorm and self.adaLN_modulation is not None
+        return self.fused_norm
 
 
 class FinalLayer(nn.Module):

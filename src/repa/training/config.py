@@ -147,6 +147,8 @@ class TrainConfig(Config):
     """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp); auto: the faster."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
+    fused_norm: bool = False
+    """Backward of each block's norm and modulation in one Triton kernel (on a CPU in plain PyTorch); not timed on a GPU yet."""
     fp8: bool = False
     """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and pays on H100 and newer."""
     compile: bool = False

@@ -18,6 +18,7 @@ from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
 from repa.models import Backbone, Output, build
+from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
@@ -197,6 +198,9 @@ def build_state(
         with seeded(config.seed, "lora"):
             use_lora(objective.model, config.lora.rank)
     ema, averages = EMA(objective.model, constant(config.ema_decay)), build_averages(objective.model, config)
+    fused = [block.fuse_norm() for block in model.blocks if config.fused_norm and isinstance(block, Block)]
+    if config.fused_norm and not any(fused):
+        raise UserError("fused_norm is for blocks with LayerNorm and adaLN, and this network has none: leave it out.")
     if config.fp8:  # not the averages, which are sampled from
         use_fp8(objective.model, config.precision, device)
     if config.parallel == "fsdp" and dist.active():

@@ -1,0 +1,102 @@
+"""Norm and modulation whose backward reads each number once: a Triton kernel on CUDA, and its twin in plain PyTorch.
+
+Autograd's own backward reads gradient and normalised tokens again for each of three sums, and keeps the normalised tokens of
+every norm until then. Here they are computed anew from the tokens, whose mean and deviation alone are kept. Chosen by
+`use_kernels`; off by default, as nobody has timed it on a GPU yet.
+
+N batch, T tokens, D width.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # tokens of one program, which adds up their part of the gradients of shift and scale
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift: x (N, T, D), shift and scale (N, 1, D)."""
+    return _ModulatedNorm.apply(x, shift, scale, eps)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)  # (N, T, D), (N, T, 1) twice
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return torch.addcmul(shift, normed, 1 + scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *modulated_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None
+
+
+@torch.library.custom_op("repa::modulated_norm_backward", mutates_args=())
+def modulated_norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, shift, scale) from that of the output: with z = LayerNorm(x) and d = gradient * (1 + scale),
+    rstd * (d - mean_D(d) - z * mean_D(d z)), sum_T(gradient), sum_T(gradient z). The twin in plain PyTorch."""
+    normed = (x - mean) * rstd
+    d = gradient * (1 + scale)
+    of_x = rstd * (d - d.mean(-1, keepdim=True) - normed * (d * normed).mean(-1, keepdim=True))
+    return of_x, gradient.sum(1, keepdim=True), (gradient * normed).sum(1, keepdim=True)
+
+
+@modulated_norm_backward.register_fake
+def _(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+
+
+@modulated_norm_backward.register_kernel("cuda")
+def by_triton(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the kernel: each program takes ROWS tokens of an image; the sums over tokens are added up at the end."""
+    num, tokens, width = x.shape
+    x, mean, rstd, scale = (t.contiguous() for t in (x, mean, rstd, scale))
+    parts = -(-tokens // ROWS)
+    of_x = torch.empty_like(x)
+    of_shift, of_scale = (torch.empty(num, parts, width, device=x.device, dtype=torch.float32) for _ in range(2))
+    padded = 1 << (width - 1).bit_length()  # Triton's ranges are powers of two
+    kernel()[(num, parts)](
+        gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS=ROWS, PADDED=padded
+    )
+    return of_x, of_shift.sum(1, keepdim=True).to(scale), of_scale.sum(1, keepdim=True).to(scale)
+
+
+@functools.cache
+def kernel() -> Callable:
+    """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def backward(
+        gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS: tl.constexpr, PADDED: tl.constexpr
+    ):  # fmt: skip
+        image, part = tl.program_id(0), tl.program_id(1)
+        column = tl.arange(0, PADDED)
+        inside = column < width
+        gain = 1 + tl.load(scale + image * width + column, mask=inside, other=0).to(tl.float32)
+        shift_sum = tl.zeros([PADDED], dtype=tl.float32)
+        scale_sum = tl.zeros([PADDED], dtype=tl.float32)
+        for i in range(ROWS):
+            token = part * ROWS + i
+            live = column < tl.where(token < tokens, width, 0)  # nothing of rows behind the last token
+            row = image.to(tl.int64) * tokens + token
+            g = tl.load(gradient + row * width + column, mask=live, other=0).to(tl.float32)
+            m = tl.load(mean + row + 0 * column, mask=live, other=0).to(tl.float32)  # one number, in every lane
+            r = tl.load(rstd + row + 0 * column, mask=live, other=0).to(tl.float32)
+            z = tl.load(x + row * width + column, mask=live, other=0).to(tl.float32)
+            z = tl.where(live, (z - m) * r, 0.0)
+            d = g * gain
+            both = r * (d - tl.sum(d, 0) / width - z * (tl.sum(d * z, 0) / width))
+            tl.store(of_x + row * width + column, both, mask=live)
+            shift_sum += g
+            scale_sum += g * z
+        place = (image.to(tl.int64) * tl.num_programs(1) + part) * width + column
+        tl.store(of_shift + place, shift_sum, mask=inside)
+        tl.store(of_scale + place, scale_sum, mask=inside)
+
+    return backward
