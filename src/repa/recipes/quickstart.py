@@ -18,13 +18,13 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
         model=ModelConfig(name="SiT-S/4", hidden_dim=128, depth=6, num_heads=2, patch_overlap=2),
         diffusion=DiffusionConfig(prediction="data"),
         alignments=(alignment,),
-        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
+        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3),
         batch_size=32,
-        num_steps=1000,
+        num_steps=600,
         ema_decay=0.98,
         log_every=10,
-        save_every=500,
-        preview=PreviewConfig(every=200, num_images=16, num_scored=500, num_steps=8),
+        save_every=300,
+        preview=PreviewConfig(every=150, num_images=16, num_scored=500, num_steps=8),
     )
 
 
