@@ -116,3 +116,14 @@ def test_mistakes_are_answered():
     complete = {"latent_size": 4, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 3, "num_heads": 2}
     with pytest.raises(UserError, match="'ddt' has no separate_times"):
         build(ModelConfig(backbone="ddt:head_depth=1", separate_times=True, **complete))
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_it_compiles_in_one_graph(paper):
+    """Traced whole, forward and backward, as the objective does it; what the kernels become is tests/training/test_compile.py's."""
+    model = network(paper)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    state, t, condition = inputs()
+    output = compiled(state, t, condition, (Tap(2),))
+    torch.testing.assert_close(output.prediction["x"], model(state, t, condition).prediction["x"], rtol=1e-4, atol=1e-5)
+    output.taps[Tap(2)].sum().backward()

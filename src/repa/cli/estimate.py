@@ -9,6 +9,7 @@ from repa.cli import options
 from repa.cli.console import duration, say
 from repa.diffusion.config import Guidances
 from repa.recipes import load_recipe
+from repa.report.paper import AUTOENCODER
 from repa.training.config import TrainConfig
 from repa.training.devices import PEAKS
 
@@ -20,7 +21,6 @@ ABOUT = (
     "What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and time, and "
     "whether stored target tokens pay. Any field of the recipe can be overridden as in `repa train`."
 )
-AUTOENCODER = "sd-vae-ft-mse"
 
 
 class EstimateArguments(TrainConfig):

@@ -100,7 +100,7 @@ class Guard:
         raise UserError(
             f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "
             f"wrote nothing of it. {good}Look at the data, or start another --out with a lower --optimizer.learning-rate, "
-            "--precision fp32 or --model.qk-norm."
+            "--precision fp32 or --model.qk-norm layer."
         )
 
     def state(self) -> dict[str, float]:
