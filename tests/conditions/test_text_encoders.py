@@ -58,6 +58,15 @@ def test_features_are_those_of_transformers(folders, name):
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
+@every
+def test_rounded_weights_give_what_autocast_gives(folders, name):
+    plain, rounded = (load_text_encoder(name, weights=folders[name]) for _ in range(2))
+    rounded.round_weights(torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32, torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(rounded(TEXTS).tokens, plain(TEXTS).tokens, rtol=0, atol=0)
+
+
 def test_settings(folders):
     encoder = load_text_encoder("clip-l:tokens=9,layer=1", weights=folders["clip-l"])
     text = encoder(TEXTS)

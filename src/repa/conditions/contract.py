@@ -47,6 +47,13 @@ class TextEncoder(nn.Module, ABC):
         """Stays in eval mode: a frozen encoder must not change when the model around it starts to train."""
         return super().train(False)
 
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Keep the weights of products in `dtype`, for use under an autocast to it, which would round them in every forward: the
+        features are the same, the memory is half. T5-XXL is 19 GB in float32."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Text:
         """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other."""

@@ -43,6 +43,8 @@ def encode_captions(job: TextJob) -> Manifest | None:
     missing = [k for k in range(job.rank, job.num_shards, job.world) if finished.part(k, TEXT) is None]
     if missing:
         encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=job.device)
+        if config.precision in DTYPES:
+            encoder.round_weights(DTYPES[config.precision])
         _require_same_encoder(finished, encoder, config.text, job.num_shards)
         begin(job.out, job.settings)
         for done, k in enumerate(missing):

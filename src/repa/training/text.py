@@ -4,7 +4,7 @@ import torch
 
 from repa.alignment import AlignmentConfig
 from repa.base.errors import UserError
-from repa.base.precision import autocast
+from repa.base.precision import DTYPES, autocast
 from repa.base.registry import parse_spec
 from repa.conditions import Text, load_text_encoder
 from repa.data import Batch, DataSet
@@ -57,6 +57,8 @@ class TextConditions:
         else:
             self.encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
             self.reads, self.identity = "captions", self.encoder.identity
+            if config.precision in DTYPES:
+                self.encoder.round_weights(DTYPES[config.precision])
             self.empty = self._encode([""])
         self.width = self.empty.tokens.shape[2]
 
