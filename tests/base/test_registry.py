@@ -37,6 +37,13 @@ def test_unknown_settings_are_refused_before_anything_is_imported():
     assert SAMPLERS.check("euler_maruyama:last=0.04") == "euler_maruyama:last=0.04"
 
 
+def test_a_setting_that_must_be_given_is_asked_for_when_the_configuration_is_read():
+    registry = Registry("target", {"block": "repa.alignment.targets:block"})
+    for read in (registry.check, registry.build):
+        with pytest.raises(UserError, match="block:depth="):
+            read("block")
+
+
 def test_private_code_by_dotted_name():
     table = Registry("thing", {})
     assert table.build("textwrap.dedent") is textwrap.dedent

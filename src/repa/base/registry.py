@@ -85,7 +85,7 @@ class Registry:
         name, settings = parse_spec(spec)
         target = self.target(spec)
         if name in self.table:
-            self._check_settings(spec, settings, _keyword_settings(target))
+            self._check_settings(spec, settings, *_keyword_settings(target))
         return spec
 
     def build(self, spec: str) -> Any:
@@ -104,12 +104,10 @@ class Registry:
             require_origin(self.kind, name, component)
         if inspect.isclass(component):
             if name not in self.table:
-                self._check_settings(spec, settings, set(inspect.signature(component).parameters))
+                self._check_settings(spec, settings, set(inspect.signature(component).parameters), set())
             return component(**settings)
-        if settings:
-            self._check_settings(spec, settings, _keyword_only(component))
-            return functools.partial(component, **settings)
-        return component
+        self._check_settings(spec, settings, *_keyword_only(component))
+        return functools.partial(component, **settings) if settings else component
 
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
@@ -128,7 +126,12 @@ class Registry:
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
         )
 
-    def _check_settings(self, spec: str, settings: dict, allowed: set[str]) -> None:
+    def _check_settings(self, spec: str, settings: dict, allowed: set[str], required: set[str]) -> None:
+        if missing := sorted(required - settings.keys()):
+            name, _ = parse_spec(spec)
+            raise UserError(
+                f"The {self.kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=..."
+            )
         for key in settings:
             if key not in allowed:
                 raise UserError(
@@ -154,14 +157,16 @@ def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
     return AfterValidator(checked)
 
 
-def _keyword_only(function: Any) -> set[str]:
-    """What a spec may set: positional arguments are given by the caller."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def _keyword_only(function: Any) -> tuple[set[str], set[str]]:
+    """What a spec may set, and what it must: positional arguments are given by the caller."""
+    parameters = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    return {p.name for p in parameters}, {p.name for p in parameters if p.default is inspect.Parameter.empty}
 
 
 @functools.cache
-def _keyword_settings(target: str) -> set[str]:
+def _keyword_settings(target: str) -> tuple[set[str], set[str]]:
     """Names of the keyword settings of `module:attr`, read from its source: a configuration is checked without importing torch."""
     module, attr = target.split(":")
     spec = importlib.util.find_spec(module)
@@ -169,15 +174,16 @@ def _keyword_settings(target: str) -> set[str]:
     for node in ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == attr:
             init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-            fields = {
-                f.target.id for f in node.body if isinstance(f, ast.AnnAssign)
-            }  # a dataclass has no written __init__
-            return _settings_of(init[0]) if init else fields
+            fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]  # a dataclass has no written __init__
+            own = {f.target.id for f in fields}, {f.target.id for f in fields if f.value is None}
+            return _settings_of(init[0]) if init else own
         if isinstance(node, ast.FunctionDef) and node.name == attr:
             return _settings_of(node)
     raise AssertionError(f"registry points to {target}, which does not exist")
 
 
-def _settings_of(function: ast.FunctionDef) -> set[str]:
-    """Keyword-only arguments: what is positional is given by the caller, not by a spec string."""
-    return {argument.arg for argument in function.args.kwonlyargs}
+def _settings_of(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
+    """Keyword-only arguments, and those without a default: what is positional is given by the caller, not by a spec string."""
+    each = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    required = {argument.arg for argument, default in each if default is None}
+    return {argument.arg for argument in function.args.kwonlyargs}, required

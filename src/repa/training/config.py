@@ -232,6 +232,10 @@ class TrainConfig(Config):
             raise ValueError(
                 f"the streams are called {', '.join(names)}: each needs a name that no other has, and none is x"
             )
+        if self.diffusion.objective == "ddpm" and self.streams:
+            raise ValueError(
+                "the objective ddpm trains a variance too, which streams have none of: leave the streams out, or choose the objective flow"
+            )
         if self.diffusion.token_times and self.streams:
             raise ValueError(
                 "diffusion.token_times gives every token of the grid a time, and a stream has no place there: choose one"
