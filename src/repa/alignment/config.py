@@ -75,7 +75,7 @@ class AlignmentConfig(Config):
     def encoder(self) -> tuple[str, dict[str, Any]]:
         """The encoder that the target names and which of its features, e.g. ("dinov2-b", {"part": "all"}); ("", {}): none."""
         name, settings = parse_spec(self.target)
-        if name in TARGETS.table:
+        if name in TARGETS.table or _is_private_target(name):
             return "", {}
         items = self.target.partition(":")[2].split(",")
         own = ",".join(item for item in items if item.partition("=")[0].strip() not in PARTS)
@@ -86,7 +86,8 @@ class AlignmentConfig(Config):
     def _target(cls, value: str) -> str:
         if not value.strip():
             raise UserError("an alignment needs a target, such as the name of an encoder, but was given an empty text.")
-        if parse_spec(value)[0] in TARGETS.table:
+        name, _ = parse_spec(value)
+        if name in TARGETS.table or _is_private_target(name):
             return TARGETS.check(value)
         encoder, _ = cls.model_construct(target=value).encoder
         checked = ENCODERS.check(encoder)
@@ -125,3 +126,13 @@ class AlignmentConfig(Config):
         if self.tap == "attention" and self.projector != "none":
             raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")
         return self
+
+
+def _is_private_target(name: str) -> bool:
+    """Is this dotted name a target, which says so by `is_target = True`? Any other is an encoder."""
+    if "." not in name:
+        return False
+    try:
+        return bool(getattr(TARGETS.load(name), "is_target", False))
+    except UserError:  # not trusted, or not there: what is made of an encoder says so
+        return False

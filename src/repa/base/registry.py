@@ -91,6 +91,17 @@ class Registry:
     def build(self, spec: str) -> Any:
         """The object a spec names: a function with its settings bound, or an instance of a class."""
         name, settings = parse_spec(spec)
+        component = self.load(spec)
+        if inspect.isclass(component):
+            if name not in self.table:
+                self._check_settings(spec, settings, set(inspect.signature(component).parameters), set())
+            return component(**settings)
+        self._check_settings(spec, settings, *_keyword_only(component))
+        return functools.partial(component, **settings) if settings else component
+
+    def load(self, spec: str) -> Any:
+        """The function or class that a spec names, imported."""
+        name, _ = parse_spec(spec)
         module, attr = self.target(spec).split(":")
         try:
             with contextlib.nullcontext() if name in self.table else current_folder():
@@ -102,12 +113,7 @@ class Registry:
         if name not in self.table:
             self._check_kind(name, component)
             require_origin(self.kind, name, component)
-        if inspect.isclass(component):
-            if name not in self.table:
-                self._check_settings(spec, settings, set(inspect.signature(component).parameters), set())
-            return component(**settings)
-        self._check_settings(spec, settings, *_keyword_only(component))
-        return functools.partial(component, **settings) if settings else component
+        return component
 
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
