@@ -21,10 +21,11 @@ COLOURS, PLACES = ("red", "green", "blue"), ("left", "right")
 def test_agreement_counts_prompts_that_fit_worse():
     scores = torch.tensor([[3.0, 1, 2], [0, 0, 5], [1, 2, 3]])
     # of the two others: all worse; one tied and one better; the one better, the other worse
-    assert agreement(scores, torch.tensor([0, 1, 1])) == pytest.approx((1 + 0.25 + 0.5) / 3)
-    assert agreement(scores[:1], torch.tensor([1])) == 0
+    own, shuffled = agreement(lambda rows: scores[rows], torch.tensor([0, 1, 1]))
+    assert own == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert shuffled == pytest.approx((0 + 0.25 + 0) / 3)  # of prompts 1, 1, 0
     with pytest.raises(UserError, match="several"):
-        agreement(scores[:, :1], torch.zeros(3, dtype=torch.int64))
+        agreement(lambda rows: scores[rows, :1], torch.zeros(3, dtype=torch.int64))
 
 
 def features_of(words, stream):

@@ -1,7 +1,7 @@
 """Do samples show what their prompts say? By the words of captioned reference images, or by CLIP."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,11 +80,9 @@ class CaptionAgreement:
         x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
         predicted = self.base + x @ self.weights  # (N, V)
         words, own = self._distinct(self.prompts[: len(x)])  # (P, V), (N,)
-        cost = (words.square() / self.unexplained).sum(1) - 2 * predicted @ (words / self.unexplained).T  # (N, P)
-        return {
-            "caption_agreement": agreement(-cost, own),
-            "caption_agreement_shuffled": agreement(-cost, own.roll(-1)),
-        }
+        of_words, told = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
+        own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ told - of_words, own)
+        return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
 
     def _present(self, told: Sequence[set[str]]) -> Tensor:
         """(n, V): 1 where a word is said."""
@@ -130,38 +128,52 @@ class ClipScore:
 
     def result(self) -> dict[str, float]:
         images, texts = gather_rows(self.images, self.places), gather_rows(self.texts, self.places)
-        distinct: dict[str, int] = {}
-        own = torch.tensor([distinct.setdefault(text, len(distinct)) for text in self.prompts[: len(images)]])
-        first = torch.tensor([own.tolist().index(number) for number in range(len(distinct))])
-        scores = images.double() @ texts[first].double().T  # (N, P)
-        matching = scores[torch.arange(len(own)), own]
+        distinct: dict[str, int] = {}  # text -> the first image of it
+        for index, text in enumerate(self.prompts[: len(images)]):
+            distinct.setdefault(text, index)
+        number = {text: place for place, text in enumerate(distinct)}
+        own = torch.tensor([number[text] for text in self.prompts[: len(images)]])
+        prompts = texts[list(distinct.values())].T  # (E, P)
+        own_share, shuffled = agreement(lambda rows: images[rows] @ prompts, own)
+        matching = (images * texts).sum(1)
         return {
             "clip_score": float(100 * matching.clamp_min(0).mean()),
-            "clip_agreement": agreement(scores, own),
-            "clip_agreement_shuffled": agreement(scores, own.roll(-1)),
-        }
+            "clip_agreement": own_share, "clip_agreement_shuffled": shuffled,
+        }  # fmt: skip
 
 
-def agreement(scores: Tensor, own: Tensor) -> float:
+def agreement(scores: Callable[[slice], Tensor], own: Tensor) -> tuple[float, float]:
     """The share of other prompts that fit a sample worse than its own, averaged over samples; a tie counts half.
 
     Args:
-        scores: (N, P), how well each sample fits each distinct prompt.
+        scores: some rows of the matrix (N, P) of how well each sample fits each distinct prompt: 40,000 have a matrix of 6 GB.
         own: (N,), the number of each sample's prompt.
+
+    Returns:
+        That share, and the same with the prompts moved on by one sample.
 
     Raises:
         UserError: fewer than two prompts.
     """
-    if scores.shape[1] < 2:
-        raise UserError(
-            "All samples have one and the same prompt, so there is nothing to tell apart: give several prompts."
-        )
-    shares = []
-    for rows, numbers in zip(scores.split(CHUNK), own.split(CHUNK), strict=True):
-        mine = rows.gather(1, numbers[:, None])  # (n, 1)
-        better = (rows < mine).double() + 0.5 * (rows == mine).double()
-        shares.append((better.sum(1) - 0.5) / (rows.shape[1] - 1))  # its own is a tie with itself
-    return float(torch.cat(shares).mean())
+    shares: list[Tensor] = []
+    shuffled = own.roll(-1)
+    for start in range(0, len(own), CHUNK):
+        rows = slice(start, start + CHUNK)
+        found = scores(rows)  # (n, P)
+        if found.shape[1] < 2:
+            raise UserError(
+                "All samples have one and the same prompt, so there is nothing to tell apart: give several prompts."
+            )
+        shares.append(torch.stack([_share_worse(found, numbers[rows]) for numbers in (own, shuffled)]))
+    of_own, of_others = torch.cat(shares, 1).mean(1).tolist()
+    return of_own, of_others
+
+
+def _share_worse(scores: Tensor, numbers: Tensor) -> Tensor:
+    """(n,): the share of the other prompts whose score is below that of prompt `numbers` (n,), ties half."""
+    mine = scores.gather(1, numbers[:, None])  # (n, 1)
+    below = (scores < mine).double() + 0.5 * (scores == mine).double()
+    return (below.sum(1) - 0.5) / (scores.shape[1] - 1)  # it is a tie with itself
 
 
 def clip_pixels(images: Tensor, side: int) -> Tensor:
