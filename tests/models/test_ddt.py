@@ -69,6 +69,7 @@ def test_taps_are_of_the_grid_alone_and_of_the_encoders_width():
     output = model(*inputs(), (Tap(3), Tap(2, "attention")))
     assert output.taps[Tap(3)].shape == (3, 6, 16)
     assert output.taps[Tap(2, "attention")].shape == (3, 2, 6, 6)
+    assert (model.tapped_depth, network("ddt").tapped_depth) == (3, 5)
     with pytest.raises(UserError, match="Block 4 is in the head, whose tokens are 24 wide"):
         model(*inputs(), (Tap(4),))
     assert network("ddt")(*inputs(), (Tap(5),)).taps[Tap(5)].shape == (3, 6, 16)

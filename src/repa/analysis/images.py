@@ -43,12 +43,12 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
     else:
         moments = run.autoencoder.encode(pixels(data, indices).to(device_of(run)))
     streams = SampleStreams(fold(seed, "posterior"), indices, moments.device)
-    return run.autoencoder.sample(moments, noise=streams.randn(moments.shape[1] // 2, *moments.shape[2:]))
+    return run.autoencoder.sample(moments, noise=streams.randn(run.autoencoder.channels, *moments.shape[2:]))
 
 
 def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int, ...]:
-    """The depths asked for (all when none are); refuses blocks that do not exist, and data that the run cannot read."""
-    depths = tuple(depths) or tuple(range(1, run.model.depth + 1))
+    """The depths asked for (all that can be tapped when none are); refuses blocks that do not exist, and data that the run cannot read."""
+    depths = tuple(depths) or tuple(range(1, run.model.tapped_depth + 1))
     for depth in depths:
         run.model.checked(Tap(depth))
     if not data.has_moments:

@@ -103,7 +103,7 @@ def pictures(argv: list[str]) -> int:
         columns.append(colour_pictures(patches, side))
         labels.append(spec)
     ((label, run),) = loaded(networks, given, device)
-    depths = given.depths or tuple(sorted({max(1, round(run.model.depth * part / 4)) for part in (1, 2, 3, 4)}))
+    depths = given.depths or tuple(sorted({max(1, round(run.model.tapped_depth * part / 4)) for part in (1, 2, 3, 4)}))
     for t in given.times:
         for depth, tokens in tokens_of_run(run, data, indices, depths, t, given.seed).items():
             columns.append(colour_pictures(tokens, side))

@@ -136,6 +136,11 @@ class Backbone(nn.Module, ABC):
         blocks is thrown away.
         """
 
+    @property
+    def tapped_depth(self) -> int:
+        """Blocks 1 to this one can be tapped."""
+        return self.depth
+
     @abstractmethod
     def null(self, like: Condition) -> Condition:
         """The condition that means "none" (the null class, the empty text), shaped as `like`."""

@@ -176,10 +176,14 @@ class DDT(Backbone):
             p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
         ]
 
+    @property
+    def tapped_depth(self) -> int:
+        return self.depth if self.head_dim == self.hidden_dim else self.encoder_depth
+
     def checked(self, tap: Tap) -> Tap:
         """The tap itself; raises UserError when there is no such block, or its tokens have the head's other width."""
         super().checked(tap)
-        if tap.depth > self.encoder_depth and self.head_dim != self.hidden_dim:
+        if tap.depth > self.tapped_depth:
             raise UserError(
                 f"Block {tap.depth} is in the head, whose tokens are {self.head_dim} wide and not {self.hidden_dim}: tap one of the "
                 f"encoder, 1 to {self.encoder_depth}."
