@@ -80,12 +80,14 @@ def main(argv: list[str]) -> int:
     elif given.plan:
         _plan(given)
     else:
-        start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
+        is_whole = start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
+        if is_whole:
+            say(f"Next: repa train RECIPE --data {given.out} --out RUN   (repa list recipes names them)")
     return 0
 
 
-def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> None:
-    """Prepare in this process: its share of the work, when torchrun started several."""
+def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
+    """Prepare in this process: its share of the work, when torchrun started several. Returns whether the data are whole now."""
     from repa.base import dist
     from repa.data import prepare
 
@@ -95,6 +97,7 @@ def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = (
             source, out, config, only=only, rank=rank, world=world, progress=bar, device=dist.own_device()
         )
     _tell(out, manifest)
+    return manifest is not None
 
 
 def _add(folder: Path, given: PrepareArguments) -> None:
@@ -176,7 +179,6 @@ def _tell(out: Path, manifest: Manifest | None) -> None:
     )
     for line in inventory(manifest):
         say(f"  {line}")
-    say(f"Next: repa train RECIPE --data {out} --out RUN   (repa list recipes names them)")
 
 
 def inventory(manifest: Manifest) -> list[str]:
