@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from repa.cli.main import run as repa
-from repa.models import load_exported
-from repa.runs import layout, load_run
+from repa.models import build_model, load_exported
+from repa.models.diffusers_export import exact_times
+from repa.runs import layout, load_checkpoint, load_run
 from tests.calls import call
 from tests.oracles import released
 
@@ -131,3 +132,43 @@ def test_mistakes(random_run, tmp_path, capsys):
         assert repa(command) == 2
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_of_diffusers_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
+    for name, run, t in (("flow", random_run, (0.1, 0.9)), ("ddpm", ddpm_run, (5.0, 950.0))):
+        export(run, tmp_path / name, "--format", "diffusers")
+        assert repa(["convert", str(tmp_path / name), str(tmp_path / f"{name}-run")]) == 0, capsys.readouterr().err
+        before, after = load_run(run), load_run(tmp_path / f"{name}-run")
+        assert (after.step, after.diffusion) == (before.step, before.diffusion)
+        found, wanted = (call(loaded.model, *inputs(t)).prediction for loaded in (after, before))
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_dit_of_diffusers_itself_becomes_a_run(tmp_path, capsys):
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=3, norm_eps=1e-6,
+    )  # fmt: skip
+    first, second = (block.norm1.emb for block in theirs.transformer_blocks)
+    second.load_state_dict(first.state_dict())  # as in a DiT that was trained
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    command = ["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--autoencoder", "pixels"]
+    assert repa(command) == 0, capsys.readouterr().err
+    config = layout.read_config(tmp_path / "run")
+    assert config["diffusion"]["objective"] == "ddpm"
+    state = load_checkpoint(tmp_path / "run").ema
+    model = build_model("DiT-S/2", latent_size=8, latent_channels=4, num_classes=3, hidden_dim=32, depth=2, num_heads=2)
+    model.load_state_dict(state)
+    x, t, labels = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 10.0, 999.0]), torch.arange(3)
+    with torch.no_grad():
+        expected = exact_times(theirs)(x, timestep=t, class_labels=labels).sample
+        torch.testing.assert_close(call(model, x, t, labels).prediction, expected, atol=2e-4, rtol=1e-3)
+
+    with torch.no_grad():
+        second.class_embedder.embedding_table.weight[0] += 1
+    theirs.save_pretrained(tmp_path / "other")
+    assert repa(["convert", str(tmp_path / "other"), str(tmp_path / "run2")]) == 2
+    assert "each in its own way" in capsys.readouterr().err

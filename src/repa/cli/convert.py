@@ -13,7 +13,7 @@ from repa.cli.console import say
 from repa.training.config import TrainConfig
 
 ABOUT = (
-    "Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors) or a folder of `repa export`. "
+    "Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export` or a DiT of diffusers. "
     "`repa sample` and `repa analyse` work on it, and `repa train --init` starts from it."
 )
 
@@ -27,7 +27,7 @@ class Network(Config):
 
 class ConvertArguments(Config):
     checkpoint: str
-    """.pt or .safetensors file, or folder of `repa export`"""
+    """.pt or .safetensors file, folder of `repa export`, or folder of a DiTTransformer2DModel of diffusers"""
     run: str
     """run folder to make"""
     kind: Literal["repa", "sit", "dit"] = "repa"
@@ -52,10 +52,13 @@ def main(argv: list[str]) -> int:
     given = options.parse(ConvertArguments, argv, verb="convert", about=ABOUT, positional=("checkpoint", "run"))
     autoencoder = {"autoencoder": given.autoencoder, "autoencoder_weights": given.autoencoder_weights}
     AUTOENCODERS.check(given.autoencoder)  # a misspelt name is answered before a large file is read
-    from repa.runs.importing import read_checkpoint, read_export, write_run
+    from repa.runs.importing import is_diffusers, read_checkpoint, read_diffusers, read_export, write_run
 
     source, run = Path(given.checkpoint), Path(given.run)
-    if source.is_dir():
+    if source.is_dir() and is_diffusers(source):
+        imported = read_diffusers(source)
+        settings = {**autoencoder, **imported.settings}
+    elif source.is_dir():
         if ignored := sorted(given.model_fields_set - {"checkpoint", "run", "autoencoder_weights"}):
             raise UserError(f"An exported folder such as {source} tells its {ignored[0]} itself: leave the option out.")
         imported = read_export(source)

@@ -53,10 +53,21 @@ def for_frequencies_of_diffusers(weight: Tensor) -> Tensor:
     cos(f t) and sin(f t) are so smooth in log f that interpolation between neighbouring frequencies is exact to float32.
     """
     num = weight.shape[1] // 2
-    weights = torch.zeros(num, num, dtype=torch.float64)  # row: our frequency, column: theirs
+    return _on_other_frequencies(weight, [k * (num - 1) / num for k in range(num)])
+
+
+def from_frequencies_of_diffusers(weight: Tensor) -> Tensor:
+    """The way back, as exact: the W that gives on our frequencies what W' gives on those of diffusers, for t in [0, 1]."""
+    num = weight.shape[1] // 2
+    return _on_other_frequencies(weight, [k * num / max(num - 1, 1) for k in range(num)])
+
+
+def _on_other_frequencies(weight: Tensor, places: list[float]) -> Tensor:
+    """W for features at the whole numbers 0, 1, ... in place of `places`, both counted along the logarithm of the frequency."""
+    num = len(places)
+    weights = torch.zeros(num, num, dtype=torch.float64)  # row: a frequency of W, column: one of the result
     size = min(STENCIL, num)
-    for k in range(num):
-        place = k * (num - 1) / num  # of our frequency, counted in theirs
+    for k, place in enumerate(places):
         first = min(max(math.floor(place) - size // 2 + 1, 0), num - size)
         nodes = range(first, first + size)
         for node in nodes:  # Lagrange

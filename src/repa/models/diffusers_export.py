@@ -8,14 +8,20 @@ integer timesteps of DDPM it cannot be: there the reader sets `downscale_freq_sh
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.models.conventions import FIRST_TIME_LAYER, for_frequencies_of_diffusers
-from repa.models.layers import NORM_EPS
+from repa.models.conventions import (
+    FIRST_TIME_LAYER,
+    for_frequencies_of_diffusers,
+    from_frequencies_of_diffusers,
+)
+from repa.models.layers import NORM_EPS, sincos_positions
 from repa.models.published import constructor_arguments, not_plain
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
+FACTS = "repa.json"  # what repa knows of a network and diffusers has no place for: objective, autoencoder, step
 MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
 
 # every block of diffusers embeds time and label again, with the same weights
@@ -83,6 +89,53 @@ def to_diffusers(
             parts = state[f"{ours}attn.qkv.{kind}"].chunk(3)
             out |= {f"{theirs}attn1.to_{n}.{kind}": part.clone() for n, part in zip("qkv", parts, strict=True)}
     return config, out
+
+
+def from_diffusers(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], *, unit_times: bool
+) -> tuple[dict[str, Tensor], int]:
+    """(state dict of our DiT, its heads): the way back from configuration and state dict of a DiTTransformer2DModel.
+
+    Args:
+        unit_times: as for `to_diffusers`.
+
+    Raises:
+        UserError: another network than a DiT of diffusers, or one that ours cannot express.
+    """
+    kinds = ("num_attention_heads", "attention_head_dim", "num_layers", "sample_size", "patch_size")
+    if any(type(config.get(kind)) is not int or config[kind] < 1 for kind in kinds):
+        raise UserError(
+            f"This is no DiTTransformer2DModel of diffusers: its configuration needs numbers as {', '.join(kinds)}."
+        )
+    if config.get("norm_eps", 1e-5) != NORM_EPS:
+        raise UserError(
+            f"This DiT has norm_eps {config.get('norm_eps', 1e-5)}, and those of DiT, SiT and repa have {NORM_EPS}."
+        )
+    heads, side = config["num_attention_heads"], config["sample_size"] // config["patch_size"]
+    first = "transformer_blocks.0.norm1.emb."
+    pairs = [(ours, theirs) for theirs, ours in _parameters({b: a for a, b in OUTSIDE.items()}, state)]
+    pairs += [
+        (ours, first + theirs) for theirs, ours in _parameters({b: a for a, b in EMBEDDINGS.items()}, state, first)
+    ]
+    try:
+        own = {ours: state[theirs] for ours, theirs in pairs}
+        for block in range(config["num_layers"]):
+            ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
+            back = _parameters({b: a for a, b in IN_BLOCK.items()}, state, theirs)
+            own |= {ours + a: state[theirs + b] for b, a in back}
+            for kind in ("weight", "bias"):
+                own[f"{ours}attn.qkv.{kind}"] = torch.cat([state[f"{theirs}attn1.to_{n}.{kind}"] for n in "qkv"])
+            for embedding in (name.removeprefix(first) for name in state if name.startswith(first)):
+                if not torch.equal(state[f"{theirs}norm1.emb.{embedding}"], state[first + embedding]):
+                    raise UserError(
+                        "The blocks of this DiT embed time and label each in its own way, which ours cannot: it was trained so."
+                    )
+        if unit_times:
+            own[FIRST_TIME_LAYER] = from_frequencies_of_diffusers(own[FIRST_TIME_LAYER])
+    except KeyError as error:
+        raise UserError(f"These are not the weights of a DiTTransformer2DModel: there is no {error.args[0]}.") from None
+    own["pos_embed"] = sincos_positions(heads * config["attention_head_dim"], (side, side))
+    return own, heads
 
 
 def exact_times(transformer: Any) -> Any:

@@ -56,6 +56,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
             unit_times = facts["diffusion"]["objective"] != "ddpm"
             theirs, tensors = diffusers_export.to_diffusers(state, num_heads, unit_times=unit_times)
             files.write_json(temporary / diffusers_export.CONFIG, theirs)
+            files.write_json(temporary / diffusers_export.FACTS, facts)
             save_file(tensors, temporary / diffusers_export.WEIGHTS, {"format": "pt"})
         files.write_text(temporary / "README.md", card(form, arguments, facts, config))
     return step

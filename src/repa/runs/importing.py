@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from repa.base import files, lock
+from repa.base import faults, files, lock
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.encoders import canonical
+from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
 from repa.models.exported import read_exported
 from repa.models.published import Published, constructor_arguments, read_published
@@ -86,6 +88,34 @@ def read_export(folder: Path) -> Imported:
     model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder), overlap)
     checkpoint = Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0})
     return Imported({**settings, "model": model}, checkpoint, config.get("kind", ""))
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Is this a DiT in the layout of diffusers?"""
+    return (folder / diffusers_export.WEIGHTS).is_file() and (folder / diffusers_export.CONFIG).is_file()
+
+
+def read_diffusers(folder: Path) -> Imported:
+    """A folder with a DiTTransformer2DModel: of `repa export --format diffusers`, which tells what it is, or a DiT of others.
+
+    Those of others are taken for what the class was made for: a DiT on DDPM's timesteps. Its settings then name no autoencoder.
+    """
+    path = folder / diffusers_export.CONFIG
+    config = files.read_object(path, _class_name=str)
+    if config["_class_name"] != "DiTTransformer2DModel":
+        raise UserError(f"{path} describes a {config['_class_name']}: only a DiTTransformer2DModel can be converted.")
+    facts: dict[str, Any] = {"diffusion": {"objective": "ddpm"}, "step": 0, "kind": "dit"}
+    if (folder / diffusers_export.FACTS).is_file():
+        facts = files.read_object(folder / diffusers_export.FACTS, diffusion=dict, autoencoder=str, step=int, kind=str)
+    with faults.reading(folder / diffusers_export.WEIGHTS, "a safetensors file", "Restore it from a copy."):
+        state = load_file(folder / diffusers_export.WEIGHTS)
+    own, heads = diffusers_export.from_diffusers(
+        config, state, unit_times=facts["diffusion"].get("objective") != "ddpm"
+    )
+    model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
+    settings = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
+    checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})
+    return Imported({**settings, "model": model}, checkpoint, facts["kind"])
 
 
 def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, kind: str) -> None:
