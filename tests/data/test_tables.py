@@ -1,11 +1,14 @@
 """Parquet files and the data sets of `datasets`: columns, splits, damage."""
 
+import io
 import json
 import pickle
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from repa.base.errors import UserError
@@ -211,3 +214,19 @@ def test_labels_of_tables_are_columns(tmp_path, labels):
     path = write(tmp_path / "p.parquet", image=BYTES)
     with pytest.raises(UserError, match=rf"labels was given '{labels}': of .* they are a column"):
         open_source(path, labels=labels)
+
+
+def test_a_data_set_in_memory_is_a_source(tmp_path):
+    images = [Image.new("RGB", (8, 8), (60 * n, 0, 0)) for n in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 1, 0]}, features=features)
+    source = open_source(table)
+    assert source.labels.tolist() == [0, 1, 1, 0]
+    assert source.class_names == ["a", "b"]
+    assert source.image(2, 8).getpixel((0, 0)) == (120, 0, 0)
+    assert "4 images of 2 classes" in repr(source)
+    assert Image.open(io.BytesIO(source._repr_png_())).size == (256, 64)
+    with pytest.raises(UserError, match="splits train"):
+        open_source(datasets.DatasetDict(train=table))
+    with pytest.raises(UserError, match="got list"):
+        open_source([1])

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from repa.base.errors import UserError
-from repa.models import constructor_arguments, load_exported, to_diffusers
+from repa.models import DiT, constructor_arguments, load_exported, to_diffusers
 from repa.models.conventions import for_frequencies_of_diffusers
 from repa.models.diffusers_export import exact_times
 from repa.models.exported import save_exported
@@ -135,3 +136,25 @@ def test_frequencies_of_diffusers_in_float64():
 def test_what_diffusers_cannot_hold(setting, sentence, random_dit):
     with pytest.raises(UserError, match=sentence):
         to_diffusers(random_dit(**setting).state_dict(), 2, unit_times=True)
+
+
+def test_a_network_is_saved_loaded_and_uploaded_as_is_usual(random_dit, tmp_path, monkeypatch):
+    model = random_dit(qk_norm="rms", heads=[1])
+    model.save_pretrained(tmp_path / "saved")
+    loaded = DiT.from_pretrained(tmp_path / "saved")
+    x_t, t, labels = inputs([0.13, 0.82])
+    assert torch.equal(call(loaded, x_t, t, labels).prediction, call(model, x_t, t, labels).prediction)
+    assert all(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(UserError, match="check the name"):
+        DiT.from_pretrained(tmp_path / "nothing")
+
+    done = {}
+
+    def upload(self, *, repo_id, folder_path, commit_message):
+        done[repo_id] = sorted(path.name for path in folder_path.iterdir())
+        return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **settings: done.update(settings))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert model.push_to_hub("me/net", private=True) == "https://hub/commit"
+    assert done == {"private": True, "exist_ok": True, "me/net": ["config.json", "model.safetensors"]}

@@ -165,6 +165,12 @@ class Alignment(nn.Module):
         if self.tap.kind == "attention":
             with no_autocast(student.device):
                 return self.loss(_precise(student), None if target is None else _precise(target.detach()))
+        if student.ndim != 3 or (target is not None and len(target) != len(student)):
+            given = f"{tuple(student.shape)}" + ("" if target is None else f" and {tuple(target.shape)}")
+            raise UserError(
+                f"An alignment compares tokens (N, T, D) with those of as many images, but got {given}: tokens of a map (N, D, H, W) "
+                "are x.flatten(2).transpose(1, 2)."
+            )
         projected = self.project(student, beside)  # (N, T, F)
         with no_autocast(student.device):  # norms and logits need float32
             projected = _precise(projected)

@@ -15,6 +15,7 @@ from repa.base.errors import UserError
 from repa.models import BACKBONES
 from repa.models.config import FAMILIES, ModelConfig, Route, check_dimensions, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
+from repa.models.hub import OnHub
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
@@ -35,7 +36,7 @@ from repa.models.routing import Context, Router
 INIT_STD = 0.02  # of the label table and of the timestep MLP
 
 
-class DiT(Backbone):
+class DiT(Backbone, OnHub):
     """Diffusion transformer with adaLN-Zero (arXiv 2212.09748; SiT, arXiv 2401.08740, is the same network).
 
     Args:

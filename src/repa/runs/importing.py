@@ -83,6 +83,11 @@ def read_checkpoint(
 def read_export(folder: Path) -> Imported:
     """A folder of `repa export` as a run's settings and weights."""
     config, ema = read_exported(folder)
+    if missing := [name for name in ("diffusion", "autoencoder", "step") if name not in config]:
+        raise UserError(
+            f"{folder} does not tell its {missing[0]}, as save_pretrained writes the network alone: load it by "
+            "DiT.from_pretrained, or make the folder by `repa export`."
+        )
     settings = {name: config[name] for name in ("diffusion", "autoencoder")}
     overlap = config["model"].get("patch_overlap", 0)
     model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder), overlap)

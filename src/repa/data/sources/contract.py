@@ -1,6 +1,7 @@
 """What a source of images is."""
 
 import hashlib
+import io
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -36,6 +37,20 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        classes = "1 class" if len(self.class_names) == 1 else f"{len(self.class_names)} classes"
+        return f"{type(self).__name__}: {len(self)} images of {classes}; labels from {self.labels_from}"
+
+    def _repr_png_(self) -> bytes:
+        """For notebooks: up to 16 images at equal distances, at 64 pixels."""
+        number = min(16, len(self))
+        sheet = Image.new("RGB", (64 * min(number, 8), 64 * -(-number // 8)))
+        for place in range(number):
+            sheet.paste(self.image(place * len(self) // number, 64), (64 * (place % 8), 64 * (place // 8)))
+        content = io.BytesIO()
+        sheet.save(content, "PNG")
+        return content.getvalue()
 
     @abstractmethod
     def name(self, index: int) -> str:

@@ -75,6 +75,18 @@ class TableSource(Source):
         return caption_values(self._captions[index][self._caption])
 
 
+def open_table(table: Any, labels: str = "") -> TableSource:
+    """A data set that is loaded already; UserError for anything that is no `datasets.Dataset`."""
+    datasets = _library()
+    if isinstance(table, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise UserError(
+            f"This holds the splits {', '.join(table)}: give one of them, such as data[{next(iter(table))!r}]."
+        )
+    if not isinstance(table, datasets.Dataset):
+        raise UserError(f"A source is a path, a name or a datasets.Dataset, but got {type(table).__name__}.")
+    return TableSource(table, "the data set", labels)
+
+
 def open_hub(
     name: str,
     labels: str = "",

@@ -13,7 +13,7 @@ from repa.data.sources.cifar import CifarSource, is_cifar
 from repa.data.sources.coco import CocoSource
 from repa.data.sources.contract import Source
 from repa.data.sources.folders import EXTENSIONS, FolderSource, hidden
-from repa.data.sources.huggingface import open_arrow, open_hub, open_saved
+from repa.data.sources.huggingface import open_arrow, open_hub, open_saved, open_table
 from repa.data.sources.parquet import ParquetSource
 from repa.data.sources.patterns import expand, is_pattern, is_remote
 from repa.data.sources.photographs import PhotographSource
@@ -31,13 +31,14 @@ KINDS = (
 )
 
 
-def open_source(spec: str | Path, *, labels: str = "") -> Source:
+def open_source(spec: Any, *, labels: str = "") -> Source:
     """A source of images by its name.
 
     Args:
         spec: a folder, a zip, tar shards (`shard-{0000..0099}.tar`, URLs, `pipe:COMMAND`), parquet or arrow files, an
             array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`; each with
             settings behind a colon where it has some, e.g. `hf:OWNER/NAME:split=train,image=img`. See docs/sources.md.
+            Or a `datasets.Dataset` that is loaded already.
         labels: "" for those the source has itself; "none"; "folders" (the first folder of each path), "folders:2" (the
             second), "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); or for
             arrays an .npy file.
@@ -45,6 +46,8 @@ def open_source(spec: str | Path, *, labels: str = "") -> Source:
     Raises:
         UserError: nothing there, no images, missing or impossible labels, a damaged or unsafe file, unknown settings.
     """
+    if not isinstance(spec, (str, Path)):
+        return open_table(spec, labels)
     path, settings = _split(str(spec))
     open_it, allowed = _kind(path, labels)
     for key in settings:

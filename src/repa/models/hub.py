@@ -1,0 +1,74 @@
+"""A network as a folder, here or on the Hugging Face hub: config.json and model.safetensors, as `repa export` writes them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+from repa.base import files, lock
+from repa.base.errors import UserError
+
+
+class OnHub:
+    """What users of `transformers` and `diffusers` know, for DiT."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """The network of a folder, of `repa export` or `save_pretrained`, or of a repository of the hub; in eval mode, trainable.
+
+        Raises:
+            UserError: there is no such folder or repository, or it holds another kind of network.
+        """
+        from repa.models.exported import CONFIG, WEIGHTS, load_exported
+
+        folder = Path(name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+            try:
+                folder = Path(
+                    snapshot_download(str(name), revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])
+                )
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+                raise UserError(
+                    f"{name} is no folder here, and the hub does not give it ({str(error).splitlines()[0]}): check the name, or give a "
+                    "folder of `repa export`."
+                ) from None
+        return load_exported(folder).requires_grad_(True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a new folder; UserError for a network that routes tokens."""
+        from repa.models.exported import WEIGHTS, save_exported
+
+        folder = Path(folder)
+        with lock.alone(folder, "save_pretrained"), files.new_folder(folder, WEIGHTS, "the network") as temporary:
+            save_exported(temporary, self.state_dict(), self._arguments(), {})
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, which is made if it is not there; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "network")
+            commit = api.upload_folder(
+                repo_id=name, folder_path=Path(folder) / "network", commit_message="A network of repa"
+            )
+        return str(commit.commit_url)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Those of the constructor."""
+        from repa.models.published import constructor_arguments
+
+        if self.route:
+            raise UserError("A network that routes tokens is saved with its run: `repa export RUN FOLDER`.")
+        read = constructor_arguments(self.state_dict(), self.blocks[0].attn.num_heads, self.patch_overlap)
+        others = {
+            "latent_size": list(self.state_shapes["x"][1:]),
+            "streams": {name: shape[0] for name, shape in self.state_shapes.items() if name != "x"},
+            "heads": [int(depth) for depth in self.heads],
+            "separate_times": self.separate_times,
+            "patch_overlap": self.patch_overlap,
+        }
+        return {**read, **others}
