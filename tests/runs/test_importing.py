@@ -231,7 +231,14 @@ def test_a_named_size_needs_no_heads(tmp_path):
     torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, tmp_path / "c.pt")
     model = read_checkpoint(tmp_path / "c.pt", "repa").settings["model"]
     block = {"norm": "layer", "mlp": "gelu", "qk_norm": "none", "bias": True, "rotary": False}
-    assert model == {"name": "SiT-S/8", "latent_size": 8, "latent_channels": 4, "num_classes": 3, **block}
+    assert model == {
+        "name": "SiT-S/8",
+        "latent_size": 8,
+        "latent_channels": 4,
+        "num_classes": 3,
+        "patch_overlap": 0,
+        **block,
+    }
 
 
 class Payload:
