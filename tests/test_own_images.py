@@ -37,6 +37,8 @@ def test_by_the_data(num, flip, steps, judge):
         "model.name": "SiT-S/4", "model.patch_overlap": 2, "num_steps": steps, "preview.features": judge,
     }  # fmt: skip
     assert "32 pixels, of sides of about 400" in choice.reasons[0]
+    assert "--resolution 64" in choice.reasons[0]
+    assert "--resolution" not in choose(Pictures(num, (32, 40)), 1000).reasons[0]
     assert ("twice the usual, because there are more than 10,000 images" in choice.reasons[-2]) == (steps == 2000)
 
 

@@ -12,9 +12,12 @@ from repa.data.sources.contract import Source
 FEWEST, MOST = 20, 100_000  # images
 FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
-SMALL = 32  # pixels: in a few minutes shapes can be told at 32 pixels, and hardly at 64, which takes twice the steps
 LOOKED_AT = 64  # images whose sizes are read
-PATCHES = {32: 4, 64: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
+SMALL, LARGE = (
+    32,
+    64,
+)  # pixels: in a few minutes shapes can be told at 32, and hardly at 64, which takes twice the steps
+PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
 
 
@@ -53,10 +56,9 @@ def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: 
         )
     sides = shorter_sides(source)
     side = resolution or SMALL
-    why = f"of sides of about {median(sides):,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches"
-    reasons = [
-        f"{side} pixels, {why}" + ("" if resolution else " (--resolution 64 shows more and takes twice the steps)")
-    ]
+    middle = median(sides)
+    hint = "" if resolution or middle < LARGE else f" (--resolution {LARGE} shows more and takes twice the steps)"
+    reasons = [f"{side} pixels, of sides of about {middle:,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches{hint}"]
     flip = num < FEW
     if flip:
         reasons.append(f"mirrored copies, because {num:,} images are few")
