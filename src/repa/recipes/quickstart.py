@@ -11,9 +11,11 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
 
     It departs from the paper where minutes on two CPU cores ask for it: it predicts data, because a patch of 48 numbers is
     much of a width of 128, its patches overlap, or their edges would be seen, and Muon learns faster than AdamW in small
-    batches. docs/quickstart.md holds what it shows, over several seeds.
+    batches. It is aligned as in iREPA (arXiv 2512.10794). docs/quickstart.md holds what it shows, over several seeds.
     """
-    alignment = AlignmentConfig(target="tiny", depth=2, projector="mlp:width=256", measure_only=measure_only)
+    alignment = AlignmentConfig(
+        target="tiny", depth=2, projector="conv", token_norm="zscore", weight=1.0, measure_only=measure_only
+    )
     return TrainConfig(
         model=ModelConfig(name="SiT-S/4", hidden_dim=128, depth=6, num_heads=2, patch_overlap=2),
         diffusion=DiffusionConfig(prediction="data"),
