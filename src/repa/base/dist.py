@@ -106,7 +106,8 @@ def teardown() -> None:
     global _mailbox
     if td.is_available() and td.is_initialized():
         gc.collect()
-        barrier()
+        barrier()  # however late one is; then all at once, as the store ends with the main process
+        td.barrier()
         td.destroy_process_group()
         _mailbox = None
 
@@ -130,8 +131,9 @@ def is_main() -> bool:
 def _messages() -> Mailbox:
     """Of the group that this process is in, made with it or by a caller."""
     global _mailbox
-    if _mailbox is None:
-        _mailbox = Mailbox(td.distributed_c10d._get_default_store(), rank(), world())
+    store = td.distributed_c10d._get_default_store()
+    if _mailbox is None or _mailbox.origin is not store:
+        _mailbox = Mailbox(store, rank(), world())
     return _mailbox
 
 

@@ -25,20 +25,24 @@ class Mailbox:
     """
 
     def __init__(self, store: td.Store, rank: int, world: int, patience: timedelta = PATIENCE):
-        self.store, self.rank, self.world, self.patience = td.PrefixStore("mailbox", store), rank, world, patience
+        self.origin, self.store = store, td.PrefixStore("mailbox", store)
+        self.rank, self.world, self.patience = rank, world, patience
         self.round = 0
 
     def from_main(self, value: object) -> object:
-        """The main process's (picklable) value, in every process."""
+        """The main process's (picklable) value, in every process. It stays until all have it: the store may end with it."""
         key = self._next()
+        read, done = f"{key}/read", f"{key}/done"
         if self.rank == 0:
             self.store.set(key, pickle.dumps(value))
+            self.store.wait([done], self.patience)
+            for name in (key, read, done):
+                self.store.delete_key(name)
             return value
         self.store.wait([key], self.patience)
         found = pickle.loads(self.store.get(key))  # of a process of this run
-        if self.store.add(f"{key}/read", 1) == self.world - 1:  # the last one clears up
-            self.store.delete_key(key)
-            self.store.delete_key(f"{key}/read")
+        if self.store.add(read, 1) == self.world - 1:
+            self.store.set(done, "")
         return found
 
     def gather(self, value: object) -> list[object]:
