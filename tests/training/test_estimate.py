@@ -53,7 +53,7 @@ def estimated(config: TrainConfig, **changes):
 
 @pytest.fixture(scope="module")
 def base():
-    return estimated(aligned("SiT-B/2", "dinov2-b", precision="fp32"))
+    return estimated(aligned("SiT-B/2", "dinov2-b", precision="fp32", parallel="ddp"))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,14 @@ def test_memory_by_what_it_holds(base):
     assert memory["averages"] == 4 * base.network.parameters
     assert memory["activations"] == 256 / 8 * base.activations
     assert base.memory(cached=True)["teachers"] == 0 < memory["teachers"]
+
+
+def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
+    large = estimated(aligned("SiT-XL/2"))
+    assert large.parallel == "fsdp"
+    assert large.memory(cached=True)["AdamW"] == 8 * (large.network.parameters + large.projectors.parameters) / 8
+    assert base.parallel == "ddp"  # as asked
+    assert estimated(aligned("SiT-XL/2"), num_devices=1).parallel == "ddp"
 
 
 def test_memory_of_several_processes(monkeypatch):

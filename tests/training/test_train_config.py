@@ -41,7 +41,7 @@ def test_a_configuration_of_before_these_settings_means_what_it_meant():
     config = TrainConfig.parse(old)
     assert (config.optimizer.name, config.optimizer.schedule, config.optimizer.warmup_steps) == ("adamw", "constant", 0)
     assert (config.preview.scored_every, config.preview.metrics) == (200, ("fd",))
-    assert (config.accumulate, config.parallel, config.compile, config.ema_decays) == (1, "ddp", False, ())
+    assert (config.accumulate, config.parallel, config.compile, config.ema_decays) == (1, "auto", False, ())
 
 
 def test_how_to_compute_and_how_often_may_change_and_nothing_else(tiny_config, run_training, tmp_path):
