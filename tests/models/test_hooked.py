@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from repa.base.errors import UserError
-from repa.models import Condition, Hooked, Tap
+from repa.base.trust import command, contents_of
+from repa.models import Condition, Hooked, ModelConfig, Tap, build
 
 
 class Tokens(nn.Module):
@@ -94,3 +95,36 @@ def test_what_it_refuses():
         hooked().checkpoint_activations = True
     with pytest.raises(UserError, match="compile"):
         hooked().compile()
+
+
+def small(config):
+    """Named by its dotted name below."""
+    return Net()
+
+
+def by_name(blocks="conv", name=None, **more):
+    settings = ",".join(f"{key}={value}" for key, value in more.items())
+    spec = f"hooked:net={name or f'{__name__}.small'},blocks={blocks}{',' if settings else ''}{settings}"
+    return ModelConfig(name="SiT-S/1", backbone=spec, patch_size=1, latent_size=3, latent_channels=4, num_classes=3)
+
+
+def test_the_backbone_hooked_finds_its_blocks_by_name():
+    model = build(by_name())
+    state, t, condition = {"x": torch.randn(2, 4, 3, 3)}, torch.rand(2), Condition(torch.tensor([0, 3]))
+    output = model(state, t, condition, (Tap(1),))
+    assert (model.hidden_dim, model.grid, model.null_label) == (4, (3, 3), 3)
+    assert output.taps[Tap(1)].shape == (2, 9, 4)
+    torch.testing.assert_close(output.prediction["x"], model.net(state["x"], t, condition.labels))
+    with pytest.raises(UserError, match="conv"):
+        build(by_name("convs"))
+
+
+def test_a_file_that_names_a_network_of_its_own_is_not_run():
+    with contents_of("config.yaml"), pytest.raises(ValueError, match="--trust"):
+        by_name(name="mylab.nets.unet")
+    with command([]), pytest.raises(ValueError, match="--trust"):
+        by_name(name="mylab.nets.unet")
+    with command(["--model.backbone", "hooked:net=mylab.nets.unet,blocks=x"]):
+        assert by_name(name="mylab.nets.unet").backbone.startswith("hooked")
+    with pytest.raises(ValueError, match="dotted"):
+        by_name(name="os")

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import AfterValidator
 
 from repa.base.errors import UserError, nearest
-from repa.base.trust import DOTTED, current_folder, require_origin, require_trusted
+from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -133,6 +133,11 @@ class Registry:
         )
 
     def _check_settings(self, spec: str, settings: dict, allowed: set[str], required: set[str]) -> None:
+        if SETTING in allowed & settings.keys():  # code of the user's own within a spec of ours
+            inner = str(settings[SETTING])
+            if not DOTTED.fullmatch(inner):
+                raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
+            require_trusted(self.kind, inner)
         if missing := sorted(required - settings.keys()):
             name, _ = parse_spec(spec)
             raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 from repa.base.errors import UserError
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+SETTING = "net"  # of a spec, whose value is a dotted name too: "hooked:net=mylab.nets.unet"
 
 _trusted: set[str] = set()  # modules, and whole names that were typed
 _commands = 0  # that are running: 1 in `repa VERB`, 0 in a program that imports repa
@@ -36,11 +37,12 @@ def trust(*modules: str) -> None:
 
 
 def trust_names_in(values: Any) -> None:
-    """Trust what texts that the user typed or named as a recipe name, "mylab.f:settings" or "mylab.f=path", at any depth."""
+    """Trust what texts that the user typed or named as a recipe name, at any depth: "mylab.f:settings", "mylab.f=path",
+    "hooked:net=mylab.f"."""
     if isinstance(values, str):
-        name = re.split("[:=]", values, maxsplit=1)[0]
-        if DOTTED.fullmatch(name):
-            _trusted.add(name)
+        name, *settings = re.split("[:=]", values, maxsplit=1)
+        inner = [item.partition("=")[2] for item in "".join(settings).split(",") if item.startswith(f"{SETTING}=")]
+        _trusted.update(filter(DOTTED.fullmatch, (name, *inner)))
     elif isinstance(values, dict):
         trust_names_in(list(values.values()))
     elif isinstance(values, Iterable):

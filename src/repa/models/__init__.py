@@ -3,12 +3,13 @@
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
-# f(config: ModelConfig, **settings) -> Backbone; a network with hooks (Hooked) is a function of this kind too, by its dotted name
+# f(config: ModelConfig, **settings) -> Backbone
 BACKBONES = Registry(
     "backbone",
     {
         "dit": "repa.models.dit:dit",
         "ddt": "repa.models.ddt:ddt",
+        "hooked": "repa.models.hooked:hooked",
         "jit": "repa.models.jit:jit",
         "mmdit": "repa.models.mmdit:mmdit",
     },

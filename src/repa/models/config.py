@@ -148,7 +148,8 @@ class ModelConfig(Config):
     name: str = "SiT-B/2"
     """Family, size, patch: {SiT,DiT}-{S,B,L,XL}/{1,2,4,8}, or with the backbone jit JiT-{B,L,H}/{16,32}. DiT learns a variance."""
     backbone: Annotated[str, Spec(BACKBONES)] = "dit"
-    """Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), or a dotted name: a function (ModelConfig) -> Backbone."""
+    """Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), hooked:net=mylab.nets.unet,blocks=down_blocks.*
+    (any module), or a dotted name: a function (ModelConfig) -> Backbone."""
     patch_size: int = Field(default=0, ge=0, le=1_024)
     """Side of a patch; 0 = by name."""
     latent_size: int = Field(default=0, ge=0, le=65_536)

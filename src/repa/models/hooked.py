@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
+from repa.base.registry import Registry
+from repa.models.config import ModelConfig
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
+from repa.models.taps import find_blocks, width_of
 
+NETS = Registry("network", {})  # of the user's own, by dotted name
 NO_COMPILE = "A hooked network cannot be compiled, since hooks break its graph: turn compile off."
 
 
@@ -122,6 +126,45 @@ class Hooked(Backbone):
     def matrices(self) -> Iterable[nn.Parameter]:
         """The matrices of the blocks: what else is one, a modulation or a gate, cannot be told from outside."""
         return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]
+
+
+def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
+    """The backbone `hooked`: a network of one's own, whose blocks are found by name.
+
+    Args:
+        config: of the model; patch_size is the side of a token in the latent.
+        net: dotted name of a function (config) -> nn.Module, called net(x (N, C, H, W), t (N,), labels (N,)) -> prediction
+            (N, C, H, W), a tuple of it, or an object with it as `sample`. The last label means "none".
+        blocks: names of its blocks in order, as `repa.attach` finds them: "blocks.*".
+        hidden_dim: channels of what the blocks give; 0 asks the network.
+
+    Raises:
+        UserError: no such blocks, or a width that cannot be told.
+    """
+    config.require_plain()
+    made = NETS.load(net)(config)
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{net} must give a torch.nn.Module, but gave {type(made).__name__}.")
+    found = find_blocks(made, blocks)
+    width = hidden_dim or width_of(made, found[0])
+    if not width:
+        raise UserError(f"The width of what {found[0].name} gives cannot be told: add hidden_dim=... to {net!r}.")
+    side = config.latent_size // config.dims().patch_size
+    return Hooked(
+        made,
+        [block.module for block in found],
+        _predict,
+        hidden_dim=width,
+        grid=(side, side),
+        null_label=config.num_classes,
+        state_shape=(config.latent_channels, config.latent_size, config.latent_size),
+    )
+
+
+def _predict(net: nn.Module, state: State, t: Tensor, condition: Condition) -> Tensor:
+    output = net(state["x"], t, condition.labels)
+    output = getattr(output, "sample", output)
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Record:
