@@ -73,9 +73,9 @@ def quickstart_text() -> TrainConfig:
         alignments=(AlignmentConfig(target="tiny", depth=2, projector="mlp:width=256"),),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
         batch_size=32,
-        num_steps=1500,
+        num_steps=1000,
         ema_decay=0.98,
         log_every=10,
         save_every=500,
-        preview=PreviewConfig(every=500, num_images=16, num_steps=8),
+        preview=PreviewConfig(every=250, num_images=16, num_steps=8),
     )
