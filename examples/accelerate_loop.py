@@ -1,7 +1,7 @@
 """Alignment under `accelerate`: one process or several, features computed once, exact resume.
 
     python examples/accelerate_loop.py OUT
-    accelerate launch --num_processes 2 --cpu examples/accelerate_loop.py OUT
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py OUT
 
 The second run of the same command continues where the first one stopped.
 """
