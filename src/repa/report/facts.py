@@ -55,6 +55,12 @@ def _describe(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
+    if (
+        isinstance(value, Mapping) and "name" in value
+    ):  # an identity: the name, and what tells it from others of that name
+        checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
+        seed = f", seed {value['seed']}" if "seed" in value else ""
+        return f"{value['name']}{seed}" + (f", checksum {' '.join(checksums)}" if checksums else "")
     if isinstance(value, Mapping):
         return ", ".join(f"{key} ({_words(item)})" if item or item == 0 else str(key) for key, item in value.items())
     if isinstance(value, (list, tuple)):
