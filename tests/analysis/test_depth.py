@@ -7,9 +7,11 @@ import torch
 
 from repa.analysis import depth_effects
 from repa.analysis.config import DepthConfig
+from repa.analysis.depth import left_out
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.data import open_data
+from repa.models import Condition
 from repa.runs import load_run
 
 CONFIG = DepthConfig(num_images=6, times=(0.3, 0.8), batch_size=4)
@@ -53,3 +55,16 @@ def test_the_command(random_run, data_folder, tmp_path, capsys):
     )
     assert "share" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.csv", "depth.json", "depth.png"]
+
+
+def test_a_block_of_two_streams_leaves_both_as_they_came(text_run):
+    model = load_run(text_run).model
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[:2]))
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[:2]))
+    state = {"x": torch.randn(2, *model.state_shapes["x"])}
+    condition = model.completed(Condition(torch.zeros(2, dtype=torch.int64)))
+    with left_out(model, 1):
+        model(state, torch.full((2,), 0.5), condition)
+    (before, after) = seen
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -51,7 +51,7 @@ def depth_effects(
 
 
 class left_out:
-    """While the block runs, hand on its input in place of its output."""
+    """While the block runs, hand on its input in place of its output: every stream of it, as text and image of an MMDiT."""
 
     def __init__(self, model: Backbone, depth: int):
         self.block = model.blocks[depth - 1]
@@ -64,7 +64,15 @@ class left_out:
 
 
 def _as_it_came(block: nn.Module, inputs: tuple, output: Any) -> Any:
-    return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+    if not isinstance(output, tuple):
+        return inputs[0]
+    streams = [_is_stream(given, made) for given, made in zip(inputs, output, strict=False)]
+    return tuple(inputs[i] if i < len(streams) and streams[i] else made for i, made in enumerate(output))
+
+
+def _is_stream(given: Any, made: Any) -> bool:
+    """Do a block's argument and its result at the same place hold the same tokens? Other results, as attention logits, do not."""
+    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape == made.shape
 
 
 def _prediction(run: LoadedRun, x_t: Tensor, times: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _found(name: str, hub: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"The text encoder {name} ({hub}) is not on this machine and the hub cannot be reached: run once with a network, or "
-            f"give a copy of that repository as --text-weights FOLDER, or put it in {shelf}."
+            f"give the folder of a copy of that repository as its weights, or put it in {shelf}."
         ) from error
 
 
