@@ -6,6 +6,10 @@
 
 Every run is a recipe of `repa list recipes` that begins with cifar10, so all share network, data, optimizer and budget. Stopped,
 it continues by the same command; finished, it only prints the table again. The first recipe is the baseline.
+
+Equal seconds: on a machine that does other work too, the clock of a run says little. So the cost of a step is measured after
+the runs, in processor time, in rounds in which every method has its turn, and a method that costs r steps of the first is
+compared after 1 / r of its steps, on the straight line between evaluations.
 """
 
 import argparse
@@ -14,15 +18,24 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from repa.data import Loader, open_data
 from repa.report import read_run
+from repa.runs import layout
+from repa.training.config import TrainConfig
+from repa.training.features import EncoderFeatures
+from repa.training.measure import Step, endless
+from repa.training.resolve import resolve, with_streams
 
 METHODS = (
-    "cifar10", "cifar10-repa", "cifar10-irepa", "cifar10-reg", "cifar10-layersync", "cifar10-sra", "cifar10-vae-repa",
-    "cifar10-dispersive", "cifar10-internal-guidance",
+    "cifar10", "cifar10-repa", "cifar10-irepa", "cifar10-reg", "cifar10-layersync", "cifar10-sra", "cifar10-dispersive",
+    "cifar10-internal-guidance",
 )  # fmt: skip
 
 
@@ -32,35 +45,68 @@ def repa(*arguments: str, threads: int) -> None:
 
 
 def distances(run: Path) -> list[dict[str, Any]]:
-    """Its evaluations in the order of steps: step, seconds spent in training, frechet_distance."""
+    """Its evaluations in the order of steps: step, frechet_distance."""
     record = read_run(run)
     (protocol,) = record.protocols
     return record.distances(protocol)
 
 
-def after(rows: list[dict[str, Any]], seconds: float) -> float:
-    """The distance after so many seconds of training, on the straight line between evaluations; the last where it was done before."""
+def step_of(run: Path, data: Path) -> Step:
+    """The training step of a finished run, always on the same batch and its stored tokens."""
+    device, opened = torch.device("cpu"), open_data(data)
+    config = resolve(TrainConfig.load(run / layout.CONFIG), opened, device)
+    encoders = EncoderFeatures(config, opened, device)
+    config, needs = with_streams(config, encoders.dims), encoders.wanted
+    loader = Loader(
+        opened, batch_size=config.batch_size, seed=0, features=encoders.stored(needs), images=encoders.reads_images(needs),
+        pooled=encoders.pooled, device=device,
+    )  # fmt: skip
+    batch = loader.batch(0)
+    return Step(config, encoders.dims, endless(batch, encoders(batch, needs)), device)
+
+
+def costs(steps: dict[str, Step], rounds: int = 9, each: int = 3) -> dict[str, float]:
+    """Method -> processor time of a step, where the first's is 1: the median over rounds in which all have their turn."""
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    for number, (method, step) in itertools.product(range(rounds + 1), steps.items()):
+        begin = time.process_time()
+        for _ in range(each):
+            step()
+        if number:  # the first round warms up
+            seconds[method].append(time.process_time() - begin)
+    first = seconds[next(iter(steps))]
+    return {m: statistics.median(own / other for own, other in zip(s, first, strict=True)) for m, s in seconds.items()}
+
+
+def after(rows: list[dict[str, Any]], step: float) -> float | None:
+    """The distance after so many steps, on the straight line between evaluations; None before the first."""
     for row, following in itertools.pairwise(rows):
-        if row["seconds"] <= seconds <= following["seconds"]:
-            part = (seconds - row["seconds"]) / (following["seconds"] - row["seconds"])
+        if row["step"] <= step <= following["step"]:
+            part = (step - row["step"]) / (following["step"] - row["step"])
             return row["frechet_distance"] + part * (following["frechet_distance"] - row["frechet_distance"])
-    return rows[0 if seconds < rows[0]["seconds"] else -1]["frechet_distance"]
+    return rows[-1]["frechet_distance"] if step >= rows[-1]["step"] else None
 
 
 def table(out: Path, methods: list[str], seeds: list[int]) -> str:
     """A Markdown table: a row per method, its seeds and their mean, and how it stands against the first."""
     found = {method: [distances(out / "runs" / f"{method}-{seed}") for seed in seeds] for method in methods}
-    budgets = [rows[-1]["seconds"] for rows in found[methods[0]]]
-    heads = [*(f"seed {seed}" for seed in seeds), "mean", "minus the first", "seconds a run", "at the first's seconds"]
+    cost = costs({method: step_of(out / "runs" / f"{method}-{seeds[0]}", out / "data") for method in methods})
+    heads = [*(f"seed {seed}" for seed in seeds), "mean", "against the first", "cost of a step", "at equal time"]
     lines = ["| recipe | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-    first = [rows[-1]["frechet_distance"] for rows in found[methods[0]]]
+    first = statistics.mean(rows[-1]["frechet_distance"] for rows in found[methods[0]])
     for method, runs in found.items():
         final = [rows[-1]["frechet_distance"] for rows in runs]
-        gained = statistics.mean(own - other for own, other in zip(final, first, strict=True))
-        took = statistics.mean(rows[-1]["seconds"] for rows in runs)
-        equal = statistics.mean(after(rows, budget) for rows, budget in zip(runs, budgets, strict=True))
-        cells = [*(f"{value:.2f}" for value in (*final, statistics.mean(final))), f"{gained:+.2f}"]
-        lines.append(f"| `{method}` | " + " | ".join([*cells, f"{took:.0f}", f"{equal:.2f}"]) + " |")
+        mean = statistics.mean(final)
+        equal = [after(rows, rows[-1]["step"] / cost[method]) for rows in runs]
+        known = [value for value in equal if value is not None]
+        at_equal = f"{statistics.mean(known):.2f}" if len(known) == len(equal) else "-"
+        cells = [
+            *(f"{value:.2f}" for value in (*final, mean)),
+            f"{mean / first - 1:+.0%}",
+            f"{cost[method]:.2f}",
+            at_equal,
+        ]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
