@@ -1,11 +1,15 @@
 """Features by key: whole, bounded, shared by processes, of one encoder."""
 
+import hashlib
+import json
 import multiprocessing
+import os
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
@@ -133,3 +137,73 @@ def test_prepared_features_by_number(tmp_path, form):
         cache[[6]]
     with pytest.raises(UserError, match="stores features of tiny"):
         FeatureCache.open(tmp_path / "data", "dinov2-b")
+
+
+def _checksum(row):
+    return hashlib.blake2b(row.contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+
+
+def _strangers_file(folder, entries, **header):
+    """A file that a stranger added to a cache of (4, 3) features, with the right checksums."""
+    facts = {"keys": json.dumps(["a"]), "checksums": json.dumps([_checksum(row) for row in entries]), **header}
+    save_file({"features": entries}, folder / f"{'a' * 32}.safetensors", metadata=facts)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"keys": "[" * 100_000},
+        {"keys": "[1]"},
+        {"keys": "7"},
+        {"keys": "{}"},
+        {"checksums": "null"},
+        {"keys": "9" * 5000},
+    ],
+)
+def test_a_header_that_lies_is_passed_over(tmp_path, header):
+    FeatureCache.open(tmp_path / "cache").add(["b"], rows(2))
+    _strangers_file(tmp_path / "cache", rows(1), **header)
+    with pytest.warns(UserWarning, match="passed over"):
+        cache = FeatureCache.open(tmp_path / "cache")
+    assert len(cache) == 1
+    assert torch.equal(cache["b"], rows(2)[0])
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "broken link", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    FeatureCache.open(tmp_path / "cache").add(["b"], rows(2))
+    path = tmp_path / "cache" / f"{'a' * 32}.safetensors"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert len(FeatureCache.open(tmp_path / "cache")) == 1
+
+
+def test_entries_of_other_types_or_not_finite_are_made_again(tmp_path):
+    for number, entries in enumerate(
+        (rows(1).double(), rows(1).bool(), rows(1).to(torch.complex64), rows(1) * torch.nan)
+    ):
+        folder = tmp_path / str(number)
+        FeatureCache.open(folder).add(["b"], rows(2))
+        _strangers_file(folder, entries)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache = FeatureCache.open(folder)
+        assert torch.equal(cache.fill(["a"], lambda missing: rows(5)), rows(5))
+
+
+def test_a_careless_caller_of_the_cache(tmp_path):
+    cache = FeatureCache.open(tmp_path / "cache", {"layers": (1, 2)})
+    for keys, features in ((["a"], torch.tensor(1.0)), ([], torch.ones(0, 4, 3)), (["a"], rows(1, 2))):
+        with pytest.raises(UserError, match="keys do not fit"):
+            cache.add(keys, features)
+    cache.add(["a"], rows(1))
+    assert len(FeatureCache.open(tmp_path / "cache", {"layers": (1, 2)})) == 1  # JSON has no tuples
+    assert cache.fill([], lambda missing: rows()).shape == (0, 4, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose an empty folder"):
+        FeatureCache.open(tmp_path / "file")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from repa.base import files, lock
+from repa.base import faults, files, lock
 from repa.base.errors import UserError
 from repa.data.dataset import DataSet, open_data
 from repa.data.manifest import MANIFEST
@@ -28,6 +28,7 @@ from repa.data.packing import unpack
 from repa.encoders.contract import VisionEncoder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+STORED = ("F16", "BF16", "F32")  # as safetensors calls them
 FACTS = "cache.json"
 GIB = 1 << 30
 
@@ -75,8 +76,10 @@ class FeatureCache:
         if dtype not in DTYPES:
             raise UserError(f"Features are stored as {', '.join(DTYPES)}, but dtype is {dtype!r}.")
         identity = encoder.identity if isinstance(encoder, VisionEncoder) else encoder
+        identity = json.loads(json.dumps(identity))  # as it comes back: a tuple is a list then
         cache = FeatureCache(folder, identity, dtype, limit)
-        if folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file():
+        foreign = not folder.is_dir() or any(folder.iterdir())
+        if folder.exists() and foreign and not (folder / FACTS).is_file():
             raise UserError(f"{folder} is neither prepared data nor a cache of features: choose an empty folder.")
         cache._refresh()
         return cache
@@ -129,7 +132,7 @@ class FeatureCache:
             self.add([keys[position] for position in missing], new)
             for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
                 found[position] = entry
-        return torch.stack(found)
+        return torch.stack(found) if found else torch.empty(0, *(self.shape or ()))
 
     def add(self, keys: Sequence[Hashable], features: Tensor) -> bool:
         """Store (N, M, F) under N keys, whole or not at all; False when there is no room.
@@ -139,8 +142,10 @@ class FeatureCache:
         """
         names = [str(key) for key in keys]
         stored = features.detach().to("cpu", DTYPES[self.dtype]).contiguous()
-        if len(names) != len(stored):
-            raise UserError(f"{len(names)} keys do not fit {len(stored)} features.")
+        if stored.ndim < 2 or len(names) != len(stored) or not stored.numel():
+            raise UserError(
+                f"{len(names)} keys do not fit features of shape {tuple(stored.shape)}: give (N, M, F) of N keys."
+            )
         if not stored.isfinite().all():
             raise UserError(
                 f"Features are not finite as {self.dtype}: check the encoder, or open the cache with dtype='fp32'."
@@ -177,7 +182,8 @@ class FeatureCache:
                 raise UserError(
                     f"{self.folder} holds features of {facts.get('encoder')}, not of {self.identity}: take another folder."
                 )
-            if facts["dtype"] not in DTYPES or not all(type(side) is int and side > 0 for side in facts["shape"]):
+            sides = facts["shape"]
+            if facts["dtype"] not in DTYPES or not sides or not all(type(side) is int and side > 0 for side in sides):
                 raise UserError(f"{path} is damaged: remove {self.folder} and fill it again.")
             self.identity, self.dtype, self.shape = facts.get("encoder"), facts["dtype"], tuple(facts["shape"])
         if self.shape is not None:
@@ -187,15 +193,18 @@ class FeatureCache:
 
     def _take(self, path: Path) -> None:
         """Enter the keys of a file; a file that is none of ours, or is damaged, is passed over, and its entries are made anew."""
-        self._sizes[path.name] = path.stat().st_size
+        self._sizes[path.name] = 0
         try:
+            faults.require_plain(path)  # a pipe would be waited for
+            self._sizes[path.name] = path.stat().st_size
             with safe_open(path, "pt") as file:
-                header, shape = file.metadata() or {}, file.get_slice("features").get_shape()
+                header, entries = file.metadata() or {}, file.get_slice("features")
+                shape, dtype = entries.get_shape(), entries.get_dtype()
                 names, checksums = json.loads(header["keys"]), json.loads(header["checksums"])
-            whole = len(names) == len(checksums) == shape[0] and tuple(shape[1:]) == self.shape
+            whole = len(names) == len(checksums) == shape[0] and tuple(shape[1:]) == self.shape and dtype in STORED
             if not (whole and all(isinstance(text, str) for text in (*names, *checksums))):
                 raise ValueError("its header does not fit")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             warnings.warn(f"{path} is damaged and is passed over ({error}): its entries are made again.", stacklevel=4)
             return
         for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
@@ -210,7 +219,7 @@ class FeatureCache:
                     entry = file.get_slice("features")[row]
             except (SafetensorError, OSError):
                 entry = None
-            if entry is not None and _checksum(entry) == checksum:
+            if entry is not None and _checksum(entry) == checksum and entry.isfinite().all():
                 return entry.float()
             places.remove(place)
         self._places.pop(name, None)
