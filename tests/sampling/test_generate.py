@@ -412,3 +412,20 @@ def test_half_precision_decodes_to_near_grey_levels():
     autoencoder, latents = Convolution(), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     exact, rounded = (autoencoder.decode(latents, dtype).int() for dtype in (torch.float32, torch.bfloat16))
     assert 0 < (exact - rounded).abs().max() <= 2
+
+
+def test_samples_that_are_begun_are_finished_in_their_precision(random_run, tmp_path, monkeypatch):
+    """A CPU is timed for precision auto: another time it may choose otherwise."""
+    run, config, out = load_run(random_run), SampleConfig(steps=2, sampler="heun", batch_size=2), tmp_path / "s.npz"
+    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
+    whole = write_samples(run, config, 4, tmp_path / "whole.npz").read_bytes()
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, config, 4, out, stop)
+    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "fp32")
+    assert write_samples(run, config, 4, out).read_bytes() == whole
+    assert write_samples(run, config, 4, out).read_bytes() == whole
+    assert json.loads(out.with_suffix(".json").read_text())["precision"] == "bf16"

@@ -356,3 +356,21 @@ def test_what_a_thread_writes_is_the_state_when_it_was_taken(
     for path in layout.checkpoint_folder(finished, 5).glob("*.safetensors"):
         mine = load_file(layout.checkpoint_folder(tmp_path / "r", 5) / path.name)
         assert all(torch.equal(value, mine[name]) for name, value in load_file(path).items()), path.name
+
+
+def test_going_on_computes_as_the_run_began_whatever_is_found_now(
+    tiny_config, run_training, random_run, tmp_path, monkeypatch
+):
+    """A CPU is timed for precision auto, and a target run may have trained on: neither may stop or change a run that goes on."""
+    teacher = shutil.copytree(random_run, tmp_path / "teacher")
+    term = {"target": f"run:path={teacher},depth=2,scale=1", "depth": 1, "loss": "mse", "projector": "linear"}
+    config = tiny_config.override(precision="auto", num_steps=2, alignments=[term])
+    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
+    run_training(config, tmp_path / "whole")
+    run_training(config.override(num_steps=1), tmp_path / "run")
+    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "fp32")
+    newest = layout.checkpoint_folder(teacher, layout.checkpoint_steps(teacher)[-1])
+    shutil.copytree(newest, layout.checkpoint_folder(teacher, 99))
+    run_training(config, tmp_path / "run")
+    files = [layout.checkpoint_folder(tmp_path / name, 2) / "model.safetensors" for name in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()

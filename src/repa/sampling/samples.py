@@ -173,7 +173,9 @@ def _write_samples(
     run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Callable[[int, int], None],
     count: Callable[[int, int], None], callback: Callback | None,
 ) -> Path:  # fmt: skip
-    parts, job = out.with_suffix(".parts"), _job(run, config, num)
+    parts, device = out.with_suffix(".parts"), next(run.model.parameters()).device
+    config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
+    job = _job(run, config, num)
     if out.exists():
         _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
         dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
@@ -181,7 +183,7 @@ def _write_samples(
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
-    with OneBehind(next(run.model.parameters()).device) as behind:
+    with OneBehind(device) as behind:
         for done, start in enumerate(mine):
             if _found(parts, start) is None:
                 drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
@@ -224,8 +226,16 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
         "num_classes": len(set(drawn_classes(config.labels, run))),
         **config.model_dump(mode="json"),
         **prompts_record(run),
-        "precision": resolved(config.precision, next(run.model.parameters()).device),
     }
+
+
+def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.device) -> str:
+    """That of the samples that are there, where the choice is the machine's: another time it may choose otherwise."""
+    record = out.with_suffix(".json") if out.exists() else parts / "job.json"
+    if config.precision != "auto" or not record.is_file():
+        return resolved(config.precision, device)
+    before = files.read_object(record).get("precision")
+    return before if before in ("fp32", *DTYPES) else resolved("auto", device)
 
 
 def _require_same(job: dict[str, Any], record: Path, what: str) -> None:

@@ -27,7 +27,7 @@ from repa.training.features import EncoderFeatures
 from repa.training.meters import Waiting
 from repa.training.microbatches import backward, check_parts
 from repa.training.parallel import running
-from repa.training.resolve import claim_folder, resolve, strategy, with_streams
+from repa.training.resolve import as_begun, claim_folder, resolve, strategy, with_streams
 from repa.training.rows import Rows
 from repa.training.starting import begins
 from repa.training.state import TrainState, build_state
@@ -77,8 +77,9 @@ def _train(
     make_hooks: Callable[[TrainConfig, Autoencoder], Sequence[Hook]], progress: Callable[[TrainState], None],
     say: Callable[[str], None],
 ) -> Finished:  # fmt: skip
+    asked, begun = config.num_steps, dist.on_main(lambda: as_begun(config, run, device))
     with dist.together():
-        asked, config = config.num_steps, resolve(config, data, device)
+        config = resolve(begun, data, device)
         check_parts(config.batch_size, dist.world(), config.accumulate)
         new = begins(run)
         encoders = EncoderFeatures(config, data, device)

@@ -45,6 +45,21 @@ def strategy(config: TrainConfig, device: torch.device) -> str:
     return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
 
 
+def as_begun(config: TrainConfig, run: Path, device: torch.device) -> TrainConfig:
+    """What is left to the moment, as it was when the run began: precision "auto", and the newest step of a target run.
+
+    The same command may find otherwise now, and going on must compute the same. Looked up by the main process for all, because
+    a CPU is timed for it.
+    """
+    before = TrainConfig.load(path) if (path := run / layout.CONFIG).is_file() else None
+    if before is None:
+        return config.override(precision=resolved(config.precision, device))
+    pinned = {term.target.rpartition(",step=")[0]: term.target for term in before.alignments}
+    alignments = [term.override(target=pinned.get(term.target, term.target)) for term in config.alignments]
+    precision = before.precision if config.precision == "auto" else config.precision
+    return config.override(precision=precision, alignments=alignments)
+
+
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
     """Fill in what is left to the data (latent size, channels, classes, autoencoder) and to the machine (precision)."""
     if config.init == "?":
