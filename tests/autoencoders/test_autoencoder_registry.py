@@ -18,7 +18,7 @@ def test_names_and_mistakes():
     assert AUTOENCODERS.names() == [
         "dc-ae-f32", "e2e-va-vae", "flux-vae", "kl", "pixels", "rae", "rae-dinov2-b", "sd-vae-ft-ema", "sd-vae-ft-mse",
         "sd3-vae", "sdxl-vae",
-        "taef1", "taesd", "taesd3", "taesdxl", "va-vae",
+        "taef1", "taesd", "taesd3", "taesdxl", "tiny-vae", "va-vae",
     ]  # fmt: skip
     for name in AUTOENCODERS.names():
         assert AUTOENCODERS.check(name) == name

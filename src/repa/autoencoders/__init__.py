@@ -15,6 +15,7 @@ AUTOENCODERS = Registry(
         "flux-vae": "repa.autoencoders.kl:flux_vae",
         "va-vae": "repa.autoencoders.kl:va_vae",
         "e2e-va-vae": "repa.autoencoders.kl:e2e_va_vae",
+        "tiny-vae": "repa.autoencoders.kl:tiny_vae",  # inside the package
         "kl": "repa.autoencoders.kl:kl",  # any other: kl:hub=owner/name,subfolder=vae
         "dc-ae-f32": "repa.autoencoders.dc:dc_ae_f32",
         "rae-dinov2-b": "repa.autoencoders.rae:rae_dinov2_b",

@@ -12,6 +12,8 @@ from repa.autoencoders.contract import Autoencoder
 from repa.autoencoders.loading import load_diffusers
 from repa.base.errors import UserError
 
+PACKAGED = Path(__file__).parent / "weights" / "tiny-vae"  # written by tools/train_tiny_vae.py
+
 
 class KLAutoencoder(Autoencoder):
     """A diffusers AutoencoderKL."""
@@ -72,6 +74,11 @@ def va_vae(weights: str | Path | None) -> KLAutoencoder:
 def e2e_va_vae(weights: str | Path | None) -> KLAutoencoder:
     """VA-VAE as REPA-E trained it further, together with a network."""
     return _load("e2e-va-vae", weights or "REPA-E/e2e-vavae-hf", space="e2e-va-vae")
+
+
+def tiny_vae(weights: str | Path | None) -> KLAutoencoder:
+    """The one inside the package, for tests and lessons without a network: factor 4, 4 channels (docs/tiny-encoder.md)."""
+    return _load("tiny-vae", weights or PACKAGED)
 
 
 def kl(weights: str | Path | None, *, hub: str = "", subfolder: str = "") -> KLAutoencoder:
