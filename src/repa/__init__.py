@@ -21,6 +21,9 @@ _rooms = {
     "attach": "alignment",
     "DiT": "models",
     "build_model": "models",
+    "open_data": "data",
+    "open_source": "data",
+    "FeatureCache": "data",
     "load_encoder": "encoders",
     "load_autoencoder": "autoencoders",
     "load_run": "runs",
@@ -29,4 +32,25 @@ _rooms = {
     "cka": "analysis",
     "frechet_distance": "metrics",
 }
-__getattr__, __dir__, __all__ = exports(__name__, _rooms, local=("__version__",))
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    _rooms,
+    local=("__version__",),
+    rooms=(
+        "alignment",
+        "analysis",
+        "autoencoders",
+        "conditions",
+        "data",
+        "diffusion",
+        "encoders",
+        "evaluation",
+        "metrics",
+        "models",
+        "recipes",
+        "report",
+        "runs",
+        "sampling",
+        "training",
+    ),
+)

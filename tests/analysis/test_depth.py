@@ -1,6 +1,7 @@
 """The prediction without a block, against a network from which the block is taken out."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from repa.analysis.depth import left_out
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.data import open_data
-from repa.models import Condition
+from repa.models import Condition, DiT
 from repa.runs import load_run
 
 CONFIG = DepthConfig(num_images=6, times=(0.3, 0.8), batch_size=4)
@@ -32,8 +33,6 @@ def test_is_the_change_of_a_network_whose_block_does_nothing(run, data_folder):
     silent = copy.deepcopy(run.model)
     for p in silent.blocks[1].adaLN_modulation.parameters():
         torch.nn.init.zeros_(p)
-    from dataclasses import replace
-
     quiet = depth_effects(replace(run, model=silent), open_data(data_folder), CONFIG)
     assert [row["change"] for row in quiet if row["depth"] == 2] == pytest.approx([0.0, 0.0], abs=1e-7)
 
@@ -45,6 +44,13 @@ def test_batches_and_hooks_leave_no_trace(run, data_folder):
     assert not any(block._forward_hooks for block in run.model.blocks)
     with pytest.raises(UserError, match="no block 9"):
         depth_effects(run, data, CONFIG.override(depths=(9,)))
+
+
+def test_a_network_with_a_noised_vector_is_refused(run, data_folder):
+    sizes = {"latent_size": 4, "latent_channels": 4, "patch_size": 2, "hidden_dim": 8, "depth": 1, "num_heads": 1}
+    model = DiT(**sizes, num_classes=2, streams={"class": 3})
+    with pytest.raises(UserError, match="also noises class"):
+        depth_effects(replace(run, model=model), open_data(data_folder), CONFIG)
 
 
 def test_the_command(random_run, data_folder, tmp_path, capsys):

@@ -52,6 +52,7 @@ def test_classes_are_the_photographs():
     source = open_source("photographs:num=40,seed=7")
     assert len(source) == 40
     assert source.class_names == sorted(load_photographs())
+    assert repr(source).endswith("40 images of 20 classes; labels from the photographs: each is a class")
     assert {"astronaut", "cat", "coffee", "hot air balloon"} < set(source.class_names)
     assert source.labels.tolist() == [i % 20 for i in range(40)]
     np.testing.assert_array_equal(np.asarray(source.image(23, 16)), pixels(23, 16, 7))

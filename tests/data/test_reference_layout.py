@@ -47,6 +47,7 @@ def test_images_moments_and_labels_belong_together(layout):
     source = open_source(layout)
     assert (len(source), source.side, source.moments_shape) == (NUM, SIDE, (8, 4, 4))
     assert source.labels.tolist() == [0, 1, 2, 0, 1]
+    assert source.labels_from == "vae-sd/dataset.json"
     for index in range(NUM):
         np.testing.assert_array_equal(source.moments(index), moments_of(index))
         np.testing.assert_array_equal(np.asarray(source.image(index, SIDE)), np.asarray(noise_image(index, SIDE, SIDE)))

@@ -5,17 +5,20 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from repa.alignment import Alignment, AlignmentConfig
+from repa.alignment import LOSSES, Alignment, AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
-from repa.models import Condition, DiT, Tap, TwoTimes
+from repa.models import Backbone, Condition, DiT, Output, Tap, TwoTimes
 from repa.models.config import Route
 from repa.training import Objective
 from repa.training.config import StreamConfig
+from repa.training.objective import Draws
+from tests import golden
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/engine.json").read_text(encoding="utf-8"))
 CASES = {
@@ -66,6 +69,50 @@ def step_of(objective, x, condition, features, step, average=None):
     draws = objective.draw(clean, step)
     averaged = objective.averaged(average, clean, condition, draws) if average else None
     return objective(clean, condition, features, draws, objective.weights(step, x.device), averaged)
+
+
+class Fixed(Backbone):
+    """Answers with the same tensors whatever it sees."""
+
+    hidden_dim, depth, grid, prefix_tokens = 6, 1, (2, 2), 1
+    num_classes, null_label, blocks = 1, 1, ()
+    state_shapes: ClassVar = {"x": (4, 4, 4), "class": (6,)}
+
+    def __init__(self, prediction, tokens):
+        super().__init__()
+        self.prediction, self.tokens = prediction, tokens
+
+    def forward(self, state, t, condition, taps=(), keep=None, **path):
+        return Output(self.prediction, dict.fromkeys(taps, self.tokens), {})
+
+    def null(self, like):
+        return like
+
+    def matrices(self):
+        return []
+
+
+def test_the_loss_of_reg_is_that_of_the_released_code():
+    """Latents and vector share their times, all tokens with the vector's in front are aligned; weights 0.5 and 0.03."""
+    case = golden.load("reg_loss_linear")
+    given = {name: golden.tensor(formula) for name, formula in case["inputs"].items()}
+    t, wanted = torch.tensor(case["t"], dtype=torch.float64), case["expected"]
+    model = Fixed({"x": given["v_hat"], "class": given["c_hat"]}, given["z_tilde"])
+    term = AlignmentConfig(target="tiny:part=all", depth=1, projector="none", name="tiny")
+    objective = Objective(
+        model, [Alignment.of(term, model, {"tiny": 6})], DiffusionConfig(), label_dropout=0.0, seed=0,
+        streams=[StreamConfig(source="tiny", weight=0.03)],
+    )  # fmt: skip
+    clean, noise = {"x": given["x0"], "class": given["c0"]}, {"x": given["eps"], "class": given["eps_c"]}
+    features = {"tiny": Features(given["z"][:, 1:], given["z"][:, 0])}
+    draws = Draws(t, noise, torch.zeros(2, dtype=torch.bool))
+    losses = objective(clean, Condition(torch.zeros(2).long()), features, draws, objective.weights(0, t.device))
+    assert losses.terms["denoising"].tolist() == pytest.approx(wanted["denoising_per_sample"], rel=1e-9)
+    assert losses.terms["stream/class"].tolist() == pytest.approx(wanted["cls_per_sample"], rel=1e-9)
+    alone = LOSSES.build("cosine")(given["z_tilde"], given["z"])
+    assert float(alone.mean()) == pytest.approx(wanted["align"], rel=1e-9)
+    assert float(losses.terms["alignment/tiny"].mean()) == pytest.approx(wanted["align"], abs=1e-8)  # terms are float32
+    assert float(losses.total.mean()) == pytest.approx(wanted["total"], abs=1e-8)
 
 
 @pytest.mark.parametrize("case", CASES)

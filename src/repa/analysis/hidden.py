@@ -64,17 +64,22 @@ def collect_hidden(
     return {depth: torch.cat(rows) for depth, rows in pooled.items()}
 
 
+def require_latents_alone(model: Backbone) -> None:
+    """Raise UserError for a network that noises vectors beside the latents (REG)."""
+    if set(model.state_shapes) != {"x"}:
+        names = ", ".join(name for name in model.state_shapes if name != "x")
+        raise UserError(
+            f"This network also noises {names}, and an analysis gives it latents alone: choose another run."
+        )
+
+
 def hidden_states(model: Backbone, x_t: Tensor, t: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
     """The residual stream after blocks of the network, with no class given: depth -> (n, T, D), tokens of the grid alone.
 
     The true class would leak into what a probe finds. Raises UserError for a network with streams (REG), whose vectors
     are not known here.
     """
-    if set(model.state_shapes) != {"x"}:
-        names = ", ".join(name for name in model.state_shapes if name != "x")
-        raise UserError(
-            f"This network also noises {names}, and hidden states are read from latents alone: choose another run."
-        )
+    require_latents_alone(model)
     condition = model.null(Condition(torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)))
     output = model({"x": x_t}, t, condition, tuple(Tap(depth) for depth in depths))
     return {tap.depth: tokens[:, model.prefix_tokens :] for tap, tokens in output.taps.items()}

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.analysis.hidden import require_latents_alone
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams, fold
 from repa.data import DataSet
@@ -47,7 +48,8 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
 
 
 def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int, ...]:
-    """The depths asked for (all that can be tapped when none are); refuses blocks that do not exist, and data that the run cannot read."""
+    """The depths asked for, or all that can be tapped. Refuses others, a run with streams, and data that the run cannot read."""
+    require_latents_alone(run.model)
     depths = tuple(depths) or tuple(range(1, run.model.tapped_depth + 1))
     for depth in depths:
         run.model.checked(Tap(depth))

@@ -83,6 +83,7 @@ class ArraySource(Source):
         if labels == "none":
             return no_classes(num)
         if labels.endswith(".npy"):
+            self.labels_from = labels
             return self._checked(load_array(Path(labels)), labels)
         if labels:
             raise UserError(

@@ -54,9 +54,12 @@ class CifarSource(Source):
         column = 1 if kind == "fine" else 0
         numbers = np.concatenate([records[:, column] for records in self._records]).astype(np.int64)
         if labels == "none":
-            classes = no_classes(len(numbers))
+            classes, self.labels_from = no_classes(len(numbers)), "--labels none: one class"
         else:
             classes = named(numbers, _names(folder, kind), self._name, str(folder))
+            self.labels_from = (
+                f"the {kind} classes of CIFAR-100" if kind in ("fine", "coarse") else "the classes of CIFAR-10"
+            )
         self.labels, self.class_names = classes
         self.identity = {
             "name": folder.name,

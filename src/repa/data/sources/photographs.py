@@ -107,6 +107,8 @@ class PhotographSource(Source):
     With captions=true each is also shown in one of three lights, and two captions say what is seen.
     """
 
+    labels_from = "the photographs: each is a class"
+
     def __init__(self, *, num: int = 10_000, seed: int = 0, captions: bool = False):
         if type(captions) is not bool:
             raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")

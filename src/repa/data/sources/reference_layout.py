@@ -93,6 +93,7 @@ class ReferenceSource(Source):
         classes = from_listing(files.read_json(listing), self._moments, str(listing))
         self._require_agreement(classes.labels)
         self.labels, self.class_names = classes
+        self.labels_from = f"{MOMENTS}/{LISTING}"
         self.identity = {
             **self._images.identity,
             "name": root.name,

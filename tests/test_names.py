@@ -1,0 +1,20 @@
+"""`import repa` is enough to reach the rooms and the names that a user begins with."""
+
+import subprocess
+import sys
+
+import repa
+
+
+def test_rooms_and_names_are_reached_by_one_import():
+    """In a process of its own, as this one has imported them all."""
+    code = (
+        "import sys, repa; assert 'torch' not in sys.modules; "
+        "repa.alignment.LOSSES; repa.data.FeatureCache is repa.FeatureCache; repa.open_data; repa.models.BACKBONES; repa.attach"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_leads_somewhere():
+    for name in dir(repa):
+        assert getattr(repa, name) is not None
