@@ -53,7 +53,7 @@ def test_damaged_folders(exported, tmp_path):
             load_exported(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"{}")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load_exported(folder)
 
 

@@ -22,6 +22,7 @@ from repa.models.published import constructor_arguments, not_plain
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
 FACTS = "repa.json"  # what repa knows of a network and diffusers has no place for: objective, autoencoder, step
+MOST_TOKENS = 256**2  # of a network that is read; images of 4,096 pixels have so many
 MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
 
 # every block of diffusers embeds time and label again, with the same weights
@@ -112,6 +113,11 @@ def from_diffusers(
             f"This DiT has norm_eps {config.get('norm_eps', 1e-5)}, and those of DiT, SiT and repa have {NORM_EPS}."
         )
     heads, side = config["num_attention_heads"], config["sample_size"] // config["patch_size"]
+    if not 1 <= side**2 <= MOST_TOKENS:
+        raise UserError(
+            f"A sample_size of {config['sample_size']} in patches of {config['patch_size']} gives {side**2:,} tokens: a DiT has 1 to "
+            f"{MOST_TOKENS:,}."
+        )
     first = "transformer_blocks.0.norm1.emb."
     pairs = [(ours, theirs) for theirs, ours in _parameters({b: a for a, b in OUTSIDE.items()}, state)]
     pairs += [
@@ -134,6 +140,9 @@ def from_diffusers(
             own[FIRST_TIME_LAYER] = from_frequencies_of_diffusers(own[FIRST_TIME_LAYER])
     except KeyError as error:
         raise UserError(f"These are not the weights of a DiTTransformer2DModel: there is no {error.args[0]}.") from None
+    width, _, *kernel = own["x_embedder.proj.weight"].shape
+    if heads * config["attention_head_dim"] != width or kernel != [config["patch_size"]] * 2:
+        raise UserError("The weights of this DiT have another width or other patches than its configuration says.")
     own["pos_embed"] = sincos_positions(heads * config["attention_head_dim"], (side, side))
     return own, heads
 

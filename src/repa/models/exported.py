@@ -2,19 +2,80 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repa.base import files
+from repa.base import faults, files
+from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.models.dit import DiT
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # raised when an older reader would misunderstand the folder
+
+Side = Annotated[int, Field(ge=1, le=65_536)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Arguments(Config):
+    """Those of DiT as a file tells them, which anyone may have written."""
+
+    latent_size: Side | tuple[Side, Side]
+    """Side of the latent, or height and width."""
+    latent_channels: Side
+    """Its channels."""
+    patch_size: int = Field(ge=1, le=1_024)
+    """Side of a patch."""
+    hidden_dim: Side
+    """Width of the tokens."""
+    depth: int = Field(ge=1, le=1_000)
+    """Number of blocks."""
+    num_heads: Side
+    """Attention heads."""
+    num_classes: int = Field(ge=0, le=10_000_000)
+    """Classes without the null class."""
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
+    """Width of the MLPs by that of the tokens."""
+    learn_sigma: bool = False
+    """Whether the network predicts a variance too."""
+    norm: Literal["layer", "rms"] = "layer"
+    """What adaLN modulates."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """The MLP of a block."""
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    """Norm of queries and keys."""
+    bias: bool = True
+    """Whether queries, keys, values and MLPs have biases."""
+    rotary: bool = False
+    """Whether queries and keys are turned by their place."""
+    streams: dict[str, Side] = Field(default_factory=dict)
+    """Name and width of vectors beside the latents."""
+    heads: tuple[Side, ...] = ()
+    """Blocks that also predict x."""
+    separate_times: bool = False
+    """Whether tokens attend to those of their own time only."""
+    patch_overlap: int = Field(0, ge=0, le=1_024)
+    """Pixels of its neighbours that a patch sees on each side."""
+    route: (
+        tuple[Side, Side, Share, Annotated[int, Field(ge=0, le=1_024)], Literal["identity", "fuse"], Share] | None
+    ) = None
+    """Blocks that see a share of the tokens, as models.routing.Route."""
+
+    def require_size_of(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, before a network is built, for one with more blocks or tokens than the weights can have."""
+        height, width = (self.latent_size,) * 2 if isinstance(self.latent_size, int) else self.latent_size
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        if (
+            max(self.depth, len(self.streams), len(self.heads)) > len(state)
+            or tokens != state["pos_embed"].shape[1]
+            or self.num_classes >= len(state["y_embedder.embedding_table.weight"])
+            or self.hidden_dim != state["pos_embed"].shape[2]
+        ):
+            raise ValueError(f"{WEIGHTS} holds the weights of another network")
 
 
 def save_exported(
@@ -48,11 +109,14 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         raise UserError(
             f"{folder / CONFIG} is not of format {FORMAT} of repa: it cannot be loaded as an exported network."
         )
-    try:
+    where = folder / CONFIG
+    arguments = Arguments.parse(files.read_object(where, model=dict)["model"], where=str(where))
+    with faults.reading(folder / WEIGHTS, "a safetensors file", "Restore it from a copy."):
         state = load_file(folder / WEIGHTS)
+    config["model"] = arguments.model_dump(exclude_unset=True)
+    with faults.reading(where, "the description of a DiT"):
+        arguments.require_size_of(state)
         wanted = {key: value.shape for key, value in _on_meta(config["model"]).state_dict().items()}
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} cannot be loaded as an exported network: {str(error).splitlines()[0]}.") from error
     if {key: value.shape for key, value in state.items()} != wanted:
         raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")
     return config, state

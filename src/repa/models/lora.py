@@ -65,10 +65,15 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if layer == name:
             continue
         up, weight = state.get(f"{layer}.{UP}"), plain.get(f"{layer}.weight")
-        if up is None or weight is None or up.shape[1:] != down.shape[:1] or (len(up), down.shape[1]) != weight.shape:
+        if up is None or weight is None or not fits(down, up, weight):
             raise UserError(
                 f"The update of {layer} does not fit its weight: these are not the weights of a LoRA of repa."
             )
         update = up.double() @ down.double()
         plain[f"{layer}.weight"] = (weight.double() + update).to(torch.promote_types(weight.dtype, down.dtype))
     return plain
+
+
+def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
+    """Whether an update (r, K), (N, r) goes with a weight (N, K)."""
+    return down.ndim == up.ndim == 2 and up.shape[1] == len(down) and (len(up), down.shape[1]) == weight.shape

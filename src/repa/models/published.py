@@ -201,8 +201,8 @@ def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[St
         state = _modern_block_names(state)
         names = [key for key in state if key.startswith("projectors.")]
         projectors = {name.removeprefix("projectors."): state.pop(name) for name in names}
-    _check_keys(state, where, kind)
-    _check_values({**state, **projectors}, where)
+    check_keys(state, where, kind)
+    check_values({**state, **projectors}, where)
     return (from_sit(state) if kind == "sit" else state), projectors
 
 
@@ -308,7 +308,7 @@ def _modern_block_names(state: State) -> State:
     return {modern(key): value for key, value in state.items()}
 
 
-def _check_keys(state: State, where: str, kind: str) -> None:
+def check_keys(state: State, where: str, kind: str) -> None:
     """UserError unless there is every tensor of a DiT with these sizes, with its shape, and no other."""
     problem = ""
     try:
@@ -337,7 +337,7 @@ def _check_keys(state: State, where: str, kind: str) -> None:
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: {problem}.")
 
 
-def _check_values(state: State, where: str) -> None:
+def check_values(state: State, where: str) -> None:
     """UserError unless all are numbers that a network can compute with."""
     for key, value in state.items():
         problem = ""

@@ -16,13 +16,14 @@ from repa.base.errors import UserError
 from repa.encoders import canonical
 from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
-from repa.models.exported import read_exported
-from repa.models.published import Published, constructor_arguments, read_published
+from repa.models.exported import CONFIG, read_exported
+from repa.models.published import Published, check_keys, check_values, constructor_arguments, read_published
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, save_checkpoint
 from repa.runs.origin import write_origin
 
 PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
+MOST_STEPS = 10**12  # of a network that was trained
 MLP_RATIO = 4  # the only one that a run's configuration knows
 # names of the paths in the settings of REPA and SiT
 PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP": "trigonometric", "VP": "vp"}
@@ -88,11 +89,14 @@ def read_export(folder: Path) -> Imported:
             f"{folder} does not tell its {missing[0]}, as save_pretrained writes the network alone: load it by "
             "DiT.from_pretrained, or make the folder by `repa export`."
         )
+    files.read_object(folder / CONFIG, diffusion=dict, autoencoder=str, step=int)
+    _check_step(config["step"], folder / CONFIG)
     settings = {name: config[name] for name in ("diffusion", "autoencoder")}
     overlap = config["model"].get("patch_overlap", 0)
     model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder), overlap)
     checkpoint = Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0})
-    return Imported({**settings, "model": model}, checkpoint, config.get("kind", ""))
+    kind = config.get("kind", "")
+    return Imported({**settings, "model": model}, checkpoint, kind if isinstance(kind, str) else "")
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -112,15 +116,25 @@ def read_diffusers(folder: Path) -> Imported:
     facts: dict[str, Any] = {"diffusion": {"objective": "ddpm"}, "step": 0, "kind": "dit"}
     if (folder / diffusers_export.FACTS).is_file():
         facts = files.read_object(folder / diffusers_export.FACTS, diffusion=dict, autoencoder=str, step=int, kind=str)
-    with faults.reading(folder / diffusers_export.WEIGHTS, "a safetensors file", "Restore it from a copy."):
+        _check_step(facts["step"], folder / diffusers_export.FACTS)
+    with faults.reading(
+        folder / diffusers_export.WEIGHTS, "the weights of a DiTTransformer2DModel", "Restore it from a copy."
+    ):
         state = load_file(folder / diffusers_export.WEIGHTS)
-    own, heads = diffusers_export.from_diffusers(
-        config, state, unit_times=facts["diffusion"].get("objective") != "ddpm"
-    )
-    model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
+        own, heads = diffusers_export.from_diffusers(
+            config, state, unit_times=facts["diffusion"].get("objective") != "ddpm"
+        )
+        check_keys(own, str(folder), "diffusers")
+        check_values(own, str(folder))
+        model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
     settings = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
     checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})
     return Imported({**settings, "model": model}, checkpoint, facts["kind"])
+
+
+def _check_step(step: int, file: Path) -> None:
+    if not 0 <= step <= MOST_STEPS:
+        raise UserError(f"{file} is damaged: its 'step' is {step:.4g}.")
 
 
 def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, kind: str) -> None:

@@ -1,0 +1,100 @@
+"""Folders of weights whose descriptions lie: no traceback, no network built before it fits its weights, no update that does not fit."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from repa.base.errors import UserError
+from repa.models import DiT, load_exported
+from repa.models.lora import merged
+from tests.hostile.commands import outcome
+from tests.hostile.mutations import HOSTILE
+
+# beside what any field may hold: what a builder would begin to build, and never end
+ENDLESS = {
+    "depth": 2**31,
+    "latent_size": 2**31,
+    "heads": list(range(1, 10**5)),
+    "streams": {"a": 2**40},
+    "mlp_ratio": 1e308,
+}
+ROUTES = ([1, 10**9, 1, 0, "fuse", 0], [1, 2, 0.5, -1, "fuse", 0], [1, 2, 0.5, 0, "x", 0], [1], {"first": 1}, "ab")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    network = DiT(latent_size=4, latent_channels=3, patch_size=2, hidden_dim=16, depth=2, num_heads=2, num_classes=2)
+    network.save_pretrained(tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def loads(folder, config) -> bool:
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        load_exported(folder)
+    except UserError:
+        return False
+    return True
+
+
+def test_the_description_of_an_exported_network_is_checked_before_it_is_built(exported):
+    config = json.loads((exported / "config.json").read_text())
+    for name in config["model"]:
+        for value in HOSTILE[::3] if name not in ENDLESS else (*HOSTILE[::3], ENDLESS[name]):
+            changed = copy.deepcopy(config)
+            changed["model"][name] = value
+            loads(exported, changed)  # a sentence or a network: anything else fails the test
+    for name, value in [*ENDLESS.items(), *(("route", route) for route in ROUTES)]:
+        assert not loads(exported, {**config, "model": {**config["model"], name: value}}), name
+    for model in HOSTILE:
+        assert not loads(exported, {**config, "model": model})
+    assert loads(exported, config)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"sample_size": 2**30}, {"sample_size": 1}, {"num_layers": 2**40}, {"attention_head_dim": 2**30}, {"num_attention_heads": 3},
+        {"patch_size": 7}, {"norm_eps": [1]}, {"_class_name": {}},
+    ],
+)  # fmt: skip
+def test_a_dit_of_diffusers_whose_configuration_lies(lie, random_run, tmp_path):
+    assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
+    path = tmp_path / "e" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))
+    code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])
+    assert code == 2, said
+
+
+@pytest.mark.parametrize(
+    "lie", [{"step": -1}, {"step": "x"}, {"step": 2**70}, {"diffusion": {"objective": []}}, {"kind": 3}]
+)
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_facts_of_an_export_that_lie(form, lie, random_run, tmp_path):
+    assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", form])[0] == 0
+    path = tmp_path / "e" / ("repa.json" if form == "diffusers" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))
+    code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])
+    assert code == 2 or (code == 0 and "kind" in lie), said
+
+
+def test_weights_of_other_shapes_in_the_layout_of_diffusers(random_run, tmp_path):
+    assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
+    path = tmp_path / "e" / "diffusion_pytorch_model.safetensors"
+    whole = load_file(path)
+    for name in [*whole][:: max(1, len(whole) // 8)]:
+        save_file({**whole, name: whole[name].flatten()[:3].clone()}, path)
+        code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])
+        assert code == 2, (name, said)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"), [((2,), (4, 2)), ((), (4,)), ((), ()), ((2, 4, 1), (4, 2)), ((2, 3), (4, 2)), ((2, 4), (4, 3))]
+)
+def test_an_update_that_does_not_fit_is_refused(down, up):
+    state = {"l.weight": torch.zeros(4, 4), "l.lora_A": torch.zeros(down), "l.lora_B": torch.zeros(up)}
+    with pytest.raises(UserError, match="does not fit"):
+        merged(state)
