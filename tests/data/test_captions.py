@@ -4,6 +4,7 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
+from repa.data.captions import texts_of
 
 CONFIG = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
 
@@ -50,3 +51,8 @@ def test_damage_is_named(out, change, sentence):
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=sentence):
         open_data(out).captions([0])
+
+
+def test_halves_of_surrogate_pairs_become_what_utf8_can_say(tmp_path):
+    """JSON can hold them, and no file of ours, no tokenizer and no page could."""
+    assert texts_of(b'["a \\ud800 b", "\\ud83d\\ude00"]', 0, tmp_path / "x") == ("a \ufffd b", "\U0001f600")

@@ -52,6 +52,7 @@ def test_images_by_id_with_all_their_captions(coco, tmp_path):
         lambda v: v.pop("annotations"),
         lambda v: v["images"][0].update(file_name="../secret.png"),
         lambda v: v["images"][0].update(file_name=3),
+        lambda v: v["images"][0].update(file_name="\ud800.png"),
         lambda v: v["images"][0].pop("id"),
         lambda v: v["annotations"][0].update(caption=None),
         lambda v: v["annotations"][0].update(image_id=99),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,15 @@ def test_a_folder_for_each_prompt(text_run, random_run, tmp_path, capsys):
     words = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(tmp_path / "b.npz")]
     assert repa([*words, "--folders", str(tmp_path / "b")]) == 2
     assert "trained on labels" in capsys.readouterr().err
+
+
+def test_files_of_prompts_that_strangers_made(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a \\ud800 cat"}\n')
+    assert prompts_in(path) == ["a \ufffd cat"]
+    for line in ('{"prompt": "  "}', "[" * 100_000, '{"prompt": 3}', '{"x": ' + "9" * 5000 + "}", "null"):
+        path.write_text(line)
+        with pytest.raises(UserError, match="Line 1"):
+            prompts_in(path)
+    with pytest.raises(UserError, match="a device"):
+        prompts_in(Path("/dev/zero"))

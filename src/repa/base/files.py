@@ -177,6 +177,11 @@ def read_object(path: str | Path, **entries: type | tuple[type, ...]) -> dict[st
     return values
 
 
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON and command lines can hold and no UTF-8 file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from repa.base import files
 from repa.base.errors import UserError
 from repa.data.reader import ShardReader
 
@@ -67,4 +68,4 @@ def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
             f"Line {row + 1} of {path.name} in {path.parent} is damaged ({error}): delete the file "
             "and run the same `repa prepare` again, which makes it anew."
         ) from None
-    return tuple(texts)
+    return tuple(map(files.well_formed, texts))

@@ -44,12 +44,12 @@ def prompts_in(path: Path) -> list[str]:
     if path.is_file() and path.stat().st_size > MOST_BYTES:
         raise UserError(f"{path} has more than {files.size(MOST_BYTES)}: give fewer prompts.")
     with faults.reading(path, "a file of prompts", "Save it as UTF-8."):
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if path.suffix == ".jsonl":
         lines = [_prompt(line, number, path) for number, line in enumerate(lines, start=1)]
     if not lines:
         raise UserError(f"{path} holds no prompt: write one a line.")
-    return [line.strip() for line in lines]
+    return [files.well_formed(line.strip()) for line in lines]
 
 
 def _prompt(line: str, number: int, path: Path) -> str:
@@ -58,7 +58,7 @@ def _prompt(line: str, number: int, path: Path) -> str:
     except (ValueError, RecursionError):
         values = None
     found = [values.get(key) for key in ("prompt", "caption", "text")] if isinstance(values, dict) else []
-    text = next((text for text in found if isinstance(text, str)), None)
-    if text is None:
+    text = next((text for text in found if isinstance(text, str)), "")
+    if not text.strip():
         raise UserError(f'Line {number} of {path} holds no object with a "prompt".')
     return text

@@ -32,7 +32,7 @@ def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) 
         raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts.texts]
     if prompt_file.endswith(".jsonl"):  # scorers find there what they need beside the prompt
-        lines = [line for line in Path(prompt_file).read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in Path(prompt_file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     images = load_npz(samples, "samples", ("arr_0",), limit=LIMIT)["arr_0"]
     for index, image in enumerate(images):
         number, place = index % len(prompts.texts), index // len(prompts.texts)

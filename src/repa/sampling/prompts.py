@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from repa.base import files
 from repa.base.errors import UserError
 from repa.conditions import load_text_encoder
 from repa.data import open_data
@@ -57,7 +58,7 @@ def prompts_record(run: LoadedRun) -> dict[str, Any]:
 def read_prompts(config: SampleConfig) -> Sequence[str]:
     """The texts that are asked for, in order."""
     if config.prompt:
-        return config.prompt
+        return tuple(map(files.well_formed, config.prompt))
     if config.prompt_file:
         return prompts_in(Path(config.prompt_file))
     data = open_data(config.prompt_data)

@@ -89,6 +89,7 @@ def _plain(name: str) -> str:
     """A name in the folder of images: whoever made the file must not make us read elsewhere."""
     if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise ValueError(f"file_name {name!r:.80} is no plain name of a file")
+    name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write
     return name
 
 
