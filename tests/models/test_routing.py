@@ -183,15 +183,15 @@ def test_the_plain_network_is_the_default_and_refuses_tokens_to_keep():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"route": (0, 3)}, "no part of blocks 1 to 12"),
-        ({"route": (5, 13)}, "no part of blocks 1 to 12"),
-        ({"route": (5, 4)}, "no part of blocks"),
+        ({"route": (0, 3)}, "not a range of blocks within 1 to 12"),
+        ({"route": (5, 13)}, "not a range of blocks within 1 to 12"),
+        ({"route": (5, 4)}, "not a range of blocks"),
         ({"route": (3, 8), "heads": (5,)}, "head at block 5"),
         ({"keep": 0.5}, "keep says how tokens are routed, but there is no route"),
         ({"merge": "fuse"}, "merge says how"),
         ({"route": (3, 8), "keep": 0.25, "keep_groups": 3, "latent_size": 32}, "does not divide"),
-        ({"route": (3, 8), "keep": 0.3, "keep_groups": 2, "latent_size": 32}, "no whole number"),
-        ({"route": (3, 8), "keep": 0.001, "latent_size": 32}, "no whole number"),
+        ({"route": (3, 8), "keep": 0.3, "keep_groups": 2, "latent_size": 32}, "a whole number"),
+        ({"route": (3, 8), "keep": 0.001, "latent_size": 32}, "a whole number"),
     ],
 )
 def test_routes_that_cannot_be_are_said(settings, message):

@@ -171,4 +171,4 @@ def test_a_dit_of_diffusers_itself_becomes_a_run(tmp_path, capsys):
         second.class_embedder.embedding_table.weight[0] += 1
     theirs.save_pretrained(tmp_path / "other")
     assert repa(["convert", str(tmp_path / "other"), str(tmp_path / "run2")]) == 2
-    assert "each in its own way" in capsys.readouterr().err
+    assert "a different embedding of time and label" in capsys.readouterr().err

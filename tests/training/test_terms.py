@@ -64,7 +64,7 @@ def test_two_terms_have_one_projector():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [({"projector": "mlp:width=8"}, "another projector"), ({"measure_only": True}, "another measure_only"),
-     ({"target": "tiny-judge"}, "a projector of its own")],
+     ({"target": "tiny-judge"}, "a separate projector")],
 )  # fmt: skip
 def test_projectors_that_cannot_be_shared(changes, told):
     with pytest.raises(UserError, match=told):

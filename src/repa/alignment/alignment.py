@@ -195,7 +195,7 @@ class Alignment(nn.Module):
         if other.feature_dim != self.feature_dim:
             raise UserError(
                 f"The alignment {self.config.key!r} uses the projector of {other.config.key!r}, but its target has {self.feature_dim} "
-                f"channels and that one's {other.feature_dim}: give it a projector of its own."
+                f"channels and the other's {other.feature_dim}: give it a separate projector."
             )
         self.projector, self._sharing = nn.Identity(), [other]
 

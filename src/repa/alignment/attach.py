@@ -138,7 +138,9 @@ class Aligner(nn.Module):
             )
         width = given or width_of(self._eye.net, block)
         if width is None:
-            raise UserError(f"The width of the tokens of {block.name} cannot be told from outside: give hidden_dim.")
+            raise UserError(
+                f"How wide the tokens of {block.name} are is not known: give hidden_dim=..., their number of channels."
+            )
         return width
 
     def weight(self, name: str) -> float:
@@ -286,7 +288,7 @@ class Aligner(nn.Module):
             student = student.detach()
         elif torch.is_grad_enabled() and not student.requires_grad:
             raise UserError(
-                f"What block {place.block} gives depends on no trained weight, or was computed without gradients: train weights "
+                f"The output of block {place.block} depends on no trained weight, or was computed without gradients: train weights "
                 "of this block or in front of it."
             )
         if place.width and student.shape[2] != place.width:
@@ -382,7 +384,9 @@ class _Place:
 def _frames(block: str, student: Tensor, target: Tensor | None, grid: Grid | None) -> tuple[Tensor, Tensor | None, int]:
     """Frames of a video become images of their own: (N F, T, D), (N F, M, G) and F; 1 of images."""
     if target is not None and len(target) != len(student):
-        raise UserError(f"The network saw {len(student)} samples, but the features are of {len(target)}.")
+        raise UserError(
+            f"The network saw {len(student)} samples, but the features are of {len(target)}: give the features of the same images."
+        )
     if target is not None and target.ndim == 3 and grid is not None and len(grid) == 3 and grid[0] > 1:
         raise UserError(
             f"Block {block} gives {grid[0]} frames of tokens, so that features must be (N, frames, M, F), but they are "

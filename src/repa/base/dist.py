@@ -96,7 +96,7 @@ def _join(backend: str) -> None:
 
 def _alone(whom: str, minutes: float) -> str:
     return (
-        f"Waited {minutes:g} minutes for {whom}, which did not come: see whether they started and reach each other, or set "
+        f"Waited {minutes:g} minutes for {whom}, which did not come: check whether they started and reach each other, or set "
         f"{launch.JOIN} to wait longer."
     )
 

@@ -67,7 +67,7 @@ class Mailbox:
                 raise
             minutes = self.patience.total_seconds() / 60
             raise UserError(
-                f"Waited {minutes:g} minutes for processes {', '.join(absent[:8])}, which did not come: see whether their machines "
+                f"Waited {minutes:g} minutes for processes {', '.join(absent[:8])}, which did not come: check whether their machines "
                 "are alive, and start the same command again."
             ) from error
 

@@ -52,7 +52,7 @@ def lines_of(path: Path, num: int) -> list[bytes]:
     if len(lines) != num:
         raise UserError(
             f"{path} holds the captions of {len(lines):,} images, but its shard has {num:,}: delete it and run "
-            "the same `repa prepare` again, which makes it anew."
+            "the same `repa prepare` again, which makes it again."
         )
     return lines
 
@@ -66,6 +66,6 @@ def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"Line {row + 1} of {path.name} in {path.parent} is damaged ({error}): delete the file "
-            "and run the same `repa prepare` again, which makes it anew."
+            "and run the same `repa prepare` again, which makes it again."
         ) from None
     return tuple(map(files.well_formed, texts))

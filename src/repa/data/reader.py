@@ -172,4 +172,4 @@ def _header(record: ArrayFile) -> str:
 
 
 def _damaged(path: Path, what: str) -> str:
-    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it anew."
+    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it again."

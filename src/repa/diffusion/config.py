@@ -58,7 +58,7 @@ def check_path_trained(guidances: Iterable[str], path_drop: float | None) -> Non
     for spec in guidances if path_drop == 0 else ():
         if parse_spec(spec)[0] == "path_drop":
             raise UserError(
-                f"The guidance {spec} asks the network without the blocks of its route, which it never trained: leave it out, or "
+                f"The guidance {spec} skips the blocks of the route, but the network never trained so: leave it out, or "
                 "train with --model.path-drop 0.1."
             )
 

@@ -107,7 +107,7 @@ class ClipScore:
 
     def __init__(self, name: str, weights: Path | None, prompts: Sequence[str], device: torch.device):
         if not name.startswith("clip-"):
-            raise UserError(f"clip is {name!r}, which is no CLIP: allowed are clip-b, clip-l and clip-h.")
+            raise UserError(f"Unknown CLIP {name!r}: choose clip-b, clip-l or clip-h.")
         family, folder = locate(name, weights)
         self.net = read_network(name, "CLIPModel", folder).to(device).eval()
         self.tokenizer, self.device, self.prompts = read_tokenizer(name, folder), device, prompts

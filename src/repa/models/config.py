@@ -99,8 +99,8 @@ class Route(NamedTuple):
         """Raises UserError unless a network of so many blocks, these heads and this grid (0: not known yet) can be routed so."""
         if not 1 <= self.first <= self.last <= depth:
             raise UserError(
-                f"route {self.first} {self.last} is no part of blocks 1 to {depth}: give the first and the last block that see a "
-                "share of the tokens."
+                f"route {self.first} {self.last} is not a range of blocks within 1 to {depth}: give the first and the last "
+                "block that see a share of the tokens."
             )
         if inside := [head for head in heads if self.covers(head)]:
             raise UserError(
@@ -117,7 +117,7 @@ class Route(NamedTuple):
             )
         if round(self.keep * size) < 1 or (self.groups and abs(self.keep * size - round(self.keep * size)) > 1e-6):
             raise UserError(
-                f"keep {self.keep:g} of {size} tokens is no whole number of at least 1: choose another share"
+                f"keep {self.keep:g} of {size} tokens do not make a whole number of at least 1: choose another share"
                 f"{' or other keep_groups' if self.groups else ''}."
             )
 

@@ -65,7 +65,7 @@ def to_diffusers(
         other = other or f"MLPs are not {MLP_RATIO} times the width"
     if other:
         raise UserError(
-            f"diffusers' DiTTransformer2DModel has no place for this network, whose {other}: export safetensors."
+            f"diffusers' DiTTransformer2DModel cannot hold this network, whose {other}: export safetensors."
         )
     config = {
         "_class_name": "DiTTransformer2DModel",
@@ -110,7 +110,7 @@ def from_diffusers(
         )
     if config.get("norm_eps", 1e-5) != NORM_EPS:
         raise UserError(
-            f"This DiT has norm_eps {config.get('norm_eps', 1e-5)}, and those of DiT, SiT and repa have {NORM_EPS}."
+            f"This DiT has norm_eps {config.get('norm_eps', 1e-5)}, but repa's has {NORM_EPS}: it cannot be converted."
         )
     heads, side = config["num_attention_heads"], config["sample_size"] // config["patch_size"]
     if not 1 <= side**2 <= MOST_TOKENS:
@@ -134,7 +134,7 @@ def from_diffusers(
             for embedding in (name.removeprefix(first) for name in state if name.startswith(first)):
                 if not torch.equal(state[f"{theirs}norm1.emb.{embedding}"], state[first + embedding]):
                     raise UserError(
-                        "The blocks of this DiT embed time and label each in its own way, which ours cannot: it was trained so."
+                        "Every block of this DiT has a different embedding of time and label, but repa's share one: it cannot be converted."
                     )
         if unit_times:
             own[FIRST_TIME_LAYER] = from_frequencies_of_diffusers(own[FIRST_TIME_LAYER])

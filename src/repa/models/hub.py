@@ -31,8 +31,8 @@ class OnHub:
                 )
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 raise UserError(
-                    f"{name} is no folder here, and the hub does not give it ({str(error).splitlines()[0]}): check the name, or give a "
-                    "folder of `repa export`."
+                    f"{name} is not a local folder, and could not be loaded from the hub ({str(error).splitlines()[0]}): "
+                    "check the name, or give a folder of `repa export`."
                 ) from None
         return load_exported(folder).requires_grad_(True)
 

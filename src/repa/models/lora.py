@@ -41,7 +41,9 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
         name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and id(layer.weight) in chosen
     }
     if not layers:
-        raise UserError(f"A LoRA needs linear layers in the network's matrices, and {type(model).__name__} names none.")
+        raise UserError(
+            f"A LoRA needs linear layers in the network's matrices, and {type(model).__name__} names none: leave lora out."
+        )
     smallest = min(min(layer.weight.shape) for layer in layers.values())
     if rank >= smallest:
         raise UserError(

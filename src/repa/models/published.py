@@ -108,7 +108,7 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
     arguments = constructor_arguments(state, num_heads=1)
     if other := not_plain(arguments, state):
         raise UserError(
-            f"The code of REPA, SiT and DiT has no place for this network, whose {other}: use `repa export` instead."
+            f"The code of REPA, SiT and DiT cannot hold this network, whose {other}: use `repa export` instead."
         )
     learn_sigma = arguments["learn_sigma"]
     if learn_sigma != (kind == "dit"):

@@ -132,7 +132,7 @@ class Eye:
     def net(self) -> nn.Module:
         net = self._net()
         if net is None:
-            raise UserError("The network that was attached to is gone: keep it, and attach again.")
+            raise UserError("The network of this aligner no longer exists: keep a reference to it, and attach again.")
         return net
 
     def watch(self, block: Block, *, attention: bool = False) -> None:
@@ -355,7 +355,7 @@ def image_tokens(
         found = tuple(tensor.shape[2:])
         if grid is not None and grid != found:
             raise UserError(
-                f"Block {where} gives a map of {_times(found)}, but the grid was said to be {_times(grid)}."
+                f"Block {where} gives a map of {_times(found)}, but grid= says {_times(grid)}: give the grid of the map."
             )
         return Tokens(tensor.flatten(2).transpose(1, 2), found)
     number = tensor.shape[1]

@@ -97,5 +97,5 @@ def shorter_sides(source: Source) -> list[int]:
         except UserError:  # `prepare` leaves it out and says so
             continue
     if not sides:
-        raise UserError("None of the images that were looked at can be read: check the source.")
+        raise UserError("None of the images that were tried can be read: check the source.")
     return sides

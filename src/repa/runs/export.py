@@ -42,7 +42,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         )
     if form == "diffusers" and model.patch_overlap:
         raise UserError(
-            f"diffusers' DiTTransformer2DModel has no place for the network of {run}, whose patches overlap: export safetensors."
+            f"diffusers' DiTTransformer2DModel cannot hold the network of {run}, whose patches overlap: export safetensors."
         )
     num_heads = model.dims().num_heads
     step, state = load_weights(run, "ema", step)

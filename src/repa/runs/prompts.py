@@ -42,7 +42,7 @@ def prompts_in(path: Path) -> list[str]:
         UserError: no such file, no UTF-8, no prompt in it or in a line.
     """
     if path.is_file() and path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} has more than {files.size(MOST_BYTES)}: give fewer prompts.")
+        raise UserError(f"{path} is larger than {files.size(MOST_BYTES)}: give fewer prompts.")
     with faults.reading(path, "a file of prompts", "Save it as UTF-8."):
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if path.suffix == ".jsonl":

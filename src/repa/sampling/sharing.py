@@ -73,7 +73,7 @@ def with_shared_encoder(run: LoadedRun, config: SampleConfig, draw: Callable[...
         what = (
             "internal guidance, whose head is in the encoder"
             if "internal" in names
-            else "dopri5, whose steps nobody knows before"
+            else "dopri5, whose steps are not known in advance"
         )
         raise UserError(f"encoder_steps does not go with {what}: leave one of them out.")
     recording = Sharing()

@@ -66,9 +66,7 @@ def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
         UserError: the precision is not bf16, the device does not multiply 8 bits, or the network has no layer to turn.
     """
     if precision != "bf16":
-        raise UserError(
-            f"fp8 rounds what bf16 would multiply, but precision is {precision}: choose bf16, or fp8 false."
-        )
+        raise UserError(f"fp8 needs precision bf16, but precision is {precision}: choose bf16, or fp8 false.")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(f"{torch.cuda.get_device_name(device)} does not multiply 8-bit numbers: leave fp8 out.")
     if device.type not in ("cuda", "cpu"):

@@ -94,11 +94,13 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
     network = build(ModelConfig.parse(found["model"], where=where))
     for name in ("hidden_dim", "depth", "state_shapes", "num_classes", "prefix_tokens"):
         if (theirs := getattr(network, name)) != (own := getattr(model, name)):
-            raise UserError(f"The target run has the {name} {theirs} in {run}, and this run {own}: both need the same.")
+            raise UserError(
+                f"The target run {run} has the {name} {theirs}, but this run has {own}: both need the same."
+            )
     for name in ("objective", "path"):
         if (theirs := getattr(diffusion, name)) != (own := getattr(config.diffusion, name)):
             raise UserError(
-                f"The target run has the {name} {theirs!r} in {run}, and this run {own!r}: both need the same."
+                f"The target run {run} has the {name} {theirs!r}, but this run has {own!r}: both need the same."
             )
     _, state = load_weights(run, "ema", None if named[0].get("step", -1) < 0 else int(named[0]["step"]))
     network.load_state_dict(state)

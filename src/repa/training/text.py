@@ -24,7 +24,8 @@ def chosen_text(config: TrainConfig, data: DataSet) -> str:
         return ""
     if not data.has_captions:
         raise UserError(
-            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has no captions."
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has no captions: give data that "
+            "`repa prepare --text NAME` made."
         )
     if not (config.text or stored):
         raise UserError(

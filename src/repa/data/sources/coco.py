@@ -34,7 +34,7 @@ class CocoSource(Source):
     def __init__(self, annotations: Path, *, images: str = ""):
         if annotations.stat().st_size > MOST_BYTES:
             raise UserError(
-                f"{annotations} has more than {files.size(MOST_BYTES)}: it is no annotation file of captions."
+                f"{annotations} is larger than {files.size(MOST_BYTES)}: give an annotation file of captions."
             )
         values = files.read_object(annotations, images=list, annotations=list)
         self.folder = _folder(annotations, images)
@@ -44,7 +44,7 @@ class CocoSource(Source):
             for row in sorted(values["annotations"], key=lambda row: int(row["id"])):
                 texts[int(row["image_id"])].append(_text(row["caption"]))
         if not names:
-            raise UserError(f"{annotations} names no image.")
+            raise UserError(f"{annotations} names no image: give an annotation file of captions.")
         self._names = Strings(names.values())
         self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
         self.class_names, self.labels = ["all"], np.zeros(len(names), np.int64)
@@ -71,7 +71,7 @@ class CocoSource(Source):
             raise UserError(
                 f"{path} cannot be read: {error.strerror}. Give the folder of the images as images=FOLDER."
             ) from error
-        raise UserError(f"{path} has more than an image may have ({files.size(MAX_FILE_SIZE)}): remove it.")
+        raise UserError(f"{path} is larger than an image may be ({files.size(MAX_FILE_SIZE)}): remove it.")
 
 
 def _folder(annotations: Path, images: str) -> Path:

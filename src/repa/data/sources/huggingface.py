@@ -80,7 +80,7 @@ def open_table(table: Any, labels: str = "") -> TableSource:
     datasets = _library()
     if isinstance(table, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise UserError(
-            f"This holds the splits {', '.join(table)}: give one of them, such as data[{next(iter(table))!r}]."
+            f"The data set has the splits {', '.join(table)}: give one of them, such as data[{next(iter(table))!r}]."
         )
     if not isinstance(table, datasets.Dataset):
         raise UserError(f"A source is a path, a name or a datasets.Dataset, but got {type(table).__name__}.")
