@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -184,7 +185,7 @@ def _samples(
     protocol = common_protocol(records)
     grid = [[_cell(run, step, protocol) for step in steps] for run in records]
     last = [(run, _last_samples(run)) for run in records if any(has_preview(run, step) for step in steps)]
-    leaders = [group.runs[0] for group in groups][:TOP_RUNS]
+    leaders = [group.runs[0] for group in _best_first(groups, protocol)][:TOP_RUNS]
     return {
         "steps": steps,
         "cell_width": min(CELL_WIDTH, GRID_WIDTH // max(len(steps), 1)),
@@ -194,6 +195,16 @@ def _samples(
         "training_samples": [] if training_images is None else samples(training_images, training_captions),
         "told": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
     }
+
+
+def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Group]:
+    """The first group, then the others by the last distance of their first run, where all were measured alike."""
+
+    def last_distance(group: Group) -> float:
+        rows = group.runs[0].distances(protocol) if protocol is not None else []
+        return rows[-1]["frechet_distance"] if rows else math.inf
+
+    return [*groups[:1], *sorted(groups[1:], key=last_distance)]
 
 
 def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Runs that differ in the seed only, taken together: groups, means and spreads, speed-ups over seeds."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -131,5 +132,5 @@ def _name(names: Sequence[str]) -> str:
         return names[0]
     last = {name.rpartition("/")[2] for name in names}
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    common = last.pop() if len(last) == 1 else "".join(letters[0] for letters in alike).rstrip("0123456789 -_./=")
-    return common.removesuffix("seed").rstrip(" -_./") or " + ".join(names)
+    common = last.pop() if len(last) == 1 else "".join(letters[0] for letters in alike)
+    return re.sub(r"([-_. /=]+(seed)?[-_=]?\d*|seed\d*)$", "", common) or " + ".join(names)  # cifar10-1 is cifar10
