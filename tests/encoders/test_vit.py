@@ -320,7 +320,18 @@ def test_a_repository_from_before_safetensors_is_fetched(made, monkeypatch, tmp_
 
 def test_every_name_of_the_table_is_known():
     expected = {f"{stem}-{size}" for stem in ("dinov2", "dinov2-reg") for size in "sblg"}
-    expected |= {"tiny", "tiny-judge", "dino-b", "mocov3-s", "mocov3-b", "mocov3-l", "mae-l", "ijepa-h", "clip-l"}
+    expected |= {
+        "tiny",
+        "tiny-judge",
+        "lite0",
+        "dino-b",
+        "mocov3-s",
+        "mocov3-b",
+        "mocov3-l",
+        "mae-l",
+        "ijepa-h",
+        "clip-l",
+    }
     assert expected | {"siglip-b", "siglip-l", "dinov3-s", "dinov3-b", "dinov3-l"} == set(ENCODERS.names())
 
 
