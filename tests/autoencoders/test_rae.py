@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -60,3 +62,18 @@ def test_mistakes_are_answered(folder):
     autoencoder = load_autoencoder("rae", weights=folder)
     with pytest.raises(UserError, match="takes images of 32 x 32 alone, but got 64 x 64"):
         autoencoder.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"scaling_factor": "x"}, {"encoder_num_hidden_layers": "x"}, {"encoder_num_hidden_layers": 2**31}, {"patch_size": 0},
+        {"encoder_norm_mean": "x"}, {"encoder_hidden_size": -1}, {"quantization_config": {"quant_method": "x"}},
+    ],
+)  # fmt: skip
+def test_a_configuration_that_lies_is_a_sentence(lie, tmp_path):
+    save_rae(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **lie}))
+    with pytest.raises(UserError):
+        load_autoencoder("rae", weights=tmp_path)

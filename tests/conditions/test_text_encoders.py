@@ -10,6 +10,7 @@ import transformers
 from repa.base.errors import UserError
 from repa.conditions import TEXT_ENCODERS, Text, TextEncoder, load_text_encoder
 from tests.conditions.hub import make
+from tests.hostile.mutations import mutated_tree
 
 TEXTS = ["a red cup", "", "two dogs on the grass, a very close crop of the dark moon and of more " + "bricks " * 90]
 every = pytest.mark.parametrize("name", ["clip-l", "clip-h", "t5-xxl", "qwen3-0.6b"])
@@ -168,3 +169,39 @@ def test_private_encoders():
     with pytest.raises(UserError, match="TextEncoder"):
         load_text_encoder(f"{__name__}.load_wrong")
     assert {"clip-l", "clip-h", "t5-xxl", "qwen3-0.6b", "tiny-text"} <= set(TEXT_ENCODERS)
+
+
+def copied(folder, out, file="", **changes):
+    """A folder with settings of a stranger in one of its JSON files."""
+    out.mkdir()
+    for path in folder.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    if file:
+        values = json.loads((out / file).read_text()) if (out / file).exists() else {}
+        (out / file).write_text(json.dumps({**values, **changes}))
+    return out
+
+
+def test_a_configuration_that_would_fetch_code_is_refused(folders, tmp_path):
+    hostile = (
+        {"attn_implementation": "evil/kernel"}, {"quantization_config": {"quant_method": "gptq"}}, {"use_kernels": True},
+        {"text_config": {"attn_implementation": "evil/kernel"}}, {"num_layers": 2**31},
+    )  # fmt: skip
+    for number, changes in enumerate(hostile):
+        with pytest.raises(UserError, match=r"config\.json"):
+            load_text_encoder(
+                "t5-xxl", weights=copied(folders["t5-xxl"], tmp_path / str(number), "config.json", **changes)
+            )
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "/nowhere", "target_modules": ["q"]}
+    with pytest.raises(UserError, match="merge the adapter"):
+        load_text_encoder("t5-xxl", weights=copied(folders["t5-xxl"], tmp_path / "a", "adapter_config.json", **adapter))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_changed_folders_are_a_sentence(folders, tmp_path, file):
+    for number in range(16):
+        name = ("clip-l", "t5-xxl")[number % 2]
+        folder = copied(folders[name], tmp_path / str(number))
+        (folder / file).write_text(json.dumps(mutated_tree(json.loads((folder / file).read_text()), number)))
+        with contextlib.suppress(UserError):
+            load_text_encoder(name, weights=folder)(["a cat", ""])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from repa.base import extras
+from repa.base import extras, trust
 from repa.base.errors import UserError
 
 
@@ -40,6 +40,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
     options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # False: needs no accelerate, prints no notice
     try:
         config = diffusers.AutoencoderKL.load_config(str(source), **where)
+        trust.require_plain_model(config, f"config.json of {source}")
         found = config.get("_class_name", kind)
         if found != kind:
             raise UserError(f"The autoencoder {name!r} is a {kind}, but {source} holds a {found}: name other weights.")
@@ -48,7 +49,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         )
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of whichever library reads a part of it
         reason = " ".join(str(error).split())[:300]
         raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error
     strays = [*report["missing_keys"], *report["unexpected_keys"]]

@@ -19,6 +19,16 @@ from repa.base.errors import UserError
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 SETTING = "net"  # of a spec, whose value is a dotted name too: "hooked:net=mylab.nets.unet"
 
+# keys of a config.json by which transformers fetches code of the hub, or builds a network by another library
+FETCHING = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "use_kernels",
+    "quantization_config",
+)
+MOST_LAYERS = 1_000  # that a config.json may ask for
+
 _trusted: set[str] = set()  # modules, and whole names that were typed
 _commands = 0  # that are running: 1 in `repa VERB`, 0 in a program that imports repa
 _file: contextvars.ContextVar[str] = contextvars.ContextVar("file whose contents are read", default="")
@@ -118,3 +128,21 @@ def require_origin(kind: str, name: str, component: Any) -> None:
     origin = f"{component.__module__}.{component.__qualname__}"
     if name not in _trusted and origin.partition(".")[0] != name.partition(".")[0]:
         require_trusted(kind, origin)
+
+
+def require_plain_model(values: Any, file: object) -> None:
+    """Refuse the configuration of a model, as on the hub, that would fetch code, or builds layers without end.
+
+    Raises:
+        UserError: it names an implementation, at any depth.
+    """
+    for key, value in (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    ):
+        if key in FETCHING and value is not None:
+            raise UserError(
+                f"{file} sets {key}, by which code from elsewhere would run here: remove that line, or take other weights."
+            )
+        if "layers" in str(key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"{file} asks for {value:,} layers ({key}): more than {MOST_LAYERS:,} are refused.")
+        require_plain_model(value, file)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from repa.base import extras, faults, files
+from repa.base import extras, faults, files, trust
 from repa.base.errors import UserError
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.families import Family, family_of
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json",
@@ -43,7 +43,11 @@ class HubText(TextEncoder):
         rows = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
         )
-        device = next(self.net.parameters()).device
+        device, known = next(self.net.parameters()).device, self.net.get_input_embeddings().num_embeddings
+        if (largest := int(rows["input_ids"].max())) >= known:
+            raise UserError(
+                f"The tokenizer of {self.name} gives token {largest}, but its network knows {known}: take another folder."
+            )
         ids, mask = rows["input_ids"].to(device), rows["attention_mask"].to(device).bool()  # (N, S)
         mask[:, 0] = True  # some tokenizers give no token for "", and a text needs one
         seen = {"attention_mask": mask.long()} if self.masked else {}
@@ -130,7 +134,11 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
                 f"{folder} holds no {wanted[0]}: the text encoder {name} needs a folder as on the hub, with {CONFIG}, weights and "
                 "a tokenizer."
             )
-    found = files.read_object(folder / CONFIG).get("model_type")
+    if (folder / ADAPTER).exists():  # transformers would read the network that it names, wherever that lies
+        raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
+    config = files.read_object(folder / CONFIG)
+    trust.require_plain_model(config, folder / CONFIG)
+    found = config.get("model_type")
     if found not in family.model_types:
         allowed = " or ".join(map(repr, family.model_types))
         raise UserError(f"{folder} holds a model of type {found!r}, but the text encoder {name} is of type {allowed}.")
@@ -138,16 +146,15 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
 
 def read_network(name: str, model: str, folder: Path) -> nn.Module:
     """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
-    from huggingface_hub.errors import StrictDataclassError
-
     transformers = extras.need("transformers", f"The text encoder {name}")
-
     try:
         with faults.reading(folder, f"weights of the text encoder {name}", "Download or copy them again."):
             net, report = getattr(transformers, model).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-    except (StrictDataclassError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of whichever library reads a part of it
         raise UserError(f"{folder} does not fit its {CONFIG}: {str(error).partition(chr(10))[0]}") from error
     if report["missing_keys"]:  # transformers would leave these at random values
         raise UserError(
@@ -164,7 +171,11 @@ def read_tokenizer(name: str, folder: Path) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (ImportError, TypeError, AttributeError) as error:  # an older kind, which needs a package of its own
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # tokenizers raises nothing more special; ImportError: a kind which needs a package of its own
         raise UserError(
             f"The tokenizer in {folder} cannot be read ({str(error).partition(chr(10))[0]}): give a folder with tokenizer.json."
         ) from error

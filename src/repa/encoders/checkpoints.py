@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repa.base import extras, faults, files
+from repa.base import extras, faults, files, trust
 from repa.base.errors import UserError
 from repa.base.weights import read_weights
 from repa.encoders.families import TORCH_HUB, Family, Original
@@ -110,7 +110,9 @@ def weights_file(name: str, family: Family, original: Original | None, path: Pat
                 f"weights={path} for the encoder {name} must be a folder with {CONFIG} and {WEIGHTS}{or_file}: "
                 f"no {wanted[0]}."
             )
-    found = files.read_object(path / CONFIG).get("model_type")
+    config = files.read_object(path / CONFIG)
+    trust.require_plain_model(config, path / CONFIG)
+    found = config.get("model_type")
     if found not in family.model_types:
         allowed = " or ".join(map(repr, family.model_types))
         raise UserError(f"{path} holds a model of type {found!r}, but the encoder {name} is of type {allowed}.")
