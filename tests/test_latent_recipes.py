@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from repa.data import open_data
+from repa.diffusion import build_process
 from repa.models import build
 from repa.recipes import load_recipe
 from repa.recipes.latents import FAMILIES, latent_recipes
@@ -11,6 +12,7 @@ from repa.recipes.published import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig
+from repa.training.estimate import estimate, passes_of
 from tests.promises import understood
 
 NAMES = list(latent_recipes())
@@ -90,3 +92,10 @@ def test_figures_name_models_that_recipes_make():
         models = {model for _, model in family.names.values()}
         assert {figure.model for figure in PUBLISHED[key]} <= models
     assert {figure.labels for figure in PUBLISHED["rae"]} == {"balanced"}
+
+
+def test_the_cost_of_a_recipe_has_the_time_shift_of_its_latents():
+    config = load_recipe("rae-dh-s")
+    found = estimate(config, num_images=1000, num_devices=8, resolution=256, rate=1e12, num_classes=1000)
+    assert found.config.diffusion.shift == pytest.approx((768 * 16 * 16 / 4096) ** 0.5)
+    assert passes_of(250, ("cfg:scale=1.8,high=0.7",), build_process(found.config.diffusion).shift) > 250

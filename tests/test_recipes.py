@@ -390,3 +390,10 @@ def test_recipes_are_free_of_torch():
     """In a process of its own, as this one has torch long since."""
     code = "import sys, repa.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_every_recipe_costs_is_known(name, capsys):
+    assert repa_run(["estimate", name]) == 0
+    assert "FLOP" in capsys.readouterr().out

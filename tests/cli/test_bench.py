@@ -62,6 +62,31 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
     assert printed.count("| SiT-S/4 | cached | 8 | fp32 | eager |") == 1
 
 
+def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
+    """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
+    given, whole = [], measure.Step.student
+
+    def seen(step, batch, features):
+        given.append(step.condition(batch))
+        whole(step, batch, features)
+
+    monkeypatch.setattr(measure.Step, "student", seen)
+    term = {"target": "text", "depth": 1, "pool": True, "projector": "linear"}
+    path, data = tmp_path / "text.yaml", str(captioned_data / "stored")
+    for changes in (
+        {"model": {"backbone": "mmdit", "hidden_dim": 16, "depth": 2, "num_heads": 2}},
+        {"alignments": [term]},
+    ):
+        path.write_text(tiny_config.override(**changes).to_yaml())
+        assert run(["bench", str(path), "--rounds", "1", "--precision", "fp32", "--data", data]) == 0
+        assert {tuple(condition.text.shape[1:]) for condition in given} == {(4, 8)}
+        given.clear()
+    term["target"] = "text:width=8"
+    path.write_text(tiny_config.override(alignments=[term]).to_yaml())
+    assert run(["bench", str(path), "--rounds", "1", "--precision", "fp32"]) == 0
+    assert {condition.text.shape[2] for condition in given} == {8}
+
+
 def test_a_teacher_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
     data = tmp_path / "data"
     assert run(["prepare", str(image_folder), str(data), "--resolution", "16"]) == 0

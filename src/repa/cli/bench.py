@@ -119,14 +119,16 @@ def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Ite
     from repa.training.features import EncoderFeatures
     from repa.training.instrument import Source, flops_of_encoders
     from repa.training.resolve import resolve, with_streams
+    from repa.training.text import TextConditions
 
     data = open_data(folder)
     config = resolve(config, data, device)
     encoders = EncoderFeatures(config, data, device)
-    config, needs = with_streams(config, encoders.dims), encoders.wanted
+    texts = TextConditions(config, data, device)
+    config, needs = texts.completed(with_streams(config, encoders.dims)), encoders.wanted
     loader = Loader(
         data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
-        images=encoders.reads_images(needs), pooled=encoders.pooled, device=device,
+        images=encoders.reads_images(needs), pooled=encoders.pooled, text=texts.reads, device=device,
     )  # fmt: skip
     where = "online" if encoders.encoders else "cached" if needs else "none"
     steps = itertools.count()
@@ -135,7 +137,7 @@ def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Ite
         running = tuple(need for need in needs if need.encoder in encoders.encoders)
         yield config, Source(
             encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
-            flops_of_encoders(running, encoders.grid, config),
+            flops_of_encoders(running, encoders.grid, config), texts,
         )  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Ite
 def _random(config: TrainConfig, width: int, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
     """One random batch that stays in memory, with tokens that are there already."""
     from repa.training.instrument import Source
-    from repa.training.measure import Synthetic, endless
+    from repa.training.measure import Synthetic, endless, made_up_condition
     from repa.training.resolve import with_streams
 
     given = config.model.model_dump()
@@ -157,4 +159,7 @@ def _random(config: TrainConfig, width: int, device: "torch.device") -> "Iterato
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, resolution=1)
     where = "cached" if dims else "none"
-    yield config, Source(dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where)
+    yield config, Source(
+        dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where,
+        condition=lambda batch: made_up_condition(config, batch.labels),
+    )  # fmt: skip

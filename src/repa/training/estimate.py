@@ -169,7 +169,8 @@ def estimate(
                 "pixels: give another --resolution or --autoencoder."
             )
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
-    config = config.override(model=model)
+    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
     grid = model.latent_size // model.dims().patch_size
     needs = wanted_by(config)
     names = [need.encoder for need in needs]

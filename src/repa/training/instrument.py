@@ -12,6 +12,7 @@ from repa.data import Batch
 from repa.encoders.contract import Features
 from repa.encoders.cost import encoder_cost
 from repa.encoders.loading import weights_for
+from repa.models import Condition
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
 from repa.training.measure import Feed, Figures, Step, measure, product_rate, shape_rates, sustained_rate
@@ -33,6 +34,8 @@ class Source:
     """online, cached or none."""
     encoder_flops: float = 0.0
     """Of the encoders that run in the step, for one image."""
+    condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels)
+    """What a batch is conditioned on; a network that reads text and is given none has the empty text."""
 
 
 def rate(precision: str, device: torch.device) -> float:
@@ -55,7 +58,7 @@ def observed(
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
-        step = Step(config, source.dims, source.feed, device)
+        step = Step(config, source.dims, source.feed, device, source.condition)
         figures = measure(step, rates, rounds, source.data, source.teacher, source.where, source.encoder_flops)
         profile = profiled(step, device, trace=trace)
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}

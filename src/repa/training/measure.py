@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from repa.alignment import Alignment
 from repa.alignment.targets import Need
 from repa.base.precision import DTYPES
+from repa.base.registry import parse_spec
 from repa.data import Batch
 from repa.data.manifest import FeatureField
 from repa.encoders.contract import Features
@@ -118,11 +119,14 @@ class Synthetic:
 
 
 class Step:
-    """A training step, whole and in parts. `feed` gives each its batch and tokens."""
+    """A training step, whole and in parts. `feed` gives each its batch and tokens, `condition` what a batch is conditioned on."""
 
-    def __init__(self, config: TrainConfig, dims: Mapping[str, int], feed: Feed, device: torch.device):
+    def __init__(
+        self, config: TrainConfig, dims: Mapping[str, int], feed: Feed, device: torch.device,
+        condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels),
+    ):  # fmt: skip
         self.config, self.dims, self.feed, self.device = config, dict(dims), feed, device
-        self.state = build_state(config, self.dims, device)
+        self.condition, self.state = condition, build_state(config, self.dims, device)
         self.objective = running(self.state.objective, config, device)
         self.groups = self.state.objective.trained_groups()
 
@@ -134,7 +138,7 @@ class Step:
         objective, step = self.state.objective, self.state.step
         clean = objective.clean(latents(batch, self.config.model.latent_channels), features)
         draws, weights = objective.draw(clean, step), objective.weights(step, self.device)
-        condition = self.state.model.completed(Condition(batch.labels))
+        condition = self.state.model.completed(self.condition(batch))
         backward(
             self.objective, clean, condition, features, draws, weights, accumulate=self.config.accumulate,
             precision=self.config.precision, scaled=self.state.guard.scaled, averaged=self.state.averaged(),
@@ -224,6 +228,13 @@ def random_features(
     return features if device is None else features.map(lambda x: x.to(device))
 
 
+def made_up_condition(config: TrainConfig, labels: Tensor) -> Condition:
+    """These labels, and where a term has the target text one token for each image."""
+    targets = (parse_spec(term.target) for term in config.alignments)
+    width = next((settings.get("width", 0) for name, settings in targets if name == "text"), 0)
+    return Condition(labels, torch.zeros(len(labels), 1, width, device=labels.device) if width else None)
+
+
 def endless(batch: Batch, features: Mapping[str, Features]) -> Feed:
     return itertools.repeat((batch, dict(features)))
 
@@ -247,7 +258,7 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         t = two if config.diffusion.token_times else zeros
         cleanest = any(target.cleanest for target in objective.averaging)
         draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
-        condition = model.completed(Condition(zeros.long()))
+        condition = model.completed(made_up_condition(config, zeros.long()))
         with FlopCounterMode(display=False) as counter:
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
             objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
