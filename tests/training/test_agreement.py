@@ -7,19 +7,28 @@ from repa.training import loop
 from tests.training.processes import begin
 
 
-@pytest.mark.parametrize("what", ["configuration", "step"])
-def test_processes_that_disagree_stop(what, tiny_config, data_folder, run_training, tmp_path):
-    one = tiny_config.override(num_steps=4, save_every=2)
-    runs = [tmp_path / "a", tmp_path / "b"]
-    configs = [one, one.override(seed=1)] if what == "configuration" else [one, one]
-    if what == "step":
-        run_training(one.override(num_steps=2), runs[0])
-    meeting = tmp_path / "meeting"
+def run_two(configs, data_folder, runs, meeting) -> list[int | None]:
     children = [begin([(configs[r], data_folder, runs[r])], r, 2, meeting) for r in range(2)]
     for child in children:
         child.join(120)
-    assert all(child.exitcode not in (0, None) for child in children)
-    assert not (runs[1] / "checkpoints/0000004").exists()  # nobody trained on
+    return [child.exitcode for child in children]
+
+
+def test_processes_that_disagree_stop(tiny_config, data_folder, tmp_path):
+    one = tiny_config.override(num_steps=4, save_every=2)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    codes = run_two([one, one.override(seed=1)], data_folder, runs, tmp_path / "meeting")
+    assert all(code not in (0, None) for code in codes)
+    assert not (runs[0] / "checkpoints/0000004").exists()  # nobody trained on
+
+
+def test_a_process_that_does_not_see_the_run_is_dealt_its_checkpoint(tiny_config, data_folder, run_training, tmp_path):
+    one = tiny_config.override(num_steps=4, save_every=2)
+    runs = [tmp_path / "a", tmp_path / "b"]
+    run_training(one.override(num_steps=2), runs[0])
+    assert run_two([one, one], data_folder, runs, tmp_path / "meeting") == [0, 0]
+    assert (runs[0] / "checkpoints/0000004").is_dir()
+    assert not (runs[1] / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("what", ["configuration", "step", "data"])

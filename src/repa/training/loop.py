@@ -78,8 +78,9 @@ def _train(
     say: Callable[[str], None],
 ) -> Finished:  # fmt: skip
     asked, begun = config.num_steps, dist.on_main(lambda: as_begun(config, run, device))
+    config = begun.applied(config)  # each process keeps its own, so that those that differ are found
     with dist.together():
-        config = resolve(begun, data, device)
+        config = resolve(config, data, device)
         check_parts(config.batch_size, dist.world(), config.accumulate)
         new = begins(run)
         encoders = EncoderFeatures(config, data, device)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,19 +45,27 @@ def strategy(config: TrainConfig, device: torch.device) -> str:
     return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
 
 
-def as_begun(config: TrainConfig, run: Path, device: torch.device) -> TrainConfig:
-    """What is left to the moment, as it was when the run began: precision "auto", and the newest step of a target run.
+class Begun(NamedTuple):
+    """What is left to the moment, as it was when the run began: the same command may find otherwise now."""
 
-    The same command may find otherwise now, and going on must compute the same. Looked up by the main process for all, because
-    a CPU is timed for it.
-    """
-    before = TrainConfig.load(path) if (path := run / layout.CONFIG).is_file() else None
-    if before is None:
-        return config.override(precision=resolved(config.precision, device))
+    precision: str
+    """What "auto" stands for."""
+    targets: dict[str, str]
+    """Of a run in training, without its step -> with it."""
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        alignments = [term.override(target=self.targets.get(term.target, term.target)) for term in config.alignments]
+        precision = self.precision if config.precision == "auto" else config.precision
+        return config.override(precision=precision, alignments=alignments)
+
+
+def as_begun(config: TrainConfig, run: Path, device: torch.device) -> Begun:
+    """Looked up by the main process for all, because a CPU is timed for "auto"."""
+    if not (path := run / layout.CONFIG).is_file():
+        return Begun(resolved(config.precision, device), {})
+    before = TrainConfig.load(path)
     pinned = {term.target.rpartition(",step=")[0]: term.target for term in before.alignments}
-    alignments = [term.override(target=pinned.get(term.target, term.target)) for term in config.alignments]
-    precision = before.precision if config.precision == "auto" else config.precision
-    return config.override(precision=precision, alignments=alignments)
+    return Begun(before.precision, pinned)
 
 
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
