@@ -8,7 +8,6 @@ from multiprocessing import connection
 
 from repa.base import launch
 from repa.cli import console
-from repa.training import signals
 
 SECONDS = 0.2  # between looks at what came
 
@@ -19,17 +18,20 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
     A signal to this process reaches all of them, and where one fails the others are stopped, as `repa train` stops: with a
     checkpoint. They end with this process, however it ends.
     """
+    from repa.training import signals  # which imports torch, and `--help` should not
+
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(os.getpid(), threads, list(words))) for words in commands]
-    told = 0
+    told = failed = 0
     with signals.noted() as caught:
         try:
             for process in processes:
                 process.start()
             while running := [process for process in processes if process.exitcode is None]:
                 connection.wait([process.sentinel for process in running], timeout=SECONDS)
-                wanted = len(caught) + any(process.exitcode for process in processes)
+                failed = failed or _failure(processes)  # before the others are stopped for it
+                wanted = len(caught) + bool(failed)
                 if wanted > told:
                     _stop(processes)
                     told = wanted
@@ -40,6 +42,10 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
                     process.join()
     if caught:
         return 128 + caught[0]
+    return failed or _failure(processes)
+
+
+def _failure(processes: Sequence[multiprocessing.Process]) -> int:
     return next((process.exitcode for process in processes if process.exitcode), 0)
 
 

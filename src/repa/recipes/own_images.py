@@ -4,19 +4,19 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repa.base.errors import UserError
-from repa.data.sources.contract import Source
+
+if TYPE_CHECKING:  # it imports torch, and `--help` should not
+    from repa.data.sources.contract import Source
 
 FEWEST, MOST = 20, 100_000  # images
 FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
 LOOKED_AT = 64  # images whose sizes are read
-SMALL, LARGE = (
-    32,
-    64,
-)  # pixels: in a few minutes shapes can be told at 32, and hardly at 64, which takes twice the steps
+# pixels: in a few minutes shapes can be told at 32, and hardly at 64, which takes twice the steps
+SMALL, LARGE = 32, 64
 PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
 
@@ -36,7 +36,7 @@ class Choice:
         return [word for name, value in self.changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def choose(source: Source, num_steps: int, *, resolution: int = 0, asked_steps: int = 0) -> Choice:
+def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps: int = 0) -> Choice:
     """Settings for a source of images.
 
     Args:
@@ -88,7 +88,7 @@ def judge_of(num_images: int) -> tuple[str, str]:
     return JUDGE, "which learned on ImageNet and which no run is aligned to"
 
 
-def shorter_sides(source: Source) -> list[int]:
+def shorter_sides(source: "Source") -> list[int]:
     """Of some images, at equal distances, that can be read."""
     sides = []
     for index in sorted({round(k * (len(source) - 1) / (LOOKED_AT - 1)) for k in range(LOOKED_AT)}):
