@@ -18,7 +18,7 @@ def not_a_network(config):
 
 
 def test_names_build_networks_of_the_sizes_of_the_configuration():
-    assert BACKBONES.names() == ["ddt", "dit", "jit", "mmdit"]
+    assert BACKBONES.names() == ["ddt", "dit", "hooked", "jit", "mmdit"]
     network = build(ModelConfig(backbone=JIT, patch_size=4, **COMPLETE))
     assert isinstance(network, JiT)
     assert (network.grid, network.hidden_dim, network.class_tokens_from) == ((2, 2), 16, 1)
