@@ -29,6 +29,7 @@ STAGES = (  # of blocks: expansion, kernel, stride of the first, channels, block
     (6, 3, 1, 320, 1),
 )
 STRIDE, WIDTH = 32, 320  # of the last block: pixels per position, channels
+AT_ONCE = 32  # images in the network: its early blocks hold about 6 MB of each at 128 pixels
 SIDES = (128, 224)  # pixels that the network sees of images below 128 pixels, and of others: 224 is what it learned on
 
 
@@ -102,7 +103,8 @@ class LiteEncoder(VisionEncoder):
         return ((255 * enlarged - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
-        tokens = self.net(pixels).flatten(2).transpose(1, 2)  # (N, G*G, 320)
+        parts = [self.net(part) for part in pixels.split(AT_ONCE)]
+        tokens = torch.cat(parts).flatten(2).transpose(1, 2)  # (N, G*G, 320)
         return Features(tokens, tokens.mean(1))
 
 
