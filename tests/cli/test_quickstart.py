@@ -115,6 +115,6 @@ def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_fo
 
 def test_where_one_command_fails_its_exit_code_is_that_of_all(capfd):
     assert run_together([["show", "quickstart"], ["show", "quickstrat"]]) == 2
-    said = capfd.readouterr()
-    assert "prediction: data" in said.out
-    assert "Did you mean 'quickstart'?" in said.err
+    assert (
+        "Did you mean 'quickstart'?" in capfd.readouterr().err
+    )  # the other may have been stopped before it said anything

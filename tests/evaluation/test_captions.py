@@ -111,5 +111,5 @@ def test_what_is_refused(captioned_data, data_folder, tmp_path):
         evaluate_file(tmp_path / "plain.npz", data_folder, config, device=CPU)
     with pytest.raises(UserError, match="one and the same prompt"):
         evaluate_file(tmp_path / "plain.npz", captioned_data / "stored", config, device=CPU)
-    with pytest.raises(UserError, match="no CLIP"):
+    with pytest.raises(UserError, match="Unknown CLIP"):
         ClipScore("t5-b", tmp_path, [], CPU)
