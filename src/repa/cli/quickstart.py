@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
     is_own = given.source != PHOTOGRAPHS
-    folder = Path(given.out or (f"quickstart-{Path(given.source).stem}" if is_own else "quickstart"))
+    folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
     source = given.source if is_own else f"{PHOTOGRAPHS}:num={NUM_CROPS}"
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
