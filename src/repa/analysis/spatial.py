@@ -1,4 +1,4 @@
-"""Spatial structure of patch features, which foretells how much an encoder helps as a target (iREPA, arXiv 2512.10794).
+"""Spatial structure of patch features, which predicts how much an encoder helps as a target (iREPA, arXiv 2512.10794).
 
 Patches (N, T, C) are row-major on a square grid; every function returns one number per image, (N,). Over 27 encoders
 that paper finds correlations with the FID reached of -0.85 (LDS, CDS) and -0.89 (RMSC); linear probing has -0.26.

@@ -21,9 +21,8 @@ from repa.base.faults import sentence_of
 from repa.base.mailbox import Mailbox
 
 NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
-TIMEOUT = timedelta(
-    minutes=15
-)  # of collectives of tensors, to which processes come together; what may take longer is a `Mailbox`
+# of collectives of tensors, to which processes come together; what may take longer goes through a `Mailbox`
+TIMEOUT = timedelta(minutes=15)
 _mailbox: Mailbox | None = None
 Value = TypeVar("Value")
 

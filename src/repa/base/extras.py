@@ -39,6 +39,6 @@ def need(module: str, what: str, extra: str = "") -> ModuleType:
 
 
 def missing(package: str, what: str, extra: str = "") -> UserError:
-    """What is said where a package of EXTRAS is not installed."""
+    """The error where a package of EXTRAS is not installed."""
     extra = extra or EXTRAS[package]
     return UserError(f'{what} needs {package}, which is not installed: pip install "repa[{extra}]"')

@@ -47,7 +47,7 @@ class WordHashes(TextEncoder):
         return Text((tokens + self.positions) * mask[..., None], mask)
 
 
-POSITION = 0.3  # of the positions, beside words of unit variance: order counts for less than what is said
+POSITION = 0.3  # size of the positions beside words of unit variance: word order counts for less than the words
 
 
 def words_of(text: str) -> list[str]:

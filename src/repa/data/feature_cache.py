@@ -192,7 +192,7 @@ class FeatureCache:
                     self._take(file)
 
     def _take(self, path: Path) -> None:
-        """Enter the keys of a file; a file that is none of ours, or is damaged, is passed over, and its entries are made anew."""
+        """Enter the keys of a file. Files of others and damaged ones are skipped; their features are computed again."""
         self._sizes[path.name] = 0
         try:
             faults.require_plain(path)  # a pipe would be waited for

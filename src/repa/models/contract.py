@@ -5,10 +5,11 @@ N batch, C channels, T tokens of the grid, D width, h attention heads, S text to
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models.config import Route
@@ -78,9 +79,7 @@ class Output(NamedTuple):
     prediction: State  # keyed as the state; "x" is (N, 2C, H, W) where the network also answers a variance
     taps: dict[Tap, Tensor]  # hidden: residual stream after the block (N, T, D); attention: logits (N, h, T, T)
     heads: dict[int, Tensor]  # depth -> prediction of x from that block (N, C, H, W)
-    kept: Tensor | None = (
-        None  # (N, K) ids of the tokens in the taps of the route's blocks; None: all T, as in other blocks
-    )
+    kept: Tensor | None = None  # (N, K) ids of the tokens in the taps of the route's blocks; None: all T
 
 
 class Backbone(nn.Module, ABC):
@@ -100,6 +99,8 @@ class Backbone(nn.Module, ABC):
         blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
         prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
         compiles: can torch.compile take it in one graph?
+        checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass: less
+            memory for about a third more work, and the same gradients. Off until it is set.
         route: the blocks that see a share of the tokens in training; None: all see all.
     """
 
@@ -112,6 +113,7 @@ class Backbone(nn.Module, ABC):
     blocks: Sequence[nn.Module]
     prefix_tokens: int = 0
     compiles: bool = True
+    checkpoint_activations: bool = False
     route: Route | None = None
 
     @abstractmethod
@@ -141,13 +143,19 @@ class Backbone(nn.Module, ABC):
         """Blocks 1 to this one can be tapped."""
         return self.depth
 
-    @abstractmethod
     def null(self, like: Condition) -> Condition:
-        """The condition that means "none" (the null class, the empty text), shaped as `like`."""
+        """The condition that means "none", shaped as `like`: the null class; a network that reads text adds the empty one."""
+        return like._replace(labels=torch.full_like(like.labels, self.null_label))
 
     @abstractmethod
     def matrices(self) -> Iterable[nn.Parameter]:
         """The weights that Muon takes: the network knows, the optimizer does not."""
+
+    def run(self, block: nn.Module, *arguments: Any) -> Any:
+        """What a block gives; where `checkpoint_activations` is set, it is computed again in the backward pass."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+        return block(*arguments)
 
     def completed(self, condition: Condition) -> Condition:
         """The condition with everything that the network reads: one that reads text adds the empty one where there is none."""

@@ -1,4 +1,4 @@
-"""DDT: an encoder whose tokens say, place by place, how a head of further blocks reads the noised latents anew.
+"""DDT: an encoder whose tokens modulate, place by place, a head of further blocks that reads the noised latents again.
 
 Three networks of papers are settings of it: DDT (arXiv 2504.05741), whose head is the last blocks; DiT^DH of RAE (arXiv
 2510.11690), whose head is two wide blocks; and that of RAEv2 (arXiv 2605.18324), where time and class are tokens in front of
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig, check_dimensions
@@ -25,8 +24,11 @@ from repa.models.layers import (
     PatchEmbedding,
     Rotation,
     TimestepEmbedding,
+    matrices_of,
     sincos_positions,
     unpatchify,
+    xavier_linears,
+    xavier_patches,
 )
 
 INIT_STD = 0.02  # of the tables of labels and tokens and of the timestep MLP
@@ -113,8 +115,7 @@ class DDT(Backbone):
             raise UserError(f"Unknown embedding of the time {times!r}: allowed are sinusoid and fourier.")
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.head_dim, self.num_classes = hidden_dim, depth, head_dim, num_classes
-        self.null_label, self.checkpoint_activations = num_classes, False
-        self.silu_twice, self.front = silu_twice, time_tokens + class_tokens
+        self.null_label, self.silu_twice, self.front = num_classes, silu_twice, time_tokens + class_tokens
         self.grid = height // patch_size, width // patch_size
         self.state_shapes = {"x": (latent_channels, height, width)}
         options, final_norm = BlockOptions(norm, mlp, qk_norm, bias), final_norm or norm
@@ -144,14 +145,9 @@ class DDT(Backbone):
 
     def initialise(self) -> None:
         """As DiT: blocks start as the identity and every prediction as zero (adaLN-Zero)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for patch in (self.s_embedder.proj, self.x_embedder.proj):
-            nn.init.xavier_uniform_(patch.weight.flatten(1))  # as the linear layer that it is; a view, so in place
-            nn.init.zeros_(patch.bias)
+        xavier_linears(self)
+        for patches in (self.s_embedder.proj, self.x_embedder.proj):
+            xavier_patches(patches)
         for weight in (
             self.y_embedder.embedding_table.weight,
             self.t_embedder.mlp[0].weight,
@@ -167,14 +163,8 @@ class DDT(Backbone):
         for layer in (self.final_layer, *self.heads.values()):
             nn.init.zeros_(layer.linear.weight)
 
-    def null(self, like: Condition) -> Condition:
-        return like._replace(labels=torch.full_like(like.labels, self.null_label))
-
     def matrices(self) -> Iterable[nn.Parameter]:
-        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
-        return [
-            p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
-        ]
+        return matrices_of(self.blocks)
 
     @property
     def tapped_depth(self) -> int:
@@ -257,12 +247,7 @@ class DDT(Backbone):
     ) -> Tensor:
         """Run block `depth`, and add to `seen` what is tapped there, without the `front` tokens."""
         block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            tokens, logits = checkpoint(
-                block, tokens, modulation, None, tapped, rotation, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            tokens, logits = block(tokens, modulation, None, tapped, rotation)
+        tokens, logits = self.run(block, tokens, modulation, None, tapped, rotation)
         if tapped:
             seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
         if Tap(depth) in taps:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models import BACKBONES
@@ -28,8 +27,11 @@ from repa.models.layers import (
     Rotation,
     Stream,
     TimestepEmbedding,
+    matrices_of,
     sincos_positions,
     unpatchify,
+    xavier_linears,
+    xavier_patches,
 )
 from repa.models.routing import Context, Router
 
@@ -51,10 +53,6 @@ class DiT(Backbone, OnHub):
         patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
         separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
         route: blocks that see a share of the tokens where `keep` says which, and how the others come back.
-
-    Attributes:
-        checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass:
-            less memory for about a third more work, and the same gradients. Off until it is set.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -96,7 +94,7 @@ class DiT(Backbone, OnHub):
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
         self.null_label = num_classes
-        self.separate_times, self.checkpoint_activations = separate_times, False
+        self.separate_times = separate_times
         self.grid = height // patch_size, width // patch_size
         self.prefix_tokens = len(streams)
         self.state_shapes = {"x": (latent_channels, height, width), **{name: (dim,) for name, dim in streams.items()}}
@@ -123,14 +121,8 @@ class DiT(Backbone, OnHub):
 
     def initialise(self) -> None:
         """Blocks start as the identity and every prediction as zero (adaLN-Zero)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.flatten(1))  # as the linear layer that it is; a view, so in place
-        nn.init.zeros_(patch.bias)
+        xavier_linears(self)
+        xavier_patches(self.x_embedder.proj)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=INIT_STD)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
@@ -142,14 +134,8 @@ class DiT(Backbone, OnHub):
         if self.router:
             self.router.initialise()
 
-    def null(self, like: Condition) -> Condition:
-        return like._replace(labels=torch.full_like(like.labels, self.null_label))
-
     def matrices(self) -> Iterable[nn.Parameter]:
-        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
-        return [
-            p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
-        ]
+        return matrices_of(self.blocks)
 
     def forward(
         self,
@@ -201,12 +187,7 @@ class DiT(Backbone, OnHub):
         silu_c, mask, rotation = context
         for depth in depths:
             block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, logits = checkpoint(  # a block draws nothing
-                    block, x, silu_c, mask, tapped, rotation, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, logits = block(x, silu_c, mask, tapped, rotation)
+            x, logits = self.run(block, x, silu_c, mask, tapped, rotation)
             if tapped:
                 seen.taps[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
             if Tap(depth) in taps:

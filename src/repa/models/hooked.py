@@ -120,9 +120,6 @@ class Hooked(Backbone):
             f"another block."
         )
 
-    def null(self, like: Condition) -> Condition:
-        return like._replace(labels=torch.full_like(like.labels, self.null_label))
-
     def matrices(self) -> Iterable[nn.Parameter]:
         """The matrices of the blocks: what else is one, a modulation or a gate, cannot be told from outside."""
         return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
@@ -22,8 +21,11 @@ from repa.models.layers import (
     LabelEmbedding,
     Rotation,
     TimestepEmbedding,
+    matrices_of,
     sincos_positions,
     unpatchify,
+    xavier_linears,
+    xavier_patches,
 )
 
 OPTIONS = BlockOptions(norm="rms", mlp="swiglu", qk_norm="rms")
@@ -69,7 +71,7 @@ class JiT(Backbone):
             raise UserError(f"class_tokens_from {class_tokens_from} is no block of {depth}: choose 0 to {depth - 1}.")
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
-        self.null_label, self.checkpoint_activations = num_classes, False
+        self.null_label = num_classes
         self.class_tokens, self.class_tokens_from = class_tokens, class_tokens_from
         self.grid = height // patch_size, width // patch_size
         self.state_shapes = {"x": (latent_channels, height, width)}
@@ -86,17 +88,10 @@ class JiT(Backbone):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         for conv in (self.x_embedder.proj1, self.x_embedder.proj2):
-            nn.init.xavier_uniform_(conv.weight.flatten(1))  # as the linear layer that it is; a view, so in place
-        nn.init.zeros_(self.x_embedder.proj2.bias)
-
-    def null(self, like: Condition) -> Condition:
-        return like._replace(labels=torch.full_like(like.labels, self.null_label))
+            xavier_patches(conv)
 
     def matrices(self) -> Iterable[nn.Parameter]:
-        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
-        return [
-            p for block in self.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.ndim == 2
-        ]
+        return matrices_of(self.blocks)
 
     def forward(
         self,
@@ -125,12 +120,7 @@ class JiT(Backbone):
                 x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
             tapped = Tap(depth, "attention") in taps
             rotation = self.rotation(front)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, logits = checkpoint(
-                    block, x, silu_c, None, tapped, rotation, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, logits = block(x, silu_c, None, tapped, rotation)
+            x, logits = self.run(block, x, silu_c, None, tapped, rotation)
             if tapped:
                 seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
             if Tap(depth) in taps:
@@ -241,10 +231,7 @@ class MaskedAdapter(nn.Module):
 
 def initialise(module: JiT | MaskedAdapter) -> None:
     """Linear layers by Xavier without bias, tables of small numbers, and blocks that start as the identity (adaLN-Zero)."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+    xavier_linears(module)
     nn.init.normal_(module.y_embedder.embedding_table.weight, std=INIT_STD)
     nn.init.normal_(module.t_embedder.mlp[0].weight, std=INIT_STD)
     nn.init.normal_(module.t_embedder.mlp[2].weight, std=INIT_STD)

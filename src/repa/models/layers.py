@@ -4,6 +4,7 @@ N batch, C channels, T tokens, D width, h heads, d = D / h, G tokens per side, p
 the released checkpoints of DiT, SiT and REPA, so that their state dicts load without a map.
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +17,28 @@ from repa.models.kernels import modulated_norm
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
+
+
+def matrices_of(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Those of attention and MLP, which Muon takes; adaLN starts at zero as gates, and is none of them."""
+    named = (pair for block in blocks for pair in block.named_parameters())
+    return [p for name, p in named if p.ndim == 2 and "adaLN_modulation" not in name]
+
+
+def xavier_linears(module: nn.Module) -> None:
+    """Every linear layer in it by Xavier (uniform), biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def xavier_patches(conv: nn.Conv2d) -> None:
+    """The same for the linear layer that a convolution over patches is."""
+    nn.init.xavier_uniform_(conv.weight.flatten(1))  # a view, so in place
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig, check_dimensions
@@ -20,12 +19,15 @@ from repa.models.layers import (
     PatchEmbedding,
     TimestepEmbedding,
     attend,
+    matrices_of,
     modulate,
     modulation,
     modulations,
     sincos_positions,
     token_norm,
     unpatchify,
+    xavier_linears,
+    xavier_patches,
 )
 
 INIT_STD = 0.02  # of the timestep MLP
@@ -72,7 +74,6 @@ class MMDiT(Backbone):
         self.patch_overlap = patch_overlap
         self.hidden_dim, self.depth = hidden_dim, depth
         self.num_classes = self.null_label = 0  # labels are not looked at
-        self.checkpoint_activations = False
         self.grid = height // patch_size, width // patch_size
         self.state_shapes = {"x": (latent_channels, height, width)}
 
@@ -89,12 +90,8 @@ class MMDiT(Backbone):
 
     def initialise(self) -> None:
         """Blocks start as the identity and the prediction as zero (adaLN-Zero)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view, so in place
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        xavier_linears(self)
+        xavier_patches(self.x_embedder.proj)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -118,13 +115,7 @@ class MMDiT(Backbone):
             self.null_mask.copy_(mask)
 
     def matrices(self) -> Iterable[nn.Parameter]:
-        """Those of attention and MLP; adaLN starts at zero as gates, and is none of them."""
-        return [
-            p
-            for block in self.blocks
-            for name, p in block.named_parameters()
-            if p.ndim == 2 and "adaLN_modulation" not in name
-        ]
+        return matrices_of(self.blocks)
 
     def forward(
         self,
@@ -156,12 +147,7 @@ class MMDiT(Backbone):
         seen: dict[Tap, Tensor] = {}
         for depth, block in enumerate(self.blocks, start=1):
             tapped = Tap(depth, "attention") in taps
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                text, image, logits = checkpoint(
-                    block, text, image, silu_c, mask, tapped, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                text, image, logits = block(text, image, silu_c, mask, tapped)
+            text, image, logits = self.run(block, text, image, silu_c, mask, tapped)
             if tapped:
                 seen[Tap(depth, "attention")] = logits
             if Tap(depth) in taps:
