@@ -1,4 +1,8 @@
-"""A network as a folder, here or on the Hugging Face hub: config.json and model.safetensors, as `repa export` writes them."""
+"""A network as a folder, here or on the Hugging Face hub: config.json and model.safetensors, as `repa export` writes them.
+
+Not by PyTorchModelHubMixin of huggingface_hub: it writes its own config.json over the constructor's arguments, which
+`repa export` does not, and a model card that needs jinja2, which the core does not bring.
+"""
 
 import tempfile
 from pathlib import Path

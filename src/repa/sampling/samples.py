@@ -63,9 +63,8 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     run = replace(run, prompts=prompts_of(run, config, device))
     if config.encoder_steps:
         run = with_shared_encoder(run, config, draw)
-    if (
-        torch.device(device).type == "cuda"
-    ):  # cuDNN's layout: without it every convolution transposes its input and output
+    if torch.device(device).type == "cuda":
+        # cuDNN's layout: without it every convolution transposes its input and output
         run.autoencoder.to(memory_format=torch.channels_last)
     return run
 

@@ -47,9 +47,8 @@ def differences(guides: list[Tensor]) -> np.ndarray:
     """(K, K) one minus the cosine of the encoder's tokens (N, T, D) at two evaluations, over all of them."""
     num, tokens, _ = guides[0].shape
     cosines = 0.0
-    for n in range(
-        num
-    ):  # one image at a time, in float64: neighbouring evaluations differ in the last digits of float32
+    # one image at a time, in float64: neighbouring evaluations differ in the last digits of float32
+    for n in range(num):
         units = torch.stack([F.normalize(guide[n].double(), dim=-1).flatten() for guide in guides])  # (K, T D)
         cosines = cosines + units @ units.T / (num * tokens)
     return (1 - cosines).cpu().numpy()

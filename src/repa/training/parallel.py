@@ -76,9 +76,8 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
                 bucket_cap_mb=BUCKET,
             )
     if config.compile:  # in place, so that names stay
-        if config.compile_scope == "blocks" or isinstance(
-            objective, FSDPModule
-        ):  # whose blocks gather their parameters
+        by_block = config.compile_scope == "blocks" or isinstance(objective, FSDPModule)  # FSDP gathers block by block
+        if by_block:
             objective.model.compile_blocks()
         else:
             objective.model.require_compiles()
