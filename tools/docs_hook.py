@@ -1,5 +1,6 @@
 """Pages of the documentation that are made from the code: public names, options of the configuration. Called by mkdocs."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -14,6 +15,7 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src/repa"
 sys.path.insert(0, str(ROOT / "src"))
 
 ROOMS = (
@@ -24,6 +26,7 @@ ROOMS = (
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/options.md", content=options_page()))
+    files.append(File.generated(config, "reference/package.md", content=package_page()))
     for room in ROOMS:
         files.append(File.generated(config, f"reference/{room}.md", content=room_page(room)))
     return files
@@ -51,6 +54,25 @@ def room_page(room: str) -> str:
             entries = ", ".join(f"`{entry}`" for entry in value.names())
             lines += [f"## {name}", "", f"Registry of {value.kind}s: {entries}.", ""]
     return "\n".join(lines)
+
+
+def package_page() -> str:
+    """Every file of the package by room, with the first line of its docstring."""
+    lines = [
+        "# Files of the package",
+        "",
+        "Made from the docstrings. [Architecture](../architecture.md) has the rooms.",
+    ]
+    for room in sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
+        lines += ["", f"## {room.name}", "", first_line(room / "__init__.py"), "", "| file | |", "|---|---|"]
+        for path in sorted(room.rglob("*.py")):
+            if path.name != "__init__.py":
+                lines.append(f"| `{path.relative_to(room)}` | {first_line(path).replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def first_line(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
 
 
 def options_page() -> str:
