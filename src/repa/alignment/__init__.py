@@ -1,5 +1,7 @@
 """Layer 2: one term of the loss: a tap, seen through a projector, is compared with a target (Eqs. 8, 9)."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
@@ -64,16 +66,15 @@ TIME_WEIGHTS = Registry(
     {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "sigmoid")},
 )
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "Aligner": "attach",
-        "Alignment": "alignment",
-        "AlignmentConfig": "config",
-        "Beside": "alignment",
-        "Seen": "targets",
-        "attach": "attach",
-        "resize_tokens": "tokens",
-    },
-    local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TIME_WEIGHTS", "TOKEN_NORMS"),
-)
+if TYPE_CHECKING:
+    from repa.alignment.alignment import Alignment as Alignment
+    from repa.alignment.alignment import Beside as Beside
+    from repa.alignment.attach import Aligner as Aligner
+    from repa.alignment.attach import attach as attach
+    from repa.alignment.config import AlignmentConfig as AlignmentConfig
+    from repa.alignment.targets import Seen as Seen
+    from repa.alignment.tokens import resize_tokens as resize_tokens
+else:
+    __getattr__, __dir__, __all__ = exports(
+        __name__, local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TIME_WEIGHTS", "TOKEN_NORMS")
+    )

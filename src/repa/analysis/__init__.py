@@ -1,27 +1,27 @@
 """Layer 3: what a trained transformer knows (linear probe, CKNNA, CKA), how encoders differ, and pictures of both."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "cka": "similarity",
-        "cknna": "similarity",
-        "cknna_of": "similarity",
-        "neighbourhoods": "similarity",
-        "cknna_of_run": "of_run",
-        "collect_hidden": "hidden",
-        "compare_encoders": "encoders",
-        "depth_effects": "depth",
-        "correlation_decay_slope": "spatial",
-        "find_copies": "neighbours",
-        "linear_probe": "probe",
-        "linear_probes": "probe",
-        "local_distance_similarity": "spatial",
-        "nearest_images": "neighbours",
-        "principal_colours": "pictures",
-        "probe_of_encoder": "probing",
-        "probe_of_run": "probing",
-        "rms_spatial_contrast": "spatial",
-    },
-)
+if TYPE_CHECKING:
+    from repa.analysis.depth import depth_effects as depth_effects
+    from repa.analysis.encoders import compare_encoders as compare_encoders
+    from repa.analysis.hidden import collect_hidden as collect_hidden
+    from repa.analysis.neighbours import find_copies as find_copies
+    from repa.analysis.neighbours import nearest_images as nearest_images
+    from repa.analysis.of_run import cknna_of_run as cknna_of_run
+    from repa.analysis.pictures import principal_colours as principal_colours
+    from repa.analysis.probe import linear_probe as linear_probe
+    from repa.analysis.probe import linear_probes as linear_probes
+    from repa.analysis.probing import probe_of_encoder as probe_of_encoder
+    from repa.analysis.probing import probe_of_run as probe_of_run
+    from repa.analysis.similarity import cka as cka
+    from repa.analysis.similarity import cknna as cknna
+    from repa.analysis.similarity import cknna_of as cknna_of
+    from repa.analysis.similarity import neighbourhoods as neighbourhoods
+    from repa.analysis.spatial import correlation_decay_slope as correlation_decay_slope
+    from repa.analysis.spatial import local_distance_similarity as local_distance_similarity
+    from repa.analysis.spatial import rms_spatial_contrast as rms_spatial_contrast
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

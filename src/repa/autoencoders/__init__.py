@@ -1,5 +1,7 @@
 """Pixels <-> latents behind one contract; scale and shift of the latents are known only in here."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
@@ -28,13 +30,10 @@ AUTOENCODERS = Registry(
     base="repa.autoencoders.contract:Autoencoder",
 )
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "Autoencoder": "contract",
-        "load_autoencoder": "contract",
-        "load_decoder": "decoders",
-        "check_decoder": "decoders",
-    },
-    local=("AUTOENCODERS",),
-)
+if TYPE_CHECKING:
+    from repa.autoencoders.contract import Autoencoder as Autoencoder
+    from repa.autoencoders.contract import load_autoencoder as load_autoencoder
+    from repa.autoencoders.decoders import check_decoder as check_decoder
+    from repa.autoencoders.decoders import load_decoder as load_decoder
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, local=("AUTOENCODERS",))

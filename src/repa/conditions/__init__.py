@@ -1,5 +1,7 @@
 """Frozen text encoders behind one contract: what captions and prompts are to a network."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 from repa.conditions import families
@@ -13,8 +15,9 @@ TEXT_ENCODERS = Registry(
     },
 )
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {"Text": "contract", "TextEncoder": "contract", "load_text_encoder": "loading"},
-    local=("TEXT_ENCODERS",),
-)
+if TYPE_CHECKING:
+    from repa.conditions.contract import Text as Text
+    from repa.conditions.contract import TextEncoder as TextEncoder
+    from repa.conditions.loading import load_text_encoder as load_text_encoder
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, local=("TEXT_ENCODERS",))

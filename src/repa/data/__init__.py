@@ -1,26 +1,26 @@
 """Images to shards to batches: sources, preparation, memory-mapped arrays, the resumable loader."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "Batch": "loader",
-        "DataSet": "dataset",
-        "FeatureCache": "feature_cache",
-        "Loader": "loader",
-        "Manifest": "manifest",
-        "PrepareConfig": "config",
-        "ShardReader": "reader",
-        "Source": "sources.contract",
-        "add_features": "encode",
-        "add_text": "encode",
-        "check_bytes": "checking",
-        "check_models": "checking",
-        "make_plan": "planning",
-        "open_data": "dataset",
-        "open_source": "sources.opening",
-        "prepare": "encode",
-        "remove": "removing",
-    },
-)
+if TYPE_CHECKING:
+    from repa.data.checking import check_bytes as check_bytes
+    from repa.data.checking import check_models as check_models
+    from repa.data.config import PrepareConfig as PrepareConfig
+    from repa.data.dataset import DataSet as DataSet
+    from repa.data.dataset import open_data as open_data
+    from repa.data.encode import add_features as add_features
+    from repa.data.encode import add_text as add_text
+    from repa.data.encode import prepare as prepare
+    from repa.data.feature_cache import FeatureCache as FeatureCache
+    from repa.data.loader import Batch as Batch
+    from repa.data.loader import Loader as Loader
+    from repa.data.manifest import Manifest as Manifest
+    from repa.data.planning import make_plan as make_plan
+    from repa.data.reader import ShardReader as ShardReader
+    from repa.data.removing import remove as remove
+    from repa.data.sources.contract import Source as Source
+    from repa.data.sources.opening import open_source as open_source
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

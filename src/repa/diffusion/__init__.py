@@ -1,5 +1,7 @@
 """Layer 1: paths from data to noise, what networks predict, times, guidance, samplers. Never sees inside a network."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
@@ -45,29 +47,28 @@ GUIDANCES = Registry(
 )
 DDPM_SAMPLERS = ("ddpm", "ddim")  # those that walk the timesteps of a network trained by the ddpm objective
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "Coefficients": "interpolants",
-        "Interpolant": "interpolants",
-        "interpolate": "interpolants",
-        "convert": "predictions",
-        "target": "predictions",
-        "latent_shift": "config",
-        "time_shift": "timesteps",
-        "ode_grid": "timesteps",
-        "sde_grid": "timesteps",
-        "Denoiser": "denoiser",
-        "count_calls": "denoiser",
-        "Guidance": "guidance",
-        "guided": "chain",
-        "Layout": "state",
-        "Step": "samplers",
-        "ImprovedDDPM": "ddpm",
-        "in_timesteps": "ddpm",
-        "Process": "processes",
-        "build_process": "processes",
-        "DiffusionConfig": "config",
-    },
-    local=("DDPM_SAMPLERS", "GUIDANCES", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS"),
-)
+if TYPE_CHECKING:
+    from repa.diffusion.chain import guided as guided
+    from repa.diffusion.config import DiffusionConfig as DiffusionConfig
+    from repa.diffusion.config import latent_shift as latent_shift
+    from repa.diffusion.ddpm import ImprovedDDPM as ImprovedDDPM
+    from repa.diffusion.ddpm import in_timesteps as in_timesteps
+    from repa.diffusion.denoiser import Denoiser as Denoiser
+    from repa.diffusion.denoiser import count_calls as count_calls
+    from repa.diffusion.guidance import Guidance as Guidance
+    from repa.diffusion.interpolants import Coefficients as Coefficients
+    from repa.diffusion.interpolants import Interpolant as Interpolant
+    from repa.diffusion.interpolants import interpolate as interpolate
+    from repa.diffusion.predictions import convert as convert
+    from repa.diffusion.predictions import target as target
+    from repa.diffusion.processes import Process as Process
+    from repa.diffusion.processes import build_process as build_process
+    from repa.diffusion.samplers import Step as Step
+    from repa.diffusion.state import Layout as Layout
+    from repa.diffusion.timesteps import ode_grid as ode_grid
+    from repa.diffusion.timesteps import sde_grid as sde_grid
+    from repa.diffusion.timesteps import time_shift as time_shift
+else:
+    __getattr__, __dir__, __all__ = exports(
+        __name__, local=("DDPM_SAMPLERS", "GUIDANCES", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS")
+    )

@@ -1,5 +1,7 @@
 """Frozen vision encoders behind one contract: what REPA aligns to, and what judges samples."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.encoders import families
 from repa.encoders.loading import EncoderRegistry
@@ -15,8 +17,9 @@ ENCODERS = EncoderRegistry(
     },
 )
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {"Features": "contract", "VisionEncoder": "contract", "load_encoder": "loading"},
-    local=("ENCODERS", "canonical"),
-)
+if TYPE_CHECKING:
+    from repa.encoders.contract import Features as Features
+    from repa.encoders.contract import VisionEncoder as VisionEncoder
+    from repa.encoders.loading import load_encoder as load_encoder
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, local=("ENCODERS", "canonical"))

@@ -1,19 +1,19 @@
 """Evaluation: uint8 images, from files or straight from a sampler, against a reference, by Inception or any encoder."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "EvaluateConfig": "config",
-        "ReferenceConfig": "config",
-        "evaluate": "measure",
-        "evaluate_file": "jobs",
-        "evaluate_stream": "jobs",
-        "load_judge": "judges",
-        "make_reference": "jobs",
-        "open_images": "sources",
-        "Reference": "reference",
-        "reference_of": "reference",
-    },
-)
+if TYPE_CHECKING:
+    from repa.evaluation.config import EvaluateConfig as EvaluateConfig
+    from repa.evaluation.config import ReferenceConfig as ReferenceConfig
+    from repa.evaluation.jobs import evaluate_file as evaluate_file
+    from repa.evaluation.jobs import evaluate_stream as evaluate_stream
+    from repa.evaluation.jobs import make_reference as make_reference
+    from repa.evaluation.judges import load_judge as load_judge
+    from repa.evaluation.measure import evaluate as evaluate
+    from repa.evaluation.reference import Reference as Reference
+    from repa.evaluation.reference import reference_of as reference_of
+    from repa.evaluation.sources import open_images as open_images
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

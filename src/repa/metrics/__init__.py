@@ -1,20 +1,20 @@
 """Layer 1: the Inception network of the FID, and distances between sets of features. Knows nothing of files of samples."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "InceptionFeatures": "inception",
-        "InceptionV3": "inception",
-        "PrecisionRecall": "manifold",
-        "RunningScore": "score",
-        "Statistics": "statistics",
-        "frechet_distance": "frechet",
-        "inception_score": "score",
-        "kernel_distance": "kernel",
-        "load_inception": "inception_weights",
-        "precision_recall": "manifold",
-        "precision_recall_in_half": "half",
-    },
-)
+if TYPE_CHECKING:
+    from repa.metrics.frechet import frechet_distance as frechet_distance
+    from repa.metrics.half import precision_recall_in_half as precision_recall_in_half
+    from repa.metrics.inception import InceptionFeatures as InceptionFeatures
+    from repa.metrics.inception import InceptionV3 as InceptionV3
+    from repa.metrics.inception_weights import load_inception as load_inception
+    from repa.metrics.kernel import kernel_distance as kernel_distance
+    from repa.metrics.manifold import PrecisionRecall as PrecisionRecall
+    from repa.metrics.manifold import precision_recall as precision_recall
+    from repa.metrics.score import RunningScore as RunningScore
+    from repa.metrics.score import inception_score as inception_score
+    from repa.metrics.statistics import Statistics as Statistics
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,5 +1,7 @@
 """Diffusion transformers: networks that are functions of their arguments."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
@@ -15,31 +17,28 @@ BACKBONES = Registry(
     },
 )
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "Backbone": "contract",
-        "Condition": "contract",
-        "DDT": "ddt",
-        "DiT": "dit",
-        "Hooked": "hooked",
-        "JiT": "jit",
-        "MMDiT": "mmdit",
-        "MaskedAdapter": "jit",
-        "ModelConfig": "config",
-        "Output": "contract",
-        "State": "contract",
-        "Tap": "contract",
-        "TwoTimes": "contract",
-        "build": "dit",
-        "build_model": "dit",
-        "constructor_arguments": "published",
-        "jit_dimensions": "jit",
-        "load_exported": "exported",
-        "load_published": "published",
-        "model_names": "config",
-        "to_diffusers": "diffusers_export",
-        "to_published": "published",
-    },
-    local=("BACKBONES",),
-)
+if TYPE_CHECKING:
+    from repa.models.config import ModelConfig as ModelConfig
+    from repa.models.config import model_names as model_names
+    from repa.models.contract import Backbone as Backbone
+    from repa.models.contract import Condition as Condition
+    from repa.models.contract import Output as Output
+    from repa.models.contract import State as State
+    from repa.models.contract import Tap as Tap
+    from repa.models.contract import TwoTimes as TwoTimes
+    from repa.models.ddt import DDT as DDT
+    from repa.models.diffusers_export import to_diffusers as to_diffusers
+    from repa.models.dit import DiT as DiT
+    from repa.models.dit import build as build
+    from repa.models.dit import build_model as build_model
+    from repa.models.exported import load_exported as load_exported
+    from repa.models.hooked import Hooked as Hooked
+    from repa.models.jit import JiT as JiT
+    from repa.models.jit import MaskedAdapter as MaskedAdapter
+    from repa.models.jit import jit_dimensions as jit_dimensions
+    from repa.models.mmdit import MMDiT as MMDiT
+    from repa.models.published import constructor_arguments as constructor_arguments
+    from repa.models.published import load_published as load_published
+    from repa.models.published import to_published as to_published
+else:
+    __getattr__, __dir__, __all__ = exports(__name__, local=("BACKBONES",))

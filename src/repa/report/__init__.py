@@ -1,24 +1,24 @@
 """What runs did, on one self-contained HTML page: verdict, curves, tables, samples, how each number was made."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "RunRecord": "records",
-        "read_run": "records",
-        "read_runs": "records",
-        "Speedup": "summary",
-        "speedup": "summary",
-        "grouped": "seeds",
-        "group_speedups": "seeds",
-        "summary_rows": "summary",
-        "summary_table": "summary",
-        "config_differences": "configs",
-        "verdict": "findings",
-        "curve_figure": "curves",
-        "save_figure": "overview",
-        "machine_facts": "facts",
-        "write_report": "page",
-    },
-)
+if TYPE_CHECKING:
+    from repa.report.configs import config_differences as config_differences
+    from repa.report.curves import curve_figure as curve_figure
+    from repa.report.facts import machine_facts as machine_facts
+    from repa.report.findings import verdict as verdict
+    from repa.report.overview import save_figure as save_figure
+    from repa.report.page import write_report as write_report
+    from repa.report.records import RunRecord as RunRecord
+    from repa.report.records import read_run as read_run
+    from repa.report.records import read_runs as read_runs
+    from repa.report.seeds import group_speedups as group_speedups
+    from repa.report.seeds import grouped as grouped
+    from repa.report.summary import Speedup as Speedup
+    from repa.report.summary import speedup as speedup
+    from repa.report.summary import summary_rows as summary_rows
+    from repa.report.summary import summary_table as summary_table
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,17 +1,17 @@
 """Run folders: names of files, checkpoints, metrics, and a trained network back from a folder alone."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "LoadedRun": "loading",
-        "load_run": "loading",
-        "save_checkpoint": "checkpoint",
-        "load_checkpoint": "checkpoint",
-        "Checkpoint": "checkpoint",
-        "Writer": "writer",
-        "MetricsLog": "log",
-        "read_metrics": "log",
-    },
-)
+if TYPE_CHECKING:
+    from repa.runs.checkpoint import Checkpoint as Checkpoint
+    from repa.runs.checkpoint import load_checkpoint as load_checkpoint
+    from repa.runs.checkpoint import save_checkpoint as save_checkpoint
+    from repa.runs.loading import LoadedRun as LoadedRun
+    from repa.runs.loading import load_run as load_run
+    from repa.runs.log import MetricsLog as MetricsLog
+    from repa.runs.log import read_metrics as read_metrics
+    from repa.runs.writer import Writer as Writer
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,16 +1,16 @@
 """Sampling: seeds to images, from a run folder alone; sharded over processes and resumable."""
 
+from typing import TYPE_CHECKING
+
 from repa.base.lazy import exports
 
-__getattr__, __dir__, __all__ = exports(
-    __name__,
-    {
-        "SampleConfig": "config",
-        "about_classes": "labels",
-        "drawn_classes": "labels",
-        "generate": "samples",
-        "Samples": "samples",
-        "prepared": "samples",
-        "write_samples": "samples",
-    },
-)
+if TYPE_CHECKING:
+    from repa.sampling.config import SampleConfig as SampleConfig
+    from repa.sampling.labels import about_classes as about_classes
+    from repa.sampling.labels import drawn_classes as drawn_classes
+    from repa.sampling.samples import Samples as Samples
+    from repa.sampling.samples import generate as generate
+    from repa.sampling.samples import prepared as prepared
+    from repa.sampling.samples import write_samples as write_samples
+else:
+    __getattr__, __dir__, __all__ = exports(__name__)

@@ -1,0 +1,39 @@
+"""Public names are imported when they are used, and are there."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import repa
+
+ROOMS = [
+    "repa",
+    *(f"repa.{room.name}" for room in pkgutil.iter_modules(repa.__path__) if room.ispkg),
+    "repa.data.sources",
+]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_there(room):
+    module = importlib.import_module(room)
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+def test_a_name_comes_from_its_module_and_a_room_is_an_attribute():
+    from repa.models.dit import DiT
+
+    assert repa.DiT is repa.models.DiT is DiT
+    assert "DiT" in repa.__all__
+    assert "models" in dir(repa)
+    assert "models" not in repa.__all__
+
+
+def test_importing_every_room_imports_no_torch():
+    code = f"import sys, {', '.join(ROOMS)}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
