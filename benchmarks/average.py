@@ -11,7 +11,7 @@ import argparse
 import torch
 from torch import nn
 
-from repa.training.ema import EMA, constant
+from repa.training.update import EMA, constant
 
 DECAY = 0.9999
 

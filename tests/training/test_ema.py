@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from repa.runs.averaging import gamma_of
-from repa.training.ema import EMA, constant, power
+from repa.training.update import EMA, constant, power
 from tests.oracles import averaging as oracle
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())

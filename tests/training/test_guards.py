@@ -6,15 +6,15 @@ from safetensors.torch import load_file
 
 from repa.base.errors import UserError
 from repa.runs import layout, read_metrics
-from repa.training import Objective, guards
-from repa.training.guards import Guard
+from repa.training import Objective, update
+from repa.training.update import Guard
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-def judged(guard: Guard, *norms: float) -> list[float]:
-    return [float(guard.judge([torch.tensor(norm)])) for norm in norms]
+def checked(guard: Guard, *norms: float) -> list[float]:
+    return [float(guard.check([torch.tensor(norm)])) for norm in norms]
 
 
 def rows(run, kind="train"):
@@ -47,15 +47,15 @@ def poison(monkeypatch, *steps: int, value: float = NAN) -> None:
 
 def test_any_norm_that_is_not_finite_skips():
     guard = Guard("fp32", CPU)
-    assert judged(guard, 1.0, NAN, INF, 2.0) == [0, 1, 1, 0]
-    assert float(guard.judge([torch.tensor(1.0), torch.tensor(NAN)])) == 1  # of the projectors that only measure
+    assert checked(guard, 1.0, NAN, INF, 2.0) == [0, 1, 1, 0]
+    assert float(guard.check([torch.tensor(1.0), torch.tensor(NAN)])) == 1  # of the projectors that only measure
     assert guard.row() == {"skipped_steps": 3, "grad_norm_max": 2.0}
     assert float(guard.in_row) == 1
     assert guard.row()["grad_norm_max"] == 0  # begins anew with each row
 
 
 def test_the_loss_scale_follows_the_rule_of_grad_scaler(monkeypatch):
-    monkeypatch.setattr(guards, "GROWTH_STEPS", 3)
+    monkeypatch.setattr(update, "GROWTH_STEPS", 3)
     guard = Guard("fp16", CPU)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -65,7 +65,7 @@ def test_the_loss_scale_follows_the_rule_of_grad_scaler(monkeypatch):
         scaler.scale((weight * gradient).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
-        judged(guard, INF if bad else 3.0)
+        checked(guard, INF if bad else 3.0)
         assert float(guard.scale) == scaler.get_scale()
         optimizer.zero_grad()
     assert float(guard.scale) != 2.0**16
@@ -89,7 +89,7 @@ def test_scaling_leaves_the_gradient_as_it_is():
 def test_a_spike_is_told_against_the_running_median():
     guard, told = Guard("fp32", CPU), []
     for step, norm in enumerate([1.0, 50.0, *[2.0] * 12, 19.0, 21.0, 2.0], start=1):
-        judged(guard, norm)
+        checked(guard, norm)
         told += guard.notes(guard.row(), step)
     assert told == ["The gradient norm rose to 21 by step 16, 10 times its running median of 2."]
 
@@ -133,7 +133,7 @@ def test_ten_steps_are_four_and_a_restart_and_six(
     tiny_config, run_training, tmp_path, monkeypatch, precision, optimizer
 ):
     """With a skipped step before the restart and one after; fp16 with its loss scale amid its count, Muon with momenta."""
-    monkeypatch.setattr(guards, "GROWTH_STEPS", 3)
+    monkeypatch.setattr(update, "GROWTH_STEPS", 3)
     poison(monkeypatch, 1, 7)
     config = tiny_config.override(
         precision=precision, ema_decays=(0.5,), ema_widths=(0.1,), optimizer={"name": optimizer}

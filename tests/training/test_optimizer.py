@@ -14,8 +14,8 @@ from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import read_metrics
 from repa.training import Objective, OptimizerConfig, TrainConfig
-from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from repa.training.state import TrainState, load_named_state, named_state
+from repa.training.update import build_optimizer, learning_rate, set_learning_rate, step_unless
 from tests.oracles.muon import orthogonalised
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())

@@ -24,13 +24,20 @@ from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
 from repa.training.config import TrainConfig, refuse_accumulation
-from repa.training.ema import EMA, build_averages, constant
 from repa.training.fp8 import use_fp8
-from repa.training.guards import Guard
 from repa.training.objective import Objective
-from repa.training.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from repa.training.parallel import gather, load, place, shard, whole
 from repa.training.starting import frozen_network, start_from
+from repa.training.update import (
+    EMA,
+    Guard,
+    build_averages,
+    build_optimizer,
+    constant,
+    learning_rate,
+    set_learning_rate,
+    step_unless,
+)
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -70,7 +77,7 @@ class TrainState:
 
     def advance(self, norms: Sequence[Tensor]) -> None:
         """A step of optimizer and averages with the gradients that are there; where a norm is not finite, nothing but its count."""
-        skip = self.guard.judge(norms)
+        skip = self.guard.check(norms)
         self.rate = learning_rate(self.config.optimizer, self.config.num_steps, self.step)
         set_learning_rate(self.optimizer, self.rate)
         step_unless(skip, self.optimizer)

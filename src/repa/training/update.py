@@ -1,0 +1,263 @@
+"""What a step does with its gradients: the guard that may skip it, AdamW or Muon at a learning rate, and the averages.
+
+All of it is decided on the device, so that nothing waits for it.
+"""
+
+import copy
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from repa.base.errors import UserError
+from repa.runs.averaging import gamma_of, weights_name
+from repa.training.config import OptimizerConfig, TrainConfig
+
+SPIKE = 10.0  # times the running median
+REMEMBERED, ENOUGH = 100, 10  # rows of the median; rows before it says anything
+# the rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
+
+Share = Callable[[int], float]  # of the network in its average at step t = 1, 2, ...
+
+
+class Guard:
+    """Skips steps with non-finite gradients, counts them, and scales the fp16 loss.
+
+    Every process sees the same averaged gradients, so all decide alike. Only `row`, `stuck` and `state` wait for the device.
+
+    Args:
+        precision: of the run; fp16 scales the loss, so that small gradients do not vanish.
+        device: where gradients are.
+    """
+
+    def __init__(self, precision: str, device: torch.device):
+        self.scales = precision == "fp16"
+        # skipped steps in all and in a row; largest finite norm since the last row; loss scale and good steps since it changed
+        self.skipped, self.in_row, self.largest, self.good = (torch.zeros((), device=device) for _ in range(4))
+        self.scale = torch.full((), FIRST_SCALE if self.scales else 1.0, device=device)
+        self._reported = 0.0
+        self._norms: deque[float] = deque(maxlen=REMEMBERED)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to call backward on."""
+        return loss * self.scale if self.scales else loss
+
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the loss scale out of the gradients, before they are clipped."""
+        if self.scales:
+            gradients = [local(p.grad) for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self.scale)  # exact: the scale is a power of two
+
+    @torch.no_grad()
+    def check(self, norms: Sequence[Tensor]) -> Tensor:
+        """1.0 on the device when a gradient norm is not finite, so that the step must be skipped; else 0.0."""
+        finite = torch.isfinite(torch.stack(list(norms)))
+        skip = 1.0 - finite.all().float()
+        self.skipped = self.skipped + skip
+        self.in_row = (self.in_row + 1.0) * skip
+        self.largest = torch.where(finite[0], torch.maximum(self.largest, norms[0]), self.largest)
+        if self.scales:
+            good = (self.good + 1.0) * (1.0 - skip)
+            grows = (good >= GROWTH_STEPS).float()
+            self.scale = self.scale * (1.0 - 0.5 * skip) * (1.0 + grows)
+            self.good = good * (1.0 - grows)
+        return skip
+
+    def row(self) -> dict[str, float]:
+        """Values for the row of metrics (waits for the device); the largest norm begins anew."""
+        skipped, largest, scale = torch.stack([self.skipped, self.largest, self.scale]).tolist()
+        self.largest = torch.zeros_like(self.largest)
+        values = {"skipped_steps": skipped, "grad_norm_max": largest}
+        return {**values, "loss_scale": scale} if self.scales else values
+
+    def notes(self, row: dict[str, float], step: int) -> list[str]:
+        """Sentences about what happened since the last row: skipped steps, and a gradient norm far above its median."""
+        notes, new = [], int(row["skipped_steps"] - self._reported)
+        self._reported = row["skipped_steps"]
+        if new:
+            lowered = f", the loss scale is now {row['loss_scale']:g}" if self.scales else ""
+            notes.append(
+                f"{new} of the steps up to {step:,} had a gradient that is not finite and were skipped{lowered}."
+            )
+        usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else float("inf")
+        if row["grad_norm_max"] > SPIKE * usual:
+            notes.append(
+                f"The gradient norm rose to {row['grad_norm_max']:.3g} by step {step:,}, "
+                f"{row['grad_norm_max'] / usual:.0f} times its running median of {usual:.3g}."
+            )
+        if row["grad_norm_max"] > 0:
+            self._norms.append(row["grad_norm_max"])
+        return notes
+
+    def stuck(self, allowed: int) -> bool:
+        """Were more than `allowed` steps in a row skipped (waits for the device)?"""
+        return int(self.in_row) > allowed
+
+    def require_progress(self, allowed: int, step: int, loss: float, checkpoints: Sequence[int]) -> None:
+        """UserError after more than `allowed` skipped steps in a row (waits for the device). `checkpoints`: steps of those there are."""
+        if not self.stuck(allowed):
+            return
+        in_row = int(self.in_row)
+        good = f"The checkpoint of step {checkpoints[-1]} is good. " if checkpoints else ""
+        raise UserError(
+            f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "
+            f"wrote nothing of it. {good}Look at the data, or start another --out with a lower --optimizer.learning-rate, "
+            "--precision fp32 or --model.qk-norm layer."
+        )
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps (waits for the device)."""
+        names = ("skipped", "in_row", *(("scale", "good") if self.scales else ()))
+        return {f"guard_{name}": float(getattr(self, name)) for name in names}
+
+    def load(self, counters: dict[str, float]) -> None:
+        """Take up the state of a checkpoint; one that was written before there were guards has none."""
+        for name in ("skipped", "in_row", "scale", "good"):
+            if f"guard_{name}" in counters:
+                setattr(self, name, torch.full_like(getattr(self, name), counters[f"guard_{name}"]))
+        self._reported = float(self.skipped)
+
+
+def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of network and projectors.
+
+    Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
+    as gates, the embeddings, the final layer, the projectors and all vectors stay with AdamW.
+    """
+    settings = config.optimizer
+    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    if settings.name == "adamw":
+        return _adamw([p for _, p in named], settings)
+    hidden = {id(p) for p in objective.model.matrices()}
+    matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
+    if not matrices:
+        raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
+    return MuonAdamW(matrices, others, settings)
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,  # also what makes `found_inf` skip a step without a wait
+    )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon and AdamW as one optimizer with one state.
+
+    Muon's updates are scaled to the root mean square of AdamW's ("match_rms_adamw"), so that one learning rate serves both.
+    Where `found_inf` is 1, a step changes nothing, as in the fused AdamW.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: OptimizerConfig):
+        muon = torch.optim.Muon(
+            matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.parts = (muon, _adamw(others, settings))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.state, part.param_groups = self.state, [group]  # anew, as load_state_dict puts others in their place
+        muon, adamw = self.parts
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        adamw.found_inf = skip
+        adamw.step()
+        if skip is None:
+            muon.step()
+        else:
+            self._muon_unless(skip > 0)
+
+    def _muon_unless(self, skip: Tensor) -> None:
+        """A step of Muon that is undone on the device where `skip`; a momentum stays what it is when it is its own gradient."""
+        muon, matrices = self.parts[0], [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in matrices]
+        for p in matrices:
+            momentum = self.state[p].get("momentum_buffer", torch.zeros_like(p.grad))
+            p.grad = torch.where(skip, momentum, p.grad)
+        muon.step()
+        for p, old in zip(matrices, before, strict=True):
+            p.copy_(torch.where(skip, old, p))
+
+
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer, or none where `skip` (a float on the device) is 1: decided there, nothing waits.
+
+    Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
+    """
+    optimizer.found_inf = skip  # the protocol of torch.amp.GradScaler with fused optimizers
+    optimizer.step()
+    for name in ("found_inf", "grad_scale"):  # no part of its state
+        vars(optimizer).pop(name, None)
+
+
+def learning_rate(settings: OptimizerConfig, num_steps: int, step: int) -> float:
+    """Of the step that follows `step` finished ones: a straight rise over warmup_steps, then the schedule to 0 at num_steps."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)  # in [0, 1)
+    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.learning_rate * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def constant(decay: float) -> Share:
+    """An exponential moving average: 1 - decay at every step."""
+    return lambda t: 1.0 - decay
+
+
+def power(width: float) -> Share:
+    """1 - beta(t) with beta(t) = (1 - 1/t)^(gamma + 1): the profile t^gamma of relative width `width` (EDM2, arXiv 2312.02696)."""
+    exponent = gamma_of(width) + 1.0
+    return lambda t: 1.0 - (1.0 - 1.0 / t) ** exponent
+
+
+class EMA:
+    """A frozen copy of `model` that follows it: ema <- ema + share(t) * (model - ema)."""
+
+    def __init__(self, model: nn.Module, share: Share):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.share = share
+        self._followed = model
+
+    @cached_property
+    def _pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(averages, what they follow), looked up at the first update: sharding replaces parameters before it."""
+        own = dict(self.model.named_parameters())
+        trained = [(own[name], p) for name, p in self._followed.named_parameters() if p.requires_grad]
+        return [mine for mine, _ in trained], [p for _, p in trained]
+
+    @torch.no_grad()
+    def update(self, t: int, skip: Tensor) -> None:
+        """Follow the weights after step t. Nothing changes, bit for bit, where `skip` (a float on the device) is 1."""
+        averages, followed = ([local(p) for p in side] for side in self._pairs)
+        share = self.share(t) * (1.0 - skip)  # a tensor, so that nothing waits for `skip`; CUDA then runs a kernel each
+        torch._foreach_lerp_(averages, followed, [share] * len(averages))
+
+
+def build_averages(model: nn.Module, config: TrainConfig) -> dict[str, EMA]:
+    """The averages that a configuration asks for beside the first, by the names of their files."""
+    shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
+    shares |= {weights_name(width): power(width) for width in config.ema_widths}
+    return {name: EMA(model, share) for name, share in shares.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
