@@ -18,12 +18,11 @@ from repa.recipes import RECIPES, load_recipe
 from repa.recipes.few_images import few_image_recipes
 from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
+from repa.recipes.paper_tables import ROWS, SAMPLINGS, printed
 from repa.recipes.pixels import pixel_recipes
 from repa.recipes.text import text_recipes
 from repa.report import read_run, write_report
-from repa.report.paper import ROWS, SAMPLINGS, printed
-from repa.report.paper_runs import row_of
-from repa.report.results import without_paper
+from repa.report.results import row_of, without_paper
 from repa.report.seeds import grouped
 from repa.runs import load_run, read_metrics
 from repa.training import TrainConfig

@@ -9,7 +9,7 @@ from repa.cli import options
 from repa.cli.console import duration, say
 from repa.diffusion.config import Guidances
 from repa.recipes import load_recipe
-from repa.report.paper import AUTOENCODER
+from repa.recipes.paper_tables import AUTOENCODER
 from repa.training.config import TrainConfig
 from repa.training.devices import PEAKS
 

@@ -13,11 +13,11 @@ from repa.recipes.few_images import few_image_recipes
 from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
+from repa.recipes.paper_tables import ROWS
 from repa.recipes.pixels import pixel_recipes
 from repa.recipes.quickstart import quickstart, quickstart_repa
 from repa.recipes.recipe import Recipe
 from repa.recipes.text import quickstart_text, text_recipes
-from repa.report.paper import ROWS
 from repa.runs import layout
 from repa.training.config import TrainConfig
 

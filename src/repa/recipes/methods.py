@@ -12,9 +12,9 @@ from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.cifar10 import cifar10
 from repa.recipes.paper import commands, steps_text
+from repa.recipes.paper_tables import printed
 from repa.recipes.published import PUBLISHED, Labels, Published
 from repa.recipes.recipe import Recipe
-from repa.report.paper import printed
 from repa.training.config import StreamConfig, TrainConfig
 
 

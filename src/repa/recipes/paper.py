@@ -3,8 +3,8 @@
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
+from repa.recipes.paper_tables import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed
 from repa.recipes.recipe import Recipe
-from repa.report.paper import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 

@@ -1,7 +1,7 @@
 """What papers report of the methods around REPA, as data, each figure with how it was made. Free of torch.
 
 FID of 50,000 samples of ImageNet 256 x 256. Exactly as many images of every class (balanced labels) give about 0.1 less than
-labels drawn at random, so the two never stand in one column. REPA's own tables are in `report/paper.py`.
+labels drawn at random, so the two never stand in one column. REPA's own tables are in `paper_tables.py`.
 """
 
 from typing import Literal, NamedTuple

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from repa.base import extras
 from repa.base.files import write_text
+from repa.recipes.paper_tables import printed
 from repa.report.analysis_results import accuracies, read_analyses
 from repa.report.configs import config_differences
 from repa.report.drawn import Curve, alignment_curve, analysis_curve, distance_curves, learning_curve, loss_curve
@@ -20,7 +21,6 @@ from repa.report.evaluations import add_evaluations
 from repa.report.facts import data_facts
 from repa.report.findings import verdict
 from repa.report.learning import logged
-from repa.report.paper import printed
 from repa.report.pictures import (
     Sample,
     Tile,

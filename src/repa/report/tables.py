@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base.files import write_text
-from repa.report.paper import printed
+from repa.recipes.paper_tables import printed
 from repa.report.protocols import PROTOCOL, settings_of
 from repa.report.results import Line, Table
 from repa.report.seeds import GroupSpeedup, Spread
