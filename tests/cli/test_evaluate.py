@@ -8,8 +8,7 @@ import pytest
 
 from repa.base import files
 from repa.cli import main
-from repa.report.evaluations import evaluation_row
-from repa.report.protocols import protocol_of
+from repa.report.runs import evaluation_row, protocol_of
 from repa.runs import layout
 
 JUDGE = ("--features", "tiny-judge")

@@ -11,8 +11,8 @@ from repa.base.errors import UserError
 from repa.recipes import load_recipe
 from repa.report import read_runs, write_report
 from repa.report.analysis_results import accuracies, read_analyses
-from repa.report.evaluations import add_evaluations
 from repa.report.results import MOST_STEPS, results, without_paper
+from repa.report.runs import add_evaluations
 from repa.report.seeds import grouped
 from repa.report.tables import shown
 from repa.report.text import how_made

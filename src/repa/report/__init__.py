@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from repa.report.findings import verdict as verdict
     from repa.report.overview import save_figure as save_figure
     from repa.report.page import write_report as write_report
-    from repa.report.records import RunRecord as RunRecord
-    from repa.report.records import read_run as read_run
-    from repa.report.records import read_runs as read_runs
+    from repa.report.runs import RunRecord as RunRecord
+    from repa.report.runs import read_run as read_run
+    from repa.report.runs import read_runs as read_runs
     from repa.report.seeds import group_speedups as group_speedups
     from repa.report.seeds import grouped as grouped
     from repa.report.summary import Speedup as Speedup

@@ -8,9 +8,8 @@ from typing import Any
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.report.protocols import is_number
-from repa.report.records import RunRecord
 from repa.report.results import Accuracy
+from repa.report.runs import RunRecord, is_number
 from repa.report.text import count
 from repa.runs import layout
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from repa.report.protocols import is_number
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord, is_number
 
 
 def alignment_text(item: dict[str, Any]) -> str:

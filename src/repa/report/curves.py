@@ -10,8 +10,7 @@ import numpy as np
 from repa.base.errors import UserError, nearest
 from repa.report.distances import draw_distances
 from repa.report.learning import QUANTITIES, Quantity
-from repa.report.protocols import Protocol, distance_name
-from repa.report.records import RunRecord, common_protocol
+from repa.report.runs import Protocol, RunRecord, common_protocol, distance_name
 from repa.report.seeds import Group, grouped
 from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from repa.report.protocols import DISTANCE, Protocol, is_number
+from repa.report.runs import DISTANCE, Protocol, is_number
 from repa.report.seeds import Group, group_speedups
 from repa.report.style import TEXT, Horizontal, colour, legend_label, strong
 

@@ -8,8 +8,7 @@ from repa.report.analysis_results import Analysis, alt, caption
 from repa.report.captions import distance_alt, distance_caption, learning_alt, training_alt, training_caption
 from repa.report.curves import alignment_axis, curve_figure
 from repa.report.learning import QUANTITIES
-from repa.report.protocols import Protocol, is_number
-from repa.report.records import RunRecord
+from repa.report.runs import Protocol, RunRecord, is_number
 from repa.report.seeds import grouped
 from repa.report.svg import inline_svg
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord
 from repa.report.text import count
 
 

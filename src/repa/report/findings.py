@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from repa.base.registry import parse_spec
 from repa.encoders import ENCODERS
 from repa.report.configs import config_differences
-from repa.report.protocols import DISTANCE, distance_name
-from repa.report.records import RunRecord
+from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.seeds import grouped
 from repa.report.seeds_findings import verdict_over_seeds
 from repa.report.summary import Reached, Speedup, baseline_of, speedup

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from repa.report.protocols import is_number
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord, is_number
 from repa.report.text import figure
 
 

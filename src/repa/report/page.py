@@ -17,7 +17,6 @@ from repa.recipes.paper_tables import printed
 from repa.report.analysis_results import accuracies, read_analyses
 from repa.report.configs import config_differences
 from repa.report.drawn import Curve, alignment_curve, analysis_curve, distance_curves, learning_curve, loss_curve
-from repa.report.evaluations import add_evaluations
 from repa.report.facts import data_facts
 from repa.report.findings import verdict
 from repa.report.learning import logged
@@ -34,10 +33,19 @@ from repa.report.pictures import (
     samples,
     tile,
 )
-from repa.report.protocols import DISTANCE, PROTOCOL, Protocol, distance_name, is_number
-from repa.report.records import RunRecord, common_protocol, read_runs
 from repa.report.results import results as find_results
 from repa.report.results import without_paper
+from repa.report.runs import (
+    DISTANCE,
+    PROTOCOL,
+    Protocol,
+    RunRecord,
+    add_evaluations,
+    common_protocol,
+    distance_name,
+    is_number,
+    read_runs,
+)
 from repa.report.seeds import Group, group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
 from repa.report.summary import reached_text, summary_rows, summary_table

@@ -14,7 +14,7 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.images import decode_image
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord
 from repa.runs import layout
 
 if TYPE_CHECKING:

@@ -19,9 +19,17 @@ from repa.recipes.paper_tables import (
     Figures,
     Row,
 )  # fmt: skip
-from repa.report.evaluations import OtherSamples
-from repa.report.protocols import DISTANCE, INCEPTION, Protocol, distance_name, is_number, protocol_of, settings_of
-from repa.report.records import RunRecord
+from repa.report.runs import (
+    DISTANCE,
+    INCEPTION,
+    OtherSamples,
+    Protocol,
+    RunRecord,
+    distance_name,
+    is_number,
+    protocol_of,
+    settings_of,
+)
 from repa.report.seeds import Group, Spread, spread
 
 MOST_STEPS = 8  # of one run in a table: the others are in the .csv

@@ -8,7 +8,7 @@ from itertools import takewhile
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord
 from repa.report.summary import Speedup, speedup
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from repa.report.configs import config_differences
-from repa.report.protocols import DISTANCE, distance_name
+from repa.report.runs import DISTANCE, distance_name
 from repa.report.seeds import Group, GroupSpeedup, group_speedups, spread
 from repa.report.text import Verdict, count, factor, figure, listed, times
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repa.base import extras
 from repa.base.errors import UserError
-from repa.report.records import RunRecord
+from repa.report.runs import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,7 @@ from typing import Any
 
 from repa.base import faults
 from repa.report.configs import alignment_text
-from repa.report.protocols import Protocol, is_number
-from repa.report.records import RunRecord, common_protocol, read_runs
+from repa.report.runs import Protocol, RunRecord, common_protocol, is_number, read_runs
 from repa.report.text import count, duration, figure
 from repa.runs import layout
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from repa.base.files import write_text
 from repa.recipes.paper_tables import printed
-from repa.report.protocols import PROTOCOL, settings_of
 from repa.report.results import Line, Table
+from repa.report.runs import PROTOCOL, settings_of
 from repa.report.seeds import GroupSpeedup, Spread
 from repa.report.text import Verdict, count, figure, how_made
 

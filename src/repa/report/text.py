@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from repa.report.protocols import Protocol, settings_of
+from repa.report.runs import Protocol, settings_of
 
 ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
 
