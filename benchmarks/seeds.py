@@ -25,7 +25,7 @@ from repa.base import files
 from repa.data import open_data
 from repa.evaluation import evaluate, load_judge, reference_of
 from repa.recipes import load_recipe
-from repa.report.summary import first_reached
+from repa.report.speedups import first_reached
 from repa.runs import layout
 
 NAMES = ("baseline", "aligned")  # of the runs, in the order of --recipes

@@ -23,7 +23,7 @@ from repa.recipes.pixels import pixel_recipes
 from repa.recipes.text import text_recipes
 from repa.report import read_run, write_report
 from repa.report.results import row_of, without_paper
-from repa.report.seeds import grouped
+from repa.report.speedups import grouped
 from repa.runs import load_run, read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training

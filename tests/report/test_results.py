@@ -13,7 +13,7 @@ from repa.report import read_runs, write_report
 from repa.report.analysis_results import accuracies, read_analyses
 from repa.report.results import MOST_STEPS, results, without_paper
 from repa.report.runs import add_evaluations
-from repa.report.seeds import grouped
+from repa.report.speedups import grouped
 from repa.report.tables import shown
 from repa.report.text import how_made
 from repa.runs import layout

@@ -7,7 +7,7 @@ import pytest
 
 from repa.report import curve_figure, read_runs, summary_rows, verdict
 from repa.report.distances import mean_curve
-from repa.report.seeds import group_speedups, grouped, spread
+from repa.report.speedups import group_speedups, grouped, spread
 from repa.runs import layout
 from tests.report.fakes import PROTOCOL, config, fake_run
 

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 from repa.base.lazy import exports
 
 if TYPE_CHECKING:
-    from repa.report.configs import config_differences as config_differences
     from repa.report.curves import curve_figure as curve_figure
-    from repa.report.facts import machine_facts as machine_facts
-    from repa.report.findings import verdict as verdict
+    from repa.report.headline import verdict as verdict
     from repa.report.overview import save_figure as save_figure
     from repa.report.page import write_report as write_report
     from repa.report.runs import RunRecord as RunRecord
     from repa.report.runs import read_run as read_run
     from repa.report.runs import read_runs as read_runs
-    from repa.report.seeds import group_speedups as group_speedups
-    from repa.report.seeds import grouped as grouped
-    from repa.report.summary import Speedup as Speedup
-    from repa.report.summary import speedup as speedup
+    from repa.report.speedups import Speedup as Speedup
+    from repa.report.speedups import group_speedups as group_speedups
+    from repa.report.speedups import grouped as grouped
+    from repa.report.speedups import speedup as speedup
+    from repa.report.summary import config_differences as config_differences
+    from repa.report.summary import machine_facts as machine_facts
     from repa.report.summary import summary_rows as summary_rows
     from repa.report.summary import summary_table as summary_table
 else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from repa.report.curves import smoothing_window
 from repa.report.learning import Quantity
 from repa.report.runs import DISTANCE, Protocol, RunRecord, distance_name
-from repa.report.seeds import grouped
+from repa.report.speedups import grouped
 from repa.report.summary import summary_rows
 from repa.report.text import count, figure, how_made
 

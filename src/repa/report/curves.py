@@ -11,7 +11,7 @@ from repa.base.errors import UserError, nearest
 from repa.report.distances import draw_distances
 from repa.report.learning import QUANTITIES, Quantity
 from repa.report.runs import Protocol, RunRecord, common_protocol, distance_name
-from repa.report.seeds import Group, grouped
+from repa.report.speedups import Group, grouped
 from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from repa.report.runs import DISTANCE, Protocol, is_number
-from repa.report.seeds import Group, group_speedups
+from repa.report.speedups import Group, group_speedups
 from repa.report.style import TEXT, Horizontal, colour, legend_label, strong
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from repa.report.captions import distance_alt, distance_caption, learning_alt, t
 from repa.report.curves import alignment_axis, curve_figure
 from repa.report.learning import QUANTITIES
 from repa.report.runs import Protocol, RunRecord, is_number
-from repa.report.seeds import grouped
+from repa.report.speedups import grouped
 from repa.report.svg import inline_svg
 
 

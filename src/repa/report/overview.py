@@ -13,7 +13,7 @@ from repa.base.files import atomic_path
 from repa.report.curves import draw_curves
 from repa.report.pictures import has_preview, preview_columns, read_preview
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, read_runs
-from repa.report.seeds import group_indices, grouped
+from repa.report.speedups import group_indices, grouped
 from repa.report.style import TEXT, colour, new_figure
 from repa.report.text import count, figure
 from repa.runs import layout

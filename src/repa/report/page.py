@@ -15,10 +15,8 @@ from repa.base import extras
 from repa.base.files import write_text
 from repa.recipes.paper_tables import printed
 from repa.report.analysis_results import accuracies, read_analyses
-from repa.report.configs import config_differences
 from repa.report.drawn import Curve, alignment_curve, analysis_curve, distance_curves, learning_curve, loss_curve
-from repa.report.facts import data_facts
-from repa.report.findings import verdict
+from repa.report.headline import verdict
 from repa.report.learning import logged
 from repa.report.pictures import (
     Sample,
@@ -46,9 +44,9 @@ from repa.report.runs import (
     is_number,
     read_runs,
 )
-from repa.report.seeds import Group, group_indices, group_speedups, grouped
+from repa.report.speedups import Group, group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
-from repa.report.summary import reached_text, summary_rows, summary_table
+from repa.report.summary import config_differences, data_facts, reached_text, summary_rows, summary_table
 from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
 from repa.report.text import count, duration, figure, how_made, short_count
 from repa.runs import layout

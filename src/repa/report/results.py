@@ -30,7 +30,7 @@ from repa.report.runs import (
     protocol_of,
     settings_of,
 )
-from repa.report.seeds import Group, Spread, spread
+from repa.report.speedups import Group, Spread, spread
 
 MOST_STEPS = 8  # of one run in a table: the others are in the .csv
 METRICS = {

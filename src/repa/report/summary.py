@@ -1,88 +1,21 @@
-"""The figures of the report: the speed-up and the summary table."""
+"""What stands in the tables beside the curves: a row for each run, the settings that differ, facts of data and machine."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from repa.base import faults
-from repa.report.configs import alignment_text
-from repa.report.runs import Protocol, RunRecord, common_protocol, is_number, read_runs
+from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
+from repa.report.speedups import Speedup, baseline_of, speedup
 from repa.report.text import count, duration, figure
 from repa.runs import layout
 
 NONE = "–"
 TAIL = 0.1  # final training figures are means over this last part of the logged rows
-
-
-@dataclass(frozen=True)
-class Reached:
-    """Where a run first had a Fréchet distance."""
-
-    step: float
-    seconds: float | None
-    between: tuple[int, int]  # the evaluations it was interpolated between; equal where an evaluation itself had it
-    is_bound: bool = False  # the very first evaluation was there already: it may have happened earlier
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How soon an aligned run had the baseline's final Fréchet distance, linearly interpolated between evaluations."""
-
-    target: float  # the baseline's final Fréchet distance
-    protocol: Protocol
-    baseline_final: dict[str, Any]  # the evaluation it is from
-    baseline: Reached  # where the baseline itself FIRST had it: earlier than its end when its curve is not monotone
-    aligned: Reached | None  # None: not reached
-    aligned_best: dict[str, Any]  # the aligned run's lowest evaluation
-    aligned_final: dict[str, Any]
-
-    @property
-    def times_steps(self) -> float | None:
-        """Baseline's steps over the aligned run's, both to the first time; above 1 means fewer. None when undefined."""
-        return _ratio(self.baseline.step, self.aligned.step) if self.aligned else None
-
-    @property
-    def times_seconds(self) -> float | None:
-        """The same in seconds of training as the runs logged them."""
-        return _ratio(self.baseline.seconds, self.aligned.seconds) if self.aligned else None
-
-
-def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | None:
-    """When the aligned run first had the baseline's final Fréchet distance, linearly interpolated between evaluations.
-
-    Returns:
-        None when the two share no way of evaluating (features, number of samples, sampler, NFE, weights, ...); of several
-        the one of most evaluations is taken. Otherwise a `Speedup`, whose `aligned` is None when the distance was not reached.
-    """
-    baseline, aligned = read_runs([baseline, aligned])
-    common = [protocol for protocol in baseline.protocols if protocol in aligned.protocols]
-    if not common:
-        return None
-    protocol = max(common, key=lambda p: min(len(run.distances(p)) for run in (baseline, aligned)))
-    rows, aligned_rows = baseline.distances(protocol), aligned.distances(protocol)
-    target = rows[-1]["frechet_distance"]
-    first = first_reached(rows, target)
-    assert first is not None  # its last evaluation is at the target
-    best = min(aligned_rows, key=lambda row: row["frechet_distance"])
-    return Speedup(target, protocol, rows[-1], first, first_reached(aligned_rows, target), best, aligned_rows[-1])
-
-
-def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:
-    """Where the piecewise linear curve through evaluations (by step) first is at or below `target`, if anywhere."""
-    previous = None
-    for row in rows:
-        if row["frechet_distance"] <= target:
-            if previous is None:
-                return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), is_bound=True)
-            drop = previous["frechet_distance"] - row["frechet_distance"]
-            part = (previous["frechet_distance"] - target) / drop  # in (0, 1]: previous is above the target, row is not
-            between = (row["step"], row["step"]) if part == 1 else (previous["step"], row["step"])
-            return Reached(_mix(previous, row, "step", part), _mix(previous, row, "seconds", part), between)
-        previous = row
-    return None
 
 
 def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
@@ -149,13 +82,106 @@ def reached_text(found: Speedup | None) -> str:
     return f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
 
 
-def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> RunRecord | None:
-    """The first run trained without alignment; for `run` its like of the same seed, where there is one."""
-    first = next((each for each in records if not each.is_aligned), None)
-    if first is None or run is None or run.seed == first.seed:
-        return first
-    changed = {**first.config, "seed": run.seed}
-    return next((each for each in records if each.config == changed and each.data == first.data), first)
+def alignment_text(item: dict[str, Any]) -> str:
+    """'dinov2-b@8, weight 0.5, cosine, mlp' from one entry of `alignments`."""
+    target, depth = item.get("target"), item.get("depth")
+    parts = [f"{target}@{depth}", f"weight {item['weight']:g}" if is_number(item.get("weight")) else None]
+    parts += [item.get("loss"), item.get("projector")]
+    parts += [
+        item.get(key) for key, plain in (("schedule", "constant"), ("token_norm", "none")) if item.get(key) != plain
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) for every leaf of the configurations that is not the same in all."""
+    leaves = [dict(_leaves(run.config)) for run in records]
+    names = dict.fromkeys(name for each in leaves for name in each)
+    table = [(name, [_shown(each.get(name)) for each in leaves]) for name in names]
+    return [(name, values) for name, values in table if len(set(values)) > 1]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """('optim.lr', 0.0001): mappings, and lists of mappings, are entered; other lists are one value."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None or value == [] or value == {} else str(value)
+
+
+def machine_facts() -> dict[str, str]:
+    """Versions, processor and threads of this process: pass them as `facts` when the runs were made on this machine."""
+    import torch
+
+    from repa import __version__
+
+    facts = {"Python": platform.python_version(), "torch": torch.__version__, "repa": __version__}
+    facts["Processor"] = _processor()
+    facts["Threads"] = f"{torch.get_num_threads()} used by torch, {os.cpu_count()} present"
+    if torch.cuda.is_available():
+        facts["GPU"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return facts
+
+
+def data_facts(records: Sequence[RunRecord]) -> dict[str, str]:
+    """What the runs were trained on, from data.json; where runs differ, each one's with its name."""
+    described = {run.name: _describe(run.data) for run in records if run.data}
+    keys = dict.fromkeys(key for each in described.values() for key in each)
+    facts = {}
+    for key in keys:
+        values = {name: each[key] for name, each in described.items() if key in each}
+        same = len(set(values.values())) == 1
+        facts[key] = next(iter(values.values())) if same else "; ".join(f"{name}: {v}" for name, v in values.items())
+    return facts
+
+
+def _describe(data: Mapping[str, Any]) -> dict[str, str]:
+    facts = {}
+    if data.get("source") is not None:
+        facts["Source"] = _words(data["source"])
+    if data.get("num_images") is not None:
+        facts["Images"] = count(data["num_images"])
+    if data.get("resolution") is not None:
+        facts["Resolution"] = f"{data['resolution']} × {data['resolution']} pixels"
+    names = data.get("class_names") or []
+    if names:
+        shown = ", ".join(str(name) for name in names[:12])
+        facts["Classes"] = f"{len(names)}: {shown}{', …' if len(names) > 12 else ''}"
+    for key, label in (("autoencoder", "Autoencoder"), ("features", "Alignment features")):
+        if data.get(key):
+            facts[label] = _words(data[key])
+    return facts
+
+
+def _words(value: Any) -> str:
+    if (
+        isinstance(value, Mapping) and "name" in value
+    ):  # an identity: the name, and what tells it from others of that name
+        checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
+        seed = f", seed {value['seed']}" if "seed" in value else ""
+        return f"{value['name']}{seed}" + (f", checksum {' '.join(checksums)}" if checksums else "")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} ({_words(item)})" if item or item == 0 else str(key) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_words(item) for item in value)
+    return str(value)
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it (Linux), else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def num_parameters(run: Path) -> int | None:
@@ -177,11 +203,3 @@ def _tail(values: Sequence[float]) -> float | None:
 
 def _text(value: float | None, words: Callable[[float], str]) -> str:
     return NONE if value is None else words(value)
-
-
-def _mix(a: dict[str, Any], b: dict[str, Any], key: str, part: float) -> float | None:
-    return a[key] + part * (b[key] - a[key]) if is_number(a.get(key)) and is_number(b.get(key)) else None
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None

@@ -8,10 +8,11 @@ from typing import Any
 
 from repa.base.files import write_text
 from repa.recipes.paper_tables import printed
+from repa.report.headline import Verdict
 from repa.report.results import Line, Table
 from repa.report.runs import PROTOCOL, settings_of
-from repa.report.seeds import GroupSpeedup, Spread
-from repa.report.text import Verdict, count, figure, how_made
+from repa.report.speedups import GroupSpeedup, Spread
+from repa.report.text import count, figure, how_made
 
 COUNTED = ("precision", "recall")  # shown with two decimals, as papers do
 

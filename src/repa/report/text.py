@@ -1,19 +1,10 @@
 """Numbers and settings in words, as a reader wants them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from repa.report.runs import Protocol, settings_of
 
 ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
-
-
-class Verdict(NamedTuple):
-    """The sentence on top of the page, and the remarks that stand under it."""
-
-    sentence: str
-    notes: list[str]
-    meaning: str = ""
-    """What was compared, for a reader who does not know the method."""
 
 
 def count(value: float) -> str:

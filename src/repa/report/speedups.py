@@ -1,0 +1,221 @@
+"""How much sooner an aligned run was as good as the baseline: for a pair of runs, and over runs that differ in the seed only."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from repa.report.runs import DISTANCE, Protocol, RunRecord, is_number, read_runs
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where a run first had a Fréchet distance."""
+
+    step: float
+    seconds: float | None
+    between: tuple[int, int]  # the evaluations it was interpolated between; equal where an evaluation itself had it
+    is_bound: bool = False  # the very first evaluation was there already: it may have happened earlier
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How soon an aligned run had the baseline's final Fréchet distance, linearly interpolated between evaluations."""
+
+    target: float  # the baseline's final Fréchet distance
+    protocol: Protocol
+    baseline_final: dict[str, Any]  # the evaluation it is from
+    baseline: Reached  # where the baseline itself FIRST had it: earlier than its end when its curve is not monotone
+    aligned: Reached | None  # None: not reached
+    aligned_best: dict[str, Any]  # the aligned run's lowest evaluation
+    aligned_final: dict[str, Any]
+
+    @property
+    def times_steps(self) -> float | None:
+        """Baseline's steps over the aligned run's, both to the first time; above 1 means fewer. None when undefined."""
+        return _ratio(self.baseline.step, self.aligned.step) if self.aligned else None
+
+    @property
+    def times_seconds(self) -> float | None:
+        """The same in seconds of training as the runs logged them."""
+        return _ratio(self.baseline.seconds, self.aligned.seconds) if self.aligned else None
+
+
+def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | None:
+    """When the aligned run first had the baseline's final Fréchet distance, linearly interpolated between evaluations.
+
+    Returns:
+        None when the two share no way of evaluating (features, number of samples, sampler, NFE, weights, ...); of several
+        the one of most evaluations is taken. Otherwise a `Speedup`, whose `aligned` is None when the distance was not reached.
+    """
+    baseline, aligned = read_runs([baseline, aligned])
+    common = [protocol for protocol in baseline.protocols if protocol in aligned.protocols]
+    if not common:
+        return None
+    protocol = max(common, key=lambda p: min(len(run.distances(p)) for run in (baseline, aligned)))
+    rows, aligned_rows = baseline.distances(protocol), aligned.distances(protocol)
+    target = rows[-1][DISTANCE]
+    first = first_reached(rows, target)
+    assert first is not None  # its last evaluation is at the target
+    best = min(aligned_rows, key=lambda row: row[DISTANCE])
+    return Speedup(target, protocol, rows[-1], first, first_reached(aligned_rows, target), best, aligned_rows[-1])
+
+
+def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:
+    """Where the piecewise linear curve through evaluations (by step) first is at or below `target`, if anywhere."""
+    previous = None
+    for row in rows:
+        if row[DISTANCE] <= target:
+            if previous is None:
+                return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), is_bound=True)
+            drop = previous[DISTANCE] - row[DISTANCE]
+            part = (previous[DISTANCE] - target) / drop  # in (0, 1]: previous is above the target, row is not
+            between = (row["step"], row["step"]) if part == 1 else (previous["step"], row["step"])
+            return Reached(_mix(previous, row, "step", part), _mix(previous, row, "seconds", part), between)
+        previous = row
+    return None
+
+
+def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> RunRecord | None:
+    """The first run trained without alignment; for `run` its like of the same seed, where there is one."""
+    first = next((each for each in records if not each.is_aligned), None)
+    if first is None or run is None or run.seed == first.seed:
+        return first
+    changed = {**first.config, "seed": run.seed}
+    return next((each for each in records if each.config == changed and each.data == first.data), first)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration and one data set, each with a seed of its own; often just one."""
+
+    name: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.runs[0].is_aligned
+
+    @property
+    def label(self) -> str:
+        return self.name if len(self.runs) == 1 else f"{self.name} ({len(self.runs)} seeds)"
+
+
+class Spread(NamedTuple):
+    """Several values of one quantity, one a seed."""
+
+    mean: float
+    deviation: float | None  # standard deviation over seeds, n - 1; None of one value
+    low: float
+    high: float
+    num: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None of no values."""
+    if not values:
+        return None
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, min(values), max(values), len(values))
+
+
+def grouped(records: Sequence[RunRecord]) -> list[Group]:
+    """Groups in the order of their first runs. Runs of the same seed are no sample over seeds, and stay apart."""
+    members: list[tuple[str, list[RunRecord]]] = []
+    for run in records:
+        key = _all_but_the_seed(run)
+        fitting = (runs for other, runs in members if other == key and run.seed not in {one.seed for one in runs})
+        home = next(fitting, None)
+        if home is None:
+            members.append((key, [run]))
+        else:
+            home.append(run)
+    groups = [Group(_name([run.name for run in runs]), tuple(runs)) for _, runs in members]
+    names = [group.name for group in groups]
+    return [
+        group if names.count(group.name) == 1 else Group(" + ".join(run.name for run in group.runs), group.runs)
+        for group in groups
+    ]
+
+
+def group_indices(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[int]:
+    """For each run the number of its group."""
+    places = {run.name: number for number, group in enumerate(groups) for run in group.runs}
+    return [places[run.name] for run in records]
+
+
+@dataclass(frozen=True)
+class GroupSpeedup:
+    """How soon the runs of a group had the final distance of baselines: a `Speedup` for each pair."""
+
+    baseline: Group
+    aligned: Group
+    pairs: tuple[Speedup, ...]
+    by_seed: bool  # each run with the baseline of its seed; else every run with every baseline
+
+    @property
+    def reached(self) -> list[Speedup]:
+        return [pair for pair in self.pairs if pair.aligned is not None]
+
+    @property
+    def is_bound(self) -> bool:
+        """Some run was there at its first evaluation already: its factor is a least one."""
+        return any(pair.aligned.is_bound for pair in self.reached)
+
+    def factors(self, of: str) -> Spread | None:
+        """Of "steps", "seconds" or "images", over all pairs; None unless all got there: a mean of those that did flatters."""
+        per_step = self.baseline.runs[0].batch_size, self.aligned.runs[0].batch_size
+        values = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
+        if any(value is None for value in values) or (of == "images" and None in per_step):
+            return None
+        ratio = per_step[0] / per_step[1] if of == "images" else 1.0
+        return spread([value * ratio for value in values])
+
+
+def group_speedups(groups: Sequence[Group]) -> list[GroupSpeedup]:
+    """Every aligned group against the first group trained without alignment, where evaluations can be compared."""
+    baseline = next((group for group in groups if not group.is_aligned), None)
+    if baseline is None:
+        return []
+    found = [_compared(baseline, group) for group in groups if group.is_aligned]
+    return [each for each in found if each is not None]
+
+
+def _compared(baseline: Group, aligned: Group) -> GroupSpeedup | None:
+    """Pairs of the same seed start from the same network and see the same data; other seeds pair all with all."""
+    seeds = [{run.seed: run for run in group.runs} for group in (baseline, aligned)]
+    by_seed = seeds[0].keys() == seeds[1].keys()
+    if by_seed:
+        pairs = [(seeds[0][seed], run) for seed, run in seeds[1].items()]
+    else:
+        pairs = [(ours, theirs) for theirs in aligned.runs for ours in baseline.runs]
+    found = [speedup(*pair) for pair in pairs]
+    if None in found or len({pair.protocol for pair in found}) > 1:
+        return None
+    return GroupSpeedup(baseline, aligned, tuple(found), by_seed)
+
+
+def _all_but_the_seed(run: RunRecord) -> str:
+    config: dict[str, Any] = {key: value for key, value in run.config.items() if key != "seed"}
+    return json.dumps([config, run.data], sort_keys=True, default=str)
+
+
+def _name(names: Sequence[str]) -> str:
+    """'baseline' for runs/0/baseline and runs/1/baseline, and for baseline-0 and baseline-1."""
+    if len(names) == 1:
+        return names[0]
+    last = {name.rpartition("/")[2] for name in names}
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    common = last.pop() if len(last) == 1 else "".join(letters[0] for letters in alike)
+    return re.sub(r"([-_. /=]+(seed)?[-_=]?\d*|seed\d*)$", "", common) or " + ".join(names)  # cifar10-1 is cifar10
+
+
+def _mix(a: dict[str, Any], b: dict[str, Any], key: str, part: float) -> float | None:
+    return a[key] + part * (b[key] - a[key]) if is_number(a.get(key)) and is_number(b.get(key)) else None
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
