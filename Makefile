@@ -21,6 +21,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # torch comes first and alone: later steps then find it and do not look for another build of it
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -209,8 +209,8 @@ class ModelConfig(Config):
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
                 raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
-        if self.route:
-            self.routing.check(self.dims().depth, self.heads, (self.latent_size // self.dims().patch_size,) * 2)
+        if routing := self.routing:
+            routing.check(self.dims().depth, self.heads, (self.latent_size // self.dims().patch_size,) * 2)
         elif asked := [name for name in ROUTING if getattr(self, name) != type(self).model_fields[name].default]:
             raise UserError(
                 f"{asked[0]} says how tokens are routed, but there is no route: give its blocks, route FIRST LAST."

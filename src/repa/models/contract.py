@@ -36,21 +36,28 @@ class Condition(NamedTuple):
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
         """This condition where `keep` (N,) is true, `other` elsewhere."""
-
-        def choose(own: Tensor | None, others: Tensor | None) -> Tensor | None:
-            if own is None:
-                return None
-            return torch.where(keep.reshape(-1, *[1] * (own.ndim - 1)), own, others)
-
-        return Condition(*map(choose, self, other))
+        return self._with(other, lambda own, others: torch.where(keep.reshape(-1, *[1] * (own.ndim - 1)), own, others))
 
     def cat(self, other: "Condition") -> "Condition":
         """Both, one behind the other along the batch: (2N, ...)."""
-        return Condition(*(None if a is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
+        return self._with(other, lambda own, others: torch.cat([own, others]))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        """The same of every part."""
+        return Condition._make(None if part is None else function(part) for part in self)
 
     def rows(self, part: slice | Tensor) -> "Condition":
         """Some of the samples."""
-        return Condition(*(None if value is None else value[part] for value in self))
+        return self.map(lambda value: value[part])
+
+    def _with(self, other: "Condition", function: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
+        def both(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+            if own is None:
+                return None
+            assert others is not None  # two conditions of one network have the same parts
+            return function(own, others)
+
+        return Condition._make(map(both, self, other))
 
 
 class TwoTimes(NamedTuple):
@@ -59,7 +66,10 @@ class TwoTimes(NamedTuple):
     values: Tensor  # (N, 2)
     second: Tensor  # (N, T) bool: has the second time
 
-    ndim = 2  # as of the times (N, T) that they stand for
+    @property
+    def ndim(self) -> int:
+        """As of the times (N, T) that they stand for."""
+        return 2
 
     def of_tokens(self) -> Tensor:
         """(N, T)."""
@@ -110,7 +120,7 @@ class Backbone(nn.Module, ABC):
     null_label: int
     grid: tuple[int, int]
     state_shapes: Mapping[str, tuple[int, ...]]
-    blocks: Sequence[nn.Module]
+    blocks: nn.ModuleList | Sequence[nn.Module]
     prefix_tokens: int = 0
     compiles: bool = True
     checkpoint_activations: bool = False

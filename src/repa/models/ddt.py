@@ -6,7 +6,7 @@ the encoder. N batch, C channels, T tokens of the grid, S tokens in front, D wid
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig, check_dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.layers import (
+    INIT_STD,
     Block,
     BlockOptions,
     FinalLayer,
@@ -24,14 +25,14 @@ from repa.models.layers import (
     PatchEmbedding,
     Rotation,
     TimestepEmbedding,
+    adaln_zero,
     matrices_of,
+    normal_matrices,
     sincos_positions,
     unpatchify,
     xavier_linears,
     xavier_patches,
 )
-
-INIT_STD = 0.02  # of the tables of labels and tokens and of the timestep MLP
 
 
 class Encoded(NamedTuple):
@@ -67,6 +68,8 @@ class DDT(Backbone):
         UserError: sizes that do not fit together.
     """
 
+    pos_embed: Tensor | None
+
     def __init__(
         self,
         *,
@@ -81,9 +84,9 @@ class DDT(Backbone):
         head_dim: int = 0,
         head_heads: int = 0,
         mlp_ratio: float = 4.0,
-        norm: str = "rms",
-        mlp: str = "swiglu",
-        qk_norm: str = "none",
+        norm: Literal["layer", "rms"] = "rms",
+        mlp: Literal["gelu", "swiglu"] = "swiglu",
+        qk_norm: Literal["none", "layer", "rms"] = "none",
         bias: bool = True,
         rotary: bool = True,
         final_norm: str | None = None,
@@ -148,20 +151,11 @@ class DDT(Backbone):
         xavier_linears(self)
         for patches in (self.s_embedder.proj, self.x_embedder.proj):
             xavier_patches(patches)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=INIT_STD)
+        normal_matrices(self.y_embedder, self.t_embedder)
         for tokens in (self.time_tokens, self.class_tokens):
             if tokens is not None:
                 nn.init.normal_(tokens, std=INIT_STD)
-        for layer in (*self.blocks, self.final_layer, *self.heads.values()):
-            if layer.adaLN_modulation is not None:
-                nn.init.zeros_(layer.adaLN_modulation[1].weight)
-        for layer in (self.final_layer, *self.heads.values()):
-            nn.init.zeros_(layer.linear.weight)
+        adaln_zero(self)
 
     def matrices(self) -> Iterable[nn.Parameter]:
         return matrices_of(self.blocks)
@@ -183,7 +177,7 @@ class DDT(Backbone):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -194,7 +188,7 @@ class DDT(Backbone):
             UserError: the state has other shapes, a tap is no block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or t.ndim != 1:
+        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
             raise UserError("A DDT takes one time per sample and all tokens: leave token times and routing out.")
         encoded = self.encode(state, t, condition, taps)
         return self.decode(state, encoded, taps)

@@ -5,6 +5,7 @@ sampling or guidance: train() and eval() agree.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ from repa.models.layers import (
     Rotation,
     Stream,
     TimestepEmbedding,
+    adaln_zero,
     matrices_of,
+    normal_matrices,
     sincos_positions,
     unpatchify,
     xavier_linears,
@@ -35,10 +38,8 @@ from repa.models.layers import (
 )
 from repa.models.routing import Context, Router
 
-INIT_STD = 0.02  # of the label table and of the timestep MLP
 
-
-class DiT(Backbone, OnHub):
+class DiT(OnHub):
     """Diffusion transformer with adaLN-Zero (arXiv 2212.09748; SiT, arXiv 2401.08740, is the same network).
 
     Args:
@@ -58,6 +59,8 @@ class DiT(Backbone, OnHub):
         UserError: sizes that do not fit together.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         *,
@@ -70,9 +73,9 @@ class DiT(Backbone, OnHub):
         num_classes: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        qk_norm: str = "none",
+        norm: Literal["layer", "rms"] = "layer",
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        qk_norm: Literal["none", "layer", "rms"] = "none",
         bias: bool = True,
         rotary: bool = False,
         streams: Mapping[str, int] | None = None,
@@ -111,7 +114,7 @@ class DiT(Backbone, OnHub):
         self.final_layer = FinalLayer(hidden_dim, patch_features, norm)
         self.streams = nn.ModuleDict({name: Stream(dim, hidden_dim) for name, dim in streams.items()})
         self.heads = nn.ModuleDict({str(tap): FinalLayer(hidden_dim, patch_features, norm) for tap in sorted(heads)})
-        self.router = None
+        self.router: Router | None = None
         if route:
             self.route = Route(*route)
             self.route.check(depth, heads, self.grid)
@@ -123,14 +126,8 @@ class DiT(Backbone, OnHub):
         """Blocks start as the identity and every prediction as zero (adaLN-Zero)."""
         xavier_linears(self)
         xavier_patches(self.x_embedder.proj)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=INIT_STD)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
-        final_layers = (self.final_layer, *self.heads.values())
-        for module in (*self.blocks, *final_layers):
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
-        for module in (*final_layers, *self.streams.values()):
-            nn.init.zeros_(module.linear.weight)
+        normal_matrices(self.y_embedder, self.t_embedder)
+        adaln_zero(self)
         if self.router:
             self.router.initialise()
 
@@ -161,7 +158,7 @@ class DiT(Backbone, OnHub):
                 "A DiT without route routes no tokens: leave keep out, or build it with --model.route FIRST LAST."
             )
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
-        for name, stream in reversed(self.streams.items()):
+        for name, stream in reversed([*self.streams.items()]):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
         silu_c, mask = self._conditioning(t, condition.labels)
         rotation = None if self.rotation is None else self.rotation(self.prefix_tokens)  # (P + T, D / h) twice
@@ -170,15 +167,16 @@ class DiT(Backbone, OnHub):
         if self.router is None:
             x = self._through(range(1, len(self.blocks) + 1), x, context, taps, seen)
         else:
-            first, last = self.route.first, self.route.last
+            first, last = self.router.route.first, self.router.route.last
             x = self._through(range(1, first), x, context, taps, seen)
-            deep = self._routed(range(first, last + 1), x, context, taps, seen)
+            deep = self._routed(self.router, x, context, taps, seen)
             x = self.router.merge(x, deep, keep, path_dropped)
             x = self._through(range(last + 1, len(self.blocks) + 1), x, context, taps, seen)
         x = self.final_layer.normed(x, silu_c)
         tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
         seen.prediction["x"] = self._image(tokens)
         for place, (name, stream) in enumerate(self.streams.items()):
+            assert isinstance(stream, Stream)
             seen.prediction[name] = stream.linear(x[:, place])  # (N, F)
         return seen
 
@@ -197,14 +195,15 @@ class DiT(Backbone, OnHub):
                 seen.heads[depth] = self._image(tokens)
         return x
 
-    def _routed(self, depths: range, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output) -> Tensor | None:
+    def _routed(
+        self, router: Router, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output
+    ) -> Tensor | None:
         """The kept tokens (N, P + K, D) after the blocks of the route; None where none is kept."""
-        if seen.kept is None:
-            return self._through(depths, x, context, taps, seen)
-        if seen.kept.shape[1] == 0:
-            return None
-        x, context = self.router.take(x, seen.kept), self.router.take_context(context, seen.kept)
-        return self._through(depths, x, context, taps, seen)
+        if seen.kept is not None:
+            if seen.kept.shape[1] == 0:
+                return None
+            x, context = router.take(x, seen.kept), router.take_context(context, seen.kept)
+        return self._through(range(router.route.first, router.route.last + 1), x, context, taps, seen)
 
     def _image(self, tokens: Tensor) -> Tensor:
         return unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)  # (N, C, H, W)
@@ -216,14 +215,13 @@ class DiT(Backbone, OnHub):
             return F.silu(self.t_embedder(t) + label), None
         if self.streams:
             raise UserError("A time per token needs a network without streams, whose tokens have no place in the grid.")
-        two = isinstance(t, TwoTimes)
-        which = t.second if two else t  # (N, T)
+        values, which = t if isinstance(t, TwoTimes) else (t, t)  # (N, 2 or T), (N, T)
         mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
-        silu_c = F.silu(self.t_embedder(t.values if two else t) + label[:, None])  # (N, 2 or T, D)
-        return Chosen(silu_c, t.second[..., None]) if two else silu_c, mask
+        silu_c = F.silu(self.t_embedder(values) + label[:, None])  # (N, 2 or T, D)
+        return Chosen(silu_c, which[..., None]) if isinstance(t, TwoTimes) else silu_c, mask
 
 
-def build_model(name: str, **overrides) -> Backbone:
+def build_model(name: str, **overrides: Any) -> Backbone:
     """A network by name, "SiT-B/2", "DiT-XL/2" or "JiT-B/16", with any argument of DiT or JiT overridden.
 
     latent_size, and for labelled data num_classes, come from the data and must be among the overrides.

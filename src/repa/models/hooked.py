@@ -1,6 +1,7 @@
 """Any network with a list of blocks as a backbone: its taps come from hooks, registered once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Hooked(Backbone):
         for depth, block in enumerate(blocks, start=1):
             block.register_forward_hook(_Hook(Tap(depth), self._record))
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(NO_COMPILE)
 
     @property

@@ -6,17 +6,28 @@ Not by PyTorchModelHubMixin of huggingface_hub: it writes its own config.json ov
 
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from repa.base import files, lock
 from repa.base.errors import UserError
+from repa.models.contract import Backbone
+from repa.models.layers import Block
+
+if TYPE_CHECKING:
+    from repa.models.dit import DiT
 
 
-class OnHub:
+class OnHub(Backbone):
     """What users of `transformers` and `diffusers` know, for DiT."""
 
+    heads: nn.ModuleDict
+    separate_times: bool
+    patch_overlap: int
+
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "DiT":
         """The network of a folder, of `repa export` or `save_pretrained`, or of a repository of the hub; in eval mode, trainable.
 
         Raises:
@@ -67,7 +78,9 @@ class OnHub:
 
         if self.route:
             raise UserError("A network that routes tokens is saved with its run: `repa export RUN FOLDER`.")
-        read = constructor_arguments(self.state_dict(), self.blocks[0].attn.num_heads, self.patch_overlap)
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        read = constructor_arguments(self.state_dict(), block.attn.num_heads, self.patch_overlap)
         others = {
             "latent_size": list(self.state_shapes["x"][1:]),
             "streams": {name: shape[0] for name, shape in self.state_shapes.items() if name != "x"},

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.layers import (
+    INIT_STD,
     Block,
     BlockOptions,
     FinalLayer,
     LabelEmbedding,
     Rotation,
     TimestepEmbedding,
+    adaln_zero,
     matrices_of,
+    normal_matrices,
     sincos_positions,
     unpatchify,
     xavier_linears,
@@ -29,7 +32,6 @@ from repa.models.layers import (
 )
 
 OPTIONS = BlockOptions(norm="rms", mlp="swiglu", qk_norm="rms")
-INIT_STD = 0.02  # of the tables of labels and class tokens and of the timestep MLP
 
 
 class JiT(Backbone):
@@ -48,6 +50,8 @@ class JiT(Backbone):
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -85,8 +89,6 @@ class JiT(Backbone):
         self.blocks = nn.ModuleList(Block(hidden_dim, num_heads, options=OPTIONS) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_dim, patch_size**2 * latent_channels, OPTIONS.norm)
         initialise(self)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         for conv in (self.x_embedder.proj1, self.x_embedder.proj2):
             xavier_patches(conv)
 
@@ -96,7 +98,7 @@ class JiT(Backbone):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -107,7 +109,7 @@ class JiT(Backbone):
             UserError: the state has other shapes, a tap is no block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or t.ndim != 1:
+        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
             raise UserError("JiT takes one time per sample and all tokens: leave token times and routing out.")
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
         label = self.y_embedder(condition.labels)  # (N, D)
@@ -230,12 +232,9 @@ class MaskedAdapter(nn.Module):
 
 
 def initialise(module: JiT | MaskedAdapter) -> None:
-    """Linear layers by Xavier without bias, tables of small numbers, and blocks that start as the identity (adaLN-Zero)."""
+    """Linear layers by Xavier without bias, tables of small numbers, and adaLN-Zero."""
     xavier_linears(module)
-    nn.init.normal_(module.y_embedder.embedding_table.weight, std=INIT_STD)
-    nn.init.normal_(module.t_embedder.mlp[0].weight, std=INIT_STD)
-    nn.init.normal_(module.t_embedder.mlp[2].weight, std=INIT_STD)
+    normal_matrices(module.y_embedder, module.t_embedder)
     if module.in_context_posemb is not None:
         nn.init.normal_(module.in_context_posemb, std=INIT_STD)
-    for block in module.blocks:
-        nn.init.zeros_(block.adaLN_modulation[1].weight)
+    adaln_zero(module)

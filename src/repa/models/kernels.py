@@ -8,10 +8,13 @@ N batch, T tokens, D width.
 """
 
 import functools
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 ROWS = 16  # tokens of one program, which adds up their part of the gradients of shift and scale
 
@@ -23,13 +26,13 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)  # (N, T, D), (N, T, 1) twice
         ctx.save_for_backward(x, mean, rstd, scale)
         return torch.addcmul(shift, normed, 1 + scale)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *modulated_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None
 
 
@@ -66,13 +69,13 @@ def by_triton(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Te
 
 
 @functools.cache
-def kernel() -> Callable:
+def kernel() -> "JITFunction":
     """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def backward(
+    def backward(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS: tl.constexpr, PADDED: tl.constexpr
     ):  # fmt: skip
         image, part = tl.program_id(0), tl.program_id(1)

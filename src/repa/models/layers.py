@@ -5,7 +5,7 @@ the released checkpoints of DiT, SiT and REPA, so that their state dicts load wi
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from repa.models.kernels import modulated_norm
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
+INIT_STD = 0.02  # of tables of labels and tokens, and of the timestep MLP
 
 
 def matrices_of(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -39,6 +40,21 @@ def xavier_patches(conv: nn.Conv2d) -> None:
     nn.init.xavier_uniform_(conv.weight.flatten(1))  # a view, so in place
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
+
+
+def normal_matrices(*modules: nn.Module) -> None:
+    """Every matrix in them of small random numbers."""
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=INIT_STD)
+
+
+def adaln_zero(network: nn.Module) -> None:
+    """Blocks start as the identity and every prediction as zero."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(("adaLN_modulation.1.weight", ".linear.weight")):
+            nn.init.zeros_(parameter)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -108,13 +124,15 @@ class PatchEmbedding(nn.Module):
 class TimestepEmbedding(nn.Module):
     """[cos, sin] of t, unscaled, through an MLP: (N,) -> (N, D), (N, T) -> (N, T, D). Not under autocast: bfloat16 blurs near times."""
 
+    frequencies: Tensor
+
     def __init__(self, dim: int, num_features: int = 256, max_period: float = MAX_PERIOD):
         super().__init__()
         self.num_features, self.max_period = num_features, max_period
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.register_buffer("frequencies", timestep_frequencies(num_features, max_period), persistent=False)
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         # Follow every .to() in device, never in dtype: rounded frequencies would be other frequencies.
         super()._apply(*args, **kwargs)
         self.frequencies = timestep_frequencies(self.num_features, self.max_period).to(self.frequencies.device)
@@ -124,11 +142,13 @@ class TimestepEmbedding(nn.Module):
         with no_autocast(t.device):
             angles = t[..., None] * self.frequencies  # (..., 128)
             features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (..., D)
+            return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
 
 
 class FourierTimes(nn.Module):
     """[sin, cos] of 2 pi W t through an MLP, W random and frozen: (N,) -> (N, D). In float32, also under autocast."""
+
+    W: Tensor
 
     def __init__(self, dim: int, num_features: int = 512):
         super().__init__()
@@ -139,7 +159,7 @@ class FourierTimes(nn.Module):
         with no_autocast(t.device):
             angles = 2 * torch.pi * t[..., None] * self.W  # (..., 256)
             features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-            return self.mlp(features.to(self.mlp[0].weight.dtype))  # (..., D)
+            return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
 
 
 class LabelEmbedding(nn.Module):
@@ -159,6 +179,9 @@ class Rotation(nn.Module):
 
     Rows and columns are counted 0, 1, 2 ..., or stretched so that the last one is `extent`.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, grid: tuple[int, int], extent: float = 0.0):
         super().__init__()
@@ -339,7 +362,7 @@ class Block(nn.Module):
 
     def _modulated(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         if self.fused_norm and scale.shape[1] == 1:  # a shift for every token has no sums to fuse
-            return modulated_norm(x, shift, scale, norm.eps)
+            return modulated_norm(x, shift, scale, NORM_EPS)
         return modulate(norm(x), shift, scale)
 
     def fuse_norm(self) -> bool:
@@ -357,10 +380,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = modulation(dim, 2)
 
-    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, silu_c: Conditioning) -> Tensor:
         return self.linear(self.normed(x, silu_c))  # (N, T, p * p * C)
 
-    def normed(self, x: Tensor, silu_c: Tensor) -> Tensor:
+    def normed(self, x: Tensor, silu_c: Conditioning) -> Tensor:
         """What the projection sees: (N, T, D)."""
         return modulate(self.norm_final(x), *modulations(self.adaLN_modulation, silu_c, x, 2))
 

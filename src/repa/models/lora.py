@@ -52,6 +52,7 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
     model.requires_grad_(False)
     for layer in layers.values():
         layer.__class__ = LoRALinear
+        assert isinstance(layer, LoRALinear)
         layer.add_update(rank)
     for name, parameter in model.named_parameters():
         if name.startswith(f"{LABELS}."):

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig, check_dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.layers import (
     MLP,
     FinalLayer,
     PatchEmbedding,
     TimestepEmbedding,
+    adaln_zero,
     attend,
     matrices_of,
     modulate,
     modulation,
     modulations,
+    normal_matrices,
     sincos_positions,
     token_norm,
     unpatchify,
@@ -30,7 +32,6 @@ from repa.models.layers import (
     xavier_patches,
 )
 
-INIT_STD = 0.02  # of the timestep MLP
 CLIP_L = (77, 768)  # tokens of a text and their width
 
 
@@ -52,6 +53,10 @@ class MMDiT(Backbone):
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    pos_embed: Tensor
+    null_text: Tensor
+    null_mask: Tensor
 
     def __init__(
         self,
@@ -92,13 +97,8 @@ class MMDiT(Backbone):
         """Blocks start as the identity and the prediction as zero (adaLN-Zero)."""
         xavier_linears(self)
         xavier_patches(self.x_embedder.proj)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=INIT_STD)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=INIT_STD)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
-        for block in self.blocks:
-            for stream in (block.text, block.image):
-                nn.init.zeros_(stream.adaLN_modulation[1].weight)
+        normal_matrices(self.t_embedder)
+        adaln_zero(self)
 
     def null(self, like: Condition) -> Condition:
         num = len(like.labels)
@@ -120,7 +120,7 @@ class MMDiT(Backbone):
     def forward(
         self,
         state: State,
-        t: Tensor,
+        t: Times,
         condition: Condition,
         taps: tuple[Tap, ...] = (),
         keep: Tensor | None = None,
@@ -131,7 +131,7 @@ class MMDiT(Backbone):
             UserError: other shapes, no text, a tap is no block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or t.ndim != 1:
+        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
             raise UserError("MMDiT takes one time per sample and all tokens: leave token times and routing out.")
         if condition.text is None or tuple(condition.text.shape[1:]) != self.text_shape:
             found = "none" if condition.text is None else tuple(condition.text.shape)
@@ -174,13 +174,15 @@ class TokenStream(nn.Module):
         self.num_heads = num_heads
         self.norm = token_norm("layer", dim)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = None if only_keys else nn.Linear(dim, dim)
-        self.mlp = None if only_keys else MLP(dim, 4 * dim)
-        self.adaLN_modulation = modulation(dim, 2 if only_keys else 6)
+        self.chunks = 2 if only_keys else 6
+        if not only_keys:
+            self.proj = nn.Linear(dim, dim)
+            self.mlp = MLP(dim, 4 * dim)
+        self.adaLN_modulation = modulation(dim, self.chunks)
 
     def before(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(queries, keys and values, 3 of (N, h, T, D/h); what modulates and gates the rest)."""
-        shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, 2 if self.mlp is None else 6)
+        shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, self.chunks)
         qkv = (
             self.qkv(modulate(self.norm(x), shift, scale)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )

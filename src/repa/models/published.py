@@ -72,9 +72,8 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
         UserError: a missing or damaged file, or one that is not a checkpoint of this kind.
     """
     _check_kind(kind)
-    inside = isinstance(path_or_state_dict, Mapping)
-    content = path_or_state_dict if inside else read_weights(path_or_state_dict)
-    where = "The state dict" if inside else str(path_or_state_dict)
+    given = path_or_state_dict
+    content, where = (given, "The state dict") if isinstance(given, Mapping) else (read_weights(given), str(given))
     return _translate(_choose(content, where, kind)[0].tensors, where, kind)
 
 
@@ -233,6 +232,7 @@ def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weig
         beside = raw if raw is not None and raw.name != averages[0].name else None
         also = f", beside the raw weights {beside.name or 'of the file'!r}" if beside else ""
         return averages[0], beside, f"{averages[0].name or 'the average of the file'!r} was taken{also}"
+    assert raw is not None  # without averages, it was asked for above
     empty = next(
         (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
         None,

@@ -69,7 +69,7 @@ class Router(nn.Module):
 
     def __init__(self, route: Route, dim: int, prefix_tokens: int):
         super().__init__()
-        self.prefix_tokens = prefix_tokens
+        self.route, self.prefix_tokens = route, prefix_tokens
         self.fuse = nn.Linear(2 * dim, dim) if route.merge == "fuse" else None
         # learned, where the released code keeps its random numbers
         self.mask_token = nn.Parameter(torch.zeros(dim)) if route.merge == "fuse" else None
@@ -93,9 +93,8 @@ class Router(nn.Module):
             mask = self.take(self.take(mask, keep).mT, keep).mT  # (N, K, K)
         if rotation is not None:
             places = self._places(keep)
-            rotation = tuple(
-                table[places][:, None] for table in rotation
-            )  # (N, 1, P + K, D / h), the same for every head
+            cos, sin = rotation
+            rotation = cos[places][:, None], sin[places][:, None]  # (N, 1, P + K, D / h), the same for every head
         return Context(silu_c, mask, rotation)
 
     def merge(self, shallow: Tensor, deep: Tensor | None, keep: Tensor | None, dropped: Tensor | None) -> Tensor:

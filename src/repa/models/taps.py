@@ -7,7 +7,7 @@ registered before it compiles.
 import inspect
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ class Eye:
         inner = unwrapped(net)
         self.record, self.first, self.kind = Record(), _first_parameter(inner), type(inner).__name__
         self.patch = _patch_size(inner)
-        self._net = weakref.ref(net)
+        self._net: Callable[[], nn.Module | None] = weakref.ref(net)
         for module in _called(net):
             self._keep(module.register_forward_pre_hook(_Begin(self.first, self.record), with_kwargs=True))
 
@@ -230,11 +230,11 @@ def _called(net: nn.Module) -> list[nn.Module]:
     while True:
         if isinstance(net, nn.parallel.DistributedDataParallel):
             net = net.module
-        elif hasattr(net, "_orig_mod"):
-            net = net._orig_mod
-        elif hasattr(net, "get_base_model"):
+        elif (compiled := getattr(net, "_orig_mod", None)) is not None:
+            net = compiled
+        elif (base := getattr(net, "get_base_model", None)) is not None:
             found.append(net)
-            net = net.get_base_model()
+            net = base()
         else:
             return [*found, net]
 
@@ -256,8 +256,8 @@ def width_of(net: nn.Module, block: Block) -> int | None:
 
 
 def _product(config: Any, *names: str) -> int | None:
-    values = [getattr(config, name, None) for name in names]
-    return math.prod(values) if all(type(value) is int for value in values) else None
+    values = [value for name in names if type(value := getattr(config, name, None)) is int]
+    return math.prod(values) if len(values) == len(names) else None
 
 
 def _patch_size(net: nn.Module) -> Grid | None:
