@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
+from repa.base.precision import resolved
 from repa.runs.averaging import gamma_of, weights_name
 from repa.training.config import OptimizerConfig, TrainConfig
 
@@ -138,7 +139,7 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Op
     matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
     if not matrices:
         raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
-    return MuonAdamW(matrices, others, settings)
+    return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
@@ -152,42 +153,59 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.o
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon and AdamW as one optimizer with one state.
+    """Muon, with Nesterov momentum, and AdamW as one optimizer with one state.
 
-    Muon's updates are scaled to the root mean square of AdamW's ("match_rms_adamw"), so that one learning rate serves both.
-    Where `found_inf` is 1, a step changes nothing, as in the fused AdamW.
+    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
+    Where `found_inf` is 1, a step changes nothing, as in the fused AdamW. It is not torch.optim.Muon, which always multiplies
+    in bfloat16: a CPU without instructions for it then spends most of a step there.
+
+    Args:
+        precision: "bf16" orthogonalises in bfloat16, any other in float32.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: OptimizerConfig):
-        muon = torch.optim.Muon(
-            matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        self.parts = (muon, _adamw(others, settings))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+    MOMENTUM = 0.95
+
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: OptimizerConfig, precision: str
+    ):
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.adamw = _adamw(others, settings)
+        muon = {"params": matrices, "lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        super().__init__([muon, *self.adamw.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.state, part.param_groups = self.state, [group]  # anew, as load_state_dict puts others in their place
-        muon, adamw = self.parts
+        muon, adamw = self.param_groups
         skip: Tensor | None = getattr(self, "found_inf", None)
-        adamw.found_inf = skip
-        adamw.step()
-        if skip is None:
-            muon.step()
-        else:
-            self._muon_unless(skip > 0)
+        self.adamw.state, self.adamw.param_groups = self.state, [adamw]  # anew, as load_state_dict puts others there
+        self.adamw.found_inf = skip
+        self.adamw.step()
+        for p in muon["params"]:
+            if p.grad is not None:
+                self._muon(p, p.grad, muon["lr"], muon["weight_decay"], skip)
 
-    def _muon_unless(self, skip: Tensor) -> None:
-        """A step of Muon that is undone on the device where `skip`; a momentum stays what it is when it is its own gradient."""
-        muon, matrices = self.parts[0], [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        before = [p.detach().clone() for p in matrices]
-        for p in matrices:
-            momentum = self.state[p].get("momentum_buffer", torch.zeros_like(p.grad))
-            p.grad = torch.where(skip, momentum, p.grad)
-        muon.step()
-        for p, old in zip(matrices, before, strict=True):
-            p.copy_(torch.where(skip, old, p))
+    def _muon(self, p: Tensor, grad: Tensor, rate: float, decay: float, skip: Tensor | None) -> None:
+        """One matrix; where `skip`, momentum and matrix stay what they are."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum_buffer"]
+        if skip is not None:
+            grad = torch.where(skip > 0, momentum, grad)  # its own mean with itself
+        momentum.lerp_(grad, 1 - self.MOMENTUM)
+        direction = orthogonalised(grad.lerp(momentum, self.MOMENTUM), self.dtype)
+        moved = (p * (1 - rate * decay)).add_(direction, alpha=-rate * (0.2 * math.sqrt(max(p.shape))))
+        p.copy_(moved if skip is None else torch.where(skip > 0, p, moved))
+
+
+def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix with its singular values put near 1, between about 0.7 and 1.2: five Newton-Schulz steps, as Muon takes them."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.T
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
