@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repa.base.device import timed
 from repa.base.memory import keep_freed_memory
 from repa.base.precision import autocast
 from repa.models.config import dimensions
-from repa.training.measure import timed
 
 
 def main() -> None:

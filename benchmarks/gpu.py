@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from repa.base import files
+from repa.base.device import timed
 from repa.base.memory import keep_freed_memory
 from repa.encoders.cost import encoder_cost
 from repa.training.attention import measured
 from repa.training.instrument import Source, observed, rate, summary
-from repa.training.measure import product_shapes, shape_rates, timed
+from repa.training.measure import product_shapes, shape_rates
 from repa.training.profiling import device_state
 from train_step import configuration, source_of, teacher_folder
 

@@ -29,7 +29,7 @@ from repa.data import Loader, open_data
 from repa.report import read_run
 from repa.runs import layout
 from repa.training.config import TrainConfig
-from repa.training.features import EncoderFeatures
+from repa.training.inputs import EncoderFeatures
 from repa.training.measure import Step, endless
 from repa.training.resolve import resolve, with_streams
 

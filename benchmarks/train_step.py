@@ -28,6 +28,7 @@ from torch import Tensor
 
 from repa.alignment.config import AlignmentConfig
 from repa.base import files
+from repa.base.device import product_rate, timed
 from repa.base.memory import keep_freed_memory
 from repa.base.precision import autocast
 from repa.diffusion import interpolate
@@ -36,8 +37,8 @@ from repa.models import Condition
 from repa.models.config import ModelConfig
 from repa.training.advice import table
 from repa.training.config import TrainConfig
-from repa.training.features import EncoderFeatures
-from repa.training.measure import Feed, Figures, Step, Synthetic, endless, latents, measure, product_rate, timed
+from repa.training.inputs import EncoderFeatures
+from repa.training.measure import Feed, Figures, Step, Synthetic, endless, latents, measure
 from repa.training.state import build_state
 
 TEACHER = "dinov2-b"
@@ -78,7 +79,7 @@ def source_of(
     if teacher != "online":
         return widths, endless(batch, batch.features), lambda: batch, lambda batch: batch.features
     encoders = EncoderFeatures(config, Synthetic({}, synthetic.grid), device)
-    feed = encoders.along(itertools.repeat(batch), 0, lambda step: encoders.wanted)
+    feed = encoders.iterate(itertools.repeat(batch), 0, lambda step: encoders.wanted)
     return encoders.dims, feed, lambda: batch, lambda batch: encoders(batch, encoders.wanted)
 
 

@@ -105,9 +105,9 @@ def text_run(tiny_config, captioned_data, tmp_path_factory) -> Path:
     """A run folder of an MMDiT with random weights, trained for no step on `captioned_data`."""
     from repa.data import open_data
     from repa.runs import save_checkpoint
+    from repa.training.inputs import TextConditions
     from repa.training.resolve import claim_folder, resolve
     from repa.training.state import build_state
-    from repa.training.text import TextConditions
 
     run, device = tmp_path_factory.mktemp("runs") / "text", torch.device("cpu")
     data = open_data(captioned_data / "stored")

@@ -3,7 +3,7 @@
 import pytest
 
 from repa.data import open_data
-from repa.training import loop
+from repa.training import resolve
 from tests.training.processes import begin
 
 
@@ -36,6 +36,6 @@ def test_the_sentence_names_what_differs(what, tiny_config, data_folder, monkeyp
     def others(value):
         return [value, {**value, what: "other"} if isinstance(value, dict) else 7]
 
-    monkeypatch.setattr(loop.dist, "gather_objects", others)
-    with pytest.raises(loop.dist.SharedError, match=f"disagree about {what}"):
-        loop._require_agreement(tmp_path, tiny_config, open_data(data_folder), 3)
+    monkeypatch.setattr(resolve.dist, "gather_objects", others)
+    with pytest.raises(resolve.dist.SharedError, match=f"disagree about {what}"):
+        resolve.require_agreement(tmp_path, tiny_config, open_data(data_folder), 3)

@@ -14,10 +14,11 @@ from repa.encoders.contract import Features
 from repa.models import Condition, Hooked
 from repa.runs import read_metrics
 from repa.training import TrainConfig, train
-from repa.training.features import wanted_by
-from repa.training.microbatches import backward
+from repa.training.inputs import wanted_by
+from repa.training.loop import backward
 from repa.training.resolve import with_streams
 from repa.training.state import build_state
+from repa.training.update import update
 from tests.training.processes import run_all
 
 CPU, NUM, TOKENS, WIDTH = torch.device("cpu"), 4, 16, 12
@@ -131,14 +132,11 @@ def one_step(config: TrainConfig, *, compiled: bool = False, seed: int = 0):
     logits = torch.randn(NUM, 2, TOKENS, TOKENS, generator=stream)
     features = {n.encoder: Features(patches, pooled, {1: logits} if n.attention else None) for n in wanted_by(config)}
     clean = objective.clean(x, features)
-    draws, weights = objective.draw(clean, 1), objective.weights(1, CPU)
+    state.step = 1
     module = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
-    losses = backward(
-        module, clean, Condition(labels), features, draws, weights, accumulate=config.accumulate, precision=config.precision,
-        averaged=state.averaged(),
-    )  # fmt: skip
+    losses = backward(state, module, clean, Condition(labels), features)
     gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    state.advance(state.clip(objective.trained_groups()))
+    update(state, objective.trained_groups())
     return losses, gradients, objective
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from repa.data import PrepareConfig, open_data, prepare
 from repa.runs import layout, read_metrics
-from repa.training import features, train
+from repa.training import inputs, train
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_alignment_stops_and_its_encoder_with_it(tiny_config, images_only, tmp_p
         encoder.register_forward_hook(lambda *_: seen.append(1))
         return encoder
 
-    load_encoder = features.load_encoder
-    monkeypatch.setattr(features, "load_encoder", load)
+    load_encoder = inputs.load_encoder
+    monkeypatch.setattr(inputs, "load_encoder", load)
     (term,) = tiny_config.alignments
     stopped = tiny_config.override(alignments=(term.override(schedule="stop:step=4"),), num_steps=7, save_every=7)
     mine = start(stopped, images_only, tmp_path / "stopped")

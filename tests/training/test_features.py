@@ -11,7 +11,7 @@ from repa.data import DataSet
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig
-from repa.training.features import EncoderFeatures, one_ahead
+from repa.training.inputs import EncoderFeatures, one_ahead
 from repa.training.measure import Synthetic
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_every_batch_comes_with_the_tokens_of_its_own_step():
     first = data.batch(config, CPU, 16)
     batches = [first._replace(images=first.images.roll(n, 0), labels=torch.tensor([n])) for n in range(4)]
     wanted = {5: encoders.wanted, 6: (), 7: encoders.wanted, 8: encoders.wanted}
-    pairs = list(encoders.along(iter(batches), 5, wanted.__getitem__))
+    pairs = list(encoders.iterate(iter(batches), 5, wanted.__getitem__))
     assert [int(batch.labels) for batch, _ in pairs] == [0, 1, 2, 3]
     assert [tuple(features) for _, features in pairs] == [("tiny",), (), ("tiny",), ("tiny",)]
     for batch, features in pairs:

@@ -7,22 +7,12 @@ import pytest
 import torch
 
 from repa.alignment.config import AlignmentConfig
+from repa.base.device import PRODUCT_SIDE, product_rate, timed
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig
 from repa.training.advice import advise, table
-from repa.training.measure import (
-    PARTS,
-    PRODUCT_SIDE,
-    Figures,
-    Step,
-    Synthetic,
-    endless,
-    flops_per_image,
-    measure,
-    product_rate,
-    timed,
-)
+from repa.training.measure import PARTS, Figures, Step, Synthetic, endless, flops_per_image, measure
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_dim": 32, "depth": 3, "num_heads": 2, "latent_size": 8, "latent_channels": 3, "num_classes": 5}

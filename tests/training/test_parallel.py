@@ -11,8 +11,8 @@ from repa.base.errors import UserError
 from repa.data import open_data
 from repa.runs import layout, read_metrics
 from repa.training import train
-from repa.training.microbatches import check_parts
 from repa.training.parallel import mesh_sides
+from repa.training.resolve import require_equal_parts
 from tests.training.processes import probes, run_all
 
 NUM_STEPS, HALF = 20, 10
@@ -142,6 +142,6 @@ def test_the_runs_did_learn_and_contrast(runs):
 
 
 def test_a_batch_that_cannot_be_cut_is_said():
-    check_parts(24, 3, 4)
+    require_equal_parts(24, 3, 4)
     with pytest.raises(UserError, match="8 images cannot be cut into 6 equal parts.*multiple of 6"):
-        check_parts(8, 2, 3)
+        require_equal_parts(8, 2, 3)

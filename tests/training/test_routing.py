@@ -17,8 +17,8 @@ from repa.models.routing import placeholder
 from repa.runs import layout, load_checkpoint, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
 from repa.training.estimate import activation_bytes, saved_bytes, short_passes_of
+from repa.training.log import flops_of
 from repa.training.measure import flops_per_image
-from repa.training.utilisation import flops_of
 from tests.training.processes import run_all
 from tests.training.test_engine import images, network
 from tests.training.test_objective import losses_of

@@ -11,7 +11,7 @@ from repa.data import Loader, open_data
 from repa.runs import load_run
 from repa.runs.checkpoint import load_checkpoint
 from repa.training import train
-from repa.training.text import TextConditions
+from repa.training.inputs import TextConditions
 from tests.training import processes
 
 TINY = "tiny-text:tokens=4,width=8"
@@ -119,14 +119,14 @@ def test_what_does_not_fit_is_refused(captioned_data, config, data_folder, tmp_p
 
 def test_a_run_knows_other_weights_of_its_text_encoder(captioned_data, config, tmp_path, monkeypatch):
     start(config.override(num_steps=1, text=TINY), captioned_data / "plain", tmp_path / "run")
-    from repa.training import text
+    from repa.training import inputs
 
     def another(*arguments, **options):
         encoder = load_text_encoder(*arguments, **options)
         encoder.identity = {**encoder.identity, "weights_sha256": "other"}
         return encoder
 
-    monkeypatch.setattr(text, "load_text_encoder", another)
+    monkeypatch.setattr(inputs, "load_text_encoder", another)
     with pytest.raises(UserError, match=r"other data .*text"):
         start(config.override(text=TINY), captioned_data / "plain", tmp_path / "run")
 

@@ -5,11 +5,12 @@ import torch
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.device import quick_product_rate
 from repa.models import build
 from repa.runs import read_metrics
 from repa.training import Objective, TrainConfig
+from repa.training.log import flops_of
 from repa.training.measure import flops_per_image
-from repa.training.utilisation import flops_of, quick_rate
 
 
 @pytest.mark.parametrize("projector", ["mlp:width=96", "conv:kernel=3"])
@@ -31,7 +32,7 @@ def test_rows_have_the_share_of_the_rate(tiny_config, run_training, tmp_path):
     seen: list = []
     run_training(tiny_config.override(num_steps=2), tmp_path / "r", progress=seen.append)
     row = [row for row in read_metrics(tmp_path / "r") if row["kind"] == "train"][-1]
-    rate = quick_rate("fp32", torch.device("cpu"))
+    rate = quick_product_rate("fp32", torch.device("cpu"))
     assert row["utilisation"] == pytest.approx(row["images_per_second"] * flops_of(seen[0].objective) / rate)
     assert 0 < row["utilisation"] < 1
     assert row["peak_memory"] > 2**20

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from repa.base import launch, lock
 from repa.base.errors import UserError
@@ -151,6 +152,11 @@ def sum_over(x: Tensor) -> Tensor:
 
 def mean_over(x: Tensor) -> Tensor:
     return sum_over(x) / world()
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part; all processes must ask at once."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gather(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Which of several processes this one is, by the variables that torchrun sets. Free of torch, which takes a second to import."""
+"""This process among others: which of several it is (variables of torchrun), signals, and when it ends. Torch-free."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from repa.base.errors import UserError
@@ -97,3 +99,24 @@ def die_with_parent(parent: int, _: object = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[signal.Signals]]:
+    """SIGINT and SIGTERM that came since the block began, in order, for the block to obey; a second Ctrl-C stops at once."""
+    caught: list[signal.Signals] = []
+
+    def remember(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread (a notebook, a test): signals are not ours to handle
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = ("bf16", "fp16")  # precisions whose matrix products are autocast; weights, norms and losses stay float32
 
 
 class Float32Default(contextlib.ContextDecorator):
@@ -56,7 +57,7 @@ def resolved(precision: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Matrix products in bf16 or fp16 as named (for "auto": bf16 where that is faster), nothing changed for "fp32"."""
     precision = resolved(precision, device)
-    return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision in DTYPES)
+    return torch.autocast(device.type, DTYPES[precision if precision in HALF else "bf16"], enabled=precision in HALF)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

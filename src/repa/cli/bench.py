@@ -56,11 +56,11 @@ def main(argv: list[str]) -> int:
     import torch
 
     from repa.base import dist, files
+    from repa.base.device import peak_memory
     from repa.base.precision import resolved
     from repa.data import open_data
     from repa.training.advice import advise, table
     from repa.training.instrument import rate, summary
-    from repa.training.meters import peak_memory
 
     device = dist.setup()
     if dist.active():
@@ -116,10 +116,9 @@ def _figures(
 def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
     """Batches of a prepared folder, read and encoded as training does."""
     from repa.data import Loader, open_data
-    from repa.training.features import EncoderFeatures
+    from repa.training.inputs import EncoderFeatures, TextConditions
     from repa.training.instrument import Source, flops_of_encoders
     from repa.training.resolve import resolve, with_streams
-    from repa.training.text import TextConditions
 
     data = open_data(folder)
     config = resolve(config, data, device)
@@ -133,7 +132,7 @@ def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Ite
     where = "online" if encoders.encoders else "cached" if needs else "none"
     steps = itertools.count()
     with contextlib.closing(loader.iterate()) as batches:
-        feed = encoders.along(batches, 0, lambda step: needs)
+        feed = encoders.iterate(batches, 0, lambda step: needs)
         running = tuple(need for need in needs if need.encoder in encoders.encoders)
         yield config, Source(
             encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
@@ -152,7 +151,7 @@ def _random(config: TrainConfig, width: int, device: "torch.device") -> "Iterato
     model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
     shape = (model.latent_channels, model.latent_size, model.latent_size)
     config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
-    from repa.training.features import wanted_by
+    from repa.training.inputs import wanted_by
 
     dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
     config = with_streams(config, dims)

@@ -18,13 +18,11 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
     A signal to this process reaches all of them, and where one fails the others are stopped, as `repa train` stops: with a
     checkpoint. They end with this process, however it ends.
     """
-    from repa.training import signals  # which imports torch, and `--help` should not
-
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(os.getpid(), threads, list(words))) for words in commands]
     told = failed = 0
-    with signals.noted() as caught:
+    with launch.catch_signals() as caught:
         try:
             for process in processes:
                 process.start()

@@ -13,7 +13,7 @@ import torch
 
 from repa.base import lock
 from repa.base.errors import UserError
-from repa.base.precision import DTYPES
+from repa.base.precision import DTYPES, HALF
 from repa.conditions import TextEncoder, load_text_encoder
 from repa.data.captions import lines_of, texts_of
 from repa.data.groups import BASE, TEXT
@@ -43,7 +43,7 @@ def encode_captions(job: TextJob) -> Manifest | None:
     missing = [k for k in range(job.rank, job.num_shards, job.world) if finished.part(k, TEXT) is None]
     if missing:
         encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=job.device)
-        if config.precision in DTYPES:
+        if config.precision in HALF:
             encoder.round_weights(DTYPES[config.precision])
         _require_same_encoder(finished, encoder, config.text, job.num_shards)
         begin(job.out, job.settings)

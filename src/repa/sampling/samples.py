@@ -112,7 +112,7 @@ def decode(run: LoadedRun, config: SampleConfig, drawn: Drawn) -> Samples:
     """The decoder's part of `generate`: the images on the CPU. Raises UserError for images that are not finite."""
     drawn.calls.require_finite(drawn.state, drawn.indices, f"{run.folder or 'the run'}, step {run.step}")
     latents = run.layout.unpack(drawn.state)["x"]  # (N, C, h, w)
-    dtype = DTYPES.get(config.decoder_precision, torch.float32)
+    dtype = DTYPES[config.decoder_precision]
     return Samples(run.autoencoder.decode(latents.float(), dtype).cpu(), drawn.calls.calls)
 
 
@@ -234,7 +234,7 @@ def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.devic
     if config.precision != "auto" or not record.is_file():
         return resolved(config.precision, device)
     before = files.read_object(record).get("precision")
-    return before if before in ("fp32", *DTYPES) else resolved("auto", device)
+    return before if before in DTYPES else resolved("auto", device)
 
 
 def _require_same(job: dict[str, Any], record: Path, what: str) -> None:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repa.base.device import timed
 from repa.base.precision import DTYPES
 from repa.training.config import TrainConfig
-from repa.training.measure import timed
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,7 +58,7 @@ def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> It
     if device.type != "cuda":
         yield {}
         return
-    found = measured(shape_of(config, world), DTYPES.get(config.precision, torch.float32), device)
+    found = measured(shape_of(config, world), DTYPES[config.precision], device)
     rest = [name for name in KERNELS if name not in found]  # for masks and widths that the first do not take
     with sdpa_kernel([KERNELS[name] for name in (*found, *rest)], set_priority=True):
         yield found

@@ -30,7 +30,7 @@ from repa.models.cost import model_cost
 from repa.models.routing import placeholder, tokens_at
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
-from repa.training.features import wanted_by
+from repa.training.inputs import wanted_by
 from repa.training.resolve import with_streams
 from repa.training.scaling import faster
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from repa.alignment.targets import Need
+from repa.base.device import product_rate, sustained_product_rate
 from repa.data import Batch
 from repa.encoders.contract import Features
 from repa.encoders.cost import encoder_cost
@@ -15,7 +16,7 @@ from repa.encoders.loading import weights_for
 from repa.models import Condition
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
-from repa.training.measure import Feed, Figures, Step, measure, product_rate, shape_rates, sustained_rate
+from repa.training.measure import Feed, Figures, Step, measure, shape_rates
 from repa.training.profiling import device_state, profiled
 
 
@@ -40,7 +41,7 @@ class Source:
 
 def rate(precision: str, device: torch.device) -> float:
     """FLOP/s of matrix products: on CUDA those of three seconds, whose clocks last; elsewhere the best of several."""
-    return (sustained_rate if device.type == "cuda" else product_rate)(precision, device)
+    return (sustained_product_rate if device.type == "cuda" else product_rate)(precision, device)
 
 
 def flops_of_encoders(needs: tuple[Need, ...], grid: int, config: TrainConfig) -> float:

@@ -1,11 +1,9 @@
-"""The training loop: reads top to bottom, waits for the device only on steps that log."""
+"""The training loop: reads top to bottom, and waits for the device only on steps that log."""
 
 import contextlib
-import hashlib
-import json
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +14,32 @@ from torch import Tensor, nn
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.autoencoders.contract import require_same_autoencoder
 from repa.base import dist
+from repa.base.launch import catch_signals
+from repa.base.precision import autocast
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
+from repa.encoders.contract import Features
+from repa.models.contract import Condition, State
 from repa.runs import MetricsLog, Writer, layout
 from repa.runs.averaging import drop_snapshots
-from repa.training import signals
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
-from repa.training.features import EncoderFeatures
-from repa.training.meters import Waiting
-from repa.training.microbatches import backward, check_parts
-from repa.training.parallel import running
-from repa.training.resolve import as_begun, claim_folder, resolve, strategy, with_streams
-from repa.training.rows import Rows
-from repa.training.starting import begins
+from repa.training.initial_weights import is_new_run
+from repa.training.inputs import EncoderFeatures, TextConditions, TimedIterator
+from repa.training.log import TrainingLog
+from repa.training.objective import Losses, rows_of
+from repa.training.parallel import running, without_reduction
+from repa.training.resolve import (
+    as_begun,
+    claim_folder,
+    require_agreement,
+    require_equal_parts,
+    resolve,
+    strategy,
+    with_streams,
+)
 from repa.training.state import TrainState, build_state
-from repa.training.text import TextConditions
-from repa.training.utilisation import ideal_seconds
+from repa.training.update import update
 
 
 class Hook(NamedTuple):
@@ -81,16 +88,16 @@ def _train(
     config = begun.applied(config)  # each process keeps its own, so that those that differ are found
     with dist.together():
         config = resolve(config, data, device)
-        check_parts(config.batch_size, dist.world(), config.accumulate)
-        new = begins(run)
+        require_equal_parts(config.batch_size, dist.world(), config.accumulate)
+        is_new = is_new_run(run)
         encoders = EncoderFeatures(config, data, device)
         texts = TextConditions(config, data, device)
         config = texts.completed(with_streams(config, encoders.dims))
         config = config.override(parallel=strategy(config, device))
-    state = build_state(config, encoders.dims, device, begins=new, empty_text=texts.empty)
+    state = build_state(config, encoders.dims, device, is_new_run=is_new, empty_text=texts.empty)
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     state.resume(run)
-    _require_agreement(run, config, data, state.step)
+    require_agreement(run, config, data, state.step)
     if state.step >= config.num_steps:
         say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
         return Finished(state.step)
@@ -119,34 +126,28 @@ def _train(
     started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
     log.line(started)
     log.row("event", state.step, message=started)
-    objective = running(state.objective, config, device)
-    groups = state.objective.trained_groups()
+    module, groups = running(state.objective, config, device), state.objective.trained_groups()
     # TF32 for the float32 products that remain in half precision; fp32 means float32, also after another run in this process
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-    ideal = ideal_seconds(state.objective, config.precision, device)
-    batches = Waiting(loader.iterate(state.step))
+    batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
-    rows, saved = Rows(state, run, log, batches, ideal, device, say), time.monotonic()
+    training_log, saved = TrainingLog(state, run, log, batches, device, say), time.monotonic()
 
     kernels = fastest_kernels(config, dist.world(), device)
-    with contextlib.closing(log), contextlib.closing(batches), writer, signals.noted() as caught, kernels as timed:
+    with contextlib.closing(log), contextlib.closing(batches), writer, catch_signals() as caught, kernels as timed:
         if timed:
             times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in timed.items())
             log.line(f"attention kernels in order, forward and backward of one block: {times}")
-        for batch, features in encoders.along(batches, state.step, wanted):
+        for batch, features in encoders.iterate(batches, state.step, wanted):
             clean = state.objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
-            draws, weights = state.objective.draw(clean, state.step), state.objective.weights(state.step, device)
-            losses = backward(
-                objective, clean, texts(batch), features, draws, weights, accumulate=config.accumulate,
-                precision=config.precision, scaled=state.guard.scaled, averaged=state.averaged(),
-            )  # fmt: skip
-            state.guard.unscale(state.objective.parameters())
-            norms = state.clip(groups)
-            state.advance(norms)
+            losses = backward(state, module, clean, texts(batch), features)
+            norms = update(state, groups)
             state.objective.observe(state.step, losses)
 
             by_clock = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
-            stop, by_clock, failed = _agree([bool(caught), by_clock, writer.failed], state.step, device)
+            stop, by_clock, failed = _agree(
+                [bool(caught), by_clock, config.async_save and writer.failed], state.step, device
+            )
             if failed:
                 dist.on_main(writer.check)
             last = state.step == config.num_steps
@@ -156,7 +157,7 @@ def _train(
             )
             snapshot_due = _due(config.snapshot_every, state.step)
             if _due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:
-                rows.write(losses, norms[0])
+                training_log.write(losses, norms[0])
             progress(state)
             for hook in hooks_due:
                 values = hook.run(state)
@@ -171,21 +172,42 @@ def _train(
                 dist.on_main(writer.wait)
                 break
             if hooks_due or save_due or snapshot_due:
-                rows.restart()
+                training_log.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
 
 
-def _require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) -> None:
-    """All processes do one thing: the same step, configuration and data; or all stop before the first step."""
-    mine = {"step": str(step), "configuration": config.to_yaml(), "data": json.dumps(data.summary(), sort_keys=True)}
-    of_all = dist.gather_objects({name: hashlib.sha256(text.encode()).hexdigest() for name, text in mine.items()})
-    different = [name for name in mine if len({each[name] for each in of_all}) > 1]
-    if different:
-        steps = ", ".join(map(str, dist.gather_objects(step)))
-        raise dist.SharedError(
-            f"The processes disagree about {', '.join(different)} (their steps: {steps}): give all of them the same command, and "
-            f"a run folder that all see; {run} may be another folder on each machine."
-        )
+def backward(
+    state: TrainState, module: nn.Module, clean: State, condition: Condition, features: Mapping[str, Features]
+) -> Losses:
+    """Add the gradient of a step's mean loss over N rows to the parameters; returns the detached losses of all rows.
+
+    The rows are taken in `accumulate` equal parts, to need less memory. Each adds its share of the mean, so the gradient is
+    that of all rows.
+
+    Args:
+        module: the objective as it runs, see `running`.
+        clean, condition, features: of this process's N images.
+    """
+    objective, config, device = state.objective, state.config, clean["x"].device
+    draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
+    # what a term looks at beside the trained network; outside of DDP and torch.compile
+    network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
+    num = len(clean["x"])
+    size, parts = num // config.accumulate, []
+    for start in range(0, num, size):
+        rows = slice(start, start + size)
+        part = rows_of(clean, rows), condition.rows(rows), draws.rows(rows)
+        with contextlib.nullcontext() if start + size == num else without_reduction(module):
+            with autocast(device, config.precision):
+                averaged = None if network is None else objective.averaged(network, *part)
+                seen = {name: found.map(lambda x, rows=rows: x[rows]) for name, found in features.items()}
+                losses = module(part[0], part[1], seen, part[2], weights, averaged)
+            state.guard.scaled(losses.total.mean() / config.accumulate).backward()
+        parts.append(Losses(losses.total.detach(), losses.terms))
+    return Losses(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+    )
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """What a training step costs on this machine, against what its matrix products alone would: `repa bench`, benchmarks/.
 
-The step is the loop's own: `EncoderFeatures.along`, `microbatches.backward`, clipping, `TrainState.advance`.
+The step is the loop's own: `EncoderFeatures.iterate`, `loop.backward`, `update.update`.
 """
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repa.alignment import Alignment
 from repa.alignment.targets import Need
+from repa.base.device import peak_memory, timed
 from repa.base.precision import DTYPES
 from repa.base.registry import parse_spec
 from repa.data import Batch
@@ -25,19 +25,18 @@ from repa.encoders.contract import Features
 from repa.models import Condition, TwoTimes, build
 from repa.models.routing import placeholder
 from repa.training.config import TrainConfig
-from repa.training.features import wanted_by
-from repa.training.meters import peak_memory
-from repa.training.microbatches import backward
+from repa.training.inputs import wanted_by
+from repa.training.loop import backward
 from repa.training.objective import Draws, Objective
 from repa.training.parallel import running
 from repa.training.state import build_state
+from repa.training.update import update
 
 PARTS = ("teacher", "student", "optimizer", "averages", "data")
-PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is timed: large enough for the full rate
 ATTENTION_HEADS = 12  # of an encoder whose attention is made up: those of a ViT-B
 STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
 
-Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.along` gives
+Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.iterate` gives
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Step:
     ):  # fmt: skip
         self.config, self.dims, self.feed, self.device = config, dict(dims), feed, device
         self.condition, self.state = condition, build_state(config, self.dims, device)
-        self.objective = running(self.state.objective, config, device)
+        self.module = running(self.state.objective, config, device)
         self.groups = self.state.objective.trained_groups()
 
     def __call__(self) -> None:
@@ -135,18 +134,12 @@ class Step:
         self.advance()
 
     def student(self, batch: Batch, features: Mapping[str, Features]) -> None:
-        objective, step = self.state.objective, self.state.step
-        clean = objective.clean(latents(batch, self.config.model.latent_channels), features)
-        draws, weights = objective.draw(clean, step), objective.weights(step, self.device)
+        clean = self.state.objective.clean(latents(batch, self.config.model.latent_channels), features)
         condition = self.state.model.completed(self.condition(batch))
-        backward(
-            self.objective, clean, condition, features, draws, weights, accumulate=self.config.accumulate,
-            precision=self.config.precision, scaled=self.state.guard.scaled, averaged=self.state.averaged(),
-        )  # fmt: skip
+        backward(self.state, self.module, clean, condition, features)
 
     def advance(self) -> None:
-        self.state.guard.unscale(self.state.objective.parameters())
-        self.state.advance(self.state.clip(self.groups))
+        update(self.state, self.groups)
 
     def average(self) -> None:
         """The averages' part of `advance` once more."""
@@ -265,14 +258,6 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
     return counter.get_total_flops() // num
 
 
-def sustained_rate(precision: str, device: torch.device, seconds: float = 3.0) -> float:
-    """FLOP/s of a large square product that goes on for so long: a burst runs at clocks that minutes of training do not have."""
-    rate, side = product_rate(precision, device), PRODUCT_SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(DTYPES.get(precision, torch.float32)) for _ in range(2))
-    repeats = max(1, round(seconds * rate / (2 * side**3)))
-    return repeats * 2 * side**3 / timed(lambda: [a @ b for _ in range(repeats)], device)
-
-
 def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
     """(M, K, N) of the products of a block, (M, K) @ (K, N), for one micro-batch: forward, gradient of the input, of the weight."""
     dims = config.model.dims()
@@ -288,7 +273,7 @@ def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
 
 def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> dict[str, float]:
     """FLOP/s of each of `product_shapes`, laid out as autograd lays them out: the best of several."""
-    dtype, rates = DTYPES.get(config.precision, torch.float32), {}
+    dtype, rates = DTYPES[config.precision], {}
     for name, (m, k, n) in product_shapes(config).items():
         left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         if name.endswith("forward"):  # x @ weight.T
@@ -297,24 +282,3 @@ def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> 
             left = left.t().contiguous().t()
         rates[name] = 2 * m * k * n / min(timed(lambda: left @ right, device) for _ in range(repeats))  # noqa: B023
     return rates
-
-
-def product_rate(precision: str, device: torch.device, *, side: int = 0, repeats: int = 8) -> float:
-    """FLOP/s of a square matrix product, the best of several; "fp32" as the run computes it (TF32 where that is on)."""
-    side, dtype = side or PRODUCT_SIDE[device.type], DTYPES.get(precision, torch.float32)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until what `run` asked of the device is done."""
-    synchronise(device)
-    begin = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - begin
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -93,16 +93,11 @@ def without_reduction(objective: nn.Module) -> contextlib.AbstractContextManager
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part; all processes must ask at once."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def gather(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
     """Whole tensors on the CPU in the main process, nothing in the others, which must ask too; `copy`: never views."""
     out = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())  # one at a time, so that a device never holds the whole network twice
+        full = dist.full_tensor(tensor.detach())  # one at a time, so that a device never holds the whole network twice
         if dist.is_main():
             out[name] = full.to("cpu", copy=copy)
     return out

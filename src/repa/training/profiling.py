@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from repa.training.measure import timed
+from repa.base.device import timed
 
 CATEGORIES = {  # in this order: the first that fits a name takes it
     "attention": r"flash|fmha|attention|sdpa|mha",

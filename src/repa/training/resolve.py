@@ -1,5 +1,7 @@
 """From what the user asked and what the data is to the configuration that runs; every mismatch is said before any slow work."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +19,9 @@ from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.models.cost import model_cost
 from repa.runs import layout
 from repa.training.config import TrainConfig
-from repa.training.features import wanted_by
+from repa.training.inputs import chosen_text, wanted_by
 from repa.training.parallel import mesh_sides
 from repa.training.scaling import faster
-from repa.training.text import chosen_text
 
 # What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
 # checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
@@ -178,3 +179,26 @@ def _ours(name: str) -> bool:
     return name == layout.DATA or (
         name.startswith((f".{layout.DATA}.", f".{layout.CONFIG}.")) and name.endswith(".tmp")
     )
+
+
+def require_equal_parts(batch_size: int, world: int, accumulate: int) -> None:
+    """Raises UserError unless every process can cut its share of the batch into equal parts."""
+    parts = world * accumulate
+    if batch_size % parts:
+        raise UserError(
+            f"A batch of {batch_size} images cannot be cut into {parts} equal parts (processes: {world}, accumulate: "
+            f"{accumulate}): choose a --batch-size that is a multiple of {parts}, or another --accumulate."
+        )
+
+
+def require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) -> None:
+    """All processes do one thing: the same step, configuration and data; or all stop before the first step."""
+    mine = {"step": str(step), "configuration": config.to_yaml(), "data": json.dumps(data.summary(), sort_keys=True)}
+    of_all = dist.gather_objects({name: hashlib.sha256(text.encode()).hexdigest() for name, text in mine.items()})
+    different = [name for name in mine if len({each[name] for each in of_all}) > 1]
+    if different:
+        steps = ", ".join(map(str, dist.gather_objects(step)))
+        raise dist.SharedError(
+            f"The processes disagree about {', '.join(different)} (their steps: {steps}): give all of them the same command, and "
+            f"a run folder that all see; {run} may be another folder on each machine."
+        )

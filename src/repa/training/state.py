@@ -1,8 +1,7 @@
 """What a training run is made of, how it is built from a configuration, and what of it goes into a checkpoint."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from repa.base import dist, faults
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
-from repa.models import Backbone, Output, build
+from repa.models import Backbone, build
 from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
@@ -25,21 +24,16 @@ from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import Checkpoint, load_checkpoint
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
+from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
-from repa.training.parallel import gather, load, place, shard, whole
-from repa.training.starting import frozen_network, start_from
+from repa.training.parallel import gather, load, place, shard
 from repa.training.update import (
     EMA,
     Guard,
     build_averages,
     build_optimizer,
     constant,
-    learning_rate,
-    set_learning_rate,
-    step_unless,
 )
-
-CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 @dataclass
@@ -61,36 +55,6 @@ class TrainState:
     @property
     def model(self) -> Backbone:
         return self.objective.model
-
-    def clip(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-        """The norm of each group's gradients, which count for no more than max_grad_norm in the `advance` that follows.
-
-        The fused AdamW scales gradients while it reads them, which spares a pass over them. Where groups have scales of
-        their own, or another optimizer takes part, they are scaled here.
-        """
-        limit = self.config.optimizer.max_grad_norm
-        if len(groups) > 1 or not isinstance(self.optimizer, torch.optim.AdamW):
-            return [whole(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
-        self.optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
-        return [norm]
-
-    def advance(self, norms: Sequence[Tensor]) -> None:
-        """A step of optimizer and averages with the gradients that are there; where a norm is not finite, nothing but its count."""
-        skip = self.guard.check(norms)
-        self.rate = learning_rate(self.config.optimizer, self.config.num_steps, self.step)
-        set_learning_rate(self.optimizer, self.rate)
-        step_unless(skip, self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        for average in (self.ema, *self.averages.values()):
-            average.update(self.step, skip)
-
-    def averaged(self) -> Callable[..., Output | None]:
-        """What runs the averaged network on (clean, condition, draws) of a part of this step, or gives None when no term asks."""
-        if not self.objective.averages(self.step):
-            return lambda *_: None
-        return functools.partial(self.objective.averaged, self.frozen or self.ema.model)
 
     def snapshot(self, *, copy: bool = False) -> Checkpoint:
         """Everything that must survive a restart, whole, on the CPU of the main process; the others must ask too.
@@ -150,7 +114,7 @@ class TrainState:
             return
         device = next(self.ema.model.parameters()).device
         model = build(self.config.model).to(device).eval().requires_grad_(False)
-        model.load_state_dict({name: whole(value) for name, value in self.ema.model.state_dict().items()})
+        model.load_state_dict({name: dist.full_tensor(value) for name, value in self.ema.model.state_dict().items()})
         yield model
 
 
@@ -169,13 +133,13 @@ def _read_once(run: Path) -> Checkpoint | None:
 
 
 def build_state(
-    config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, begins: bool = True,
+    config: TrainConfig, feature_dims: dict[str, int], device: torch.device, *, is_new_run: bool = True,
     empty_text: Text | None = None,
 ) -> TrainState:  # fmt: skip
     """A state at step 0. `config` is resolved (no field left to the data); feature_dims: encoder -> width of its tokens.
 
     `empty_text` (1, S, E) is what stands for "no text" in a network that reads text.
-    `config.init` is read when the run `begins`; later a checkpoint takes its place, and it need not exist any more.
+    `config.init` is read for a new run; later a checkpoint takes its place, and it need not exist any more.
 
     Network and projectors are initialised from streams of their own: a run with another alignment, or none, starts from
     the same network.
@@ -198,7 +162,7 @@ def build_state(
     ).to(device)  # fmt: skip
     with dist.together():
         frozen = frozen_network(config, model, device)
-    if config.init and begins:
+    if config.init and is_new_run:
         with dist.together():
             start_from(config.init, objective, config.model.dims().num_heads)
     if config.lora.rank:

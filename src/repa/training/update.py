@@ -9,21 +9,46 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.precision import resolved
 from repa.runs.averaging import gamma_of, weights_name
 from repa.training.config import OptimizerConfig, TrainConfig
 
+if TYPE_CHECKING:
+    from repa.training.state import TrainState
+
 SPIKE = 10.0  # times the running median
 REMEMBERED, ENOUGH = 100, 10  # rows of the median; rows before it says anything
 # the rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 Share = Callable[[int], float]  # of the network in its average at step t = 1, 2, ...
+
+
+def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+    """A step of optimizer and averages with the gradients that are there; returns the norm of each group's gradients.
+
+    Where a norm is not finite nothing changes but its count.
+    """
+    settings = state.config.optimizer
+    state.guard.unscale(state.objective.parameters())
+    norms = clip(state.optimizer, groups, settings.max_grad_norm)
+    skip = state.guard.check(norms)
+    state.rate = learning_rate(settings, state.config.num_steps, state.step)
+    set_learning_rate(state.optimizer, state.rate)
+    step_unless(skip, state.optimizer)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    for average in (state.ema, *state.averages.values()):
+        average.update(state.step, skip)
+    return norms
 
 
 class Guard:
@@ -123,6 +148,19 @@ class Guard:
             if f"guard_{name}" in counters:
                 setattr(self, name, torch.full_like(getattr(self, name), counters[f"guard_{name}"]))
         self._reported = float(self.skipped)
+
+
+def clip(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]], limit: float) -> list[Tensor]:
+    """The norm of each group's gradients, which count for no more than `limit` in the step that follows.
+
+    The fused AdamW scales gradients while it reads them, which spares a pass over them. Where groups have scales of
+    their own, or another optimizer takes part, they are scaled here.
+    """
+    if len(groups) > 1 or not isinstance(optimizer, torch.optim.AdamW):
+        return [dist.full_tensor(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
+    norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
+    optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
+    return [norm]
 
 
 def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,18 +1,24 @@
-"""Where the features of a step come from: the shards, or the encoder run on the batch's images."""
+"""What a step is given beside the latents: features of encoders, the condition of each image, and the wait for both."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
+from repa.alignment import AlignmentConfig
 from repa.alignment.targets import Need, merged, needs_of
 from repa.base.errors import UserError
-from repa.base.precision import DTYPES, autocast
+from repa.base.precision import DTYPES, HALF, autocast
+from repa.base.registry import parse_spec
+from repa.conditions import Text, load_text_encoder
 from repa.data import Batch, DataSet
 from repa.data.recorded import require_same_encoder
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 from repa.encoders.loading import weights_for
+from repa.models import Condition
+from repa.models.config import reads_text
 from repa.training.config import TrainConfig
 
 Item = TypeVar("Item")
@@ -50,7 +56,7 @@ class EncoderFeatures:
         }
         for name, encoder in self.encoders.items():
             require_same_encoder(data, name, encoder)  # what is computed goes with what is stored
-            if config.precision in DTYPES:
+            if config.precision in HALF:
                 encoder.round_weights(DTYPES[config.precision])
             if config.compile:
                 encoder.net.compile()
@@ -83,7 +89,9 @@ class EncoderFeatures:
         }
         return {need.encoder: fresh.get(need.encoder) or batch.features[need.encoder] for need in needs}
 
-    def along(self, batches: Iterable[Batch], step: int, wanted: Wanted) -> Iterator[tuple[Batch, dict[str, Features]]]:
+    def iterate(
+        self, batches: Iterable[Batch], step: int, wanted: Wanted
+    ) -> Iterator[tuple[Batch, dict[str, Features]]]:
         """Each batch of the steps `step`, `step` + 1, ... with the features that its step needs."""
         checked = False
         started = (self._start(batch, wanted(number)) for number, batch in enumerate(batches, step))
@@ -159,3 +167,116 @@ def _lacks(data: DataSet, need: Need, names: str) -> str:
         f"The data in {data.folder} has neither tokens of {need.encoder!r} nor images to make them from: "
         f"run `repa prepare` with --features {names}."
     )
+
+
+def chosen_text(config: TrainConfig, data: DataSet) -> str:
+    """The text encoder of a run: the one asked for, else that of the stored tokens; "" for a network that reads none.
+
+    Raises:
+        UserError: the network reads text, and the data has none; or another one does not, and is given a text encoder.
+    """
+    stored = data.manifest.config.text if data.text else ""
+    if not reads_text(config.model.backbone) and not config.text:
+        return ""
+    if not data.has_captions:
+        raise UserError(
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has no captions: give data that "
+            "`repa prepare --text NAME` made."
+        )
+    if not (config.text or stored):
+        raise UserError(
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} holds captions without tokens: run "
+            f"`repa prepare {data.folder} --only text --text NAME`, or give --text NAME to encode them while training."
+        )
+    return config.text or stored
+
+
+class TextConditions:
+    """Conditions of batches. Tokens are read with the batch where the data has them of this encoder; else it runs on the captions.
+
+    Attributes:
+        reads: what the loader is to read: "" nothing, "tokens", or "captions".
+        identity: of the text encoder, which the run records; None where no text is read.
+        empty: the tokens of the empty text, which stands for "no text"; None as above, or where only targets read text.
+        width: of the tokens; 0 where no text is read.
+    """
+
+    def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
+        self.device, self.precision, self.encoder = device, config.precision, None
+        self.reads, self.identity, self.empty, self.width = "", None, None, 0
+        if not config.text:
+            if any(parse_spec(term.target)[0] == "text" for term in config.alignments):
+                self._read_for_targets(data)
+            return
+        if data.text and data.manifest.config.text == config.text:
+            self.reads, self.identity = "tokens", data.text.identity
+            self.empty: Text | None = data.texts.empty().text().map(lambda x: x.to(device))
+        else:
+            self.encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
+            self.reads, self.identity = "captions", self.encoder.identity
+            if config.precision in HALF:
+                self.encoder.round_weights(DTYPES[config.precision])
+            self.empty = self._encode([""])
+        self.width = self.empty.tokens.shape[2]
+
+    def completed(self, config: TrainConfig) -> TrainConfig:
+        """With the shape of the text, which the network and terms with the target text are built for."""
+        if self.width:
+            config = config.override(alignments=[_with_width(term, self.width) for term in config.alignments])
+        if self.empty is None:
+            return config
+        found, asked = tuple(self.empty.tokens.shape[1:]), config.model.text_shape
+        if asked != (0, 0) and asked != found:
+            raise UserError(f"model.text_shape is {asked}, but {config.text} gives {found}: leave it out.")
+        return config.override(model=config.model.override(text_shape=found))
+
+    def _read_for_targets(self, data: DataSet) -> None:
+        """Stored tokens, for terms whose target is text, of a network that reads none."""
+        if not data.text:
+            raise UserError(
+                f"A term has the target text, but the data in {data.folder} holds no tokens of captions: run "
+                f"`repa prepare {data.folder} --only text --text NAME`, or prepare data with captions."
+            )
+        self.reads, self.width = "tokens", data.texts.empty().text().tokens.shape[2]
+
+    def __call__(self, batch: Batch) -> Condition:
+        """The condition of the images of a batch."""
+        if not self.reads:
+            return Condition(batch.labels)
+        text = self._encode(batch.captions) if self.encoder else batch.text
+        return Condition(batch.labels, text.tokens, text.mask)
+
+    def _encode(self, texts: list[str]) -> Text:
+        with autocast(self.device, self.precision):
+            return self.encoder(texts)
+
+
+def _with_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
+    """A target text that says how wide the tokens of the data are."""
+    name, settings = parse_spec(term.target)
+    return term if name != "text" or "width" in settings else term.override(target=f"text:width={width}")
+
+
+class TimedIterator(Generic[Item]):
+    """Passes an iterator's items on and adds up the seconds that were waited for them."""
+
+    def __init__(self, items: Generator[Item]):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        begin = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        self.items.close()

@@ -40,7 +40,7 @@ class Start(NamedTuple):
     projectors: dict[tuple[str, str], dict[str, Tensor]]  # (name of the alignment, spec of the projector) -> state dict
 
 
-def begins(run: Path) -> bool:
+def is_new_run(run: Path) -> bool:
     """Has this run no checkpoint to continue from? UserError for a folder of `repa convert`, which nothing continues."""
     refuse_converted(run)
     return not layout.checkpoint_steps(run)

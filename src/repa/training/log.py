@@ -1,5 +1,6 @@
-"""The rows of metrics.jsonl that tell how training goes; making one is what waits for the device."""
+"""The training log: a row of losses, rates and memory every so many steps, the only thing that waits for the device."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,30 +10,34 @@ import torch
 from torch import Tensor
 
 from repa.base import dist
+from repa.base.device import peak_memory, quick_product_rate
+from repa.models.routing import tokens_at
 from repa.runs import MetricsLog, layout
-from repa.training.meters import Waiting, peak_memory
-from repa.training.objective import Losses
+from repa.training.inputs import TimedIterator
+from repa.training.objective import Losses, Objective
 from repa.training.state import TrainState
 
+ONCE = ("adaLN_modulation", "t_embedder")  # matrices that an image passes once; all others see each of its tokens
+FORWARD_AND_BACKWARD = 3  # a product has two gradients, each as large as itself
 
-class Rows:
+
+class TrainingLog:
     """Writes rows of kind "train". The clock runs from one to the next; `restart` leaves out what was done since the last.
 
     Args:
         state: what is trained.
         run: its folder.
         log: where rows go.
-        batches: the iterator of batches, which counts the seconds that were waited for it.
-        ideal: seconds that an image takes at the machine's rate of matrix products.
+        batches: the iterator of batches, which counts the seconds that training waited for it.
         say: gets sentences about what went wrong.
     """
 
     def __init__(
-        self, state: TrainState, run: Path, log: MetricsLog, batches: Waiting, ideal: float, device: torch.device,
+        self, state: TrainState, run: Path, log: MetricsLog, batches: TimedIterator, device: torch.device,
         say: Callable[[str], None],
     ):  # fmt: skip
         self.state, self.run, self.log, self.batches = state, run, log, batches
-        self.ideal, self.device, self.say = ideal, device, say
+        self.ideal, self.device, self.say = ideal_seconds(state.objective, state.config.precision, device), device, say
         self.since, self.since_step = time.perf_counter(), state.step
 
     def restart(self) -> None:
@@ -46,7 +51,7 @@ class Rows:
         self.since_step = state.step
         self.restart()
         state.seconds += elapsed
-        # every process judges the same averaged gradients, so all stop here or none: nobody asks, or reads the folder, to go on
+        # every process sees the same averaged gradients, so all stop here or none, without asking each other
         if state.guard.stuck(config.max_skipped_steps):
             with dist.together():
                 steps_saved = layout.checkpoint_steps(self.run)
@@ -83,3 +88,36 @@ def _nested(values: dict[str, float]) -> dict[str, Any]:
         else:
             out[name] = value
     return out
+
+
+def flops_of(objective: Objective) -> float:
+    """FLOPs of the matrix products of network and projectors for one image, forward and backward, from their shapes.
+
+    A multiply and an add are two. `performance/flops.py` counts them in seconds; this takes no time at the start of a run.
+    """
+    model, products = objective.model, 0
+    for name, p in objective.named_parameters():
+        if p.ndim > 1 and "y_embedder" not in name:
+            once = any(part in name for part in ONCE)
+            products += 2 * p.numel() * (1 if once else tokens_at(model.route, _depth_of(name, objective), model.grid))
+    seen = [tokens_at(model.route, depth, model.grid) for depth in range(1, model.depth + 1)]
+    attention = sum(2 * (2 * tokens**2 * model.hidden_dim) for tokens in seen)  # queries with keys, weights with values
+    return float(FORWARD_AND_BACKWARD * (products + attention))
+
+
+def _depth_of(name: str, objective: Objective) -> int:
+    """The block that a parameter belongs to, or whose tap its projector sees; 0: none, so that it sees all tokens."""
+    room, *path = name.split(".")
+    if room == "alignments":
+        return objective.alignments[path[0]].tap.depth
+    return int(path[1]) + 1 if path[0] == "blocks" else 0
+
+
+def ideal_seconds(objective: Objective, precision: str, device: torch.device) -> float:
+    """Seconds in which this device would do the products of one image, if it did nothing else.
+
+    Not a number for fp16 on a CPU, which has no rate to speak of: it is emulated, faster in one kind of product than in another.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        return math.nan
+    return flops_of(objective) / quick_product_rate(precision, device)
