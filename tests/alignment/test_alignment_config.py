@@ -28,11 +28,11 @@ def test_defaults_are_the_papers():
     [
         (
             {"loss": "nt_xnet"},
-            "nt_xent, smooth_l1. Did you mean 'nt_xent'?",
+            "Did you mean 'nt_xent'? Allowed are attention_ce",
         ),
         (
             {"loss": "nt_xent:temprature=0.1"},
-            "allowed are temperature. Did you mean 'temperature'?",
+            "Did you mean 'temperature'? Allowed are temperature.",
         ),
         ({"loss": "nt_xent:target=3"}, "no setting 'target'"),
         ({"loss": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are axis"),

@@ -173,7 +173,7 @@ def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
     assert "no checkpoint of step 15: there are 10, 20" in refused(
         capsys, "cknna", run_, "--data", data, "--checkpoints", 15
     )
-    assert "Unknown encoder 'tinny'" in refused(capsys, "cknna", run_, "--data", data, "--encoder", "tinny")
+    assert "no encoder 'tinny'" in refused(capsys, "cknna", run_, "--data", data, "--encoder", "tinny")
     assert "There is no run folder runs/x" in refused(capsys, "probe", "runs/x", "--data", data)
     assert "say where to write it" in refused(capsys, "probe", "tiny", "--data", data)
     assert "holds no prepared data" in refused(capsys, "cknna", run_, "--data", tmp_path)

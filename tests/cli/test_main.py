@@ -49,7 +49,9 @@ def test_every_verb_helps(verb, capsys):
 
 
 def test_verbs(refused):
-    assert "There is no verb 'trian': allowed are quickstart, estimate, prepare" in (line := refused("trian"))
+    assert "There is no verb 'trian'. Did you mean 'train'? Allowed are quickstart, estimate" in (
+        line := refused("trian")
+    )
     assert "Did you mean 'train'?" in line
     assert "There is no verb '--verbose'" in refused("--verbose")
 
@@ -62,7 +64,7 @@ def test_verbs(refused):
         (["train", "quikstart", "--data", "d", "--out", "o"], "no recipe 'quikstart'"),
         (["train", "nothing.yaml", "--data", "d", "--out", "o"], "no configuration file nothing.yaml"),
         (["train", "quickstart", "--data", "nowhere", "--out", "o"], "nowhere holds no prepared data"),
-        (["train", "quickstart", "--data", "d", "--out", "o", "--batch-sise", "3"], "Did you mean 'batch-size'?"),
+        (["train", "quickstart", "--data", "d", "--out", "o", "--batch-sise", "3"], "Did you mean '--batch-size'?"),
         (["train", "quickstart", "--data", "d", "--out", "o", "--alignments.0.depth", "9"], "has 6 blocks"),
         (["prepare", "nowhere", "o", "--resolution", "32"], "There is no source 'nowhere'"),
         (["prepare", "photographs", "o"], "needs --resolution"),

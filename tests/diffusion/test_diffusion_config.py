@@ -19,7 +19,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"path": "liner"}, "path: Unknown path 'liner': allowed are linear, trigonometric, vp. Did you mean 'linear'"),
+        ({"path": "liner"}, "path: There is no path 'liner'. Did you mean 'linear'"),
         ({"path": "vp:beta_mx=3"}, "Did you mean 'beta_max'"),
         ({"prediction": "nois"}, "Did you mean 'noise'"),
         ({"timesteps": "logit_normal:sd=2"}, "no setting 'sd'"),

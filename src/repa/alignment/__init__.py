@@ -12,6 +12,7 @@ LOSSES = Registry(
         name: f"repa.alignment.losses:{name}"
         for name in ("attention_ce", "cosine", "crepa", "dispersive", "gram", "mse", "nt_xent", "smooth_l1")
     },
+    listing="losses",
 )
 # f(dims, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
 TARGETS = Registry(
@@ -25,6 +26,7 @@ TARGETS = Registry(
         "text": "repa.alignment.targets:text",
         "none": "repa.alignment.targets:none",
     },
+    listing="targets",
 )
 # f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for what it may be given more
 PROJECTORS = Registry(
@@ -37,6 +39,7 @@ PROJECTORS = Registry(
         "mlp2": "repa.alignment.projectors:mlp2",
         "none": "repa.alignment.projectors:none",
     },
+    listing="projectors",
 )
 # f(tokens (N, T, F), **settings) -> (N, T, F)
 TOKEN_NORMS = Registry(
@@ -46,6 +49,7 @@ TOKEN_NORMS = Registry(
         "zscore": "repa.alignment.tokens:zscore",
         "layernorm": "repa.alignment.tokens:layernorm",
     },
+    listing="token-norms",
 )
 # f(step, **settings) -> multiplier of the weight at that step
 SCHEDULES = Registry(
@@ -59,11 +63,13 @@ SCHEDULES = Registry(
         "plateau": "repa.alignment.schedules:Plateau",
     },
     base="callable",
+    listing="schedules",
 )
 # f(t (N,), **settings) -> (N,) multiplier of an image's loss; t = 0 is data
 TIME_WEIGHTS = Registry(
     "weight over times",
     {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "sigmoid")},
+    listing="time-weights",
 )
 
 if TYPE_CHECKING:

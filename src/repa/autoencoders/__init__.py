@@ -28,6 +28,7 @@ AUTOENCODERS = Registry(
         "taef1": "repa.autoencoders.taesd:taef1",
     },
     base="repa.autoencoders.contract:Autoencoder",
+    listing="autoencoders",
 )
 
 if TYPE_CHECKING:

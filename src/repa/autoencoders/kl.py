@@ -47,22 +47,22 @@ def sd_vae_ft_mse(weights: str | Path | None) -> KLAutoencoder:
 
 
 def sd_vae_ft_ema(weights: str | Path | None) -> KLAutoencoder:
-    """The same encoder with the decoder fine-tuned by EMA: what REPA decodes its samples with."""
+    """The encoder of sd-vae-ft-mse, decoder fine-tuned by EMA: what REPA decodes its samples with."""
     return _load("sd-vae-ft-ema", weights or "stabilityai/sd-vae-ft-ema", space="sd")
 
 
 def sdxl_vae(weights: str | Path | None) -> KLAutoencoder:
-    """Stable Diffusion XL's: 4 channels, but not those of Stable Diffusion."""
+    """Stable Diffusion XL's autoencoder: 4 channels, but not those of Stable Diffusion."""
     return _load("sdxl-vae", weights or "stabilityai/sdxl-vae", space="sdxl")
 
 
 def sd3_vae(weights: str | Path | None) -> KLAutoencoder:
-    """Stable Diffusion 3's: 16 channels, with a shift."""
+    """Stable Diffusion 3's autoencoder: 16 channels, with a shift."""
     return _load("sd3-vae", weights or "stabilityai/stable-diffusion-3-medium-diffusers", "vae", space="sd3")
 
 
 def flux_vae(weights: str | Path | None) -> KLAutoencoder:
-    """FLUX.1's: 16 channels, with a shift; not those of Stable Diffusion 3."""
+    """FLUX.1's autoencoder: 16 channels, with a shift; not those of Stable Diffusion 3."""
     return _load("flux-vae", weights or "black-forest-labs/FLUX.1-dev", "vae", space="flux")
 
 
@@ -77,7 +77,7 @@ def e2e_va_vae(weights: str | Path | None) -> KLAutoencoder:
 
 
 def tiny_vae(weights: str | Path | None) -> KLAutoencoder:
-    """The one inside the package, for tests and lessons without a network: factor 4, 4 channels (docs/tiny-encoder.md)."""
+    """An autoencoder inside the package, for tests and lessons offline: factor 4, 4 channels (docs/tiny-encoder.md)."""
     return _load("tiny-vae", weights or PACKAGED)
 
 

@@ -26,7 +26,7 @@ class Pixels(Autoencoder):
 
 
 def pixels(weights: str | Path | None) -> Pixels:
-    """The spec "pixels"."""
+    """No autoencoder: the network learns the pixels themselves."""
     if weights is not None:
         raise UserError(f"The autoencoder 'pixels' has no weights, but got {weights}: leave them out.")
     return Pixels("pixels")

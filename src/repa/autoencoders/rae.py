@@ -45,7 +45,7 @@ class RepresentationAutoencoder(DeterministicAutoencoder):
 
 
 def rae_dinov2_b(weights: str | Path | None) -> RepresentationAutoencoder:
-    """Of DINOv2-B with registers: 768 channels at a 16th of the size, 16 x 16 of images of 256 pixels."""
+    """The representation autoencoder of DINOv2-B with registers: 768 channels at a 16th of the size, 16 x 16 of images of 256 pixels."""
     return _load("rae-dinov2-b", weights or "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", space="rae-dinov2-b")
 
 

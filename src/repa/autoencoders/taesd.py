@@ -31,22 +31,22 @@ class TinyAutoencoder(DeterministicAutoencoder):
 
 
 def taesd(weights: str | Path | None) -> TinyAutoencoder:
-    """In the place of sd-vae-ft-mse and sd-vae-ft-ema."""
+    """Small and fast, for the latents of sd-vae-ft-mse and sd-vae-ft-ema."""
     return _load("taesd", weights, space="sd")
 
 
 def taesdxl(weights: str | Path | None) -> TinyAutoencoder:
-    """In the place of sdxl-vae."""
+    """Small and fast, for the latents of sdxl-vae."""
     return _load("taesdxl", weights, space="sdxl")
 
 
 def taesd3(weights: str | Path | None) -> TinyAutoencoder:
-    """In the place of sd3-vae."""
+    """Small and fast, for the latents of sd3-vae."""
     return _load("taesd3", weights, space="sd3")
 
 
 def taef1(weights: str | Path | None) -> TinyAutoencoder:
-    """In the place of flux-vae."""
+    """Small and fast, for the latents of flux-vae."""
     return _load("taef1", weights, space="flux")
 
 

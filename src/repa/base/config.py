@@ -8,7 +8,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.base.faults import require_plain
 from repa.base.trust import contents_of
 
@@ -104,7 +104,7 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(model, first["loc"][:-1])
-        return f"unknown setting {field!r}: allowed are {', '.join(allowed)}.{nearest(str(first['loc'][-1]), allowed)}"
+        return f"unknown setting {field!r}{choices(str(first['loc'][-1]), allowed)}"
     if first["type"] == "missing":
         return f"setting {field!r} is missing."
     message = first["msg"].removeprefix("Value error, ")

@@ -1,6 +1,9 @@
 """The one exception that is meant for the user, and texts made safe to print."""
 
 import re
+from collections.abc import Iterable
+
+FITS = 120  # characters of a list of names in a sentence
 
 # C0, C1 and DEL move the cursor or colour the terminal; bidirectional controls and line separators reorder what is read; lone
 # surrogates stand for bytes that are no UTF-8
@@ -19,7 +22,22 @@ def escaped(text: str) -> str:
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def nearest(given: str, allowed) -> str:
+def choices(given: str, allowed: Iterable[object], see: str = "") -> str:
+    """The end of a sentence about a name that does not exist: the nearest name first, then those that there are.
+
+    A list that is too long for a sentence is cut: `see` is the command that prints all of it.
+    """
+    names = [str(name) for name in allowed]
+    near, listed = nearest(given, names), ", ".join(names) or "none"
+    if len(listed) > FITS and (see or near):
+        all_of_them = f" `{see}` prints all {len(names)}." if see else ""
+        if near:
+            return f".{near}{all_of_them}"
+        return f": allowed are {listed[:FITS].rpartition(', ')[0]}, ...{all_of_them}"
+    return f".{near} Allowed are {listed}." if near else f": allowed are {listed}."
+
+
+def nearest(given: str, allowed: Iterable[object]) -> str:
     """' Did you mean ...?' for the allowed name closest to `given`, or '' when none is close."""
     import difflib
 

@@ -1,6 +1,7 @@
 """Packages that only a part of repa needs: a missing one is answered with the line to type."""
 
 import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 from repa.base.errors import UserError
@@ -36,6 +37,11 @@ def need(module: str, what: str, extra: str = "") -> ModuleType:
         if (error.name or "").partition(".")[0] != package:
             raise  # the package is there, and lacks something itself
         raise missing(package, what, extra) from error
+
+
+def installed(extra: str) -> bool:
+    """Is every package of an extra here? Looks without importing them."""
+    return all(find_spec(package) for package, brought_by in EXTRAS.items() if brought_by == extra)
 
 
 def missing(package: str, what: str, extra: str = "") -> UserError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import AfterValidator
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices, nearest
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
 
@@ -40,10 +40,19 @@ class Registry:
     Functions are returned with the spec's settings bound; classes are instantiated with them.
     """
 
-    def __init__(self, kind: str, table: dict[str, str], base: str = ""):
-        """`base`: which classes a dotted name may stand for beside functions: "module:attr", or "callable" for any whose
-        instances are called."""
-        self.kind, self.table, self.base = kind, table, base
+    def __init__(
+        self, kind: str, table: dict[str, str], base: str = "", listing: str = "", facts: dict[str, str] | None = None
+    ):
+        """
+        Args:
+            kind: the noun for one entry.
+            table: name -> "module:attr".
+            base: which classes a dotted name may stand for beside functions: "module:attr", or "callable" for any whose
+                instances are called.
+            listing: the word after `repa list` that prints the names.
+            facts: name -> a sentence about it, for entries whose function serves several names.
+        """
+        self.kind, self.table, self.base, self.listing, self.facts = kind, table, base, listing, facts or {}
 
     def __repr__(self) -> str:
         return f"{self.kind}: {', '.join(self.names())}"
@@ -52,7 +61,7 @@ class Registry:
         """For notebooks: each name with the settings it takes."""
         rows = []
         for name in self.names():
-            settings = ", ".join(sorted(_keyword_settings(self.table[name]))) or "no settings"
+            settings = ", ".join(self.settings(name)) or "no settings"
             rows.append(f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(settings)}</td></tr>")
         return f"<p>{html.escape(self.kind)}</p><table>{''.join(rows)}</table>"
 
@@ -68,6 +77,18 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self.table)
 
+    def about(self, name: str) -> str:
+        """What it is, in a sentence: the first line of its docstring, unless `facts` have another."""
+        return self.facts.get(name) or self.docstring(name).partition("\n")[0]
+
+    def docstring(self, name: str) -> str:
+        """All that its source says about it, read without an import."""
+        return ast.get_docstring(_definition(self.table[name])) or ""
+
+    def settings(self, name: str) -> list[str]:
+        """Names of the settings that a spec of it takes."""
+        return sorted(_keyword_settings(self.table[name])[0])
+
     def target(self, spec: str) -> str:
         """The "module:attr" that a spec names; raises UserError with the nearest name when there is none."""
         name, _ = parse_spec(spec)
@@ -77,7 +98,7 @@ class Registry:
             require_trusted(self.kind, name)
             return ":".join(name.rsplit(".", 1))
         raise UserError(
-            f"Unknown {self.kind} {name!r}: allowed are {', '.join(self.names())}.{nearest(name, self.table)}"
+            f"There is no {self.kind} {name!r}{choices(name, self.names(), self.listing and f'repa list {self.listing}')}"
         )
 
     def check(self, spec: str) -> str:
@@ -145,10 +166,7 @@ class Registry:
             )
         for key in settings:
             if key not in allowed:
-                raise UserError(
-                    f"The {self.kind} {spec!r} has no setting {key!r}: allowed are "
-                    f"{', '.join(sorted(allowed)) or 'none'}.{nearest(key, allowed)}"
-                )
+                raise UserError(f"The {self.kind} {spec!r} has no setting {key!r}{choices(key, sorted(allowed))}")
 
 
 def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
@@ -179,17 +197,23 @@ def _keyword_only(function: Any) -> tuple[set[str], set[str]]:
 @functools.cache
 def _keyword_settings(target: str) -> tuple[set[str], set[str]]:
     """Names of the keyword settings of `module:attr`, read from its source: a configuration is checked without importing torch."""
+    node = _definition(target)
+    if isinstance(node, ast.FunctionDef):
+        return _settings_of(node)
+    init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]  # a dataclass has no written __init__
+    own = {f.target.id for f in fields}, {f.target.id for f in fields if f.value is None}
+    return _settings_of(init[0]) if init else own
+
+
+def _definition(target: str) -> ast.ClassDef | ast.FunctionDef:
+    """The source of `module:attr`."""
     module, attr = target.split(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"registry points to {module}, which does not exist"
     for node in ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == attr:
-            init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-            fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]  # a dataclass has no written __init__
-            own = {f.target.id for f in fields}, {f.target.id for f in fields if f.value is None}
-            return _settings_of(init[0]) if init else own
-        if isinstance(node, ast.FunctionDef) and node.name == attr:
-            return _settings_of(node)
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == attr:
+            return node
     raise AssertionError(f"registry points to {target}, which does not exist")
 
 

@@ -1,14 +1,17 @@
 """Progress for people (a bar with rate and time left on a terminal) and for logs (a plain line now and then)."""
 
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from repa.base import launch
 from repa.base.errors import escaped
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
+NARROWEST = 24  # columns into which a sentence is wrapped
 MEASURED = 1.0  # seconds of work before its rate is worth telling
 _bars = True
 
@@ -28,6 +31,27 @@ def say(text: str = "") -> None:
     """A line from the main process only; control characters in names are written out."""
     if speaks():
         print(escaped(text), flush=True)
+
+
+def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """Rows under their headings, in columns. On a terminal the last column is wrapped to its width; a log keeps one line a row."""
+    every = [row for rows in groups.values() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 0
+    lines: list[str] = []
+    for heading, rows in groups.items():
+        lines += [""] * bool(lines) + [f"# {heading}"] * bool(heading)
+        for *cells, last in rows:
+            before = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths[:-1], strict=True))
+            parts = (
+                textwrap.wrap(last, room, break_long_words=False, break_on_hyphens=False)
+                if room >= NARROWEST
+                else [last]
+            )
+            lines.append((before + "".join(parts[:1])).rstrip())
+            lines += [" " * indent + part for part in parts[1:]]
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

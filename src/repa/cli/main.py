@@ -9,7 +9,7 @@ import threading
 
 from repa import __version__
 from repa.base import launch, trust
-from repa.base.errors import UserError, escaped, nearest
+from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
 from repa.base.memory import keep_freed_memory
 
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     try:
         if verb not in VERBS:
-            raise UserError(f"There is no verb {verb!r}: allowed are {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+            raise UserError(f"There is no verb {verb!r}{choices(verb, VERBS, 'repa --help')}")
         launch.place()  # variables that do not fit together are refused before a process waits for others
         modules, rest = trusted(rest)
         with trust.command(rest):

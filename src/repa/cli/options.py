@@ -128,10 +128,8 @@ def _annotation(cls: type[BaseModel], flag: str, verb: str) -> Any:
         if _is_model(annotation):
             fields = annotation.model_fields
             if part not in fields:
-                names = ", ".join("--" + ".".join([*parts[:depth], n]).replace("_", "-") for n in fields)
-                raise UserError(
-                    f"`repa {verb}` has no option --{flag}: allowed here are {names}.{_meant(cls, parts, fields)}"
-                )
+                meant = _meant(cls, parts, fields)
+                raise UserError(f"`repa {verb}` has no option --{flag}.{meant} `repa {verb} --help` prints all.")
             annotation = fields[part].annotation
         elif (item := _item_model(annotation)) and part.isdecimal():
             annotation = item
@@ -152,7 +150,8 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
     for sought, spellings in ((word, ends), (word, initials), (max(tails, key=len) or None, tails)):
         if same := [f"--{name.replace('_', '-')}" for name, end in zip(names, spellings, strict=True) if end == sought]:
             return f" Did you mean {' or '.join(map(repr, same))}?"
-    return nearest(word, fields).replace("_", "-")
+    meant = [".".join([*parts[:-1], name]) for name in fields]
+    return nearest(f"--{'.'.join(parts)}".replace("_", "-"), [f"--{name}".replace("_", "-") for name in meant])
 
 
 def _names(cls: type[BaseModel], above: str = "") -> Iterator[str]:

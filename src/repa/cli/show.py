@@ -1,21 +1,23 @@
-"""`repa show NAME`: a recipe, prepared data, or a run, in words."""
+"""`repa show NAME`: whatever has a name or a folder, in words."""
 
 from pathlib import Path
 
 from repa.base import files
 from repa.base.config import Config
 from repa.base.errors import UserError, nearest
+from repa.base.registry import Registry, parse_spec
 from repa.cli import options
-from repa.cli.console import say
+from repa.cli.console import say, table
+from repa.cli.list import registries
 from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
 
-ABOUT = "Print a recipe, a folder of prepared data, or a run folder."
+ABOUT = "Print a recipe, whatever else `repa list` names (an encoder, a model, a loss, ...), prepared data, or a run."
 
 
 class ShowArguments(Config):
     name: str
-    """recipe name, data folder or run folder"""
+    """a name of `repa list`, a data folder or a run folder"""
 
 
 def main(argv: list[str]) -> int:
@@ -30,17 +32,101 @@ def main(argv: list[str]) -> int:
         from repa.data.manifest import Manifest
 
         say(Manifest.open(path).describe())
+    elif shown := _named(given.name):
+        say("\n\n".join(shown))
     else:
         raise UserError(
-            f"{given.name!r} is no recipe, run folder or data folder: `repa list recipes` prints the recipes."
-            f"{nearest(given.name, RECIPES)}"
+            f"{given.name!r} is no run folder, no data folder and no name of a kind that `repa list` prints."
+            f"{nearest(given.name, names())}"
         )
     return 0
+
+
+def names() -> list[str]:
+    """Everything that can be shown by name."""
+    from repa.models.config import model_names
+
+    return list(dict.fromkeys([*RECIPES, *model_names(), *(name for each in registries().values() for name in each)]))
 
 
 def as_comment(text: str) -> str:
     """So that the whole output is a .yaml file that `repa train` takes."""
     return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+
+
+def _named(spec: str) -> list[str]:
+    """What has this name: one name may be that of a loss and of a schedule."""
+    from repa.encoders import canonical
+    from repa.models.config import model_names
+
+    name, _ = parse_spec(spec)
+    shown = [_model(name)] if name in model_names() else []
+    for registry in registries().values():
+        if registry.listing == "encoders" and canonical(name) in registry:
+            shown.append(_encoder(canonical(name)))
+        elif name in registry:
+            shown.append(_entry(registry, name))
+    return shown
+
+
+def _entry(registry: Registry, name: str) -> str:
+    """One of a registry: what its source says, and the settings of its spec."""
+    settings = registry.settings(name)
+    lines = [f"{registry.kind} {name}", *registry.docstring(name).splitlines()]
+    if name in registry.facts:
+        lines[1:] = [registry.facts[name]]
+    written = f"{name}:{'=...,'.join(settings)}=..." if settings else f"{name}, which has no settings"
+    lines += [f"written as {written}", f"in {registry.table[name].partition(':')[0]}"]
+    return "\n".join([lines[0], *(f"  {line}".rstrip() for line in lines[1:])])
+
+
+def _model(name: str) -> str:
+    from repa.models.config import dimensions
+
+    size = dimensions(name)
+    recipe = "jit-b16" if name.startswith("JiT") else "sit-b2"
+    facts = [
+        ("size", f"{size.depth} blocks of width {size.hidden_dim}, {size.num_heads} heads, patches of {size.patch_size}"),
+        ("cost", f"repa estimate {recipe} --model.name {name}"),
+        ("train", f"repa train {recipe} --model.name {name} --data DATA --out RUN"),
+    ]  # fmt: skip
+    return f"model {name}\n" + table({"": facts})
+
+
+def _encoder(name: str) -> str:
+    from repa.base.extras import installed
+    from repa.encoders.facts import facts_of
+
+    facts = facts_of(name)
+    rows = [
+        ("what", facts.about),
+        ("weights", f"{facts.weights}; {_whether_here(name)}"),
+        ("licence", facts.licence + (": read it where the weights come from" if facts.extra else ", as the package")),
+        ("input", f"images of any size; it sees {facts.pixels} x {facts.pixels} of 256 pixels, {facts.colours}"),
+        ("tokens", f"{facts.grid} x {facts.grid} of width {facts.dim} for images of 256 pixels"),
+    ]  # fmt: skip
+    if facts.extra:
+        there = "installed here" if installed(facts.extra) else "not installed here"
+        rows.append(("needs", f'pip install "repa[{facts.extra}]": {there}'))
+    if facts.judges:
+        rows.append(("measure by it", f"repa evaluate SAMPLES --reference DATA --features {name}"))
+    else:
+        rows.append(("align to it", f"repa train RECIPE --alignments.0.target {name} ..."))
+        rows.append(("store tokens", f"repa prepare SOURCE DATA --resolution 256 --features {name}"))
+    rows.append(("more", "docs/encoders.md"))
+    return f"encoder {name}\n" + table({"": rows})
+
+
+def _whether_here(name: str) -> str:
+    from repa.encoders.facts import PACKAGED
+
+    if name in PACKAGED:
+        return "no download"
+    from repa.encoders.checkpoints import on_this_machine
+    from repa.encoders.families import family_of
+
+    found = on_this_machine(name, *family_of(name))
+    return f"on this machine in {found}" if found else "not on this machine yet"
 
 
 def _show_run(run: Path) -> None:

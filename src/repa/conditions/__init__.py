@@ -13,6 +13,8 @@ TEXT_ENCODERS = Registry(
         "tiny-text": "repa.conditions.words:load_words",
         **dict.fromkeys(families.names(), "repa.conditions.hub:load_hub"),
     },
+    listing="text-encoders",
+    facts={name: families.about(name) for name in families.names()},
 )
 
 if TYPE_CHECKING:

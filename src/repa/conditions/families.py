@@ -51,3 +51,9 @@ def family_of(name: str) -> tuple[Family, str]:
     if stem not in FAMILIES or size not in FAMILIES[stem].hub:
         raise UserError(f"There is no text encoder {name!r}: allowed are {', '.join(names())}.")
     return FAMILIES[stem], size
+
+
+def about(name: str) -> str:
+    """Its repository and the tokens of a text, in a line."""
+    family, size = family_of(name)
+    return f"{family.hub[size]}, {family.num_tokens} tokens a text"

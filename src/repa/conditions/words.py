@@ -68,7 +68,7 @@ def positions(num: int, dim: int) -> Tensor:
 
 
 def load_words(name: str, weights: Path | None, *, tokens: int = 16, width: int = 64) -> WordHashes:
-    """`tiny-text`.
+    """A vector for each word, seeded by its letters: no weights, nothing learned; for tests and the demonstration.
 
     Raises:
         UserError: weights are given, or sizes are no even, positive numbers.

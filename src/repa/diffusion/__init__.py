@@ -13,6 +13,7 @@ PATHS = Registry(
         "vp": "repa.diffusion.interpolants:VariancePreserving",
     },
     base="callable",
+    listing="paths",
 )
 PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
@@ -22,6 +23,7 @@ TIMESTEPS = Registry(
         "logit_normal": "repa.diffusion.timesteps:LogitNormal",
     },
     base="callable",
+    listing="times",
 )
 SAMPLERS = Registry(
     "sampler",
@@ -33,6 +35,7 @@ SAMPLERS = Registry(
         "ddpm": "repa.diffusion.ddpm:ddpm",
         "ddim": "repa.diffusion.ddpm:ddim",
     },
+    listing="samplers",
 )
 GUIDANCES = Registry(
     "guidance",
@@ -44,6 +47,7 @@ GUIDANCES = Registry(
         "representation": "repa.diffusion.guidance:Representation",
     },
     base="repa.diffusion.guidance:Guidance",
+    listing="guidances",
 )
 DDPM_SAMPLERS = ("ddpm", "ddim")  # those that walk the timesteps of a network trained by the ddpm objective
 

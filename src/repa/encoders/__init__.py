@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from repa.base.lazy import exports
 from repa.encoders import families
+from repa.encoders.facts import PACKAGED, facts_of
 from repa.encoders.loading import EncoderRegistry
 from repa.encoders.loading import canonical as canonical
 
@@ -15,6 +16,8 @@ ENCODERS = EncoderRegistry(
         "lite0": "repa.encoders.lite:load_lite",
         **dict.fromkeys(families.names(), "repa.encoders.vit:load_vit"),
     },
+    listing="encoders",
+    facts={name: facts_of(name).about for name in (*PACKAGED, *families.names())},
 )
 
 if TYPE_CHECKING:

@@ -24,30 +24,39 @@ class Contents(NamedTuple):
 
 
 def locate(name: str, family: Family, size: str, weights: Path | None) -> Path:
-    """What was given; else what the cache folder holds, then the caches of the hub and of the project's own code; else the hub."""
-    if weights is not None:
-        return weights
-    shelf, hub, original = files.cache_folder() / "encoders", family.hub[size], family.original_of(size)
-    places, by_hand = [shelf / name], []
+    """What was given, else what is on this machine, else the hub's, which is fetched."""
+    if found := weights or on_this_machine(name, family, size):
+        return found
+    shelf, hub, original = _shelf(), family.hub[size], family.original_of(size)
+    by_hand = []
     if hub:
         by_hand.append(
             f"weights=FOLDER (--feature-weights {name}=FOLDER) with {CONFIG} and {WEIGHTS}, or put it in {shelf / name}"
         )
     if original:
-        places.append(shelf / original.file)
         by_hand.append(
-            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {original.project}, or put it in {places[-1]}"
+            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {original.project}, or put it in "
+            f"{shelf / original.file}"
         )
-    for place in places:
-        if place.exists():
-            return place
-    if hub and (folder := cached(hub)):
-        return folder
-    if original and (file := kept(original)).is_file():
-        return file
     if hub:
         return download(name, hub, " or ".join(by_hand))
     raise UserError(f"The weights of the encoder {name} are not on the hub: give {' or '.join(by_hand)}.")
+
+
+def on_this_machine(name: str, family: Family, size: str) -> Path | None:
+    """What the cache folder holds, else the caches of the hub and of the project's own code; asks no network."""
+    hub, original = family.hub[size], family.original_of(size)
+    for place in (name, *([original.file] if original else [])):
+        if (path := _shelf() / place).exists():
+            return path
+    if hub and (folder := cached(hub)):
+        return folder
+    return file if original and (file := kept(original)).is_file() else None
+
+
+def _shelf() -> Path:
+    """Where weights that were fetched by hand are looked for."""
+    return files.cache_folder() / "encoders"
 
 
 def kept(original: Original) -> Path:

@@ -8,14 +8,9 @@ import torch
 from repa.base import extras
 from repa.base.cost import Cost, cost_of
 from repa.encoders.contract import VisionEncoder
-from repa.encoders.families import FAMILIES, family_of, names
+from repa.encoders.families import SIZES, family_of, names
 from repa.encoders.loading import canonical, load_encoder
 from repa.encoders.vit import ViTEncoder
-
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 40, 24)}
-"""Width, blocks and heads: vision transformers of all families share them."""
-PATCH = {"dinov2": 14, "dinov2-reg": 14, "ijepa": 14, "clip": 14}  # of the others 16
-REGISTERS = {"dinov2-reg": 4, "dinov3": 4}
 
 
 class EncoderCost(NamedTuple):
@@ -45,12 +40,10 @@ def _outline(spec: str, grid: int) -> VisionEncoder:
     """An encoder of the table on the meta device."""
     transformers = extras.need("transformers", f"The cost of the encoder {spec}")
     family, size = family_of(spec)
-    stem = next(stem for stem, found in FAMILIES.items() if found is family)
     dim, depth, heads = SIZES[size]
-    patch = PATCH.get(stem, 16)
     settings: dict[str, Any] = {
         "hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * dim,
-        "patch_size": patch, "image_size": grid * patch, "num_register_tokens": REGISTERS.get(stem, 0),
+        "patch_size": family.patch, "image_size": grid * family.patch, "num_register_tokens": family.registers,
         "use_swiglu_ffn": size == "g", **family.settings,
     }  # fmt: skip
     network = getattr(transformers, family.model)

@@ -60,6 +60,16 @@ class Family(NamedTuple):
     """What `model_type` of a config.json may be."""
     hub: Mapping[str, str | None]
     """Size -> name on the hub."""
+    about: str
+    """What it is, with its paper."""
+    licence: str
+    """Of the weights, as their project states it."""
+    licences: Mapping[str, str] = NONE
+    """The same of sizes that have another one."""
+    patch: int = 16
+    """Pixels of a patch's side."""
+    registers: int = 0
+    """Tokens beside those of the patches and the class; dropped."""
     class_token: bool = True
     """Tokens begin with a class token; registers, where config.json counts any, follow it."""
     colours: Colours = IMAGENET
@@ -90,6 +100,8 @@ class Family(NamedTuple):
 
 
 TORCH_HUB = "torch.hub"
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 40, 24)}
+"""Width, blocks and heads: vision transformers of all families share them."""
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 FAMILIES: dict[str, Family] = {
@@ -97,6 +109,9 @@ FAMILIES: dict[str, Family] = {
         "Dinov2Model",
         ("dinov2",),
         {key: f"facebook/dinov2-{size}" for key, size in DINOV2_SIZES.items()},
+        about="DINOv2 (arXiv 2304.07193)",
+        licence="Apache 2.0",
+        patch=14,
         original=Original(
             "dinov2_vit{size}14_pretrain.pth",
             "DINOv2 (torch.hub's dinov2_vit{size}14_pretrain.pth, facebookresearch/dinov2)",
@@ -108,6 +123,10 @@ FAMILIES: dict[str, Family] = {
         "Dinov2WithRegistersModel",
         ("dinov2_with_registers",),
         {key: f"facebook/dinov2-with-registers-{size}" for key, size in DINOV2_SIZES.items()},
+        about="DINOv2 with registers (arXiv 2309.16588)",
+        licence="Apache 2.0",
+        patch=14,
+        registers=4,
         original=Original(
             "dinov2_vit{size}14_reg4_pretrain.pth",
             "DINOv2 with registers (torch.hub's dinov2_vit{size}14_reg4_pretrain.pth, facebookresearch/dinov2)",
@@ -119,11 +138,16 @@ FAMILIES: dict[str, Family] = {
         "DINOv3ViTModel",
         ("dinov3_vit",),
         {key: f"facebook/dinov3-vit{key}16-pretrain-lvd1689m" for key in "sbl"},
+        about="DINOv3 (arXiv 2508.10104)",
+        licence="DINOv3's own",
+        registers=4,
     ),
     "dino": Family(
         "ViTModel",
         ("vit",),
         {"b": "facebook/dino-vitb16"},
+        about="DINO (arXiv 2104.14294)",
+        licence="Apache 2.0",
         settings={"layer_norm_eps": EPS},
         build={"add_pooling_layer": False},
         call=RESAMPLING,
@@ -133,6 +157,9 @@ FAMILIES: dict[str, Family] = {
         "ViTModel",
         ("vit",),
         {"s": None, "b": None, "l": None},
+        about="MoCo v3 (arXiv 2104.02057)",
+        licence="CC BY-NC 4.0",
+        licences={"l": "see LTH14/rcg"},
         settings={"layer_norm_eps": EPS},
         build={"add_pooling_layer": False},
         call=RESAMPLING,
@@ -149,6 +176,8 @@ FAMILIES: dict[str, Family] = {
         "ViTMAEModel",
         ("vit_mae",),
         {"l": "facebook/vit-mae-large"},
+        about="MAE (arXiv 2111.06377)",
+        licence="CC BY-NC 4.0",
         final_norm=False,
         masks=True,
         settings={"layer_norm_eps": EPS, "mask_ratio": 0.0},
@@ -165,6 +194,9 @@ FAMILIES: dict[str, Family] = {
         "IJepaModel",
         ("ijepa",),
         {"h": "facebook/ijepa_vith14_1k"},
+        about="I-JEPA (arXiv 2301.08243)",
+        licence="CC BY-NC 4.0",
+        patch=14,
         class_token=False,
         settings={"layer_norm_eps": EPS},
         call=RESAMPLING,
@@ -180,6 +212,9 @@ FAMILIES: dict[str, Family] = {
         "CLIPVisionModel",
         ("clip", "clip_vision_model"),
         {"l": "openai/clip-vit-large-patch14"},
+        about="the image tower of CLIP (arXiv 2103.00020)",
+        licence="MIT",
+        patch=14,
         colours=CLIP,
         resize_first=True,
         call=RESAMPLING,
@@ -197,6 +232,8 @@ FAMILIES: dict[str, Family] = {
         "SiglipVisionModel",
         ("siglip", "siglip_vision_model"),
         {"b": "google/siglip-base-patch16-256", "l": "google/siglip-large-patch16-256"},
+        about="the image tower of SigLIP (arXiv 2303.15343)",
+        licence="Apache 2.0",
         class_token=False,
         colours=HALVES,
         resize_first=True,

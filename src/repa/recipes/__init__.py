@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from repa.base.config import read_yaml
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.base.trust import trust_names_in
 from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.few_images import few_image_recipes
@@ -47,19 +47,13 @@ def load_recipe(name: str) -> TrainConfig:
         return TrainConfig.load(path)
     if (path / layout.CONFIG).is_file():
         return TrainConfig.load(path / layout.CONFIG)
-    raise UserError(f"There is no recipe {name!r}: {allowed(name)}")
+    raise UserError(
+        f"There is no recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} A .yaml file or a run folder will do too."
+    )
 
 
 def _of_run(path: Path) -> bool:
     """Is this the configuration of a run folder, which may come from a stranger?"""
     return path.name == layout.CONFIG and any(
         (path.parent / name).exists() for name in (layout.CHECKPOINTS, layout.DATA)
-    )
-
-
-def allowed(name: str) -> str:
-    """What may be given instead of `name`: too many recipes to name them all in a sentence."""
-    return (
-        f"allowed are one of the {len(RECIPES)} that `repa list recipes` prints, a .yaml file, or a run folder."
-        f"{nearest(name, RECIPES)}"
     )

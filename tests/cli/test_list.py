@@ -1,0 +1,98 @@
+"""`repa list` and `repa show`: every name says what it is."""
+
+import re
+
+import pytest
+
+from repa.base.errors import FITS, choices
+from repa.cli import main
+from repa.cli.list import registries
+from repa.cli.show import names
+from repa.encoders import ENCODERS, load_encoder
+from repa.encoders.facts import GRID, PACKAGED, facts_of
+
+
+@pytest.fixture
+def printed(capsys):
+    def run(*argv: str) -> str:
+        assert main.run([*argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_kind_says_what_its_names_are(printed):
+    kinds = printed("list").split()
+    assert set(registries()) < set(kinds)
+    for kind, registry in registries().items():
+        lines = printed("list", kind).splitlines()
+        for name in registry:
+            line = next(line for line in lines if line.split(" ")[0] == name)
+            assert len(line.split()) > 2, f"{kind}: {line}"
+
+
+def test_encoders_with_their_licence_and_what_they_need(printed):
+    lines = printed("list", "encoders").splitlines()
+    row = next(line for line in lines if line.startswith("dinov2-b "))
+    assert row.split() == ["dinov2-b", "768", "224", "16", "x", "16", "Apache", "2.0", "facebook/dinov2-base"]
+    above = [line for line in lines[: lines.index(row)] if line.startswith("#")][-1]
+    assert "repa[encoders]" in above
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_facts_are_those_of_the_network(name):
+    encoder, facts = load_encoder(name), facts_of(name)
+    assert (encoder.dim, encoder.patch_size, encoder.grid_for(256)) == (facts.dim, facts.patch, facts.grid)
+    assert facts.pixels == facts.grid * facts.patch
+    assert facts_of("dinov2-b").grid == GRID
+
+
+def test_the_page_of_encoders_tells_the_same_licences(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "encoders.md").read_text()
+    for line in re.findall(r"^\| `.*\|$", page, re.MULTILINE):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7:
+            name = re.findall(r"`([^`]+)`", cells[0])[0]
+            assert facts_of(name).licence in cells[6], line
+
+
+def test_what_show_tells_of_an_encoder(printed):
+    shown = printed("show", "dinov2-vit-b")  # the reference code's spelling
+    assert "facebook/dinov2-base" in shown
+    assert "768" in shown
+    assert 'pip install "repa[encoders]"' in shown
+    assert "--alignments.0.target dinov2-b" in shown
+    assert "--features tiny-judge" in printed("show", "tiny-judge")
+
+
+def test_one_name_of_two_kinds_shows_both(printed):
+    shown = printed("show", "cosine")
+    assert "loss cosine" in shown
+    assert "weight schedule cosine" in shown
+    assert "cosine:steps=..." in shown
+
+
+def test_every_listed_name_can_be_shown(printed):
+    for name in names():
+        assert printed("show", name).strip(), name
+    assert "dinov2-b" in names()
+    assert set(ENCODERS) < set(names())
+
+
+def test_on_a_terminal_rows_are_wrapped_to_its_width(monkeypatch, printed):
+    whole = printed("list", "losses")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed("list", "losses").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()) == " ".join(whole.split())
+
+
+def test_the_nearest_name_comes_before_a_long_list():
+    many = [f"name-{number}" for number in range(100)]
+    assert choices("name-77x", many, "repa list x") == ". Did you mean 'name-77'? `repa list x` prints all 100."
+    cut = choices("qqq", many, "repa list x")
+    assert cut.startswith(": allowed are name-0, name-1, ")
+    assert cut.endswith(", ... `repa list x` prints all 100.")
+    assert len(cut) < FITS + 60
+    assert choices("b", ["a", "c"]) == ": allowed are a, c."
