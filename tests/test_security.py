@@ -28,7 +28,7 @@ from repa.cli.train import start
 from repa.data import check_models, open_data
 from repa.models import load_exported
 from repa.recipes import load_recipe
-from repa.report.analysis_results import read_analyses
+from repa.report.analyses import read_analyses
 from repa.report.runs import evaluation_row, read_runs
 from repa.runs import load_run
 from repa.training import TrainConfig

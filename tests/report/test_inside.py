@@ -9,8 +9,8 @@ from PIL import Image
 
 from repa.base.errors import UserError
 from repa.report import curve_figure, read_run, read_runs, write_report
-from repa.report.analysis_results import accuracies, read_analyses
-from repa.report.learning import logged
+from repa.report.analyses import accuracies, read_analyses
+from repa.report.curves import logged
 from repa.runs import layout
 from tests.report.fakes import analysis_file, fake_run
 

@@ -10,7 +10,7 @@ import yaml
 from repa.base.errors import UserError
 from repa.recipes import load_recipe
 from repa.report import read_runs, write_report
-from repa.report.analysis_results import accuracies, read_analyses
+from repa.report.analyses import accuracies, read_analyses
 from repa.report.results import MOST_STEPS, results, without_paper
 from repa.report.runs import add_evaluations
 from repa.report.speedups import grouped

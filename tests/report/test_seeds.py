@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repa.report import curve_figure, read_runs, summary_rows, verdict
-from repa.report.distances import mean_curve
+from repa.report.curves import mean_curve
 from repa.report.speedups import group_speedups, grouped, spread
 from repa.runs import layout
 from tests.report.fakes import PROTOCOL, config, fake_run

@@ -37,7 +37,8 @@ def neighbours(argv: list[str]) -> int:
     from repa.base import dist
     from repa.data import open_data
     from repa.evaluation import open_images
-    from repa.report.analysis_figures import picture_table, save
+    from repa.report.overview import picture_table
+    from repa.report.style import save_png
 
     device = dist.setup()
     if dist.active():
@@ -71,6 +72,6 @@ def neighbours(argv: list[str]) -> int:
     ]
     labels = [f"sample {i}\n{distances[i, 0]:.3f}" for i in shown]
     columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
-    save(picture_table(pictures, labels, columns), out.with_suffix(".png"))
+    save_png(picture_table(pictures, labels, columns), out.with_suffix(".png"))
     say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance beside their nearest images.")
     return 0

@@ -88,7 +88,8 @@ def pictures(argv: list[str]) -> int:
     from repa.base import dist
     from repa.data import open_data
     from repa.data.recorded import load_encoder_of
-    from repa.report.analysis_figures import picture_table, save
+    from repa.report.overview import picture_table
+    from repa.report.style import save_png
 
     device, data = dist.setup(), open_data(given.data)
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
@@ -110,7 +111,7 @@ def pictures(argv: list[str]) -> int:
             labels.append(f"block {depth}\nt = {t:g}")
     if speaks():
         names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
-        save(picture_table(list(zip(*columns, strict=True)), names, labels), out)
+        save_png(picture_table(list(zip(*columns, strict=True)), names, labels), out)
         say(f"{out}: tokens of {label}, step {run.step:,}, beside {len(images)} images.")
     return 0
 
@@ -125,7 +126,8 @@ def progress(argv: list[str]) -> int:
     networks = [network for run in given.runs for network in networks_of([run], given.checkpoints or _evenly(run))]
     out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.base import dist
-    from repa.report.analysis_figures import picture_table, save
+    from repa.report.overview import picture_table
+    from repa.report.style import save_png
     from repa.sampling import generate, prepared
 
     device = dist.setup()
@@ -143,7 +145,7 @@ def progress(argv: list[str]) -> int:
                 bar(len(rows) * given.num_images + len(row), len(networks) * given.num_images)
             rows.append(row)
             names.append(f"{label}\nstep {run.step:,}" if len(given.runs) > 1 else f"step {run.step:,}")
-    save(picture_table(rows, names, []), out)
+    save_png(picture_table(rows, names, []), out)
     say(f"{out}: {len(rows)} checkpoints, {given.num_images} samples each, from the same noise.")
     return 0
 

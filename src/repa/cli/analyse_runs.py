@@ -229,9 +229,10 @@ def _draw(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None
     if not speaks():
         return
     if any(row["depth"] is not None for row in rows):
-        from repa.report.analysis_figures import depth_figure, save
+        from repa.report.analyses import depth_figure
+        from repa.report.style import save_png
 
-        save(depth_figure(rows, value, label), out.with_suffix(".png"))
+        save_png(depth_figure(rows, value, label), out.with_suffix(".png"))
         say(f"{out}, .csv, and .png, which shows it.")
     else:
         say(f"{out} and .csv.")

@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from repa.base.errors import UserError, nearest
-from repa.report.distances import draw_distances
-from repa.report.learning import QUANTITIES, Quantity
-from repa.report.runs import Protocol, RunRecord, common_protocol, distance_name
-from repa.report.speedups import Group, grouped
-from repa.report.style import Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
+from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
+from repa.report.speedups import Group, group_speedups, grouped
+from repa.report.style import TEXT, Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
+from repa.report.text import figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("denoising", "alignment", "frechet_distance", *QUANTITIES)
-LOSS = Quantity("denoising loss")
 SMOOTHING = 0.04  # the running mean spans this part of the logged rows
 MOST_POINTS = 1500  # drawn per line: more cannot be seen and would swell the page
+FRAME = 5  # times the last distance of the worst run: the first values would flatten what matters
+
+Points = dict[int, tuple[float, float]]  # step -> place on the horizontal axis, distance
+
+
+class Quantity(NamedTuple):
+    """A key of the training rows, and how it is drawn."""
+
+    label: str
+    scale: float = 1.0  # what the logged value is multiplied by
+    is_noisy: bool = True  # a running mean over faint raw values; else the line as it is
+    form: str = "{}"  # of the sentence that stands in place of a flat line
+
+
+QUANTITIES = {
+    "grad_norm": Quantity("gradient norm", form="The gradient norm was {} throughout."),
+    "learning_rate": Quantity("learning rate", is_noisy=False, form="The learning rate was {} throughout."),
+    "skipped_steps": Quantity(
+        "skipped steps, so far", is_noisy=False, form="Steps skipped for gradients that are not finite: {}."
+    ),
+    "data_wait": Quantity("wait for data (ms a step)", 1000.0, form="The wait for data was {} ms a step throughout."),
+    "images_per_second": Quantity("images per second", form="Images per second: {} throughout."),
+    "loss_scale": Quantity("loss scale", is_noisy=False, form="The loss scale was {} throughout."),
+    "utilisation": Quantity(
+        "share of the matrix-product rate", form="The share of the matrix-product rate was {} throughout."
+    ),
+    "peak_memory": Quantity("peak memory (GiB)", 2.0**-30, False, "Peak memory was {} GiB throughout."),
+}
+LOSS = Quantity("denoising loss")
+KINDS = ("denoising", "alignment", DISTANCE, *QUANTITIES)
+
+
+def logged(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
+    """(keys that are worth a curve, sentences on those that are the same in every row of every run)."""
+    moving, sentences = [], []
+    for key, quantity in QUANTITIES.items():
+        values = {row[key] for run in records for row in run.train if is_number(row.get(key))}
+        if len(values) > 1:
+            moving.append(key)
+        elif values:
+            value = values.pop() * quantity.scale
+            sentences.append(quantity.form.format(f"{value:g}" if key != "peak_memory" else figure(value)))
+    return moving, sentences
 
 
 def curve_figure(
@@ -56,7 +97,7 @@ def draw_curves(
     """What `curve_figure` draws, into given axes."""
     x_axis = horizontal(runs, against)
     groups = grouped(runs)
-    if kind == "frechet_distance":
+    if kind == DISTANCE:
         protocol = protocol or common_protocol(runs)
         if protocol is not None:
             draw_distances(axes, groups, x_axis, protocol)
@@ -130,3 +171,58 @@ def _frame_settled(axes: Axes) -> None:
         low, high = np.percentile(np.concatenate(settled), [0.5, 99.5])
         room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - room, high + room)
+
+
+def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, protocol: Protocol) -> None:
+    """Linear between evaluations, as the interpolation is."""
+    drawn: list[Points] = []
+    for number, group in enumerate(groups):
+        curves = [points for run in group.runs if (points := _points(run.distances(protocol), x_axis))]
+        if not curves:
+            continue
+        for points in curves if len(curves) > 1 else ():
+            axes.plot(*zip(*points.values(), strict=True), color=colour(number), linewidth=0.8, alpha=0.5)
+        label = group.name if len(group.runs) == 1 else f"{group.name} ({len(curves)} seeds)"
+        middle = mean_curve(curves)
+        if middle:
+            axes.plot(*zip(*middle, strict=True), label=legend_label(label), **strong(number))
+        drawn += curves
+    if drawn:  # the first evaluations may lie above the frame
+        values = [y for points in drawn for _, y in points.values()]
+        top = min(max(values), FRAME * max(list(points.values())[-1][1] for points in drawn))
+        room = 0.06 * (top - min(values)) or 0.1 * top or 1.0
+        axes.set_ylim(min(values) - room, top + room)
+    _mark_speedups(axes, groups, x_axis, protocol)
+
+
+def mean_curve(curves: Sequence[Points]) -> list[tuple[float, float]]:
+    """The mean point at each step at which every curve has one; a single curve's own points."""
+    common = [step for step in curves[0] if all(step in points for points in curves)]
+    places = [[points[step] for points in curves] for step in common]
+    return [(fmean(x for x, _ in here), fmean(y for _, y in here)) for here in places]
+
+
+def _points(rows: Sequence[dict[str, Any]], x_axis: Horizontal) -> Points:
+    usable = [row for row in rows if is_number(row.get(x_axis.key))]
+    return {row["step"]: (row[x_axis.key] / x_axis.scale, row[DISTANCE]) for row in usable}
+
+
+def _mark_speedups(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, protocol: Protocol) -> None:
+    """A ring where each aligned run first had the baseline's final distance, and that distance as a level if it is one."""
+    found = [each for each in group_speedups(groups) if each.pairs[0].protocol == protocol]
+    if not found:
+        return
+    levels = {pair.target for each in found for pair in each.pairs}
+    if len(levels) == 1:
+        axes.axhline(levels.pop(), color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
+    bottom = axes.get_ylim()[0]
+    for each in found:
+        number = groups.index(each.aligned)
+        for pair in each.reached:
+            where = pair.aligned.seconds if x_axis.key == "seconds" else pair.aligned.step
+            if where is None:
+                continue
+            where *= (each.aligned.runs[0].batch_size if x_axis.key == "images" else 1) / x_axis.scale
+            axes.vlines(where, bottom, pair.target, color=colour(number), linewidth=1.1, linestyle=(0, (2, 2)))
+            axes.plot([where], [pair.target], marker="o", markersize=9, markerfacecolor="none", color=TEXT)
+    axes.set_ylim(bottom=bottom)

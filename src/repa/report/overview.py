@@ -1,4 +1,4 @@
-"""One wide picture of what runs did, for a README: samples growing out of the same noise, and the Fréchet distance."""
+"""Images in rows and columns as one PNG: what runs did, for a README, and the tables of pictures of `repa analyse`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from repa.base.errors import UserError
-from repa.base.files import atomic_path
 from repa.report.curves import draw_curves
 from repa.report.pictures import has_preview, preview_columns, read_preview
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, read_runs
 from repa.report.speedups import group_indices, grouped
-from repa.report.style import TEXT, colour, new_figure
+from repa.report.style import TEXT, colour, new_figure, save_png
 from repa.report.text import count, figure
 from repa.runs import layout
 
@@ -31,7 +30,7 @@ NAME, NUMBER, ABOVE, BELOW = (
     0.5,
 )  # a run's name, the number under a cell, steps above, the curve's label below
 CURVE, CURVE_LABELS = 4.4, 0.75
-DPI = 160
+PICTURE = 1.05  # side of a picture in a table
 
 
 def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: Sequence[str] | None = None) -> Path:
@@ -41,7 +40,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     evaluations the denoising loss is drawn instead.
     Raises UserError when there is neither a preview nor a logged step.
     """
-    out, records = Path(out), read_runs(runs, names)
+    records = read_runs(runs, names)
     drawn = [(index, run) for index, run in enumerate(records) if layout.preview_steps(run.path)]
     if not drawn and not any(run.steps for run in records):
         raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
@@ -60,9 +59,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     axes = picture.add_axes([box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]])
     kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
     draw_curves(axes, records, kind, protocol=protocol)
-    with atomic_path(out) as temporary:
-        picture.savefig(temporary, format="png", dpi=DPI)
-    return out
+    return save_png(picture, out)
 
 
 def _draw_row(
@@ -99,3 +96,28 @@ def _four(images: np.ndarray) -> np.ndarray:
         top, left = index // 2 * (side + gap), index % 2 * (side + gap)
         sheet[top : top + side, left : left + side] = image
     return sheet
+
+
+def picture_table(
+    pictures: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Figure:
+    """Pictures uint8 (H, W, 3) in rows and columns, enlarged without smoothing, each row and column with its label."""
+    num_rows, num_columns = len(pictures), max(map(len, pictures))
+    beside = 0.2 + 0.065 * max((len(part) for label in row_labels for part in label.split("\n")), default=0)
+    above = 0.1 + 0.17 * max((label.count("\n") + 1 for label in column_labels if label), default=0)
+    size = beside + PICTURE * num_columns, above + PICTURE * num_rows + 0.1
+    picture = new_figure(figsize=size, facecolor="white")
+    for r, row in enumerate(pictures):
+        bottom = (PICTURE * (num_rows - 1 - r) + 0.1) / size[1]
+        picture.text(
+            (beside - 0.1) / size[0], bottom + PICTURE / 2 / size[1], row_labels[r] if row_labels else "",
+            ha="right", va="center", fontsize=8, color=TEXT, parse_math=False,
+        )  # fmt: skip
+        for c, pixels in enumerate(row):
+            box = ((beside + PICTURE * c) / size[0], bottom, 0.96 * PICTURE / size[0], 0.96 * PICTURE / size[1])
+            axes = picture.add_axes(box)
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_axis_off()
+            if r == 0 and c < len(column_labels):
+                axes.set_title(column_labels[c], fontsize=8, color=TEXT, pad=3, parse_math=False)
+    return picture

@@ -14,10 +14,10 @@ from markupsafe import Markup, escape
 from repa.base import extras
 from repa.base.files import write_text
 from repa.recipes.paper_tables import printed
-from repa.report.analysis_results import accuracies, read_analyses
-from repa.report.drawn import Curve, alignment_curve, analysis_curve, distance_curves, learning_curve, loss_curve
+from repa.report.analyses import accuracies, read_analyses
+from repa.report.curves import logged
+from repa.report.figures import analysis_curve, curves, learning_curve
 from repa.report.headline import verdict
-from repa.report.learning import logged
 from repa.report.pictures import (
     Sample,
     Tile,
@@ -106,7 +106,7 @@ def write_report(
     probed = accuracies(analyses)
     measured, speedups = find_results(groups, others, probed), group_speedups(groups)
     learning, constant = logged(records)
-    curves = _curves(records)
+    drawn = curves(records)
     values = {
         "title": title,
         "verdict": said,
@@ -117,8 +117,8 @@ def write_report(
         "results": measured,
         "speedups": [speedup_cells(each) for each in speedups],
         "reported": without_paper(measured, groups),
-        "top": curves[0] if curves else None,
-        "curves": curves[1:],
+        "top": drawn[0] if drawn else None,
+        "curves": drawn[1:],
         "learning": [learning_curve(records, key) for key in learning],
         "constant": constant,
         "analyses": [analysis_curve(each, number) for number, each in enumerate(analyses) if each.best],
@@ -163,21 +163,6 @@ def _environment():
 def breakable(name: str) -> Markup:
     """A run's name that may break after a slash."""
     return Markup("/<wbr>").join(escape(part) for part in name.split("/"))
-
-
-def _curves(records: Sequence[RunRecord]) -> list[Curve]:
-    """The distances first (once per way they were made), then the losses; what nobody logged has no curve."""
-    curves = []
-    protocols = list(dict.fromkeys(p for run in records for p in run.protocols))
-    for number, protocol in enumerate(protocols):
-        rows = [row for run in records for row in run.distances(protocol)]
-        if len({row["step"] for row in rows}) > 1:  # a single step is a table's, no curve
-            curves += distance_curves(records, protocol, number)
-    if any(run.series("denoising")[0] for run in records):
-        curves.append(loss_curve(records))
-    if any(run.alignment_names for run in records):
-        curves.append(alignment_curve(records))
-    return curves
 
 
 def _samples(

@@ -1,12 +1,17 @@
-"""How every picture of the report looks: one colour and marker per run, the same in all of them."""
+"""How every picture of the report looks, one colour and marker per run in all of them; pictures as SVG and as PNG."""
 
 from __future__ import annotations
 
+import html
+import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repa.base import extras
 from repa.base.errors import UserError
+from repa.base.files import atomic_path
 from repa.report.runs import RunRecord
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ COLOURS = (
     "#56b4e9",
 )  # after Okabe and Ito, for colour-blind eyes
 MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue beside colour, and for grey print
+DPI = 160
 LINES = ("-", "--", "-.", ":")
 TEXT, RULE = "#1b1b1d", "#c9c9ce"  # the page turns these two and COLOURS into variables of its colour scheme
 
@@ -100,3 +106,41 @@ def dress(axes: Axes, label: str, horizontal_label: str) -> None:
             text.set_parse_math(False)  # a dollar in a run's name is a dollar
     else:
         axes.text(0.5, 0.5, "not logged", color=TEXT, ha="center", transform=axes.transAxes)
+
+
+def inline_svg(figure: Figure, name: str, alt: str) -> str:
+    """The `<svg>` element, for a page whose CSS defines --rule, --run-0, --run-1, ... and the font of svg text.
+
+    Args:
+        figure: what to draw; the same figure gives the same text.
+        name: prefix of every id inside; unique on the page.
+        alt: what a reader who does not see it is told.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL
+    )  # a style would rule the page
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    for index, colour in enumerate(COLOURS):
+        text = text.replace(colour, f"var(--run-{index})")
+    text = text.replace(TEXT, "currentColor").replace("#000000", "currentColor").replace(RULE, "var(--rule)")
+    opening = text[: text.index(">") + 1]
+    box = re.search(r'viewBox="([^"]*)"', opening)
+    assert box is not None  # matplotlib always writes one
+    label = html.escape(alt, quote=True)
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{text[len(opening) :]}'
+
+
+def save_png(picture: Figure, out: str | Path) -> Path:
+    """Write a PNG, whole or not at all."""
+    with atomic_path(out) as temporary:
+        picture.savefig(temporary, format="png", dpi=DPI)
+    return Path(out)
