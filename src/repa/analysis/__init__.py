@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from repa.base.lazy import exports
 
 if TYPE_CHECKING:
+    from repa.analysis.depth import cknna_of_run as cknna_of_run
     from repa.analysis.depth import depth_effects as depth_effects
     from repa.analysis.encoders import compare_encoders as compare_encoders
     from repa.analysis.hidden import collect_hidden as collect_hidden
     from repa.analysis.neighbours import find_copies as find_copies
     from repa.analysis.neighbours import nearest_images as nearest_images
-    from repa.analysis.of_run import cknna_of_run as cknna_of_run
     from repa.analysis.pictures import principal_colours as principal_colours
-    from repa.analysis.probe import linear_probe as linear_probe
-    from repa.analysis.probe import linear_probes as linear_probes
-    from repa.analysis.probing import probe_of_encoder as probe_of_encoder
-    from repa.analysis.probing import probe_of_run as probe_of_run
+    from repa.analysis.probes import linear_probe as linear_probe
+    from repa.analysis.probes import linear_probes as linear_probes
+    from repa.analysis.probes import probe_of_encoder as probe_of_encoder
+    from repa.analysis.probes import probe_of_run as probe_of_run
     from repa.analysis.similarity import cka as cka
     from repa.analysis.similarity import cknna as cknna
     from repa.analysis.similarity import cknna_of as cknna_of

@@ -1,4 +1,4 @@
-"""Features of many images, collected once: rows in chunks on disk, so that what a killed process made is not made again.
+"""Long analyses: features collected once, in chunks on disk that a kill spares; work shared by processes and counted.
 
 CACHE/1f3a.../               one folder for what the features are a function of, which identity.json says
   depth08-000000000-9f2c....npy   rows 0 to CHUNK - 1 of one field, float32 or float16, and their checksum
@@ -25,6 +25,11 @@ IDENTITY = "identity.json"
 Make = Callable[[range, Sequence[str]], dict[str, Tensor]]  # rows and fields -> field -> (n, D)
 Load = Callable[[str], Tensor]  # field -> (N, D) on the CPU, in the stored type
 Progress = Callable[[int, int], None]
+Rows = list[dict[str, Any]]
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def collect(
@@ -35,7 +40,7 @@ def collect(
     make: Make,
     *,
     store: str = "float32",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Load:
     """Have `make` give the fields of rows 0 to num - 1, chunk by chunk, where the cache lacks them; returns what reads a field.
 
@@ -57,6 +62,31 @@ def collect(
     if folder is None:
         return lambda field: torch.cat(kept[field])
     return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
+
+
+def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
+    """The rows of all items in their order on every process, the work shared."""
+    mine = [(i, rows_of(item)) for i, item in enumerate(items) if i % dist.world() == dist.rank()]
+    done = sorted((pair for part in dist.gather_objects(mine) for pair in part), key=lambda pair: pair[0])
+    return [row for _, rows in done for row in rows]
+
+
+def share(num: int) -> int:
+    """How many of `num` items `each` gives to this process."""
+    return len(range(dist.rank(), num, dist.world()))
+
+
+class Stages:
+    """One count over several stages of known sizes."""
+
+    def __init__(self, progress: Progress, sizes: Sequence[int]):
+        self.progress, self.sizes, self.started = progress, sizes, 0
+
+    def next(self) -> Progress:
+        """Progress of the next stage."""
+        before = sum(self.sizes[: self.started])
+        self.started += 1
+        return lambda done, _: self.progress(before + done, sum(self.sizes))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Which blocks the prediction hangs on: leave one out at a time, and see how far the prediction moves (AG-REPA, arXiv 2603.01006)."""
+"""A run block by block: likeness of its hidden states to an encoder (CKNNA, CKA), and the prediction without a block.
+
+The prediction moves far where a block that it needs is left out (AG-REPA, arXiv 2603.01006): where to align.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,19 +9,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repa.analysis.config import DepthConfig
-from repa.analysis.images import batches, check_run, device_of, latents, spread
-from repa.base.rng import SampleStreams
+from repa.analysis.collection import Progress, Rows, Stages, each, silent
+from repa.analysis.config import DepthConfig, SimilarityConfig
+from repa.analysis.features import PATCHES, features_of_encoder, field, hidden_of_run
+from repa.analysis.hidden import (
+    batches,
+    check_run,
+    device_of,
+    latents,
+    no_class,
+    noised,
+    pixels,
+    require_neighbours,
+    spread,
+)
+from repa.analysis.similarity import cka, cknna_of, neighbourhoods
 from repa.data import DataSet
-from repa.diffusion import interpolate
-from repa.models import Backbone, Condition
+from repa.data.recorded import load_encoder_of
+from repa.models import Backbone
 from repa.runs import LoadedRun
 
 
+def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progress: Progress = silent) -> Rows:
+    """Rows {t, depth, cknna} (or cka, cka-unbiased) between hidden states and the patches of an encoder, averaged over tokens."""
+    depths = check_run(run, data, config.depths)
+    indices = spread(data, config.num_images)
+    if config.measure == "cknna":
+        require_neighbours(config.neighbours, len(indices))
+    pixels(data, indices[:0])
+    device = device_of(run)
+    encoder = load_encoder_of(data, config.encoder, weights=config.encoder_weights, device=device)
+    stages = Stages(progress, [len(indices)] * (1 + len(config.times)))
+    grid = encoder.grid_for(data.resolution)
+    load = features_of_encoder(encoder, config.encoder, grid, data, indices, config, stages.next())
+    measure = _measure(load(PATCHES).to(device), config)
+    rows: Rows = []
+    for t in config.times:
+        hidden = hidden_of_run(run, data, indices, depths, t, config, config.seed, stages.next())
+
+        def measured(depth: int, t: float = t, hidden=hidden) -> Rows:
+            return [{"t": t, "depth": depth, config.measure: measure(hidden(field(depth)).to(device))}]
+
+        rows += each(depths, measured)
+    return rows
+
+
+def _measure(target: Tensor, config: SimilarityConfig) -> Callable[[Tensor], float]:
+    """What compares hidden states (n, D) with the target (n, E), whose own neighbours are found once."""
+    if config.measure != "cknna":
+        return lambda hidden: cka(hidden, target, unbiased=config.measure == "cka-unbiased")
+    side = neighbourhoods(target, config.neighbours, config.variant)
+    return lambda hidden: cknna_of(neighbourhoods(hidden, config.neighbours, config.variant), side)
+
+
 @torch.inference_mode()
-def depth_effects(
-    run: LoadedRun, data: DataSet, config: DepthConfig, progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[dict[str, Any]]:
+def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: Progress = silent) -> Rows:
     """Rows {t, depth, change, share}: the mean over images of |v - v without the block| / |v|, and its share of all blocks' sum.
 
     A block is left out by handing on what went into it. Images are noised by a stream each and no class is given, so that
@@ -33,10 +78,8 @@ def depth_effects(
     done = 0
     for part in batches(indices, config.batch_size):
         x = latents(run, data, part, config.seed)
-        noise = SampleStreams(config.seed, part, x.device).randn_like(x)
         for t in config.times:
-            times = torch.full((len(x),), t, device=device_of(run))
-            x_t, _ = interpolate(run.path, x, noise, times)
+            x_t, times = noised(run.path, x, part, t, config.seed)
             whole = _prediction(run, x_t, times)
             for depth in depths:
                 with left_out(run.model, depth):
@@ -76,5 +119,4 @@ def _is_stream(given: Any, made: Any) -> bool:
 
 
 def _prediction(run: LoadedRun, x_t: Tensor, times: Tensor) -> Tensor:
-    condition = run.model.null(Condition(torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)))
-    return run.model({"x": x_t}, run.process.network_time(times), condition).prediction["x"].float()
+    return run.model({"x": x_t}, run.process.network_time(times), no_class(run.model, x_t)).prediction["x"].float()

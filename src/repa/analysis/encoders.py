@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from repa.analysis.collection import Progress
+from repa.analysis.collection import Progress, Rows, Stages, silent
 from repa.analysis.config import EncodersConfig
-from repa.analysis.images import pixels
-from repa.analysis.pooled import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
-from repa.analysis.probing import ProbeImages, probe_rows
+from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
+from repa.analysis.hidden import pixels, require_neighbours
+from repa.analysis.probes import ProbeImages, probe_rows
 from repa.analysis.similarity import cknna_of, neighbourhoods
-from repa.analysis.work import Rows, Stages, silent
 from repa.base import dist
-from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.data.recorded import load_encoder_of
 from repa.encoders import VisionEncoder
@@ -49,11 +47,7 @@ def compare_encoders(
     """
     pixels(data, np.arange(0))
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
-    if images.sizes[0] <= config.neighbours:
-        raise UserError(
-            f"{config.neighbours} neighbours need more images than that, but there are {images.sizes[0]}: "
-            "give a lower --neighbours."
-        )
+    require_neighbours(config.neighbours, images.sizes[0])
     for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
         load_encoder_of(data, spec, weights=config.weights_of(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repa.analysis.collection import Progress
+from repa.analysis.collection import Progress, Rows, Stages, silent
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.images import batches, evenly, pixels, spread
-from repa.analysis.work import Rows, Stages, silent
+from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spread
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.data.recorded import load_encoder_of
@@ -78,8 +77,7 @@ def find_copies(
             "compare what has the same size."
         )
     indices = spread(data, config.num_images)
-    if len(indices) <= config.neighbours:
-        raise UserError(f"{config.neighbours} neighbours need more images than that, but there are {len(indices)}.")
+    require_neighbours(config.neighbours, len(indices))
     pixels(data, indices[:0])
     encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
     others = None if held_out is None else spread(held_out, config.num_held_out)

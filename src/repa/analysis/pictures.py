@@ -4,12 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.analysis.hidden import hidden_states
-from repa.analysis.images import check_run, device_of, latents
+from repa.analysis.hidden import check_run, hidden_states, latents, noised
 from repa.base.errors import UserError
-from repa.base.rng import SampleStreams
 from repa.data import DataSet
-from repa.diffusion import interpolate
 from repa.runs import LoadedRun
 
 RANGE = 0.01, 0.99  # quantiles that become black and full colour: single outliers would leave the rest grey
@@ -55,8 +52,6 @@ def tokens_of_run(
     """Hidden states (n, T, D) by depth, of images noised to level t with the null label; image i has its own noise."""
     depths = check_run(run, data, depths)
     x = latents(run, data, indices, seed)
-    noise = SampleStreams(seed, indices, x.device).randn_like(x)
-    times = torch.full((len(x),), t, device=device_of(run))  # (n,)
-    x_t, _ = interpolate(run.path, x, noise, times)
+    x_t, times = noised(run.path, x, indices, t, seed)
     hidden = hidden_states(run.model, x_t, run.process.network_time(times), depths)
     return {depth: hidden[depth].float().cpu() for depth in depths}

@@ -33,7 +33,7 @@ def neighbours(argv: list[str]) -> int:
 
     from repa import __version__
     from repa.analysis import find_copies
-    from repa.analysis.images import pixels
+    from repa.analysis.hidden import pixels
     from repa.base import dist
     from repa.data import open_data
     from repa.evaluation import open_images

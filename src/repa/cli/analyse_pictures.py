@@ -83,7 +83,7 @@ def pictures(argv: list[str]) -> int:
     out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
-    from repa.analysis.images import pixels, spread
+    from repa.analysis.hidden import pixels, spread
     from repa.analysis.pictures import colour_pictures, tokens_of_run
     from repa.base import dist
     from repa.data import open_data

@@ -10,8 +10,7 @@ import torch
 
 from repa.analysis.collection import Load, Progress, collect
 from repa.analysis.config import FOLDER, ImagesConfig
-from repa.analysis.hidden import collect_hidden
-from repa.analysis.images import batches, device_of, latents, pixels
+from repa.analysis.hidden import batches, collect_hidden, device_of, latents, pixels
 from repa.analysis.spatial import (
     FAR,
     MAX_DISTANCE,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repa.analysis import linear_probe, linear_probes
-from repa.analysis.probe import suitable_batch
+from repa.analysis.probes import suitable_batch
 from repa.base.errors import UserError
 
 SETTINGS = {"epochs": 15, "batch_size": 64, "lr": 0.02}

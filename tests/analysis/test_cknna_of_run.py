@@ -89,12 +89,12 @@ def test_features_are_collected_once_and_again_when_something_changes(run, data,
 
 def test_weights_are_known_by_the_checksum_of_their_file(random_run, data, monkeypatch):
     """Not read again for every noise level; two checkpoints, and two averages of one, have caches of their own."""
-    from repa.analysis import pooled
+    from repa.analysis import features
     from repa.base import files
     from repa.runs import layout, load_run
 
-    monkeypatch.setattr(pooled, "_checksum", lambda model: pytest.fail("read the weights again"))
+    monkeypatch.setattr(features, "_checksum", lambda model: pytest.fail("read the weights again"))
     runs = [load_run(random_run, weights, step=step) for weights, step in (("ema", 20), ("ema", 10), ("model", 20))]
-    identities = [pooled._identity_of_run(loaded)["weights"] for loaded in runs]
+    identities = [features._identity_of_run(loaded)["weights"] for loaded in runs]
     assert len(set(identities)) == 3
     assert identities[0] == files.sha256(layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE)

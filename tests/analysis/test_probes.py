@@ -8,7 +8,7 @@ import torch
 
 from repa.analysis import linear_probe, probe_of_encoder, probe_of_run
 from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
-from repa.analysis.images import spread
+from repa.analysis.hidden import spread
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders import load_encoder
