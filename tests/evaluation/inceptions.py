@@ -17,7 +17,7 @@ class Small(nn.Module):
         g = torch.Generator().manual_seed(0)
         self.mix = [torch.randn(3 * 4 * 4, dim, generator=g) for dim in (6, 4, 5)]
 
-    def forward(self, images):
+    def forward(self, images, precision):
         x = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
         return InceptionFeatures(*(x @ mix for mix in self.mix))
 

@@ -11,7 +11,8 @@ import torch
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import load_encoder
-from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, load_judge, reference, reference_of
+from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, load_judge, make_reference, reference, reference_of
+from repa.evaluation.config import ReferenceConfig
 from repa.evaluation.reference import kept_reference
 from repa.evaluation.sources import DataImages
 from tests.oracles import metrics as oracle
@@ -118,6 +119,24 @@ def test_a_file_of_samples(data, images, tmp_path):
         noisy(images, 20).split(16), judge, reference_of(data, judge, "tiny-judge"), ALL
     )
     json.dumps(found)
+
+
+def test_features_in_half_precision_are_recorded_and_compared_with_such(data, images, tmp_path):
+    """Kept references are of one arithmetic; a reference file of another one is refused."""
+    config = EvaluateConfig(features="tiny-judge", metrics=("fd",), features_precision="bf16", batch_size=16)
+    exact = config.override(features_precision="fp32")
+    whole = save(tmp_path / "whole.npz", images)
+    itself, path = evaluate_file(whole, data.folder, config, device=CPU), save(tmp_path / "s.npz", noisy(images, 20))
+    half, fp32 = (evaluate_file(path, data.folder, c, device=CPU) for c in (config, exact))
+    assert (half["arithmetic"]["features"], fp32["arithmetic"]["features"]) == ("bfloat16", "float32")
+    assert itself["metrics"]["fd"] < 1e-5  # the reference was computed in bf16 too
+    assert 0 < abs(half["metrics"]["fd"] / fp32["metrics"]["fd"] - 1) < 0.01
+    assert len(half["warnings"]) == len(fp32["warnings"]) + 1
+    own = ReferenceConfig(features="tiny-judge", features_precision="bf16")
+    make_reference(data.folder, tmp_path / "bf16.npz", own, device=CPU)
+    assert evaluate_file(path, tmp_path / "bf16.npz", config, device=CPU)["metrics"] == half["metrics"]
+    with pytest.raises(UserError, match=r"weights [0-9a-f]{12}, bf16\), but samples .*weights [0-9a-f]{12}\)"):
+        evaluate_file(path, tmp_path / "bf16.npz", exact, device=CPU)
 
 
 def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):

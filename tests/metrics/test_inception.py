@@ -91,6 +91,25 @@ GOLDEN = {  # sum, sum of products with sin(0), sin(1), ...
 }
 
 
+def test_layouts_give_the_same_and_half_precision_nearly(weights):
+    """bf16 rounds convolutions; the resize, the mean and the logits stay float32, and so does everything in float32."""
+    net = InceptionV3()
+    net.load_state_dict(weights)
+    images = torch.randint(256, (1, 3, 75, 75), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    dtypes = []
+    net.Mixed_5b.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's, which does not matter
+        exact = net(images)
+    half = net(images, "bf16")
+    last = net.to(memory_format=torch.channels_last)(images)
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    for name, x in exact._asdict().items():
+        torch.testing.assert_close(getattr(last, name), x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+        y = getattr(half, name)
+        assert y.dtype == torch.float32
+        assert 1e-4 < ((y - x).norm() / x.norm()).item() < 0.05, name
+
+
 def test_only_images_are_taken():
     with torch.device("meta"):
         net = InceptionV3()
@@ -128,6 +147,7 @@ class TestWeights:
         loaded = load_inception(file)
         assert loaded.weights_sha256 == files.sha256(file)
         assert not loaded.is_published
+        assert loaded.net.Conv2d_2a_3x3.conv.weight.is_contiguous(memory_format=torch.channels_last)
         wanted = torch.load(file, weights_only=True)["Mixed_6d.branch1x1.conv.weight"]
         assert torch.equal(loaded.net.Mixed_6d.branch1x1.conv.weight, wanted)
 

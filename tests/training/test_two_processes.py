@@ -1,9 +1,11 @@
 """Two processes (gloo) do the work of one: the same losses, weights, samples and shards; and an error ends both.
 
-Each torchrun costs seconds, so there are four of them: train, sample, prepare, and a mistake.
+Each torchrun costs seconds, so there are five of them: train, sample, evaluate, prepare, and a mistake.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -155,6 +157,22 @@ def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
         f"{n}.{s}" for n in ("one", "two") for s in ("json", "npz", "png")
     ]
     assert done.stdout.count("11 images of step 20") == 1  # one process speaks
+
+
+def test_figures_of_samples_are_those_of_one_process(random_run, data_folder, tmp_path):
+    """Of a run that is sampled while it is measured, against data whose reference both make."""
+    command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
+               "--features", "tiny-judge", "--out")  # fmt: skip
+    results = []
+    for launch in (torchrun, alone):
+        shutil.rmtree(data_folder / "reference", ignore_errors=True)  # made by each
+        out = tmp_path / f"{launch.__name__}.json"
+        launch(*command, out)
+        results.append(json.loads(out.read_text()))
+    two, one = results
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["metrics"].keys() == {"fd", "precision", "recall"}
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
 
 
 def test_shards_are_the_same_to_the_byte(image_folder, tmp_path):

@@ -30,6 +30,8 @@ class JudgeConfig(Config):
     """inception, whose distances papers report, or an encoder that the model was not aligned to, such as dinov2-l."""
     features_weights: str = ""
     """Local weights: Inception's file, or that encoder's folder; empty takes the cache, the package's or the hub's."""
+    features_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of that network. Papers use fp32; bf16 is for GPUs, and moves figures a little: docs/evaluation.md says how much."""
     batch_size: int = Field(64, ge=1)
     """Images at a time on each process."""
 

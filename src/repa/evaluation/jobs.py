@@ -14,7 +14,7 @@ from repa.base import dist, files
 from repa.base.errors import UserError
 from repa.data.recorded import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
-from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, ReferenceConfig
+from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, JudgeConfig, ReferenceConfig
 from repa.evaluation.images import Images
 from repa.evaluation.judges import InceptionJudge, Judge, load_judge
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
@@ -24,6 +24,7 @@ from repa.evaluation.sources import DataImages, open_images
 from repa.metrics.score import SPLIT_SIZE
 from repa.runs.prompts import prompts_in
 
+NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"
 
 Stream = Iterable[tuple[Tensor, Tensor]]  # indices (n,) and images (n, 3, H, W) of this process's share
@@ -92,7 +93,7 @@ def evaluate_stream(
     opened = open_reference(reference, side)
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
-    judge = load_judge(config.features, weights=config.features_weights or _recorded(opened, config), device=device)
+    judge = _judge(config, opened, device)
     real = load_reference(opened, judge, config.features, config.batch_size, progress)
     check_measurable(judge, real, config.wanted)
     told = _told(config, prompts, num, opened, real, device)
@@ -165,7 +166,7 @@ def make_reference(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
     files.require_writable(out)
-    judge = load_judge(config.features, weights=config.features_weights or _recorded(images, config), device=device)
+    judge = _judge(config, images, device)
     reference = kept_reference(images, judge, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():
         write_reference(out, reference, images, judge, config.features)
@@ -173,10 +174,11 @@ def make_reference(
     return reference
 
 
-def _recorded(images: object, config: EvaluateConfig | ReferenceConfig) -> str | None:
-    """Where `prepare` found the encoder's weights, when the reference is its folder."""
-    known = isinstance(images, DataImages) and config.features != INCEPTION
-    return encoder_weights(images.data, config.features) if known else None
+def _judge(config: JudgeConfig, reference: object, device: torch.device) -> Judge:
+    """By the weights that are given, else those that `prepare` found, when the reference is its folder."""
+    known = isinstance(reference, DataImages) and config.features != INCEPTION
+    weights = config.features_weights or (encoder_weights(reference.data, config.features) if known else None)
+    return load_judge(config.features, weights=weights, precision=config.features_precision, device=device)
 
 
 def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> di
     return {
         "features": config.features,
         "encoder": judge.identity,
-        "arithmetic": {"features": "float32", "statistics": "float64", "neighbours": config.neighbours},
+        "arithmetic": {"features": NUMBERS[judge.precision], "statistics": "float64", "neighbours": config.neighbours},
         "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT_SIZE},
         "device": device.type,
         "processes": dist.world(),
@@ -206,6 +208,10 @@ def _warnings(judge: Judge, num: int, metrics: Sequence[str]) -> list[str]:
         warnings.append(f"fd in the features of {judge.name} is not FID: compare it only with fd in the same features.")
     if isinstance(judge, InceptionJudge) and not judge.is_published:
         warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
+    if judge.precision != "fp32":
+        warnings.append(
+            f"The features were computed in {NUMBERS[judge.precision]}, which moves every figure a little: papers measure in float32."
+        )
     if "inception_score" in metrics and num % SPLIT_SIZE:
         warnings.append(
             f"{num:,} samples are no multiple of {SPLIT_SIZE:,}: the last split of the inception score is smaller, which lowers it."

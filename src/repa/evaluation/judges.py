@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.base.precision import autocast
 from repa.encoders import load_encoder
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.config import INCEPTION, OF_ENCODERS, OF_INCEPTION
@@ -27,13 +28,13 @@ class EncoderJudge:
 
     metrics = OF_ENCODERS
 
-    def __init__(self, encoder: VisionEncoder):
-        self.encoder, self.name, self.dim = encoder, encoder.name, encoder.dim
+    def __init__(self, encoder: VisionEncoder, precision: str = "fp32"):
+        self.encoder, self.name, self.dim, self.precision = encoder, encoder.name, encoder.dim, precision
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whose features, and the checksum of the weights."""
-        return dict(self.encoder.identity)
+        """Whose features, the checksum of the weights, and the arithmetic where it is not float32."""
+        return {**self.encoder.identity, **_rounded(self.precision)}
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +43,8 @@ class EncoderJudge:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Seen:
         """uint8 (N, 3, S, S) -> what is seen."""
-        pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
+        with autocast(self.device, self.precision):
+            pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
         if pooled is None:
             raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
         return Seen(pooled.float())
@@ -55,13 +57,15 @@ class InceptionJudge:
     name = INCEPTION
     dim = 2048
 
-    def __init__(self, loaded: LoadedInception):
+    def __init__(self, loaded: LoadedInception, precision: str = "fp32"):
         self.net, self.checksum, self.is_published = loaded.net, loaded.weights_sha256, loaded.is_published
+        self.precision = precision
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whose features, the checksum of the weights, and whether papers measure with these."""
-        return {"name": self.name, "weights_sha256": self.checksum, "published": self.is_published}
+        """Whose features, the checksum of the weights, whether papers measure with these, and the arithmetic where it is not float32."""
+        known = {"name": self.name, "weights_sha256": self.checksum, "published": self.is_published}
+        return {**known, **_rounded(self.precision)}
 
     @property
     def device(self) -> torch.device:
@@ -69,17 +73,23 @@ class InceptionJudge:
 
     def __call__(self, images: Tensor) -> Seen:
         """uint8 (N, 3, H, W) -> what is seen."""
-        return Seen(*self.net(images))
+        return Seen(*self.net(images, self.precision))
 
 
 Judge = EncoderJudge | InceptionJudge
 
 
-def load_judge(features: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Judge:
+def _rounded(precision: str) -> dict[str, str]:
+    return {} if precision == "fp32" else {"precision": precision}
+
+
+def load_judge(
+    features: str, *, weights: str | Path | None = None, precision: str = "fp32", device: torch.device | str = "cpu"
+) -> Judge:
     """ "inception" or an encoder's spec; raises UserError when there are no weights."""
     if features == INCEPTION:
-        return InceptionJudge(load_inception(weights, device))
-    return EncoderJudge(load_encoder(features, weights=weights, device=device))
+        return InceptionJudge(load_inception(weights, device), precision)
+    return EncoderJudge(load_encoder(features, weights=weights, device=device), precision)
 
 
 def as_judge(judge: Judge | VisionEncoder) -> Judge:

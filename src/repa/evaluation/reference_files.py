@@ -62,7 +62,7 @@ class ReferenceFile:
         if self.judge is not None and self.judge != [spec, judge.identity]:
             raise UserError(
                 f"{self.path} holds {_called(*self.judge)}, but samples are to be measured in {_called(spec, judge.identity)}: "
-                "give the same --features and --features-weights."
+                "give the same --features, --features-weights and --features-precision."
             )
         with faults.reading(self.path, "a reference"):
             reference = Reference.from_arrays(self.arrays)
@@ -78,7 +78,8 @@ class ReferenceFile:
 
 
 def _called(spec: str, identity: dict[str, Any]) -> str:
-    return f"features of {spec} (weights {str(identity.get('weights_sha256'))[:12]})"
+    arithmetic = f", {identity['precision']}" if "precision" in identity else ""
+    return f"features of {spec} (weights {str(identity.get('weights_sha256'))[:12]}{arithmetic})"
 
 
 def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
+from repa.base.precision import autocast
 from repa.metrics.arithmetic import exact_float32
 from repa.metrics.inception_blocks import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
@@ -59,8 +60,12 @@ class InceptionV3(nn.Module):
         return super().train(False)
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> InceptionFeatures:
-        """Features of uint8 (N, 3, H, W), in float32 whatever the caller's autocast.
+    def forward(self, images: Tensor, precision: str = "fp32") -> InceptionFeatures:
+        """Features of uint8 (N, 3, H, W), whatever the caller's autocast.
+
+        Args:
+            images: of any side.
+            precision: of the convolutions and what lies between them, fp32 or bf16. Resize, mean and logits are float32.
 
         Raises:
             UserError: images of another type or shape.
@@ -70,17 +75,23 @@ class InceptionV3(nn.Module):
         device = self.fc.weight.device
         with exact_float32(device):
             x = (resize_as_tensorflow(images.to(device).float(), SIDE) - 128) / 128  # (N, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
-            x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
-            x = F.max_pool2d(x, 3, stride=2)  # (N, 192, 35, 35)
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
-            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (N, 768, 17, 17)
-            x, branch1x1 = self.Mixed_6d.with_branch1x1(x)  # (N, 768, 17, 17), (N, 192, 17, 17)
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
-            pool = x.mean((2, 3))  # (N, 2048)
-            spatial = branch1x1[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
+            with autocast(device, precision):
+                x, branch1x1 = self._convolved(x)
+            pool = x.float().mean((2, 3))  # (N, 2048)
+            spatial = branch1x1[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
             return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, 299, 299) -> what is pooled, and what sFID compares."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)  # (N, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (N, 768, 17, 17)
+        x, branch1x1 = self.Mixed_6d.with_branch1x1(x)  # (N, 768, 17, 17), (N, 192, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
+        return x, branch1x1
 
 
 def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:

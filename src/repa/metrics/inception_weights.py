@@ -56,7 +56,8 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
                 f"{path} holds another network: {name} is {tuple(tensors[name].shape)}, not {tuple(shape)}. Give {FILE}."
             )
     net.load_state_dict(tensors)
-    return LoadedInception(net.to(device), checksum)
+    # 1.4 times as fast as (N, C, H, W) on a CPU (docs/evaluation.md); on CUDA what half precision convolves without transposing
+    return LoadedInception(net.to(device, memory_format=torch.channels_last), checksum)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
