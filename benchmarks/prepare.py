@@ -28,7 +28,7 @@ from repa.autoencoders.cost import SHAPES, autoencoder_cost
 from repa.base.images import adm_centre_crop, decode_image, to_tensor
 from repa.base.memory import keep_freed_memory
 from repa.base.precision import autocast
-from repa.data.shards import ShardWriter
+from repa.data.writing import ShardWriter
 from repa.encoders import load_encoder
 from repa.encoders.cost import encoder_cost
 

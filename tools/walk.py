@@ -33,7 +33,8 @@ class Walk:
 
     def __call__(self, frame: FrameType, event: str, _) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED:  # a module or the body of a class
+        # neither modules nor bodies of classes, and no comprehensions or lambdas, which are read where they stand
+        if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED or code.co_name.startswith("<"):
             return
         file = self._names.get(code.co_filename)
         if file is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from repa.data import groups
+from repa.data import encoding
 from repa.encoders.contract import Features
 from tests.oracles.data import noise_image
 
@@ -60,13 +60,13 @@ def _no_waiting_for_the_disk(monkeypatch):
 def fakes(monkeypatch):
     """Replace the models; returns them, so that a test can change their identity."""
     autoencoder, encoder = FakeAutoencoder(), FakeEncoder()
-    real = groups.load_autoencoder
+    real = encoding.load_autoencoder
     monkeypatch.setattr(
-        groups,
+        encoding,
         "load_autoencoder",
         lambda spec, **options: real(spec, **options) if spec == "pixels" else autoencoder,
     )
-    monkeypatch.setattr(groups, "load_encoder", lambda spec, **options: encoder)
+    monkeypatch.setattr(encoding, "load_encoder", lambda spec, **options: encoder)
     return autoencoder, encoder
 
 

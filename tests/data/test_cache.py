@@ -2,7 +2,7 @@
 
 import os
 
-from repa.data.cache import FileCache
+from repa.data.remote import FileCache
 
 
 def test_the_longest_unused_goes_first_and_files_under_way_stay(tmp_path):

@@ -68,7 +68,7 @@ def test_weights_that_cannot_be_had_are_no_failure(out, monkeypatch):
     def lost(spec, **options):
         raise UserError("no network.")
 
-    monkeypatch.setattr("repa.data.groups.load_encoder", lost)
+    monkeypatch.setattr("repa.data.encoding.load_encoder", lost)
     moments, tokens = check_models(out)
     assert moments.error == 0
     assert (tokens.error, tokens.trouble) == (None, "not encoded again: no network.")

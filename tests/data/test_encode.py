@@ -13,8 +13,8 @@ from PIL import Image
 from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
-from repa.data import PrepareConfig, add_features, groups, open_data, open_source, prepare, shards
-from repa.data.parts import Progress
+from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, writing
+from repa.data.progress import Progress
 from tests.data.conftest import all_rows, content, pack, spoil
 
 SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
@@ -66,7 +66,7 @@ def test_pixels_and_the_real_tiny_encoder(folder, tmp_path):
     prepare(folder, tmp_path / "out", SMALL.override(features=("tiny",)))
     data = open_data(tmp_path / "out")
     assert not data.has_moments
-    encoder = groups.load_encoder("tiny")
+    encoder = encoding.load_encoder("tiny")
     assert data.features["tiny"].grid == encoder.grid_for(8)
     assert data.gather("features.tiny", np.array([10, 0])).shape == (2, encoder.grid_for(8) ** 2, encoder.dim)
     assert data.manifest.autoencoder["name"] == "pixels"
@@ -331,7 +331,7 @@ def test_a_disk_too_small_is_refused_before_work(folder, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
     prepare(folder, tmp_path / "whole", SMALL)
-    append, calls = shards._Array.append, []
+    append, calls = writing._Array.append, []
 
     def full(self, rows):
         calls.append(rows)
@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
         append(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards._Array, "append", full)
+        patch.setattr(writing._Array, "append", full)
         with pytest.raises(UserError, match="the disk is full"):
             prepare(folder, tmp_path / "out", SMALL)
     assert not list((tmp_path / "out").glob(".*"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.data import Manifest, PrepareConfig, add_features, encode, groups, open_data, prepare, remove
+from repa.data import Manifest, PrepareConfig, add_features, encoding, open_data, prepare, preparing, remove
 from repa.data.packing import read_basis, unpack
 from tests.data.conftest import all_rows, content, spoil
 from tests.oracles import packing as oracle
@@ -60,11 +60,11 @@ def test_coordinates(folder, tmp_path, plain, form):
 
 def test_a_sample_for_directions_comes_from_all_over(folder, tmp_path, fakes, monkeypatch):
     """Of a source sorted by class the first images would be one class."""
-    monkeypatch.setattr("repa.data.bases.SAMPLE", 3)
+    monkeypatch.setattr("repa.data.encoding.SAMPLE", 3)
     seen = []
-    features = groups.FeatureGroup.features
+    features = encoding.FeatureFields.features
     monkeypatch.setattr(
-        groups.FeatureGroup, "features", lambda self, pixels: seen.append(pixels) or features(self, pixels)
+        encoding.FeatureFields, "features", lambda self, pixels: seen.append(pixels) or features(self, pixels)
     )
     prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
     images = all_rows(open_data(tmp_path / "out"), "images")
@@ -140,8 +140,8 @@ def test_captions_lie_beside_the_shards(folder, tmp_path, fakes, monkeypatch):
         source.captions = lambda i: () if i == 5 else (f"Bild {i} ü\n", "second")
         return source
 
-    opened = encode.open_source
-    monkeypatch.setattr(encode, "open_source", with_captions)
+    opened = preparing.open_source
+    monkeypatch.setattr(preparing, "open_source", with_captions)
     manifest = prepare(folder, tmp_path / "out", FULL.override(flip=True, skip_bad=True))
     texts = []
     for shard in manifest.shards:

@@ -11,7 +11,7 @@ import traceback
 import pytest
 
 from repa.data import PrepareConfig, prepare
-from repa.data.filling import ENCODED
+from repa.data.preparing import ENCODED
 from tests.data.conftest import content
 
 CONFIG = PrepareConfig(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from repa.base.errors import UserError
-from repa.data import open_source
-from repa.data.sources import fetching, folders, tar_index
-from repa.data.sources.fetching import Fetcher
+from repa.data import open_source, remote
+from repa.data.remote import Fetcher
+from repa.data.sources import folders, tar_index
 from repa.data.sources.patterns import expand
 from tests.data.kinds import add, as_shards, pictures, pixels, write_shard
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_shard(tmp_path / "away.tar", pictures())
-    monkeypatch.setattr(fetching.shutil, "copyfileobj", full)
+    monkeypatch.setattr(remote.shutil, "copyfileobj", full)
     with pytest.raises(UserError, match="disk is full"):
         open_source(f"file://{tmp_path}/away.tar")
 

@@ -25,7 +25,7 @@ from repa.analysis.hidden import (
 )
 from repa.analysis.similarity import cka, cknna_of, neighbourhoods
 from repa.data import DataSet
-from repa.data.recorded import load_encoder_of
+from repa.data.dataset import load_encoder_of
 from repa.models import Backbone
 from repa.runs import LoadedRun
 

@@ -15,7 +15,7 @@ from repa.analysis.probes import ProbeImages, probe_rows
 from repa.analysis.similarity import cknna_of, neighbourhoods
 from repa.base import dist
 from repa.data import DataSet
-from repa.data.recorded import load_encoder_of
+from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
 
 SECONDS = 1.0  # that the speed is measured for, at least

@@ -17,7 +17,7 @@ from repa.analysis.config import NeighboursConfig
 from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spread
 from repa.base.errors import UserError
 from repa.data import DataSet
-from repa.data.recorded import load_encoder_of
+from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
 
 BLOCK = 1024  # queries at a time

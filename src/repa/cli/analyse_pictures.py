@@ -87,7 +87,7 @@ def pictures(argv: list[str]) -> int:
     from repa.analysis.pictures import colour_pictures, tokens_of_run
     from repa.base import dist
     from repa.data import open_data
-    from repa.data.recorded import load_encoder_of
+    from repa.data.dataset import load_encoder_of
     from repa.report.overview import picture_table
     from repa.report.style import save_png
 

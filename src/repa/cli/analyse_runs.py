@@ -139,7 +139,7 @@ def probe(argv: list[str]) -> int:
     from repa.analysis import probe_of_encoder, probe_of_run
     from repa.base import dist
     from repa.data import open_data
-    from repa.data.recorded import load_encoder_of
+    from repa.data.dataset import load_encoder_of
 
     device, data = dist.setup(), open_data(given.data)
     val = open_data(given.val) if given.val else None

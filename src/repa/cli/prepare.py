@@ -12,7 +12,7 @@ from repa.cli import options
 from repa.cli.console import Progress, duration, say
 from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
-from repa.data.settings import started
+from repa.data.progress import started
 from repa.encoders import ENCODERS
 
 ABOUT = (

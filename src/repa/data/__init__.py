@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from repa.data.config import PrepareConfig as PrepareConfig
     from repa.data.dataset import DataSet as DataSet
     from repa.data.dataset import open_data as open_data
-    from repa.data.encode import add_features as add_features
-    from repa.data.encode import add_text as add_text
-    from repa.data.encode import prepare as prepare
     from repa.data.feature_cache import FeatureCache as FeatureCache
     from repa.data.loader import Batch as Batch
     from repa.data.loader import Loader as Loader
     from repa.data.manifest import Manifest as Manifest
     from repa.data.planning import make_plan as make_plan
+    from repa.data.preparing import add_features as add_features
+    from repa.data.preparing import add_text as add_text
+    from repa.data.preparing import prepare as prepare
     from repa.data.reader import ShardReader as ShardReader
     from repa.data.removing import remove as remove
     from repa.data.sources.contract import Source as Source

@@ -1,6 +1,6 @@
 """Is a prepared folder what its manifest says: the bytes that were written, and what its models make of its images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,23 +11,19 @@ from torch import Tensor
 from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
-from repa.conditions import load_text_encoder
-from repa.data.dataset import open_data
-from repa.data.encode import load_later
-from repa.data.groups import BASE, FeatureGroup, Group
+from repa.data.config import PrepareConfig
+from repa.data.dataset import DataSet, open_data
+from repa.data.encoding import FeatureFields, load_model
 from repa.data.manifest import Manifest
 from repa.data.packing import read_basis, unpack
-from repa.data.reader import ShardReader
 from repa.data.reading import Images
+from repa.data.stored_files import BASE, TEXT
 
 TOLERANCE = {
     "fp32": 0.01,
     "bf16": 0.05,
     "fp16": 0.02,
-}  # relative error: other devices and kernels stay below, other weights do not
-
-
-TOLERANCE_INT8 = 0.05  # of tokens stored as int8 against those before they were rounded
+}  # relative: other devices and kernels stay below, other weights do not
 
 
 class Finding(NamedTuple):
@@ -62,7 +58,7 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
     if damaged:
         raise UserError(
             f"{len(damaged)} of {len(records)} files in {folder} are not as they were written ({', '.join(damaged[:5])}): "
-            "delete them and run the same `repa prepare` again, which makes them anew."
+            "delete them and run the same `repa prepare` again, which makes them again."
         )
     return done
 
@@ -75,7 +71,7 @@ def check_models(
     feature_weights: tuple[str, ...] = (),
     device: torch.device | str = "cpu",
 ) -> list[Finding]:
-    """Encode some stored images again and compare, for the autoencoder and every encoder whose weights can be had.
+    """Encode some stored images again and compare, for the autoencoder and every encoder whose weights are found.
 
     Args:
         folder: a finished folder that holds images.
@@ -87,81 +83,59 @@ def check_models(
     Raises:
         UserError: the folder holds no images.
     """
-    folder = Path(folder)
-    manifest = Manifest.open(folder)
-    if "images" not in manifest.fields:
+    data, device = open_data(folder), torch.device(device)
+    manifest = data.manifest
+    if not data.has_images:
         raise UserError(
             f"{folder} holds no images, so there is nothing to encode again: only its bytes can be checked."
         )
-    reader = ShardReader(folder, manifest)
-    rows = np.unique(np.linspace(0, manifest.num_images - 1, min(num, manifest.num_images)).astype(np.int64))
-    images = Images(reader.gather("images", rows), reader.gather("labels", rows), [], [])
+    rows = np.unique(np.linspace(0, len(data) - 1, min(num, len(data))).astype(np.int64))
+    captions = [texts[:1] or ("",) for texts in data.captions(rows)] if data.text else []  # the first of each
+    images = Images(data.gather("images", rows), data.gather("labels", rows), captions, [])
     config = manifest.config.override(
         **({} if autoencoder_weights is None else {"autoencoder_weights": autoencoder_weights}),
         feature_weights=(*feature_weights, *manifest.config.feature_weights),
     )
-    names = [*([BASE] if "moments" in manifest.fields else []), *manifest.features]
-    findings = [
-        _compare(reader, rows, images, name, load, torch.device(device))
-        for name, load in load_later(config, torch.device(device), names).items()
-    ]
-    return [*findings, *([_compare_text(folder, rows, torch.device(device))] if manifest.text else [])]
+    names = [*([BASE] if data.has_moments else []), *manifest.features, *([TEXT] if data.text else [])]
+    return [_compare(data, rows, images, name, config, device) for name in names]
 
 
 def _compare(
-    reader: ShardReader, rows: np.ndarray, images: Images, name: str, load: Callable[[], Group], device: torch.device
+    data: DataSet, rows: np.ndarray, images: Images, name: str, config: PrepareConfig, device: torch.device
 ) -> Finding:
-    manifest = reader.manifest
-    field = "moments" if name == BASE else f"features.{name}"
+    manifest = data.manifest
+    field = {BASE: "moments", TEXT: "text"}.get(name, f"features.{name}")
+    facts = {BASE: None, TEXT: data.text}.get(name, manifest.features.get(name))
     try:
-        group = load()
-        if isinstance(group, FeatureGroup) and (basis := manifest.features[name].basis):
-            group.use_basis(load_npy(Path(reader.folder, basis.file), "a basis of tokens"), basis.sha256)
+        model = load_model(name, config, device)
+        if isinstance(model, FeatureFields) and (basis := facts.basis):
+            model.use_basis(load_npy(Path(data.folder, basis.file), "a basis of tokens"), basis.sha256)
     except UserError as error:
         return Finding(field, None, f"not encoded again: {error}")
-    identity = manifest.autoencoder if name == BASE else manifest.features[name].identity
-    for key, value in identity.items():
-        if group.identity.get(key) != value:
-            return Finding(field, None, f"made by {key} {value!r}, but here is {group.identity.get(key)!r}")
-    size, stored = manifest.config.batch_size, reader.gather(field, rows)
-    made: list[dict[str, np.ndarray]] = []
-    for at in range(0, len(rows), size):
-        made.append(group.encode(Images(images.pixels[at : at + size], images.labels[at : at + size], [], [])))
-    fresh = {key: np.concatenate([batch[key] for batch in made]) for key in made[0]}
-    if name == BASE:
-        a, b = torch.from_numpy(stored).float(), torch.from_numpy(fresh[field]).float()
+    for key, value in (facts.identity if facts else manifest.autoencoder).items():
+        if model.identity.get(key) != value:
+            return Finding(field, None, f"made by {key} {value!r}, but here is {model.identity.get(key)!r}")
+    made = list(map(model.encode, _batches(images, config.batch_size)))
+    fresh = {key: np.concatenate([batch[key] for batch in made if key in batch]) for key in made[0]}
+    if name == TEXT:
+        text = data.texts.gather(rows)
+        stored, again = unpack(text.tokens, text.scale), _unpacked(fresh, "text", "text_scale")[1:]  # row 0: no text
     else:
-        scale = f"scale.{name}"
-        before = {field: stored, **({scale: reader.gather(scale, rows)} if scale in fresh else {})}
-        basis = read_basis(reader.folder, manifest.features[name])
-        a, b = (_tokens(fields, name, basis) for fields in (before, fresh))
-    error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    limit = TOLERANCE[manifest.config.precision]
+        basis = read_basis(data.folder, facts) if facts else None
+        before = {key: data.gather(key, rows) for key in (field, f"scale.{name}") if key in fresh}
+        stored, again = (_unpacked(fields, field, f"scale.{name}", basis) for fields in (before, fresh))
+    error = float((stored - again).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    limit = TOLERANCE[config.precision]
     trouble = "" if error <= limit else f"differs by {error:.2g} from what is stored, more than {limit:g}"
     return Finding(field, error, trouble)
 
 
-def _compare_text(folder: Path, rows: np.ndarray, device: torch.device) -> Finding:
-    """The first caption of images `rows`, encoded again."""
-    data = open_data(folder)
-    config, identity = data.manifest.config, data.text.identity
-    try:
-        encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
-    except UserError as error:
-        return Finding("text", None, f"not encoded again: {error}")
-    for key, value in identity.items():
-        if encoder.identity.get(key) != value:
-            return Finding("text", None, f"made by {key} {value!r}, but here is {encoder.identity.get(key)!r}")
-    stored = data.texts.gather(rows).text().tokens
-    fresh = encoder([next(iter(texts), "") for texts in data.captions(rows)]).tokens.cpu()
-    error = float((stored - fresh).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    limit = TOLERANCE[config.precision] if config.text_form == "fp16" else TOLERANCE_INT8
-    return Finding(
-        "text", error, "" if error <= limit else f"differs by {error:.2g} from what is stored, more than {limit:g}"
-    )
+def _batches(images: Images, size: int) -> Iterator[Images]:
+    for at in range(0, len(images.labels), size):
+        part, texts = slice(at, at + size), images.captions[at : at + size]
+        before = sum(map(len, images.captions[:at])) + (at > 0)
+        yield Images(images.pixels[part], images.labels[part], texts, [], texts_before=before)
 
 
-def _tokens(fields: dict[str, np.ndarray], name: str, basis: Tensor | None) -> Tensor:
-    scale = fields.get(f"scale.{name}")
-    features = torch.from_numpy(fields[f"features.{name}"])
-    return unpack(features, None if scale is None else torch.from_numpy(scale), basis)
+def _unpacked(fields: dict[str, np.ndarray], field: str, scale: str, basis: Tensor | None = None) -> Tensor:
+    return unpack(torch.from_numpy(fields[field]), torch.from_numpy(fields[scale]) if scale in fields else None, basis)

@@ -1,7 +1,8 @@
 """What `repa prepare` makes of a source of images."""
 
 import re
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -96,9 +97,22 @@ class PrepareConfig(Config):
         """How the tokens of an encoder are stored: fp16, int8, pcaK or pcaK-int8."""
         return weights_for(encoder, self.feature_forms) or "fp16"
 
+    def with_absolute_paths(self) -> Self:
+        """Local weights by their absolute paths, so that other working folders find them; names on the hub stay."""
+        pairs = [pair.rpartition("=") for pair in self.feature_weights]
+        return self.override(
+            autoencoder_weights=_absolute(self.autoencoder_weights),
+            text_weights=_absolute(self.text_weights),
+            feature_weights=tuple(f"{encoder}={_absolute(path)}" for encoder, _, path in pairs),
+        )
+
     def weights_of(self, encoder: str) -> str | None:
         """The local folder or file given for an encoder, or None."""
         return weights_for(encoder, self.feature_weights)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
 def split_format(form: str) -> tuple[int, str]:

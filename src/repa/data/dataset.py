@@ -1,4 +1,4 @@
-"""A prepared folder, here or on an object store: what it holds, and its rows."""
+"""A prepared folder, here or on an object store: what it holds, its rows, and the weights that made them."""
 
 import functools
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.data.captions import Captions
+from repa.data.captions import Captions, TextReader
 from repa.data.manifest import FeatureField, Manifest, TextField
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import Stream, is_url
-from repa.data.texts import TextReader
+from repa.encoders import canonical, load_encoder
+from repa.encoders.contract import VisionEncoder
 
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
 LABELS_CHUNK = 1 << 16  # that are read at a time
@@ -181,3 +182,54 @@ def open_data(path: str | Path) -> DataSet:
         stream = Stream(str(path))
         return DataSet(str(path), stream.manifest(), stream)
     return DataSet(Path(path), Manifest.open(path))
+
+
+# Local weights that `prepare` was given are used again by whoever works with its folder. A folder may come from anyone: a path in
+# it is followed only where the checksum of what lies there is the recorded one, and all that is read there are tensors, never code.
+
+
+def autoencoder_weights(data: DataSet, given: str) -> str:
+    """What was given, else what `prepare` was given and still lies there; "" takes the hub's."""
+    recorded = data.manifest.config.autoencoder_weights
+    return given or (recorded if data.manifest.autoencoder.get("sha256") and Path(recorded).exists() else "")
+
+
+def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) -> tuple[str, ...]:
+    """Pairs ENCODER=PATH: those given, then those that `prepare` was given, of `encoders` whose weights still lie there."""
+    named = {canonical(pair.rpartition("=")[0]) for pair in given}
+    found = {spec: encoder_weights(data, spec) for spec in encoders if canonical(spec) not in named}
+    return (*given, *(f"{spec}={path}" for spec, path in found.items() if path))
+
+
+def encoder_weights(data: DataSet, spec: str) -> str | None:
+    """Where the weights lie that an encoder's stored features were made by, or None."""
+    recorded = data.manifest.config.weights_of(spec)
+    return recorded if recorded and _checksum(data, spec) and Path(recorded).exists() else None
+
+
+def load_encoder_of(
+    data: DataSet, spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> VisionEncoder:
+    """As `load_encoder`; without `weights`, those that `prepare` was given, which must still be the same."""
+    if weights:
+        return load_encoder(spec, weights=weights, device=device)
+    encoder = load_encoder(spec, weights=encoder_weights(data, spec), device=device)
+    if encoder_weights(data, spec):
+        require_same_encoder(data, spec, encoder)
+    return encoder
+
+
+def require_same_encoder(data: DataSet, spec: str, encoder: VisionEncoder) -> None:
+    """UserError when the data's stored features are by other weights of this encoder."""
+    recorded = _checksum(data, spec)
+    if recorded and encoder.identity.get("weights_sha256") != recorded:
+        raise UserError(
+            f"The features of {spec} in {data.folder} were made by weights with the checksum {str(recorded)[:12]}, but "
+            f"{encoder.weights_file} has {str(encoder.identity.get('weights_sha256'))[:12]}: give the same weights as "
+            f"--feature-weights {spec}=PATH."
+        )
+
+
+def _checksum(data: DataSet, spec: str) -> str | None:
+    facts = data.features.get(canonical(spec))
+    return facts.identity.get("weights_sha256") if facts else None

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from repa.base import faults, files, lock
 from repa.base.errors import UserError
+from repa.base.precision import DTYPES
 from repa.data.dataset import DataSet, open_data
 from repa.data.manifest import MANIFEST
 from repa.data.packing import unpack
 from repa.encoders.contract import VisionEncoder
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = ("F16", "BF16", "F32")  # as safetensors calls them
 FACTS = "cache.json"
 GIB = 1 << 30

@@ -13,12 +13,12 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
+from repa.data.captions import StoredText
 from repa.data.dataset import DataSet
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
 from repa.data.prefetch import ahead
 from repa.data.remote import FetchAhead
-from repa.data.texts import StoredText
 from repa.encoders.contract import Features
 
 DEPTH = 4  # batches that are read ahead

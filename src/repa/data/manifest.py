@@ -4,7 +4,7 @@ DATA/
   manifest.json               written last: a folder with a manifest is complete
   images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, scale.NAME, pooled.NAME
   captions-00000.jsonl        a JSON list of captions for each image of the shard, where the source has some
-  text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows beside them (data/texts.py)
+  text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows beside them (data/captions.py)
   basis.NAME.npy              mean and directions of tokens that are stored as coordinates
   parts/                      only while work is unfinished: settings.json, a record for each finished part
 """
@@ -19,7 +19,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.data.config import PrepareConfig
-from repa.data.records import ArrayFile, Shard, TextFile
+from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile
 from repa.encoders import ENCODERS
 
 VERSION = 1
@@ -139,6 +139,11 @@ class Manifest(Config):
             nums = {f.shape[:1] for field, f in shard.text.items() if field != "text_rows"}
             if found and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
                 raise ValueError(f"shard {number} holds tokens of captions that are not those of its images")
+
+    @property
+    def parts(self) -> set[str]:
+        """What is made of every shard: base, the encoders, text."""
+        return {BASE, *self.features, *([TEXT] if self.text else [])}
 
     @property
     def resolution(self) -> int:

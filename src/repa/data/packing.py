@@ -72,11 +72,11 @@ def read_basis(folder: str | Path, facts: FeatureField, device: torch.device | s
     if facts.basis is None:
         return None
     path = Path(folder) / facts.basis.file
-    basis = load_npy(path, "a basis of tokens", "Run the same `repa prepare` again, which finds it again.")
+    basis = load_npy(path, "a basis of tokens", "Run the same `repa prepare` again, which computes it again.")
     if basis.dtype != np.float32 or basis.shape != facts.basis.shape:
         raise UserError(
             f"{path} holds {basis.dtype} {basis.shape}, not float32 {facts.basis.shape}: delete it and run the same "
-            "`repa prepare` again, which finds it anew."
+            "`repa prepare` again, which computes it again."
         )
     return torch.from_numpy(basis).to(device)
 

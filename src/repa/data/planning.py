@@ -12,13 +12,12 @@ import torch
 
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.encode import chosen_groups, load_later
-from repa.data.groups import TEXT, FeatureGroup, Group
-from repa.data.parts import Progress
-from repa.data.reading import FromSource, Images, Planned, plan_shards, spread
-from repa.data.settings import Settings, agree
+from repa.data.encoding import FeatureFields, Fields, load_model
+from repa.data.progress import Planned, Progress, Settings, agree, chosen_parts, plan_shards
+from repa.data.reading import FromSource, Images, spread
 from repa.data.sources.opening import open_source
 from repa.data.sources.reference_layout import require_autoencoder
+from repa.data.stored_files import TEXT
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,14 @@ def make_plan(
     require_autoencoder(images, config)
     asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
     config = agree(out, asked).config
-    chosen = [name for name in chosen_groups(only, config) if name != TEXT]
-    groups = {name: load() for name, load in load_later(config, device, chosen).items()}
-    for group in groups.values():
-        if isinstance(group, FeatureGroup) and group.num_directions:  # any basis takes as long
-            group.use_basis(np.zeros((1 + group.num_directions, group.model.dim), np.float32), "")
+    chosen = [name for name in chosen_parts(only, config) if name != TEXT]
+    models = {name: load_model(name, config, device) for name in chosen}
+    for model in models.values():
+        if isinstance(model, FeatureFields) and model.num_directions:  # any basis takes as long
+            model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
     shards = plan_shards(len(images), config.shard_size, config.flip)
-    finished = Progress(out)
-    todo = sum(len(s.rows) for k, s in enumerate(shards) if any(finished.part(k, n) is None for n in groups))
+    progress = Progress(out)
+    todo = sum(len(s.rows) for k, s in enumerate(shards) if any(progress.part(k, n) is None for n in models))
     rows = sum(len(shard.rows) for shard in shards)
     read = FromSource(images, config.resolution, config.num_workers)
     return Plan(
@@ -97,18 +96,18 @@ def make_plan(
         num_copies=1 + config.flip,
         num_shards=len(shards),
         num_todo=todo,
-        sizes={field: size * rows for group in groups.values() for field, size in group.sizes.items()},
-        rates=_measure(read, groups, shards, config.batch_size, seconds),
+        sizes={field: size * rows for model in models.values() for field, size in model.sizes.items()},
+        rates=_measure(read, models, shards, config.batch_size, seconds),
     )
 
 
 def _measure(
-    read: FromSource, groups: dict[str, Group], shards: Sequence[Planned], batch_size: int, seconds: float
+    read: FromSource, models: dict[str, Fields], shards: Sequence[Planned], batch_size: int, seconds: float
 ) -> dict[str, float]:
     """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
     pieces = spread(shards, sum(len(shard.rows) for shard in shards))
     random.Random(0).shuffle(pieces)  # a sorted source may begin with its smallest images
-    budget, kept = seconds / (1 + len(groups)), []
+    budget, kept = seconds / (1 + len(models)), []
     with contextlib.closing(read(pieces)) as stream:
         decoded, begin = 0, time.perf_counter()
         for _, images in stream:
@@ -122,11 +121,11 @@ def _measure(
         raise UserError("None of the images that were tried can be read: try another source.")
     rates = {"decode": max(decoded - 1, 1) / spent}
     batch = Images(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
-    for name, group in groups.items():
-        group.encode(batch)  # the first is slow: kernels are chosen
+    for name, model in models.items():
+        model.encode(batch)  # the first is slow: kernels are chosen
         num, begin = 0, time.perf_counter()
         while num == 0 or (num < len(pieces) and time.perf_counter() - begin < budget):
-            group.encode(batch)
+            model.encode(batch)
             num += len(batch.labels)
         rates[name] = num / (time.perf_counter() - begin)
     return rates

@@ -16,7 +16,8 @@ import numpy as np
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.data.manifest import ArrayFile, Manifest, TextFile
+from repa.data.manifest import Manifest
+from repa.data.stored_files import ArrayFile, TextFile
 
 MAX_OPEN = 60_000  # files, each with a descriptor; a shuffled batch reads almost all there are
 SPARE = 500  # descriptors that are left to the rest of the process

@@ -1,11 +1,13 @@
-"""Batches of images for the encoders: decoded and cropped from a source by worker processes, or read back from shards."""
+"""Batches for the encoders: images decoded and cropped from a source by worker processes, or images and captions read back from
+shards."""
 
 import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,26 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from repa.base.errors import UserError
 from repa.base.launch import die_with_parent
+from repa.data.captions import lines_of, texts_of
 from repa.data.prefetch import ahead
+from repa.data.progress import Piece, Planned
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source
+from repa.data.stored_files import Shard
 
 AHEAD = 3  # batches of each worker
-
-
-class Planned(NamedTuple):
-    """A shard to be made: rows of the source, or of the stored images."""
-
-    rows: range
-    flipped: bool = False
-
-
-class Piece(NamedTuple):
-    """Images of one shard that are read and encoded at a time."""
-
-    shard: int
-    rows: range
-    flipped: bool
 
 
 class Images(NamedTuple):
@@ -43,21 +33,10 @@ class Images(NamedTuple):
     captions: list[tuple[str, ...]]  # of each image; empty where the source has none
     bad: list[tuple[str, str]]  # name, reason
     moments: np.ndarray | None = None  # (n, 2C, h, w) float32, where they come with the source
+    texts_before: int = 0  # that are stored of this shard already, where captions are encoded
 
 
 Read = Callable[[Iterable[Piece]], Iterator[tuple[Piece, Images]]]
-
-
-def plan_shards(num_images: int, size: int, flip: bool) -> list[Planned]:
-    """Shards of `size` images; with `flip` a second copy of them all behind."""
-    ranges = [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
-    return [Planned(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
-
-
-def cut(shard: int, planned: Planned, size: int) -> list[Piece]:
-    """The pieces of a shard, `size` images at a time."""
-    rows = planned.rows
-    return [Piece(shard, rows[at : at + size], planned.flipped) for at in range(0, len(rows), size)]
 
 
 @dataclass(frozen=True)
@@ -125,6 +104,31 @@ class FromShards:
     def _read(self, piece: Piece) -> tuple[Piece, Images]:
         indices = np.arange(piece.rows.start, piece.rows.stop)
         return piece, Images(self.reader.gather("images", indices), self.reader.gather("labels", indices), [], [])
+
+
+@dataclass(frozen=True)
+class FromCaptions:
+    """Reads the captions of stored shards, without their images."""
+
+    folder: Path
+    shards: Mapping[int, Shard]
+
+    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+        shard, captions, before = None, [], 0
+        for piece in pieces:
+            if piece.shard != shard:
+                shard, captions, before = piece.shard, self._read(piece.shard), 0
+            texts = captions[piece.rows.start : piece.rows.stop]
+            num = len(texts)
+            yield piece, Images(np.empty((num, 0), np.uint8), np.zeros(num, np.int64), texts, [], texts_before=before)
+            before += (before == 0) + sum(map(len, texts))  # the first text of a shard is the empty one
+
+    def _read(self, shard: int) -> list[tuple[str, ...]]:
+        stored = self.shards[shard]
+        if stored.captions is None:
+            return [()] * stored.num
+        path = self.folder / stored.captions.file
+        return [texts_of(line, row, path) for row, line in enumerate(lines_of(path, stored.num))]
 
 
 def spread(shards: Sequence[Planned], num: int) -> list[Piece]:

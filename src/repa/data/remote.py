@@ -1,32 +1,83 @@
-"""Shards on an object store, fetched when they are needed into a cache of bounded size on the local disk.
+"""Files that lie elsewhere: fetched when they are needed, into a cache of bounded size on the local disk.
 
-Cached files are named by their checksum: one that is there is right, whichever data set or process asks for it. Processes on one
-machine share them.
+Cached shards of prepared data are named by their checksum: one that is there is right, whichever data set or process asks for it.
+Processes on one machine share the cache.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.faults import is_of_disk
-from repa.data.cache import FileCache
-from repa.data.manifest import MANIFEST, ArrayFile, Manifest, TextFile
+from repa.data.manifest import MANIFEST, Manifest
+from repa.data.stored_files import StoredFile
+
+Result = TypeVar("Result")
 
 LIMIT = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
 DEFAULT_LIMIT = 100.0
 FETCHERS = 4  # threads; one rarely fills the line to an object store
 PAUSES = (1.0, 4.0)  # seconds before another try: stores refuse a request now and then
+CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 def is_url(path: str | Path) -> bool:
     """Whether it names a place that fsspec reaches, and no local path."""
     return "://" in str(path)
+
+
+class FileCache:
+    """FOLDER/KEY/NAME, where KEY is a checksum in hexadecimal digits. What was used longest ago is removed first.
+
+    A copy that is open while another process removes it stays readable until it is closed.
+
+    Args:
+        folder: where to.
+        limit: bytes that stay, besides the newest file.
+    """
+
+    def __init__(self, folder: Path, limit: float):
+        self.folder, self.limit = folder, limit
+
+    def path(self, key: str, name: str, fetch: Callable[[Path], None], size: int | None = None) -> Path:
+        """The copy, made by `fetch` when it is not there (or not of `size` bytes). Others wait, instead of fetching it too."""
+        path = self.folder / key / name
+        # one thread of one process at a time, for this key and those few that begin with the same digits
+        with lock.held(self.folder / "locks" / key[:2]):
+            if not path.is_file() or size not in (None, path.stat().st_size):
+                for left in path.parent.glob(f".{name}.*.tmp"):  # by a process that was killed: the lock is ours
+                    left.unlink()
+                with files.atomic_path(path) as temporary:
+                    fetch(temporary)
+                self._evict(keep=path)
+            os.utime(path)  # used now: evicted last
+        return path
+
+    def _evict(self, keep: Path) -> None:
+        found = []
+        for path in self.folder.glob("[0-9a-f]*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process evicts too
+                if not path.name.startswith("."):  # those are being fetched
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.limit:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 class Stream:
@@ -54,7 +105,7 @@ class Stream:
         files.write_bytes(folder / MANIFEST, data)
         return Manifest.open(folder)
 
-    def path(self, record: ArrayFile | TextFile) -> Path:
+    def path(self, record: StoredFile) -> Path:
         """Where a file lies here, fetched and compared with its checksum when it was not here yet. Thread-safe."""
         if not re.fullmatch("[0-9a-f]{64}", record.sha256):  # it becomes the name of a folder
             raise UserError(
@@ -76,7 +127,7 @@ class Stream:
                 "raise it, or prepare the data with a smaller --shard-size."
             )
 
-    def _try(self, name: str, action):
+    def _try(self, name: str, action: Callable[[str], Result]) -> Result:
         """The result of an action on a file there, tried again after a pause when it fails."""
         place = f"{self.root.rstrip('/')}/{name}"
         for pause in (*PAUSES, None):
@@ -104,7 +155,7 @@ class FetchAhead:
         self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="ahead-fetch")
         self._asked: set[str] = set()
 
-    def want(self, records: Iterable[ArrayFile]) -> None:
+    def want(self, records: Iterable[StoredFile]) -> None:
         """Fetch these, in this order, those that were asked for just before left out."""
         wanted = {record.sha256: record for record in records}
         for checksum, record in wanted.items():
@@ -114,6 +165,49 @@ class FetchAhead:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+class Fetcher:
+    """Copies of the shards of a source, at most `limit` bytes besides the newest file."""
+
+    def __init__(self, limit: int):
+        self.cache = FileCache(files.cache_folder() / "sources" / "shards", limit)
+
+    def local(self, url: str) -> Path:
+        """The copy of a URL or of the output of `pipe:COMMAND`, made now if it is not there.
+
+        Raises:
+            UserError: the URL cannot be read, or the command fails.
+        """
+        key = hashlib.sha256(url.encode()).hexdigest()
+        return self.cache.path(key, "shard", lambda temporary: _fetch(url, temporary))
+
+
+def _fetch(url: str, path: Path) -> None:
+    if url.startswith("pipe:"):
+        return _run(url.removeprefix("pipe:"), path)
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)
+    except ImportError as error:
+        raise UserError(f"{url} needs a package that is not installed: {error}.") from error
+    except Exception as error:  # every kind of store has errors of its own, many of which are no OSError
+        if is_of_disk(error) or (isinstance(error, OSError) and error.filename == str(path)):
+            raise  # the disk here, which atomic_path explains
+        raise UserError(f"{url} cannot be fetched: {type(error).__name__}: {error}.") from error
+    return None
+
+
+def _run(command: str, path: Path) -> None:
+    """The output of a shell command, as WebDataset has it; its messages are shown when it fails."""
+    with open(path, "wb") as target, tempfile.TemporaryFile() as messages:
+        code = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=target, stderr=messages).returncode
+        messages.seek(0)
+        last = messages.read()[-300:].decode(errors="replace").strip().replace("\n", " ")
+    if code:
+        raise UserError(f"The command {command!r} failed with code {code}{f' ({last})' if last else ''}: correct it.")
 
 
 def _limit() -> float:

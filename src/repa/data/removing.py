@@ -5,12 +5,10 @@ from pathlib import Path
 
 from repa.base import lock
 from repa.base.errors import UserError
-from repa.data.bases import basis_name
-from repa.data.groups import TEXT, fields_of
+from repa.data.finishing import forget
 from repa.data.manifest import MANIFEST, PARTS, Manifest
-from repa.data.parts import begin, forget
-from repa.data.settings import Settings, started
-from repa.data.shards import array_name, plain_name
+from repa.data.progress import Settings, started
+from repa.data.stored_files import TEXT, array_name, basis_name, fields_of, plain_name
 
 
 def remove(out: str | Path, name: str) -> Manifest | None:
@@ -68,7 +66,7 @@ def _remove(out: Path, name: str) -> Manifest | None:
         manifest = manifest.override(config=config, features=features, text=text, shards=shards)
         manifest.save(out)
     if (out / PARTS).is_dir():
-        begin(out, before.override(config=config))
+        before.override(config=config).save(out)
         for path in (out / PARTS).glob(f"{array_name(spec, 0).removesuffix('00000.npy')}*.json"):
             path.unlink()
     for path in _files(out, *gone):

@@ -12,7 +12,7 @@ from torch import Tensor
 from repa import __version__
 from repa.base import dist, files
 from repa.base.errors import UserError
-from repa.data.recorded import encoder_weights
+from repa.data.dataset import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
 from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, JudgeConfig, ReferenceConfig
 from repa.evaluation.images import Images

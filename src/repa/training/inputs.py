@@ -13,7 +13,7 @@ from repa.base.precision import DTYPES, HALF, autocast
 from repa.base.registry import parse_spec
 from repa.conditions import Text, load_text_encoder
 from repa.data import Batch, DataSet
-from repa.data.recorded import require_same_encoder
+from repa.data.dataset import require_same_encoder
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 from repa.encoders.loading import weights_for

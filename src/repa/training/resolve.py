@@ -14,7 +14,7 @@ from repa.base.config import difference
 from repa.base.errors import UserError
 from repa.base.precision import resolved
 from repa.base.registry import parse_spec
-from repa.data import DataSet, recorded
+from repa.data import DataSet, dataset
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
 from repa.models.cost import model_cost
 from repa.runs import layout
@@ -105,8 +105,8 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         diffusion=config.diffusion.for_latents((data.latent_channels, data.latent_size, data.latent_size)),
         alignments=alignments,
         autoencoder=data.autoencoder,
-        autoencoder_weights=recorded.autoencoder_weights(data, config.autoencoder_weights),
-        feature_weights=recorded.feature_weights(data, config.feature_weights, encoders),
+        autoencoder_weights=dataset.autoencoder_weights(data, config.autoencoder_weights),
+        feature_weights=dataset.feature_weights(data, config.feature_weights, encoders),
         **_text(config, data),
         precision=resolved(config.precision, device),
         num_steps=_num_steps(config, len(data)),

@@ -14,9 +14,9 @@ from PIL import Image
 
 from repa.base.errors import UserError
 from repa.base.images import decode_image
+from repa.data.remote import Fetcher
 from repa.data.sources.archives import Slices
 from repa.data.sources.contract import Source, Strings, printable, sampled_digest
-from repa.data.sources.fetching import Fetcher
 from repa.data.sources.folders import caption_lines, caption_values, from_folders
 from repa.data.sources.labels import (
     Classes,

@@ -1,31 +1,81 @@
-"""Arrays on disk: one .npy file for each field and shard, written in one pass."""
+"""Shards on disk: one .npy file for each field, written in one pass, and a record for each finished part."""
 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from repa.base import files
-from repa.base.arrays import load_npy
-from repa.data.manifest import ArrayFile, TextFile
+from repa.base.errors import UserError
+from repa.data.progress import Claims, Part, Piece, Planned
+from repa.data.reading import Images
+from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile, array_name, captions_name, fields_of
+
+Report = Callable[[int, int, str], None]  # done, total, note
+Encoded = tuple[Piece, Images, dict[str, np.ndarray]]  # a batch and what the models made of it: field -> rows
 
 
-def plain_name(field: str) -> str:
-    """'features.tiny:seed=1' -> 'features.tiny_seed_1': plain on every system."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
+@dataclass
+class Counter:
+    """Images of this process that are done, and bytes that are written, told to `report`."""
+
+    report: Report | None
+    total: int
+    done: int
+    num_bytes: int = 0
+
+    def add(self, images: int, num_bytes: int) -> None:
+        self.done, self.num_bytes = self.done + images, self.num_bytes + num_bytes
+        if self.report:
+            self.report(self.done, self.total, f"{files.size(self.num_bytes)} written")
+
+    def skip(self, images: int) -> None:
+        """Images that another process has done meanwhile, or is at."""
+        self.done += images
 
 
-def array_name(field: str, shard: int) -> str:
-    """'features.tiny:seed=1', 3 -> 'features.tiny_seed_1-00003.npy'."""
-    return f"{plain_name(field)}-{shard:05d}.npy"
+def write_shards(
+    encoded: Iterable[Encoded], shards: Sequence[Planned], claims: Claims, counter: Counter, *, skip_bad: bool
+) -> None:
+    """Write batches into shard after shard, and a record for each finished part.
+
+    Raises:
+        UserError: images cannot be read and are not to be left out (`skip_bad`), or the disk is full.
+    """
+    for k, batches in itertools.groupby(encoded, key=lambda item: item[0].shard):
+        names, bad = claims.held(k), []
+        with ShardWriter(claims.out, k, expected=len(shards[k].rows)) as writer:
+            for piece, images, fields in batches:
+                bad += images.bad
+                if fields:
+                    writer.append(fields, images.captions if BASE in names else ())
+                counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
+            if bad and not skip_bad:
+                raise UserError(_refusal(bad, shards[k].rows))
+        records, captions = writer.records(), writer.captions()
+        parts = {}
+        for name in names:
+            mine = {field: file for field, file in records.items() if field in fields_of(name)}
+            num = mine["text_rows"].shape[0] if name == TEXT else next((file.shape[0] for file in mine.values()), 0)
+            shard = Shard(
+                num=num, flipped=shards[k].flipped, skipped=tuple(image for image, _ in bad),
+                captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": mine},
+            )  # fmt: skip
+            parts[name] = Part(shard=shard, identity=claims.identities[name])
+        claims.finish(k, parts)
 
 
-def captions_name(shard: int) -> str:
-    return f"captions-{shard:05d}.jsonl"
+def _refusal(bad: Sequence[tuple[str, str]], rows: range) -> str:
+    return (
+        f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. "
+        f"The first: {bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
+    )
 
 
 class ShardWriter:
@@ -124,11 +174,3 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
-
-
-def record_of(path: Path) -> ArrayFile:
-    """The record of an array that lies there."""
-    array = load_npy(path, "an array")
-    return ArrayFile(
-        file=path.name, dtype=str(array.dtype), shape=array.shape, size=path.stat().st_size, sha256=files.sha256(path)
-    )

@@ -1,0 +1,229 @@
+"""What models make of a batch: the fields of shards."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.autoencoders import load_autoencoder
+from repa.base import lock
+from repa.base.arrays import load_npy, save_npy
+from repa.base.errors import UserError
+from repa.base.files import sha256
+from repa.base.precision import DTYPES, HALF, autocast
+from repa.conditions import load_text_encoder
+from repa.data.config import PrepareConfig, split_format
+from repa.data.manifest import PARTS
+from repa.data.packing import pack, principal_basis
+from repa.data.progress import Claims, Piece, Planned, Progress
+from repa.data.reading import Images, Read, spread
+from repa.data.sources.reference_layout import require_same_moments
+from repa.data.stored_files import BASE, TEXT, basis_name
+from repa.encoders import load_encoder
+from repa.encoders.contract import Features
+
+COMPARED = 4  # images whose moments are made again, to see that what comes with a source is of this autoencoder
+SAMPLE = 1024  # images that principal components are computed from: 262,144 tokens of a 16 x 16 grid
+
+
+class BaseFields:
+    """Labels, and what the network learns to make: images, moments, or both.
+
+    Attributes:
+        identity: the model that makes them.
+        sizes: field -> bytes an image takes on disk.
+    """
+
+    def __init__(self, config: PrepareConfig, device: torch.device):
+        self.config, self.device, self._compared = config, device, False
+        self.model = model = load_autoencoder(
+            config.autoencoder, weights=config.autoencoder_weights or None, device=device
+        )
+        if config.resolution % model.factor:
+            raise UserError(
+                f"resolution is {config.resolution}, but {config.autoencoder} shrinks images {model.factor} times: "
+                "choose a multiple of that."
+            )
+        model.check_resolution(config.resolution, config.resolution)
+        if not (config.store_images or model.stores_moments):
+            raise UserError(
+                f"store_images is off, but {config.autoencoder} stores no moments, so nothing would be left: leave it on."
+            )
+        self.identity: dict[str, Any] = {"spec": config.autoencoder, **model.identity}
+        self.sizes = {"labels": 8}
+        if config.store_images:
+            self.sizes["images"] = 3 * config.resolution**2
+        if model.stores_moments:
+            self.sizes["moments"] = 2 * model.stored_channels * (config.resolution // model.factor) ** 2
+
+    def encode(self, images: Images) -> dict[str, np.ndarray]:
+        """Field -> rows (n, ...)."""
+        fields = {"labels": images.labels}
+        if self.config.store_images:
+            fields["images"] = images.pixels
+        if self.model.stores_moments:
+            fields["moments"] = _half(self._moments(images), self.config.autoencoder)
+        return fields
+
+    def _moments(self, images: Images) -> Tensor:
+        """(n, M, h, w): made now, or those that come with the images, of which the first are compared."""
+        if images.moments is None:
+            return self._encode(images.pixels)
+        if not self._compared:
+            ours = self._encode(images.pixels[:COMPARED]).float().cpu().numpy()
+            require_same_moments(images.moments[:COMPARED], ours, self.config.autoencoder)
+            self._compared = True
+        return torch.from_numpy(images.moments)
+
+    def _encode(self, pixels: np.ndarray) -> Tensor:
+        return self.model.encode(torch.from_numpy(pixels).to(self.device), dtype=DTYPES[self.config.precision])
+
+
+class FeatureFields:
+    """Tokens and pooled features of one encoder.
+
+    Attributes:
+        identity, sizes: as above.
+        num_directions: K of the forms with pca, which need `use_basis` before `encode`; else 0.
+    """
+
+    def __init__(self, spec: str, config: PrepareConfig, device: torch.device):
+        self.spec, self.config, self.device = spec, config, device
+        self.model = load_encoder(spec, weights=config.weights_of(spec), device=device)
+        self.grid = config.grid or self.model.grid_for(config.resolution)
+        self.form = config.form_of(spec)
+        self.num_directions, dtype = split_format(self.form)
+        if self.num_directions > self.model.dim:
+            raise UserError(
+                f"{spec} has tokens of {self.model.dim} numbers, fewer than the {self.num_directions} directions of "
+                f"{self.form}: ask for fewer."
+            )
+        self.basis: Tensor | None = None
+        self.identity: dict[str, Any] = {"spec": spec, "grid": self.grid, **self.model.identity}
+        num, width = self.grid**2, self.num_directions or self.model.dim
+        self.sizes = {
+            f"features.{spec}": num * width * (1 if dtype == "int8" else 2),
+            **({f"scale.{spec}": 4 * num} if dtype == "int8" else {}),
+            f"pooled.{spec}": 2 * self.model.dim,  # where it has one
+        }
+
+    def features(self, pixels: np.ndarray) -> Features:
+        """What the encoder sees, in the precision asked for."""
+        with autocast(self.device, self.config.precision):
+            return self.model(torch.from_numpy(pixels).to(self.device), self.grid)
+
+    def use_basis(self, basis: np.ndarray, checksum: str) -> None:
+        """The mean and the principal components (1 + K, D) that tokens are stored by."""
+        self.basis = torch.from_numpy(basis).to(self.device)
+        self.identity["basis"] = checksum
+
+    def use_stored_basis(self, out: Path, read: Read, shards: Sequence[Planned]) -> None:
+        """Use the basis in `out`; computed and stored there by the first process that needs it, where it is not there yet."""
+        path = out / basis_name(self.spec)
+        with lock.held(out / PARTS / f"{path.name}.lock"):
+            if not path.is_file():
+                save_npy(path, principal_basis(self._sample(read, shards), self.num_directions))
+        self.use_basis(load_npy(path, "a basis of tokens", "Delete it, and it is computed again."), sha256(path))
+
+    def _sample(self, read: Read, shards: Sequence[Planned]) -> Iterable[Tensor]:
+        """Tokens (n, T, D) of images from all over the source."""
+        images = (images.pixels for _, images in read(spread(shards, SAMPLE)) if len(images.labels))
+        for batch in iter(lambda: list(itertools.islice(images, self.config.batch_size)), []):
+            yield self.features(np.concatenate(batch)).patches
+
+    def encode(self, images: Images) -> dict[str, np.ndarray]:
+        """Field -> rows (n, ...)."""
+        features = self.features(images.pixels)
+        try:
+            stored = pack(features.patches, self.form, self.basis)  # (n, T, D or K), (n, T)
+        except UserError as error:
+            raise UserError(f"{self.spec} gave tokens that cannot be stored: {error}") from error
+        fields = {f"{name}.{self.spec}": x.cpu().numpy() for name, x in stored.items()}
+        if features.pooled is not None:
+            fields[f"pooled.{self.spec}"] = _half(features.pooled, self.spec)  # (n, D)
+        return fields
+
+
+class TextFields:
+    """Tokens of captions. Row 0 of a shard is the empty text, which an image without captions has; then caption after caption.
+
+    Attributes:
+        identity: the text encoder that makes them.
+    """
+
+    sizes: Mapping[str, int] = {}  # unknown before the captions are read
+
+    def __init__(self, config: PrepareConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.model = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
+        if config.precision in HALF:
+            self.model.round_weights(DTYPES[config.precision])
+        self.identity: dict[str, Any] = self.model.identity
+
+    def encode(self, images: Images) -> dict[str, np.ndarray]:
+        """Field -> rows: one for each text, and of `text_rows` (n, 2), the first row of an image's captions and how many."""
+        is_first = images.texts_before == 0
+        counts = np.array([len(captions) for captions in images.captions], np.int64)
+        first = images.texts_before + is_first + counts.cumsum() - counts
+        texts = [*([""] if is_first else []), *itertools.chain(*images.captions)]
+        size = self.config.batch_size
+        batches = [self._encode(texts[at : at + size]) for at in range(0, len(texts), size)]
+        fields = {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
+        return {**fields, "text_rows": np.stack([np.where(counts, first, 0), np.maximum(counts, 1)], 1)}
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        with autocast(self.device, self.config.precision):
+            text = self.model(texts)
+        try:
+            stored = pack(text.tokens, self.config.text_form)  # (n, S, E), (n, S)
+        except UserError as error:
+            raise UserError(f"{self.config.text} gave tokens that cannot be stored: {error}") from error
+        names = {"features": "text", "scale": "text_scale"}
+        mask = {} if text.mask is None else {"text_mask": text.mask.to(torch.uint8).cpu().numpy()}
+        return {names[name]: x.cpu().numpy() for name, x in stored.items()} | mask
+
+
+Fields = BaseFields | FeatureFields | TextFields
+
+
+def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields:
+    """The model that makes a part."""
+    if part in (BASE, TEXT):
+        return (BaseFields if part == BASE else TextFields)(config, device)
+    return FeatureFields(part, config, device)
+
+
+def require_same_models(progress: Progress, models: Mapping[str, Fields], num_shards: int) -> None:
+    """Raises UserError where finished parts were made by other models."""
+    for name, model in models.items():
+        for part in filter(None, (progress.part(k, name) for k in range(num_shards))):
+            if changed := [key for key, value in model.identity.items() if part.identity.get(key) != value]:
+                raise UserError(
+                    f"The finished shards in {progress.out} were made by another {model.identity.get('spec', name)} "
+                    f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
+                )
+
+
+def encode(
+    item: tuple[Piece, Images], models: Mapping[str, Fields], claims: Claims, skip_bad: bool
+) -> tuple[Piece, Images, dict[str, np.ndarray]]:
+    """What the models make of a batch, beside it: field -> rows, of the parts that this process makes."""
+    piece, images = item
+    fields: dict[str, np.ndarray] = {}
+    if len(images.labels) and (skip_bad or not images.bad):
+        for name in claims.held(piece.shard):
+            fields |= models[name].encode(images)
+    return piece, images, fields
+
+
+def _half(x: Tensor, made_by: str) -> np.ndarray:
+    half = x.half()
+    if not torch.isfinite(half).all():
+        raise UserError(
+            f"{made_by} gave values that float16 cannot hold: leave it out here, it can run while training."
+        )
+    return half.cpu().numpy()

@@ -1,0 +1,235 @@
+"""Images to shards, once: read, encode, write, finish. Any number of processes; the same call continues an interrupted one."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from repa.base import files
+from repa.base.errors import UserError
+from repa.data.config import PrepareConfig
+from repa.data.encoding import FeatureFields, encode, load_model, require_same_models
+from repa.data.finishing import finish, forget
+from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
+from repa.data.prefetch import ahead
+from repa.data.progress import Claims, Planned, Progress, Settings, agree, chosen_parts, plan_shards, started
+from repa.data.reader import ShardReader
+from repa.data.reading import FromCaptions, FromShards, FromSource, Read
+from repa.data.sources.opening import open_source
+from repa.data.sources.reference_layout import require_autoencoder
+from repa.data.stored_files import BASE, TEXT
+from repa.data.writing import Counter, Report, write_shards
+
+ENCODED = 3  # batches that wait for the disk
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done in a folder, and this process's share of it: shard k for k modulo `world` equal to `rank`.
+
+    Attributes:
+        shards: all of them, in order.
+        parts: those that are made now.
+        read: pieces -> their images.
+    """
+
+    out: Path
+    settings: Settings
+    shards: Sequence[Planned]
+    parts: Sequence[str]
+    read: Read
+    rank: int
+    world: int
+    progress: Report | None
+    device: torch.device
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    config: PrepareConfig,
+    *,
+    only: Sequence[str] = (),
+    rank: int = 0,
+    world: int = 1,
+    progress: Report | None = None,
+    device: torch.device | str = "cpu",
+) -> Manifest | None:
+    """Make the shards of `source` in folder `out`; returns their manifest.
+
+    The same call continues after an interruption, adds encoders that are new in config.features, makes again what is
+    missing, and does nothing when all is there.
+
+    Processes share the work without meeting: process `rank` of `world` makes every world-th shard and leaves, and the
+    last to finish writes the manifest; to all others None is returned. Equal calls on one folder at the same time
+    share it too, on file systems with locks. What a lost process leaves undone is done by the next call.
+
+    Args:
+        source: what `open_source` takes.
+        out: a new or empty folder, or one made by this function from the same source and configuration.
+        config: what to make.
+        only: make these parts alone: "base" (labels, images, moments, captions), "features:ENCODER" or "text".
+        progress: called after every batch with (done, total, note): images of this process, and the bytes written.
+        device: where the models run.
+
+    Raises:
+        UserError: a source, image, setting or disk that the user can fix; finished shards stay.
+    """
+    out, device, config = Path(out), torch.device(device), config.with_absolute_paths()
+    images = open_source(source, labels=config.labels)
+    require_autoencoder(images, config)
+    inventory = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out))
+    names = tuple(images.class_names)
+    settings = agree(out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
+    config = settings.config
+    chosen = chosen_parts(only, config)
+    if TEXT in chosen and not images.has_captions:
+        raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
+    share = (rank, world, progress, device)
+    parts = [name for name in chosen if name != TEXT]
+    shards = plan_shards(len(images), config.shard_size, config.flip)
+    read = FromSource(images, config.resolution, config.num_workers)
+    manifest = _run(Job(out, settings, shards, parts, read, *share)) if parts else None
+    if TEXT in chosen:  # captions come with the images, so after them
+        manifest = _run(_of_captions(out, settings, len(shards), share))
+    return manifest
+
+
+def add_features(
+    out: str | Path,
+    spec: str,
+    *,
+    weights: str | None = None,
+    form: str = "fp16",
+    rank: int = 0,
+    world: int = 1,
+    progress: Report | None = None,
+    device: torch.device | str = "cpu",
+) -> Manifest | None:
+    """Add the tokens of one more encoder to a prepared folder, from its stored images: the source is not needed.
+
+    Args:
+        out: a folder made by `prepare`.
+        spec: a name of ENCODERS or a dotted name.
+        weights: local weights of that encoder; None for its own.
+        form: how its tokens are stored: fp16, int8, pcaK or pcaK-int8.
+        rank, world, progress, device: as for `prepare`.
+
+    Raises:
+        UserError: the folder holds no images, or the encoder cannot be loaded.
+    """
+    out, device = Path(out), torch.device(device)
+    manifest = Manifest.open(out)
+    if not manifest.config.store_images:
+        raise UserError(f"{out} holds no images to encode: run `repa prepare` on the source with --features {spec}.")
+    config = manifest.config
+    if spec not in config.features:
+        forms = (*config.feature_forms, f"{spec}={form}")
+        config = config.override(features=(*config.features, spec), feature_forms=forms)
+    if weights:
+        config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights)).with_absolute_paths()
+    settings = agree(out, Settings.of(manifest, config))
+    reader = ShardReader(out, manifest, only=("images", "labels"))
+    shards = [Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)]
+    return _run(Job(out, settings, shards, [spec], FromShards(reader), rank, world, progress, device))
+
+
+def add_text(
+    out: str | Path,
+    spec: str = "",
+    *,
+    weights: str | None = None,
+    form: str = "fp16",
+    rank: int = 0,
+    world: int = 1,
+    progress: Report | None = None,
+    device: torch.device | str = "cpu",
+) -> Manifest | None:
+    """Add the tokens of the captions to a prepared folder that holds captions: the source is not needed.
+
+    Args:
+        out: a folder made by `prepare`.
+        spec: a text encoder; "" takes that of the folder's settings.
+        weights, form, rank, world, progress, device: as for `add_features`; form is fp16 or int8.
+
+    Raises:
+        UserError: the folder holds no captions, or tokens of another text encoder.
+    """
+    out = Path(out)
+    manifest = Manifest.open(out)
+    if not any(shard.captions for shard in manifest.shards):
+        raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
+    text = {"text": spec, "text_form": form} if spec else {}
+    before = started(out).config  # with what an interrupted call asked for
+    config = before.override(**text, text_weights=weights or before.text_weights)
+    if not config.text:
+        raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
+    settings = agree(out, Settings.of(manifest, config.with_absolute_paths()))
+    share = (rank, world, progress, torch.device(device))
+    return _run(_of_captions(out, settings, len(manifest.shards), share))
+
+
+def _of_captions(out: Path, settings: Settings, num_shards: int, share: tuple) -> Job:
+    """Captions are read back from the folder, so that their tokens depend on its files and the text encoder alone."""
+    progress, shards = Progress(out), []
+    found = {k: part.shard for k in range(num_shards) if (part := progress.part(k, BASE))}
+    for k in range(num_shards):
+        has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
+        shards.append(Planned(range(found[k].num if has_texts else 0), is_ready=k in found))
+    return Job(out, settings, shards, [TEXT], FromCaptions(out, found), *share)
+
+
+def _run(job: Job) -> Manifest | None:
+    """Finish this process's share; then the manifest, if that was the last one. None: others have work left."""
+    for _ in range(ATTEMPTS):
+        try:
+            return _attempt(job)
+        except (FileNotFoundError, FileExistsError):  # parts/, which another process has just removed: all is finished
+            if not (job.out / MANIFEST).is_file():
+                raise
+    return _attempt(job)
+
+
+def _attempt(job: Job) -> Manifest | None:
+    out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), Progress(job.out)
+    missing = {k: [name for name in job.parts if progress.part(k, name) is None] for k in range(num_shards)}
+    lost = progress.lost_bases(job.parts)
+    if progress.manifest and not lost and not any(missing.values()) and set(job.parts) <= progress.manifest.parts:
+        if (out / PARTS).is_dir():  # left by a kill, or another process adds an encoder
+            return finish(out, job.settings, num_shards) or progress.manifest
+        forget(out)
+        return progress.manifest
+    share = range(job.rank, num_shards, job.world)
+    mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
+    needed = {*lost, *itertools.chain(*mine.values())}
+    models = {name: load_model(name, config, job.device) for name in job.parts if name in needed}
+    require_same_models(progress, models, num_shards)
+    nums = [len(planned.rows) for planned in job.shards]
+    size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
+    files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
+    job.settings.save(out)
+    for name, model in models.items():
+        if isinstance(model, FeatureFields) and model.num_directions:
+            model.use_stored_basis(out, job.read, job.shards)  # which is part of what identifies the model
+            require_same_models(progress, {name: model}, num_shards)
+
+    # workers read ahead, one thread encodes, this one writes
+    total, claims = (
+        sum(nums[k] for k in share),
+        Claims(out, mine, {name: model.identity for name, model in models.items()}),
+    )
+    counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
+    made = functools.partial(encode, models=models, claims=claims, skip_bad=config.skip_bad)
+    on_start = functools.partial(torch.cuda.set_device, job.device) if job.device.type == "cuda" else None
+    with (
+        contextlib.closing(claims),
+        contextlib.closing(job.read(claims.pieces(job.shards, config.batch_size, counter.skip))) as batches,
+        contextlib.closing(ahead(made, batches, depth=ENCODED, on_start=on_start)) as encoded,
+    ):
+        write_shards(encoded, job.shards, claims, counter, skip_bad=config.skip_bad)
+    return finish(out, job.settings, num_shards)

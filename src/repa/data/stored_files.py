@@ -1,0 +1,112 @@
+"""Files of shards: what they are called, and what a manifest knows of each, so that it can tell whether it is still the same."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, field_validator
+
+from repa.base.config import Config
+
+DTYPES = ("uint8", "int8", "int64", "float16", "float32")
+BASE, TEXT = "base", "text"
+"""What is made at a time of each shard, as `--only` names it: base, text, and each encoder by its name."""
+
+
+def fields_of(part: str) -> tuple[str, ...]:
+    """The fields that a part may have."""
+    if part == BASE:
+        return ("labels", "images", "moments", "captions")
+    if part == TEXT:
+        return ("text", "text_mask", "text_scale", "text_rows")
+    return (f"features.{part}", f"scale.{part}", f"pooled.{part}")
+
+
+def plain_name(field: str) -> str:
+    """'features.tiny:seed=1' -> 'features.tiny_seed_1': plain on every system."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
+
+
+def array_name(field: str, shard: int) -> str:
+    """'features.tiny:seed=1', 3 -> 'features.tiny_seed_1-00003.npy'."""
+    return f"{plain_name(field)}-{shard:05d}.npy"
+
+
+def captions_name(shard: int) -> str:
+    return f"captions-{shard:05d}.jsonl"
+
+
+def basis_name(encoder: str) -> str:
+    """Where the mean and the principal components of an encoder's tokens lie."""
+    return f"{plain_name(f'basis.{encoder}')}.npy"
+
+
+class StoredFile(Config):
+    """A file of the folder, and how to tell whether it is still the same."""
+
+    suffix: ClassVar[str]
+
+    file: str
+    """Its name in the folder."""
+    size: int
+    """Its bytes, header included."""
+    sha256: str
+    """Its checksum."""
+
+    @field_validator("file")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        """A manifest may come from anyone: it must not make us open files elsewhere."""
+        if not name.endswith(cls.suffix) or any(part in name for part in ("/", "\\", "\0", ":")):
+            raise ValueError(f"{name!r} is not the plain name of a {cls.suffix} file in this folder")
+        return name
+
+    def intact(self, folder: Path) -> bool:
+        """Whether the file is there with its size; its bytes are compared by `check` only."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.size
+
+
+class ArrayFile(StoredFile):
+    """One .npy file."""
+
+    suffix: ClassVar[str] = ".npy"
+
+    dtype: str
+    """NumPy's name of its type, e.g. float16."""
+    shape: tuple[int, ...]
+    """Its shape, the number of images first."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype!r} is not a type that shards hold: {', '.join(DTYPES)}")
+        return dtype
+
+
+class TextFile(StoredFile):
+    """One .jsonl file."""
+
+    suffix: ClassVar[str] = ".jsonl"
+
+
+class Shard(Config):
+    """The files of some consecutive images, by field."""
+
+    num: int
+    """Images in it."""
+    files: dict[str, ArrayFile] = Field(default_factory=dict)
+    """Field -> file."""
+    captions: TextFile | None = None
+    """Their captions, where the source has some: a JSON list of texts for each image, one a line."""
+    text: dict[str, ArrayFile] = Field(default_factory=dict)
+    """Field -> file of their captions' tokens, which have as many rows as there are captions; see data/captions.py."""
+    flipped: bool = False
+    """Whether the images are mirrored, left for right; such shards follow all the others, in the same order."""
+    skipped: tuple[str, ...] = ()
+    """Images that could not be read and are left out."""
+
+    @property
+    def records(self) -> list[ArrayFile | TextFile]:
+        """All its files."""
+        return [*self.files.values(), *([self.captions] if self.captions else []), *self.text.values()]
