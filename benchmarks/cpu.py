@@ -17,8 +17,10 @@ import torch
 from repa.alignment.config import AlignmentConfig
 from repa.base.memory import keep_freed_memory
 from repa.models.config import ModelConfig
+from repa.performance.batches import Synthetic, endless
+from repa.performance.counts import flops_per_image, product_shapes
+from repa.performance.measure import Step
 from repa.training import TrainConfig
-from repa.training.measure import Step, Synthetic, endless, flops_per_image, product_shapes
 
 SIDE = 2048  # of the square product
 ENCODER, WIDTH = "dinov2-b", 768

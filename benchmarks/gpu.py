@@ -22,10 +22,10 @@ from repa.base import files
 from repa.base.device import timed
 from repa.base.memory import keep_freed_memory
 from repa.encoders.cost import encoder_cost
+from repa.performance.batches import Source
+from repa.performance.counts import product_shapes
+from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
 from repa.training.attention import measured
-from repa.training.instrument import Source, observed, rate, summary
-from repa.training.measure import product_shapes, shape_rates
-from repa.training.profiling import device_state
 from train_step import configuration, source_of, teacher_folder
 
 

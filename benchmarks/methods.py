@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from repa.data import Loader, open_data
+from repa.performance.batches import endless
+from repa.performance.measure import Step
 from repa.report import read_run
 from repa.runs import layout
 from repa.training.config import TrainConfig
 from repa.training.inputs import EncoderFeatures
-from repa.training.measure import Step, endless
 from repa.training.resolve import resolve, with_streams
 
 METHODS = (

@@ -35,10 +35,10 @@ from repa.diffusion import interpolate
 from repa.diffusion.interpolants import linear
 from repa.models import Condition
 from repa.models.config import ModelConfig
-from repa.training.advice import table
+from repa.performance.batches import Feed, Synthetic, endless, latents
+from repa.performance.measure import Figures, Step, measure, table
 from repa.training.config import TrainConfig
 from repa.training.inputs import EncoderFeatures
-from repa.training.measure import Feed, Figures, Step, Synthetic, endless, latents, measure
 from repa.training.state import build_state
 
 TEACHER = "dinov2-b"

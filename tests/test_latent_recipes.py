@@ -6,13 +6,13 @@ import torch
 from repa.data import open_data
 from repa.diffusion import build_process
 from repa.models import build
+from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe
 from repa.recipes.latents import FAMILIES, latent_recipes
 from repa.recipes.published import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig
-from repa.training.estimate import estimate, passes_of
 from tests.promises import understood
 
 NAMES = list(latent_recipes())

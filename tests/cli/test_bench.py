@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from repa.base.device import PRODUCT_SIDE
 from repa.base.errors import UserError
 from repa.cli import bench
 from repa.cli.main import run
-from repa.training import measure
+from repa.performance import measure
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def recipe(tiny_config, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _small_products(monkeypatch):
-    monkeypatch.setitem(measure.PRODUCT_SIDE, "cpu", 64)
+    monkeypatch.setitem(PRODUCT_SIDE, "cpu", 64)
 
 
 def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
@@ -115,7 +116,7 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
 
 
 def test_wrong_folders_are_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("repa.training.instrument.rate", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr("repa.performance.profiling.rate", lambda *_: pytest.fail("measured first"))
     assert run(["bench", "quickstart", "--data", str(tmp_path)]) == 2
     assert "holds no prepared data" in capsys.readouterr().err
     (tmp_path / "file").touch()

@@ -9,11 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from repa.alignment.config import AlignmentConfig
 from repa.base.rng import SampleStreams
 from repa.models.config import ModelConfig
+from repa.performance.batches import Synthetic, endless
+from repa.performance.measure import Step
 from repa.training import TrainConfig
 from repa.training.attention import KERNELS
 from repa.training.fp8 import CAPABILITY, Float8Linear
 from repa.training.inputs import EncoderFeatures
-from repa.training.measure import Step, Synthetic, endless
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE = torch.device("cuda")

@@ -10,9 +10,9 @@ from repa.base.precision import autocast
 from repa.data import DataSet
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
+from repa.performance.batches import Synthetic
 from repa.training import TrainConfig
 from repa.training.inputs import EncoderFeatures, one_ahead
-from repa.training.measure import Synthetic
 
 CPU = torch.device("cpu")
 TINY = AlignmentConfig(target="tiny", depth=1)

@@ -14,11 +14,11 @@ from repa.encoders.contract import Features
 from repa.models import Condition, Tap, build, load_exported
 from repa.models.config import ModelConfig, Route
 from repa.models.routing import placeholder
+from repa.performance.counts import activation_bytes, flops_per_image, saved_bytes
+from repa.performance.estimate import short_passes_of
 from repa.runs import layout, load_checkpoint, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
-from repa.training.estimate import activation_bytes, saved_bytes, short_passes_of
 from repa.training.log import flops_of
-from repa.training.measure import flops_per_image
 from tests.training.processes import run_all
 from tests.training.test_engine import images, network
 from tests.training.test_objective import losses_of

@@ -11,9 +11,9 @@ from repa.data import open_data
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, DiT
+from repa.performance.estimate import _averaged
 from repa.runs import load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
-from repa.training.estimate import _averaged
 
 CPU = torch.device("cpu")
 TOKENS = {"target": "tiny", "depth": 1, "projector": "linear", "name": "tokens"}

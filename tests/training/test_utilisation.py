@@ -7,10 +7,10 @@ from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
 from repa.base.device import quick_product_rate
 from repa.models import build
+from repa.performance.counts import flops_per_image
 from repa.runs import read_metrics
 from repa.training import Objective, TrainConfig
 from repa.training.log import flops_of
-from repa.training.measure import flops_per_image
 
 
 @pytest.mark.parametrize("projector", ["mlp:width=96", "conv:kernel=3"])

@@ -1,8 +1,6 @@
 """`repa bench RECIPE [--data DATA]`: what a recipe's step costs on this machine, and what to change next."""
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,14 +16,12 @@ from repa.training.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from repa.training.instrument import Source
-    from repa.training.measure import Figures
+    from repa.performance.measure import Figures
 
 ABOUT = (
     "Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate, memory, and "
     "where the time goes. Ends with the next thing to change. Trains nothing, and writes nothing but --out."
 )
-UNNAMED = {"latent_size": 32, "latent_channels": 4, "num_classes": 1000}  # without data: ImageNet at 256 pixels
 
 
 class BenchArguments(Config):
@@ -59,8 +55,8 @@ def main(argv: list[str]) -> int:
     from repa.base.device import peak_memory
     from repa.base.precision import resolved
     from repa.data import open_data
-    from repa.training.advice import advise, table
-    from repa.training.instrument import rate, summary
+    from repa.performance.measure import advise, table
+    from repa.performance.profiling import rate, summary
 
     device = dist.setup()
     if dist.active():
@@ -105,60 +101,10 @@ def main(argv: list[str]) -> int:
 def _figures(
     config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device", trace: str
 ) -> "tuple[Figures, dict[str, Any]]":
-    from repa.training.instrument import observed
+    from repa.performance.batches import prepared, random_batch
+    from repa.performance.profiling import observed
 
-    made = _prepared(config, Path(given.data), device) if given.data else _random(config, given.token_width, device)
-    with made as (config, source):
+    data = Path(given.data)
+    batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
+    with batches as (config, source):
         return observed(config, source, rates, given.rounds, device, trace)
-
-
-@contextlib.contextmanager
-def _prepared(config: TrainConfig, folder: Path, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
-    """Batches of a prepared folder, read and encoded as training does."""
-    from repa.data import Loader, open_data
-    from repa.training.inputs import EncoderFeatures, TextConditions
-    from repa.training.instrument import Source, flops_of_encoders
-    from repa.training.resolve import resolve, with_streams
-
-    data = open_data(folder)
-    config = resolve(config, data, device)
-    encoders = EncoderFeatures(config, data, device)
-    texts = TextConditions(config, data, device)
-    config, needs = texts.completed(with_streams(config, encoders.dims)), encoders.wanted
-    loader = Loader(
-        data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
-        images=encoders.reads_images(needs), pooled=encoders.pooled, text=texts.reads, device=device,
-    )  # fmt: skip
-    where = "online" if encoders.encoders else "cached" if needs else "none"
-    steps = itertools.count()
-    with contextlib.closing(loader.iterate()) as batches:
-        feed = encoders.iterate(batches, 0, lambda step: needs)
-        running = tuple(need for need in needs if need.encoder in encoders.encoders)
-        yield config, Source(
-            encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
-            flops_of_encoders(running, encoders.grid, config), texts,
-        )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _random(config: TrainConfig, width: int, device: "torch.device") -> "Iterator[tuple[TrainConfig, Source]]":
-    """One random batch that stays in memory, with tokens that are there already."""
-    from repa.training.instrument import Source
-    from repa.training.measure import Synthetic, endless, made_up_condition
-    from repa.training.resolve import with_streams
-
-    given = config.model.model_dump()
-    model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
-    shape = (model.latent_channels, model.latent_size, model.latent_size)
-    config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
-    from repa.training.inputs import wanted_by
-
-    dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
-    config = with_streams(config, dims)
-    synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
-    batch = synthetic.batch(config, device, resolution=1)
-    where = "cached" if dims else "none"
-    yield config, Source(
-        dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where,
-        condition=lambda batch: made_up_condition(config, batch.labels),
-    )  # fmt: skip

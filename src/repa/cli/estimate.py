@@ -8,14 +8,14 @@ from repa.base.errors import nearest
 from repa.cli import options
 from repa.cli.console import duration, say
 from repa.diffusion.config import Guidances
+from repa.performance.devices import PEAKS
 from repa.recipes import load_recipe
 from repa.recipes.paper_tables import AUTOENCODER
 from repa.training.config import TrainConfig
-from repa.training.devices import PEAKS
 
 if TYPE_CHECKING:
     from repa.base.cost import Cost
-    from repa.training.estimate import Estimate
+    from repa.performance.estimate import Estimate
 
 ABOUT = (
     "What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and time, and "
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     peak = given.tflops or PEAKS[given.device]
 
     from repa.diffusion import build_process
-    from repa.training.estimate import estimate, passes_of, short_passes_of
+    from repa.performance.estimate import estimate, passes_of, short_passes_of
 
     found = estimate(
         config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,

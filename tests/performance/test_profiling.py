@@ -6,12 +6,21 @@ import time
 import pytest
 import torch
 
+from repa.base import device
 from repa.base.device import sustained_product_rate
 from repa.models.config import ModelConfig
-from repa.training import TrainConfig, measure
-from repa.training.instrument import summary
-from repa.training.measure import product_shapes, shape_rates
-from repa.training.profiling import CATEGORIES, OTHER, category_of, device_state, profiled, union
+from repa.performance.counts import product_shapes
+from repa.performance.profiling import (
+    CATEGORIES,
+    OTHER,
+    category_of,
+    device_state,
+    profiled,
+    shape_rates,
+    summary,
+    union,
+)
+from repa.training import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -71,7 +80,7 @@ def test_the_products_of_a_block_are_its_work(monkeypatch):
     assert len(shapes) == 12
     assert sum(2 * m * k * n for m, k, n in shapes.values()) == 3 * 24 * 32**2 * 2 * 16
     assert all(rate > 0 for rate in shape_rates(config, CPU, repeats=1).values())
-    monkeypatch.setitem(measure.PRODUCT_SIDE, "cpu", 64)
+    monkeypatch.setitem(device.PRODUCT_SIDE, "cpu", 64)
     assert sustained_product_rate("fp32", CPU, seconds=0.01) > 0
 
 

@@ -6,7 +6,7 @@ On CUDA kernels are those of the device. On a CPU they are PyTorch's operators, 
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from repa.base.device import timed
+from repa.base.device import product_rate, sustained_product_rate, timed
+from repa.base.precision import DTYPES
+from repa.performance.batches import Source
+from repa.performance.counts import product_shapes
+from repa.performance.measure import Figures, Step, measure
+from repa.training.attention import fastest_kernels
+from repa.training.config import TrainConfig
 
 CATEGORIES = {  # in this order: the first that fits a name takes it
     "attention": r"flash|fmha|attention|sdpa|mha",
@@ -99,3 +105,57 @@ def device_state(device: torch.device) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(asked, (part.strip() for part in told.strip().split(",")), strict=False))
+
+
+def rate(precision: str, device: torch.device) -> float:
+    """FLOP/s of matrix products: on CUDA those of three seconds, whose clocks last; elsewhere the best of several."""
+    return (sustained_product_rate if device.type == "cuda" else product_rate)(precision, device)
+
+
+def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """FLOP/s of each of `product_shapes`, laid out as autograd lays them out: the best of several."""
+    dtype, rates = DTYPES[config.precision], {}
+    for name, (m, k, n) in product_shapes(config).items():
+        left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        if name.endswith("forward"):  # x @ weight.T
+            right = right.t().contiguous().t()
+        elif name.endswith("weight"):  # gradient.T @ x
+            left = left.t().contiguous().t()
+        rates[name] = 2 * m * k * n / min(timed(lambda: left @ right, device) for _ in range(repeats))  # noqa: B023
+    return rates
+
+
+def observed(
+    config: TrainConfig, source: Source, rates: Mapping[str, float], rounds: int, device: torch.device,
+    trace: str | Path = "",
+) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
+    """A step in the loop's own way, timed, then profiled; the figures, and a row of all that was seen, for JSON."""
+    torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
+    # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+    with fastest_kernels(config, 1, device) as attention:
+        step = Step(config, source.dims, source.feed, device, source.condition)
+        figures = measure(step, rates, rounds, source.data, source.teacher, source.where, source.encoder_flops)
+        profile = profiled(step, device, trace=trace)
+    shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}
+    row = {
+        **figures.row(), "compile_scope": config.compile_scope if config.compile else "", "profile": vars(profile),
+        "attention": dict(attention), "products_of_the_rate": shapes, "device_state": device_state(device),
+    }  # fmt: skip
+    return figures, row
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """What a row saw beside its figures, for people."""
+    profile = row["profile"]
+    spent = sum(profile["categories"].values())
+    shares = ", ".join(
+        f"{name} {seconds / spent:.0%}"
+        for name, seconds in sorted(profile["categories"].items(), key=lambda item: -item[1])
+        if seconds / spent >= 0.005
+    )
+    products = row["products_of_the_rate"].values()
+    return (
+        f"Kernels: {shares}; {profile['launches']:,.0f} a step, the device busy {profile['busy']:.0%} of the time. The products of "
+        f"a block run at {sum(products) / len(products):.0%} of the rate of a large square one."
+    )

@@ -10,9 +10,10 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.device import PRODUCT_SIDE, product_rate, timed
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
+from repa.performance.batches import Synthetic, endless
+from repa.performance.counts import flops_per_image
+from repa.performance.measure import PARTS, Figures, Step, advise, measure, table
 from repa.training import TrainConfig
-from repa.training.advice import advise, table
-from repa.training.measure import PARTS, Figures, Step, Synthetic, endless, flops_per_image, measure
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_dim": 32, "depth": 3, "num_heads": 2, "latent_size": 8, "latent_channels": 3, "num_classes": 5}

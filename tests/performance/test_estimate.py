@@ -16,10 +16,11 @@ from repa.encoders.cost import encoder_cost
 from repa.models import build
 from repa.models.config import ModelConfig
 from repa.models.cost import model_cost
+from repa.performance import estimate as estimates
+from repa.performance.counts import activation_bytes, saved_bytes
+from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe
-from repa.training import estimate as estimates
 from repa.training.config import TrainConfig
-from repa.training.estimate import activation_bytes, estimate, passes_of, saved_bytes
 from tests.calls import call
 from tests.oracles.cost import dit_forward, vit_forward
 
@@ -132,7 +133,7 @@ def test_autoencoder_against_a_counter_on_a_real_one():
 )
 def test_share_of_the_teacher_in_a_step(student, shares, monkeypatch):
     """As the literature's table of teachers and students has it, to its digits."""
-    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     teachers = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
     found = estimated(aligned(student, *teachers))
     for teacher, share in zip(teachers, shares, strict=True):
@@ -143,7 +144,7 @@ def test_share_of_the_teacher_in_a_step(student, shares, monkeypatch):
     ("teacher", "gigabytes"), [("dinov2-s", 252), ("dinov2-b", 504), ("dinov2-l", 672), ("dinov2-g", 1008)]
 )
 def test_disk_for_tokens(teacher, gigabytes, monkeypatch):
-    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     found = estimated(aligned("SiT-S/2", teacher))
     assert round(IMAGENET * found.tokens_bytes(teacher, "fp16") / 1e9) == gigabytes
 
@@ -156,7 +157,7 @@ def test_disk_in_other_forms(base):
 
 
 def test_a_teacher_is_not_stored_in_more_directions_than_it_has(monkeypatch):
-    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 0)
+    monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     found = estimated(aligned("SiT-S/2", "tiny", "dinov2-b"))
     assert found.forms("tiny") == ["fp16", "int8"]
     assert found.forms("dinov2-b") == ["fp16", "int8", "pca256", "pca256-int8"]
@@ -199,7 +200,7 @@ def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
 
 
 def test_memory_of_several_processes(monkeypatch):
-    monkeypatch.setattr("repa.training.estimate.activation_bytes", lambda config, dims: 1000)
+    monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 1000)
     whole = estimated(aligned("SiT-S/2", parallel="ddp")).memory(cached=True)
     shared = estimated(aligned("SiT-S/2", parallel="fsdp", accumulate=2)).memory(cached=True)
     for what in ("weights", "gradients", "AdamW", "averages"):

@@ -1,0 +1,163 @@
+"""Where the batches of a measured step come from: a prepared folder as in training, or random ones in memory."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repa.alignment.targets import Need
+from repa.base.registry import parse_spec
+from repa.data import Batch, Loader, open_data
+from repa.data.manifest import FeatureField
+from repa.encoders.contract import Features
+from repa.encoders.cost import encoder_cost
+from repa.encoders.loading import weights_for
+from repa.models import Condition
+from repa.training.config import TrainConfig
+from repa.training.inputs import EncoderFeatures, TextConditions, wanted_by
+from repa.training.resolve import resolve, with_streams
+
+ATTENTION_HEADS = 12  # of an encoder whose attention is random: those of a ViT-B
+UNNAMED = {"latent_size": 32, "latent_channels": 4, "num_classes": 1000}  # without data: ImageNet at 256 pixels
+
+Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.iterate` gives
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a measured step's batches come from."""
+
+    dims: Mapping[str, int]
+    """Widths of tokens by encoder."""
+    feed: Feed
+    data: Callable[[], Batch]
+    """Makes a batch by itself."""
+    teacher: Callable[[Batch], Mapping[str, Features]]
+    """Makes a batch's tokens by itself."""
+    where: str
+    """online, cached or none."""
+    encoder_flops: float = 0.0
+    """Of the encoders that run in the step, for one image."""
+    condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels)
+    """What a batch is conditioned on; a network that reads text and is given none has the empty text."""
+
+
+@contextlib.contextmanager
+def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[tuple[TrainConfig, Source]]:
+    """Batches of a prepared folder, read and encoded as training does."""
+
+    data = open_data(folder)
+    config = resolve(config, data, device)
+    encoders = EncoderFeatures(config, data, device)
+    texts = TextConditions(config, data, device)
+    config, needs = texts.completed(with_streams(config, encoders.dims)), encoders.wanted
+    loader = Loader(
+        data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
+        images=encoders.reads_images(needs), pooled=encoders.pooled, text=texts.reads, device=device,
+    )  # fmt: skip
+    where = "online" if encoders.encoders else "cached" if needs else "none"
+    steps = itertools.count()
+    with contextlib.closing(loader.iterate()) as batches:
+        feed = encoders.iterate(batches, 0, lambda step: needs)
+        running = tuple(need for need in needs if need.encoder in encoders.encoders)
+        yield config, Source(
+            encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
+            flops_of_encoders(running, encoders.grid, config), texts,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def random_batch(config: TrainConfig, width: int, device: torch.device) -> Iterator[tuple[TrainConfig, Source]]:
+    """One random batch that stays in memory, with tokens that are there already."""
+
+    given = config.model.model_dump()
+    model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
+    shape = (model.latent_channels, model.latent_size, model.latent_size)
+    config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
+
+    dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
+    config = with_streams(config, dims)
+    synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
+    batch = synthetic.batch(config, device, resolution=1)
+    where = "cached" if dims else "none"
+    yield config, Source(
+        dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where,
+        condition=lambda batch: random_condition(config, batch.labels),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Stands where prepared data would, for `EncoderFeatures`: random latents and images in memory, and tokens of these widths."""
+
+    widths: Mapping[str, int]
+    grid: int
+    has_images: bool = True
+    has_moments: bool = True
+    folder: str = "(random)"
+
+    @property
+    def features(self) -> dict[str, FeatureField]:
+        return {
+            name: FeatureField(dim=width, grid=self.grid, pooled=False, identity={})
+            for name, width in self.widths.items()
+        }
+
+    def batch(self, config: TrainConfig, device: torch.device, resolution: int) -> Batch:
+        num, side, channels = config.batch_size, config.model.latent_size, config.model.latent_channels
+        stream = torch.Generator().manual_seed(0)
+        moments = torch.randn(num, 2 * channels, side, side, generator=stream)
+        images = torch.randint(256, (num, 3, resolution, resolution), generator=stream, dtype=torch.uint8)
+        labels = torch.randint(max(1, config.model.num_classes), (num,), generator=stream)
+        tokens = {
+            need.encoder: random_features(num, self.grid**2, self.widths[need.encoder], need, stream, device)
+            for need in wanted_by(config)
+            if need.encoder in self.widths
+        }
+        return Batch(labels.to(device), images.to(device), moments.to(device), tokens)
+
+
+def latents(batch: Batch, channels: int) -> Tensor:
+    """Something to train on: the means of the moments, or the pixels. Their scale costs nothing."""
+    if batch.moments is not None:
+        return batch.moments[:, :channels].float()
+    return batch.images.float() / 127.5 - 1
+
+
+def random_features(
+    num: int,
+    tokens: int,
+    width: int,
+    need: Need,
+    stream: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Features:
+    """What an encoder would give for `num` images."""
+    patches = torch.randn(num, tokens, width, generator=stream)
+    pooled = torch.randn(num, width, generator=stream) if need.pooled else None
+    attention = {
+        layer: torch.randn(num, ATTENTION_HEADS, tokens, tokens, generator=stream) for layer in need.attention
+    } or None
+    features = Features(patches, pooled, attention)
+    return features if device is None else features.map(lambda x: x.to(device))
+
+
+def random_condition(config: TrainConfig, labels: Tensor) -> Condition:
+    """These labels, and where a term has the target text one token for each image."""
+    targets = (parse_spec(term.target) for term in config.alignments)
+    width = next((settings.get("width", 0) for name, settings in targets if name == "text"), 0)
+    return Condition(labels, torch.zeros(len(labels), 1, width, device=labels.device) if width else None)
+
+
+def endless(batch: Batch, features: Mapping[str, Features]) -> Feed:
+    return itertools.repeat((batch, dict(features)))
+
+
+def flops_of_encoders(needs: tuple[Need, ...], grid: int, config: TrainConfig) -> float:
+    """For one image."""
+    costs = (encoder_cost(need.encoder, grid, weights_for(need.encoder, config.feature_weights)) for need in needs)
+    return float(sum(found.cost.forward for found in costs))

@@ -1,0 +1,156 @@
+"""FLOPs and bytes of a training step, counted by torch and autograd on networks without weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from repa.alignment import Alignment, AlignmentConfig, Beside
+from repa.alignment.targets import build_target
+from repa.base.precision import autocast
+from repa.base.registry import parse_spec
+from repa.models import Backbone, Condition, Tap, TwoTimes, build
+from repa.models.config import ROUTING, ModelConfig
+from repa.models.routing import placeholder, tokens_at
+from repa.performance.batches import random_condition, random_features
+from repa.training.config import TrainConfig
+from repa.training.inputs import wanted_by
+from repa.training.objective import Draws, Objective
+
+
+def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
+    """FLOPs of the matrix products of network and projectors for one image, forward and backward, counted by torch.
+
+    A multiply and an add are two. What activation checkpointing computes again is not counted.
+    """
+    num, size, channels = 2, config.model.latent_size, config.model.latent_channels  # nt_xent has no loss for one image
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # whose two products the counter knows on every device
+        model = build(config.model)
+        tokens = model.grid[0] * model.grid[1]
+        alignments = [Alignment.of(a, model, dims) for a in config.alignments]
+        objective = Objective(model, alignments, config.diffusion, label_dropout=0.0, seed=0, streams=config.streams)
+        features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in wanted_by(config)}
+        clean = objective.clean(torch.zeros(num, channels, size, size), features)
+        zeros = torch.zeros(num)
+        keep = placeholder(model.route, num, model.grid)
+        two = TwoTimes(torch.zeros(num, 2), torch.zeros(num, tokens, dtype=torch.bool))
+        t = two if config.diffusion.token_times else zeros
+        cleanest = any(target.cleanest for target in objective.averaging)
+        draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
+        condition = model.completed(random_condition(config, zeros.long()))
+        with FlopCounterMode(display=False) as counter:
+            averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
+            objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
+    return counter.get_total_flops() // num
+
+
+def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
+    """(M, K, N) of the products of a block, (M, K) @ (K, N), for one micro-batch: forward, gradient of the input, of the weight."""
+    dims = config.model.dims()
+    width, tokens = dims.hidden_dim, (config.model.latent_size // dims.patch_size) ** 2
+    rows, found = config.batch_size // config.accumulate * tokens, {}
+    for name, (into, out) in {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}.items():
+        into, out = into * width, out * width
+        found[f"{name} forward"] = (rows, into, out)
+        found[f"{name} input"] = (rows, out, into)
+        found[f"{name} weight"] = (out, rows, into)
+    return found
+
+
+def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
+    """Bytes that autograd keeps of one image between forward and backward.
+
+    Measured on this machine's CPU with networks of one block and of two (a DDT's head is whole in both), and extended to all
+    blocks: they are alike. Matrices of attention weights (T, T) are left out, as fused attention on a GPU never stores them.
+    Other precisions than fp32 count as bf16.
+
+    Args:
+        config: with latent size and channels filled in.
+        dims: target -> width of its tokens.
+    """
+    alike = 1 + parse_spec(config.model.backbone)[1].get("head_depth", 0)
+    one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
+    block, routed_block, model, route = two - one, 0, config.model, config.model.routing
+    grid = (model.latent_size // model.dims().patch_size,) * 2
+    routed = route.last - route.first + 1 if route else 0
+    if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
+        first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
+        routed_block = second - first
+        one = first - routed_block
+    if config.checkpoint_activations:  # of every block its input, of one at a time the rest
+        block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
+        routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
+    return one + (model.dims().depth - routed - alike) * block + routed * routed_block
+
+
+def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
+    """Of a network of `depth` blocks, the last `routed` of them in its route: what two images need more than one, so that weights
+    do not count."""
+    shape: dict[str, Any] = {"depth": depth, "heads": (1,) * bool(config.model.heads)}
+    if config.model.route and not routed:
+        shape |= {"route": (), **{name: ModelConfig.model_fields[name].default for name in ROUTING}}
+    elif routed:
+        shape["route"] = (depth - routed + 1, depth)
+    model = build(config.model.override(**shape))
+    tokens = model.grid[0] * model.grid[1]
+    terms = [
+        Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid, num_classes=model.num_classes)
+        for a in config.alignments
+    ]
+    inside = [bool(routed) and config.model.routing.covers(a.depth) for a in config.alignments]
+    taps = [Tap(model.route.first if within else 1, term.tap.kind) for term, within in zip(terms, inside, strict=True)]
+
+    def forward(num: int) -> Tensor:
+        state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
+        two = TwoTimes(torch.rand(num, 2), torch.rand(num, tokens) < 0.5)
+        t = two if config.diffusion.token_times else torch.rand(num)
+        keep = placeholder(model.route, num, model.grid)
+        output = model(
+            state, t, model.completed(Condition(torch.zeros(num, dtype=torch.int64))), tuple(set(taps)), keep
+        )
+        losses = [_compared(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
+        predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
+        return sum(losses) + sum(predicted)
+
+    seen = {tokens_at(model.route, depth, model.grid), tokens}
+    with autocast(torch.device("cpu"), "fp32" if config.precision == "fp32" else "bf16"):
+        return saved_bytes(lambda: forward(2), *seen) - saved_bytes(lambda: forward(1), *seen)
+
+
+def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
+    """Of the term's target, on a network of which only the width is that of the run."""
+    encoder, _ = alignment.encoder
+    if encoder or parse_spec(alignment.target)[0] in ("latent", "text"):
+        return build_target(alignment, model, dims).dim
+    return model.hidden_dim
+
+
+def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
+    """The loss of a tap of the first block against tokens that are there."""
+    if term.tap.kind == "attention":
+        return term.compare(tap, torch.randn(tap.shape))
+    student = tap[:, model.prefix_tokens :]
+    num = len(student)
+    target = None if term.config.target == "none" else torch.randn(*student.shape[:2], term.feature_dim)
+    beside = Beside(
+        torch.rand(num), Condition(torch.zeros(num, dtype=torch.int64)), torch.ones(student.shape[:2]).bool()
+    )
+    return term.compare(student, target, beside=beside)
+
+
+def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:
+    """Bytes of the storages that autograd saves in a forward, each once, those of attention weights (T, T) left out."""
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no two have one address
+
+    def pack(tensor: Tensor) -> Tensor:
+        if all(tensor.shape[-2:] != (number, number) for number in num_tokens):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())

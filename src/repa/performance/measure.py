@@ -1,0 +1,228 @@
+"""A training step timed on this machine, against what its matrix products alone would take, and what to change next.
+
+The step is the loop's own: `EncoderFeatures.iterate`, `loop.backward`, `update.update`.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from repa.base.device import peak_memory, timed
+from repa.base.files import size
+from repa.data import Batch
+from repa.encoders.contract import Features
+from repa.models import Condition
+from repa.performance.batches import Feed, latents
+from repa.performance.counts import flops_per_image
+from repa.training.config import TrainConfig
+from repa.training.loop import backward
+from repa.training.parallel import running
+from repa.training.state import build_state
+from repa.training.update import update
+
+PARTS = ("teacher", "student", "optimizer", "averages", "data")
+STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
+HEAD = ("model", "teacher", "batch", "precision", "step", "s/step", "images/s", "of the rate", "memory", *PARTS)
+WORTH = 1.03  # times as fast that a change must promise to be named: less is within the noise
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One way to run the step, measured."""
+
+    model: str
+    teacher: str
+    """online, cached or none: where target tokens came from."""
+    batch_size: int
+    precision: str
+    compiled: bool
+    seconds: float
+    """Of one step."""
+    floor: float
+    """Of its matrix products alone, at the measured rate: those of network and projectors, forward and backward."""
+    peak_memory: int | None
+    """Bytes on a CUDA device; None elsewhere, where the process counts as a whole."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds by name of PARTS, each waited for; their sum exceeds `seconds` where they overlap."""
+    encoder_floor: float = 0.0
+    """Seconds of the matrix products of encoders that run in the step, at the measured rate."""
+    first_seconds: float = 0.0
+    """Of the first step, which compiles and fills caches."""
+    reserved_memory: int | None = None
+    """Bytes that PyTorch took of a CUDA device, of which `peak_memory` were in use at once."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.seconds
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the machine's measured matrix-product rate that goes into network and projectors."""
+        return self.floor / self.seconds
+
+    @property
+    def utilisation_with_encoder(self) -> float:
+        """The same with the encoders that run in the step: what the device does, not what the network gains."""
+        return (self.floor + self.encoder_floor) / self.seconds
+
+    def share(self, part: str) -> float:
+        return self.parts[part] / sum(self.parts.values())
+
+    def row(self) -> dict[str, Any]:
+        names = ("images_per_second", "utilisation", "utilisation_with_encoder")
+        return {**vars(self), **{name: getattr(self, name) for name in names}}
+
+
+class Step:
+    """A training step, whole and in parts. `feed` gives each its batch and tokens, `condition` what a batch is conditioned on."""
+
+    def __init__(
+        self, config: TrainConfig, dims: Mapping[str, int], feed: Feed, device: torch.device,
+        condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels),
+    ):  # fmt: skip
+        self.config, self.dims, self.feed, self.device = config, dict(dims), feed, device
+        self.condition, self.state = condition, build_state(config, self.dims, device)
+        self.module = running(self.state.objective, config, device)
+        self.groups = self.state.objective.trained_groups()
+
+    def __call__(self) -> None:
+        self.student(*next(self.feed))
+        self.advance()
+
+    def student(self, batch: Batch, features: Mapping[str, Features]) -> None:
+        clean = self.state.objective.clean(latents(batch, self.config.model.latent_channels), features)
+        condition = self.state.model.completed(self.condition(batch))
+        backward(self.state, self.module, clean, condition, features)
+
+    def advance(self) -> None:
+        update(self.state, self.groups)
+
+    def average(self) -> None:
+        """The averages' part of `advance` once more."""
+        never = torch.zeros((), device=self.device)
+        for average in (self.state.ema, *self.state.averages.values()):
+            average.update(self.state.step, never)
+
+    def parts(self, data: Callable[[], Batch], teacher: Callable[[Batch], Mapping[str, Features]]) -> dict[str, float]:
+        """Seconds of each of PARTS, which here run one after the other: nothing is read or computed ahead."""
+        made: dict[str, Any] = {}
+        seconds = {
+            "data": timed(lambda: made.update(batch=data()), self.device),
+            "teacher": timed(lambda: made.update(features=teacher(made["batch"])), self.device),
+            "student": timed(lambda: self.student(made["batch"], made["features"]), self.device),
+            "optimizer": timed(self.advance, self.device),
+            "averages": timed(self.average, self.device),
+        }
+        seconds["optimizer"] = max(0.0, seconds["optimizer"] - seconds["averages"])
+        return {part: seconds[part] for part in PARTS}
+
+
+def measure(
+    step: Step,
+    rates: Mapping[str, float],
+    rounds: int,
+    data: Callable[[], Batch],
+    teacher: Callable[[Batch], Mapping[str, Features]],
+    where: str,
+    encoder_flops: float = 0.0,
+) -> Figures:
+    """Time a step, whole and in parts, after one that is not counted (it compiles, and fills caches).
+
+    Args:
+        rates: FLOP/s of matrix products by precision, from `product_rate`.
+        rounds: the figure is the median of so many.
+        data, teacher: make a batch, and its tokens.
+        where: online, cached or none, for the table.
+        encoder_flops: of the encoders that run in the step, for one image.
+    """
+    config, device = step.config, step.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first = timed(step, device)
+    steps = STEPS_TIMED[device.type]
+    seconds = statistics.median(timed(lambda: [step() for _ in range(steps)], device) / steps for _ in range(rounds))
+    memory = peak_memory(device) if device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    parts = [step.parts(data, teacher) for _ in range(max(1, rounds // 2))]
+    of_one = config.batch_size / rates[config.precision]
+    medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
+    return Figures(
+        config.model.name, where, config.batch_size, config.precision, config.compile, seconds,
+        of_one * flops_per_image(config, step.dims), memory, medians, of_one * encoder_flops, first, reserved,
+    )  # fmt: skip
+
+
+class Advice(NamedTuple):
+    """What to change, and how many times as fast the step then is: measured, or at most for a part that would go away."""
+
+    gain: float
+    sentence: str
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """Markdown, a row for each; the parts are shares of their sum."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for f in figures:
+        memory = "" if f.peak_memory is None else size(f.peak_memory)
+        cells = (
+            f.model, f.teacher, str(f.batch_size), f.precision, "compiled" if f.compiled else "eager", f"{f.seconds:.3f}",
+            f"{f.images_per_second:.1f}", f"{f.utilisation:.0%}", memory, *(f"{f.share(part):.0%}" for part in PARTS),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def advise(now: Figures, others: Sequence[Figures]) -> list[Advice]:
+    """What would make the step `now` faster, the most first; empty when nothing that was measured would."""
+    found = [_switch(now, other) for other in others if other.images_per_second > now.images_per_second]
+    found += [part for part in (_teacher(now), _data(now), _update(now)) if part is not None]
+    return sorted((advice for advice in found if advice.gain >= WORTH), reverse=True)
+
+
+def _switch(now: Figures, other: Figures) -> Advice:
+    changes = []
+    if other.precision != now.precision:
+        changes.append(f"--precision {other.precision}")
+    if other.compiled != now.compiled:
+        changes.append(f"--compile {str(other.compiled).lower()}")
+    if other.batch_size != now.batch_size:
+        changes.append(f"--batch-size {other.batch_size} (which changes the training too)")
+    gain = other.images_per_second / now.images_per_second
+    return Advice(
+        gain,
+        f"{' '.join(changes)}: {gain:.2f} times as many images a second, {other.images_per_second:.1f} instead of "
+        f"{now.images_per_second:.1f}.",
+    )
+
+
+def _teacher(now: Figures) -> Advice | None:
+    share = now.share("teacher")
+    if now.teacher != "online":
+        return None
+    return Advice(
+        1 / (1 - share),
+        f"Store the target tokens, `repa prepare ... --features`: the teacher takes {share:.0%} of the step.",
+    )
+
+
+def _data(now: Figures) -> Advice | None:
+    computing = sum(now.parts.values()) - now.parts["data"]
+    if now.parts["data"] <= computing:  # it is read while other steps compute
+        return None
+    return Advice(
+        now.parts["data"] / computing,
+        f"Put the data on a faster disk, or closer: reading a batch takes {now.parts['data']:.3f} s, computing its step "
+        f"{computing:.3f} s.",
+    )
+
+
+def _update(now: Figures) -> Advice | None:
+    share = now.share("optimizer") + now.share("averages")
+    return Advice(
+        1 / (1 - share / 2),
+        f"Twice the --batch-size (which changes the training too): optimizer and averages take {share:.0%} of a step of "
+        f"{now.batch_size} images, and as long with more.",
+    )
