@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from repa.analysis import collection
-from repa.analysis.collection import collect
+from repa.analysis.collection import best, collect
 from repa.base.errors import UserError
 
 NUM = 50
@@ -113,3 +113,11 @@ def test_a_damaged_file_is_made_again(damage, tmp_path):
         load("twice")
     maker = Maker()
     assert torch.equal(collect(tmp_path, {}, ["twice"], NUM, maker)("twice"), wanted)
+
+
+def test_the_best_learning_rate_of_each_block():
+    rows = [
+        {"run": "a", "step": 1, "t": 0.0, "depth": depth, "lr": lr, "top1": top1}
+        for depth, lr, top1 in ((1, 0.1, 0.2), (1, 0.2, 0.4), (1, 0.3, 0.3), (2, 0.1, 0.9), (2, 0.2, 0.1))
+    ]
+    assert [(row["depth"], row["lr"]) for row in best(rows, "top1")] == [(1, 0.2), (2, 0.1)]

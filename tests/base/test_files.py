@@ -109,3 +109,11 @@ def test_folders_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch):
     wanted = {path.stat().st_ino for path in (made, made / "sub", made / "sub" / "file")}
     assert wanted <= set(synced[:-1])  # the last is the folder that holds the name
     assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_rows_as_csv(tmp_path):
+    rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None, "c": 3}]
+    files.write_csv(tmp_path / "all.csv", rows)
+    assert (tmp_path / "all.csv").read_text() == "a,b,c\nx,1.0,\nlong,,3\n"
+    files.write_csv(tmp_path / "named.csv", rows, ["c", "a", "b"])
+    assert (tmp_path / "named.csv").read_text() == "c,a,b\n,x,1.0\n3,long,\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa.cli import analyse, analyse_runs, tables
+from repa.cli import analyse, tables
 from repa.cli.main import run
 
 
@@ -108,14 +108,6 @@ def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys
     assert picture(tmp_path / "p.png").std() > 10
 
 
-def test_the_best_learning_rate_of_each_block():
-    rows = [
-        {"run": "a", "step": 1, "t": 0.0, "depth": depth, "lr": lr, "top1": top1}
-        for depth, lr, top1 in ((1, 0.1, 0.2), (1, 0.2, 0.4), (1, 0.3, 0.3), (2, 0.1, 0.9), (2, 0.2, 0.1))
-    ]
-    assert [(row["depth"], row["lr"]) for row in analyse_runs.best_rates(rows)] == [(1, 0.2), (2, 0.1)]
-
-
 def test_encoders(data_folder, tmp_path, capsys):
     words = ["analyse", "encoders", str(data_folder), "--encoders", "tiny", "tiny-judge", "--neighbours", "5"]
     assert run([*words, "--epochs", "2", "--out", "e.json"]) == 0
@@ -208,5 +200,4 @@ def test_a_value_that_tells_nothing_is_empty_in_the_files(tmp_path):
 def test_tables():
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None, "c": 3}]
     assert tables.text(rows, {"a": "name", "b": "value|.2f"}) == "name  value\nx      1.00\nlong      -"
-    assert tables.csv_text(rows) == "a,b,c\nx,1.0,\nlong,,3\n"
     assert tables.plain("dinov2-b:size=2") == "dinov2-b_size_2"

@@ -71,6 +71,16 @@ def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
     return [row for _, rows in done for row in rows]
 
 
+def best(rows: Sequence[dict[str, Any]], value: str) -> Rows:
+    """One row for each run, step, noise level, depth and kind of features: the highest, which is a probe's best learning rate."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in ("run", "step", "t", "depth", "features"))
+        if key not in found or row[value] > found[key][value]:
+            found[key] = row
+    return list(found.values())
+
+
 def share(num: int) -> int:
     """How many of `num` items `each` gives to this process."""
     return len(range(dist.rank(), num, dist.world()))

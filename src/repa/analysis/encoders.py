@@ -30,6 +30,17 @@ class Comparison(NamedTuple):
     encoders: Rows
     pairs: Rows
 
+    def matrix(self) -> Rows:
+        """{encoder, <encoder>: CKNNA}, a row for each encoder; None on the diagonal, where it is 1 by definition."""
+        names = [row["encoder"] for row in self.encoders]
+        value = {frozenset((pair["a"], pair["b"])): pair["cknna"] for pair in self.pairs}
+        return [{"encoder": a, **{b: value.get(frozenset((a, b))) for b in names}} for a in names]
+
+    def rows(self) -> Rows:
+        """The rows of encoders, with each one's CKNNA with every other as cknna.<encoder>."""
+        others = [{f"cknna.{name}": row[name] for name in row if name != "encoder"} for row in self.matrix()]
+        return [{**row, **(other if self.pairs else {})} for row, other in zip(self.encoders, others, strict=True)]
+
 
 def compare_encoders(
     data: DataSet,

@@ -4,7 +4,7 @@ A distance alone says nothing: what counts is whether samples lie nearer to the 
 not among them do. Without such images, each training image's distance to its nearest other one takes their place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +54,11 @@ class Copies(NamedTuple):
             {"sample": i, "nearest": nearest, "distance": d.item(), "nearer_than": (self.held_out > d).double().mean().item()}
             for i, (nearest, d) in enumerate(zip(self.near.indices[:, 0].tolist(), distances, strict=True))
         ]  # fmt: skip
+
+    def beside(self, sample: Callable[[int], Tensor], data: DataSet, num: int) -> dict[int, Tensor]:
+        """The `num` samples with the smallest distance: each, uint8 (1, 3, R, R), and below it its nearest images."""
+        closest = self.near.distances[:, 0].argsort()[:num].tolist()
+        return {i: torch.cat([sample(i), pixels(data, self.near.indices[i].numpy())]) for i in closest}
 
 
 def find_copies(

@@ -1,12 +1,15 @@
 """Tokens to look at: principal components as colours, of a run's blocks and of encoders."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from repa.analysis.hidden import check_run, hidden_states, latents, noised
+from repa.analysis.hidden import check_run, hidden_states, latents, noised, pixels
 from repa.base.errors import UserError
 from repa.data import DataSet
+from repa.encoders import VisionEncoder
 from repa.runs import LoadedRun
 
 RANGE = 0.01, 0.99  # quantiles that become black and full colour: single outliers would leave the rest grey
@@ -43,6 +46,31 @@ def colour_pictures(tokens: Tensor, side: int) -> np.ndarray:
     colours = principal_colours(tokens).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (N, 3, G, G)
     large = torch.nn.functional.interpolate(colours, size=(side, side), mode="nearest-exact")
     return (255 * large).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def token_pictures(
+    run: LoadedRun,
+    data: DataSet,
+    indices: np.ndarray,
+    encoders: Mapping[str, VisionEncoder],
+    *,
+    depths: Sequence[int] = (),
+    times: Sequence[float] = (0.0, 0.5),
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """By what they show: uint8 (n, R, R, 3) of the images, of each encoder's tokens, and of the run's blocks at every t.
+
+    Without depths, of a quarter, half, three quarters and all of the network.
+    """
+    images, side = pixels(data, indices), data.resolution
+    found = {"image": images.permute(0, 2, 3, 1).numpy()}
+    for name, encoder in encoders.items():
+        found[name] = colour_pictures(encoder(images, encoder.grid_for(side)).patches, side)
+    quarters = sorted({max(1, round(run.model.tapped_depth * part / 4)) for part in (1, 2, 3, 4)})
+    for t in times:
+        for depth, tokens in tokens_of_run(run, data, indices, tuple(depths or quarters), t, seed).items():
+            found[f"block {depth}\nt = {t:g}"] = colour_pictures(tokens, side)
+    return found
 
 
 @torch.inference_mode()

@@ -1,14 +1,16 @@
 """Files that are whole or absent: atomic writes, checksums, the cache folder, space checks."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,16 @@ def write_json(path: str | Path, value: Any) -> None:
             f"{path} was not written: a number in it is NaN or infinite. Check the settings and inputs."
         ) from None
     write_text(path, text + "\n")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """The rows under the columns named, or under all keys of all rows; empty where a row has no such value."""
+    text = io.StringIO()
+    named = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, named, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: str | Path) -> Any:

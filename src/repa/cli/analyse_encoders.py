@@ -30,7 +30,6 @@ def encoders(argv: list[str]) -> int:
     given = options.parse(EncodersArguments, argv, verb="analyse encoders", about=ABOUT, positional=("data",))
     config = options.part(EncodersConfig, given)
     out = tables.output(given.out, Path()) if given.out else None
-    from repa import __version__
     from repa.analysis import compare_encoders
     from repa.base import dist
     from repa.data import open_data
@@ -41,22 +40,10 @@ def encoders(argv: list[str]) -> int:
         shown, heads = bars.of(f"encoders on {given.data}"), bars.of("their heads", "epochs")
         found = compare_encoders(data, config, val=val, device=device, progress=shown, heads_progress=heads)
     say(tables.text(found.encoders, COLUMNS))
-    matrix = _matrix(found.pairs, config.encoders)
     if len(config.encoders) > 1:
         say(f"\nCKNNA ({config.variant}, k = {config.neighbours}) to each other")
-        say(tables.text(matrix, {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}))
+        say(tables.text(found.matrix(), {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}))
     if out is not None:
-        how = {"analysis": "encoders", **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
-        flat = [
-            {**row, **{f"cknna.{name}": pair[name] for name in config.encoders if len(config.encoders) > 1}}
-            for row, pair in zip(found.encoders, matrix, strict=True)
-        ]
-        tables.write(out, {**how, "device": str(device)}, flat)
+        tables.write(out, {**tables.how("encoders", given), "device": str(device)}, found.rows())
         say(f"{out} and .csv.")
     return 0
-
-
-def _matrix(pairs: tables.Rows, encoders: tuple[str, ...]) -> list[dict]:
-    """A row for each encoder, a column for each; nothing on the diagonal, where it is 1 by definition."""
-    value = {frozenset((pair["a"], pair["b"])): pair["cknna"] for pair in pairs}
-    return [{"encoder": a, **{b: value.get(frozenset((a, b))) for b in encoders}} for a in encoders]

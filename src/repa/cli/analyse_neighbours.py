@@ -31,9 +31,7 @@ def neighbours(argv: list[str]) -> int:
     out = tables.output(given.out, Path())
     import numpy as np
 
-    from repa import __version__
     from repa.analysis import find_copies
-    from repa.analysis.hidden import pixels
     from repa.base import dist
     from repa.data import open_data
     from repa.evaluation import open_images
@@ -54,8 +52,7 @@ def neighbours(argv: list[str]) -> int:
         made = (images for _, images in samples.batches(config.batch_size))
         found = find_copies(made, samples.num, data, config, held_out=held_out, device=device, progress=bar)
     verdict = found.verdict
-    how = {"analysis": "neighbours", **given.model_dump(mode="json", exclude={"out"}), "repa": __version__}
-    tables.write(out, {**how, "verdict": verdict._asdict()}, found.rows())
+    tables.write(out, {**tables.how("neighbours", given), "verdict": verdict._asdict()}, found.rows())
     what = "held-out images" if held_out else "training images (each to its nearest other)"
     say(
         f"distance to the nearest training image, median: samples {verdict.median:.4f}, {what} {verdict.median_held_out:.4f}"
@@ -64,13 +61,9 @@ def neighbours(argv: list[str]) -> int:
         f"nearer than {verdict.threshold:.4f}, as 1 % of the {what} are: {100 * verdict.share_near:.1f} % of the samples "
         "(about 1 % where nothing is copied)"
     )
-    distances, nearest = found.near
-    shown = distances[:, 0].argsort()[:SHOWN].tolist()
-    pictures = [
-        [image.permute(1, 2, 0).numpy() for image in (*samples.rows(np.array([i])), *pixels(data, nearest[i].numpy()))]
-        for i in shown
-    ]
-    labels = [f"sample {i}\n{distances[i, 0]:.3f}" for i in shown]
+    shown = found.beside(lambda i: samples.rows(np.array([i])), data, SHOWN)
+    pictures = [list(images.permute(0, 2, 3, 1).numpy()) for images in shown.values()]
+    labels = [f"sample {i}\n{found.near.distances[i, 0]:.3f}" for i in shown]
     columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
     save_png(picture_table(pictures, labels, columns), out.with_suffix(".png"))
     say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance beside their nearest images.")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from repa.analysis.checkpoints import checkpoints_of
 from repa.analysis.config import FOLDER, HiddenConfig
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
-from repa.cli.analyse_runs import loaded, networks_of
 from repa.cli.console import Progress, say, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
@@ -79,12 +79,12 @@ class ProgressArguments(SampleConfig):
 def pictures(argv: list[str]) -> int:
     given = options.parse(PicturesArguments, argv, verb="analyse pictures", about=ABOUT_PICTURES, positional=("run",))
     check_pairs(given.encoder_weights)
-    networks = networks_of([given.run], [given.checkpoint] if given.checkpoint >= 0 else [])
+    (checkpoint,) = checkpoints_of([given.run], [given.checkpoint] if given.checkpoint >= 0 else [])
     out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
-    from repa.analysis.hidden import pixels, spread
-    from repa.analysis.pictures import colour_pictures, tokens_of_run
+    from repa.analysis.hidden import spread
+    from repa.analysis.pictures import token_pictures
     from repa.base import dist
     from repa.data import open_data
     from repa.data.dataset import load_encoder_of
@@ -95,24 +95,16 @@ def pictures(argv: list[str]) -> int:
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
         raise UserError(f"{given.data} has no image {wrong[0]}: its rows are 0 to {data.num_images - 1}.")
     indices = np.array(given.images) if given.images else spread(data, given.num_images)
-    images = pixels(data, indices)
-    side = data.resolution
-    columns, labels = [images.permute(0, 2, 3, 1).numpy()], ["image"]
-    for spec in given.encoders:
-        encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
-        patches = encoder(images, encoder.grid_for(side)).patches
-        columns.append(colour_pictures(patches, side))
-        labels.append(spec)
-    ((label, run),) = loaded(networks, given, device)
-    depths = given.depths or tuple(sorted({max(1, round(run.model.tapped_depth * part / 4)) for part in (1, 2, 3, 4)}))
-    for t in given.times:
-        for depth, tokens in tokens_of_run(run, data, indices, depths, t, given.seed).items():
-            columns.append(colour_pictures(tokens, side))
-            labels.append(f"block {depth}\nt = {t:g}")
+    encoders = {
+        spec: load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        for spec in given.encoders
+    }
+    run = checkpoint.load(given.weights, given.autoencoder_weights, device)
+    columns = token_pictures(run, data, indices, encoders, depths=given.depths, times=given.times, seed=given.seed)
     if speaks():
         names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
-        save_png(picture_table(list(zip(*columns, strict=True)), names, labels), out)
-        say(f"{out}: tokens of {label}, step {run.step:,}, beside {len(images)} images.")
+        save_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
+        say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, beside {len(indices)} images.")
     return 0
 
 
@@ -123,7 +115,7 @@ def progress(argv: list[str]) -> int:
     config = options.part(SampleConfig, given)
     if not given.runs:
         raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
-    networks = [network for run in given.runs for network in networks_of([run], given.checkpoints or _evenly(run))]
+    checkpoints = checkpoints_of(given.runs, given.checkpoints, MOST_CHECKPOINTS)
     out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.base import dist
     from repa.report.overview import picture_table
@@ -135,29 +127,19 @@ def progress(argv: list[str]) -> int:
         raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
     rows, names = [], []
     with Progress("samples", "images") as bar:
-        for label, run in loaded(networks, given, device):
-            run = prepared(run, config, device)
+        for each in checkpoints:
+            run = prepared(each.load(given.weights, given.autoencoder_weights, device), config, device)
             row, (of_run, _) = [], given.as_origin_of(run.folder)
             config = options.part(SampleConfig, of_run)
             for start in range(0, given.num_images, config.batch_size):
                 part = range(start, min(start + config.batch_size, given.num_images))
                 row += list(generate(run, config, part).images.permute(0, 2, 3, 1).numpy())
-                bar(len(rows) * given.num_images + len(row), len(networks) * given.num_images)
+                bar(len(rows) * given.num_images + len(row), len(checkpoints) * given.num_images)
             rows.append(row)
-            names.append(f"{label}\nstep {run.step:,}" if len(given.runs) > 1 else f"step {run.step:,}")
+            names.append(f"{each.label}\nstep {run.step:,}" if len(given.runs) > 1 else f"step {run.step:,}")
     save_png(picture_table(rows, names, []), out)
     say(f"{out}: {len(rows)} checkpoints, {given.num_images} samples each, from the same noise.")
     return 0
-
-
-def _evenly(run: str) -> list[int]:
-    """At most six checkpoints of a run, the first and the newest among them."""
-    from repa.runs import layout
-
-    steps = layout.checkpoint_steps(Path(run))
-    if len(steps) <= MOST_CHECKPOINTS:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (MOST_CHECKPOINTS - 1))] for i in range(MOST_CHECKPOINTS)]
 
 
 def _short(name: str) -> str:

@@ -1,9 +1,10 @@
 """`repa analyse cknna RUN...`, `repa analyse depth RUN...` and `repa analyse probe RUN|ENCODER...`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from repa.analysis.checkpoints import Checkpoint, checkpoints_of
 from repa.analysis.config import FOLDER, DepthConfig, ImagesConfig, ProbeConfig, SimilarityConfig
 from repa.base.config import Config
 from repa.base.errors import UserError
@@ -12,10 +13,7 @@ from repa.cli.console import Bars, Progress, say, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 
-if TYPE_CHECKING:
-    import torch
-
-    from repa.runs import LoadedRun
+COLUMNS = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth"}  # of every row
 
 ABOUT_CKNNA = (
     "How alike the neighbourhoods of hidden states are to those of an encoder's tokens, for every depth, noise level and "
@@ -64,57 +62,32 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
 def cknna(argv: list[str]) -> int:
     given = options.parse(CknnaArguments, argv, verb="analyse cknna", about=ABOUT_CKNNA, positional=("runs...",))
     config = options.part(SimilarityConfig, given)
-    if not given.runs:
-        raise UserError("`repa analyse cknna` needs at least one run folder: see `repa analyse cknna --help`.")
-    networks = networks_of(given.runs, given.checkpoints)
     # another variant is another number: never under the same name
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
+    checkpoints = asked_for(given, "cknna")
     name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
-    out = tables.output(given.out, _folder(given.runs[0]) / name)
+    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / name)
     from repa.analysis import cknna_of_run
-    from repa.base import dist
-    from repa.data import open_data
 
-    device, data = dist.setup(), open_data(given.data)
-    rows = []
-    for label, run in loaded(networks, given, device):
-        with Progress(f"{label}, step {run.step:,}", "images") as bar:
-            rows += [{"run": label, "step": run.step, **row} for row in cknna_of_run(run, data, config, bar)]
-    tables.write(out, _how(given, config.measure), rows)
+    rows = rows_of_each(checkpoints, given, lambda run, data, bar: cknna_of_run(run, data, config, bar))
+    tables.write(out, tables.how(config.measure, given), rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
-    columns = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth", config.measure: f"{title}|.4f"}
-    say(tables.text(rows, columns))
-    _draw(rows, config.measure, f"{title} with {config.encoder}", out)
+    say(tables.text(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    draw(rows, config.measure, f"{title} with {config.encoder}", out)
     return 0
 
 
 def depth(argv: list[str]) -> int:
     given = options.parse(DepthArguments, argv, verb="analyse depth", about=ABOUT_DEPTH, positional=("runs...",))
     config = options.part(DepthConfig, given)
-    if not given.runs:
-        raise UserError("`repa analyse depth` needs at least one run folder: see `repa analyse depth --help`.")
-    networks = networks_of(given.runs, given.checkpoints)
-    out = tables.output(given.out, _folder(given.runs[0]) / "depth.json")
+    checkpoints = asked_for(given, "depth")
+    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "depth.json")
     from repa.analysis import depth_effects
-    from repa.base import dist
-    from repa.data import open_data
 
-    device, data = dist.setup(), open_data(given.data)
-    rows = []
-    for label, run in loaded(networks, given, device):
-        with Progress(f"{label}, step {run.step:,}", "images") as bar:
-            rows += [{"run": label, "step": run.step, **row} for row in depth_effects(run, data, config, bar)]
-    tables.write(out, _how(given, "depth"), rows)
-    columns = {
-        "run": "run",
-        "step": "step|,",
-        "t": "t|.2f",
-        "depth": "depth",
-        "change": "change|.4f",
-        "share": "share|.1%",
-    }
-    say(tables.text(rows, columns))
-    _draw(rows, "change", "change of the prediction without the block", out)
+    rows = rows_of_each(checkpoints, given, lambda run, data, bar: depth_effects(run, data, config, bar))
+    tables.write(out, tables.how("depth", given), rows)
+    say(tables.text(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
+    draw(rows, "change", "change of the prediction without the block", out)
     return 0
 
 
@@ -130,13 +103,14 @@ def probe(argv: list[str]) -> int:
             raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")
         ENCODERS.check(name)
     runs = [name for name in given.runs if name not in encoders]
-    networks = networks_of(runs, given.checkpoints)
+    checkpoints = checkpoints_of(runs, given.checkpoints)
     if not runs and not given.out:
         raise UserError(
             "The probe of encoders alone lies in no run folder: say where to write it, as in --out probe.json."
         )
-    out = tables.output(given.out, _folder(runs[0] if runs else "") / "probe.json")
+    out = tables.output(given.out, Path(runs[0] if runs else "") / FOLDER / "probe.json")
     from repa.analysis import probe_of_encoder, probe_of_run
+    from repa.analysis.collection import best
     from repa.base import dist
     from repa.data import open_data
     from repa.data.dataset import load_encoder_of
@@ -144,11 +118,12 @@ def probe(argv: list[str]) -> int:
     device, data = dist.setup(), open_data(given.data)
     val = open_data(given.val) if given.val else None
     rows: list[dict[str, Any]] = []
-    for label, run in loaded(networks, given, device):
-        name = f"{label}, step {run.step:,}"
+    for each in checkpoints:
+        run = each.load(given.weights, given.autoencoder_weights, device)
+        name = f"{each.label}, step {run.step:,}"
         with Bars() as bars:
             found = probe_of_run(run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs"))
-        rows += [{"run": label, "step": run.step, **row} for row in found]
+        rows += [{"run": each.label, "step": run.step, **row} for row in found]
     images = options.part(ImagesConfig, given)
     for spec in encoders:
         encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
@@ -158,74 +133,42 @@ def probe(argv: list[str]) -> int:
                 heads_progress=bars.of(f"heads of {spec}", "epochs"),
             )  # fmt: skip
         rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
-    tables.write(out, _how(given, "probe"), rows)
-    best = best_rates(rows)
-    columns = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth", "features": "features", "top1": "top-1|.4f",
-               "top5": "top-5|.4f", "lr": "lr|g"}  # fmt: skip
-    used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in best)}
-    if len(config.learning_rates) == 1:
+    tables.write(out, tables.how("probe", given), rows)
+    shown = best(rows, "top1")
+    columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f", "lr": "lr|g"}
+    used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
+    num_rates = len(config.learning_rates)
+    if num_rates == 1:
         used.pop("lr")
-    say(tables.text(best, used))
-    if len(config.learning_rates) > 1:
-        say(
-            f"the best of {len(config.learning_rates)} learning rates on the test images, so a little optimistic; all are in {out}"
-        )
-    _draw(best, "top1", "top-1 accuracy", out)
+    say(tables.text(shown, used))
+    if num_rates > 1:
+        say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
+    draw(shown, "top1", "top-1 accuracy", out)
     return 0
 
 
-def best_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the learning rate with the highest accuracy, in place."""
-    best: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        key = tuple(row.get(name) for name in ("run", "step", "t", "depth", "features"))
-        if key not in best or row["top1"] > best[key]["top1"]:
-            best[key] = row
-    return list(best.values())
+def asked_for(given: NetworksArguments, what: str) -> list[Checkpoint]:
+    """The checkpoints of the runs given, of which there must be one."""
+    if not given.runs:
+        raise UserError(f"`repa analyse {what}` needs at least one run folder: see `repa analyse {what} --help`.")
+    return checkpoints_of(given.runs, given.checkpoints)
 
 
-def networks_of(runs: Sequence[str], checkpoints: Sequence[int]) -> list[tuple[str, Path, int]]:
-    """(label, folder, step) of every checkpoint asked for; refuses runs and checkpoints that do not exist."""
-    from repa.runs import layout
+def rows_of_each(checkpoints: list[Checkpoint], given: NetworksArguments, rows_of: Callable) -> list[dict[str, Any]]:
+    """{run, step, ...}: what `rows_of` (run, data, progress) finds in each checkpoint, with a bar for each."""
+    from repa.base import dist
+    from repa.data import open_data
 
-    names = [Path(run).resolve().name for run in runs]
-    found = []
-    for run, name in zip(map(Path, runs), names, strict=True):
-        layout.read_config(run)
-        steps = layout.checkpoint_steps(run)
-        if not steps:
-            raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
-        if missing := [step for step in checkpoints if step not in steps]:
-            raise UserError(f"{run} has no checkpoint of step {missing[0]}: there are {', '.join(map(str, steps))}.")
-        label = name if names.count(name) == 1 else str(run)
-        found += [(label, run, step) for step in checkpoints or steps[-1:]]
-    return found
+    device, data = dist.setup(), open_data(given.data)
+    rows = []
+    for each in checkpoints:
+        run = each.load(given.weights, given.autoencoder_weights, device)
+        with Progress(f"{each.label}, step {run.step:,}", "images") as bar:
+            rows += [{"run": each.label, "step": run.step, **row} for row in rows_of(run, data, bar)]
+    return rows
 
 
-def loaded(
-    networks: list[tuple[str, Path, int]], given: Any, device: "torch.device"
-) -> Iterator[tuple[str, "LoadedRun"]]:
-    from repa.runs import load_run
-
-    for label, folder, step in networks:
-        yield (
-            label,
-            load_run(folder, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device),
-        )
-
-
-def _folder(run: str) -> Path:
-    return Path(run) / FOLDER
-
-
-def _how(given: NetworksArguments, what: str) -> dict[str, Any]:
-    """What the file says of how its rows were made."""
-    from repa import __version__
-
-    return {"analysis": what, **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
-
-
-def _draw(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
+def draw(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
     if not speaks():
         return
     if any(row["depth"] is not None for row in rows):

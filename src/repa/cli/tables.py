@@ -1,14 +1,13 @@
 """Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv beside it."""
 
 import contextlib
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from repa.base import files, launch, lock
+from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli.console import speaks
 
@@ -38,14 +37,11 @@ def _shown(value: Any, form: str) -> str:
     return value if isinstance(value, str) else format(value, form)
 
 
-def csv_text(rows: Rows) -> str:
-    """All keys of all rows as columns; empty where a row has no such value."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+def how(what: str, given: Config) -> dict[str, Any]:
+    """What a file says of how its rows were made: the analysis, the options, the version."""
+    from repa import __version__
+
+    return {"analysis": what, **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
 
 
 def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
@@ -56,7 +52,7 @@ def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     if speaks():
         files.write_json(out, {**how, "rows": rows, **more})
-        files.write_text(out.with_suffix(".csv"), csv_text(rows))
+        files.write_csv(out.with_suffix(".csv"), rows)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from repa.analysis.collection import best
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.report.results import Accuracy
@@ -81,9 +82,7 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
             settings = {key: value for key, value in content.items() if key not in ASIDE}
             known = found.setdefault(json.dumps([kind, settings], sort_keys=True), Analysis(kind, settings))
             known.rows.extend(_called(row, run, records) for row in content["rows"] if is_number(row.get(known.value)))
-    return [
-        Analysis(each.kind, each.settings, _distinct(each.rows, each.value)) for each in found.values() if each.rows
-    ]
+    return [Analysis(each.kind, each.settings, best(each.rows, each.value)) for each in found.values() if each.rows]
 
 
 def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], Accuracy]:
@@ -122,16 +121,6 @@ def _called(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) 
     beside = [run for run in fitting if run.path.resolve().parent == home.path.resolve().parent]
     found = [home] if home in fitting else beside if len(beside) == 1 else fitting
     return {**row, "run": found[0].name} if len(found) == 1 else row
-
-
-def _distinct(rows: Sequence[dict[str, Any]], value: str) -> list[dict[str, Any]]:
-    """One row a place: the highest, which is the best learning rate of a probe."""
-    best: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        key = tuple(row.get(name) for name in ("run", "step", "t", "depth", "features"))
-        if key not in best or row[value] > best[key][value]:
-            best[key] = row
-    return list(best.values())
 
 
 def depth_figure(rows: Rows, value: str, label: str) -> Figure:

@@ -132,10 +132,7 @@ def preview_prompts(run: RunRecord) -> list[str]:
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
     """The steps of the sample grid: at most 6, evenly chosen from all that have previews, first and last among them."""
-    steps = sorted({step for run in runs for step in layout.preview_steps(run.path)})
-    if len(steps) <= MOST_COLUMNS:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+    return layout.evenly(sorted({step for run in runs for step in layout.preview_steps(run.path)}), MOST_COLUMNS)
 
 
 def has_preview(run: RunRecord, step: int) -> bool:

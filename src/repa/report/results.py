@@ -31,6 +31,7 @@ from repa.report.runs import (
     settings_of,
 )
 from repa.report.speedups import Group, Spread, spread
+from repa.runs import layout
 
 MOST_STEPS = 8  # of one run in a table: the others are in the .csv
 METRICS = {
@@ -112,7 +113,7 @@ def _table(
     for number, group in enumerate(groups):
         mine = _lines_of(group, number, protocol, accuracies)
         if thin and len(mine) > MOST_STEPS:
-            mine, is_thinned = [mine[i * (len(mine) - 1) // (MOST_STEPS - 1)] for i in range(MOST_STEPS)], True
+            mine, is_thinned = layout.evenly(mine, MOST_STEPS), True
         lines += mine
         if mine:
             lines += _of_paper(group, number, protocol)

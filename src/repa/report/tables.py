@@ -1,12 +1,10 @@
 """The report's tables as Markdown and as CSV, beside the page."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repa.base.files import write_text
+from repa.base import files
 from repa.recipes.paper_tables import printed
 from repa.report.headline import Verdict
 from repa.report.results import Line, Table
@@ -42,7 +40,7 @@ def write_markdown(
             _markdown(list(rows[0]), [list(r.values()) for r in rows]),
         ]
     parts += ["## Runs", _markdown(list(summary[0]), [list(row.values()) for row in summary])]
-    write_text(out, "\n\n".join(part for part in parts if part) + "\n")
+    files.write_text(out, "\n\n".join(part for part in parts if part) + "\n")
 
 
 def write_csv(out: Path, tables: Sequence[Table]) -> None:
@@ -56,11 +54,7 @@ def write_csv(out: Path, tables: Sequence[Table]) -> None:
         + sorted(set(columns) - set(fixed) - set(PROTOCOL), key=columns.index)
         + [c for c in PROTOCOL if c in columns]
     )
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out, buffer.getvalue())
+    files.write_csv(out, rows, columns)
 
 
 def has_seeds(table: Table) -> bool:

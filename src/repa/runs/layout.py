@@ -110,6 +110,13 @@ def preview_steps(run: Path) -> list[int]:
     return sorted(int(p.stem) for p in folder.glob("*.npz") if _is_step(p.stem)) if folder.is_dir() else []
 
 
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly spaced, the first and the last among them; of one only the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[-1]] if most == 1 else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
 def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration of a run as plain values; its sections have the types of SECTIONS, and `needed` are there."""
     path = Path(run) / CONFIG
