@@ -37,6 +37,8 @@ class Autoencoder(nn.Module):
     stores_moments: bool = True
     distilled: bool = False
     resolution: int = 0
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(
         self,
@@ -221,7 +223,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -233,7 +235,7 @@ class DeterministicAutoencoder(Autoencoder):
     """One of diffusers' without a posterior: `encoded` gives the mean, and the standard deviation is 0."""
 
     stochastic = False
-    vae: nn.Module
+    vae: Any
 
     def encoded(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] -> unscaled latents (N, C, h, w)."""

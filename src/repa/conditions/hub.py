@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from repa.base import extras, faults, files, trust
 from repa.base.errors import UserError
@@ -30,8 +29,10 @@ class HubText(TextEncoder):
         layer: block, counted from 1, whose output is given as it is; 0: the last, after the final norm.
     """
 
+    net: Any  # a model of transformers, whose settings have no types
+
     def __init__(
-        self, net: nn.Module, tokenizer: Any, *, name: str, num_tokens: int, masked: bool, layer: int, identity: dict
+        self, net: Any, tokenizer: Any, *, name: str, num_tokens: int, masked: bool, layer: int, identity: dict
     ):
         super().__init__()
         self.net, self.tokenizer, self.layer = net.requires_grad_(False).eval(), tokenizer, layer
@@ -144,7 +145,7 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
         raise UserError(f"{folder} holds a model of type {found!r}, but the text encoder {name} is of type {allowed}.")
 
 
-def read_network(name: str, model: str, folder: Path) -> nn.Module:
+def read_network(name: str, model: str, folder: Path) -> Any:
     """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
     transformers = extras.need("transformers", f"The text encoder {name}")
     try:

@@ -25,6 +25,8 @@ class WordHashes(TextEncoder):
     as far from "mug" as from "sky".
     """
 
+    positions: Tensor
+
     def __init__(self, name: str, num_tokens: int, dim: int):
         super().__init__()
         self.name, self.num_tokens, self.dim, self.masked = name, num_tokens, dim, True

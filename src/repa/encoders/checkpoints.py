@@ -140,10 +140,11 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
 
     original = family.original_of(size)
     file, model = weights_file(name, family, original, path), getattr(transformers, family.model)
-    is_original = file == path
+    if file != path:  # a folder in the hub's format
+        original = None
     try:
         with faults.reading(file, f"weights of the encoder {name}", "Download or copy it again."):
-            contents = read_original(name, family, original, file) if is_original else read_folder(family, file)
+            contents = read_original(name, family, original, file) if original else read_folder(family, file)
         net, report = model.from_pretrained(
             None, config=contents.config, state_dict=contents.tensors, dtype=torch.float32, output_loading_info=True,
             **family.build,
@@ -151,11 +152,11 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     except UserError:
         raise
     except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
-        fits = f"the encoder {name}" if is_original else f"its {CONFIG}"
+        fits = f"the encoder {name}" if original else f"its {CONFIG}"
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
     if report["missing_keys"]:  # transformers would leave these at random values
         raise UserError(f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}.")
-    if is_original and report["unexpected_keys"]:
+    if original and report["unexpected_keys"]:
         raise UserError(
             f"{file} is another network's: the encoder {name} has no {min(report['unexpected_keys'])}; give the checkpoint "
             f"of {original.project}."

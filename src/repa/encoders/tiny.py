@@ -43,7 +43,7 @@ def load_tiny(name: str, weights: Path | None) -> TinyEncoder:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the weights of the encoder {name}, or is damaged: {reason}") from error
     return TinyEncoder(
-        net.to(memory_format=torch.channels_last),
+        net.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stubs do not know it
         name=name,
         dim=SHAPES[name].dim,
         patch_size=SHAPES[name].patch_size,

@@ -4,6 +4,7 @@ N batch, G grid side, M native grid side, D width, P prefix tokens (class token 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from repa.encoders.families import Colours, Family, family_of
 class ViTEncoder(VisionEncoder):
     """Patch tokens of the last block; pooled is the class token, or the mean token where there is none. Any grid."""
 
-    def __init__(self, net: nn.Module, family: Family, name: str, weights_file: Path):
+    net: Any  # a model of transformers, whose settings have no types
+    native_positions: Tensor | None
+
+    def __init__(self, net: Any, family: Family, name: str, weights_file: Path):
         super().__init__(
             net,
             name=name,
@@ -58,7 +62,7 @@ class ViTEncoder(VisionEncoder):
             attention[layer] = patches.clamp_min(torch.finfo(torch.float32).tiny).log()
         return self._features(output.last_hidden_state)._replace(attention=attention)
 
-    def _run(self, pixels: Tensor, grid: int, **arguments):
+    def _run(self, pixels: Tensor, grid: int, **arguments: Any) -> Any:
         self.place(grid)
         arguments |= self.family.call
         if self.family.masks:  # patches are sorted by this noise, and none is masked: they stay in their order
@@ -76,10 +80,10 @@ class ViTEncoder(VisionEncoder):
         transformers would resample in each forward, and without antialias; it leaves a table of the right size alone.
         """
         class_rows = int(self.family.class_token)
-        table = positions_of(self.net)
-        if table is not None and table.shape[1] != class_rows + grid * grid:
+        native, table = self.native_positions, positions_of(self.net)
+        if native is not None and table is not None and table.shape[1] != class_rows + grid * grid:
             with torch.inference_mode(False):  # what stays must serve callers outside of inference mode too
-                place_positions(self.net, resample_positions(self.native_positions, grid, class_rows))
+                place_positions(self.net, resample_positions(native, grid, class_rows))
 
 
 def load_vit(name: str, weights: Path | None) -> ViTEncoder:
@@ -111,23 +115,25 @@ def preprocessing(family: Family, positions: Tensor | None) -> str:
 def positions_of(net: nn.Module) -> Tensor | None:
     """The network's position table (1, [1 +] M*M, D); None where positions are rotary (DINOv3)."""
     embeddings = embeddings_of(net)
-    if hasattr(embeddings, "position_embedding"):  # CLIP and SigLIP look rows up
-        return embeddings.position_embedding.weight[None]
+    rows = getattr(embeddings, "position_embedding", None)
+    if isinstance(rows, nn.Embedding):  # CLIP and SigLIP look them up
+        return rows.weight[None]
     return getattr(embeddings, "position_embeddings", None)
 
 
 def place_positions(net: nn.Module, table: Tensor) -> None:
     """Replace the position table, frozen."""
     embeddings = embeddings_of(net)
-    if hasattr(embeddings, "position_embedding"):
-        embeddings.position_embedding.weight = nn.Parameter(table[0], requires_grad=False)
+    rows = getattr(embeddings, "position_embedding", None)
+    if isinstance(rows, nn.Embedding):
+        rows.weight = nn.Parameter(table[0], requires_grad=False)
         embeddings.position_ids = torch.arange(table.shape[1], device=table.device)[None]
     else:
         embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
 
 
 def embeddings_of(net: nn.Module) -> nn.Module:
-    return getattr(net, "vision_model", net).embeddings  # CLIP and SigLIP in transformers 4 are nested
+    return getattr(net, "vision_model", net).get_submodule("embeddings")  # CLIP and SigLIP in transformers 4 are nested
 
 
 def resample_positions(table: Tensor, grid: int, class_rows: int = 1) -> Tensor:

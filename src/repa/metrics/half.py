@@ -1,6 +1,6 @@
 """Precision and recall as the evaluator of ADM (Dhariwal and Nichol 2021) computes them: distances in float16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
     return rounded if rounded.isfinite().all() else _expand(u, v, lambda x: x)
 
 
-def _expand(u: Tensor, v: Tensor, rounding) -> Tensor:
+def _expand(u: Tensor, v: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """|u|^2 - 2 u.v + |v|^2, clamped at 0, in the evaluator's order."""
     squares_u, squares_v = (rounding(rounding(x.square()).sum(1)) for x in (u, v))
     products = rounding(u @ v.T)  # (n, m)

@@ -34,7 +34,7 @@ class InceptionFeatures(NamedTuple):
 class InceptionV3(nn.Module):
     """uint8 images of any side in, features out; frozen. `load_inception` gives it its weights."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)

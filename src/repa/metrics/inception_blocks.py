@@ -3,6 +3,8 @@
 N batch, H W height and width. A branch called dbl has one more convolution than the branch beside it.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,15 @@ class BasicConv2d(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-ROW, COLUMN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+class Side(TypedDict):
+    """A kernel of one row or column, padded to keep the size."""
+
+    kernel: tuple[int, int]
+    padding: tuple[int, int]
+
+
+ROW: Side = {"kernel": (1, 7), "padding": (0, 3)}
+COLUMN: Side = {"kernel": (7, 1), "padding": (3, 0)}
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -121,7 +131,8 @@ class InceptionE(nn.Module):
 
     def __init__(self, in_channels: int, *, average: bool):
         super().__init__()
-        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+        row: Side = {"kernel": (1, 3), "padding": (0, 1)}
+        column: Side = {"kernel": (3, 1), "padding": (1, 0)}
         self.average = average
         self.branch1x1 = BasicConv2d(in_channels, 320, 1)
         self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)

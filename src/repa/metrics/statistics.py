@@ -125,7 +125,7 @@ class Statistics:
         """Write mu, sigma and count as .npz; an interrupted write leaves what was there."""
         state = self.state_dict()
         with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **state)
+            np.savez(file, mu=state["mu"], sigma=state["sigma"], count=state["count"])
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

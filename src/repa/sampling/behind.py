@@ -43,14 +43,16 @@ class OneBehind:
 
     def _run(self, work: Callable[[], None], ready: "torch.cuda.Event | None") -> None:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            if self._stream is not None:
+            if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
             work()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.wait()

@@ -46,7 +46,7 @@ def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
 def differences(guides: list[Tensor]) -> np.ndarray:
     """(K, K) one minus the cosine of the encoder's tokens (N, T, D) at two evaluations, over all of them."""
     num, tokens, _ = guides[0].shape
-    cosines = 0.0
+    cosines = torch.zeros(len(guides), len(guides), dtype=torch.float64, device=guides[0].device)
     # one image at a time, in float64: neighbouring evaluations differ in the last digits of float32
     for n in range(num):
         units = torch.stack([F.normalize(guide[n].double(), dim=-1).flatten() for guide in guides])  # (K, T D)
