@@ -12,9 +12,9 @@ from repa.encoders.contract import Features, VisionEncoder
 from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.latents import FAMILIES
-from repa.recipes.methods import METHODS, figures_table, headline, method_recipes
+from repa.recipes.methods import METHODS, method_recipes
 from repa.recipes.pixels import pixel_recipes
-from repa.recipes.published import PUBLISHED
+from repa.recipes.published import PUBLISHED, figures_table, headline
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training

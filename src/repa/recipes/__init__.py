@@ -8,16 +8,15 @@ from pathlib import Path
 from repa.base.config import read_yaml
 from repa.base.errors import UserError, choices
 from repa.base.trust import trust_names_in
-from repa.recipes.cifar10 import cifar10, cifar10_repa
 from repa.recipes.few_images import few_image_recipes
 from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
 from repa.recipes.paper import paper_recipe
 from repa.recipes.paper_tables import ROWS
 from repa.recipes.pixels import pixel_recipes
-from repa.recipes.quickstart import quickstart, quickstart_repa
 from repa.recipes.recipe import Recipe
-from repa.recipes.text import quickstart_text, text_recipes
+from repa.recipes.small import cifar10, cifar10_repa, quickstart, quickstart_repa, quickstart_text
+from repa.recipes.text import text_recipes
 from repa.runs import layout
 from repa.training.config import TrainConfig
 

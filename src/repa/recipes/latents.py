@@ -9,9 +9,8 @@ from typing import NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import SIZES, ModelConfig
-from repa.recipes.methods import figures_table, headline
-from repa.recipes.published import PUBLISHED
-from repa.recipes.recipe import Recipe
+from repa.recipes.published import PUBLISHED, figures_table, headline
+from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.training.config import OptimizerConfig, TrainConfig
 
 EPOCH = 1251  # steps of 1024 images in ImageNet's 1.28 million
@@ -128,30 +127,21 @@ def latent_recipes() -> dict[str, Recipe]:
 def _recipe(name: str, key: str) -> Recipe:
     family, figures = FAMILIES[key], PUBLISHED[key]
     size, model = family.names[name]
+    autoencoder, flip = family.make(size).autoencoder, " --flip true" if family.flip else ""
     parts = [
         [f"{name}: {family.title}, size {size}, arXiv {family.paper}. docs/methods/{family.page} explains it."],
         list(family.notes),
-        _commands(name, family, family.make(size).autoencoder),
+        commands(
+            name, f"imagenet256-{autoencoder}", f"--resolution 256 --autoencoder {autoencoder}{flip}", family.sampling
+        ),
         figures_table(figures),
     ]
     return Recipe(
         lambda: family.make(size),
         f"{model}, {family.title} (arXiv {family.paper}): {headline(figures, model)}",
-        "\n\n".join("\n".join(part) for part in parts),
+        paragraphs(*parts),
         group="Other latents, and two halves",
     )
-
-
-def _commands(name: str, family: Family, autoencoder: str) -> list[str]:
-    """Images -> figures, on one machine with eight GPUs."""
-    data, samples = f"imagenet256-{autoencoder}", f"samples/{name}.npz"
-    eight, flip = "torchrun --nproc-per-node 8 -m repa", " --flip true" if family.flip else ""
-    return [
-        f"repa prepare ILSVRC2012/train {data} --resolution 256 --autoencoder {autoencoder}{flip}",
-        f"{eight} train {name} --data {data} --out runs/{name}",
-        f"{eight} sample runs/{name} --num-images 50000 {family.sampling} --out {samples}",
-        f"repa evaluate {samples} --reference {data} --neighbours float16",
-    ]
 
 
 def _unclipped(settings: dict) -> dict:

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.cifar10 import cifar10
-from repa.recipes.paper import commands, steps_text
-from repa.recipes.paper_tables import printed
-from repa.recipes.published import PUBLISHED, Labels, Published
-from repa.recipes.recipe import Recipe
+from repa.recipes.paper import commands_of
+from repa.recipes.published import PUBLISHED, figures_table, headline
+from repa.recipes.recipe import Recipe, paragraphs
+from repa.recipes.small import cifar10
 from repa.training.config import StreamConfig, TrainConfig
 
 
@@ -271,13 +270,13 @@ def _full(place: Place, key: str) -> Recipe:
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
         ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
-        commands(name, guidance=method.guidance.format(aligned=place.aligned)),
+        commands_of(name, guidance=method.guidance.format(aligned=place.aligned)),
         figures_table(figures),
     ]
     return Recipe(
         lambda: method_config(method, place, TrainConfig(model=ModelConfig(name=place.model))),
         f"{method.title} (arXiv {method.paper}): {headline(figures, place.model)}",
-        "\n\n".join("\n".join(part) for part in parts),
+        paragraphs(*parts),
         group=f"Methods on {place.model}",
     )
 
@@ -296,28 +295,6 @@ def _small(key: str) -> Recipe:
 def method_config(method: Method, place: Place, baseline: TrainConfig) -> TrainConfig:
     parts = method.parts(place)
     return baseline.override(**{**parts, "model": baseline.model.override(**parts.get("model", {}))})
-
-
-def headline(figures: tuple[Published, ...], model: str, *, guided: bool = False) -> str:
-    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
-    own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
-    if not own:
-        return f"no {'guided' if guided else 'unguided'} figure known"
-    ends = dict.fromkeys([min(own, key=lambda f: f.step), max(own, key=lambda f: f.step)])
-    return "FID " + ", ".join(f"{printed(f.fid)} at {steps_text(f.step)}" for f in ends)
-
-
-def figures_table(figures: tuple[Published, ...]) -> list[str]:
-    """The papers' figures, one line each; a column for each way of drawing labels."""
-    if not figures:
-        return ["No figure of a paper is known here."]
-    columns: tuple[Labels, ...] = ("random", "balanced", "not stated")
-    lines = [["steps of 256", "network", *(f"FID, labels {labels}" for labels in columns), "guidance", ""]]
-    for f in figures:
-        cells = [printed(f.fid) if f.labels == labels else "" for labels in columns]
-        lines.append([f"{f.step:,}", f.model, *cells, f.guidance, f.note])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _terms(*terms: AlignmentConfig) -> Parts:

@@ -3,8 +3,8 @@
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.paper_tables import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed
-from repa.recipes.recipe import Recipe
+from repa.recipes.paper_tables import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed, steps_text
+from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 
@@ -63,29 +63,22 @@ def headline(row: Row) -> str:
 def promise(name: str, row: Row) -> str:
     """What `repa show` prints above the configuration."""
     sampling = next((figures.sampling for figures in row.figures if figures.sampling), "sde")
-    parts = [
+    return paragraphs(
         [
             f"{name}: {subject(row)}.",
             f"It stands for {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
         ],
         [*DIFFERENCES, *([row.note] if row.note else [])],
-        commands(name, row.resolution, sampling),
+        commands_of(name, row.resolution, sampling),
         [f"Hardware and time: {expected_time(row)}", *_longer(row)],
         figures_table(row),
-    ]
-    return "\n\n".join("\n".join(part) for part in parts)
+    )
 
 
-def commands(name: str, resolution: int = 256, sampling: str = "sde", guidance: str = "") -> list[str]:
-    """Images -> figures, on one machine with eight GPUs."""
-    data, samples = f"imagenet{resolution}", f"samples/{name}.npz"
-    guided = f" --guidance {guidance}" if guidance else ""
-    eight = "torchrun --nproc-per-node 8 -m repa"
+def commands_of(name: str, resolution: int = 256, sampling: str = "sde", guidance: str = "") -> list[str]:
+    data, guided = f"imagenet{resolution}", f" --guidance {guidance}" if guidance else ""
     return [
-        f"repa prepare ILSVRC2012/train {data} --resolution {resolution} --autoencoder {AUTOENCODER}",
-        f"{eight} train {name} --data {data} --out runs/{name}",
-        f"{eight} sample runs/{name} --num-images 50000 {options(sampling)}{guided} --out {samples}",
-        f"repa evaluate {samples} --reference {data} --neighbours float16",
+        *commands(name, data, f"--resolution {resolution} --autoencoder {AUTOENCODER}", f"{options(sampling)}{guided}"),
         f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} for figures beside those below.",
     ]
 
@@ -131,8 +124,3 @@ def _how(figures: Figures) -> str:
 
 def _guidance_options(config: SampleConfig) -> str:
     return " ".join(f"--guidance {spec}" for spec in config.guidance)
-
-
-def steps_text(number: int) -> str:
-    """'400K', '4M'."""
-    return f"{number / 1e6:g}M" if number >= 1_000_000 else f"{number // 1000}K"

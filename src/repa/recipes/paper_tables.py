@@ -231,3 +231,8 @@ def printed(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if value >= 1 and round(value, 1) == value else f"{value:.2f}"
+
+
+def steps_text(number: int) -> str:
+    """'400K', '4M'."""
+    return f"{number / 1e6:g}M" if number >= 1_000_000 else f"{number // 1000}K"

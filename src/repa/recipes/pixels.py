@@ -6,10 +6,9 @@ docs/methods/pixels.md explains both: equation, where it looks, when to use it, 
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig, dimensions
-from repa.recipes.cifar10 import cifar10
-from repa.recipes.methods import figures_table, headline
-from repa.recipes.published import PUBLISHED
-from repa.recipes.recipe import Recipe
+from repa.recipes.published import PUBLISHED, figures_table, headline
+from repa.recipes.recipe import Recipe, commands, paragraphs
+from repa.recipes.small import cifar10
 from repa.training.config import OptimizerConfig, TrainConfig
 
 BATCH, EPOCH = 1024, 1251  # images of a step, and steps in ImageNet's 1.28 million images
@@ -82,28 +81,17 @@ def _full(key: str, size: str) -> Recipe:
     name = f"jit-{size.lower()}16" + ("-pixelrepa" if key == "pixelrepa" else "")
     paper = {"jit": "2511.13720", "pixelrepa": "2603.14366"}[key]
     subject = f"JiT-{size}/16" + (" with PixelREPA's adapter" if key == "pixelrepa" else "")
+    sampling = f"--sampler heun --steps 50 --labels balanced --guidance cfg:scale={GUIDANCE[key][size]},high=0.9"
     notes = [*NOTES, *[OF_H] * (size == "H"), *[OF_TARGET] * (key == "pixelrepa")]
     parts = [
         [f"{name}: {subject}, arXiv {paper}. docs/methods/pixels.md explains it."],
         notes,
-        _commands(name, GUIDANCE[key][size]),
+        commands(name, "imagenet256-pixels", "--resolution 256 --flip true", sampling),
         figures_table(PUBLISHED[key]),
     ]
     return Recipe(
         lambda: {"jit": jit, "pixelrepa": pixelrepa}[key](size),
         f"{subject} (arXiv {paper}): {headline(PUBLISHED[key], f'JiT-{size}/16', guided=True)}",
-        "\n\n".join("\n".join(part) for part in parts),
+        paragraphs(*parts),
         group="JiT, on pixels",
     )
-
-
-def _commands(name: str, scale: float) -> list[str]:
-    """Images -> figures, on one machine with eight GPUs."""
-    eight, samples = "torchrun --nproc-per-node 8 -m repa", f"samples/{name}.npz"
-    return [
-        "repa prepare ILSVRC2012/train imagenet256-pixels --resolution 256 --flip true",
-        f"{eight} train {name} --data imagenet256-pixels --out runs/{name}",
-        f"{eight} sample runs/{name} --num-images 50000 --sampler heun --steps 50 --labels balanced "
-        f"--guidance cfg:scale={scale},high=0.9 --out {samples}",
-        f"repa evaluate {samples} --reference imagenet256-pixels --neighbours float16",
-    ]

@@ -6,6 +6,8 @@ labels drawn at random, so the two never stand in one column. REPA's own tables 
 
 from typing import Literal, NamedTuple
 
+from repa.recipes.paper_tables import printed, steps_text
+
 EPOCH = 5_000  # steps of a batch of 256, as the papers round it: 80 epochs are 400K
 
 Labels = Literal["random", "balanced", "not stated"]
@@ -103,3 +105,25 @@ COCO: tuple[Published, ...] = (
     Published("MMDiT", 150_000, 4.73, "classifier-free, scale 2, ODE with 50 steps", note="with alignment"),
     Published("MMDiT", 150_000, 4.14, "classifier-free, scale 2, SDE with 250 steps", note="with alignment"),
 )
+
+
+def headline(figures: tuple[Published, ...], model: str, *, guided: bool = False) -> str:
+    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
+    own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
+    if not own:
+        return f"no {'guided' if guided else 'unguided'} figure known"
+    ends = dict.fromkeys([min(own, key=lambda f: f.step), max(own, key=lambda f: f.step)])
+    return "FID " + ", ".join(f"{printed(f.fid)} at {steps_text(f.step)}" for f in ends)
+
+
+def figures_table(figures: tuple[Published, ...]) -> list[str]:
+    """The papers' figures, one line each; a column for each way of drawing labels."""
+    if not figures:
+        return ["No figure of a paper is known here."]
+    columns: tuple[Labels, ...] = ("random", "balanced", "not stated")
+    lines = [["steps of 256", "network", *(f"FID, labels {labels}" for labels in columns), "guidance", ""]]
+    for f in figures:
+        cells = [printed(f.fid) if f.labels == labels else "" for labels in columns]
+        lines.append([f"{f.step:,}", f.model, *cells, f.guidance, f.note])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

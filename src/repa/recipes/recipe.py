@@ -1,6 +1,6 @@
-"""What a recipe is."""
+"""What a recipe is, and what the promises of recipes are made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from repa.sampling.config import SampleConfig
@@ -29,3 +29,19 @@ class Recipe:
         """From a function whose docstring says everything."""
         about = " ".join((make.__doc__ or "").split())
         return cls(make, about, about)
+
+
+def paragraphs(*parts: Sequence[str]) -> str:
+    """Lines, with an empty one between the parts."""
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def commands(name: str, data: str, prepare: str, sample: str) -> list[str]:
+    """Images -> figures, on one machine with eight GPUs; `prepare` and `sample` are the options of these two."""
+    eight, samples = "torchrun --nproc-per-node 8 -m repa", f"samples/{name}.npz"
+    return [
+        f"repa prepare ILSVRC2012/train {data} {prepare}",
+        f"{eight} train {name} --data {data} --out runs/{name}",
+        f"{eight} sample runs/{name} --num-images 50000 {sample} --out {samples}",
+        f"repa evaluate {samples} --reference {data} --neighbours float16",
+    ]

@@ -1,12 +1,10 @@
-"""Text to image: the paper's MMDiT on MS-COCO, and a small one for a CPU."""
+"""Text to image: the paper's MMDiT on MS-COCO."""
 
 from repa.alignment.config import AlignmentConfig
-from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.methods import figures_table
-from repa.recipes.published import COCO
-from repa.recipes.recipe import Recipe
-from repa.training.config import OptimizerConfig, PreviewConfig, TrainConfig
+from repa.recipes.published import COCO, figures_table
+from repa.recipes.recipe import Recipe, paragraphs
+from repa.training.config import TrainConfig
 
 GROUP = "Text to image"
 CAPTIONS = "coco/annotations/captions_{}2014.json"
@@ -60,22 +58,6 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
     return Recipe(
         lambda: coco_config(aligned=aligned),
         f"{subject} (arXiv 2410.06940): FID {best} at 150K, guided",
-        "\n\n".join("\n".join(part) for part in parts),
+        paragraphs(*parts),
         group=GROUP,
-    )
-
-
-def quickstart_text() -> TrainConfig:
-    """A small MMDiT on 32-pixel photographs with captions, aligned to the embedded encoder; docs/text.md shows that it follows words."""
-    return TrainConfig(
-        model=ModelConfig(name="SiT-S/4", backbone="mmdit", hidden_dim=128, depth=6, num_heads=2, patch_overlap=2),
-        diffusion=DiffusionConfig(prediction="data"),
-        alignments=(AlignmentConfig(target="tiny", depth=2, projector="mlp:width=256"),),
-        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3),
-        batch_size=32,
-        num_steps=1000,
-        ema_decay=0.98,
-        log_every=10,
-        save_every=500,
-        preview=PreviewConfig(every=250, num_images=16, num_steps=8),
     )
