@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import zipfile
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,26 @@ def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
     null = run.model.null_label
     alone, double = (2, [1, 0]), (4, [1, 0, null, null])
     assert seen == [(1.0, *alone), (0.8, *alone), (0.6, *double), (0.4, *double), (0.2, *double)]
+
+
+def test_every_pass_of_a_full_batch_has_as_many_rows(run):
+    """Where guidance is off nothing is half full: twice the images in the same passes, and the same images."""
+    guided = ODE.override(sampler="euler", steps=5, guidance=["cfg:scale=2,low=0.2,high=0.6"])  # on at 3 of the 5 steps
+    found, passes = {}, {}
+    for size, at_once in ((16, 8), (16, 16), (12, 12)):  # with 8 images the doubled batch just fits
+        rows = []
+        handle = run.model.register_forward_pre_hook(lambda model, inputs, rows=rows: rows.append(len(inputs[0]["x"])))
+        config = guided.override(batch_size=size)
+        parts = [generate(run, config, range(s, min(s + at_once, 32))).images for s in range(0, 32, at_once)]
+        handle.remove()
+        found[size, at_once], passes[size, at_once] = torch.cat(parts), Counter(rows)
+    assert passes == {
+        (16, 8): {8: 4 * 2, 16: 4 * 3},  # 20 passes
+        (16, 16): {16: 2 * (2 + 2 * 3)},  # 16
+        (12, 12): {12: 2 * (2 + 2 * 3), 8: 2 + 2 * 3},
+    }
+    assert torch.equal(found[16, 16], found[16, 8])
+    assert torch.equal(found[12, 12], found[16, 8])
 
 
 def test_labels(run, monkeypatch):

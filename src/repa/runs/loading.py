@@ -93,13 +93,20 @@ class LoadedRun:
         return Layout(self.model.state_shapes)
 
     def denoiser(
-        self, labels: Tensor, guidances: Sequence[str] = (), *, text: Text | None = None, negative: Text | None = None
+        self,
+        labels: Tensor,
+        guidances: Sequence[str] = (),
+        *,
+        text: Text | None = None,
+        negative: Text | None = None,
+        most: int | None = None,
     ) -> Denoiser:
         """The denoiser of states as `layout` packs them, for given labels (N,), with guidances (specs of GUIDANCES) closed over.
 
         Args:
             text: tokens of N texts, for a network that reads text.
             negative: those of one text (1, S, E), which stands for "no text" in guidance.
+            most: rows that a pass of the network takes; None: any number.
 
         Raises:
             UserError: guidance by a null class that never trained, or by a weaker run of another kind.
@@ -110,7 +117,8 @@ class LoadedRun:
             raise UserError(
                 f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."
             )
-        predictions = self.predictions(_condition(labels, text), negative and _condition(labels, negative))
+        null = negative and _condition(labels, negative)
+        predictions = replace(self.predictions(_condition(labels, text), null), most=most)
         fn = guided(predictions, [GUIDANCES.build(spec) for spec in guidances], self.layout)
         process = self.process
         return Denoiser(fn, process.path, process.prediction, sigma_min=process.sigma_min, shift=process.shift)

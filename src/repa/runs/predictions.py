@@ -65,6 +65,8 @@ class Predictions:
         guide: whose gradient is asked for, for representation guidance.
         null: of N samples, what stands for "none"; None: what the network says itself.
         sharing: of a DDT, when its encoder runs; None: always.
+        most: rows that a pass takes; None: any number. Where the samples with and without their condition are more, each of
+            the two has a pass of its own. A DDT whose encoder is shared has one pass of both, as it keeps what that found.
     """
 
     model: Backbone
@@ -75,6 +77,7 @@ class Predictions:
     guide: Guide | None = None
     null: Condition | None = None
     sharing: Sharing | None = None
+    most: int | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
@@ -84,8 +87,9 @@ class Predictions:
         found: dict[str, Tensor] = {}
         passes = {pass_of(name) for name in names}
         branches = [name for name in (CONDITIONAL, NULL) if name in passes]
-        if branches:
-            for branch, output in zip(branches, self._run(x_t, t, branches), strict=True):
+        fits = self.most is None or self.sharing is not None or len(branches) * len(x_t) <= self.most
+        for together in [branches] if branches and fits else [[branch] for branch in branches]:
+            for branch, output in zip(together, self._run(x_t, t, together), strict=True):
                 found |= {name: self._named(name, output) for name in names if pass_of(name) == branch}
         if "weak" in passes:
             if self.weak is None:

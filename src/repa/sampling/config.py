@@ -46,7 +46,8 @@ class SampleConfig(Config):
     seed: int = 0
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
-    """Images at a time on each process."""
+    """Images at a time on each process, and rows that a pass of the network takes at most: with guidance by the null class two passes of
+    so many follow each other."""
     decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
     decoder_weights: str = ""

@@ -97,7 +97,7 @@ def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback:
     labels = draw_labels(config.labels, indices, streams, run)
     sampler = SAMPLERS.build(config.sampler)
     text, negative = (run.prompts.of(indices), run.prompts.negative) if run.prompts else (None, None)
-    denoiser = run.denoiser(labels, config.guidance, text=text, negative=negative)
+    denoiser = run.denoiser(labels, config.guidance, text=text, negative=negative, most=config.batch_size)
     calls = Watched(denoiser.predict)
     told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
     denoiser = replace(denoiser, predict=calls)
