@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repa.alignment import TOKEN_NORMS, resize_tokens
-from repa.alignment.tokens import grid_side
+from repa.alignment.losses import grid_side
 from repa.base.errors import UserError
 from tests.oracles import alignment as oracle
 

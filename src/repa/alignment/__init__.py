@@ -45,9 +45,9 @@ PROJECTORS = Registry(
 TOKEN_NORMS = Registry(
     "token normalisation",
     {
-        "none": "repa.alignment.tokens:identity",
-        "zscore": "repa.alignment.tokens:zscore",
-        "layernorm": "repa.alignment.tokens:layernorm",
+        "none": "repa.alignment.losses:identity",
+        "zscore": "repa.alignment.losses:zscore",
+        "layernorm": "repa.alignment.losses:layernorm",
     },
     listing="token-norms",
 )
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from repa.alignment.attach import Aligner as Aligner
     from repa.alignment.attach import attach as attach
     from repa.alignment.config import AlignmentConfig as AlignmentConfig
+    from repa.alignment.losses import resize_tokens as resize_tokens
     from repa.alignment.targets import Seen as Seen
-    from repa.alignment.tokens import resize_tokens as resize_tokens
 else:
     __getattr__, __dir__, __all__ = exports(
         __name__, local=("LOSSES", "PROJECTORS", "SCHEDULES", "TARGETS", "TIME_WEIGHTS", "TOKEN_NORMS")

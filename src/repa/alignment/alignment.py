@@ -9,10 +9,9 @@ from torch import Tensor
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.losses import looks_at_other_images
+from repa.alignment.losses import looks_at_other_images, resize_tokens
 from repa.alignment.projectors import looks_at_condition
 from repa.alignment.targets import Seen, Target, build_target
-from repa.alignment.tokens import resize_tokens
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
 from repa.base.registry import parse_spec
@@ -57,6 +56,7 @@ class Alignment(nn.Module):
     ):
         super().__init__()
         self.config, self.feature_dim, self.grid = config, feature_dim, grid
+        self.key = config.key
         self.target, self.prefix_tokens = target, prefix_tokens
         self.tap = Tap(config.depth, config.tap)
         projector = PROJECTORS.build(config.projector)
@@ -134,7 +134,7 @@ class Alignment(nn.Module):
             student = student[:, self.prefix_tokens :]
         if self.config.measure_only:
             student = student.detach()
-        beside = Beside(seen.t, seen.condition, seen.visible.get(self.config.key)) if self.looks_at_condition else None
+        beside = Beside(seen.t, seen.condition, seen.visible.get(self.key)) if self.looks_at_condition else None
         loss = self.compare(*self._kept(student, target, seen.output.kept), beside)
         return self.at_times(loss, seen.t) if self.looks_at_times else loss
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.tokens import grid_side, resize_tokens
+from repa.alignment.losses import grid_side, resize_tokens
 from repa.base import dist
 from repa.base.errors import UserError, nearest
 from repa.base.registry import parse_spec

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn as nn
 from torch import Tensor
 
-from repa.alignment.tokens import grid_side
+from repa.alignment.losses import grid_side
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
 

@@ -19,8 +19,8 @@ PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
     "time distribution",
     {
-        "uniform": "repa.diffusion.timesteps:Uniform",
-        "logit_normal": "repa.diffusion.timesteps:LogitNormal",
+        "uniform": "repa.diffusion.processes:Uniform",
+        "logit_normal": "repa.diffusion.processes:LogitNormal",
     },
     base="callable",
     listing="times",
@@ -62,16 +62,16 @@ if TYPE_CHECKING:
     from repa.diffusion.guidance import Guidance as Guidance
     from repa.diffusion.interpolants import Coefficients as Coefficients
     from repa.diffusion.interpolants import Interpolant as Interpolant
+    from repa.diffusion.interpolants import convert as convert
     from repa.diffusion.interpolants import interpolate as interpolate
-    from repa.diffusion.predictions import convert as convert
-    from repa.diffusion.predictions import target as target
+    from repa.diffusion.interpolants import target as target
+    from repa.diffusion.interpolants import time_shift as time_shift
     from repa.diffusion.processes import Process as Process
     from repa.diffusion.processes import build_process as build_process
     from repa.diffusion.samplers import Step as Step
+    from repa.diffusion.samplers import ode_grid as ode_grid
+    from repa.diffusion.samplers import sde_grid as sde_grid
     from repa.diffusion.state import Layout as Layout
-    from repa.diffusion.timesteps import ode_grid as ode_grid
-    from repa.diffusion.timesteps import sde_grid as sde_grid
-    from repa.diffusion.timesteps import time_shift as time_shift
 else:
     __getattr__, __dir__, __all__ = exports(
         __name__, local=("DDPM_SAMPLERS", "GUIDANCES", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from repa.diffusion.denoiser import per_sample
 from repa.diffusion.guidance import CONDITIONAL, NULL, Guidance
 from repa.diffusion.state import Layout
-from repa.diffusion.timesteps import per_sample
 
 HEAD = "head@"  # of the conditional pass; those of the null pass are "null/head@..."
 Evaluate = Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tensor]]

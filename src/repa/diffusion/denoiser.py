@@ -8,9 +8,7 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion.config import check_prediction
-from repa.diffusion.interpolants import Coefficients, Interpolant
-from repa.diffusion.predictions import SIGMA_MIN, convert
-from repa.diffusion.timesteps import per_sample
+from repa.diffusion.interpolants import SIGMA_MIN, Coefficients, Interpolant, convert
 
 
 @dataclass(frozen=True)
@@ -104,3 +102,12 @@ def count_calls(predict: Callable[..., Tensor]) -> CountedCalls:
     Around `guided`, a guided evaluation counts once, as papers count.
     """
     return CountedCalls(predict)
+
+
+def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
+    """What networks take: (N,) times in float32 on x's device, from a Python float, a 0-dim or an (N,) tensor."""
+    if not isinstance(t, Tensor):
+        return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
+        raise UserError(f"t has shape {tuple(t.shape)}, but must be one time for all or one per sample, ({len(x)},).")
+    return t.to(x.device, torch.float32).expand(len(x))

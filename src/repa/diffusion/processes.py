@@ -1,9 +1,11 @@
-"""The two ways to train a denoiser, behind one contract: flow matching (SiT) and improved DDPM (DiT).
+"""The two ways to train a denoiser, flow matching (SiT) and improved DDPM (DiT), and the times that training draws.
 
 Everybody else speaks our t, 0 data and 1 noise; what a network is told instead is known in here alone.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,9 +16,17 @@ from repa.base.errors import UserError
 from repa.diffusion import PATHS, TIMESTEPS
 from repa.diffusion.config import DiffusionConfig
 from repa.diffusion.ddpm import ImprovedDDPM, timestep
-from repa.diffusion.interpolants import Coefficients, Interpolant, at_least_float32, interpolate
-from repa.diffusion.predictions import SIGMA_MIN, convert, target
-from repa.diffusion.timesteps import time_shift
+from repa.diffusion.interpolants import (
+    SIGMA_MIN,
+    Coefficients,
+    Interpolant,
+    at_least_float32,
+    check_numbers,
+    convert,
+    interpolate,
+    target,
+    time_shift,
+)
 
 
 class Process(Protocol):
@@ -162,3 +172,55 @@ class DDPM:
 def build_process(config: DiffusionConfig) -> Process:
     """The process that a configuration names."""
     return DDPM() if config.objective == "ddpm" else Flow(config)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U[low, high): the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers("time distribution uniform", low=self.low, high=self.high)
+        if not 0 <= self.low < self.high <= 1:
+            raise UserError(
+                f"The time distribution uniform needs 0 <= low < high <= 1, but got low={self.low} and high={self.high}."
+            )
+
+    def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """(num,) float32 times on `device`; drawn where the generator lives: a CPU one gives the same anywhere."""
+        t = torch.rand(num, generator=generator, device=generator.device if generator else device)
+        return (self.low + (self.high - self.low) * t).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """The ratio r = sigma_t / alpha_t is log-normal, log r ~ N(mean, std^2), and t is where `path` reaches r.
+
+    On the linear path t = r / (1 + r), the logit-normal law; on the trigonometric path t = 2/pi atan(r). The law of t
+    therefore depends on the path, and as a time distribution does not know the run's path, the setting says which:
+    `logit_normal:path=trigonometric` with the trigonometric path is the reference implementation's "lognormal". JiT's mean of
+    -0.8 is of data times (t = 1 is data): `logit_normal:mean=0.8,std=0.8` here.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    path: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_numbers("time distribution logit_normal", mean=self.mean, std=self.std)
+        if self.std <= 0:
+            raise UserError(f"The time distribution logit_normal needs std > 0, but got {self.std}.")
+        if self.path not in ("linear", "trigonometric"):
+            raise UserError(
+                f"The time distribution logit_normal knows the paths linear and trigonometric, but got {self.path!r}."
+            )
+
+    def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """(num,) float32 times on `device`; drawn where the generator lives."""
+        log_ratio = self.mean + self.std * torch.randn(
+            num, generator=generator, device=generator.device if generator else device
+        )
+        t = torch.sigmoid(log_ratio) if self.path == "linear" else torch.atan(log_ratio.exp()) * (2 / math.pi)
+        return t.to(device, non_blocking=True)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from repa.base import extras
 from repa.base.errors import UserError, nearest
+from repa.diffusion.config import check_shift
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.interpolants import check_numbers
-from repa.diffusion.predictions import velocity_to_data
-from repa.diffusion.timesteps import check_steps, ode_grid, sde_grid
+from repa.diffusion.interpolants import check_numbers, time_shift, velocity_to_data
 
 RandnLike = Callable[[Tensor], Tensor]
 
@@ -180,3 +179,27 @@ def _data(denoiser: Denoiser, velocity: Tensor, x: Tensor, t: float) -> Tensor:
 def to_state(noise: Tensor) -> Tensor:
     """The noise in the precision that samplers compute in: float64, float32 on MPS; same shape and device."""
     return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
+
+
+def ode_grid(num_steps: int, shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) float64 times from 1 down to 0, evenly spaced before the shift. On the CPU: see `Denoiser`."""
+    check_steps(num_steps)
+    check_shift(shift)
+    return time_shift(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu"), shift)
+
+
+def sde_grid(num_steps: int, last: float = 0.04, shift: float = 1.0) -> Tensor:
+    """(num_steps + 1,) float64 times: num_steps evenly spaced from 1 to `last` before the shift, then 0. On the CPU: see `Denoiser`."""
+    check_steps(num_steps)
+    check_shift(shift)
+    check_numbers("sampler", last=last)
+    if not 0 < last < 1:
+        raise UserError(f"The last noisy time of the sampler must lie between 0 and 1, but got last={last}.")
+    grid = time_shift(torch.linspace(1, last, num_steps, dtype=torch.float64, device="cpu"), shift)
+    return torch.cat([grid, torch.zeros(1, dtype=torch.float64, device="cpu")])
+
+
+def check_steps(num_steps: int) -> None:
+    """UserError unless it is a whole number of at least 1."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise UserError(f"The number of sampling steps must be a whole number of at least 1, but got {num_steps!r}.")

@@ -233,7 +233,7 @@ class Objective(nn.Module):
                 continue
             loss = alignment(seen)  # (N,), Eq. 8
             total = total + weight * loss  # Eq. 9
-            terms[f"alignment/{alignment.config.key}"] = loss.detach()
+            terms[f"alignment/{alignment.key}"] = loss.detach()
         return Losses(total, terms)
 
     def observe(self, step: int, losses: Losses) -> None:
