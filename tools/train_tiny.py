@@ -5,7 +5,8 @@
 
 `target` (the encoder `tiny`) sees no label: two augmented views of an image must agree, pooled and place by place.
 `judge` (`tiny-judge`) is trained on the labels. The same command resumes from --state; learning rate and
-image size follow the clock, so that training ends on time on any machine; --out is usable from the first checkpoint on.
+image size follow the processor time, so that other work on the machine changes nothing but how long it takes; --out is
+usable from the first checkpoint on.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from evaluate_tiny import pooled_features, probe, read_images, to_input
 from repa.base import files
+from repa.base.precision import autocast
 from repa.encoders.convnet import SHAPES, ConvNet
 
 NAMES = {"target": "tiny", "judge": "tiny-judge"}
@@ -178,7 +180,7 @@ def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor,
 
 
 class Training:
-    """One model, its optimiser and its clock, which counts the minutes before a restart too."""
+    """One model, its optimiser and its processor time, that before a restart too."""
 
     def __init__(self, which: str, state: Path, seed: int):
         self.name, self.state, self.seconds, self.seen = NAMES[which], state, 0.0, 0
@@ -192,20 +194,20 @@ class Training:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.seconds, self.seen = saved["seconds"], saved["seen"]
-        self.start = time.monotonic() - self.seconds
+        self.start = time.process_time() - self.seconds
         torch.manual_seed(seed + self.seen)
 
     def step(self, images: Tensor, labels: Tensor, progress: float, small: float) -> float:
         rate = min(1, progress / 0.04 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = self.model.peak * rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), "auto"):
             loss = self.model(images, labels, side=24 if progress < small else 32)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.seen += len(images)
-        self.seconds = time.monotonic() - self.start
+        self.seconds = time.process_time() - self.start
         return loss.item()
 
     def save(self) -> None:
@@ -215,7 +217,7 @@ class Training:
 
 
 def fit(training: Training, images: Tensor, labels: Tensor, args: argparse.Namespace) -> dict:
-    """Train until the minutes are over; returns the facts for the weights' file."""
+    """Train until the minutes of processor time are over; returns the facts for the weights' file."""
     budget, losses, printed, saved = 60 * args.minutes, [], (training.seconds, training.seen), training.seconds
     facts = {"name": training.name, "objective": OBJECTIVES[args.which], "data": "CIFAR-10 train, 50000 images (JPEG)"}
     facts |= {"seed": args.seed, "torch": torch.__version__, "minutes": args.minutes, "batch": BATCH}
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("which", choices=NAMES)
     parser.add_argument("--data", type=Path, required=True, help="zip of training images")
     parser.add_argument("--test", type=Path, required=True, help="zip of test images")
-    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="of processor time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", type=float, default=0.6, help="first part of the time, on 24-pixel views for speed")
     parser.add_argument("--out", type=Path, help="default: the file inside the package")

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from evaluate_tiny import read_images, to_input
 from repa.base import files
+from repa.base.precision import autocast
 from repa.data.sources.photographs import PhotographSource, checksum
 from repa.encoders import load_encoder
 
@@ -105,7 +106,7 @@ class Training:
         rate = min(1.0, progress / 0.03 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = PEAK * rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), "auto"):
             found = losses(self.vae, tiny, to_input(images), self.stream)
         sum(found.values()).backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), CLIP)
