@@ -18,15 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from repa.base import files
-from repa.data import open_data
-from repa.evaluation import evaluate, load_judge, reference_of
+from repa.evaluation import EvaluateConfig, evaluate_file
 from repa.recipes import load_recipe
 from repa.report.speedups import first_reached
-from repa.runs import layout
+from repa.runs import layout, read_metrics
 
 NAMES = ("baseline", "aligned")  # of the runs, in the order of --recipes
 Rows = list[dict[str, Any]]
@@ -37,23 +35,24 @@ def repa(*arguments: str, threads: int) -> None:
     subprocess.run([sys.executable, "-m", "repa", *arguments], check=True, env=environment)
 
 
-def distances(runs: list[Path], data: Path, spec: str, kept: Path) -> dict[Path, Rows]:
-    """Run -> step and Fréchet distance of each preview's samples, in the features of one judge; what is in `kept` is not measured again."""
-    known = files.read_json(kept) if kept.is_file() else {}
-    wanted = [(run, step) for run in runs for step in layout.preview_steps(run)]
-    if any(f"{run.name}/{step}" not in known for run, step in wanted):
-        judge = load_judge(spec)
-        reference = reference_of(open_data(data), judge, spec)
-        for run, step in wanted:
-            if f"{run.name}/{step}" not in known:
-                with np.load(layout.preview(run, step, ".npz")) as samples:
-                    images = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)
-                known[f"{run.name}/{step}"] = evaluate(images.split(250), judge, reference)["fd"]
-                files.write_json(kept, known)
-    return {
-        run: [{"step": step, "frechet_distance": known[f"{run.name}/{step}"]} for step in layout.preview_steps(run)]
-        for run in runs
-    }
+def distances(runs: list[Path], reference: Path, judge: str) -> dict[Path, Rows]:
+    """Run -> step and Fréchet distance of each preview's samples, in the features of one judge.
+
+    Each lies in the run's folder as `repa evaluate` would write it, for `repa report`; what lies there is not measured again.
+    """
+    found: dict[Path, Rows] = {}
+    for run in runs:
+        made = {row["step"]: row for row in read_metrics(run) if row["kind"] == "eval"}
+        found[run] = []
+        for step in layout.preview_steps(run):
+            file = run / layout.EVALUATIONS / f"{layout.step_name(step)}-{judge}.json"
+            if not file.is_file():
+                config = EvaluateConfig(features=judge, metrics=("fd",))
+                samples = layout.preview(run, step, ".npz")
+                results = evaluate_file(samples, reference, config, device=torch.device("cpu"))
+                files.write_json(file, results | {"made": made[step]})
+            found[run].append({"step": step, "frechet_distance": files.read_json(file)["metrics"]["fd"]})
+    return found
 
 
 def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
@@ -89,6 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")
     )
+    parser.add_argument("--reference", type=Path, help="prepared data or .npz; default: the training images")
     parser.add_argument("--judges", nargs="+", default=["tiny-judge", "lite0"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="after --: options of `repa train` for every run")
@@ -109,7 +109,7 @@ def main() -> None:
             job.result()
     for judge in args.judges:
         print(f"\n{judge}, {num} samples:\n")
-        print(table(args.out, args.seeds, distances(runs, data, judge, args.out / f"{judge}.json")), flush=True)
+        print(table(args.out, args.seeds, distances(runs, args.reference or data, judge)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from repa.base.errors import UserError
 from repa.report import curve_figure, read_runs, save_figure
 from repa.report.curves import running_mean, smoothing_window
-from tests.report.fakes import config, fake_run
+from repa.runs import layout
+from tests.report.fakes import config, fake_run, made_by, results_file
 
 
 @pytest.fixture
@@ -95,3 +96,11 @@ def test_picture_for_a_readme(two, tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         save_figure([empty], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_picture_has_what_repa_evaluate_found(tmp_path):
+    run = fake_run(tmp_path / "a")
+    loss = Image.open(save_figure([run], tmp_path / "loss.png")).convert("RGB")
+    results_file(run / layout.EVALUATIONS / "x.json", {"fid": 1.0}, made_by(run, 50))
+    distance = Image.open(save_figure([run], tmp_path / "distance.png")).convert("RGB")
+    assert ImageChops.difference(loss, distance).getbbox()

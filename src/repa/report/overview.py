@@ -11,7 +11,7 @@ import numpy as np
 from repa.base.errors import UserError
 from repa.report.curves import draw_curves
 from repa.report.pictures import has_preview, preview_columns, read_preview
-from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, read_runs
+from repa.report.runs import DISTANCE, Protocol, RunRecord, add_evaluations, common_protocol, read_runs
 from repa.report.speedups import group_indices, grouped
 from repa.report.style import TEXT, colour, new_figure, save_png
 from repa.report.text import count, figure
@@ -40,7 +40,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     evaluations the denoising loss is drawn instead.
     Raises UserError when there is neither a preview nor a logged step.
     """
-    records = read_runs(runs, names)
+    records, _ = add_evaluations(read_runs(runs, names))
     drawn = [(index, run) for index, run in enumerate(records) if layout.preview_steps(run.path)]
     if not drawn and not any(run.steps for run in records):
         raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
