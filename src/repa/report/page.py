@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from markupsafe import Markup, escape
@@ -18,53 +17,18 @@ from repa.report.analyses import accuracies, read_analyses
 from repa.report.curves import logged
 from repa.report.figures import analysis_curve, curves, learning_curve
 from repa.report.headline import verdict
-from repa.report.pictures import (
-    Sample,
-    Tile,
-    analysis_pictures,
-    check_images,
-    has_preview,
-    preview_classes,
-    preview_columns,
-    preview_prompts,
-    read_preview,
-    samples,
-    tile,
-)
+from repa.report.pictures import analysis_pictures, check_images, sample_pictures
 from repa.report.results import results as find_results
 from repa.report.results import without_paper
-from repa.report.runs import (
-    DISTANCE,
-    PROTOCOL,
-    Protocol,
-    RunRecord,
-    add_evaluations,
-    common_protocol,
-    distance_name,
-    is_number,
-    read_runs,
-)
-from repa.report.speedups import Group, group_indices, group_speedups, grouped
+from repa.report.runs import PROTOCOL, RunRecord, add_evaluations, distance_name, is_number, read_runs
+from repa.report.speedups import group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
 from repa.report.summary import config_differences, data_facts, reached_text, summary_rows, summary_table
 from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
 from repa.report.text import count, duration, figure, how_made, short_count
-from repa.runs import layout
-
-GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
-CELL_WIDTH = 320  # and at most for one of them
-TOP_RUNS = 3  # whose last samples stand beside the curve on top
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class Cell(NamedTuple):
-    """One run at one step of the sample grid; no tile where that run has no preview then."""
-
-    tile: Tile | None
-    distance: str
-    alt: str
 
 
 def write_report(
@@ -124,7 +88,7 @@ def write_report(
         "analyses": [analysis_curve(each, number) for number, each in enumerate(analyses) if each.best],
         "probed": probed,
         "analysis_pictures": [(run, picture) for run in records for picture in analysis_pictures(run)],
-        **_samples(records, groups, training_images, training_captions),
+        **sample_pictures(records, groups, training_images, training_captions),
         "differences": config_differences(records),
         "configs": [yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in records],
         "evaluations": [_evaluation_table(run) for run in records],
@@ -163,55 +127,6 @@ def _environment():
 def breakable(name: str) -> Markup:
     """A run's name that may break after a slash."""
     return Markup("/<wbr>").join(escape(part) for part in name.split("/"))
-
-
-def _samples(
-    records: Sequence[RunRecord],
-    groups: Sequence[Group],
-    training_images: np.ndarray | None,
-    training_captions: Sequence[str],
-) -> dict[str, Any]:
-    """The last samples, one by one; the grid (rows are runs, columns steps); training images."""
-    steps = preview_columns(records)
-    protocol = common_protocol(records)
-    grid = [[_cell(run, step, protocol) for step in steps] for run in records]
-    last = [(run, _last_samples(run)) for run in records if any(has_preview(run, step) for step in steps)]
-    leaders = [group.runs[0] for group in _best_first(groups, protocol)][:TOP_RUNS]
-    return {
-        "steps": steps,
-        "cell_width": min(CELL_WIDTH, GRID_WIDTH // max(len(steps), 1)),
-        "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(cell.tile for cell in cells)],
-        "top_samples": [(run, found) for run, found in last if run in leaders],
-        "other_samples": [(run, found) for run, found in last if run not in leaders],
-        "training_samples": [] if training_images is None else samples(training_images, training_captions),
-        "told": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
-    }
-
-
-def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Group]:
-    """The first group, then the others by the last distance of their first run, where all were measured alike."""
-
-    def last_distance(group: Group) -> float:
-        rows = group.runs[0].distances(protocol) if protocol is not None else []
-        return rows[-1]["frechet_distance"] if rows else math.inf
-
-    return [*groups[:1], *sorted(groups[1:], key=last_distance)]
-
-
-def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:
-    """Of the last step; under them the captions, or the names of their classes."""
-    step = layout.preview_steps(run.path)[-1]
-    return samples(read_preview(run, step), captions or preview_classes(run, step))
-
-
-def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
-    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
-    distance = figure(rows[-1][DISTANCE]) if rows else ""
-    if not has_preview(run, step):
-        return Cell(None, distance, "")
-    drawn = tile(read_preview(run, step))
-    score = f", {distance_name(protocol)} {distance}" if distance else ""
-    return Cell(drawn, distance, f"{drawn.num_images} samples of {run.name} at {count(step)} steps{score}")
 
 
 def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:

@@ -1,12 +1,13 @@
-"""Images as tiles inside a page: previews of runs, training images; PNG in data URIs."""
+"""The images of the page, PNG in data URIs: previews of runs as a grid and one by one, training images, what analyses drew."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,12 +15,17 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.images import decode_image
-from repa.report.runs import RunRecord
+from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name
+from repa.report.speedups import Group
+from repa.report.text import count, figure
 from repa.runs import layout
 
 if TYPE_CHECKING:
     from PIL import Image
 
+GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
+CELL_WIDTH = 320  # and at most for one of them
+TOP_RUNS = 3  # whose last samples stand beside the curve on top
 MOST_BYTES = 2**30  # of the arrays of a preview
 MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
@@ -52,6 +58,63 @@ class Tile(NamedTuple):
         """Size on the page: the largest whole multiple of stored pixels within `target`, or `target` if none is."""
         factor = target // self.width or target / self.width
         return round(self.width * factor), round(self.height * factor)
+
+
+class Cell(NamedTuple):
+    """One run at one step of the sample grid; no tile where that run has no preview then."""
+
+    tile: Tile | None
+    distance: str
+    alt: str
+
+
+def sample_pictures(
+    records: Sequence[RunRecord],
+    groups: Sequence[Group],
+    training_images: np.ndarray | None,
+    training_captions: Sequence[str],
+) -> dict[str, Any]:
+    """The last samples, one by one; the grid (rows are runs, columns steps); training images."""
+    steps = preview_columns(records)
+    protocol = common_protocol(records)
+    grid = [[_cell(run, step, protocol) for step in steps] for run in records]
+    last = [(run, _last_samples(run)) for run in records if any(has_preview(run, step) for step in steps)]
+    leaders = [group.runs[0] for group in _best_first(groups, protocol)][:TOP_RUNS]
+    return {
+        "steps": steps,
+        "cell_width": min(CELL_WIDTH, GRID_WIDTH // max(len(steps), 1)),
+        "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(cell.tile for cell in cells)],
+        "top_samples": [(run, found) for run, found in last if run in leaders],
+        "other_samples": [(run, found) for run, found in last if run not in leaders],
+        "training_samples": [] if training_images is None else samples(training_images, training_captions),
+        "told": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
+    }
+
+
+def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Group]:
+    """The first group, then the others by the last distance of their first run, where all were measured alike."""
+
+    def last_distance(group: Group) -> float:
+        rows = group.runs[0].distances(protocol) if protocol is not None else []
+        return rows[-1][DISTANCE] if rows else math.inf
+
+    return [*groups[:1], *sorted(groups[1:], key=last_distance)]
+
+
+def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:
+    """Of the last step; under them the captions, or the names of their classes."""
+    step = layout.preview_steps(run.path)[-1]
+    return samples(read_preview(run, step), captions or preview_classes(run, step))
+
+
+def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
+    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
+    distance = figure(rows[-1][DISTANCE]) if rows else ""
+    if not has_preview(run, step):
+        return Cell(None, distance, "")
+    drawn = tile(read_preview(run, step))
+    score = f", {distance_name(protocol)} {distance}" if distance else ""
+    return Cell(drawn, distance, f"{drawn.num_images} samples of {run.name} at {count(step)} steps{score}")
 
 
 def tile(images: np.ndarray) -> Tile:
