@@ -295,6 +295,13 @@ def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path
     assert out.read_bytes() == whole
 
 
+def test_parts_that_another_process_wrote_elsewhere_are_missed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 3)
+    with pytest.raises(UserError, match="holds 1 of 3 parts"):
+        write_samples(run, ODE, 11, tmp_path / "samples.npz")
+    assert not (tmp_path / "samples.npz").exists()
+
+
 def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
     out = tmp_path / "samples.npz"
 

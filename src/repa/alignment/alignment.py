@@ -15,13 +15,13 @@ from repa.alignment.targets import Seen, Target, build_target
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
 from repa.base.registry import parse_spec
-from repa.models.contract import Backbone, Condition, Tap, TwoTimes
+from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 
 
 class Beside(NamedTuple):
     """What a projector that looks at the condition is given beside the tokens."""
 
-    t: Tensor
+    t: Times
     """(N,) times of the noise."""
     condition: Condition
     visible: Tensor | None = None
@@ -57,7 +57,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.config, self.feature_dim, self.grid = config, feature_dim, grid
         self.key = config.key
-        self.target, self.prefix_tokens = target, prefix_tokens
+        self.target, self.prefix_tokens = target or Target(), prefix_tokens
         self.tap = Tap(config.depth, config.tap)
         projector = PROJECTORS.build(config.projector)
         self.looks_at_condition = looks_at_condition(projector)
@@ -143,7 +143,7 @@ class Alignment(nn.Module):
         """Does it count less, or not at all, for images of some times?"""
         return (*self.config.times, self.config.time_weight) != (0.0, 1.0, "constant")
 
-    def at_times(self, loss: Tensor, t: Tensor | TwoTimes) -> Tensor:
+    def at_times(self, loss: Tensor, t: Times) -> Tensor:
         """The losses (N,) of images at times t, as they count there."""
         low, high = self.config.times
         t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
@@ -180,6 +180,7 @@ class Alignment(nn.Module):
             projected, matched = self._match(projected, _precise(target.detach()), kept)
             matched = self.token_norm(matched)  # of all of the image's tokens, whichever are kept
             if kept is not None:
+                assert self.grid is not None  # a network that keeps tokens has told it
                 prefix = matched.shape[1] - self.grid[0] * self.grid[1]
                 matched = torch.cat([matched[:, :prefix], _take(matched[:, prefix:], kept)], 1)
             return self.loss(projected, matched)  # (N,)
@@ -227,18 +228,21 @@ class Alignment(nn.Module):
             return student, target, None
         front = self.prefix_tokens if self.target.prefix else 0
         routed = student.shape[1] == front + kept.shape[1]
-        if not (self.target.own and target.shape[1] == kept.shape[1]):
+        if target is None or not (self.target.own and target.shape[1] == kept.shape[1]):
             return student, target, kept if routed else None
         return (student if routed else _take(student, kept)), target, None
 
     def _match(self, projected: Tensor, target: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both on one grid, (N, T, F) and (N, T, F); of the student's tokens those that it has."""
-        prefix = 1 if self.target is not None and self.target.prefix else 0
+        prefix = 1 if self.target.prefix else 0
         head, target = target[:, :prefix], target[:, prefix:]
         if self.config.resample == "target":
             tokens = resize_tokens(projected[:, prefix:], target.shape[1])
             return torch.cat([projected[:, :prefix], tokens], 1), torch.cat([head, target], 1)
-        num = projected.shape[1] - prefix if kept is None else self.grid[0] * self.grid[1]
+        num = projected.shape[1] - prefix
+        if kept is not None:
+            assert self.grid is not None
+            num = self.grid[0] * self.grid[1]
         target = resize_tokens(target, num, self.grid)
         return projected, torch.cat([head, target], 1) if prefix else target
 

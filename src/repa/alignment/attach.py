@@ -62,7 +62,8 @@ class Aligner(nn.Module):
         self.terms = nn.ModuleDict()
         self.values: dict[str, Tensor] = {}
         self.steps = 0
-        self._eye, self._places = Eye(net), {}
+        self._eye = Eye(net)
+        self._places: dict[str, _Place] = {}
 
     def add(
         self,
@@ -112,7 +113,7 @@ class Aligner(nn.Module):
                 raise UserError(f"There is a term {config.key!r} already: give this one another name.")
             width = self._width(each, hidden_dim, config, features, other is not None)
             feature_dim = (features or width) if width else 0
-            term = Alignment(config, width, feature_dim, None if grid is None else grid[-2:])
+            term = Alignment(config, width, feature_dim, None if grid is None else (grid[-2], grid[-1]))
             if config.projector_of:
                 term.share_projector_of(self._term(config.projector_of))
             if term.looks_at_condition:
@@ -150,7 +151,8 @@ class Aligner(nn.Module):
     @property
     def active(self) -> bool:
         """Does a term count at this step that looks at features? If not, the encoder need not run."""
-        return any(term.weight(self.steps) and term.config.target == "features" for term in self.terms.values())
+        terms = [term for term in self.terms.values() if isinstance(term, Alignment)]
+        return any(term.weight(self.steps) and term.config.target == "features" for term in terms)
 
     def forward(
         self, features: Given = None, *, t: Tensor | None = None, grid: tuple[int, ...] | None = None
@@ -268,7 +270,9 @@ class Aligner(nn.Module):
             raise UserError(
                 f"There is no term {name!r}: there are {', '.join(self._places)}.{nearest(name, self._places)}"
             )
-        return self.terms[name.replace(".", "_")]
+        term = self.terms[name.replace(".", "_")]
+        assert isinstance(term, Alignment)
+        return term
 
     def _loss(
         self,
@@ -281,8 +285,8 @@ class Aligner(nn.Module):
     ) -> Tensor:
         """(N,) of one term."""
         if term.tap.kind == "attention":
-            student, target = self._attention(name, place, grid), self._given(name, features, "attention")
-            return _within(term, t, term.compare(student, target))
+            student = self._attention(name, place, grid)
+            return _within(term, t, term.compare(student, self._given(name, features, "attention")))
         student, grid = self._tokens(name, place.block, place, grid)
         if term.config.measure_only:
             student = student.detach()
@@ -296,14 +300,14 @@ class Aligner(nn.Module):
                 f"Block {place.block} gives tokens of width {student.shape[2]}, but its projector was built for {place.width}: "
                 f"attach with hidden_dim={student.shape[2]}."
             )
-        target = None
+        target: Tensor | None = None
         if place.other:
             target = self._tokens(name, place.other, place, grid).tokens.detach()
         elif term.config.target == "features":
             target = self._given(name, features, "patches")
         student, target, frames = _frames(place.block, student, target, grid)
         if target is not None and target.shape[1] != student.shape[1] and term.config.resample == "student":
-            rows_columns = grid[-2:] if grid else (_side(place.block, student.shape[1]),) * 2
+            rows_columns = (grid[-2], grid[-1]) if grid else (_side(place.block, student.shape[1]),) * 2
             target = resize_tokens(target.float(), student.shape[1], rows_columns)
         loss_name = parse_spec(term.config.loss)[0]
         if target is not None and not place.width and loss_name != "gram" and student.shape[2] != target.shape[2]:

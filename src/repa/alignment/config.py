@@ -1,6 +1,6 @@
 """What one term of the loss is: which tap, which target, how projected, compared and weighted. Torch-free."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,12 +74,7 @@ class AlignmentConfig(Config):
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
         """The encoder that the target names and which of its features, e.g. ("dinov2-b", {"part": "all"}); ("", {}): none."""
-        name, settings = parse_spec(self.target)
-        if name in TARGETS.table or _is_private_target(name):
-            return "", {}
-        items = self.target.partition(":")[2].split(",")
-        own = ",".join(item for item in items if item.partition("=")[0].strip() not in PARTS)
-        return f"{name}:{own}" if own else name, {key: settings[key] for key in PARTS if key in settings}
+        return _encoder_of(self.target)
 
     @field_validator("target")
     @classmethod
@@ -89,7 +84,7 @@ class AlignmentConfig(Config):
         name, _ = parse_spec(value)
         if name in TARGETS.table or _is_private_target(name):
             return TARGETS.check(value)
-        encoder, _ = cls.model_construct(target=value).encoder
+        encoder, _ = _encoder_of(value)
         checked = ENCODERS.check(encoder)
         return checked if encoder == value else value
 
@@ -108,7 +103,7 @@ class AlignmentConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _fits_together(self):
+    def _fits_together(self) -> Self:
         encoder, settings = self.encoder
         if encoder and (settings.get("part") == "attention") != (self.tap == "attention"):
             raise UserError(
@@ -126,6 +121,16 @@ class AlignmentConfig(Config):
         if self.tap == "attention" and self.projector != "none":
             raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")
         return self
+
+
+def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:
+    """See `AlignmentConfig.encoder`."""
+    name, settings = parse_spec(target)
+    if name in TARGETS.table or _is_private_target(name):
+        return "", {}
+    items = target.partition(":")[2].split(",")
+    own = ",".join(item for item in items if item.partition("=")[0].strip() not in PARTS)
+    return f"{name}:{own}" if own else name, {key: settings[key] for key in PARTS if key in settings}
 
 
 def _is_private_target(name: str) -> bool:

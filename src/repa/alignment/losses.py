@@ -24,7 +24,7 @@ def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
     """
 
     def declare(loss: Callable) -> Callable:
-        loss.compares_images = always
+        loss.compares_images = always  # type: ignore[attr-defined]  # a function may have any
         return loss
 
     return declare
@@ -32,7 +32,7 @@ def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
 
 def compares_relations(loss: Callable) -> Callable:
     """Declare that a loss compares tokens with each other and never with the target's: student and target may differ in width."""
-    loss.compares_relations = True
+    loss.compares_relations = True  # type: ignore[attr-defined]  # a function may have any
     return loss
 
 

@@ -4,6 +4,7 @@ They are trained with the model and have no use afterwards. An impossible settin
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.nn as nn
 from torch import Tensor
@@ -12,6 +13,7 @@ from repa.alignment.losses import grid_side
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
 
+Module = TypeVar("Module", bound=nn.Module)
 Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
 
 
@@ -22,7 +24,7 @@ def sees_condition(projector: Callable) -> Callable:
     visible). Where the module has an attribute `masked`, visible (N, T) bool is drawn in training, False for that share of
     the tokens; elsewhere it is None.
     """
-    projector.sees_condition = True
+    projector.sees_condition = True  # type: ignore[attr-defined]  # a function may have any
     return projector
 
 
@@ -126,10 +128,11 @@ class _Convolution(nn.Module):
         return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
 
 
-def _initialise(module: nn.Module) -> nn.Module:
+def _initialise(module: Module) -> Module:
     """Xavier-uniform weights and zero biases, as for every linear layer of the transformer."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module

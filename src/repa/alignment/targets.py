@@ -99,16 +99,22 @@ class EncoderTarget(Target):
             raise UserError(
                 "A target with part=attention names a block of its encoder with layer=9; other parts do not."
             )
-        self.part, self.layer, self.dim, self.prefix = part, layer, dim, part == "all"
+        self.encoder, self.part, self.layer = encoder, part, layer
+        self.dim, self.prefix = dim, part == "all"
         self.need = Need(encoder, part == "all", (layer,) if layer else ())
         if part == "attention":
             self.dim = 0  # logits have the shape of the tap's, and no projector
 
-    def __call__(self, seen: Seen) -> Tensor | None:
-        features = seen.features[self.need.encoder]
+    def __call__(self, seen: Seen) -> Tensor:
+        return self.of(seen.features[self.encoder])
+
+    def of(self, features: Features) -> Tensor:
+        """The part of an encoder's features that is compared with."""
         if self.part == "attention":
+            assert features.attention is not None  # asked for by `need`
             return features.attention[self.layer]
         if self.part == "all":
+            assert features.pooled is not None  # asked for by `need`
             # stored features are float16, which the autocast of a CPU cannot join
             return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
         return features.patches
@@ -134,6 +140,7 @@ class AveragedTarget(Target):
         self.skip = model.prefix_tokens if tap.kind == "hidden" else 0
 
     def __call__(self, seen: Seen) -> Tensor:
+        assert seen.averaged is not None  # see `ready`
         return seen.averaged.taps[self.tap][:, self.skip :]
 
 

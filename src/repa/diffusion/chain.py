@@ -67,13 +67,16 @@ def guided(
         predictions = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in predictions.items()}
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
-        made, of_sample = torch.empty_like(predictions[CONDITIONAL]), t.to(x_t.device).expand(len(x_t))
+        made, of_sample = (
+            torch.empty_like(predictions[CONDITIONAL]),
+            torch.as_tensor(t, device=x_t.device).expand(len(x_t)),
+        )
         for moment in moments:
             rows = of_sample == moment  # (N,)
             made[rows] = _mixed(chain, layout, {n: p[rows] for n, p in predictions.items()}, x_t.shape[1], moment)
         return made
 
-    output.takes_float_time = True
+    output.takes_float_time = True  # type: ignore[attr-defined]  # a function may have any
     return output
 
 

@@ -116,7 +116,7 @@ class DiffusionConfig(Config):
         return check_prediction(value)
 
     @model_validator(mode="after")
-    def _fits_together(self):
+    def _fits_together(self) -> Self:
         if self.objective == "ddpm":
             for name in type(self).model_fields.keys() - {"objective"}:
                 default = type(self).model_fields[name].default

@@ -72,14 +72,14 @@ class ImprovedDDPM:
             raise UserError(f"DDPM sampling takes 2 to {total} steps, but got {num_steps!r}.")
         if integer_stride:
             strides = (range(0, total, stride) for stride in range(1, total))
-            kept = next((k for k in strides if len(k) == num_steps), None)
+            kept: Sequence[int] | None = next((k for k in strides if len(k) == num_steps), None)
             if kept is None:
                 raise UserError(
                     f"No stride visits exactly {num_steps} of {total} timesteps: take a divisor of {total}."
                 )
         else:
             kept = [round(i * (total - 1) / (num_steps - 1)) for i in range(num_steps)]
-        return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)])
+        return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)].tolist())
 
     @property
     def path(self) -> DiscreteVariancePreserving:
@@ -235,10 +235,11 @@ def _halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             f"DDPM needs {2 * x.shape[1]} output channels, noise and learned variance, but the network answers "
             f"{output.shape[1]}: build it with learn_sigma=True."
         )
-    return output.chunk(2, dim=1)
+    noise, variance = output.chunk(2, dim=1)
+    return noise, variance
 
 
-def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+def _normal_kl(mean1: Tensor, log_variance1: float | Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N1 || N2) per element, in nats."""
     log_ratio = log_variance1 - log_variance2
     return 0.5 * (torch.exp(log_ratio) - 1 - log_ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))

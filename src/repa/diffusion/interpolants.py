@@ -252,7 +252,7 @@ def _velocity(data: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
     return c.d_alpha * data + c.d_sigma * noise
 
 
-CONVERSIONS = {
+CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("velocity", "data"): velocity_to_data,
     ("velocity", "noise"): velocity_to_noise,
     ("velocity", "score"): velocity_to_score,

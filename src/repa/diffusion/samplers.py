@@ -27,7 +27,7 @@ RandnLike = Callable[[Tensor], Tensor]
 class Step(NamedTuple):
     """What a sampler tells of a step before it takes it."""
 
-    index: int  # from 0
+    index: int  # type: ignore[assignment]  # from 0; a step has no use for tuple.index
     done: float  # share of the way that is behind after this step, up to 1
     t: float
     x: Tensor  # the state (N, ...)

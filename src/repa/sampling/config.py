@@ -70,14 +70,14 @@ class SampleConfig(Config):
         return labels
 
     @model_validator(mode="after")
-    def _one_kind_of_prompt(self):
+    def _one_kind_of_prompt(self) -> Self:
         given = [name for name in ("prompt", "prompt_file", "prompt_data") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given: prompts come from one of them")
         return self
 
     @model_validator(mode="after")
-    def _has_what_guides(self):
+    def _has_what_guides(self) -> Self:
         asked = [parse_spec(spec)[0] for spec in self.guidance]
         if asked.count("representation") > 1:
             raise UserError("The guidance representation was given twice: give it once, for one image.")

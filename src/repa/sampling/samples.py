@@ -65,7 +65,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
         run = with_shared_encoder(run, config, draw)
     if torch.device(device).type == "cuda":
         # cuDNN's layout: without it every convolution transposes its input and output
-        run.autoencoder.to(memory_format=torch.channels_last)
+        run.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     return run
 
 
@@ -190,7 +190,11 @@ def _write_samples(
             progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
     if dist.is_main():
-        paths = [_found(parts, start) for start in starts]
+        paths = [path for start in starts if (path := _found(parts, start))]
+        if len(paths) < len(starts):
+            raise UserError(
+                f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
+            )
         nfe = max(int(path.stem.partition("-")[2]) for path in paths)
         files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
         if run.prompts:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa.alignment import Alignment, AlignmentConfig, Beside, Seen
+from repa.alignment import Alignment, AlignmentConfig, Beside
+from repa.alignment.targets import EncoderTarget
 from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop, open_image, to_tensor
@@ -24,7 +25,11 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     Raises:
         UserError: a run without a folder, without such a term or without its projector; an image that cannot be read.
     """
-    term = _term(run, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation"))
+    if run.folder is None:
+        raise UserError("The guidance representation needs a run folder, which holds the projectors.")
+    term = _term(
+        run.folder, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation")
+    )
     encoder_name, _ = term.encoder
     recorded = layout.read_config(run.folder).get("feature_weights") or []
     pairs = [pair for pair in recorded if isinstance(pair, str)] if isinstance(recorded, list) else []
@@ -47,7 +52,8 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
             f"{run.folder} holds no projector of the alignment {term.key!r} at step {run.step}: choose another run."
         ) from None
     alignment = alignment.to(device).eval().requires_grad_(False)
-    target = alignment.target(Seen(None, {encoder_name: features}, None, {}, None, None, None, {}))  # (1, M, F)
+    assert isinstance(alignment.target, EncoderTarget)  # see `_term`
+    target = alignment.target.of(features)  # (1, M, F)
 
     def loss(output: Output, t: Tensor, condition: Condition) -> Tensor:
         student = output.taps[alignment.tap]
@@ -58,21 +64,19 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     return Guide((alignment.tap,), loss, files.sha256(path))
 
 
-def _term(run: LoadedRun, settings: dict[str, object]) -> AlignmentConfig:
+def _term(folder: Path, settings: dict[str, object]) -> AlignmentConfig:
     """The term called `term`, or the only one, among those that compare tokens with an encoder."""
-    if run.folder is None:
-        raise UserError("The guidance representation needs a run folder, which holds the projectors.")
-    where = str(run.folder / layout.CONFIG)
-    given = layout.read_config(run.folder).get("alignments") or []
+    where = str(folder / layout.CONFIG)
+    given = layout.read_config(folder).get("alignments") or []
     if not isinstance(given, list):
         raise UserError(f"{where}: alignments is {given!r:.60}, but it is a list of terms.")
-    terms = [AlignmentConfig.parse(values, where=where) for values in given]
-    terms = {term.key: term for term in terms if term.encoder[0] and term.tap == "hidden"}
+    parsed = [AlignmentConfig.parse(values, where=where) for values in given]
+    terms = {term.key: term for term in parsed if term.encoder[0] and term.tap == "hidden"}
     asked = str(settings.get("term", ""))
     if asked in terms or (not asked and len(terms) == 1):
         return terms[asked] if asked else next(iter(terms.values()))
     has = f"there are {', '.join(terms)}" if terms else "it has none"
     raise UserError(
-        f"The guidance representation follows an alignment of {run.folder} to an encoder, and {has}: name one as term=NAME, or "
+        f"The guidance representation follows an alignment of {folder} to an encoder, and {has}: name one as term=NAME, or "
         "choose a run that was trained with one."
     )
