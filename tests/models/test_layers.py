@@ -1,11 +1,21 @@
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from repa.models.layers import PatchEmbedding, sincos_positions, timestep_frequencies, unpatchify
+from repa.models.layers import (
+    PatchEmbedding,
+    attend,
+    by_head,
+    gelu,
+    sincos_positions,
+    timestep_frequencies,
+    unpatchify,
+)
 from tests.oracles import dit as oracle
 
 
@@ -64,3 +74,70 @@ def test_a_patch_sees_its_neighbours_pixels():
         y, x = token // 3 * 2, token % 3 * 2
         expected = (embed.proj.weight * padded[0, :, y : y + 4, x : x + 4]).sum((1, 2, 3)) + embed.proj.bias
         torch.testing.assert_close(tokens[0, token], expected)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what copies at least `size` numbers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.found = size, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("stack", "clone", "cat", "copy_") and out.numel() >= self.size:
+            self.found[name] += 1
+        return out
+
+
+def test_gradients_of_queries_keys_and_values_are_written_once():
+    qkv = torch.randn(2, 5, 3 * 24, requires_grad=True)
+    gradients = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    slow = qkv.unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    (wanted,) = torch.autograd.grad(tuple(slow), qkv, gradients)
+    found = by_head(qkv, 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, slow, strict=True))
+    with Copies(qkv.numel()) as copies:
+        (gradient,) = torch.autograd.grad(found, qkv, gradients)
+        rows = gradient.flatten(0, 1)  # as the product's backward takes them
+    assert rows.is_contiguous()
+    assert torch.equal(gradient, wanted)
+    assert copies.found == {"stack": 1}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_on_a_cpu_is_attention(masked):
+    """Its two products against the formula in float64, forward and backward, to bfloat16's rounding."""
+    stream = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 6, 3 * 24, generator=stream).bfloat16().requires_grad_()
+    mask = torch.rand(3, 6, 6, generator=stream) < 0.7
+    mask = (mask | torch.eye(6, dtype=torch.bool)) if masked else None
+    gradient = torch.randn(3, 3, 6, 8, generator=stream, dtype=torch.float64)
+    exact = qkv.detach().double().requires_grad_()
+    q, k, v = by_head(exact, 3)
+    logits = q @ k.transpose(-1, -2) / 8**0.5
+    if masked:
+        logits = logits.masked_fill(~mask[:, None], float("-inf"))
+    wanted = logits.softmax(-1) @ v
+    found = attend(*by_head(qkv, 3), mask)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
+    (of_wanted,) = torch.autograd.grad(wanted, exact, gradient)
+    (of_found,) = torch.autograd.grad(found, qkv, gradient.bfloat16())
+    torch.testing.assert_close(of_found.double(), of_wanted, rtol=4e-2, atol=4e-2)
+
+
+def test_gelu_compiled_for_a_cpu_is_the_same_function():
+    torch._dynamo.reset()
+    x = torch.linspace(-12, 12, 241, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(gelu, backend="eager", fullgraph=True)  # traces as every backend does
+    y, wanted = compiled(x), F.gelu(x, approximate="tanh")
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, wanted)), rtol=1e-12, atol=1e-12)
+    for dtype in (torch.bfloat16, torch.float32):
+        rounded = x.detach().to(dtype)
+        found, exact = compiled(rounded), F.gelu(rounded.double(), approximate="tanh")
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    torch._dynamo.reset()

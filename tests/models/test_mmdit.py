@@ -4,6 +4,7 @@ import torch
 from repa.alignment import PROJECTORS
 from repa.base.errors import UserError
 from repa.models import Condition, MMDiT, Tap
+from repa.models.layers import by_head
 from tests import golden
 
 SIZES = {"latent_size": (4, 6), "hidden_dim": 16, "depth": 2, "num_heads": 2, "text_shape": (3, 5)}
@@ -78,7 +79,8 @@ def test_taps_are_the_image_stream():
     output = model(*inputs(), (Tap(1), Tap(1, "attention")))
     torch.testing.assert_close(output.taps[Tap(1)], seen[1][1])
     assert output.taps[Tap(1)].shape == (2, 6, 16)
-    (q, k, _), _ = model.blocks[0].image.before(seen[0][1], seen[0][2])
+    qkv, _ = model.blocks[0].image.before(seen[0][1], seen[0][2])
+    q, k, _ = by_head(qkv, model.blocks[0].num_heads)
     wanted = torch.einsum("nhqd,nhkd->nhqk", q, k) / 8**0.5
     torch.testing.assert_close(output.taps[Tap(1, "attention")], wanted, rtol=1e-4, atol=1e-5)
 

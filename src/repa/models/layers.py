@@ -4,6 +4,7 @@ N batch, C channels, T tokens, D width, h heads, d = D / h, G tokens per side, p
 the released checkpoints of DiT, SiT and REPA, so that their state dicts load without a map.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Self
 
@@ -233,7 +234,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(output, logits): `mask` (N, T, T) bool is True where a token may look; logits (N, h, T, T) when `tapped`;
         `rotation` is the cosines and sines of the places of the tokens."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, d)
+        q, k, v = by_head(self.qkv(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -241,6 +242,15 @@ class Attention(nn.Module):
         # the fused kernels keep no logits: a tapped block pays for one more product of queries and keys
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2)), logits  # (N, T, D)
+
+
+def by_head(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (N, h, T, d) of what one product gave for all three (N, T, 3 D), without a copy.
+
+    Unbound before it is turned: autograd then writes their gradients once, packed as the product's backward takes them.
+    """
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+    return q, k, v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -251,10 +261,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """
     mask = None if mask is None else mask[:, None]  # the same for every head
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, h, T, T)
+        heads = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # copies by rows: matmul would copy keys column by column
+        logits = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).unflatten(0, heads)  # (N, h, T, T)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
-        return logits.softmax(-1).to(v.dtype) @ v  # the softmax computes in float32 whatever its input
+        weights = logits.softmax(-1).to(v.dtype)  # the softmax computes in float32 whatever its input
+        return torch.bmm(weights.flatten(0, 1), v).unflatten(0, heads)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -267,7 +280,22 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
+
+
+GELU_SLOPE = 2 * (2 / math.pi) ** 0.5  # 2 sqrt(2 / pi), of tanh-GELU's x * sigmoid(SLOPE * (x + CUBIC * x^3))
+GELU_CUBIC = 0.044715
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation.
+
+    Compiled for a CPU as x * sigmoid(...), the same function: its tanh takes twice the time (`python benchmarks/besides.py`).
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # what is between two roundings stays in registers
+        return (wide * torch.sigmoid(GELU_SLOPE * wide * (1 + GELU_CUBIC * wide * wide))).to(x.dtype)
+    return F.gelu(x, approximate="tanh")
 
 
 class SwiGLU(nn.Module):

@@ -20,6 +20,7 @@ from repa.models.layers import (
     TimestepEmbedding,
     adaln_zero,
     attend,
+    by_head,
     matrices_of,
     modulate,
     modulation,
@@ -169,9 +170,8 @@ def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
 class TokenStream(nn.Module):
     """The weights that one of the two streams has in a block; the last text stream only gives keys and values."""
 
-    def __init__(self, dim: int, num_heads: int, only_keys: bool):
+    def __init__(self, dim: int, only_keys: bool):
         super().__init__()
-        self.num_heads = num_heads
         self.norm = token_norm("layer", dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.chunks = 2 if only_keys else 6
@@ -181,12 +181,9 @@ class TokenStream(nn.Module):
         self.adaLN_modulation = modulation(dim, self.chunks)
 
     def before(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(queries, keys and values, 3 of (N, h, T, D/h); what modulates and gates the rest)."""
+        """(queries, keys and values (N, T, 3 D); what modulates and gates the rest)."""
         shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, self.chunks)
-        qkv = (
-            self.qkv(modulate(self.norm(x), shift, scale)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        return qkv, tuple(rest)
+        return self.qkv(modulate(self.norm(x), shift, scale)), tuple(rest)
 
     def after(self, x: Tensor, attention: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
         """x (N, T, D) and what attention found for it, (N, T, D) -> (N, T, D)."""
@@ -200,8 +197,9 @@ class JointBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, last: bool):
         super().__init__()
-        self.text = TokenStream(dim, num_heads, only_keys=last)
-        self.image = TokenStream(dim, num_heads, only_keys=False)
+        self.num_heads = num_heads
+        self.text = TokenStream(dim, only_keys=last)
+        self.image = TokenStream(dim, only_keys=False)
         self.last = last
 
     def forward(
@@ -210,7 +208,7 @@ class JointBlock(nn.Module):
         """text (N, S, D), image (N, T, D), silu_c (N, D), mask (N, 1, S + T) -> (text, image, logits (N, h, T, T) when `tapped`)."""
         of_text, rest_text = self.text.before(text, silu_c)
         of_image, rest_image = self.image.before(image, silu_c)
-        q, k, v = torch.cat([of_text, of_image], dim=3)  # each (N, h, S + T, D/h)
+        q, k, v = by_head(torch.cat([of_text, of_image], dim=1), self.num_heads)  # each (N, h, S + T, D/h)
         num = text.shape[1]
         logits = (q[:, :, num:] * q.shape[-1] ** -0.5) @ k[:, :, num:].transpose(-1, -2) if tapped else None
         attention = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (N, S + T, D)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repa.base.device import timed
 from repa.base.precision import DTYPES
+from repa.models.layers import by_head
 from repa.training.config import TrainConfig
 
 KERNELS = {
@@ -47,8 +48,7 @@ def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch
 
 
 def _forward_and_backward(qkv: torch.Tensor, heads: int) -> None:
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of (N, h, T, D/h)
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = F.scaled_dot_product_attention(*by_head(qkv, heads))
     torch.autograd.grad(out, qkv, torch.ones_like(out))
 
 

@@ -1,0 +1,129 @@
+"""What a block of SiT-B/2 does besides its matrix products, in processor time: on any CPU, also one without bfloat16 products.
+
+    python benchmarks/besides.py --precision bf16
+
+One thread; forward and backward of one block, of which the products are left out (their results are tensors of any
+content). The best of several rounds. Below it the operators, by the bytes that they read and write, and GELU as it is
+in eager code and compiled. Nothing of the optimizer.
+"""
+
+import argparse
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from repa.base.memory import keep_freed_memory
+from repa.base.precision import autocast
+from repa.models.layers import Block, gelu
+
+CPU = torch.device("cpu")
+IMAGES, TOKENS, WIDTH, HEADS = 8, 256, 768, 12
+PRODUCTS = ("mm", "addmm", "bmm")
+WITHOUT_BYTES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", *PRODUCTS}
+
+
+class Bytes(TorchDispatchMode):
+    """Adds up what operators read and write, and counts their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.calls = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in WITHOUT_BYTES and isinstance(out, Tensor | tuple | list):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
+            self.calls[name] += 1
+        return out
+
+
+def without_products() -> torch.library.Library:
+    """Products give tensors of any content, as long as what is returned is kept."""
+    library = torch.library.Library("aten", "IMPL")
+    warnings.filterwarnings("ignore", message="Warning only once for all operators")
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+    def written(*factors: Tensor, out: Tensor, **_) -> Tensor:  # compiled code says where
+        return out
+
+    for name in ("mm", "bmm"):
+        library.impl(name, product, "CPU")
+    library.impl("addmm", lambda bias, a, b, **_: product(a, b), "CPU")
+    for name in PRODUCTS:
+        library.impl(f"{name}.out", written, "CPU")
+    return library
+
+
+def best(run: Callable[[], object], rounds: int) -> float:
+    """Milliseconds of processor time."""
+    found = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        run()
+        found.append(time.process_time() - begin)
+    return 1000 * min(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+
+    hidden = torch.randn(IMAGES, TOKENS, 4 * WIDTH).to(dtype).requires_grad_()
+    gradient = torch.randn_like(hidden)
+    kinds = {
+        "eager": gelu,
+        "compiled, by tanh": torch.compile(lambda x: F.gelu(x, approximate="tanh"), dynamic=False),
+        "compiled, ours": torch.compile(gelu, dynamic=False),
+    }
+    gelus = {
+        name: best(lambda kind=kind: torch.autograd.grad(kind(hidden), hidden, gradient), args.rounds)
+        for name, kind in kinds.items()
+    }
+
+    products = without_products()
+    block = Block(WIDTH, HEADS)
+    x, condition = torch.randn(IMAGES, TOKENS, WIDTH, requires_grad=True), torch.randn(IMAGES, WIDTH)
+    residual = torch.randn(IMAGES, TOKENS, WIDTH)
+
+    def once() -> None:
+        with autocast(CPU, args.precision):
+            out, _ = block(x, condition)
+        out.backward(residual)
+        block.zero_grad()
+        x.grad = None
+
+    once()
+    eager = best(once, args.rounds)
+    with Bytes() as counted:
+        once()
+    block.compile(dynamic=False)
+    once()
+    compiled = best(once, args.rounds)
+    del products
+    print(f"{args.precision}, {IMAGES} images, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"a block besides its products, forward and backward: eager {eager:.1f} ms, compiled {compiled:.1f} ms")
+    print(f"  eager: {sum(counted.bytes.values()) / 1e6:.0f} MB read and written in {counted.calls.total()} calls")
+    for name, size in counted.bytes.most_common(12):
+        print(f"  {name:<48}{counted.calls[name]:4}{size / 1e6:8.0f} MB")
+    for name, milliseconds in gelus.items():
+        print(f"GELU, {name}: {milliseconds:.1f} ms forward and backward")
+
+
+if __name__ == "__main__":
+    main()
