@@ -35,7 +35,7 @@ def test_on_cuda_the_order_is_that_of_the_measurement_until_the_end(monkeypatch)
     order = torch._C._get_sdp_priority_order
     before = order()
     monkeypatch.setattr(attention, "measured", lambda *a: {"cudnn": 1.0, "flash": 2.0})
-    with fastest_kernels(TrainConfig(model=MODEL), 1, torch.device("cuda")) as found:
+    with fastest_kernels(TrainConfig(model=MODEL, precision="bf16"), 1, torch.device("cuda")) as found:
         assert list(found) == ["cudnn", "flash"]
         wanted = [int(KERNELS[name]) for name in ("cudnn", "flash", "efficient", "math")]
         assert [k for k in order() if k in wanted] == wanted
