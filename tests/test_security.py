@@ -25,13 +25,14 @@ from repa.base.errors import UserError
 from repa.base.registry import Registry
 from repa.cli.main import run as repa
 from repa.cli.train import start
-from repa.data import check_models, open_data
+from repa.data import FeatureCache, check_models, open_data
 from repa.models import load_exported
 from repa.recipes import load_recipe
 from repa.report.analyses import read_analyses
 from repa.report.runs import evaluation_row, read_runs
 from repa.runs import load_run
 from repa.training import TrainConfig
+from tests.oracles.data import noise_image
 
 
 @pytest.fixture
@@ -201,6 +202,15 @@ RESULTS = {
     "read": python(lambda root, out: read_results(root / "run")),
     **{name: RUN[name] for name in ("report", "show")},
 }
+ANNOTATIONS = {
+    "prepare": command("prepare", "ROOT/coco/captions_val.json", "OUT/data", "--resolution", "8", "--num-workers", "0"),
+}  # fmt: skip
+WORDS = {
+    "check": command("check", "ROOT/words", "--full"),
+    "prepare": copied("words", "prepare", "OUT/copy", "--only", "text"),
+    "show": command("show", "ROOT/words"),
+}
+CACHE = {"open": python(lambda root, out: FeatureCache.open(root / "cache", "an encoder")["a"])}
 FILES = {  # pattern of a file -> its readers; how many of them the short form takes
     "run/config.yaml": (RUN, 4),
     "run/data.json": (RUN, 1),
@@ -212,9 +222,24 @@ FILES = {  # pattern of a file -> its readers; how many of them the short form t
     "converted/converted.json": (CONVERTED, 4),
     "data/manifest.json": (DATA, 3),
     "half/parts/settings.json": (HALF, 1),
+    "coco/captions_val.json": (ANNOTATIONS, 1),
+    "words/manifest.json": (WORDS, 0),
+    "cache/cache.json": (CACHE, 1),
     "exported/config.json": (EXPORTED, 2),
 }
 ENDS_OTHERWISE = {("converted/converted.json", "train")}  # refused as it is
+
+
+def annotated(folder):
+    """Two images and COCO's annotations of them."""
+    (folder / "val").mkdir(parents=True)
+    for number in range(2):
+        noise_image(number).save(folder / f"val/{number}.png")
+    values = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(2)],
+        "annotations": [{"id": n, "image_id": n, "caption": f"picture {n}"} for n in range(2)],
+    }
+    (folder / "captions_val.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +261,18 @@ def stranger(tiny_config, image_folder, data_folder, tmp_path_factory):
         command("analyse", "cknna", "ROOT/run", *SHOWN, "--neighbours", "3"),
     ):
         assert call(root, root) == 0
+    annotated(root / "coco")
+    words = (
+        "prepare",
+        "ROOT/coco/captions_val.json",
+        "ROOT/words",
+        "--resolution",
+        "8",
+        "--text",
+        "tiny-text:tokens=4,width=8",
+    )
+    assert command(*words)(root, root) == 0
+    FeatureCache.open(root / "cache", "an encoder").add(["a"], torch.ones(1, 2, 3))
     (root / "half/parts").mkdir(parents=True)
     manifest = json.loads((root / "data/manifest.json").read_text(encoding="utf-8"))
     settings = {name: manifest[name] for name in ("source", "class_names", "config")}
@@ -416,6 +453,19 @@ def test_data_with_names_that_leave_their_folder_are_refused(stranger, tmp_path)
         (data / "manifest.json").write_text(text.replace("labels-00000.npy", name), encoding="utf-8")
         with pytest.raises(UserError):
             open_data(data)
+
+
+@pytest.mark.parametrize("name", ["text", "text_weights"])
+def test_a_text_encoder_that_a_folder_names_is_not_run(name, stranger, canary, tmp_path):
+    data = tmp_path / "words"
+    shutil.copytree(stranger / "words", data)
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    for text in payloads(canary):
+        manifest["config"][name] = text
+        (data / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for words in (("check", str(data), "--full"), ("prepare", str(data), "--only", "text"), ("show", str(data))):
+            assert repa(list(words)) in (0, 2)
+            assert not canary.exists()
 
 
 def test_pickles_are_not_read(tmp_path):

@@ -100,3 +100,24 @@ def test_a_folder_that_an_equal_command_made_is_done(tmp_path):
         make("b")
     assert (tmp_path / "out/README.md").read_text() == "a"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_some_share_a_lock_that_nobody_takes_alone_meanwhile(tmp_path):
+    target = tmp_path / "data"
+    child = holding(target)
+    try:
+        with pytest.raises(UserError, match=rf"repa train, process {child} on "), lock.shared(target, "repa prepare"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with lock.shared(target, "repa prepare"):
+        with (
+            pytest.raises(UserError, match=f"repa prepare, process {os.getpid()} on "),
+            lock.alone(target, "repa prepare --remove"),
+        ):
+            pass
+        with lock.shared(target, "repa prepare"):
+            pass
+        assert lock.lock_of(target).is_file()  # there is another holder
+    assert list(tmp_path.iterdir()) == []

@@ -72,3 +72,10 @@ def test_an_image_that_is_missing_is_named(coco, tmp_path):
     (tmp_path / "val2014/000003.png").unlink()
     with pytest.raises(UserError, match=r"000003\.png"):
         open_source(coco)
+
+
+def test_a_file_too_large_to_parse_is_refused_unread(coco):
+    with open(coco, "ab") as file:
+        file.truncate(2**28 + 1)  # sparse
+    with pytest.raises(UserError, match=r"256\.0 MiB"):
+        open_source(coco)

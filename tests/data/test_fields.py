@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from repa.base import lock
 from repa.base.errors import UserError
 from repa.data import Manifest, PrepareConfig, add_features, encoding, open_data, prepare, preparing, remove
 from repa.data.packing import read_basis, unpack
@@ -185,6 +186,25 @@ def test_a_field_that_is_removed_leaves_the_others_alone(folder, tmp_path, fakes
     data.check()
     assert list(data.features) == ["dinov2-b"]
     assert not list(out.glob("*tiny*"))
+
+
+def test_fields_are_not_removed_while_others_are_made(folder, tmp_path, fakes, plain):
+    out = tmp_path / "out"
+    refusals = []
+
+    def interrupts(done, total, note):
+        with pytest.raises(UserError, match="repa prepare, process") as refusal:
+            remove(out, "features:tiny")
+        refusals.append(refusal)
+
+    config = PrepareConfig(resolution=8, num_workers=0, features=("tiny",))
+    manifest = prepare(folder, out, config, progress=interrupts)
+    assert refusals
+    assert list(manifest.features) == ["tiny"]
+    with lock.alone(out, "repa prepare --remove"), pytest.raises(UserError, match="repa prepare --remove, process"):
+        prepare(folder, out, config)
+    remove(out, "features:tiny")
+    assert not lock.lock_of(out).exists()
 
 
 def test_images_can_be_removed_where_latents_are_stored(folder, tmp_path, plain, fakes):

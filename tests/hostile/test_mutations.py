@@ -9,17 +9,51 @@ import contextlib
 import io
 import json
 import shutil
+import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from repa.base.errors import UserError, escaped
 from repa.cli import main
+from repa.data import FeatureCache
 from repa.runs import layout
 from tests.hostile.commands import outcome
 from tests.hostile.mutations import mutate_file
+from tests.oracles.data import noise_image
 
 SHORT, LONG = 12, 250  # changed files of each kind
+
+
+ENCODER, KEYS, ENTRIES = "an encoder", ["a", "b"], torch.arange(24.0).view(2, 3, 4)
+SMALL, TEXT = ["--resolution", "8", "--num-workers", "0"], "tiny-text:tokens=4,width=8"
+
+
+def annotated(folder: Path) -> None:
+    """Three images and COCO's annotations of them."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "val").mkdir()
+    for number in range(3):
+        noise_image(number).save(folder / f"val/{number}.png")
+    values = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [{"id": n, "image_id": n // 2, "caption": f"picture {n}"} for n in range(5)],
+    }
+    (folder / "annotations/captions_val.json").write_text(json.dumps(values))
+
+
+def read_cache(folder: Path) -> tuple[object, str]:
+    """As `outcome`, of a program that reads a cache of features; 1 for entries that are not those that were stored."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of damaged files, whose entries would be computed again
+            return int(not torch.equal(FeatureCache.open(folder, ENCODER)[KEYS], ENTRIES)), ""
+    except UserError as error:
+        return 2, f"repa: {escaped(str(error))}"
+    except Exception:
+        return "traceback", traceback.format_exc()
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +64,19 @@ def whole(tiny_config, data_folder, tmp_path_factory) -> Path:
     (root / "recipe.yaml").write_text(
         tiny_config.override(num_steps=4, save_every=2, ema_widths=(0.1,), snapshot_every=2).to_yaml()
     )
+    annotated(root / "coco")
+    FeatureCache.open(root / "cache", ENCODER).add(KEYS, ENTRIES)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        captions = [
+            "prepare",
+            str(root / "coco/annotations/captions_val.json"),
+            str(root / "words"),
+            *SMALL,
+            "--text",
+            TEXT,
+        ]
+        assert main.run(captions) == 0, said.getvalue()
         assert (
             main.run(["train", str(root / "recipe.yaml"), "--data", str(root / "data"), "--out", str(root / "run")])
             == 0
@@ -74,6 +119,9 @@ FILES = {
     "manifest": ("data/manifest.json",),
     "checkpoint": ("run/checkpoints/*/*", "run/snapshots/*/*", "run/averages/*/*"),
     "shard": ("data/*.npy", "data/*.jsonl"),
+    "text": ("words/text*.npy", "words/*.jsonl", "words/manifest.json"),
+    "annotations": ("coco/annotations/*.json",),
+    "features": ("cache/*",),
 }  # fmt: skip
 
 
@@ -92,6 +140,17 @@ def tried(whole: Path, root: Path, kind: str, number: int) -> tuple[object, str,
     run, data = str(root / "run"), str(root / "data")
     same = path.read_bytes() == (whole / path.relative_to(root)).read_bytes()
     small = ["--num-images", "1", "--steps", "1", "--out", str(root / "s.npz")]
+    if kind == "features":
+        return *read_cache(root / "cache"), False
+    if kind == "annotations":
+        text = ["--text", TEXT] if number % 2 else []
+        return *outcome(["prepare", str(path), str(root / "out"), *SMALL, *text]), False
+    if kind == "text":
+        words = str(root / "words")
+        add = ["prepare", words, "--only", "text"]
+        return *outcome(["check", words, "--full"] if number % 2 else add), not same and bool(
+            number % 2
+        ) and path.suffix != ".json"
     if kind == "shard":
         train = ["train", str(root / "recipe.yaml"), "--data", data, "--out", str(root / "out"), "--num-steps", "1"]
         return *outcome(["check", data, "--full"] if number % 2 else train), not same

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from repa.base import files
 from repa.base.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, on which commands are not kept apart
+TRIES = 20  # to share a lock, in a second
 
 
 def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
@@ -78,16 +80,68 @@ def alone(target: Path, doing: str) -> Iterator[None]:
         warnings.warn(f"The file system of {target} has no locks: see that no other command writes it.", stacklevel=3)
     place = Path(os.path.abspath(target))  # "." has no name
     files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
-    holder = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
     try:
         with contextlib.suppress(OSError):  # a record for others; the lock holds without it
-            path.write_text(json.dumps(holder), encoding="utf-8")
+            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
         yield
     finally:
         # removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again
         with contextlib.suppress(OSError):
             path.unlink()
         release(lock)
+
+
+@contextlib.contextmanager
+def shared(target: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a folder beside others that share it: for work that may meet its like, but nobody who is `alone` there.
+
+    Args:
+        target: what is written.
+        doing: the command, for others: "repa prepare".
+
+    Raises:
+        UserError: another process holds it alone; the sentence says which, where and since when.
+    """
+    path = lock_of(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _share(path)
+    if handle is None:
+        raise UserError(
+            f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
+        )
+    try:
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while others share it
+            path.unlink()
+        os.close(handle)
+
+
+def _share(path: Path) -> int | None:
+    """An open file with a shared lock; None when a process has it alone. Tried for a second: who leaves looks whether it is the last."""
+    for _ in range(TRIES):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return handle
+            os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            time.sleep(1 / TRIES)
+            continue
+        if os.fstat(handle).st_nlink:  # else the last holder has just removed it
+            return handle
+        os.close(handle)
+    return None
+
+
+def _record(doing: str) -> dict[str, str | int]:
+    return {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
 
 
 def _holder(path: Path) -> str:

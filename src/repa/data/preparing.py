@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model, require_same_models
@@ -85,19 +85,20 @@ def prepare(
     require_autoencoder(images, config)
     inventory = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out))
     names = tuple(images.class_names)
-    settings = agree(out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
-    config = settings.config
-    chosen = chosen_parts(only, config)
-    if TEXT in chosen and not images.has_captions:
-        raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
-    share = (rank, world, progress, device)
-    parts = [name for name in chosen if name != TEXT]
-    shards = plan_shards(len(images), config.shard_size, config.flip)
-    read = FromSource(images, config.resolution, config.num_workers)
-    manifest = _run(Job(out, settings, shards, parts, read, *share)) if parts else None
-    if TEXT in chosen:  # captions come with the images, so after them
-        manifest = _run(_of_captions(out, settings, len(shards), share))
-    return manifest
+    with lock.shared(out, "repa prepare"):
+        settings = agree(out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
+        config = settings.config
+        chosen = chosen_parts(only, config)
+        if TEXT in chosen and not images.has_captions:
+            raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
+        share = (rank, world, progress, device)
+        parts = [name for name in chosen if name != TEXT]
+        shards = plan_shards(len(images), config.shard_size, config.flip)
+        read = FromSource(images, config.resolution, config.num_workers)
+        manifest = _run(Job(out, settings, shards, parts, read, *share)) if parts else None
+        if TEXT in chosen:  # captions come with the images, so after them
+            manifest = _run(_of_captions(out, settings, len(shards), share))
+        return manifest
 
 
 def add_features(
@@ -124,19 +125,26 @@ def add_features(
         UserError: the folder holds no images, or the encoder cannot be loaded.
     """
     out, device = Path(out), torch.device(device)
-    manifest = Manifest.open(out)
-    if not manifest.config.store_images:
-        raise UserError(f"{out} holds no images to encode: run `repa prepare` on the source with --features {spec}.")
-    config = manifest.config
-    if spec not in config.features:
-        forms = (*config.feature_forms, f"{spec}={form}")
-        config = config.override(features=(*config.features, spec), feature_forms=forms)
-    if weights:
-        config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights)).with_absolute_paths()
-    settings = agree(out, Settings.of(manifest, config))
-    reader = ShardReader(out, manifest, only=("images", "labels"))
-    shards = [Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)]
-    return _run(Job(out, settings, shards, [spec], FromShards(reader), rank, world, progress, device))
+    with lock.shared(out, "repa prepare"):
+        manifest = Manifest.open(out)
+        if not manifest.config.store_images:
+            raise UserError(
+                f"{out} holds no images to encode: run `repa prepare` on the source with --features {spec}."
+            )
+        config = manifest.config
+        if spec not in config.features:
+            forms = (*config.feature_forms, f"{spec}={form}")
+            config = config.override(features=(*config.features, spec), feature_forms=forms)
+        if weights:
+            config = config.override(
+                feature_weights=(f"{spec}={weights}", *config.feature_weights)
+            ).with_absolute_paths()
+        settings = agree(out, Settings.of(manifest, config))
+        reader = ShardReader(out, manifest, only=("images", "labels"))
+        shards = [
+            Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)
+        ]
+        return _run(Job(out, settings, shards, [spec], FromShards(reader), rank, world, progress, device))
 
 
 def add_text(
@@ -161,17 +169,18 @@ def add_text(
         UserError: the folder holds no captions, or tokens of another text encoder.
     """
     out = Path(out)
-    manifest = Manifest.open(out)
-    if not any(shard.captions for shard in manifest.shards):
-        raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
-    text = {"text": spec, "text_form": form} if spec else {}
-    before = started(out).config  # with what an interrupted call asked for
-    config = before.override(**text, text_weights=weights or before.text_weights)
-    if not config.text:
-        raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-    settings = agree(out, Settings.of(manifest, config.with_absolute_paths()))
-    share = (rank, world, progress, torch.device(device))
-    return _run(_of_captions(out, settings, len(manifest.shards), share))
+    with lock.shared(out, "repa prepare"):
+        manifest = Manifest.open(out)
+        if not any(shard.captions for shard in manifest.shards):
+            raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
+        text = {"text": spec, "text_form": form} if spec else {}
+        before = started(out).config  # with what an interrupted call asked for
+        config = before.override(**text, text_weights=weights or before.text_weights)
+        if not config.text:
+            raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
+        settings = agree(out, Settings.of(manifest, config.with_absolute_paths()))
+        share = (rank, world, progress, torch.device(device))
+        return _run(_of_captions(out, settings, len(manifest.shards), share))
 
 
 def _of_captions(out: Path, settings: Settings, num_shards: int, share: tuple) -> Job:

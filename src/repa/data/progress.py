@@ -116,7 +116,8 @@ def started(out: Path) -> Settings | None:
     if (out / MANIFEST).is_file():
         manifest = Manifest.open(out)
         return Settings.of(manifest, manifest.config)
-    if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(PARTS) for path in out.iterdir())):
+    own = (PARTS, "lock")
+    if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(own) for path in out.iterdir())):
         raise UserError(f"{out} is not an empty folder and holds no prepared data: choose another one.")
     return None
 

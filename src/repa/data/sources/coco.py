@@ -13,7 +13,7 @@ from repa.base.images import decode_image
 from repa.data.sources.contract import Source, Strings, printable, sampled_digest
 from repa.data.sources.folders import MAX_FILE_SIZE
 
-MOST_BYTES = 2**31  # of an annotation file; that of COCO 2017 has 92 MB
+MOST_BYTES = 2**28  # of an annotation file: COCO 2017 has 92 MB, and parsed JSON takes up to 24 times as much memory
 
 
 class CocoSource(Source):
