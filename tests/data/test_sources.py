@@ -12,7 +12,7 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.data import open_source
-from repa.data.sources import folders
+from repa.data.sources import contract
 from tests.data.conftest import pack, spoil
 from tests.oracles.data import noise_image
 
@@ -165,7 +165,7 @@ def test_zip_bombs_are_refused_by_their_declared_size(tmp_path):
         archive.writestr("a/bomb.png", b"0")
     data = bytearray((tmp_path / "bomb.zip").read_bytes())
     at = data.index(b"PK\x01\x02") + 24
-    data[at : at + 4] = struct.pack("<I", folders.MAX_FILE_SIZE + 1)
+    data[at : at + 4] = struct.pack("<I", contract.MAX_FILE_SIZE + 1)
     (tmp_path / "bomb.zip").write_bytes(data)
     with pytest.raises(UserError, match=r"a/bomb\.png .* unpacks to 256\.0 MiB"):
         open_source(tmp_path / "bomb.zip")
@@ -257,7 +257,7 @@ def test_broken_links_and_huge_files_are_named(folder, monkeypatch):
     source = open_source(folder)
     with pytest.raises(UserError, match=r"^bees/link\.png cannot be read: No such file"):
         source.decode(11)
-    monkeypatch.setattr(folders, "MAX_FILE_SIZE", 100)
+    monkeypatch.setattr(contract, "MAX_FILE_SIZE", 100)
     with pytest.raises(UserError, match=r"^ants/000\.png has .*, more than an image may have \(100 B\)"):
         source.decode(0)
 

@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from repa.base.errors import UserError
 from repa.data import open_source
-from repa.data.sources import columns, huggingface
-from repa.data.sources import parquet as tables
+from repa.data.sources import contract, tables
+from repa.data.sources import parquet as parquet_source
 from tests.data.kinds import _table, as_parquet, as_saved, pictures, pixels
 
 BYTES = [item.data for item in pictures()]
@@ -126,7 +126,7 @@ def test_damage_between_is_named_when_it_is_read(tmp_path):
 
 def test_huge_cells_are_named(tmp_path, monkeypatch):
     source = open_source(write(tmp_path / "p.parquet", image=BYTES))
-    monkeypatch.setattr(columns, "MAX_FILE_SIZE", 100)
+    monkeypatch.setattr(contract, "MAX_FILE_SIZE", 100)
     with pytest.raises(UserError, match=r"p\.parquet\[4\] has .*, more than an image may have \(100 B\)"):
         source.decode(4)
 
@@ -138,7 +138,7 @@ def test_captions_that_are_no_texts_are_left_out_and_counted(tmp_path):
 
 
 def test_huge_row_groups_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "MAX_GROUP", 100)
+    monkeypatch.setattr(parquet_source, "MAX_GROUP", 100)
     with pytest.raises(UserError, match="has a row group of .* write it again with fewer rows"):
         open_source(write(tmp_path / "p.parquet", image=BYTES))
 
@@ -203,7 +203,7 @@ def test_images_beside_the_table_are_read(tmp_path):
     (tmp_path / "a.png").write_bytes(BYTES[0])
     paths = [str(tmp_path / "a.png"), str(tmp_path / "gone.png")]
     table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
-    source = huggingface.TableSource(table, "here")
+    source = tables.DatasetSource(table, "here")
     np.testing.assert_array_equal(np.asarray(source.decode(0)), pixels(pictures())[0])
     with pytest.raises(UserError, match=r"^here\[1\] cannot be read"):
         source.decode(1)

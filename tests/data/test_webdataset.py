@@ -13,8 +13,8 @@ import pytest
 from repa.base.errors import UserError
 from repa.data import open_source, remote
 from repa.data.remote import Fetcher
-from repa.data.sources import folders, tar_index
-from repa.data.sources.patterns import expand
+from repa.data.sources import contract, tar_index
+from repa.data.sources.contract import expand
 from tests.data.kinds import add, as_shards, pictures, pixels, write_shard
 
 
@@ -143,7 +143,7 @@ def test_links_and_huge_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_index, "MAX_FILE_SIZE", 100)
     with pytest.raises(UserError, match=r"a\.png in .* more than an image may have"):
         open_source(tar(tmp_path / "h.tar", a_png=PNG))
-    monkeypatch.setattr(tar_index, "MAX_FILE_SIZE", folders.MAX_FILE_SIZE)
+    monkeypatch.setattr(tar_index, "MAX_FILE_SIZE", contract.MAX_FILE_SIZE)
     monkeypatch.setattr(tar_index, "MAX_TEXT", 3)
     with pytest.raises(UserError, match=r"a\.txt in .* too much for a text"):
         open_source(tar(tmp_path / "t.tar", a_png=PNG, a_txt="long"))
@@ -243,7 +243,7 @@ def test_processes_wait_for_one_another(tmp_path, cache):
         ("pipe:true", "cannot be read as an uncompressed tar file|holds no images"),
         ("file:///nowhere/x.tar", "cannot be fetched: FileNotFoundError"),
         ("nosuchstore://x/y.tar", "cannot be fetched: ValueError"),
-        ("https://example.invalid/x.zip", r"is not read from afar: allowed are \.tar and \.parquet"),
+        ("https://example.invalid/x.zip", r"remote files must be \.tar or \.parquet"),
     ],
 )
 def test_shards_that_cannot_be_fetched_are_named(spec, message, cache):

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -12,18 +11,9 @@ import numpy as np
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.data.sources.contract import Strings
-from repa.data.sources.folders import (
-    CAPTION,
-    EXTENSIONS,
-    LISTING,
-    MAX_FILE_SIZE,
-    METADATA,
-    FileSource,
-    count_others,
-    hidden,
-)
-from repa.data.sources.labels import TABLES
+from repa.data.sources.contract import CAPTION, EXTENSIONS, MAX_FILE_SIZE, Strings, hidden, leads_out
+from repa.data.sources.folders import LISTING, METADATA, FileSource, count_others
+from repa.data.sources.label_files import TABLES
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
@@ -167,9 +157,3 @@ def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in METHODS:
         raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")
-
-
-def leads_out(name: str) -> bool:
-    """Whether a path of an archive would leave the folder it is unpacked to."""
-    name = name.replace("\\", "/")
-    return name.startswith("/") or re.match(r"[A-Za-z]:", name) is not None or ".." in name.split("/")

@@ -1,9 +1,7 @@
-"""Images as files: what folders and zips share, and folders."""
+"""Images as files: what folders and zips share, folders, and the images of COCO's annotation files of captions."""
 
 import collections
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,55 +12,33 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.base.images import decode_image, image_endings
-from repa.data.sources.contract import Source, Strings, plain_text, printable, sampled_digest
-from repa.data.sources.labels import (
-    TABLES,
+from repa.data.sources.contract import (
+    CAPTION,
+    CAPTIONS,
+    EXTENSIONS,
+    ONE_CLASS,
     Classes,
-    by_name,
-    from_file,
-    from_listing,
-    in_order,
-    label_columns,
+    Source,
+    Strings,
+    caption_lines,
+    caption_values,
+    hidden,
     labels_digest,
     no_classes,
-    rows_of_lines,
-    table_columns,
-)
-from repa.data.sources.splits import MEANINGS, splits_among
-
-EXTENSIONS = image_endings()
-"""Endings of the formats that `base.images` decodes; other files are counted and left out."""
-AROUND = (
-    "images",
-    "image",
-    "imgs",
-    "img",
-    "data",
-    "dataset",
-    "photos",
-    "pictures",
-    "jpg",
-    "png",
-    "classes",
-    "set",
-    "all",
-)
-"""Names of a folder around the folders of classes, which is no class."""
-JUNK = (
-    "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
-    "thumbs.db", "desktop.ini", "__pycache__",
+    plain_text,
+    printable,
+    read_image_file,
 )  # fmt: skip
+from repa.data.sources.label_files import TABLES, from_file, rows_of_csv, rows_of_lines, table_columns
+from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns
+
 JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
-MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are no classes
-CAPTIONS = ("caption", "captions", "text")  # columns of texts
-CAPTION = ".txt"  # a text beside an image, of the same name
+MOST_BYTES = 2**28  # of an annotation file: COCO 2017 has 92 MB, and parsed JSON takes up to 24 times as much memory
 
 
 class FileSource(Source):
@@ -103,7 +79,7 @@ class FileSource(Source):
             self.left_out["texts of no image"] = unused
         listing = "\n".join(f"{path} {mark}" for path, mark in zip(paths, marks, strict=True))
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
-        digest.update(sampled_digest(len(paths), self._contents).encode())
+        digest.update(self._sampled_digest(len(paths)).encode())
         self.identity = {"name": Path(where).name, "num_images": len(paths), "sha256": digest.hexdigest()}
         if classes := self._given_classes(where, paths, labels):
             self.identity["labels_sha256"] = labels_digest(classes)  # they are not in the list of paths
@@ -112,13 +88,6 @@ class FileSource(Source):
             if len(classes.names) == 1 and not labels and not any("/" in path for path in paths):
                 self._require_nothing_label_like(where)
         self.labels, self.class_names = classes
-
-    def _contents(self, index: int) -> bytes:
-        """The bytes of an image for the identity; of one that cannot be read, none: reading it says why."""
-        try:
-            return self.read(self.paths[index], self.name(index))
-        except UserError:
-            return b""
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""
@@ -199,8 +168,8 @@ class FileSource(Source):
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
-    def decode(self, index: int) -> Image.Image:
-        return decode_image(self.read(self.paths[index], self.name(index)), self.name(index))
+    def contents(self, index: int) -> bytes:
+        return self.read(self.paths[index], self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         name = self._texts.get(self.paths[index])
@@ -220,106 +189,6 @@ class FileSource(Source):
     @abstractmethod
     def read_root(self, name: str) -> bytes | None:
         """The bytes of a file at the root, such as dataset.json; None when there is none."""
-
-
-def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Classes, str]:
-    """The classes that folders are, and a sentence about which.
-
-    "" and "folders" take the first folder of each path, "folders:2" the second, "folders:last" the one that holds the
-    image, "folders:path" all of them. Where "" could mean two things, it is refused with the choices.
-
-    Raises:
-        UserError: which folders are classes cannot be told, or an image does not lie in one.
-    """
-    level = _level(labels)
-    prefix = ""
-    if not labels:
-        prefix = _around(where, paths)
-        level = 2 if prefix else 1
-    depths = {path.count("/") for path in paths}
-    if not labels and depths == {0}:
-        return no_classes(len(paths)), "no folders: one class"
-    folders = []
-    for path in paths:
-        parts = path.split("/")[:-1]
-        if not parts or (level is not None and len(parts) < level):
-            raise UserError(
-                f"{where} holds folders of images and loose images such as {printable(path)}: move every image into the "
-                "folder of its class, or give --labels none for one class."
-            )
-        folders.append(plain_text("/".join(parts) if level == 0 else parts[-1] if level is None else parts[level - 1]))
-    names = in_order(set(folders))
-    position = {name: label for label, name in enumerate(names)}
-    classes = Classes(np.array([position[folder] for folder in folders], np.int64), [printable(name) for name in names])
-    which = (
-        "the whole path of each image's folder"
-        if level == 0
-        else "the folder of each image"
-        if level is None
-        else "the first folder of each path"
-        if level == 1
-        else (f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
-    )
-    deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
-    if deeper and not labels:
-        shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
-        which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"
-    return classes, which
-
-
-def _level(labels: str) -> int | None:
-    """Which folder of a path is its class, counted from 1; None for the last, 0 for the whole path."""
-    _, _, level = labels.partition(":")
-    if level in ("last", "path"):
-        return None if level == "last" else 0
-    if level and not re.fullmatch(r"[1-9][0-9]?", level):
-        raise UserError(f"labels was given {labels!r}: write folders, folders:2, folders:last or folders:path.")
-    return int(level or 1)
-
-
-def _around(where: str, paths: Sequence[str]) -> str:
-    """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
-    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
-    splits = splits_among(tops)
-    nested = all(path.count("/") > 1 for path in paths)
-    if splits and (len(tops) > 1 or not nested):
-        deep = {path.count("/") for path in paths} != {2}
-        inside = f", or --labels folders:{'last' if deep else 2} for the classes inside all of them" if nested else ""
-        raise UserError(
-            f"{where} holds what looks like splits ({', '.join(splits)}), which are no classes: give one of them as the source"
-            f"{inside}, or --labels folders if they are classes, or none."
-        )
-    if len(tops) > 1 or not nested or tops == {""}:
-        return ""
-    (top,) = tops
-    if top.lower() in (*MEANINGS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
-        return top
-    inner = sorted({path.split("/")[1] for path in paths})
-    raise UserError(
-        f"All images of {where} lie in folders inside {printable(top)}/: give --labels folders:2 if {', '.join(inner[:3])} are "
-        f"classes, --labels folders if {printable(top)} is one, or --labels none."
-    )
-
-
-def rows_of_csv(data: bytes, name: str) -> list[dict[str, Any]]:
-    with faults.reading(name, "a table of comma-separated UTF-8"):
-        return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
-
-
-def caption_lines(data: bytes, name: str) -> tuple[str, ...]:
-    """The captions in a text file, one a line; none of a text that is not UTF-8, which is no reason to lose the image."""
-    try:
-        return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError:
-        return ()
-
-
-def caption_values(value: Any) -> tuple[str, ...]:
-    """A caption, or a list of them, as they lie in a .json or a column; none where they are anything but texts."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
-        return ()
-    return tuple(text for text in values if text)
 
 
 def _stem(path: str) -> str:
@@ -360,15 +229,7 @@ class FolderSource(FileSource):
         super().__init__(str(root), paths, [found[path] for path in paths], texts, labels, others)
 
     def read(self, path: str, name: str) -> bytes:
-        faults.require_plain(self.root / path)
-        try:
-            if (size := (self.root / path).stat().st_size) <= MAX_FILE_SIZE:
-                return (self.root / path).read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}.") from error
-        raise UserError(
-            f"{name} has {files.size(size)}, more than an image may have ({files.size(MAX_FILE_SIZE)}): remove it."
-        )
+        return read_image_file(self.root / path, name)
 
     def read_root(self, name: str) -> bytes | None:
         return self.read(name, name) if (self.root / name).is_file() else None
@@ -399,13 +260,79 @@ def _walk(
             yield entry
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's images."""
-    return name.startswith(".") or name.lower() in JUNK
-
-
 def _size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
     except OSError:
         return -1
+
+
+class CocoSource(Source):
+    """Images of an annotation file in the order of their ids, each with its captions in the order of theirs. One class.
+
+    Args:
+        annotations: a file such as annotations/captions_val2014.json.
+        images: the folder of the images; "": the folder beside the file, or beside its folder, that is named like the end of the
+            file's name (val2014).
+
+    Raises:
+        UserError: no such files, or a file that holds something else.
+    """
+
+    has_captions = True
+    labels_from = "nothing: captions have no classes"
+
+    def __init__(self, annotations: Path, *, images: str = ""):
+        if annotations.stat().st_size > MOST_BYTES:
+            raise UserError(
+                f"{annotations} is larger than {files.size(MOST_BYTES)}: give an annotation file of captions."
+            )
+        values = files.read_object(annotations, images=list, annotations=list)
+        self.folder = _folder_of_images(annotations, images)
+        with faults.reading(annotations, "COCO's annotations of captions"):
+            names = dict(sorted((int(row["id"]), _plain_file_name(row["file_name"])) for row in values["images"]))
+            texts: dict[int, list[str]] = {number: [] for number in names}
+            for row in sorted(values["annotations"], key=lambda row: int(row["id"])):
+                texts[int(row["image_id"])].append(_caption(row["caption"]))
+        if not names:
+            raise UserError(f"{annotations} names no image: give an annotation file of captions.")
+        self._names = Strings(names.values())
+        self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
+        self.class_names, self.labels = [ONE_CLASS], np.zeros(len(names), np.int64)
+        digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
+        digest.update(self._sampled_digest(len(names), strict=True).encode())
+        self.identity = {"name": annotations.name, "num_images": len(names), "sha256": digest.hexdigest()}
+
+    def name(self, index: int) -> str:
+        return printable(self._names[index])
+
+    def contents(self, index: int) -> bytes:
+        return read_image_file(self.folder / self._names[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(json.loads(self._captions[index]))
+
+
+def _folder_of_images(annotations: Path, images: str) -> Path:
+    split = annotations.stem.rpartition("_")[2]
+    found = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
+    folder = next((path for path in found if path.is_dir()), None)
+    if folder is None:
+        raise UserError(
+            f"The images of {annotations} are not in {' or '.join(map(str, found))}: write {annotations}:images=FOLDER."
+        )
+    return folder
+
+
+def _plain_file_name(name: str) -> str:
+    """A name in the folder of images: whoever made the file must not make us read elsewhere."""
+    if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(f"file_name {name!r:.80} is no plain name of a file")
+    name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write
+    return name
+
+
+def _caption(caption: str) -> str:
+    if not isinstance(caption, str):
+        raise ValueError(f"caption {caption!r:.80} is no text")
+    return " ".join(caption.split())

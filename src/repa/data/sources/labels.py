@@ -1,49 +1,25 @@
-"""Which class an image has: from its folder, a dataset.json, a column of a table, or none."""
+"""Which class an image has: from its folder, a dataset.json, a table of paths, or values as they were written."""
 
-import csv
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from repa.base import extras, faults, files
 from repa.base.errors import UserError, nearest
-from repa.base.images import image_endings
-from repa.data.sources.contract import plain_text, printable
+from repa.data.sources.contract import MEANINGS, Classes, no_classes, plain_text, printable, splits_among
 
-ONE_CLASS = "all"
 MAX_CLASSES = 1_000_000  # a label far beyond them is no label, and would make as many names
-FILE_COLUMNS = (
-    "file_name", "filename", "file", "path", "image", "name", "key", "image_id", "image_name", "image_path", "img", "filepath",
-)  # fmt: skip
 LABEL_COLUMNS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
     "y",
 )  # fmt: skip
 """What columns and keys of labels are usually called."""
-TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl")
-
-
-class Classes(NamedTuple):
-    """A class for each image."""
-
-    labels: np.ndarray  # (N,) int64
-    names: list[str]
-
-
-def no_classes(num: int) -> Classes:
-    """One class for all."""
-    return Classes(np.zeros(num, np.int64), [ONE_CLASS])
-
-
-def labels_digest(classes: Classes) -> str:
-    """A checksum of the labels and the names of their classes."""
-    names = "\n".join(classes.names).encode()
-    return hashlib.sha256(classes.labels.tobytes() + names).hexdigest()
+AROUND = (
+    "images", "image", "imgs", "img", "data", "dataset", "photos", "pictures", "jpg", "png", "classes", "set", "all",
+)  # fmt: skip
+"""Names of a folder around the folders of classes, which is no class."""
 
 
 def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str) -> Classes:
@@ -126,31 +102,11 @@ def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str
     return Classes(labels.astype(np.int64), [printable(name) for name in names])
 
 
-def from_file(spec: str, names: Sequence[str]) -> Classes:
-    """The classes that a file gives to images by their names.
-
-    Args:
-        spec: a `dataset.json`, or `TABLE.csv[:COLUMN]` (.tsv and .parquet too; the column is "label" unless given).
-        names: paths of the images in the source.
-
-    Raises:
-        UserError: the file cannot be read, or does not give a label to exactly the images of the source.
-    """
-    path, _, column = spec, "", ""
-    if not Path(spec).is_file() and ":" in spec:
-        path, _, column = spec.rpartition(":")
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".json", *TABLES):
-        raise UserError(
-            f"labels was given {spec!r}: allowed are 'none', 'folders', 'folders:2', 'folders:last', 'folders:path', 'tars', a "
-            "dataset.json, or a table such as labels.csv:COLUMN (.csv, .tsv, .txt, .jsonl, .parquet)."
-        )
-    if not Path(path).is_file():
-        raise UserError(f"labels names {path!r}, but there is no such file: give its path.")
-    if suffix == ".json":
-        return from_listing(files.read_json(path), names, path)
-    keys, values = _read_table(Path(path), column or "label")
-    return by_name(_unique(zip(keys, values, strict=True), path), names, path)
+def label_columns(there: Iterable[str]) -> list[str]:
+    """Those that are called as labels usually are, the likeliest first."""
+    there = list(there)
+    lower = {name.lower(): name for name in there}
+    return [lower[name] for name in LABEL_COLUMNS if name in lower]
 
 
 def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
@@ -167,10 +123,10 @@ def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
             raise UserError(f"{where} has an entry {str(pair)[:80]}: every entry of 'labels' is [path, label].")
-    return by_name(_unique(pairs, where), names, where)
+    return by_name(unique(pairs, where), names, where)
 
 
-def _unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
+def unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
         if name in table:
@@ -213,127 +169,80 @@ def _near(table: Mapping[str, Any], name: str) -> list[str]:
     return [str(key) for key in table if str(key).rpartition("/")[2] == base][:5] or ([str(first)] if first else [])
 
 
-def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
-    """The column of paths, and the column asked for."""
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, column)
-    if path.suffix.lower() == ".jsonl":
-        return _read_lines(path, column)
-    if path.suffix.lower() == ".txt":
-        return _read_words(path, column)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=_delimiter(head))
-            key = _columns(path, list(reader.fieldnames or ()), column)
-            rows = [(row[key], row[column]) for row in reader]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(f"{path} cannot be read as a table ({error}): save it as comma-separated UTF-8.") from error
-    for line, (name, _) in enumerate(rows, start=2):
-        if not name:
-            raise UserError(f"Row {line} of {path} names no image: fill in the column {key!r}.")
-    return [name for name, _ in rows], [value for _, value in rows]
+def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Classes, str]:
+    """The classes that folders are, and a sentence about which.
 
+    "" and "folders" take the first folder of each path, "folders:2" the second, "folders:last" the one that holds the
+    image, "folders:path" all of them. Where "" could mean two things, it is refused with the choices.
 
-def _delimiter(head: str) -> str:
-    """What stands between the columns of a table, by its first line."""
-    return max(",;\t", key=head.count) if any(mark in head for mark in ",;\t") else ","
-
-
-def words_of(text: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table of words between spaces, as CelebA's list_attr_celeba.txt and identity_CelebA.txt are.
-
-    A first line that is one number counts the images. A line with a word less than the others names the columns but that of
-    the images; where there is none, the columns are the image and, of two, "label".
+    Raises:
+        UserError: which folders are classes cannot be told, or an image does not lie in one.
     """
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():
-        lines = lines[1:]
-    if len(lines) > 1 and len(lines[0]) == len(lines[1]) - 1:
-        return [FILE_COLUMNS[0], *lines[0]], lines[1:]
-    if lines and set(lines[0]) & set(FILE_COLUMNS):
-        return lines[0], lines[1:]
-    width = len(lines[0]) if lines else 0
-    return [FILE_COLUMNS[0], *(["label"] if width == 2 else [str(n) for n in range(1, width)])], lines
-
-
-def _read_words(path: Path, column: str) -> tuple[list[str], list[Any]]:
-    with faults.reading(path, "a table of words in UTF-8"):
-        columns, rows = words_of(path.read_text(encoding="utf-8-sig"))
-    key = _columns(path, columns, column)
-    for line, row in enumerate(rows, start=1):
-        if len(row) != len(columns):
+    level = _level(labels)
+    prefix = ""
+    if not labels:
+        prefix = _around(where, paths)
+        level = 2 if prefix else 1
+    depths = {path.count("/") for path in paths}
+    if not labels and depths == {0}:
+        return no_classes(len(paths)), "no folders: one class"
+    folders = []
+    for path in paths:
+        parts = path.split("/")[:-1]
+        if not parts or (level is not None and len(parts) < level):
             raise UserError(
-                f"Row {line} of {path} has {len(row)} words, but there are {len(columns)} columns: correct it."
+                f"{where} holds folders of images and loose images such as {printable(path)}: move every image into the "
+                "folder of its class, or give --labels none for one class."
             )
-    at = columns.index(key), columns.index(column)
-    return [row[at[0]] for row in rows], [row[at[1]] for row in rows]
+        folders.append(plain_text("/".join(parts) if level == 0 else parts[-1] if level is None else parts[level - 1]))
+    names = in_order(set(folders))
+    position = {name: label for label, name in enumerate(names)}
+    classes = Classes(np.array([position[folder] for folder in folders], np.int64), [printable(name) for name in names])
+    which = (
+        "the whole path of each image's folder"
+        if level == 0
+        else "the folder of each image"
+        if level is None
+        else "the first folder of each path"
+        if level == 1
+        else (f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
+    )
+    deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
+    if deeper and not labels:
+        shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
+        which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"
+    return classes, which
 
 
-def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
-    """The columns of a table at the root of a source, by its first lines; none of what is no readable table."""
-    suffix = Path(file).suffix.lower()
-    if suffix not in TABLES or suffix == ".parquet":
-        return []
-    try:
-        text = (read(file) or b"").decode("utf-8-sig")
-        if suffix == ".jsonl":
-            return list(rows_of_lines(text.partition("\n")[0].encode(), file)[0])
-    except (UnicodeDecodeError, UserError, IndexError):
-        return []
-    head = text.partition("\n")[0].strip()
-    if suffix != ".txt":
-        return head.split(_delimiter(head))
-    columns, rows = words_of(text)
-    return columns if rows and rows[0][0].lower().endswith(image_endings()) else []  # else it is a text for people
+def _level(labels: str) -> int | None:
+    """Which folder of a path is its class, counted from 1; None for the last, 0 for the whole path."""
+    _, _, level = labels.partition(":")
+    if level in ("last", "path"):
+        return None if level == "last" else 0
+    if level and not re.fullmatch(r"[1-9][0-9]?", level):
+        raise UserError(f"labels was given {labels!r}: write folders, folders:2, folders:last or folders:path.")
+    return int(level or 1)
 
 
-def _read_lines(path: Path, column: str) -> tuple[list[str], list[Any]]:
-    rows = rows_of_lines(path.read_bytes(), str(path))
-    key = _columns(path, list(rows[0]) if rows else [], column)
-    return [str(row.get(key, "")) for row in rows], [row.get(column) for row in rows]
-
-
-def rows_of_lines(data: bytes, name: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl, one a line."""
-    rows = []
-    with faults.reading(name, "JSON, one object a line"):
-        for line in data.decode("utf-8-sig").splitlines():
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be an object.")
-            rows += [row] if row else []
-    return rows
-
-
-def label_columns(there: Iterable[str]) -> list[str]:
-    """Those that are called as labels usually are, the likeliest first."""
-    there = list(there)
-    lower = {name.lower(): name for name in there}
-    return [lower[name] for name in LABEL_COLUMNS if name in lower]
-
-
-def _read_parquet(path: Path, column: str) -> tuple[list[str], list[Any]]:
-    lib, parquet = (extras.need(f"pyarrow.{name}", f"The table {path}") for name in ("lib", "parquet"))
-    try:
-        key = _columns(path, parquet.read_schema(path).names, column)
-        table = parquet.read_table(path, columns=[key, column])
-    except (lib.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as a parquet file: {error}.") from error
-    return table.column(key).to_pylist(), table.column(column).to_pylist()
-
-
-def _columns(path: Path, there: list[str], column: str) -> str:
-    """The column that names the images; the one asked for must be there too."""
-    if column not in there:
+def _around(where: str, paths: Sequence[str]) -> str:
+    """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
+    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
+    splits = splits_among(tops)
+    nested = all(path.count("/") > 1 for path in paths)
+    if splits and (len(tops) > 1 or not nested):
+        deep = {path.count("/") for path in paths} != {2}
+        inside = f", or --labels folders:{'last' if deep else 2} for the classes inside all of them" if nested else ""
         raise UserError(
-            f"{path} has no column {column!r}: it has {', '.join(map(repr, there)) or 'none'}."
-            f"{nearest(column, there)} Write the column as {path}:COLUMN."
+            f"{where} holds what looks like splits ({', '.join(splits)}), which are no classes: give one of them as the source"
+            f"{inside}, or --labels folders if they are classes, or none."
         )
-    keys = [name for name in FILE_COLUMNS if name in there and name != column]
-    if not keys:
-        raise UserError(
-            f"{path} has no column that names the images: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."
-        )
-    return keys[0]
+    if len(tops) > 1 or not nested or tops == {""}:
+        return ""
+    (top,) = tops
+    if top.lower() in (*MEANINGS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
+        return top
+    inner = sorted({path.split("/")[1] for path in paths})
+    raise UserError(
+        f"All images of {where} lie in folders inside {printable(top)}/: give --labels folders:2 if {', '.join(inner[:3])} are "
+        f"classes, --labels folders if {printable(top)} is one, or --labels none."
+    )

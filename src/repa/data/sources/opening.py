@@ -8,16 +8,13 @@ from typing import Any
 from repa.base.errors import UserError, nearest
 from repa.base.registry import parse_spec
 from repa.data.sources.archives import ZipSource
-from repa.data.sources.arrays import ArraySource
-from repa.data.sources.cifar import CifarSource, is_cifar
-from repa.data.sources.coco import CocoSource
-from repa.data.sources.contract import Source
-from repa.data.sources.folders import EXTENSIONS, FolderSource, hidden
-from repa.data.sources.huggingface import open_arrow, open_hub, open_saved, open_table
+from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
+from repa.data.sources.contract import EXTENSIONS, Source, expand, hidden, is_pattern, is_remote
+from repa.data.sources.folders import CocoSource, FolderSource
 from repa.data.sources.parquet import ParquetSource
-from repa.data.sources.patterns import expand, is_pattern, is_remote
 from repa.data.sources.photographs import PhotographSource
 from repa.data.sources.reference_layout import ReferenceSource, is_reference
+from repa.data.sources.tables import open_arrow, open_hub, open_saved, open_table
 from repa.data.sources.webdataset import WebDataset
 
 SETTINGS = re.compile(r"(.+?):([a-z_]+=[^,]*(?:,[a-z_]+=[^,]*)*)")
@@ -109,7 +106,7 @@ def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str
     if ending == ".parquet":
         return (lambda **s: ParquetSource(expand(name), labels, **s)), COLUMNS
     if is_remote(name):
-        raise UserError(f"{name!r} is not read from afar: allowed are .tar and .parquet. Fetch the file first.")
+        raise UserError(f"{name!r} cannot be streamed: remote files must be .tar or .parquet. Download it first.")
     if ending == ".arrow":
         return (lambda **s: open_arrow(expand(name), labels, **s)), COLUMNS
     if ending == ".json":

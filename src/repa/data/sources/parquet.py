@@ -1,7 +1,6 @@
 """Parquet files with the bytes of images in a column, here or at a URL; read row group by row group."""
 
 import collections
-import hashlib
 import json
 import os
 import threading
@@ -10,23 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from repa.base import extras, files
 from repa.base.errors import UserError
-from repa.base.images import decode_image
-from repa.data.sources.columns import Column, choose, classes_of_column, image_bytes, labels_from, left_out
-from repa.data.sources.contract import Source, sampled_digest
-from repa.data.sources.folders import caption_values
-from repa.data.sources.labels import labels_digest, no_classes
-from repa.data.sources.patterns import is_remote
-from repa.data.sources.splits import require_one_split
+from repa.data.sources.contract import is_remote, require_one_split
+from repa.data.sources.tables import Column, TableSource
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
 GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart
 
 
-class ParquetSource(Source):
+class ParquetSource(TableSource):
     """Rows of parquet files in order. A URL (`hf://datasets/OWNER/NAME/data/train-{00..09}.parquet`) is streamed.
 
     Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
@@ -42,60 +35,21 @@ class ParquetSource(Source):
         self.shards = list(shards)
         require_one_split(self.shards)
         self._start()
-        first = self._open(0)
-        self._columns = choose(self._where, _columns_of(first.schema_arrow), labels, **_texts(columns))
+        where = self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
+        self._choose(where, _columns_of(self._open(0).schema_arrow), labels, columns)
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
-        num = int(self._rows[-1])
-        if not num:
-            raise UserError(f"{self._where} holds no rows: give files with images.")
-        self.has_captions = bool(self._columns.caption)
-        classes = no_classes(num)
-        if self._columns.label:
-            values = [value for shard in range(len(groups)) for value in self._read_labels(shard)]
-            classes = classes_of_column(self._columns, values, self.name, self._where)
-        self.labels, self.class_names = classes
-        self.labels_from = labels_from(self._columns, labels, _columns_of(first.schema_arrow))
-        self.left_out = left_out(self._columns, _columns_of(first.schema_arrow))
-        sizes = json.dumps([size for shard in groups for size in shard])
-        self.identity = {
-            "name": Path(self._where).name,
-            "num_images": num,
-            "sha256": self._digest(sizes, num),
-            "labels_sha256": labels_digest(classes),
-        }
+        self._identify(
+            where, int(self._rows[-1]), lambda: [value for shard in range(len(groups)) for value in self._read_labels(shard)],
+            json.dumps([size for shard in groups for size in shard]), is_here=not any(map(is_remote, self.shards)),
+        )  # fmt: skip
 
     def name(self, index: int) -> str:
         group, row = self._find(index)
         shard = self._group[group][0]
         start = next(g for g in range(group, -1, -1) if g == 0 or self._group[g - 1][0] != shard)
         return f"{Path(self.shards[shard]).name}[{int(self._rows[group] - self._rows[start]) + row}]"
-
-    def decode(self, index: int) -> Image.Image:
-        name = self.name(index)
-        return decode_image(image_bytes(self._cell(self._columns.image, index), name), name)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        if not self.has_captions:
-            return ()
-        return caption_values(self._cell(self._columns.caption, index))
-
-    def _digest(self, sizes: str, num: int) -> str:
-        digest = hashlib.sha256(sizes.encode())
-        if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their sizes
-            digest.update(sampled_digest(num, self._contents).encode())
-        return digest.hexdigest()
-
-    def _contents(self, index: int) -> bytes:
-        try:
-            return image_bytes(self._cell(self._columns.image, index), self.name(index))
-        except UserError:
-            return b""
-
-    @property
-    def _where(self) -> str:
-        return self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
 
     def _find(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._rows, index, side="right")) - 1
@@ -106,7 +60,7 @@ class ParquetSource(Source):
         opened = self._open(shard)
         if (names := _columns_of(opened.schema_arrow)) != _columns_of(self._open(0).schema_arrow):
             raise UserError(
-                f"{self.shards[shard]} has other columns ({', '.join(names)}) than {self.shards[0]}: mend it."
+                f"{self.shards[shard]} has other columns ({', '.join(names)}) than {self.shards[0]}: give files of one table."
             )
         return [self._measure(shard, opened.metadata.row_group(g)) for g in range(opened.metadata.num_row_groups)]
 
@@ -223,8 +177,3 @@ def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     for key in ("info", "features"):
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
-
-
-def _texts(columns: dict[str, Any]) -> dict[str, str]:
-    """Settings are read as Python values where they can be; names of columns are texts."""
-    return {key: str(name) for key, name in columns.items()}

@@ -17,9 +17,9 @@ from PIL import Image
 from repa.base import files
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.sources.contract import Source
+from repa.data.sources.contract import Source, labels_digest
 from repa.data.sources.folders import LISTING, FolderSource, scan
-from repa.data.sources.labels import from_listing, labels_digest
+from repa.data.sources.labels import from_listing
 
 IMAGES, MOMENTS = "images", "vae-sd"
 IMAGE_PREFIX, MOMENTS_PREFIX = "img", "img-mean-std-"

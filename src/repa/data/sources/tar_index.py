@@ -14,8 +14,8 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
-from repa.data.sources.archives import Slices, leads_out
-from repa.data.sources.folders import EXTENSIONS, MAX_FILE_SIZE, hidden
+from repa.data.sources.archives import Slices
+from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, hidden, leads_out
 
 FORMAT = 3  # of the files in the cache
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json

@@ -10,25 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from repa.base.errors import UserError
-from repa.base.images import decode_image
 from repa.data.remote import Fetcher
 from repa.data.sources.archives import Slices
-from repa.data.sources.contract import Source, Strings, printable, sampled_digest
-from repa.data.sources.folders import caption_lines, caption_values, from_folders
-from repa.data.sources.labels import (
+from repa.data.sources.contract import (
     Classes,
-    classes_of,
-    from_file,
-    in_order,
-    label_columns,
+    Source,
+    Strings,
+    caption_lines,
+    caption_values,
+    is_remote,
     labels_digest,
     no_classes,
+    printable,
+    require_one_split,
 )
-from repa.data.sources.patterns import is_remote
-from repa.data.sources.splits import require_one_split
+from repa.data.sources.label_files import from_file
+from repa.data.sources.labels import classes_of, from_folders, in_order, label_columns
 from repa.data.sources.tar_index import Index, cached_path, index_of, load_index, read_json
 
 MAX_OPEN = 16  # shards open at a time: rows are read in order
@@ -93,8 +92,8 @@ class WebDataset(Source):
     def name(self, index: int) -> str:
         return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
 
-    def decode(self, index: int) -> Image.Image:
-        return decode_image(self._read(index, IMAGE), self.name(index))
+    def contents(self, index: int) -> bytes:
+        return self._read(index, IMAGE)
 
     def captions(self, index: int) -> tuple[str, ...]:
         if self._parts[index, TEXT, 1] >= 0:
@@ -174,7 +173,7 @@ class WebDataset(Source):
     def _digest(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._parts[:, IMAGE, 1]).tobytes())
         if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their URLs
-            digest.update(sampled_digest(len(self.keys), lambda index: self._read(index, IMAGE)).encode())
+            digest.update(self._sampled_digest(len(self.keys), strict=True).encode())
         digest.update("\n".join(self.keys).encode(errors="surrogatepass"))
         return digest.hexdigest()
 

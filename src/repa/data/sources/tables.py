@@ -1,0 +1,300 @@
+"""Tables with a column of images: which columns are read, and the data sets of the library `datasets`, which maps them into memory.
+
+Those come from the hub, from `save_to_disk`, or as .arrow files; parquet files are read by row groups (parquet.py).
+"""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from repa.base import extras
+from repa.base.errors import UserError, nearest
+from repa.data.sources.contract import (
+    CAPTIONS,
+    Classes,
+    Source,
+    caption_values,
+    labels_digest,
+    no_classes,
+    read_image_file,
+    require_image_size,
+)  # fmt: skip
+from repa.data.sources.labels import MAX_CLASSES, classes_of, label_columns, named
+
+LABEL = "label"
+
+
+class Column(NamedTuple):
+    """What is known of a column before it is read."""
+
+    kind: Literal["image", "class", "text", "other"]
+    class_names: tuple[str, ...] = ()
+
+
+class Columns(NamedTuple):
+    """The columns that are read; "" for none."""
+
+    image: str
+    label: str
+    caption: str
+    class_names: tuple[str, ...]
+
+
+def choose(
+    where: str, columns: Mapping[str, Column], labels: str, *, image: str = "", label: str = "", caption: str = ""
+) -> Columns:
+    """The columns asked for; else the one that holds images, the one of classes (or called "label"), and captions.
+
+    Raises:
+        UserError: a column is missing, or which one is meant cannot be told.
+    """
+    for key, name in (("image", image), ("label", label), ("caption", caption)):
+        if name and name not in columns:
+            raise UserError(
+                f"{where} has no column {name!r} for {key}: it has {_list(columns)}.{nearest(name, columns)}"
+            )
+    if labels not in ("", "none"):
+        raise UserError(
+            f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
+        )
+    binary = [name for name, column in columns.items() if column.kind == "image"]
+    image = image or _only(where, [name for name in binary if name not in CAPTIONS] or binary, columns, "image")
+    if columns[image].kind != "image":
+        raise UserError(f"The column {image!r} of {where} does not hold the bytes of images: it has {_list(columns)}.")
+    if not label and labels != "none":
+        classes = [name for name, column in columns.items() if column.kind == "class"]
+        usual = [name for name in label_columns(columns) if name != image]
+        found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
+        label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
+    if not caption:
+        texts = (name for name in CAPTIONS if name in columns and name != label and columns[name].kind == "text")
+        caption = next(texts, "")
+    names = columns[label].class_names if label else ()
+    return Columns(image, "" if labels == "none" else label, caption, names)
+
+
+def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: str, otherwise: str = "") -> str:
+    if len(found) == 1:
+        return found[0]
+    raise UserError(
+        f"{where} has {len(found) or 'no'} columns that could be the {key}, among {_list(columns)}: "
+        f"name the one as {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
+    )
+
+
+def _list(columns: Mapping[str, Column]) -> str:
+    return ", ".join(columns) or "none"
+
+
+def classes_of_column(chosen: Columns, values: Sequence[Any], name_of: Any, where: str) -> Classes:
+    """The classes in a column of labels; their names are kept where the table has them."""
+    where = f"the column {chosen.label!r} of {where}"
+    if not chosen.class_names:
+        return classes_of(values, name_of, where)
+    for index, value in enumerate(values):
+        if value is None:
+            raise UserError(f"{name_of(index)} has no label in {where}: give it one, or set labels to 'none'.")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
+            raise UserError(
+                f"{name_of(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is the "
+                "number of a class. Correct it, or set labels to 'none'."
+            )
+    return named(np.array(values, np.int64), chosen.class_names, name_of, where)
+
+
+def image_bytes(cell: Any, name: str) -> bytes:
+    """The bytes of an image file in a cell: bytes, or {"bytes": ..., "path": ...}."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        missing = "only the path of its image" if isinstance(cell, dict) and cell.get("path") else "no image"
+        raise UserError(f"{name} holds {missing}: save the table with the images in it, or remove the row.")
+    require_image_size(len(data), name)
+    return data
+
+
+class TableSource(Source):
+    """Rows with a column of images. Kinds implement `name` and `_cell`."""
+
+    def _choose(self, where: str, columns: Mapping[str, Column], labels: str, asked: Mapping[str, Any]) -> None:
+        """Decide which columns are read; `asked` has those that are named, by key."""
+        # settings are read as Python values where they can be; names of columns are texts
+        self._columns = chosen = choose(where, columns, labels, **{key: str(name) for key, name in asked.items()})
+        self.has_captions = bool(chosen.caption)
+        if labels == "none":
+            self.labels_from = "--labels none: one class"
+        elif chosen.label:
+            self.labels_from = f"the column {chosen.label!r}"
+        else:
+            self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
+        self.left_out = {  # what is called as captions are, and holds something else
+            f"column {name!r}, which holds no texts": 1
+            for name in CAPTIONS
+            if name in columns and name not in (chosen.label, chosen.caption) and columns[name].kind != "text"
+        }
+
+    def _identify(
+        self, where: str, num: int, values: Callable[[], Sequence[Any]], facts: str, *, is_here: bool
+    ) -> None:
+        """Set classes and identity. Args: `values` of the column of labels; `facts` that tell equal images from others;
+        `is_here`: contents that would have to be fetched are known by the facts alone."""
+        if not num:
+            raise UserError(f"{where} holds no rows: give a file or split with images.")
+        classes = (
+            classes_of_column(self._columns, values(), self.name, where) if self._columns.label else no_classes(num)
+        )
+        self.labels, self.class_names = classes
+        sampled = self._sampled_digest(num) if is_here else ""
+        self.identity = {
+            "name": Path(where).name if "://" in where or not where.startswith("hf:") else where,
+            "num_images": num,
+            "sha256": hashlib.sha256((facts + sampled).encode()).hexdigest(),
+            "labels_sha256": labels_digest(classes),
+        }
+
+    def contents(self, index: int) -> bytes:
+        return image_bytes(self._cell(self._columns.image, index), self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return caption_values(self._cell(self._columns.caption, index)) if self.has_captions else ()
+
+    @abstractmethod
+    def _cell(self, column: str, index: int) -> Any:
+        """What a row holds in a column."""
+
+
+class DatasetSource(TableSource):
+    """A `datasets.Dataset` with a column of images."""
+
+    def __init__(self, table: Any, where: str, labels: str = "", **columns: str):
+        """
+        Args:
+            table: the data set.
+            where: what to call it.
+            labels: "" for a column, or "none".
+            columns: image, label, caption: the names of those columns.
+        """
+        datasets = _library()
+        self._where = where
+        self._choose(where, _columns_of(table), labels, columns)
+        image, caption = self._columns.image, self._columns.caption
+        self._tables = {image: table.select_columns([image]).cast_column(image, datasets.Image(decode=False))}
+        if caption:
+            self._tables[caption] = table.select_columns([caption])
+        self._identify(where, len(table), lambda: table[self._columns.label][:], _lengths(table, image), is_here=True)
+
+    def name(self, index: int) -> str:
+        return f"{self._where}[{index}]"
+
+    def contents(self, index: int) -> bytes:
+        cell = self._cell(self._columns.image, index)
+        if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+            return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as `imagefolder` has them
+        return image_bytes(cell, self.name(index))
+
+    def _cell(self, column: str, index: int) -> Any:
+        return self._tables[column][index][column]
+
+
+def open_table(table: Any, labels: str = "") -> DatasetSource:
+    """A data set that is loaded already; UserError for anything that is no `datasets.Dataset`."""
+    datasets = _library()
+    if isinstance(table, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise UserError(
+            f"The data set has the splits {', '.join(table)}: give one of them, such as data[{next(iter(table))!r}]."
+        )
+    if not isinstance(table, datasets.Dataset):
+        raise UserError(f"A source is a path, a name or a datasets.Dataset, but got {type(table).__name__}.")
+    return DatasetSource(table, "the data set", labels)
+
+
+def open_hub(
+    name: str,
+    labels: str = "",
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    **columns: str,
+) -> DatasetSource:
+    """`hf:OWNER/NAME`: downloaded once by `datasets`, into its own cache."""
+    if streaming:
+        raise UserError(
+            f"hf:{name} cannot be streamed as a data set, which has no length and no images by number, so that work could "
+            f"not be shared or continued: stream its parquet files, hf://datasets/{name}@refs/convert/parquet/"
+            f"{config or 'default'}/{split}/{{0000..0009}}.parquet with the numbers that are there, or leave out streaming."
+        )
+    datasets = _library()
+    table = _loading(lambda: datasets.load_dataset(name, config, split=split, revision=revision), f"hf:{name}")
+    return DatasetSource(table, f"hf:{name}", labels, **columns)
+
+
+def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: str) -> DatasetSource:
+    """A folder made by `save_to_disk`, of one split or of several."""
+    table = _loading(lambda: _library().load_from_disk(str(folder)), str(folder))
+    if isinstance(table, dict):
+        if split not in table:
+            raise UserError(
+                f"{folder} holds the splits {', '.join(table)}: say which one as {folder}:split=NAME.{nearest(split, table)}"
+            )
+        table = table[split]
+    elif split:
+        raise UserError(f"{folder} holds one split: leave out split={split}.")
+    return DatasetSource(table, str(folder), labels, **columns)
+
+
+def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> DatasetSource:
+    """The .arrow files of `datasets`, one after the other."""
+    datasets = _library()
+    tables = [_loading(lambda shard=shard: datasets.Dataset.from_file(shard), shard) for shard in shards]
+    where = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
+    table = _loading(lambda: datasets.concatenate_datasets(tables), where)
+    return DatasetSource(table, where, labels, **columns)
+
+
+def _library() -> Any:
+    return extras.need("datasets", "A Hugging Face data set")
+
+
+def _loading(load: Callable[[], Any], where: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # of the hub, its client, pyarrow and the library itself: there is no common base
+        first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{where} cannot be loaded: {first.rstrip('.')}.") from error
+
+
+def _columns_of(table: Any) -> dict[str, Column]:
+    import datasets
+
+    columns = {}
+    for name, feature in table.features.items():
+        struct = isinstance(feature, dict) and "bytes" in feature
+        if struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary"):
+            columns[name] = Column("image")
+        elif isinstance(feature, datasets.ClassLabel):
+            columns[name] = Column("class", tuple(feature.names or ()))
+        elif getattr(feature, "dtype", "") in ("string", "large_string") or _lists_texts(feature):
+            columns[name] = Column("text")
+        else:
+            columns[name] = Column("other")
+    return columns
+
+
+def _lists_texts(feature: Any) -> bool:
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
+
+
+def _lengths(table: Any, image: str) -> str:
+    """A checksum of the lengths of all images, which arrow knows without reading them."""
+    from pyarrow import compute, types
+
+    cells = table.data.column(image)
+    cells = compute.struct_field(cells, "bytes") if types.is_struct(cells.type) else cells
+    lengths = compute.fill_null(compute.binary_length(cells), -1)
+    return hashlib.sha256(lengths.cast("int64").to_numpy().tobytes()).hexdigest()
