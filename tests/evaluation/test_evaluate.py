@@ -13,8 +13,8 @@ from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import load_encoder
 from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, load_judge, make_reference, reference, reference_of
 from repa.evaluation.config import ReferenceConfig
+from repa.evaluation.images import DataImages
 from repa.evaluation.reference import kept_reference
-from repa.evaluation.sources import DataImages
 from tests.oracles import metrics as oracle
 
 ALL = ("fd", "kd", "precision", "recall")

@@ -8,11 +8,11 @@ from repa.base.errors import UserError
 from repa.data import open_data
 from repa.encoders import load_encoder
 from repa.evaluation import evaluate
+from repa.evaluation.images import DataImages, open_images
 from repa.evaluation.judges import EncoderJudge
 from repa.evaluation.measure import measure
 from repa.evaluation.reference import compute_reference, subset_of
 from repa.evaluation.reference_files import load_reference, open_reference, write_reference
-from repa.evaluation.sources import DataImages, open_images
 from repa.metrics import inception_score
 from tests.evaluation.inceptions import small_inception
 from tests.oracles import metrics as oracle

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from repa.base import dist
 from repa.data import open_data
 from repa.evaluation import evaluate
+from repa.evaluation.images import DataImages, open_images
 from repa.evaluation.measure import measure
 from repa.evaluation.reference import compute_reference
-from repa.evaluation.sources import DataImages, open_images
 from repa.metrics import manifold, score
 from tests.evaluation.inceptions import small_inception
 

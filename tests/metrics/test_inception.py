@@ -10,8 +10,15 @@ import torch
 from repa.base import files
 from repa.base.errors import UserError
 from repa.metrics import InceptionV3, inception_weights, load_inception
-from repa.metrics.inception import resize_as_tensorflow
-from repa.metrics.inception_blocks import InceptionA, InceptionB, InceptionC, InceptionD, InceptionE, average_pool
+from repa.metrics.inception import (
+    InceptionA,
+    InceptionB,
+    InceptionC,
+    InceptionD,
+    InceptionE,
+    average_pool,
+    resize_as_tensorflow,
+)
 from tests.oracles import inception as oracle
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -63,3 +64,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """What is inside computes in the precision of its inputs; the meta device, which has no autocast, always does."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """No autocast, and no TF32, which cuDNN takes for convolutions unless told otherwise, and a trainer for its products."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

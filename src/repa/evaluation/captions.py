@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from repa.base.errors import UserError
 from repa.conditions.hub import locate, read_network, read_tokenizer
 from repa.conditions.words import words_of
-from repa.evaluation.rows import gather_rows
+from repa.evaluation.images import gather_rows
 
 MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
 RARE, COMMON = 0.005, 0.95  # share of captions: words outside tell nothing, or cannot be learned

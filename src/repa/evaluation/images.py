@@ -1,15 +1,32 @@
-"""A set of uint8 images to be measured, whatever it lies in."""
+"""Sets of uint8 images to be measured: inside an .npz, prepared data, folders and zips; each process sees its share.
 
+An .npz is ADM's format: memory-mapped in the zip where its images are stored, else read as a stream.
+"""
+
+import struct
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from repa.base import dist
+from repa.base import dist, faults
+from repa.base.arrays import load_npz
+from repa.base.errors import UserError
+from repa.base.images import to_tensor
+from repa.data import DataSet, Source, open_data, open_source
+from repa.data.manifest import MANIFEST, PARTS
+from repa.data.remote import is_url
+
+DECODERS = 8  # threads
+REMEDY = "Save them with np.savez and np.ascontiguousarray."
 
 
 class Images(ABC):
@@ -34,3 +51,147 @@ class Images(ABC):
         for start in range(dist.rank() * size, self.num, dist.world() * size):
             indices = np.arange(start, min(start + size, self.num))
             yield torch.from_numpy(indices), self.rows(indices)
+
+
+def gather_rows(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """(n, D) and (n,) for each batch that this process saw, none also -> (N, D) of all processes, by index; on the CPU."""
+    rows = torch.cat(list(parts)) if parts else torch.empty(0, 0)
+    index = torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int64)
+    if dist.active():
+        shapes = dist.gather_objects(tuple(rows.shape))
+        num, dim = (max(sizes) for sizes in zip(*shapes, strict=True))
+        padded, places = torch.zeros(num, dim), torch.full((num,), -1)
+        padded[: len(rows), : rows.shape[1]], places[: len(rows)] = rows, index
+        rows, index = dist.gather(padded), dist.gather(places)  # (world * num, D)
+        rows, index = rows[index >= 0], index[index >= 0]
+    in_order = bool((index[1:] > index[:-1]).all())
+    return rows if in_order else rows[index.argsort()]  # a copy of all rows, which one process need not make
+
+
+class NpzImages(Images):
+    """`arr_0` of an .npz, uint8 (N, H, W, 3). Opening reads its header only. Never unpickles."""
+
+    def __init__(self, path: Path):
+        self.path, self.where = path, str(path)
+        wanted = "It must be an .npz with uint8 images under arr_0."
+        with faults.reading(path, "images", wanted, missing=f"There is no file {path}."):
+            self._archive = zipfile.ZipFile(path)
+            self._info = self._archive.getinfo("arr_0.npy")
+            self._file = self._archive.open(self._info)
+            shape, fortran, dtype = _read_header(self._file)
+            self._start = self._file.tell()
+            stored = self._info.compress_type == zipfile.ZIP_STORED
+            begin = _data_offset(path, self._info) if stored else 0
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}.")
+        self.num, self.height, self.width, _ = shape
+        self._size = self.height * self.width * 3
+        if self._info.file_size < self._start + self.num * self._size:
+            whole = (self._info.file_size - self._start) // self._size
+            raise UserError(f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}.")
+        self.identity = {"name": path.name, "shape": list(shape), "crc32": self._info.CRC}
+        self._map = None
+        if fortran:  # images do not lie one after the other: nothing to stream or to sum up in order
+            self._map, self._next = load_npz(path, "images in Fortran order", ("arr_0",), remedy=REMEDY)["arr_0"], -1
+        elif stored and self.num:
+            self._map = np.memmap(path, np.uint8, "r", offset=begin + self._start, shape=shape)
+            self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)))
+            self._next = 0
+
+    def rows(self, indices: np.ndarray) -> Tensor:
+        """Images `indices` (n,), ascending: uint8 (n, 3, H, W). A stream is cheapest read in order."""
+        if self._map is None:
+            data = np.stack([self._streamed(index) for index in indices.tolist()])
+        else:
+            data = self._map[indices]  # (n, H, W, 3), a copy
+            self._check(indices, data)
+        return torch.from_numpy(data).permute(0, 3, 1, 2)  # (n, 3, H, W)
+
+    def _streamed(self, index: int) -> np.ndarray:
+        with faults.reading(self.path, f"images (image {index:,})"):
+            self._file.seek(self._start + index * self._size)
+            data = self._file.read(self._size)
+        if len(data) != self._size:
+            raise UserError(f"{self.path} is cut off: it announces {self.num:,} images and ends after {index:,}.")
+        return np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3)
+
+    def _check(self, indices: np.ndarray, data: np.ndarray) -> None:
+        """A process that reads everything in order compares the zip's checksum as it goes; a share has none."""
+        if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
+            return
+        self._checksum, self._next = zlib.crc32(data, self._checksum), int(indices[-1]) + 1
+        whole = self._info.file_size == self._start + self.num * self._size
+        if self._next == self.num and whole and self._checksum != self._info.CRC:
+            raise UserError(f"{self.path} is damaged: arr_0 has another checksum than when it was written.")
+
+
+class DataImages(Images):
+    """The images of prepared data, mirrored copies left out."""
+
+    def __init__(self, data: DataSet):
+        if not data.has_images:
+            raise UserError(f"{data.folder} holds no images to measure against: prepare it with --store-images true.")
+        self.data, self.where = data, str(data.folder)
+        self.home = None if is_url(data.folder) else Path(data.folder)
+        self.num = len(data.originals)
+        self.height = self.width = data.resolution
+        self.identity = data.summary()
+
+    def rows(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(
+            self.data.gather("images", np.array([self.data.originals[i] for i in indices.tolist()]))
+        )
+
+
+class SourceImages(Images):
+    """Image files. Cropped to `resolution` as ADM crops; without one, all must have the size of the first."""
+
+    def __init__(self, source: Source, where: str, resolution: int | None):
+        self.source, self.where, self.resolution = source, where, resolution
+        self.num = len(source)
+        self.width, self.height = (resolution, resolution) if resolution else source.decode(0).size
+        self.identity = {**source.identity, "resolution": resolution}
+        self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")  # Pillow decodes without Python's lock
+
+    def rows(self, indices: np.ndarray) -> Tensor:
+        return torch.stack(list(self._pool.map(self._image, indices.tolist())))
+
+    def _image(self, index: int) -> Tensor:
+        return to_tensor(self.source.image(index, self.resolution) if self.resolution else self._as_is(index))
+
+    def _as_is(self, index: int) -> Image.Image:
+        image = self.source.decode(index)
+        if image.size != (self.width, self.height):
+            raise UserError(
+                f"{self.source.name(index)} in {self.where} has {image.width} x {image.height} pixels, the first image "
+                f"{self.width} x {self.height}: samples that are measured together have one size."
+            )
+        return image
+
+
+def open_images(where: str | Path, resolution: int | None = None) -> Images:
+    """An .npz with arr_0, a folder made by `repa prepare`, or what `repa prepare` takes: a folder of images, a zip, ...
+
+    Args:
+        where: path, or a source's name such as photographs:num=1000.
+        resolution: of a source, the side to crop to; None takes samples, which have one size already.
+    """
+    path = Path(where)
+    if path.suffix == ".npz":
+        return NpzImages(path)
+    if is_url(where) or (path / MANIFEST).is_file() or (path / PARTS).is_dir():
+        return DataImages(open_data(where))
+    return SourceImages(open_source(str(where), labels="none"), str(where), resolution)
+
+
+def _read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: after its local header of 30 bytes, its name and its extra field."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + name + extra

@@ -15,12 +15,11 @@ from repa.base.errors import UserError
 from repa.data.dataset import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
 from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, JudgeConfig, ReferenceConfig
-from repa.evaluation.images import Images
+from repa.evaluation.images import DataImages, Images, open_images
 from repa.evaluation.judges import InceptionJudge, Judge, load_judge
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
-from repa.evaluation.sources import DataImages, open_images
 from repa.metrics.score import SPLIT_SIZE
 from repa.runs.prompts import prompts_in
 

@@ -10,9 +10,9 @@ from repa.base.errors import UserError
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
 from repa.evaluation.config import OF_CAPTIONS
+from repa.evaluation.images import gather_rows
 from repa.evaluation.judges import Judge, as_judge
 from repa.evaluation.reference import Moments, Reference, accumulator_of
-from repa.evaluation.rows import gather_rows
 from repa.metrics import (
     RunningScore,
     Statistics,

@@ -16,10 +16,8 @@ from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
-from repa.evaluation.images import Images
+from repa.evaluation.images import DataImages, Images, gather_rows
 from repa.evaluation.judges import Judge, as_judge
-from repa.evaluation.rows import gather_rows
-from repa.evaluation.sources import DataImages
 from repa.metrics import Statistics
 
 BATCH = 64

@@ -11,11 +11,9 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.evaluation.config import INCEPTION
-from repa.evaluation.images import Images
+from repa.evaluation.images import Images, NpzImages, open_images
 from repa.evaluation.judges import InceptionJudge, Judge
-from repa.evaluation.npz import NpzImages
 from repa.evaluation.reference import BATCH, Progress, Reference, kept_reference, silent, subset_of
-from repa.evaluation.sources import open_images
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
 OURS = ("judge", "resolution")

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from repa.base.lazy import exports
 
 if TYPE_CHECKING:
-    from repa.metrics.frechet import frechet_distance as frechet_distance
-    from repa.metrics.half import precision_recall_in_half as precision_recall_in_half
+    from repa.metrics.distances import frechet_distance as frechet_distance
+    from repa.metrics.distances import kernel_distance as kernel_distance
     from repa.metrics.inception import InceptionFeatures as InceptionFeatures
     from repa.metrics.inception import InceptionV3 as InceptionV3
     from repa.metrics.inception_weights import load_inception as load_inception
-    from repa.metrics.kernel import kernel_distance as kernel_distance
     from repa.metrics.manifold import PrecisionRecall as PrecisionRecall
     from repa.metrics.manifold import precision_recall as precision_recall
+    from repa.metrics.manifold_float16 import precision_recall_in_half as precision_recall_in_half
     from repa.metrics.score import RunningScore as RunningScore
     from repa.metrics.score import inception_score as inception_score
     from repa.metrics.statistics import Statistics as Statistics

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repa.base import dist
 from repa.base.errors import UserError
-from repa.metrics.arithmetic import exact_float32
+from repa.base.precision import exact_float32
 
 BLOCK = 4096  # rows and columns of the distances held at a time: 64 MB in float32
 SLACK = 1e-5  # of |u|^2 + |v|^2, more than rounding leaves of the distance between equal features: theirs is 0
@@ -29,7 +29,7 @@ def precision_recall(
     reach of a sample.
 
     A feature's reach is the distance to its k-th nearest neighbour in its own set, itself not counted. The ADM
-    evaluator compares 10 000 reference images with all samples, in float16: `repa.metrics.half` does as it does.
+    evaluator compares 10 000 reference images with all samples, in float16: `repa.metrics.manifold_float16` does as it does.
 
     Every distance is computed once: within a set it serves both features, between the sets precision and recall.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from repa.metrics.arithmetic import exact_float32
+from repa.base.precision import exact_float32
 from repa.metrics.manifold import PrecisionRecall, check_sets
 
 BLOCK = 10_000  # rows and columns of a block, the evaluator's: its fall-back to float32 is decided for each
