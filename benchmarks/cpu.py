@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from repa.alignment.config import AlignmentConfig
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, endless
 from repa.performance.counts import flops_per_image, product_shapes

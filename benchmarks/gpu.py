@@ -20,9 +20,9 @@ import torch
 
 from repa.base import files
 from repa.base.device import timed
-from repa.base.memory import keep_freed_memory
-from repa.encoders.cost import encoder_cost
+from repa.base.launch import keep_freed_memory
 from repa.performance.batches import Source
+from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
 from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
 from repa.training.attention import measured

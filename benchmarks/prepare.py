@@ -24,13 +24,12 @@ from transformers import Dinov2Config, Dinov2Model
 
 from data import photograph
 from repa.autoencoders import load_autoencoder
-from repa.autoencoders.cost import SHAPES, autoencoder_cost
 from repa.base.images import adm_centre_crop, decode_image, to_tensor
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 from repa.base.precision import autocast
 from repa.data.writing import ShardWriter
 from repa.encoders import load_encoder
-from repa.encoders.cost import encoder_cost
+from repa.performance.costs import SHAPES, autoencoder_cost, encoder_cost
 
 IMAGENET, BYTES, SIZE = 1_281_167, 110_000, (500, 375)  # images; mean bytes and commonest size of a file
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 from repa.data import open_data
 from repa.evaluation import evaluate, load_judge, reference_of
 from repa.runs import load_run

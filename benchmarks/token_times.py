@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from repa.base.cost import cost_of
 from repa.models import Condition, TwoTimes, build_model
+from repa.models.cost import cost_of
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ A row for every combination. "online" runs a DINOv2-B with random weights on ran
 in the average, AdamW with its defaults, .item() on every step. It is timed in float32 and, like for like, under autocast in the
 precision of ours, which that code has as a flag. The network is the same; all are timed in turn (A B C A B C ...), so that a
 machine whose speed drifts slows all. --return-memory leaves the C library's default, by which freed
-memory goes back to the system (`repa.base.memory`); what the command line runs keeps it.
+memory goes back to the system (`repa.base.launch`); what the command line runs keeps it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor
 from repa.alignment.config import AlignmentConfig
 from repa.base import files
 from repa.base.device import product_rate, timed
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 from repa.base.precision import autocast
 from repa.diffusion import interpolate
 from repa.diffusion.interpolants import linear

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from repa.autoencoders import load_autoencoder
-from repa.autoencoders.cost import autoencoder_cost
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
+from repa.performance.costs import autoencoder_cost
 from tests.autoencoders.folders import save_rae
 
 

@@ -13,7 +13,7 @@ FAULTS = """
 import resource, sys
 sys.path.insert(0, {src!r})
 import numpy as np
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 blocks = lambda: [np.ones(2**20) for _ in range(2)]  # 8 MiB each, written to

@@ -9,14 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa.alignment.config import AlignmentConfig
-from repa.autoencoders.cost import autoencoder_cost
 from repa.base.errors import UserError
 from repa.cli.main import run
-from repa.encoders.cost import encoder_cost
 from repa.models import build
 from repa.models.config import ModelConfig
 from repa.models.cost import model_cost
 from repa.performance import estimate as estimates
+from repa.performance.costs import autoencoder_cost, encoder_cost
 from repa.performance.counts import activation_bytes, saved_bytes
 from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe

@@ -12,9 +12,9 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.conditions import load_text_encoder
+from repa.conditions.loading import prompts_in
 from repa.models import Condition
 from repa.runs import load_run
-from repa.runs.prompts import prompts_in
 from repa.sampling import SampleConfig, generate, prepared, write_samples
 
 TINY = "tiny-text:tokens=4,width=8"

@@ -1,6 +1,7 @@
-"""This process among others: which of several it is (variables of torchrun), signals, and when it ends. Torch-free."""
+"""This process among others: which of several it is (variables of torchrun), signals, its end, its memory. Torch-free."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -13,6 +14,10 @@ from repa.base.errors import UserError
 JOIN = "REPA_JOIN_MINUTES"  # environment variable: how long processes wait for each other at the start
 JOIN_MINUTES = 10.0
 PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
+# of glibc's malloc.h, and the largest threshold in bytes that glibc takes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 32 * 2**20
+NEVER = 2**31 - 1
 PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
@@ -90,8 +95,6 @@ def die_with_parent(parent: int, _: object = None) -> None:
     import multiprocessing
 
     if sys.platform == "linux" and os.getppid() == parent:  # a fork server may stand between, whose end says nothing
-        import ctypes
-
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
@@ -120,3 +123,14 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep freed blocks of up to 32 MiB for its next request; returns whether the C library obeys (glibc).
+
+    By default glibc gives large blocks back to the system at once and takes them anew, and the system clears each page on
+    its first touch: every activation, rounded weight and gradient of every step. `python benchmarks/train_step.py` and the
+    same with `--return-memory` measure the difference.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -14,7 +14,7 @@ from repa.recipes.paper_tables import AUTOENCODER
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from repa.base.cost import Cost
+    from repa.models.cost import Cost
     from repa.performance.estimate import Estimate
 
 ABOUT = (

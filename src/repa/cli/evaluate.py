@@ -132,7 +132,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     from repa.evaluation import evaluate_stream
     from repa.runs import load_run
     from repa.sampling import about_classes, drawn_classes, generate, prepared
-    from repa.sampling.prompts import prompts_record
+    from repa.sampling.conditions import prompts_record
 
     device = dist.setup()
     given, as_origin = given.as_origin_of(given.samples)

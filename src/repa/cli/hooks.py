@@ -18,7 +18,7 @@ from repa.encoders.loading import weights_for
 from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
 from repa.evaluation.measure import check_number
 from repa.runs import LoadedRun, layout
-from repa.runs.prompts import Prompts
+from repa.runs.loading import Prompts
 from repa.sampling import SampleConfig, drawn_classes, generate
 from repa.training import Hook, TrainConfig, TrainState
 

@@ -11,7 +11,7 @@ from repa import __version__
 from repa.base import launch, trust
 from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 
 VERBS = {
     "quickstart": "the whole main job on this machine: real images to a page that shows the difference",

@@ -1,8 +1,10 @@
-"""The one door to the text encoders. Free of torch until it is used."""
+"""The one door to the text encoders, and to files of prompts. Free of torch until it is used."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from repa.conditions.contract import TextEncoder
+
+MOST_BYTES = 2**28  # of a file of prompts
 
 
 def load_text_encoder(
@@ -39,3 +43,32 @@ def load_text_encoder(
             f"The text encoder {spec} must be a repa.conditions.TextEncoder, but {type(encoder).__name__} came back."
         )
     return encoder.to(device).requires_grad_(False).eval()
+
+
+def prompts_in(path: Path) -> list[str]:
+    """One a line; of .jsonl the "prompt" (or "caption", "text") of each line's object. Empty lines are left out.
+
+    Raises:
+        UserError: no such file, no UTF-8, no prompt in it or in a line.
+    """
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is larger than {files.size(MOST_BYTES)}: give fewer prompts.")
+    with faults.reading(path, "a file of prompts", "Save it as UTF-8."):
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if path.suffix == ".jsonl":
+        lines = [_prompt(line, number, path) for number, line in enumerate(lines, start=1)]
+    if not lines:
+        raise UserError(f"{path} holds no prompt: write one a line.")
+    return [files.well_formed(line.strip()) for line in lines]
+
+
+def _prompt(line: str, number: int, path: Path) -> str:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    found = [values.get(key) for key in ("prompt", "caption", "text")] if isinstance(values, dict) else []
+    text = next((text for text in found if isinstance(text, str)), "")
+    if not text.strip():
+        raise UserError(f'Line {number} of {path} holds no object with a "prompt".')
+    return text

@@ -12,6 +12,7 @@ from torch import Tensor
 from repa import __version__
 from repa.base import dist, files
 from repa.base.errors import UserError
+from repa.conditions.loading import prompts_in
 from repa.data.dataset import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
 from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, JudgeConfig, ReferenceConfig
@@ -21,7 +22,6 @@ from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, 
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
 from repa.metrics.score import SPLIT_SIZE
-from repa.runs.prompts import prompts_in
 
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"

@@ -1,15 +1,38 @@
-"""Parameters and FLOPs of a diffusion transformer."""
+"""Parameters and FLOPs of a network, counted by torch while it runs without weights, on the meta device."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from repa.base.cost import Cost, cost_of
 from repa.models.config import ModelConfig
 from repa.models.contract import Condition, TwoTimes
 from repa.models.dit import build
 from repa.models.routing import placeholder
+
+
+class Cost(NamedTuple):
+    """Of one image. A multiplication and an addition are two FLOPs; only products of matrices and convolutions count."""
+
+    parameters: int
+    forward: int
+    """FLOPs of one forward."""
+    training: int
+    """FLOPs of one forward and its backward; of a frozen network, its forward."""
+
+
+def cost_of(network: nn.Module, run: Callable[[], Tensor]) -> Cost:
+    """Count `run`, which calls the network on one image; nothing is computed when network and image are on the meta device."""
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = any(p.requires_grad for p in network.parameters())
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
+        output = run()
+        forward = counter.get_total_flops()
+        if trained:
+            output.sum().backward()
+    return Cost(parameters, forward, counter.get_total_flops())
 
 
 def model_cost(

@@ -14,9 +14,9 @@ from repa.base.registry import parse_spec
 from repa.data import Batch, Loader, open_data
 from repa.data.manifest import FeatureField
 from repa.encoders.contract import Features
-from repa.encoders.cost import encoder_cost
 from repa.encoders.loading import weights_for
 from repa.models import Condition
+from repa.performance.costs import encoder_cost
 from repa.training.config import TrainConfig
 from repa.training.inputs import EncoderFeatures, TextConditions, wanted_by
 from repa.training.resolve import resolve, with_streams

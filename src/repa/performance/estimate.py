@@ -11,18 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from repa.alignment import Alignment, Beside
-from repa.autoencoders.cost import AutoencoderCost, autoencoder_cost
-from repa.base.cost import Cost, cost_of
 from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 from repa.data.config import split_format
 from repa.diffusion import GUIDANCES, sde_grid
 from repa.diffusion.chain import Chain
-from repa.encoders.cost import EncoderCost, encoder_cost
 from repa.encoders.loading import weights_for
 from repa.models import Condition, build
-from repa.models.cost import model_cost
+from repa.models.cost import Cost, cost_of, model_cost
 from repa.models.routing import tokens_at
+from repa.performance.costs import AutoencoderCost, EncoderCost, autoencoder_cost, encoder_cost
 from repa.performance.counts import activation_bytes
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig

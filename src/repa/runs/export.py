@@ -14,7 +14,7 @@ from repa.models.exported import save_exported
 from repa.runs import layout
 from repa.runs.cards import card
 from repa.runs.checkpoint import load_weights
-from repa.runs.origin import kind_of
+from repa.runs.layout import kind_of
 
 FORMATS = ("safetensors", "diffusers")
 

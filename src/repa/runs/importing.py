@@ -20,7 +20,7 @@ from repa.models.exported import CONFIG, read_exported
 from repa.models.published import Published, check_keys, check_values, constructor_arguments, read_published
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, save_checkpoint
-from repa.runs.origin import write_origin
+from repa.runs.layout import write_origin
 
 PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
 MOST_STEPS = 10**12  # of a network that was trained

@@ -1,4 +1,4 @@
-"""The name of every file in a run folder, in one place.
+"""The name of every file in a run folder, in one place; its configuration, and where a converted run came from. Torch-free.
 
 RUN/
   config.yaml                 the resolved training configuration; itself accepted as a recipe
@@ -48,6 +48,17 @@ EMA_FILE = "ema.safetensors"
 PROJECTORS_FILE = "projectors.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"  # step, counters and the checksum of every other file
+
+
+# What the code of a converted run's origin does in its sampling script, as settings of `repa sample`; channels: those that
+# its cfg guides. The run records its kind, a key of this table.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "repa": {
+        "sampler": "euler_maruyama:diffusion=2t"
+    },  # on every path; ours is 2sigma, the same on the linear one alone
+    "sit": {"sampler": "euler_maruyama:diffusion=2sigma", "channels": 3},
+    "dit": {"sampler": "ddpm", "channels": 3},
+}
 
 
 def step_name(step: int) -> str:
@@ -130,3 +141,25 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     if missing := [name for name in needed if name not in values]:
         raise UserError(f"{path} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
     return values
+
+
+def write_origin(folder: Path, origin: str, kind: str) -> None:
+    """Record the name of the file and whose code made it ("" where that is not known)."""
+    files.write_json(folder / ORIGIN, {"origin": origin, "kind": kind})
+
+
+def kind_of(run: Path) -> str:
+    """A key of SAMPLING for a converted run, else an empty text."""
+    path = run / ORIGIN
+    kind = files.read_object(path, kind=str)["kind"] if path.is_file() else ""
+    return kind if kind in SAMPLING else ""
+
+
+def refuse_converted(run: Path) -> None:
+    """UserError when this run folder was converted: it holds no state of an optimizer to continue from."""
+    path = run / ORIGIN
+    if path.is_file():
+        raise UserError(
+            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which tells nothing of the optimizer, so it cannot "
+            f"be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
+        )

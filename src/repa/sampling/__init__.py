@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from repa.base.lazy import exports
 
 if TYPE_CHECKING:
+    from repa.sampling.conditions import about_classes as about_classes
+    from repa.sampling.conditions import drawn_classes as drawn_classes
     from repa.sampling.config import SampleConfig as SampleConfig
-    from repa.sampling.labels import about_classes as about_classes
-    from repa.sampling.labels import drawn_classes as drawn_classes
     from repa.sampling.samples import Samples as Samples
     from repa.sampling.samples import generate as generate
     from repa.sampling.samples import prepared as prepared

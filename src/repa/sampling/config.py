@@ -11,7 +11,7 @@ from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import Guidances
-from repa.runs.origin import SAMPLING, kind_of
+from repa.runs.layout import SAMPLING, kind_of
 
 
 class SampleConfig(Config):

@@ -12,7 +12,7 @@ from repa.base import files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.images import save_png
-from repa.runs.prompts import Prompts
+from repa.runs.loading import Prompts
 
 LIMIT = 2**36  # bytes of samples that are held at a time
 

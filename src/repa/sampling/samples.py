@@ -33,11 +33,10 @@ from repa.diffusion.denoiser import CountedCalls
 from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
 from repa.sampling.behind import OneBehind
+from repa.sampling.conditions import draw_labels, drawn_classes, prompts_of, prompts_record
 from repa.sampling.config import SampleConfig
-from repa.sampling.labels import draw_labels, drawn_classes
-from repa.sampling.prompts import prompts_of, prompts_record
+from repa.sampling.representation import guide_of
 from repa.sampling.sharing import with_shared_encoder
-from repa.sampling.towards import guide_of
 
 GRID_IMAGES = 64  # in the picture beside the npz
 

@@ -18,7 +18,7 @@ from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of
 from repa.runs import layout
 from repa.runs.checkpoint import load_checkpoint, load_weights
 from repa.runs.importing import read_checkpoint
-from repa.runs.origin import refuse_converted
+from repa.runs.layout import refuse_converted
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 

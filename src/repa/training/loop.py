@@ -27,7 +27,7 @@ from repa.training.config import TrainConfig
 from repa.training.initial_weights import is_new_run
 from repa.training.inputs import EncoderFeatures, TextConditions, TimedIterator
 from repa.training.log import TrainingLog
-from repa.training.objective import Losses, rows_of
+from repa.training.objective import Draws, Losses, rows_of
 from repa.training.parallel import running, without_reduction
 from repa.training.resolve import (
     as_begun,
@@ -192,22 +192,31 @@ def backward(
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
     # what a term looks at beside the trained network; outside of DDP and torch.compile
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
-    num = len(clean["x"])
-    size, parts = num // config.accumulate, []
-    for start in range(0, num, size):
-        rows = slice(start, start + size)
-        part = rows_of(clean, rows), condition.rows(rows), draws.rows(rows)
-        with contextlib.nullcontext() if start + size == num else without_reduction(module):
+    parts = [(clean, condition, features, draws)]
+    if config.accumulate > 1:
+        size = len(clean["x"]) // config.accumulate
+        parts = [_part(slice(i * size, (i + 1) * size), *parts[0]) for i in range(config.accumulate)]
+    found: list[Losses] = []
+    for clean, condition, features, draws in parts:
+        last = len(found) + 1 == len(parts)
+        with contextlib.nullcontext() if last else without_reduction(module):
             with autocast(device, config.precision):
-                averaged = None if network is None else objective.averaged(network, *part)
-                seen = {name: found.map(lambda x, rows=rows: x[rows]) for name, found in features.items()}
-                losses = module(part[0], part[1], seen, part[2], weights, averaged)
+                averaged = None if network is None else objective.averaged(network, clean, condition, draws)
+                losses = module(clean, condition, features, draws, weights, averaged)
             state.guard.scaled(losses.total.mean() / config.accumulate).backward()
-        parts.append(Losses(losses.total.detach(), losses.terms))
+        found.append(Losses(losses.total.detach(), losses.terms))
     return Losses(
-        torch.cat([part.total for part in parts]),
-        {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+        torch.cat([losses.total for losses in found]),
+        {name: torch.cat([losses.terms[name] for losses in found]) for name in found[0].terms},
     )
+
+
+def _part(
+    rows: slice, clean: State, condition: Condition, features: Mapping[str, Features], draws: Draws
+) -> tuple[State, Condition, Mapping[str, Features], Draws]:
+    """Some of the images, with all that belongs to them."""
+    seen = {name: found.map(lambda x: x[rows]) for name, found in features.items()}
+    return rows_of(clean, rows), condition.rows(rows), seen, draws.rows(rows)
 
 
 @torch.no_grad()

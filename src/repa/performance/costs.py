@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of autoencoders; those whose shape is known here without their weights."""
+"""Parameters and FLOPs of encoders and autoencoders; of those whose shape is known here without their weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 from repa.autoencoders.contract import load_autoencoder
 from repa.base import extras
-from repa.base.cost import Cost, cost_of
 from repa.base.errors import UserError
+from repa.encoders.contract import VisionEncoder
+from repa.encoders.families import SIZES, family_of, names
+from repa.encoders.loading import canonical, load_encoder
+from repa.encoders.vit import ViTEncoder
+from repa.models.cost import Cost, cost_of
 
 _LEVELS = (128, 256, 512, 512)
 _KL: dict[str, Any] = {
@@ -27,6 +31,45 @@ _DEEP: dict[str, Any] = {  # 69.8 million parameters
     "latent_channels": 32,
 }
 _VIT_XL = {"decoder_hidden_size": 1152, "decoder_num_hidden_layers": 28, "decoder_intermediate_size": 4096}
+
+
+class EncoderCost(NamedTuple):
+    """Of one image."""
+
+    dim: int
+    """Width of its tokens."""
+    cost: Cost
+
+
+def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> EncoderCost:
+    """What an encoder costs on a token grid of `grid`.
+
+    An encoder that is not in the table of vision transformers is loaded for it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    spec = canonical(spec)
+    encoder = (_encoder_outline(spec, grid) if spec in names() else load_encoder(spec, weights=weights)).to("meta")
+    side = grid * encoder.patch_size
+    pixels = torch.empty(1, 3, side, side, device="meta", dtype=next(encoder.net.parameters()).dtype)
+    return EncoderCost(encoder.dim, cost_of(encoder.net, lambda: encoder.extract(pixels, grid).patches))
+
+
+def _encoder_outline(spec: str, grid: int) -> VisionEncoder:
+    """An encoder of the table on the meta device."""
+    transformers = extras.need("transformers", f"The cost of the encoder {spec}")
+    family, size = family_of(spec)
+    dim, depth, heads = SIZES[size]
+    settings: dict[str, Any] = {
+        "hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * dim,
+        "patch_size": family.patch, "image_size": grid * family.patch, "num_register_tokens": family.registers,
+        "use_swiglu_ffn": size == "g", **family.settings,
+    }  # fmt: skip
+    network = getattr(transformers, family.model)
+    with torch.device("meta"):
+        net = network(network.config_class(**settings), **family.build)
+    return ViTEncoder(net, family, spec, Path(spec))
 
 
 class Shape(NamedTuple):
@@ -72,7 +115,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     if spec in SHAPES and weights is None:
         shape = SHAPES[spec]
-        vae, side = _outline(shape), resolution // shape.factor
+        vae, side = _autoencoder_outline(shape), resolution // shape.factor
         latents = torch.empty(1, shape.channels, side, side, device="meta")
         cost = cost_of(vae, lambda: _encoded(shape.kind, vae, pixels))
         decoding = cost_of(vae, lambda: _decoded(shape.kind, vae, latents)).forward
@@ -92,7 +135,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     return AutoencoderCost(autoencoder.channels, autoencoder.factor, stores, stored, cost, decoding)
 
 
-def _outline(shape: Shape) -> nn.Module:
+def _autoencoder_outline(shape: Shape) -> nn.Module:
     """A model of diffusers on the meta device."""
     diffusers = extras.need("diffusers", "The cost of an autoencoder")
     with torch.device("meta"):
