@@ -38,4 +38,4 @@ def test_the_rate_is_that_of_this_process(capsys, clock):
         bar(2000, 4000)
         clock[0] += 20.0
         bar(4000, 4000)
-    assert lines(capsys) == ["work: 2,000/4,000 images (50.0/s, 0:40 left)", "work: 4,000/4,000 images (75.0/s)"]
+    assert lines(capsys) == ["work: 2,000/4,000 images (50.0/s, 40 s left)", "work: 4,000/4,000 images (75.0/s)"]

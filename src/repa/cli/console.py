@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from repa.base import launch
 from repa.base.errors import escaped
+from repa.base.units import duration
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
 NARROWEST = 24  # columns into which a sentence is wrapped
@@ -52,12 +53,6 @@ def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
             lines.append((before + "".join(parts[:1])).rstrip())
             lines += [" " * indent + part for part in parts[1:]]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Progress:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from repa.autoencoders import AUTOENCODERS
+from repa.autoencoders import AUTOENCODER, AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
@@ -32,7 +32,7 @@ class ConvertArguments(Config):
     """run folder to make"""
     kind: Literal["repa", "sit", "dit"] = "repa"
     """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT. An exported folder knows."""
-    autoencoder: str = "sd-vae-ft-ema"
+    autoencoder: str = AUTOENCODER
     """Autoencoder of its latents. An exported folder knows."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""

@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
+from repa.autoencoders import AUTOENCODER
 from repa.base.errors import nearest
+from repa.base.units import duration
 from repa.cli import options
-from repa.cli.console import duration, say
+from repa.cli.console import say
 from repa.diffusion.config import Guidances
 from repa.performance.devices import PEAKS
 from repa.recipes import load_recipe
-from repa.recipes.paper_tables import AUTOENCODER
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from pydantic import model_validator
 
 from repa.base import files, launch
 from repa.base.errors import UserError
+from repa.base.units import duration
 from repa.cli import options
-from repa.cli.console import Progress, duration, say
+from repa.cli.console import Progress, say
 from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started

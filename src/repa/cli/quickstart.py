@@ -13,8 +13,9 @@ from pydantic import Field
 
 from repa.base import extras
 from repa.base.config import Config
+from repa.base.units import duration
 from repa.cli import options, prepare
-from repa.cli.console import duration, say
+from repa.cli.console import say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from repa.data.dataset import DataSet as DataSet
     from repa.data.dataset import open_data as open_data
     from repa.data.feature_cache import FeatureCache as FeatureCache
+    from repa.data.finishing import remove as remove
     from repa.data.loader import Batch as Batch
     from repa.data.loader import Loader as Loader
     from repa.data.manifest import Manifest as Manifest
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from repa.data.preparing import add_text as add_text
     from repa.data.preparing import prepare as prepare
     from repa.data.reader import ShardReader as ShardReader
-    from repa.data.removing import remove as remove
     from repa.data.sources.contract import Source as Source
     from repa.data.sources.opening import open_source as open_source
 else:

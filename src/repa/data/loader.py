@@ -1,10 +1,12 @@
-"""Batches for training: which images a step sees is a function of (seed, step) alone."""
+"""Batches for training: which images a step sees is a function of (seed, step) alone; and work done ahead by threads."""
 
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ from repa.data.captions import StoredText
 from repa.data.dataset import DataSet
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
-from repa.data.prefetch import ahead
 from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 
 DEPTH = 4  # batches that are read ahead
 READERS = 2  # threads: a read is mostly the system's copy, in which another thread can go on
 BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Batch(NamedTuple):
@@ -225,3 +230,26 @@ class Loader:
             features[name] = Features(patches, pooled)
         text = rows.text and rows.text.text()
         return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features, text, rows.captions)
+
+
+def ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    depth: int,
+    workers: int = 1,
+    on_start: Callable[[], Any] | None = None,
+) -> Iterator[Result]:
+    """Like map(function, items), in order, with up to `depth` results made ahead by threads.
+
+    An exception of `function` is raised where its result would have come. Closing the iterator stops the threads.
+    """
+    items = iter(items)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead", initializer=on_start)
+    try:
+        pending = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -14,8 +14,8 @@ from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model, require_same_models
 from repa.data.finishing import finish, forget
+from repa.data.loader import ahead
 from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
-from repa.data.prefetch import ahead
 from repa.data.progress import Claims, Planned, Progress, Settings, agree, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, FromShards, FromSource, Read

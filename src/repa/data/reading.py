@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from repa.base.errors import UserError
 from repa.base.launch import die_with_parent
 from repa.data.captions import lines_of, texts_of
-from repa.data.prefetch import ahead
+from repa.data.loader import ahead
 from repa.data.progress import Piece, Planned
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source

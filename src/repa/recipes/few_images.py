@@ -6,6 +6,7 @@ nothing more to teach.
 """
 
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.recipe import Recipe
@@ -68,7 +69,7 @@ def finetune_256() -> TrainConfig:
 
 def few_image_recipes() -> dict[str, Recipe]:
     prepare = "repa prepare my-images mine --resolution {} --features dinov2-b --flip"
-    latents = prepare.format(256) + " --autoencoder sd-vae-ft-ema"
+    latents = prepare.format(256) + f" --autoencoder {AUTOENCODER}"
     ways = {
         "own-images-64": (
             own_images_64, "a SiT-S on the pixels of a few thousand images, 64 x 64, from nothing",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import SIZES, ModelConfig
 from repa.recipes.published import PUBLISHED, figures_table, headline
@@ -41,7 +42,7 @@ def ddt(size: str) -> TrainConfig:
         model=ModelConfig(name=f"SiT-{size}/2", backbone=backbone, **blocks),
         diffusion=DiffusionConfig(timesteps="logit_normal"),
         alignments=(term,),
-        autoencoder="sd-vae-ft-ema",
+        autoencoder=AUTOENCODER,
         num_steps=2_000_000 if size == "XL" else 400_000,
         **SMALL_BATCH,
     )

@@ -1,9 +1,10 @@
 """From a row of the paper's tables to a recipe: the configuration, and the promise with commands and figures."""
 
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.paper_tables import AUTOENCODER, FACTOR, SAMPLINGS, Figures, Row, printed, steps_text
+from repa.recipes.paper_tables import FACTOR, SAMPLINGS, Figures, Row, printed, steps_text
 from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig

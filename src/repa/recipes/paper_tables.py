@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 FACTOR = 8  # pixels per latent, along each side
 CLASSES = 1000
-AUTOENCODER = "sd-vae-ft-ema"  # its encoder is also that of sd-vae-ft-mse; its decoder made the published figures
 IMAGES = 1_281_167  # of ImageNet's training set
 SAMPLES = 50_000
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # ADM's statistics

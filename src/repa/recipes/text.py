@@ -1,6 +1,7 @@
 """Text to image: the paper's MMDiT on MS-COCO."""
 
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
 from repa.models.config import ModelConfig
 from repa.recipes.published import COCO, figures_table
 from repa.recipes.recipe import Recipe, paragraphs
@@ -40,7 +41,7 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
         ],
         [
             *(
-                f"repa prepare {CAPTIONS.format(split)} data/coco-{split} --resolution 256 --autoencoder sd-vae-ft-mse --text clip-l"
+                f"repa prepare {CAPTIONS.format(split)} data/coco-{split} --resolution 256 --autoencoder {AUTOENCODER} --text clip-l"
                 for split in ("train", "val")
             ),
             f"{eight} train {name} --data data/coco-train --out runs/{name}",

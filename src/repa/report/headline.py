@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from repa.base.registry import parse_spec
+from repa.base.units import duration
 from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.speedups import Group, GroupSpeedup, Reached, Speedup, group_speedups, grouped, spread
 from repa.report.summary import config_differences
-from repa.report.text import count, duration, factor, figure, listed, times
+from repa.report.text import count, factor, figure, listed, times
 
 FEW = 5  # seeds: below, a standard deviation is itself only roughly known
 

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 from repa.base import extras
 from repa.base.files import write_text
+from repa.base.units import duration
 from repa.recipes.paper_tables import printed
 from repa.report.analyses import accuracies, read_analyses
 from repa.report.curves import logged
@@ -25,7 +26,7 @@ from repa.report.speedups import group_indices, group_speedups, grouped
 from repa.report.style import COLOURS
 from repa.report.summary import config_differences, data_facts, reached_text, summary_rows, summary_table
 from repa.report.tables import has_seeds, shown, speedup_cells, write_csv, write_markdown
-from repa.report.text import count, duration, figure, how_made, short_count
+from repa.report.text import count, figure, how_made, short_count
 
 if TYPE_CHECKING:
     import numpy as np

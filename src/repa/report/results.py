@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.paper_tables import (
-    AUTOENCODER,
     CLASSES,
     FACTOR,
     IMAGES,

@@ -9,9 +9,10 @@ from statistics import fmean, median
 from typing import Any
 
 from repa.base import faults
+from repa.base.units import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
 from repa.report.speedups import Speedup, baseline_of, speedup
-from repa.report.text import count, duration, figure
+from repa.report.text import count, figure
 from repa.runs import layout
 
 NONE = "–"

@@ -28,17 +28,6 @@ def figure(value: float) -> str:
     return f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """33.1 -> '33 s', 725 -> '12 min 5 s', 74400 -> '20 h 40 min'."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def how_made(protocol: Protocol) -> str:
     """The sentence that stands near a Fréchet distance: features, reference, samples and labels, sampler, NFE, weights."""
     given = settings_of(protocol)
