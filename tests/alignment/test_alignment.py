@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from repa.alignment import Alignment, AlignmentConfig
+from repa.alignment.targets import EncoderTarget
 from repa.base.errors import UserError
+from repa.encoders import Features
 from tests.oracles import alignment as oracle
 
 
@@ -128,3 +130,11 @@ def test_relations_between_tokens_need_no_projector_to_one_width():
     )
     with pytest.raises(UserError, match="as wide as the tap"):
         build(loss="mse", projector="none")
+
+
+def test_part_all_needs_an_encoder_with_a_vector_for_the_image():
+    patches = torch.randn(2, 9, 6)
+    target = EncoderTarget("mylab.colours", 6, part="all")
+    assert target.of(Features(patches, patches.mean(1))).shape == (2, 10, 6)
+    with pytest.raises(UserError, match="mylab.colours has no vector for the whole image"):
+        target.of(Features(patches, None))

@@ -114,7 +114,10 @@ class EncoderTarget(Target):
             assert features.attention is not None  # asked for by `need`
             return features.attention[self.layer]
         if self.part == "all":
-            assert features.pooled is not None  # asked for by `need`
+            if features.pooled is None:
+                raise UserError(
+                    f"The encoder {self.encoder} has no vector for the whole image, which part=all compares with: take part=patches."
+                )
             # stored features are float16, which the autocast of a CPU cannot join
             return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
         return features.patches

@@ -145,7 +145,7 @@ def _stem(field: str, rows: range) -> str:
 
 
 def _checksum(x: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(x).data).hexdigest()[:16]
 
 
 def _found(folder: Path, field: str, rows: range) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repa.analysis.collection import Progress, Rows, Stages, each, silent
+from repa.analysis.collection import Load, Progress, Rows, Stages, each, silent
 from repa.analysis.config import DepthConfig, SimilarityConfig
 from repa.analysis.features import PATCHES, features_of_encoder, field, hidden_of_run
 from repa.analysis.hidden import (
@@ -47,7 +47,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
     for t in config.times:
         hidden = hidden_of_run(run, data, indices, depths, t, config, config.seed, stages.next())
 
-        def measured(depth: int, t: float = t, hidden=hidden) -> Rows:
+        def measured(depth: int, t: float = t, hidden: Load = hidden) -> Rows:
             return [{"t": t, "depth": depth, config.measure: measure(hidden(field(depth)).to(device))}]
 
         rows += each(depths, measured)

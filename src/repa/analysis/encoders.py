@@ -1,13 +1,14 @@
 """Which encoder should I align to? Spatial structure, linear probe, likeness to the others, speed and size, in one table."""
 
 import time
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from repa.analysis.collection import Progress, Rows, Stages, silent
+from repa.analysis.collection import Load, Progress, Rows, Stages, silent
 from repa.analysis.config import EncodersConfig
 from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
 from repa.analysis.hidden import pixels, require_neighbours
@@ -69,9 +70,14 @@ def compare_encoders(
         grid = config.grid or encoder.grid_for(data.resolution)
         shown = [name for name, distance in STRUCTURE_DISTANCE.items() if distance <= 2 * grid - 2]
         names = [PATCHES, *shown]
-        loads = images.collect(
-            lambda d, i, p, e=encoder, s=spec, g=grid, n=names: features_of_encoder(e, s, g, d, i, config, p, n), stages
-        )
+
+        def make(
+            d: DataSet, i: np.ndarray, p: Progress, e: VisionEncoder = encoder, s: str = spec, g: int = grid,
+            n: Sequence[str] = names,
+        ) -> Load:  # fmt: skip
+            return features_of_encoder(e, s, g, d, i, config, p, n)
+
+        loads = images.collect(make, stages)
         features = [load(PATCHES) for load in loads]
         accuracy: dict[str, Any] = {"top1": None, "top5": None}
         if data.num_classes > 1:

@@ -89,6 +89,7 @@ def features_of_encoder(
         if name == PATCHES:
             return features.patches.float().mean(1).cpu()  # (n, D)
         if name == POOLED:
+            assert features.pooled is not None  # see `features_in`
             return features.pooled.float().cpu()
         return STRUCTURE[name](features.patches)[:, None].cpu()  # (n, 1)
 

@@ -47,7 +47,7 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
     return run.autoencoder.sample(moments, noise=streams.randn(run.autoencoder.channels, *moments.shape[2:]))
 
 
-def noised(path: Interpolant, x: Tensor, streams: Sequence[int], t: float, seed: int) -> tuple[Tensor, Tensor]:
+def noised(path: Interpolant, x: Tensor, streams: Iterable[int], t: float, seed: int) -> tuple[Tensor, Tensor]:
     """(x_t, the time of each (n,)): latents noised to level t, each by the stream of its number, so alike at every level."""
     noise = SampleStreams(seed, streams, x.device).randn_like(x)
     times = torch.full((len(x),), t, device=x.device)

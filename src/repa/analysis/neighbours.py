@@ -85,21 +85,20 @@ def find_copies(
     require_neighbours(config.neighbours, len(indices))
     pixels(data, indices[:0])
     encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
-    others = None if held_out is None else spread(held_out, config.num_held_out)
-    stages = Stages(progress, [len(indices), num_samples, 0 if others is None else len(others)])
+    num_others = 0 if held_out is None else len(spread(held_out, config.num_held_out))
+    stages = Stages(progress, [len(indices), num_samples, num_others])
 
     def rows_of(source: DataSet, rows: np.ndarray) -> Iterable[Tensor]:
         return (pixels(source, part) for part in batches(rows, config.batch_size))
 
     trained = summary_features(rows_of(data, indices), encoder, stages.next())
     near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
-    if others is None:
+    if held_out is None:
         own = torch.from_numpy(evenly(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
-        real = nearest_images(summary_features(rows_of(held_out, others), encoder, stages.next()), trained).distances[
-            :, 0
-        ]
+        others = rows_of(held_out, spread(held_out, config.num_held_out))
+        real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
     near = near._replace(indices=torch.from_numpy(indices)[near.indices])
     return Copies(near, real, judge(near.distances[:, 0], real))
 

@@ -99,7 +99,11 @@ def probe_of_run(
     heads = Stages(heads_progress, [config.epochs] * share(len(depths)) * len(config.times))
     rows: Rows = []
     for t in config.times:
-        loads = images.collect(lambda d, i, p, t=t: hidden_of_run(run, d, i, depths, t, config, config.seed, p), stages)
+
+        def load(d: DataSet, i: np.ndarray, p: Progress, t: float = t) -> Load:
+            return hidden_of_run(run, d, i, depths, t, config, config.seed, p)
+
+        loads = images.collect(load, stages)
 
         def probed(depth: int, t: float = t, loads: list[Load] = loads) -> Rows:
             features = [load(field(depth)) for load in loads]
@@ -233,7 +237,10 @@ def linear_probes(
             optimizer.step()
             schedule.step()
         progress(epoch + 1, epochs)
-    return [_accuracy(nn.Sequential(norm, head).eval(), test_features, test_labels, device) for head in heads]
+    return [
+        _accuracy(nn.Sequential(norm, head).eval(), head.out_features, test_features, test_labels, device)
+        for head in heads
+    ]
 
 
 def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
@@ -244,8 +251,9 @@ def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def _accuracy(probe: nn.Module, features: Tensor, labels: Tensor, device: torch.device | str) -> Accuracy:
-    num_classes = probe[1].out_features
+def _accuracy(
+    probe: nn.Module, num_classes: int, features: Tensor, labels: Tensor, device: torch.device | str
+) -> Accuracy:
     ranks = []  # of the true class among the scores, 0 for the highest
     for rows, target in zip(features.split(PAPER_BATCH), labels.split(PAPER_BATCH), strict=True):
         best = probe(rows.to(device).float()).topk(min(5, num_classes)).indices.cpu()  # (n, 5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,14 +48,14 @@ class Config(BaseModel):
 class _Loader(yaml.SafeLoader):
     """YAML without its surprises: a key given twice and an alias are refused, and an integer is decimal or refused."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
             line = self.peek_event().start_mark.line + 1
             raise yaml.YAMLError(f"line {line}: write the value out instead of the alias")
         return super().compose_node(parent, index)
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     lines: dict[Any, int] = {}
     for key, _ in node.value:
         name, line = loader.construct_object(key, deep=True), key.start_mark.line + 1
@@ -134,7 +135,7 @@ def difference(old: Config, new: Config) -> list[str]:
 
     def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
-            items = value.items()
+            items: Iterable[tuple[Any, Any]] = value.items()
         elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
             items = enumerate(value)
         else:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
@@ -170,12 +170,12 @@ def gather(x: Tensor) -> Tensor:
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
         return gather(x)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return sum_over(gradient.contiguous())[ctx.rows]
 
 
@@ -187,7 +187,7 @@ def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
     return _GatherWithGradient.apply(x) if active() else x
 
 
-def from_main(value):
+def from_main(value: Value) -> Value:
     """The main process's (picklable) value on every process."""
     if not active():
         return value
@@ -208,7 +208,7 @@ def on_main(function: Callable[[], Value]) -> Value:
     value, sentence = from_main((value, sentence))
     if sentence is not None:
         raise SharedError(sentence)
-    return value
+    return cast("Value", value)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def together() -> Iterator[None]:
         raise SharedError(sentences[0]) from mine
 
 
-def gather_objects(value) -> list:
+def gather_objects(value: Value) -> list[Value]:
     """The (small, picklable) value of every process, in rank order."""
     if not active():
         return [value]

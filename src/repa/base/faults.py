@@ -176,7 +176,7 @@ def _sentence(number: int | None, path: object, strerror: str | None = None) -> 
 
 
 def _what(number: int | None, reason: str) -> str:
-    what, remedy = SYSTEM.get(number, (reason[:1].lower() + reason[1:].rstrip("."), ELSEWHERE))
+    what, remedy = SYSTEM.get(number or 0, (reason[:1].lower() + reason[1:].rstrip("."), ELSEWHERE))
     return f"{what}. {remedy}"
 
 

@@ -89,7 +89,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             source
         ):  # most cameras: nothing to do, and not a grey level changes
             return image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+        assert converted is not None  # as it is not in place
+        return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image.convert("RGB")
 

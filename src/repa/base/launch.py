@@ -98,7 +98,9 @@ def die_with_parent(parent: int, _: object = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()  # a pipe that closes with it, also when that was before this line
+        above = multiprocessing.parent_process()
+        assert above is not None  # this process was started by another
+        above.join()  # a pipe that closes with it, also when that was before this line
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

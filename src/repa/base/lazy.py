@@ -2,8 +2,9 @@
 
 import ast
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,7 +21,7 @@ def exports(
         package: the room's `__name__`.
         local: public names defined in `__init__.py` itself (registries).
     """
-    where = {alias.asname: statement.module for statement in _imports(package) for alias in statement.names}
+    where = _imports(package)
     public = sorted([*local, *(name for name, module in where.items() if module != package)])
 
     def __getattr__(name: str) -> Any:
@@ -35,9 +36,9 @@ def exports(
     return __getattr__, lambda: sorted({*public, *where}), public
 
 
-def _imports(package: str) -> Iterator[ast.ImportFrom]:
-    """The imports under `if TYPE_CHECKING:` in a package's own file."""
-    source = sys.modules[package].__spec__.loader.get_source(package)
-    for block in ast.parse(source).body:
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
-            yield from block.body
+def _imports(package: str) -> dict[str, str]:
+    """Name -> the module that it comes from, of the imports under `if TYPE_CHECKING:` in a package's own file."""
+    blocks = ast.parse(inspect.getsource(sys.modules[package])).body
+    guarded = [b for b in blocks if isinstance(b, ast.If) and ast.unparse(b.test) == "TYPE_CHECKING"]
+    found = [statement for block in guarded for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    return {alias.name: str(statement.module) for statement in found for alias in statement.names}

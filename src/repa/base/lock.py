@@ -43,6 +43,7 @@ def release(lock: BaseFileLock) -> None:
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock and hold it in the block."""
     lock = take(path, wait=True)
+    assert lock is not None  # it was waited for
     try:
         yield
     finally:

@@ -7,11 +7,13 @@ connects every process with every other, and a process that sleeps in them holds
 
 import pickle
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as td
 
 from repa.base.errors import UserError
 
+Value = TypeVar("Value")
 PATIENCE = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
 
 
@@ -29,12 +31,12 @@ class Mailbox:
         self.rank, self.world, self.patience = rank, world, patience
         self.round = 0
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: Value) -> Value:
         """The main process's (picklable) value, in every process. It stays until all have it: the store may end with it."""
         key = self._next()
         read, done = f"{key}/read", f"{key}/done"
         if self.rank == 0:
-            self.store.set(key, pickle.dumps(value))
+            self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # torch's stubs know texts alone
             self.store.wait([done], self.patience)
             for name in (key, read, done):
                 self.store.delete_key(name)
@@ -45,9 +47,10 @@ class Mailbox:
             self.store.set(done, "")
         return found
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Value) -> list[Value]:
         """The value of every process, in rank order, in every process: the main one collects them, so nobody reads world^2."""
-        key, values = self._next(), None
+        key = self._next()
+        values: list[Value] = []
         if self.rank == 0:
             keys = [f"{key}/{other}" for other in range(1, self.world)]
             self._wait_for(keys)
@@ -55,7 +58,7 @@ class Mailbox:
             for other in keys:
                 self.store.delete_key(other)
         else:
-            self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            self.store.set(f"{key}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]  # torch's stubs know texts alone
         return self.from_main(values)
 
     def _wait_for(self, keys: list[str]) -> None:

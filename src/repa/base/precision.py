@@ -18,7 +18,7 @@ class Float32Default(contextlib.ContextDecorator):
         self.before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         torch.set_default_dtype(self.before)
 
     def _recreate_cm(self) -> "Float32Default":  # one object for each call, as calls nest

@@ -201,8 +201,11 @@ def _keyword_settings(target: str) -> tuple[set[str], set[str]]:
     if isinstance(node, ast.FunctionDef):
         return _settings_of(node)
     init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]  # a dataclass has no written __init__
-    own = {f.target.id for f in fields}, {f.target.id for f in fields if f.value is None}
+    # a dataclass has no written __init__
+    fields = {
+        f.target.id: f.value for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+    }
+    own = set(fields), {name for name, default in fields.items() if default is None}
     return _settings_of(init[0]) if init else own
 
 

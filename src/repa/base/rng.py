@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class SampleStreams:
         device: where draws are made and returned.
     """
 
-    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._on = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
         keys = torch.tensor([fold(seed, "sample", int(index)) for index in indices], dtype=torch.int64)

@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def _scalar(dtype: Dtype, raw: bytes) -> bool | int | float:
     return struct.unpack(dtype.order + NUMBERS[dtype.code], raw)[0]
 
 
-ALLOWED = [
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     (Dtype, "numpy.dtype"),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -63,7 +63,9 @@ class CaptionAgreement:
                 "The captions of the reference have no words that tell its images apart: give prepared data with captions, or leave "
                 "caption_agreement out of --metrics."
             )
-        self.prompts, self.rows, self.places = prompts, [], []
+        self.prompts = prompts
+        self.rows: list[Tensor] = []
+        self.places: list[Tensor] = []
         x, y = features.double().cpu(), self._present(told)  # (M, D), (M, V)
         self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
         self.base = y.mean(0)
@@ -112,7 +114,9 @@ class ClipScore:
         self.net = read_network(name, "CLIPModel", folder).to(device).eval()
         self.tokenizer, self.device, self.prompts = read_tokenizer(name, folder), device, prompts
         self.num_tokens = min(family.num_tokens, self.net.config.text_config.max_position_embeddings)
-        self.images, self.texts, self.places = [], [], []
+        self.images: list[Tensor] = []
+        self.texts: list[Tensor] = []
+        self.places: list[Tensor] = []
 
     @torch.inference_mode()
     def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
@@ -186,7 +190,7 @@ def clip_pixels(images: Tensor, side: int) -> Tensor:
         resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         found.append(np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255)
-    pixels = (np.stack(found) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    pixels = (np.stack(found) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2))
 
 
@@ -196,7 +200,7 @@ def measures_of(
     clip: str,
     clip_weights: str,
     prompts: Sequence[str],
-    reference: Any,
+    reference: tuple[Tensor, Sequence[tuple[str, ...]]] | None,
     device: torch.device,
 ) -> list[CaptionMeasure]:
     """What measures the metrics about captions among `metrics`.

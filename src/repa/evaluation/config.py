@@ -1,6 +1,6 @@
 """What to measure and in whose features."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,11 +53,11 @@ class EvaluateConfig(JudgeConfig):
 
     @field_validator("metrics", mode="before")
     @classmethod
-    def _short(cls, metrics):
+    def _short(cls, metrics: Any) -> Any:
         return tuple("inception_score" if name == "is" else name for name in metrics)
 
     @model_validator(mode="after")
-    def _measurable(self):
+    def _measurable(self) -> Self:
         allowed = metrics_of(self.features)
         for name in self.metrics:
             if name not in allowed:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class NpzImages(Images):
             self._map, self._next = load_npz(path, "images in Fortran order", ("arr_0",), remedy=REMEDY)["arr_0"], -1
         elif stored and self.num:
             self._map = np.memmap(path, np.uint8, "r", offset=begin + self._start, shape=shape)
-            self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)))
+            self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)).data)
             self._next = 0
 
     def rows(self, indices: np.ndarray) -> Tensor:
@@ -119,7 +119,7 @@ class NpzImages(Images):
         """A process that reads everything in order compares the zip's checksum as it goes; a share has none."""
         if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
             return
-        self._checksum, self._next = zlib.crc32(data, self._checksum), int(indices[-1]) + 1
+        self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
         whole = self._info.file_size == self._start + self.num * self._size
         if self._next == self.num and whole and self._checksum != self._info.CRC:
             raise UserError(f"{self.path} is damaged: arr_0 has another checksum than when it was written.")
@@ -184,7 +184,7 @@ def open_images(where: str | Path, resolution: int | None = None) -> Images:
     return SourceImages(open_source(str(where), labels="none"), str(where), resolution)
 
 
-def _read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 

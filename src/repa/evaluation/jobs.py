@@ -140,8 +140,10 @@ def _told(
             f"{asked[0]} needs the prompt of each of {num:,} samples, but there are {len(prompts):,}: give their file as --prompts, or a "
             "run that was trained on captions."
         )
-    captioned = isinstance(opened, DataImages) and opened.data.has_captions
-    known = (real.subset, opened.data.captions(subset_of(opened.num))) if captioned else None
+    known = None
+    if isinstance(opened, DataImages) and opened.data.has_captions:
+        assert real.subset is not None  # of images
+        known = real.subset, opened.data.captions(subset_of(opened.num))
     return measures_of(
         asked, clip=config.clip, clip_weights=config.clip_weights, prompts=prompts, reference=known, device=device
     )
@@ -175,8 +177,9 @@ def make_reference(
 
 def _judge(config: JudgeConfig, reference: object, device: torch.device) -> Judge:
     """By the weights that are given, else those that `prepare` found, when the reference is its folder."""
-    known = isinstance(reference, DataImages) and config.features != INCEPTION
-    weights = config.features_weights or (encoder_weights(reference.data, config.features) if known else None)
+    weights = config.features_weights or None
+    if not weights and isinstance(reference, DataImages) and config.features != INCEPTION:
+        weights = encoder_weights(reference.data, config.features)
     return load_judge(config.features, weights=weights, precision=config.features_precision, device=device)
 
 

@@ -80,8 +80,10 @@ def measure(
         for each in told:
             each.update(indices, images, seen.pooled)
         if "sfid" in metrics:
+            assert seen.spatial is not None  # of Inception: see `check_measurable`
             spatial.update(seen.spatial)
         if "inception_score" in metrics:
+            assert seen.logits is not None
             score.update(seen.logits, indices)
         if NEED_ROWS & set(metrics):
             rows.append(seen.pooled.cpu())
@@ -92,6 +94,7 @@ def measure(
         found["fid" if "fid" in metrics else "fd"] = _distance(reference.statistics, statistics)
     if "sfid" in metrics:
         spatial.reduce()
+        assert reference.spatial is not None
         found["sfid"] = _distance(reference.spatial, spatial)
     if "inception_score" in metrics:
         score.reduce()
@@ -99,6 +102,7 @@ def measure(
     if NEED_ROWS & set(metrics):
         samples = gather_rows(rows, places)
         rows.clear()  # they are in `samples`: held twice no longer than that
+        assert reference.subset is not None
         found |= _of_rows(reference.subset.to(judge.device), samples.to(judge.device), metrics, neighbours)
     for each in told:
         found |= each.result()

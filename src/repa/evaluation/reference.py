@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-    count: int | None
+    count: int | None  # type: ignore[assignment]  # nobody asks a tuple of moments for its count
 
     @classmethod
     def of(cls, statistics: Statistics) -> "Moments":
@@ -51,7 +51,9 @@ class Reference(NamedTuple):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """mu, sigma, mu_s, sigma_s: the names of the ADM evaluator's files; and count and subset."""
-        arrays = {"mu": self.statistics.mean, "sigma": self.statistics.covariance, "subset": self.subset}
+        arrays = {"mu": self.statistics.mean, "sigma": self.statistics.covariance}
+        if self.subset is not None:
+            arrays["subset"] = self.subset
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
         return {name: tensor.numpy() for name, tensor in arrays.items()} | {"count": np.array(self.statistics.count)}
@@ -103,7 +105,7 @@ def kept_reference(
     if dist.is_main():
         try:
             with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **reference.arrays())
+                np.savez(file, **reference.arrays())  # type: ignore[arg-type]  # none of them is called allow_pickle
         except (UserError, FileNotFoundError):  # nothing can be written there: the next command computes it again
             pass
     return reference

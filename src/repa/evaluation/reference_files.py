@@ -52,7 +52,7 @@ class ReferenceFile:
                     f"against it in the features of {spec}: choose --features {INCEPTION} or another reference."
                 )
             return kept_reference(self.images, judge, spec, batch_size=batch_size, progress=progress)
-        if self.judge is None and not judge.is_published:
+        if self.judge is None and isinstance(judge, InceptionJudge) and not judge.is_published:
             raise UserError(
                 f"{self.path} holds statistics by the published weights of Inception, but other weights were given: "
                 "make a reference with these by `repa evaluate reference`, or leave --features-weights out."

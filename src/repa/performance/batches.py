@@ -125,6 +125,7 @@ def latents(batch: Batch, channels: int) -> Tensor:
     """Something to train on: the means of the moments, or the pixels. Their scale costs nothing."""
     if batch.moments is not None:
         return batch.moments[:, :channels].float()
+    assert batch.images is not None  # what has no moments has images
     return batch.images.float() / 127.5 - 1
 
 

@@ -100,8 +100,11 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
         Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid, num_classes=model.num_classes)
         for a in config.alignments
     ]
-    inside = [bool(routed) and config.model.routing.covers(a.depth) for a in config.alignments]
-    taps = [Tap(model.route.first if within else 1, term.tap.kind) for term, within in zip(terms, inside, strict=True)]
+    whole, route = config.model.routing, model.route  # of the network, and of this small one
+    inside = [bool(routed) and whole is not None and whole.covers(a.depth) for a in config.alignments]
+    taps = [
+        Tap(route.first if route and within else 1, term.tap.kind) for term, within in zip(terms, inside, strict=True)
+    ]
 
     def forward(num: int) -> Tensor:
         state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}

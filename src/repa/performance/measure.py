@@ -143,7 +143,12 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     first = timed(step, device)
     steps = STEPS_TIMED[device.type]
-    seconds = statistics.median(timed(lambda: [step() for _ in range(steps)], device) / steps for _ in range(rounds))
+
+    def run() -> None:
+        for _ in range(steps):
+            step()
+
+    seconds = statistics.median(timed(run, device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     parts = [step.parts(data, teacher) for _ in range(max(1, rounds // 2))]

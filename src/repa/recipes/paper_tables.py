@@ -98,7 +98,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 _XL_GUIDED = tuple(
-    Figures(4_000_000, fid, *((4.70, 305.7, 0.80, 0.65) if key == _BEST else ()), sampling=_guided(*key))
+    Figures(4_000_000, fid, *((4.70, 305.7, 0.80, 0.65) if key == _BEST else ()))._replace(sampling=_guided(*key))
     for key, fid in _GUIDED.items()
 )
 _SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."

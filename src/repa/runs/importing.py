@@ -127,7 +127,7 @@ def read_diffusers(folder: Path) -> Imported:
         check_keys(own, str(folder), "diffusers")
         check_values(own, str(folder))
         model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
-    settings = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
+    settings: dict[str, Any] = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
     checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})
     return Imported({**settings, "model": model}, checkpoint, facts["kind"])
 

@@ -94,7 +94,8 @@ class LoadedRun:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return self.model.state_shapes["x"]
+        channels, height, width = self.model.state_shapes["x"]
+        return channels, height, width
 
     @property
     def identity(self) -> dict[str, Any]:

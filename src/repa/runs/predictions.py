@@ -12,6 +12,7 @@ from repa.diffusion.chain import HEAD
 from repa.diffusion.guidance import CONDITIONAL, NULL
 from repa.diffusion.state import Layout
 from repa.models import DDT, Backbone, Condition, Output, State, Tap
+from repa.models.ddt import Encoded
 
 
 class Guide(NamedTuple):
@@ -31,7 +32,8 @@ class Sharing:
     def __init__(self, evaluations: frozenset[int] | None = None):
         self.evaluations = evaluations
         self.guides: list[Tensor] = []
-        self.calls, self._kept = 0, None
+        self.calls = 0
+        self._kept: Encoded | None = None
 
     @property
     def chosen(self) -> list[int]:
@@ -116,6 +118,7 @@ class Predictions:
         if self.sharing is None:
             output = self.model(state, times, condition)
         else:
+            assert isinstance(self.model, DDT)  # see `with_shared_encoder`
             output = self.sharing(self.model, state, times, condition, len(x_t))
         rows = [slice(i * len(x_t), (i + 1) * len(x_t)) for i in range(num)]
         return [
@@ -142,7 +145,7 @@ class Predictions:
         # copies made outside of inference mode are ordinary tensors, which autograd may keep
         with torch.inference_mode(False), torch.enable_grad():
             x_t, t = x_t.clone().requires_grad_(), t.clone()
-            condition = Condition(*(None if part is None else part.clone() for part in self.condition))
+            condition = self.condition.map(torch.clone)
             state, times = self.layout.unpack(x_t), self.network_time(t)
             output = self.model(state, times, condition, self.guide.taps)
             (gradient,) = torch.autograd.grad(self.guide.loss(output, t, condition).sum(), x_t)
