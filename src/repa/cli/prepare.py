@@ -45,7 +45,7 @@ class PrepareArguments(PrepareConfig):
     @model_validator(mode="before")
     @classmethod
     def _rest_from_folder(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What is not given is what the folder was started with; encoders, their weights and forms come on top of its own."""
+        """Settings that are not given are the folder's; encoders, their weights and formats are added to its own."""
         folder = Path(values.get("out") or values.get("source", "."))
         before = started(folder) if (folder / MANIFEST).is_file() or (folder / PARTS).is_dir() else None
         old = before.config if before else None

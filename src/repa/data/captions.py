@@ -1,7 +1,7 @@
 """The texts that came with the images, and their stored tokens, by the image that a caption belongs to.
 
-A shard keeps tokens in files of their own, with a row for each caption in place of each image: `text` (S, E), `text_mask` (S,) and
-`text_scale` (S,). Row 0 is the empty text. `text_rows` says of each image where its captions begin and how many there are;
+Tokens lie in separate files of a shard, with a row for each caption instead of each image: `text` (S, E), `text_mask` (S,) and
+`text_scale` (S,). Row 0 is the empty text. `text_rows` has, for each image, the first row of its captions and their number;
 one without captions has the empty text. Flipped copies of images have the captions of their originals.
 """
 
@@ -74,7 +74,7 @@ def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
     try:
         texts = json.loads(line)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("it is no list of texts")
+            raise ValueError("it is not a list of texts")
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"Line {row + 1} of {path.name} in {path.parent} is damaged ({error}): delete the file "

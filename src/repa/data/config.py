@@ -116,10 +116,8 @@ def _absolute(path: str) -> str:
 
 
 def split_format(form: str) -> tuple[int, str]:
-    """'pca64-int8' -> (64, 'int8'): directions (0 for none) and type. Raises UserError for what is no form."""
+    """'pca64-int8' -> (64, 'int8'): principal components (0 for none) and type. Raises UserError for any other text."""
     match = re.fullmatch(r"pca([1-9]\d*)(?:-(int8))?|(fp16|int8)", form)
     if match is None:
-        raise UserError(
-            f"{form!r} is no form of stored tokens: allowed are fp16, int8, pcaK and pcaK-int8, e.g. pca64."
-        )
+        raise UserError(f"Unknown token format {form!r}. Choose fp16, int8, pcaK or pcaK-int8, e.g. pca64.")
     return int(match[1] or 0), match[2] or match[3] or "fp16"

@@ -72,10 +72,10 @@ class Loader:
             another thread, some steps ahead.
         images: whether the images are wanted, or a function of the step; stored moments always come.
         pooled: whether pooled features are wanted beside the tokens.
-        text: "tokens" or "captions", of one caption of each image, drawn anew at every position; "": neither.
+        text: "tokens" or "captions", of one caption of each image, drawn for each position; "": neither.
         rank: number of this process.
         world: number of processes.
-        device: where batches go. CUDA: copied from pinned memory on a stream of their own while other steps compute.
+        device: where batches go. CUDA: copied from pinned memory on a separate stream while other steps compute.
 
     Raises:
         UserError: B is no multiple of `world`, or the data hold no such tokens or no images.

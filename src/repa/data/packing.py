@@ -103,4 +103,6 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
     _, vectors = torch.linalg.eigh(covariance.cpu())  # in ascending order
     directions = vectors.flip(1)[:, :num_directions].T  # (K, D)
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()  # a sign of its own for each
+    return (
+        torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()
+    )  # the sign of each is fixed by its largest entry

@@ -31,7 +31,7 @@ class ShardReader:
         folder: where the shards are, or what to call that place in messages when `fetch` is given.
         manifest: what it holds.
         fetch: gives the local path of a file that lies elsewhere; None reads `folder` itself.
-        only: fields that will be read: other files may be missing, which are about to be made anew. None: all files.
+        only: fields that will be read: other files may be missing, because they are about to be made again. None: all files.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ShardReader:
         return out
 
     def checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(n,) int64; raises IndexError for what is no image."""
+        """(n,) int64; raises IndexError for numbers outside the data."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(

@@ -99,7 +99,7 @@ class Stream:
         self.cache = FileCache(self.folder, self.limit)
 
     def manifest(self) -> Manifest:
-        """Read and check the manifest, anew at every call."""
+        """Read and check the manifest, at every call again."""
         data = self._try(MANIFEST, lambda place: self.fs.cat_file(place))
         folder = self.folder / "manifests" / hashlib.sha256(data).hexdigest()
         files.write_bytes(folder / MANIFEST, data)
@@ -115,7 +115,7 @@ class Stream:
         def fetch(temporary: Path) -> None:
             self._try(record.file, lambda place: self.fs.get_file(place, str(temporary)))
             if files.sha256(temporary) != record.sha256:
-                raise UserError(f"{self.url}/{record.file} has other bytes than its manifest says: copy it anew.")
+                raise UserError(f"{self.url}/{record.file} has other bytes than its manifest says. Copy it again.")
 
         return self.cache.path(record.sha256, record.file, fetch, record.size)
 
@@ -137,7 +137,7 @@ class Stream:
                 raise UserError(
                     f"There is no {self.url.rstrip('/')}/{name}: copy a whole folder of `repa prepare`."
                 ) from None
-            except Exception as error:  # every store has exceptions of its own
+            except Exception as error:  # each store raises other exceptions
                 if is_of_disk(error):
                     raise  # the disk here, which atomic_path explains
                 if pause is None:
@@ -193,7 +193,7 @@ def _fetch(url: str, path: Path) -> None:
             shutil.copyfileobj(source, target, CHUNK)
     except ImportError as error:
         raise UserError(f"{url} needs a package that is not installed: {error}.") from error
-    except Exception as error:  # every kind of store has errors of its own, many of which are no OSError
+    except Exception as error:  # each store raises other errors, many of which are not OSErrors
         if is_of_disk(error) or (isinstance(error, OSError) and error.filename == str(path)):
             raise  # the disk here, which atomic_path explains
         raise UserError(f"{url} cannot be fetched: {type(error).__name__}: {error}.") from error

@@ -22,7 +22,7 @@ FACTS = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u
 
 
 class Slices:
-    """Parts of one file, read without a position of its own: by any thread, and after a fork or a pickle."""
+    """Parts of one file, read without a file position, so by any thread and after a fork or a pickle."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -302,7 +302,7 @@ class CifarSource(Source):
             raise UserError(f"{path} is missing: unpack the whole archive of CIFAR's binary version.")
         if not (size := path.stat().st_size) or size % length:
             raise UserError(
-                f"{path} has {size:,} bytes, which is no multiple of a record ({length:,}): fetch it again."
+                f"{path} has {size:,} bytes, which is not a multiple of a record ({length:,}). Download it again."
             )
         return np.memmap(path, np.uint8, "r").reshape(-1, length)
 
@@ -321,5 +321,7 @@ def _class_names(folder: Path, kind: str) -> list[str]:
         return [str(number) for number in range(NUM_CLASSES[kind])]
     names = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     if len(names) != NUM_CLASSES[kind]:
-        raise UserError(f"{path} holds {len(names)} names, but there are {NUM_CLASSES[kind]} classes: fetch it again.")
+        raise UserError(
+            f"{path} holds {len(names)} names, but there are {NUM_CLASSES[kind]} classes: download it again."
+        )
     return names

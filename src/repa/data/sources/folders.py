@@ -327,12 +327,12 @@ def _folder_of_images(annotations: Path, images: str) -> Path:
 def _plain_file_name(name: str) -> str:
     """A name in the folder of images: whoever made the file must not make us read elsewhere."""
     if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
-        raise ValueError(f"file_name {name!r:.80} is no plain name of a file")
+        raise ValueError(f"file_name {name!r:.80} is not the plain name of a file")
     name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write
     return name
 
 
 def _caption(caption: str) -> str:
     if not isinstance(caption, str):
-        raise ValueError(f"caption {caption!r:.80} is no text")
+        raise ValueError(f"caption {caption!r:.80} is not a text")
     return " ".join(caption.split())

@@ -1,4 +1,4 @@
-"""Labels in files of their own: a dataset.json, or a table with a column of paths (.csv, .tsv, .txt, .jsonl, .parquet)."""
+"""Labels in separate files: a dataset.json, or a table with a column of paths (.csv, .tsv, .txt, .jsonl, .parquet)."""
 
 import csv
 import io

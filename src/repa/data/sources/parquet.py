@@ -106,7 +106,7 @@ class ParquetSource(TableSource):
             raise UserError(f"{self.shards[shard]} cannot be read: {error}.") from error
 
     def _open(self, shard: int) -> Any:
-        """A file, opened anew in each process: its position is shared with nobody."""
+        """A file, opened in each process, so that no other process moves its position."""
         key = (os.getpid(), shard)
         if key not in self._opened:
             while len(self._opened) >= GROUPS_KEPT:

@@ -9,12 +9,12 @@ Images and moments belong together by their numbers, never by their positions in
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from repa.base import files
+from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.sources.contract import Source, labels_digest
@@ -40,7 +40,7 @@ def require_autoencoder(source: Source, config: PrepareConfig) -> None:
     if config.resolution != source.side:
         raise UserError(
             f"{source.root} holds moments of images of {source.side} pixels, but the resolution is {config.resolution}: "
-            f"give {source.side}, or {source.root / IMAGES} as the source to encode anew."
+            f"give {source.side}, or {source.root / IMAGES} as the source to encode the images again."
         )
 
 
@@ -120,7 +120,7 @@ class ReferenceSource(Source):
     def moments(self, index: int) -> np.ndarray:
         """(2C, h, w) float32: mean and standard deviation, unscaled; raises UserError, which names the file."""
         path = self.root / MOMENTS / self._moments[index]
-        array = _load(path)
+        array = load_npy(path, "an array")
         if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] % 2 or 0 in array.shape:
             raise UserError(f"{path} holds {array.dtype} {array.shape}: moments are float32 (2C, h, w).")
         if self.moments_shape not in (None, array.shape):
@@ -172,10 +172,3 @@ def _number(path: str, prefix: str) -> str:
     if not (stem.startswith(prefix) and stem.removeprefix(prefix).isdecimal()):
         raise UserError(f"{path} is not named like REPA's files, {prefix} and a number: move it out of the folder.")
     return f"{folder}{slash}{stem.removeprefix(prefix)}"
-
-
-def _load(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an array: {str(error).rstrip('.')}.") from error

@@ -143,7 +143,7 @@ def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
                 continue
             if not member.isreg() or member.issparse():
                 raise UserError(
-                    f"{member.name} in {name} is no plain file (a link, a device or a sparse file): pack the shard "
+                    f"{member.name} in {name} is not a plain file (but a link, a device or a sparse file): pack the shard "
                     "again with the files themselves (tar --dereference)."
                 )
             if member.size > MAX_FILE_SIZE:
