@@ -39,3 +39,22 @@ def test_the_rate_is_that_of_this_process(capsys, clock):
         clock[0] += 20.0
         bar(4000, 4000)
     assert lines(capsys) == ["work: 2,000/4,000 images (50.0/s, 40 s left)", "work: 4,000/4,000 images (75.0/s)"]
+
+
+def test_work_inside_a_step_is_told_beside_the_bar_or_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    with console.Progress("run", "steps") as bar:
+        bar.within("making samples", 250, 1000)
+    assert capsys.readouterr().err == "run: making samples 250/1,000\n"
+
+
+def test_a_note_above_a_thousand_passes():
+    from repa.cli.train import about_passes
+    from repa.training.config import TrainConfig
+
+    config = TrainConfig(batch_size=32, num_steps=10_000)
+    assert about_passes(config, 320) == ""  # a thousand
+    note = about_passes(config, 300)
+    assert "1,067 passes over 300 images" in note
+    assert "--num-steps 9375" in note
+    assert about_passes(config.override(epochs=100), 300) == ""

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
+from repa.cli.hooks import preview_hooks
 from repa.cli.main import run as repa
 from repa.data import open_data
 from repa.evaluation import evaluate, load_judge, reference_of
 from repa.runs import layout, load_run, read_metrics
 from repa.sampling import SampleConfig, generate
-from repa.training import TrainConfig
+from repa.training import TrainConfig, train
 
 PREVIEW = {
     "every": 4, "num_images": 3, "num_scored": 20, "score_every": 6, "metrics": ("fd", "kd", "precision", "recall"),
@@ -53,6 +54,24 @@ def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
     if step == 12:
         with np.load(layout.preview(run, 12, ".npz")) as archive:
             assert torch.equal(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), images[:3])
+
+
+def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_folder, tmp_path):
+    lines, told = [], []
+    preview = {"every": 1, "num_images": 2, "num_scored": 8, "score_every": 2, "num_steps": 1}
+    config, run, cpu = tiny_config.override(num_steps=2, preview=preview), tmp_path / "run", torch.device("cpu")
+    data = open_data(data_folder)
+    hooks = preview_hooks(run, data, cpu, lambda *counts: told.append(counts), lines.append)
+    train(config, data, run, device=cpu, make_hooks=hooks)
+    values = rows(run)[2]
+    assert lines == [
+        f"run, step 1: preview in {layout.preview(run, 1, '.png')}",
+        f"run, step 2: fd {values['frechet_distance']:.4g} (8 samples in the features of tiny-judge); "
+        f"preview in {layout.preview(run, 2, '.png')}",
+    ]
+    assert layout.preview(run, 2, ".png").is_file()
+    assert told[-1][1:] == (8, 8)
+    assert ("looking at the training images", len(data), len(data)) in told or "looking" not in told[0][0]
 
 
 def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):

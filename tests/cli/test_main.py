@@ -104,7 +104,7 @@ def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
     out = tmp_path / "s.npz"
     assert "ema.safetensors is damaged" in refused("sample", copy, "--out", out)
     assert "no checkpoint of step 7: there are 10, 20" in refused("sample", copy, "--out", out, "--checkpoint", 7)
-    assert "written as one .npz file" in refused("sample", random_run, "--out", tmp_path / "s.png")
+    assert "give a name such as samples.npz" in refused("sample", random_run, "--out", tmp_path / "s.png")
     assert "Class 9 does not exist" in refused("sample", random_run, "--out", out, "--labels", 9)
     assert "is not empty and holds no run" in refused(
         "train", "quickstart", "--data", data_folder, "--out", data_folder

@@ -1,8 +1,11 @@
-"""`repa sample --compile`."""
+"""`repa sample`: --compile, and PNG files in a folder."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from repa.cli.main import run
 
@@ -20,3 +23,38 @@ def test_compiled_samples_are_the_same_but_for_rounding(random_run, tmp_path):
     assert images[0].std() > 10
     assert np.abs(images[0] - images[1]).max() <= 1
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_a_folder_of_pngs_holds_the_images_of_the_npz(random_run, tmp_path, capsys):
+    settings = ("--num-images", "5", "--batch-size", "2", "--steps", "3", "--sampler", "euler")
+    assert run(["sample", str(random_run), "--out", str(tmp_path / "one.npz"), *settings]) == 0
+    folder = tmp_path / "pictures"
+    folder.mkdir()  # an empty one is as good as none
+    assert run(["sample", str(random_run), "--out", f"{folder}/", *settings]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [f"{index:06d}.png" for index in range(5)]
+    for image, path in zip(np.load(tmp_path / "one.npz")["arr_0"], sorted(folder.iterdir()), strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+    assert json.loads((tmp_path / "pictures.json").read_text())["num"] == 5
+    assert Image.open(tmp_path / "pictures.png").size != (16, 16)
+    # the same command again does nothing, another job is refused, and so is a folder of somebody else
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run(["sample", str(random_run), "--out", str(folder), *settings]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    for out in (folder, tmp_path / "pictures.npz"):
+        assert run(["sample", str(random_run), "--out", str(out), *settings, "--seed", "9"]) == 2
+        assert "seed: 0 -> 9" in capsys.readouterr().err
+    assert run(["sample", str(random_run), "--out", str(tmp_path), *settings]) == 2
+    assert f"{tmp_path} exists" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_folder_can_be_measured(random_run, data_folder, tmp_path):
+    settings = ("--num-images", "8", "--steps", "2", "--sampler", "euler")
+    reference = ("--reference", str(data_folder), "--features", "tiny-judge", "--metrics", "fd")
+    found = []
+    for name in ("s.npz", "s2"):
+        assert run(["sample", str(random_run), "--out", str(tmp_path / name), *settings]) == 0
+        assert run(["evaluate", str(tmp_path / name), *reference, "--out", str(tmp_path / f"{name}-fd.json")]) == 0
+        found.append(json.loads((tmp_path / f"{name}-fd.json").read_text())["metrics"]["fd"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

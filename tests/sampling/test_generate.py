@@ -335,7 +335,7 @@ def test_a_mistake_found_late_does_not_block_the_mended_command(run, tmp_path):
 
 
 def test_a_name_that_is_no_npz(run, tmp_path):
-    with pytest.raises(UserError, match=r"written as one \.npz file, but --out is .*samples\.png"):
+    with pytest.raises(UserError, match=r"--out is .*samples\.png: give a name such as samples\.npz"):
         write_samples(run, ODE, 4, tmp_path / "samples.png")
     assert not any(tmp_path.iterdir())
 

@@ -73,7 +73,7 @@ class Progress:
             self.bar = Bar(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
-                console=Console(stderr=True),
+                console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(),  # else a log would lose its lines to the bar
             )  # fmt: skip
             self.task = self.bar.add_task(self.what, total=None, rate="", note="")
             self.bar.start()
@@ -90,21 +90,35 @@ class Progress:
         spent = now - self.begin
         rate = (done - self.first) / spent if spent >= MEASURED else 0.0
         if self.bar:
-            told = f"{rate:,.1f} {self.unit}/s" if rate else ""
+            told = f"{_shown(rate)} {self.unit}/s" if rate else ""
             self.bar.update(self.task, completed=done, total=total, rate=told, note=note)
         elif now - self.said >= LINE_EVERY or done >= total:
             self.said = now
             left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
-            speed = f" ({rate:.1f}/s{left})" if rate else ""  # work that is told once, when it is done, has none
+            speed = f" ({_shown(rate)}/s{left})" if rate else ""  # work that is told once, when it is done, has none
             print(
                 f"{self.what}: {done:,}/{total:,} {self.unit}{speed} {note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
 
+    def within(self, what: str, done: int, total: int) -> None:
+        """Work inside one unit of the task, such as the samples of a preview: beside the bar, or a line now and then."""
+        now, text = time.perf_counter(), escaped(f"{what} {done:,}/{total:,}")
+        if self.bar:
+            self.bar.update(self.task, note=text)
+        elif speaks() and now - self.said >= LINE_EVERY:
+            self.said = now
+            print(f"{self.what}: {text}", file=sys.stderr, flush=True)
+
     def __exit__(self, *_) -> None:
         if self.bar:
             self.bar.stop()
+
+
+def _shown(rate: float) -> str:
+    """Below 1, where one decimal would say little, two digits."""
+    return f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 class Bars:

@@ -1,5 +1,6 @@
 """What `repa train` does beside training: pictures from the EMA weights, and how far samples are from the training images."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +29,18 @@ LOGGED = {"fd": "frechet_distance"}  # names in metrics.jsonl where they differ 
 
 
 def preview_hooks(
-    run: Path, data: DataSet, device: torch.device
+    run: Path,
+    data: DataSet,
+    device: torch.device,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Callable[[TrainConfig, Autoencoder], Sequence[Hook]]:
-    """Hooks for `train`: none when the configuration asks for no previews and no measurements."""
+    """Hooks for `train`: none when the configuration asks for no previews and no measurements.
+
+    Args:
+        progress: called with a word, how many samples are there, and how many there will be.
+        say: called with the line that tells what was measured and where the picture is.
+    """
 
     def make(config: TrainConfig, autoencoder: Autoencoder) -> Sequence[Hook]:
         preview = config.preview
@@ -40,7 +50,7 @@ def preview_hooks(
         if preview.decoder:
             weights = preview.decoder_weights or None
             autoencoder = load_decoder(preview.decoder, autoencoder, weights=weights, device=device)
-        return (Hook(every, Previews(config, autoencoder, run, data, device)),)
+        return (Hook(every, Previews(config, autoencoder, run, data, device, progress, say)),)
 
     return make
 
@@ -48,8 +58,12 @@ def preview_hooks(
 class Previews:
     """Samples of the EMA network, always from the same noise: some are drawn, some measured, each at its own interval."""
 
-    def __init__(self, config: TrainConfig, autoencoder: Autoencoder, run: Path, data: DataSet, device: torch.device):
+    def __init__(
+        self, config: TrainConfig, autoencoder: Autoencoder, run: Path, data: DataSet, device: torch.device,
+        progress: Callable[[str, int, int], None], say: Callable[[str], None],
+    ):  # fmt: skip
         self.config, self.autoencoder, self.run, self.data = config, autoencoder, run, data
+        self.progress, self.say = progress, say
         self.preview = preview = config.preview
         self.sampling = SampleConfig(
             sampler=preview.sampler, steps=preview.num_steps, guidance=preview.guidance, labels="balanced",
@@ -61,7 +75,8 @@ class Previews:
             check_number(preview.num_scored, self.metrics, "--preview.num-scored")
             weights = weights_for(preview.features, config.feature_weights)
             self.judge = load_judge(preview.features, weights=weights, device=device)
-            self.reference = reference_of(data, self.judge, preview.features)
+            looking = functools.partial(progress, "looking at the training images")
+            self.reference = reference_of(data, self.judge, preview.features, looking)
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Values for a row of kind "eval"."""
@@ -81,6 +96,8 @@ class Previews:
                     (index, image) for index, image in zip(indices, batch.images, strict=True) if index < num_drawn
                 )
                 yield batch.images
+                doing = "making and scoring samples" if num_scored else "making samples"
+                self.progress(doing, min((start + len(indices)) * dist.world(), num), num)
 
         values: dict[str, Any] = {
             "weights": "ema", "sampler": self.preview.sampler, "steps": self.preview.num_steps, "labels": self.sampling.labels,
@@ -110,7 +127,18 @@ class Previews:
         if drawn:
             classes = () if self.prompts else drawn_classes(self.sampling.labels, loaded)
             _save(self.run, state.step, kept, classes, self.prompts)
+        self.say(self._told(state.step, values, drawn))
         return {**values, "nfe": max(nfe, default=None)}
+
+    def _told(self, step: int, values: dict[str, Any], drawn: bool) -> str:
+        """What was measured, and where the picture is."""
+        parts = []
+        if "num_samples" in values:
+            measured = ", ".join(f"{name} {values[LOGGED.get(name, name)]:.4g}" for name in self.metrics)
+            parts.append(f"{measured} ({values['num_samples']:,} samples in the features of {values['features']})")
+        if drawn:
+            parts.append(f"preview in {layout.preview(self.run, step, '.png')}")
+        return f"{self.run.name}, step {step:,}: {'; '.join(parts)}"
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.num_steps)

@@ -15,7 +15,7 @@ from repa.base import extras
 from repa.base.config import Config
 from repa.base.units import duration
 from repa.cli import options, prepare
-from repa.cli.console import say
+from repa.cli.console import Progress, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
@@ -118,8 +118,8 @@ def _look_at(data: Path, judge: str) -> None:
     from repa.data import open_data
     from repa.evaluation import load_judge, reference_of
 
-    say(f"{judge} looks at the training images, once for both runs.")
-    reference_of(open_data(data), load_judge(judge), judge)
+    with Progress(f"{judge} looks at the training images, once for both runs", "images") as bar:
+        reference_of(open_data(data), load_judge(judge), judge, bar)
 
 
 def _program() -> list[str]:

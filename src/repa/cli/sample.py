@@ -1,4 +1,4 @@
-"""`repa sample RUN --num-images N --out samples.npz ...`."""
+"""`repa sample RUN --num-images N --out samples.npz|FOLDER ...`."""
 
 import time
 from pathlib import Path
@@ -10,14 +10,17 @@ from repa.cli import options
 from repa.cli.console import Progress, say
 from repa.sampling.config import SampleConfig
 
-ABOUT = "Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator) and a PNG grid."
+ABOUT = (
+    "Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator), or a folder of PNG files, and a "
+    "PNG grid of some beside it. The same command continues after any stop."
+)
 
 
 class SampleArguments(SampleConfig):
     run: str
     """run folder"""
     out: str
-    """Name of the .npz."""
+    """Name of an .npz, as samples.npz; a name without an ending is a folder of PNG files."""
     num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
     """Number of images."""
     folders: str = ""
@@ -50,6 +53,8 @@ def main(argv: list[str]) -> int:
     run = prepared(run, config, device)
     if given.folders and run.prompts is None:
         raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
+    if given.folders and not given.out.endswith(".npz"):
+        raise UserError("--folders lays out the images of an .npz: give --out a name such as samples.npz.")
     if as_origin:
         say(as_origin)
     if note := about_classes(config.labels, run):

@@ -18,6 +18,7 @@ ABOUT = (
 )
 
 
+MANY_PASSES = 1_000  # over the data, above which a run is likely to learn single images by heart
 CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` does it for more
 
 
@@ -50,6 +51,22 @@ def _again(argv: list[str]) -> str:
     return shlex.join(["torchrun", *nodes, f"--nproc-per-node={here}", "-m", "repa", "train", *argv])
 
 
+def about_passes(config: TrainConfig, num_images: int) -> str:
+    """A note where the steps are many for so few images; else nothing."""
+    steps = (
+        config.num_steps if not config.epochs else min(config.num_steps, config.epochs * num_images / config.batch_size)
+    )
+    passes = steps * config.batch_size / num_images
+    if passes <= MANY_PASSES:
+        return ""
+    enough = max(1, MANY_PASSES * num_images // config.batch_size)
+    return (
+        f"note: {steps:,.0f} steps of {config.batch_size:,} images are {passes:,.0f} passes over {num_images:,} images. After "
+        f"more than {MANY_PASSES:,} a network may copy its training images: `repa analyse neighbours` shows whether it does. "
+        f"Fewer steps (--num-steps {enough}) or more images help."
+    )
+
+
 def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str = "") -> signal.Signals | None:
     """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check.
 
@@ -65,6 +82,8 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
         data = open_data(data_folder)
         if data.num_bytes <= CHECKED_AT_START and not data.stream:  # what is streamed is checked on arrival
             data.check()
+    if note := about_passes(config, data.num_images):
+        say(note)
     with Progress(run.name, "steps") as bar:
 
         def progress(state) -> None:
@@ -81,7 +100,7 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
             data,
             run,
             device=device,
-            make_hooks=preview_hooks(run, data, device),
+            make_hooks=preview_hooks(run, data, device, bar.within, say),
             progress=progress,
             say=say,
         )

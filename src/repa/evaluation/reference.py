@@ -82,12 +82,12 @@ def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return array
 
 
-def reference_of(data: DataSet, encoder: VisionEncoder | Judge, spec: str) -> Reference:
+def reference_of(data: DataSet, encoder: VisionEncoder | Judge, spec: str, progress: Progress = silent) -> Reference:
     """The reference of prepared data, computed once by all processes and kept in the data's folder.
 
     `spec` is what the encoder was loaded by: its settings are part of what it computes, as its weights are.
     """
-    return kept_reference(DataImages(data), as_judge(encoder), spec)
+    return kept_reference(DataImages(data), as_judge(encoder), spec, progress=progress)
 
 
 def kept_reference(

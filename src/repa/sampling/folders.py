@@ -1,4 +1,4 @@
-"""Samples as the folders that scorers of prompts read, GenEval's among them: a folder for each prompt.
+"""Samples as PNG files: in one folder, or in the folders that scorers of prompts read, GenEval's among them.
 
 OUT/00000/metadata.jsonl       the prompt's line of the file of prompts, or {"prompt": ...}
 OUT/00000/samples/00000.png    samples of it, in the order of their seeds
@@ -6,7 +6,10 @@ OUT/00000/samples/00000.png    samples of it, in the order of their seeds
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from repa.base import files
 from repa.base.arrays import load_npz
@@ -15,6 +18,13 @@ from repa.base.images import save_png
 from repa.runs.loading import Prompts
 
 LIMIT = 2**36  # bytes of samples that are held at a time
+
+
+def write_pngs(parts: Iterable[np.ndarray], out: Path) -> None:
+    """Image i of all parts, uint8 (n, H, W, 3), as out/00000i.png; the folder appears when all are there."""
+    with files.atomic_folder(out) as temporary:
+        for index, image in enumerate(image for part in parts for image in part):
+            save_png(image, temporary / f"{index:06d}.png")
 
 
 def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) -> None:

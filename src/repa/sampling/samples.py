@@ -35,6 +35,7 @@ from repa.runs import LoadedRun, load_run
 from repa.sampling.behind import OneBehind
 from repa.sampling.conditions import draw_labels, drawn_classes, prompts_of, prompts_record
 from repa.sampling.config import SampleConfig
+from repa.sampling.folders import write_pngs
 from repa.sampling.representation import guide_of
 from repa.sampling.sharing import with_shared_encoder
 
@@ -150,7 +151,8 @@ def write_samples(
     count: Callable[[int, int], None] = lambda nfe, num: None,
     callback: Callback | None = None,
 ) -> Path:
-    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format) and a PNG grid beside it.
+    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format; a name without an ending: a folder of PNG files)
+    and a PNG grid beside it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
     `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
@@ -159,8 +161,13 @@ def write_samples(
     of its steps.
     """
     out = Path(out)
-    if out.suffix != ".npz":
-        raise UserError(f"Samples are written as one .npz file, but --out is {out}: give a name such as samples.npz.")
+    if out.name in ("", ".."):  # the current folder and those above, which have no name to put another ending to
+        out = out.resolve()
+    if out.suffix not in (".npz", ""):
+        raise UserError(
+            f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
+            "samples.npz, or samples for a folder."
+        )
     with dist.alone(out, "repa sample"):
         beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
         dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
@@ -174,10 +181,13 @@ def _write_samples(
     parts, device = out.with_suffix(".parts"), next(run.model.parameters()).device
     config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
     job = _job(run, config, num)
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
         dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
         return out
+    other = out.with_suffix("" if out.suffix else ".npz")
+    if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
+        _require_same(job, out.with_suffix(".json"), f"{other} is beside {out} and of another job")
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]
@@ -198,7 +208,11 @@ def _write_samples(
         files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
         if run.prompts:
             _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
-        _assemble(paths, num, out)
+        save_png(grid(_first_of(paths)), out.with_suffix(".png"))
+        if out.suffix:
+            _assemble(paths, num, out)
+        else:
+            write_pngs((_part(path) for path in paths), out)
         shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
     return out
@@ -241,7 +255,9 @@ def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.devic
 
 
 def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
-    before = files.read_json(record) if record.exists() else {}
+    if not record.exists():
+        raise UserError(f"{what}: there is no {record} that says how it was made. Remove it or choose another --out.")
+    before = files.read_json(record)
     if changed := [f"{key}: {before.get(key, 'unknown')} -> {job[key]}" for key in job if before.get(key) != job[key]]:
         raise UserError(f"{what} ({'; '.join(changed)}): remove it or choose another --out.")
 
@@ -267,13 +283,16 @@ def _part(path: Path) -> np.ndarray:
     return load_npy(path, "a part of the samples", "Remove it, and the same command makes it again.")
 
 
-def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
-    """A PNG of some, then all in an npz, without holding more than one part in memory. The npz comes last: it says that all is there."""
-    first = _part(paths[0])
-    enough = paths[: -(-GRID_IMAGES // len(first))]
+def _first_of(paths: Sequence[Path]) -> Tensor:
+    """Some images (n, 3, H, W) for the grid."""
+    enough = paths[: -(-GRID_IMAGES // len(_part(paths[0])))]
     few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
-    save_png(grid(torch.from_numpy(few).permute(0, 3, 1, 2)), out.with_suffix(".png"))
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *first.shape[1:])}
+    return torch.from_numpy(few).permute(0, 3, 1, 2)
+
+
+def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
+    """All in an npz, without holding more than one part in memory. It comes last: it says that all is there."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *_part(paths[0]).shape[1:])}
     with (
         files.atomic_path(out) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
