@@ -143,7 +143,7 @@ def test_a_path_that_is_something_else(refused, random_run, image_folder, data_f
 
 
 def test_a_bug_of_ours_is_not_blamed_on_the_user(monkeypatch, capsys):
-    monkeypatch.setattr("repa.cli.list._kinds", lambda: {}["missing"])
+    monkeypatch.setattr("repa.cli.list.kinds", lambda: {}["missing"])
     with pytest.raises(KeyError):
         main.run(["list"])
 
@@ -152,7 +152,7 @@ def test_sentences_stay_on_one_line(monkeypatch, capsys):
     def fail():
         raise UserError("first\nsecond")
 
-    monkeypatch.setattr("repa.cli.list._kinds", fail)
+    monkeypatch.setattr("repa.cli.list.kinds", fail)
     assert main.run(["list"]) == 2
     assert capsys.readouterr().err == "repa: first second\n"
 
@@ -161,7 +161,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("repa.cli.list._kinds", interrupt)
+    monkeypatch.setattr("repa.cli.list.kinds", interrupt)
     assert main.run(["list"]) == 130
     assert "the same command continues" in capsys.readouterr().err
 

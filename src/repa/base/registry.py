@@ -183,6 +183,7 @@ def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
                 raise
             raise UserError(f"{error} Allowed too: {others}.{nearest(text, also)}") from None
 
+    checked.registry = registry  # the names that a shell can complete
     return AfterValidator(checked)
 
 

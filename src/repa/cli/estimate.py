@@ -1,16 +1,18 @@
 """`repa estimate RECIPE --images N --devices K [overrides]`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
 from repa.autoencoders import AUTOENCODER
-from repa.base.errors import nearest
+from repa.base.errors import choices
 from repa.base.units import duration
 from repa.cli import options
 from repa.cli.console import say
+from repa.cli.train import about_passes
 from repa.diffusion.config import Guidances
-from repa.performance.devices import PEAKS
+from repa.performance.devices import MEMORY, PEAKS
 from repa.recipes import load_recipe
 from repa.training.config import TrainConfig
 
@@ -34,9 +36,11 @@ class EstimateArguments(TrainConfig):
     devices: int = Field(8, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
-    """Which; `--tflops` is for others."""
+    """Which; `--tflops` and `--memory` are for others."""
     tflops: float = Field(0.0, ge=0)
     """Peak TFLOP/s of a device in the precision of the run; 0 takes the table's."""
+    memory: float = Field(0.0, ge=0)
+    """GB of memory of a device, for whether the run fits and what would make it fit; 0 takes the table's."""
     utilisation: float = Field(0.35, gt=0, le=1)
     """Part of the peak that the run reaches; `repa bench` measures it."""
     resolution: int = Field(256, ge=8)
@@ -53,7 +57,7 @@ class EstimateArguments(TrainConfig):
     def _known(cls, name: str) -> str:
         if name not in PEAKS:
             raise ValueError(
-                f"{name!r} is not in the table: allowed are {', '.join(PEAKS)}; for others give --tflops.{nearest(name, PEAKS)}"
+                f"{name!r} is not in the table{choices(name, PEAKS)} For others give --tflops and --memory."
             )
         return name
 
@@ -75,21 +79,26 @@ def main(argv: list[str]) -> int:
         rate=peak * 1e12 * given.utilisation, num_classes=given.classes,
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
-    say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)")))
+    memory = given.memory or (0 if given.tflops else MEMORY[given.device])
+    whose = "a device" if given.memory or given.tflops else f"one {given.device}"
+    fits = fitting(found, memory, whose, given) if memory else []
+    say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits)))
+    if note := about_passes(config, given.images):
+        say(f"\n{note}")
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
     say("\n".join(sampling(found, passes_of(*asked), short_passes_of(*asked), given)))
     return 0
 
 
-def report(found: "Estimate", machine: str) -> list[str]:
-    """Lines for people."""
+def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
+    """Lines for people; `fits` say whether it fits into the memory of a device."""
     config, model = found.config, found.config.model
     head = (
         f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
         f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
         f"{found.seen / found.num_images:.1f} epochs of {found.num_images:,} images"
     )
-    return [head, *_networks(found), *_memory(found), *_disk(found), *_time(found, machine)]
+    return [head, *_networks(found), *_memory(found), *fits, *_disk(found), *_time(found, machine)]
 
 
 def _networks(found: "Estimate") -> list[str]:
@@ -119,6 +128,22 @@ def _memory(found: "Estimate") -> list[str]:
         *(_row(what, _size(size)) for what, size in held.items() if size),
         _row("sum", _size(sum(held.values()))),
     ]
+
+
+def fitting(found: "Estimate", memory: float, whose: str, given: EstimateArguments) -> list[str]:
+    """Whether it fits in `memory` GB, and what would make it fit."""
+    from repa.performance.fitting import needed, ways_to_fit
+
+    room = memory * 1e9
+    if needed(found) <= room:
+        return [f"  fits in the {memory:g} GB of {whose}"]
+    ways = ways_to_fit(found, room, num_classes=given.classes, resolution=given.resolution)
+    said = f"  does not fit in the {memory:g} GB of {whose}"
+    if not ways:
+        return [
+            f"{said}, nor with a smaller batch, checkpointing or a smaller network: take more devices, or larger ones"
+        ]
+    return [f"{said}; it fits with any of", *(f"    {w.options:<40}{_size(w.needed):>12}  {w.price}" for w in ways)]
 
 
 def _disk(found: "Estimate") -> list[str]:

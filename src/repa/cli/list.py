@@ -25,13 +25,13 @@ class ListArguments(Config):
 
 def main(argv: list[str]) -> int:
     given = options.parse(ListArguments, argv, verb="list", about=ABOUT, positional=("kind",))
-    kinds = _kinds()
+    every = kinds()
     if not given.kind:
-        say("\n".join(kinds))
-    elif given.kind in kinds:
-        say(table(kinds[given.kind]()))
+        say("\n".join(every))
+    elif given.kind in every:
+        say(table(every[given.kind]()))
     else:
-        raise UserError(f"There is nothing called {given.kind!r} to list{choices(given.kind, kinds, 'repa list')}")
+        raise UserError(f"There is nothing called {given.kind!r} to list{choices(given.kind, every, 'repa list')}")
     return 0
 
 
@@ -49,15 +49,15 @@ def registries() -> dict[str, Registry]:
     return {registry.listing: registry for registry in every}
 
 
-def _kinds() -> dict[str, Callable[[], Groups]]:
-    kinds: dict[str, Callable[[], Groups]] = {
+def kinds() -> dict[str, Callable[[], Groups]]:
+    found: dict[str, Callable[[], Groups]] = {
         listing: (
             lambda registry=registry: {NOTES.get(registry.listing, ""): [(n, registry.about(n)) for n in registry]}
         )
         for listing, registry in registries().items()
     }
-    kinds |= {"encoders": _encoders, "models": _models, "recipes": _recipes}
-    return dict(sorted(kinds.items()))
+    found |= {"encoders": _encoders, "models": _models, "recipes": _recipes}
+    return dict(sorted(found.items()))
 
 
 def _encoders() -> Groups:

@@ -12,6 +12,7 @@ from repa.base import launch, trust
 from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
 from repa.base.launch import keep_freed_memory
+from repa.cli.retries import told_once
 
 VERBS = {
     "quickstart": "the whole main job on this machine: real images to a page that shows the difference",
@@ -28,6 +29,7 @@ VERBS = {
     "convert": "a released checkpoint of REPA, SiT or DiT -> a run folder",
     "export": "the averaged network of a run as safetensors, or for diffusers",
     "show": "print a recipe, prepared data, or a run",
+    "completion": "the script with which a shell completes verbs, options and names",
     "list": "names of recipes, encoders, autoencoders, models, samplers, ...",
 }
 
@@ -135,6 +137,7 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     keep_freed_memory()
+    told_once()
     threading.excepthook = _in_thread
     sys.stdout.reconfigure(
         errors="backslashreplace"

@@ -7,7 +7,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,7 +16,16 @@ from repa.base.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
 HELP = ("-h", "--help")
+PROBE = "--what-does-it-take"  # in place of all arguments: `parse` answers with Probed
 TRUTHS = ("true", "false", "yes", "no", "on", "off")  # after a switch; another word is not its value
+
+
+class Probed(Exception):
+    """What a verb takes, raised by `parse` for the completion of command lines."""
+
+    def __init__(self, cls: type[Config], positional: tuple[str, ...]):
+        super().__init__()
+        self.cls, self.positional = cls, positional
 
 
 def parse(
@@ -34,6 +43,8 @@ def parse(
         positional: names of fields given without a flag, in order; a name ending in "..." takes all that are left.
         values: a configuration whose values are the defaults, in place of the class's own.
     """
+    if PROBE in argv:
+        raise Probed(cls, positional)
     start = {} if values is None else values.model_dump()
     if set(HELP) & set(argv):
         print_help(cls, verb, about, positional, values)
@@ -83,7 +94,7 @@ def _read(cls: type[Config], argv: list[str], verb: str) -> tuple[list[str], lis
     words, flags = _split(argv)
     settings = []
     for flag, given in flags:
-        value, rest = _take(flag, _annotation(cls, flag, verb), given, verb)
+        value, rest = _take(flag, annotation(cls, flag, verb), given, verb)
         settings.append((flag, value))
         words += rest
     return words, settings
@@ -94,7 +105,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     words: list[str] = []
     flags: list[tuple[str, list[str]]] = []
     for token in argv:
-        if token in HELP:
+        if token in HELP or token == PROBE:
             continue
         if token.startswith("--") and len(token) > 2:
             name, equals, value = token[2:].partition("=")
@@ -120,41 +131,43 @@ def _place(values: dict[str, Any], words: list[str], positional: tuple[str, ...]
         raise UserError(f"`repa {verb}` does not know what to do with {words[0]!r}: see `repa {verb} --help`.")
 
 
-def _annotation(cls: type[BaseModel], flag: str, verb: str) -> Any:
-    """The type of the field that a dotted name points to."""
-    annotation: Any = cls
+def annotation(cls: type[BaseModel], flag: str, verb: str = "", *, whole: bool = False) -> Any:
+    """The type of the field that a dotted name points to; `whole`: with what checks it, as Annotated."""
+    current: Any = cls
     parts = _parts(flag)
     for depth, part in enumerate(parts):
-        if _is_model(annotation):
-            fields = annotation.model_fields
+        if _is_model(current):
+            fields = current.model_fields
             if part not in fields:
                 meant = _meant(cls, parts, fields)
                 raise UserError(f"`repa {verb}` has no option --{flag}.{meant} `repa {verb} --help` prints all.")
-            annotation = fields[part].annotation
-        elif (item := _item_model(annotation)) and part.isdecimal():
-            annotation = item
+            current = fields[part].annotation
+            if whole and fields[part].metadata:  # which pydantic takes off the outermost type
+                current = Annotated[current, *fields[part].metadata]
+        elif (item := _item_model(current)) and part.isdecimal():
+            current = item
         else:
             above = ".".join(parts[:depth]).replace("_", "-")
             example = f", only numbered ones such as --{above}.0" if item else ""
             raise UserError(f"`repa {verb}` has no option --{flag}: --{above} has no part {part!r}{example}.")
-    return annotation
+    return current
 
 
 def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str:
     """The option that was meant: one that ends so elsewhere (--learning-rate), by its initials (--lr), or the nearest here."""
     word = parts[-1]
-    names = list(_names(cls))
-    ends = [name.rpartition(".")[2] for name in names]
+    every = list(names(cls))
+    ends = [name.rpartition(".")[2] for name in every]
     initials = ["".join(piece[0] for piece in end.split("_")) for end in ends]
     tails = [end if word.endswith(f"_{end}") else "" for end in ends]  # --encoder-depth
     for sought, spellings in ((word, ends), (word, initials), (max(tails, key=len) or None, tails)):
-        if same := [f"--{name.replace('_', '-')}" for name, end in zip(names, spellings, strict=True) if end == sought]:
+        if same := [f"--{name.replace('_', '-')}" for name, end in zip(every, spellings, strict=True) if end == sought]:
             return f" Did you mean {' or '.join(map(repr, same))}?"
     meant = [".".join([*parts[:-1], name]) for name in fields]
     return nearest(f"--{'.'.join(parts)}".replace("_", "-"), [f"--{name}".replace("_", "-") for name in meant])
 
 
-def _names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
+def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
     """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
     nested = []
     for name, info in cls.model_fields.items():
@@ -165,7 +178,7 @@ def _names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
         else:
             yield above + name
     for inner, prefix in nested:
-        yield from _names(inner, prefix)
+        yield from names(inner, prefix)
 
 
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:

@@ -9,3 +9,12 @@ PEAKS = {  # TFLOP/s of dense bf16 products, from the makers' data sheets
     "rtx4090": 165.2,  # NVIDIA Ada architecture white paper, accumulating in float32
     "mi300x": 1307.4,  # AMD Instinct MI300X data sheet
 }
+MEMORY = {
+    "a100": 80,
+    "h100": 80,
+    "h200": 141,
+    "b200": 180,
+    "l40s": 48,
+    "rtx4090": 24,
+    "mi300x": 192,
+}  # GB, from the same sheets

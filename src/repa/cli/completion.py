@@ -1,0 +1,122 @@
+"""`repa completion SHELL`: the script with which a shell completes verbs, options and names on TAB.
+
+The script asks this program at each TAB (`repa completion --words ...`), so what it offers is what the verbs take.
+"""
+
+import importlib
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+from repa.base.config import Config
+from repa.base.errors import UserError
+from repa.cli import options
+from repa.cli.console import say
+
+ABOUT = (
+    "Print the script with which a shell completes `repa` on TAB. bash, in ~/.bashrc: eval \"$(repa completion bash)\". "
+    "zsh, in ~/.zshrc after compinit: eval \"$(repa completion zsh)\". fish: repa completion fish > "
+    "~/.config/fish/completions/repa.fish."
+)  # fmt: skip
+WORDS = "--words"
+# where nothing is offered, each shell completes names of files
+SCRIPTS = {
+    "bash": """\
+_repa() {
+    local IFS=$'\\n'
+    COMPREPLY=($(repa completion --words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _repa repa""",
+    "zsh": """\
+_repa() {
+    local -a found
+    found=(${(f)"$(repa completion --words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#found )); then compadd -- $found; else _files; fi
+}
+compdef _repa repa""",
+    "fish": """\
+function __repa_words
+    set -l before (commandline -opc)
+    repa completion --words $before[2..] (commandline -ct) 2>/dev/null
+end
+complete -c repa -a '(__repa_words)'""",
+}
+
+
+class CompletionArguments(Config):
+    shell: Literal["bash", "zsh", "fish"]
+    """bash, zsh or fish"""
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == [WORDS]:
+        say("\n".join(candidates(argv[1:] or [""])))
+        return 0
+    given = options.parse(CompletionArguments, argv, verb="completion", about=ABOUT, positional=("shell",))
+    say(SCRIPTS[given.shell])
+    return 0
+
+
+def candidates(words: list[str]) -> list[str]:
+    """What the last word may become, of those after `repa`."""
+    *before, word = [each for each in words if each != "="]  # bash cuts --flag=value into three
+    try:
+        return sorted(name for name in set(_allowed(before, word)) if name.startswith(word))
+    except UserError:  # in the words before
+        return []
+
+
+def _allowed(before: list[str], word: str) -> Iterable[str]:
+    from repa.cli.analyse import WHATS
+    from repa.cli.main import VERBS
+
+    if not before:
+        return VERBS
+    verb, *rest = before
+    if verb not in VERBS:
+        return ()
+    if verb == "analyse" and not rest:
+        return WHATS
+    inner = rest[:1] if verb == "analyse" or rest[:1] == ["reference"] else []
+    try:
+        importlib.import_module(f"repa.cli.{verb}").main([*inner, options.PROBE])
+    except options.Probed as probed:
+        return _of_verb(probed, rest[len(inner) :], word)
+    return ()
+
+
+def _of_verb(probed: options.Probed, rest: list[str], word: str) -> Iterable[str]:
+    """Options, the values of one, or what a word without an option may be."""
+    if word.startswith("-"):
+        return [f"--{name.replace('_', '-')}" for name in (*options.names(probed.cls), "help")]
+    flags = [index for index, each in enumerate(rest) if each.startswith("--")]
+    if flags:
+        return _values(options.annotation(probed.cls, rest[flags[-1]][2:], whole=True))
+    name = next(iter(probed.positional[len(rest) :]), "")
+    if name not in probed.cls.model_fields:  # all are given, or it is a list of files
+        return ()
+    return _of_word(name) or _values(options.annotation(probed.cls, name, whole=True))
+
+
+def _of_word(name: str) -> Iterable[str]:
+    """The names for a positional field, where they are of a table."""
+    from repa.cli import list as listing
+    from repa.cli import show
+    from repa.recipes import RECIPES
+
+    named: dict[str, Callable[[], Iterable[str]]] = {
+        "recipe": lambda: RECIPES, "kind": listing.kinds, "name": show.names
+    }  # fmt: skip
+    return named[name]() if name in named else ()
+
+
+def _values(annotation: Any) -> Iterator[str]:
+    """The texts that a type allows, as far as they can be listed."""
+    if typing.get_origin(annotation) is Literal:
+        yield from map(str, typing.get_args(annotation))
+    elif isinstance(annotation, type):
+        return
+    else:
+        for part in (*getattr(annotation, "__metadata__", ()), *typing.get_args(annotation)):
+            registry = getattr(getattr(part, "func", None), "registry", None)
+            yield from registry or _values(part)

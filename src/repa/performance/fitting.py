@@ -1,0 +1,95 @@
+"""What would make a run fit in the memory of a device."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from repa.base.errors import UserError
+from repa.models.config import FAMILIES, SIZES
+from repa.performance.counts import activation_bytes
+from repa.performance.estimate import Estimate, estimate
+
+
+class Way(NamedTuple):
+    """Options that make a run fit."""
+
+    options: str
+    needed: float
+    """Bytes of each device with them."""
+    price: str
+    """What is other than before."""
+
+
+def needed(found: Estimate, *, cached: bool = False) -> float:
+    """Bytes of each device, without the workspace of kernels."""
+    return sum(found.memory(cached=cached).values())
+
+
+def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[Way]:
+    """Changes with which the run fits in `room` bytes, those first that leave the training as it is; of each kind the mildest."""
+    sparing = _with(found, checkpoint_activations=True)
+    dims = {name: teacher.dim for name, teacher in found.teachers.items()}
+    sparing = replace(sparing, activations=activation_bytes(sparing.config, dims))
+    ways = []
+    if found.storable and found.teachers:
+        names = " ".join(found.teachers)
+        ways.append(
+            Way(
+                f"repa prepare ... --features {names}",
+                needed(found, cached=True),
+                "stored tokens, no encoder in the step",
+            )
+        )
+    if found.num_devices > 1 and found.parallel == "ddp":
+        divided = _with(found, parallel="fsdp")
+        ways.append(Way("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
+    ways += _first_that_fits(_accumulated(found), room, "the same gradient, in parts")
+    ways.append(Way("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
+    if not any(way.needed <= room for way in ways):
+        both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _accumulated(sparing))
+        ways += _first_that_fits(both, room, "both")
+    ways += _first_that_fits(_smaller_batches(found), room, "another training: fewer images a step")
+    ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
+    return [way for way in ways if way.needed <= room]
+
+
+def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: str) -> list[Way]:
+    found = (Way(options, needed(smaller), price) for options, smaller in tried)
+    return [way for way in found if way.needed <= room][:1]
+
+
+def _with(found: Estimate, **changes: Any) -> Estimate:
+    return replace(found, config=found.config.override(**changes))
+
+
+def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
+    images = found.config.batch_size // found.num_devices
+    for parts in range(found.config.accumulate + 1, images + 1):
+        if images % parts == 0:
+            yield f"--accumulate {parts}", _with(found, accumulate=parts)
+
+
+def _smaller_batches(found: Estimate) -> Iterator[tuple[str, Estimate]]:
+    size = found.config.batch_size // 2
+    while size and size % (found.num_devices * found.config.accumulate) == 0:
+        yield f"--batch-size {size}", _with(found, batch_size=size)
+        size //= 2
+
+
+def _smaller_models(found: Estimate, num_classes: int, resolution: int) -> Iterator[tuple[str, Estimate]]:
+    """The same family and patch in smaller sizes, where the run names its network and its blocks exist there too."""
+    model = found.config.model
+    family, _, rest = model.name.partition("-")
+    if family not in FAMILIES or model.hidden_dim or model.depth or model.num_heads:
+        return
+    size, _, patch = rest.partition("/")
+    for smaller in reversed(list(SIZES)[: list(SIZES).index(size)]):
+        name = f"{family}-{smaller}/{patch}"
+        try:
+            config = found.config.override(model=model.override(name=name))
+            yield f"--model.name {name}", estimate(
+                config, num_images=found.num_images, num_devices=found.num_devices, resolution=resolution, rate=found.rate,
+                num_classes=num_classes,
+            )  # fmt: skip
+        except UserError:  # it has fewer blocks than a term of the loss names
+            return

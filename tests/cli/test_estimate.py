@@ -1,0 +1,52 @@
+"""`repa estimate` says whether a run fits, and what would make it fit."""
+
+from itertools import pairwise
+
+import pytest
+
+from repa.cli.main import run
+from repa.performance.devices import MEMORY, PEAKS
+
+SMALL = [
+    "estimate",
+    "quickstart",
+    "--devices",
+    "1",
+    "--resolution",
+    "32",
+    "--images",
+    "100",
+    "--samples",
+    "1",
+    "--autoencoder",
+    "pixels",
+]
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(capsys):
+    assert run([*SMALL, "--memory", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    total = next(line for line in lines if line.strip().startswith("sum")).split()[1:3]
+    assert float(total[0]) > (0.1 if total[1] == "GB" else 100)
+    first = lines.index(next(line for line in lines if "does not fit in the 0.1 GB" in line)) + 1
+    ways = [line.split() for line in lines[first : lines.index("", first)]]
+    assert any(way[0] == "--accumulate" for way in ways)
+    for way in ways:
+        number, unit = next((float(a), b) for a, b in pairwise(way) if b in ("MB", "GB"))
+        assert number * {"MB": 1, "GB": 1000}[unit] <= 100, way
+    # what it says is true: with these options it fits
+    options = next(way[:2] for way in ways if way[0] == "--accumulate")
+    assert run([*SMALL, "--memory", "0.1", *options]) == 0
+    assert "  fits in the 0.1 GB of a device" in capsys.readouterr().out.splitlines()
+
+
+def test_the_memory_of_every_device_is_known():
+    assert MEMORY.keys() == PEAKS.keys()
+
+
+@pytest.mark.parametrize(("steps", "noted"), [("3000", False), ("4000", True)])
+def test_a_note_above_a_thousand_passes(steps, noted, capsys):
+    assert run([*SMALL, "--num-steps", steps]) == 0
+    out = capsys.readouterr().out
+    assert "fits in the 80 GB of one h100" in out
+    assert ("passes over 100 images" in out) == noted
