@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repa.base.launch import keep_freed_memory
 from repa.data import open_data
-from repa.evaluation import evaluate, load_judge, reference_of
+from repa.evaluation import evaluate, load_extractor, reference_of
 from repa.runs import load_run
 from repa.sampling import SampleConfig, generate
 
@@ -45,8 +45,12 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     device = torch.device(args.device)
-    run, data, judge = load_run(args.run, device=device), open_data(args.data), load_judge(args.features, device=device)
-    reference = reference_of(data, judge, args.features)
+    run, data, extractor = (
+        load_run(args.run, device=device),
+        open_data(args.data),
+        load_extractor(args.features, device=device),
+    )
+    reference = reference_of(data, extractor, args.features)
     config = SampleConfig(sampler=args.sampler, steps=args.steps, guidance=args.guidance, batch_size=250)
     exact, rate = sampled(run, config.override(precision="fp32"), args.num_images)
     print(f"{args.num_images} images of {args.run}, {args.sampler}, {args.steps} steps, {' '.join(args.guidance)}")
@@ -57,7 +61,7 @@ def main() -> None:
     def row(name: str, images: Tensor, rate: float) -> None:
         difference = (images.int() - exact.int()).abs().flatten().float()
         high = difference.kthvalue(int(0.99 * len(difference))).values
-        fd = evaluate(batches(images), judge, reference, ("fd",))["fd"]
+        fd = evaluate(batches(images), extractor, reference, ("fd",))["fd"]
         print(f"{name:<20}{rate:>10.1f}{difference.mean():>8.2f}{high:>8.0f}{difference.max():>9.0f}{fd:>10.4f}")
 
     row("fp32", exact, rate)

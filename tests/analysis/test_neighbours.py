@@ -7,7 +7,7 @@ import torch
 from repa.analysis import find_copies, nearest_images
 from repa.analysis import neighbours as module
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.neighbours import judge
+from repa.analysis.neighbours import compare
 from repa.base.errors import UserError
 from tests.analysis.stand_ins import Rearranged
 
@@ -43,10 +43,10 @@ def test_a_copy_is_at_distance_zero_and_an_image_is_not_its_own_neighbour():
 def test_the_verdict_of_samples_like_held_out_images_and_of_copies():
     g = torch.Generator().manual_seed(0)
     held_out = torch.rand(2000, generator=g).double()
-    honest = judge(torch.rand(2000, generator=g).double(), held_out)
+    honest = compare(torch.rand(2000, generator=g).double(), held_out)
     assert honest.share_near == pytest.approx(0.01, abs=0.008)
     assert honest.threshold == pytest.approx(0.01, abs=0.005)
-    copied = judge(torch.cat([torch.zeros(50), torch.rand(50, generator=g)]).double(), held_out)
+    copied = compare(torch.cat([torch.zeros(50), torch.rand(50, generator=g)]).double(), held_out)
     assert copied.share_near == pytest.approx(0.5, abs=0.05)
     assert copied.median < honest.median == pytest.approx(honest.median_held_out, abs=0.05)
 

@@ -78,7 +78,7 @@ def test_what_cannot_end_well_is_said_before_a_sample_is_made(
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr("repa.sampling.generate", lambda *_: pytest.fail("sampled"))
-    monkeypatch.setattr("repa.evaluation.jobs.load_judge", lambda *_, **__: pytest.fail("looked"))
+    monkeypatch.setattr("repa.evaluation.jobs.load_extractor", lambda *_, **__: pytest.fail("looked"))
     assert repa("evaluate", random_run, "--reference", data_folder, *JUDGE, *words) == 2
     assert sentence in capsys.readouterr().err
 
@@ -86,7 +86,7 @@ def test_what_cannot_end_well_is_said_before_a_sample_is_made(
 def test_a_reference_of_too_few_images_is_said_first(data_folder, tmp_path, capsys, monkeypatch):
     for name, num in (("s", 5), ("r", 3)):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((num, 16, 16, 3), np.uint8))
-    monkeypatch.setattr("repa.evaluation.jobs.load_judge", lambda *_, **__: pytest.fail("looked"))
+    monkeypatch.setattr("repa.evaluation.jobs.load_extractor", lambda *_, **__: pytest.fail("looked"))
     assert repa("evaluate", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", *JUDGE) == 2
     assert "r.npz has 3: give more" in capsys.readouterr().err
 

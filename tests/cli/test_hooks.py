@@ -8,7 +8,7 @@ from repa.base.errors import UserError
 from repa.cli.hooks import preview_hooks
 from repa.cli.main import run as repa
 from repa.data import open_data
-from repa.evaluation import evaluate, load_judge, reference_of
+from repa.evaluation import evaluate, load_extractor, reference_of
 from repa.runs import layout, load_run, read_metrics
 from repa.sampling import SampleConfig, generate
 from repa.training import TrainConfig, train
@@ -43,7 +43,7 @@ def test_intervals_are_separate(run):
 
 @pytest.mark.parametrize("step", [6, 12])  # measured only; measured and drawn
 def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
-    data, judge = open_data(data_folder), load_judge("tiny-judge")
+    data, judge = open_data(data_folder), load_extractor("tiny-judge")
     row = rows(run)[step]
     config = SampleConfig(sampler="heun", steps=3, labels=row["labels"], precision="fp32")
     images = generate(load_run(run, step=step), config, range(20)).images

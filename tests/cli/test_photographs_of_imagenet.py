@@ -80,11 +80,11 @@ def test_a_few_steps_and_a_distance(prepared, tmp_path):
     assert rows[-1]["denoising"] < rows[0]["denoising"]
     assert rows[-1]["alignment"]["tiny@2"] < rows[0]["alignment"]["tiny@2"]
     images = torch.from_numpy(prepared.gather("images", np.arange(prepared.num_images)))
-    judge = load_encoder("tiny-judge")
-    reference = reference_of(prepared, judge, "tiny-judge")
+    extractor = load_encoder("tiny-judge")
+    reference = reference_of(prepared, extractor, "tiny-judge")
     noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
-    distances = [evaluate([batch], judge, reference)["fd"] for batch in (images, images.flip(-1), noisy)]
+    distances = [evaluate([batch], extractor, reference)["fd"] for batch in (images, images.flip(-1), noisy)]
     assert (
         distances[0] < 1e-4 < distances[1] < distances[2]
     )  # a mirror image is more like a photograph than a noisy one

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from repa.evaluation.judges import InceptionJudge
+from repa.evaluation.extractors import InceptionExtractor
 from repa.metrics import InceptionFeatures
 from repa.metrics.inception_weights import SHA256, LoadedInception
 
@@ -23,6 +23,6 @@ class Small(nn.Module):
 
 
 def small_inception(checksum=PUBLISHED):
-    judge = InceptionJudge(LoadedInception(Small(), checksum))
-    judge.dim = 6
-    return judge
+    extractor = InceptionExtractor(LoadedInception(Small(), checksum))
+    extractor.dim = 6
+    return extractor

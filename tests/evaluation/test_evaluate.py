@@ -11,7 +11,15 @@ import torch
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import load_encoder
-from repa.evaluation import EvaluateConfig, evaluate, evaluate_file, load_judge, make_reference, reference, reference_of
+from repa.evaluation import (
+    EvaluateConfig,
+    evaluate,
+    evaluate_file,
+    load_extractor,
+    make_reference,
+    reference,
+    reference_of,
+)
 from repa.evaluation.config import ReferenceConfig
 from repa.evaluation.images import DataImages
 from repa.evaluation.reference import kept_reference
@@ -27,7 +35,7 @@ def data(data_folder):
 
 
 @pytest.fixture(scope="module")
-def judge():
+def extractor():
     return load_encoder("tiny-judge")
 
 
@@ -37,12 +45,12 @@ def images(data):
 
 
 @pytest.fixture(scope="module")
-def features(images, judge):
-    return pooled(images, judge)
+def features(images, extractor):
+    return pooled(images, extractor)
 
 
-def pooled(images, judge):
-    return judge(images, judge.grid_for(images.shape[-1])).pooled.float()
+def pooled(images, extractor):
+    return extractor(images, extractor.grid_for(images.shape[-1])).pooled.float()
 
 
 def noisy(images, level):
@@ -55,17 +63,17 @@ def save(path, images):
     return path
 
 
-def test_the_training_images_are_themselves(data, judge, images):
-    found = evaluate(images.split(7), judge, reference_of(data, judge, "tiny-judge"), ALL)
+def test_the_training_images_are_themselves(data, extractor, images):
+    found = evaluate(images.split(7), extractor, reference_of(data, extractor, "tiny-judge"), ALL)
     assert found.keys() == set(ALL)
     assert found["fd"] < 1e-5
     assert (found["precision"], found["recall"]) == (1.0, 1.0)
     assert found["kd"] < 0  # unbiased: a set against itself is below 0
 
 
-def test_distances_grow_with_corruption(data, judge, images):
+def test_distances_grow_with_corruption(data, extractor, images):
     found = [
-        evaluate([noisy(images, level)], judge, reference_of(data, judge, "tiny-judge"), ALL)
+        evaluate([noisy(images, level)], extractor, reference_of(data, extractor, "tiny-judge"), ALL)
         for level in (0, 20, 60, 120)
     ]
     for name in ("fd", "kd"):
@@ -75,24 +83,27 @@ def test_distances_grow_with_corruption(data, judge, images):
     assert found[-1]["precision"] < 0.5
 
 
-def test_precision_and_recall_are_not_each_other(data, judge, images):
+def test_precision_and_recall_are_not_each_other(data, extractor, images):
     """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]
-    found = evaluate([one_class], judge, reference_of(data, judge, "tiny-judge"), ("precision", "recall"))
+    found = evaluate([one_class], extractor, reference_of(data, extractor, "tiny-judge"), ("precision", "recall"))
     assert found["precision"] == 1.0
     assert 0.4 < found["recall"] < 0.7
     grey = evaluate(
-        [torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)], judge, reference_of(data, judge, "tiny-judge"), ALL[2:]
+        [torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)],
+        extractor,
+        reference_of(data, extractor, "tiny-judge"),
+        ALL[2:],
     )
     assert grey == {"precision": 0.0, "recall": 0.0}
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, images, features):
+def test_the_stream_gives_what_all_features_at_once_give(size, data, extractor, images, features):
     samples = noisy(images, 40)[:33]
-    found = evaluate(samples.split(size), judge, reference_of(data, judge, "tiny-judge"), ALL)
+    found = evaluate(samples.split(size), extractor, reference_of(data, extractor, "tiny-judge"), ALL)
     real = features.double().numpy()
-    fake = pooled(samples, judge).double().numpy()
+    fake = pooled(samples, extractor).double().numpy()
     wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
     assert found["fd"] == pytest.approx(wanted, rel=1e-3)  # the oracle roots an asymmetric product of low rank
     assert found["precision"] == pytest.approx(oracle.share_within(fake, real, 3))
@@ -101,9 +112,9 @@ def test_the_stream_gives_what_all_features_at_once_give(size, data, judge, imag
     assert found["kd"] == pytest.approx(oracle.kernel_distance(real, fake, 3), rel=0.1)
 
 
-def test_only_what_is_asked_is_measured(data, judge, images):
-    assert evaluate([images], judge, reference_of(data, judge, "tiny-judge")).keys() == {"fd"}
-    assert evaluate([images], judge, reference_of(data, judge, "tiny-judge"), ("recall",)).keys() == {"recall"}
+def test_only_what_is_asked_is_measured(data, extractor, images):
+    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-judge")).keys() == {"fd"}
+    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-judge"), ("recall",)).keys() == {"recall"}
 
 
 def test_a_file_of_samples(data, images, tmp_path):
@@ -114,9 +125,9 @@ def test_a_file_of_samples(data, images, tmp_path):
     assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
     assert (found["num_samples"], found["num_reference"]) == (40, 40)
     assert found["encoder"]["name"] == "tiny-judge"
-    judge = load_encoder("tiny-judge")
+    extractor = load_encoder("tiny-judge")
     assert found["metrics"] == evaluate(
-        noisy(images, 20).split(16), judge, reference_of(data, judge, "tiny-judge"), ALL
+        noisy(images, 20).split(16), extractor, reference_of(data, extractor, "tiny-judge"), ALL
     )
     json.dumps(found)
 
@@ -141,7 +152,7 @@ def test_features_in_half_precision_are_recorded_and_compared_with_such(data, im
 
 def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
     room = importlib.import_module("repa.evaluation.jobs")
-    monkeypatch.setattr(room, "load_judge", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(room, "load_extractor", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape, sentence in (
         ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare what has the same size"),
         ((4, 16, 8, 3), "holds images of 16x8 pixels: square ones are measured"),
@@ -187,57 +198,57 @@ class TestReference:
         prepare(str(image_folder), tmp_path / "d", PrepareConfig(resolution=16))
         return open_data(tmp_path / "d")
 
-    def test_it_is_made_once(self, copy, judge, features, monkeypatch):
-        first = reference_of(copy, judge, "tiny-judge")
+    def test_it_is_made_once(self, copy, extractor, features, monkeypatch):
+        first = reference_of(copy, extractor, "tiny-judge")
         real = features.double().numpy()
         np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
         np.testing.assert_allclose(first.statistics.covariance.numpy(), np.cov(real.T), atol=1e-6)
         torch.testing.assert_close(first.subset, features)
         monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
-        second = reference_of(copy, judge, "tiny-judge")
+        second = reference_of(copy, extractor, "tiny-judge")
         assert torch.equal(second.subset, first.subset)
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
         open_data(copy.folder).check()  # the data beside it is still whole data
 
-    def test_another_encoder_has_its_own(self, copy, judge):
-        assert reference_of(copy, judge, "tiny-judge").subset.shape == (40, 128)
+    def test_another_encoder_has_its_own(self, copy, extractor):
+        assert reference_of(copy, extractor, "tiny-judge").subset.shape == (40, 128)
         assert reference_of(copy, load_encoder("tiny"), "tiny").subset.shape == (40, 192)
 
     @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"hello" * 100])
-    def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, judge):
-        first = reference_of(copy, judge, "tiny-judge")
+    def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, extractor):
+        first = reference_of(copy, extractor, "tiny-judge")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(UserError, match="cannot be read as a reference: .* Remove it, and it is computed again"):
-            reference_of(copy, judge, "tiny-judge")
+            reference_of(copy, extractor, "tiny-judge")
         path.unlink()
-        assert torch.equal(reference_of(copy, judge, "tiny-judge").subset, first.subset)
+        assert torch.equal(reference_of(copy, extractor, "tiny-judge").subset, first.subset)
 
-    def test_a_subset_is_evenly_spaced(self, copy, judge, features, monkeypatch):
+    def test_a_subset_is_evenly_spaced(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)
         images = DataImages(copy)
-        found = kept_reference(images, load_judge("tiny-judge"), "tiny-judge", batch_size=7)  # no multiple of 4
+        found = kept_reference(images, load_extractor("tiny-judge"), "tiny-judge", batch_size=7)  # no multiple of 4
         torch.testing.assert_close(found.subset, features[::4])
         assert found.statistics.count == 40
         assert reference.subset_of(25).tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
         assert reference.subset_of(4).tolist() == [0, 1, 2, 3]
 
-    def test_mirrored_copies_are_no_reference(self, copy, judge, features, monkeypatch):
+    def test_mirrored_copies_are_no_reference(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(type(copy), "originals", range(25))
-        found = reference_of(copy, judge, "tiny-judge")
+        found = reference_of(copy, extractor, "tiny-judge")
         torch.testing.assert_close(found.subset, features[:25])
         assert found.statistics.count == 25
 
-    def test_where_the_data_cannot_be_written_it_is_cached(self, copy, judge, tmp_path, monkeypatch):
+    def test_where_the_data_cannot_be_written_it_is_cached(self, copy, extractor, tmp_path, monkeypatch):
         monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        reference_of(copy, judge, "tiny-judge")
+        reference_of(copy, extractor, "tiny-judge")
         assert not (copy.folder / "reference").exists()
         assert len(list((tmp_path / "cache/reference").iterdir())) == 1
         monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
-        reference_of(copy, judge, "tiny-judge")
+        reference_of(copy, extractor, "tiny-judge")
 
-    def test_data_without_images(self, copy, judge, monkeypatch):
+    def test_data_without_images(self, copy, extractor, monkeypatch):
         monkeypatch.setattr(type(copy), "has_images", False)
         with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
-            reference_of(copy, judge, "tiny-judge")
+            reference_of(copy, extractor, "tiny-judge")

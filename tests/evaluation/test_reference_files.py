@@ -8,8 +8,8 @@ from repa.base.errors import UserError
 from repa.data import open_data
 from repa.encoders import load_encoder
 from repa.evaluation import evaluate
+from repa.evaluation.extractors import EncoderExtractor
 from repa.evaluation.images import DataImages, open_images
-from repa.evaluation.judges import EncoderJudge
 from repa.evaluation.measure import measure
 from repa.evaluation.reference import compute_reference, subset_of
 from repa.evaluation.reference_files import load_reference, open_reference, write_reference
@@ -41,9 +41,9 @@ def numbers(x):
     return x.double().numpy()
 
 
-def adm_file(path, judge, images, *leave_out, statistics_of=None):
+def adm_file(path, extractor, images, *leave_out, statistics_of=None):
     """mu, sigma, mu_s, sigma_s as ADM's evaluator computes them, and the images as it stores them."""
-    seen = judge(images if statistics_of is None else statistics_of)
+    seen = extractor(images if statistics_of is None else statistics_of)
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     for end, x in (("", seen.pooled), ("_s", seen.spatial)):
         arrays |= {"mu" + end: np.mean(x.numpy(), axis=0), "sigma" + end: np.cov(x.numpy(), rowvar=False)}
@@ -51,23 +51,23 @@ def adm_file(path, judge, images, *leave_out, statistics_of=None):
     return path
 
 
-def measured(path, samples, metrics=ALL, judge=None):
-    judge = judge or small_inception()
-    reference = load_reference(open_reference(path, samples.shape[-1]), judge, "inception")
-    return evaluate(samples.split(7), judge, reference, metrics)
+def measured(path, samples, metrics=ALL, extractor=None):
+    extractor = extractor or small_inception()
+    reference = load_reference(open_reference(path, samples.shape[-1]), extractor, "inception")
+    return evaluate(samples.split(7), extractor, reference, metrics)
 
 
 def test_an_adm_reference_gives_the_evaluators_figures(tmp_path, real, samples):
-    judge, every = small_inception(), real.rows(np.arange(40))
-    path = adm_file(tmp_path / "VIRTUAL.npz", judge, every[::2], statistics_of=every)
+    extractor, every = small_inception(), real.rows(np.arange(40))
+    path = adm_file(tmp_path / "VIRTUAL.npz", extractor, every[::2], statistics_of=every)
     found = measured(path, samples)
     assert list(found) == list(ALL)
-    a, b = judge(every), judge(samples)
+    a, b = extractor(every), extractor(samples)
     for name, x, y in (("fid", a.pooled, b.pooled), ("sfid", a.spatial, b.spatial)):
         x, y = numbers(x), numbers(y)
         assert found[name] == pytest.approx(oracle.frechet(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)), rel=1e-5)
     assert found["inception_score"] == pytest.approx(inception_score(b.logits, splits=1))
-    x, y = numbers(judge(every[::2]).pooled), numbers(b.pooled)
+    x, y = numbers(extractor(every[::2]).pooled), numbers(b.pooled)
     assert found["precision"] == oracle.share_within(y, x, 3)
     assert found["recall"] == oracle.share_within(x, y, 3)
     assert found["recall"] != found["precision"]
@@ -91,11 +91,13 @@ def test_images_alone_are_a_reference(tmp_path, real, samples):
 
 
 def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
-    judge = EncoderJudge(load_encoder("tiny-judge"))
+    extractor = EncoderExtractor(load_encoder("tiny-judge"))
     for name, images in {"a": samples, "b": 255 - samples}.items():
         np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     distances = [
-        evaluate([samples], judge, load_reference(open_reference(tmp_path / name, 16), judge, "tiny-judge"))["fd"]
+        evaluate([samples], extractor, load_reference(open_reference(tmp_path / name, 16), extractor, "tiny-judge"))[
+            "fd"
+        ]
         for name in ("a.npz", "b.npz", "a.npz")
     ]
     assert distances[0] < 1e-5 < 1 < distances[1]
@@ -105,11 +107,11 @@ def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
 
 def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, monkeypatch):
     monkeypatch.setattr("repa.evaluation.reference.SUBSET", 15)
-    judge = small_inception()
-    reference = compute_reference(real, judge)
-    write_reference(tmp_path / "ref.npz", reference, real, judge, "inception")
+    extractor = small_inception()
+    reference = compute_reference(real, extractor)
+    write_reference(tmp_path / "ref.npz", reference, real, extractor, "inception")
     monkeypatch.setattr("repa.evaluation.reference.compute_reference", lambda *a: pytest.fail("looked at again"))
-    assert measured(tmp_path / "ref.npz", samples) == evaluate(samples.split(7), judge, reference, ALL)
+    assert measured(tmp_path / "ref.npz", samples) == evaluate(samples.split(7), extractor, reference, ALL)
     with np.load(tmp_path / "ref.npz", allow_pickle=False) as archive:
         assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(archive.files)
         wanted = real.rows(subset_of(40)).permute(0, 2, 3, 1).numpy()
@@ -118,10 +120,10 @@ def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, mo
 
 
 def test_an_encoders_file(tmp_path, real, samples):
-    judge = EncoderJudge(load_encoder("tiny-judge"))
-    write_reference(tmp_path / "ref.npz", compute_reference(real, judge), real, judge, "tiny-judge")
+    extractor = EncoderExtractor(load_encoder("tiny-judge"))
+    write_reference(tmp_path / "ref.npz", compute_reference(real, extractor), real, extractor, "tiny-judge")
     opened = open_reference(tmp_path / "ref.npz", 16)
-    assert evaluate([samples], judge, load_reference(opened, judge, "tiny-judge"), ("fd",))["fd"] > 0
+    assert evaluate([samples], extractor, load_reference(opened, extractor, "tiny-judge"), ("fd",))["fd"] > 0
     with pytest.raises(UserError, match="holds features of tiny-judge .* measured in features of inception"):
         load_reference(opened, small_inception(), "inception")
     with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare what has the same size"):
@@ -131,15 +133,15 @@ def test_an_encoders_file(tmp_path, real, samples):
 def test_statistics_are_whose_they_are(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
     with pytest.raises(UserError, match="statistics of Inception's features and no images"):
-        measured(path, samples, ("fd",), EncoderJudge(load_encoder("tiny-judge")))
+        measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-judge")))
     with pytest.raises(UserError, match="by the published weights of Inception, but other weights were given"):
         measured(path, samples, ("fid",), small_inception("0" * 64))
-    judge = small_inception()
-    judge.dim = 2048
+    extractor = small_inception()
+    extractor.dim = 2048
     with pytest.raises(UserError, match="mu has 6 entries, the features have 2048"):
-        measured(path, samples, ("fid",), judge)
+        measured(path, samples, ("fid",), extractor)
     with_images = adm_file(tmp_path / "images.npz", small_inception(), samples)
-    found = measured(with_images, samples, ("fd",), EncoderJudge(load_encoder("tiny-judge")))
+    found = measured(with_images, samples, ("fd",), EncoderExtractor(load_encoder("tiny-judge")))
     assert found["fd"] < 1e-5  # against its own images in the encoder's features
 
 
@@ -186,9 +188,9 @@ def test_samples_of_a_folder_have_one_size(image_folder, tmp_path):
 
 def test_splits_of_the_score_follow_the_numbers_of_the_images(real, samples, monkeypatch):
     monkeypatch.setattr("repa.metrics.score.RunningScore.__init__.__defaults__", (10,), raising=False)
-    judge = small_inception()
-    reference = compute_reference(real, judge)
+    extractor = small_inception()
+    reference = compute_reference(real, extractor)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
     stream = [(order[start : start + 8], samples[order[start : start + 8]]) for start in range(0, 30, 8)]
-    found = measure(stream, judge, reference, ("inception_score",))
-    assert found["inception_score"] == pytest.approx(inception_score(judge(samples).logits, splits=3))
+    found = measure(stream, extractor, reference, ("inception_score",))
+    assert found["inception_score"] == pytest.approx(inception_score(extractor(samples).logits, splits=3))

@@ -22,12 +22,12 @@ ALL = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 def figures(data, samples):
     manifold.BLOCK = 7  # several blocks for each process
     score.RunningScore.__init__.__defaults__ = (10,)
-    judge = small_inception()
-    reference = compute_reference(DataImages(open_data(data)), judge, batch_size=7)
+    extractor = small_inception()
+    reference = compute_reference(DataImages(open_data(data)), extractor, batch_size=7)
     images = open_images(samples)
-    found = [measure(images.batches(4), judge, reference, ALL)]
+    found = [measure(images.batches(4), extractor, reference, ALL)]
     everything = [images.rows(np.arange(30))] if dist.is_main() else []  # the other process has none
-    found.append(evaluate(everything, judge, reference, ("fid", "sfid", "precision", "recall")))
+    found.append(evaluate(everything, extractor, reference, ("fid", "sfid", "precision", "recall")))
     return [*found, {"count": reference.statistics.count, "subset": reference.subset.double().sum().item()}]
 
 

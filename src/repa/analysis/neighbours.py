@@ -100,7 +100,7 @@ def find_copies(
         others = rows_of(held_out, spread(held_out, config.num_held_out))
         real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
     near = near._replace(indices=torch.from_numpy(indices)[near.indices])
-    return Copies(near, real, judge(near.distances[:, 0], real))
+    return Copies(near, real, compare(near.distances[:, 0], real))
 
 
 def summary_features(images: Iterable[Tensor], encoder: VisionEncoder, progress: Progress = silent) -> Tensor:
@@ -152,7 +152,7 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
     return Nearest(torch.cat(distances), torch.cat(indices))
 
 
-def judge(samples: Tensor, held_out: Tensor) -> Verdict:
+def compare(samples: Tensor, held_out: Tensor) -> Verdict:
     """Compare distances to the nearest training image, of samples (m,) and of held-out images (h,)."""
     threshold = float(np.quantile(held_out.numpy(), NEAR))
     return Verdict(

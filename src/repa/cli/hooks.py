@@ -16,7 +16,7 @@ from repa.base.images import grid, save_png
 from repa.conditions import load_text_encoder
 from repa.data import DataSet
 from repa.encoders.loading import weights_for
-from repa.evaluation import EvaluateConfig, evaluate, load_judge, reference_of
+from repa.evaluation import EvaluateConfig, evaluate, load_extractor, reference_of
 from repa.evaluation.measure import check_number
 from repa.runs import LoadedRun, layout
 from repa.runs.loading import Prompts
@@ -74,9 +74,9 @@ class Previews:
             self.metrics = EvaluateConfig(features=preview.features, metrics=preview.metrics).wanted
             check_number(preview.num_scored, self.metrics, "--preview.num-scored")
             weights = weights_for(preview.features, config.feature_weights)
-            self.judge = load_judge(preview.features, weights=weights, device=device)
+            self.extractor = load_extractor(preview.features, weights=weights, device=device)
             looking = functools.partial(progress, "looking at the training images")
-            self.reference = reference_of(data, self.judge, preview.features, looking)
+            self.reference = reference_of(data, self.extractor, preview.features, looking)
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Values for a row of kind "eval"."""
@@ -119,9 +119,9 @@ class Previews:
             )
             images = made(max(num_drawn, num_scored))
             if scored:
-                found = evaluate(_first(images, num_scored), self.judge, self.reference, self.metrics)
+                found = evaluate(_first(images, num_scored), self.extractor, self.reference, self.metrics)
                 values |= {LOGGED.get(name, name): value for name, value in found.items()}
-                values |= {"features": self.judge.name, "num_samples": num_scored}
+                values |= {"features": self.extractor.name, "num_samples": num_scored}
             for _ in images:  # that are drawn and not measured
                 pass
         if drawn:

@@ -116,10 +116,10 @@ def _for_photographs(given: QuickstartArguments) -> Choice:
 def _look_at(data: Path, judge: str) -> None:
     """What the judge makes of the training images, kept beside them: with all cores, before both runs ask for it."""
     from repa.data import open_data
-    from repa.evaluation import load_judge, reference_of
+    from repa.evaluation import load_extractor, reference_of
 
     with Progress(f"{judge} looks at the training images, once for both runs", "images") as bar:
-        reference_of(open_data(data), load_judge(judge), judge, bar)
+        reference_of(open_data(data), load_extractor(judge), judge, bar)
 
 
 def _program() -> list[str]:

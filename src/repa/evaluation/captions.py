@@ -27,7 +27,7 @@ class CaptionMeasure(Protocol):
     """Looks at samples in batches, of any process, and at the prompt of each."""
 
     def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
-        """Indices (n,), uint8 images (n, 3, H, W), and their features in the judge's eyes (n, D)."""
+        """Indices (n,), uint8 images (n, 3, H, W), and their features by the extractor (n, D)."""
         ...
 
     def result(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ def metrics_of(features: str) -> tuple[Metric, ...]:
     return (*(OF_INCEPTION if features == INCEPTION else OF_ENCODERS), *OF_CAPTIONS)
 
 
-class JudgeConfig(Config):
+class FeaturesConfig(Config):
     """In whose features images are compared."""
 
     features: Annotated[str, Spec(ENCODERS, also=(INCEPTION,))] = INCEPTION
@@ -36,7 +36,7 @@ class JudgeConfig(Config):
     """Images at a time on each process."""
 
 
-class EvaluateConfig(JudgeConfig):
+class EvaluateConfig(FeaturesConfig):
     """Metrics of samples against a reference."""
 
     metrics: tuple[Metric, ...] = ()
@@ -72,7 +72,7 @@ class EvaluateConfig(JudgeConfig):
         return self.metrics or tuple(name for name in metrics_of(self.features) if name not in ASIDE)
 
 
-class ReferenceConfig(JudgeConfig):
+class ReferenceConfig(FeaturesConfig):
     """A reference file in the format of the ADM evaluator."""
 
     resolution: int = Field(0, ge=0)

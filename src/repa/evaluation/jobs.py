@@ -15,9 +15,9 @@ from repa.base.errors import UserError
 from repa.conditions.loading import prompts_in
 from repa.data.dataset import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
-from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, JudgeConfig, ReferenceConfig
+from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, FeaturesConfig, ReferenceConfig
+from repa.evaluation.extractors import Extractor, InceptionExtractor, load_extractor
 from repa.evaluation.images import DataImages, Images, open_images
-from repa.evaluation.judges import InceptionJudge, Judge, load_judge
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
 from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
@@ -92,22 +92,22 @@ def evaluate_stream(
     opened = open_reference(reference, side)
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
-    judge = _judge(config, opened, device)
-    real = load_reference(opened, judge, config.features, config.batch_size, progress)
-    check_measurable(judge, real, config.wanted)
+    extractor = _extractor(config, opened, device)
+    real = load_reference(opened, extractor, config.features, config.batch_size, progress)
+    check_measurable(extractor, real, config.wanted)
     told = _told(config, prompts, num, opened, real, device)
-    found = measure(stream, judge, real, config.wanted, neighbours=config.neighbours, told=told)
+    found = measure(stream, extractor, real, config.wanted, neighbours=config.neighbours, told=told)
     return {
         "metrics": found,
         "num_samples": num,
         "num_reference": real.statistics.count,
         "num_reference_neighbours": None if real.subset is None else len(real.subset),
-        "warnings": _warnings(judge, num, config.wanted),
+        "warnings": _warnings(extractor, num, config.wanted),
         "samples": samples,
         "made": None if made is None else {**made, "time": TIME},
         "reference": str(reference),
         "reference_kind": "statistics" if isinstance(opened, ReferenceFile) else "images",
-        **provenance(judge, config, device),
+        **provenance(extractor, config, device),
     }
 
 
@@ -167,28 +167,32 @@ def make_reference(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
     files.require_writable(out)
-    judge = _judge(config, images, device)
-    reference = kept_reference(images, judge, config.features, batch_size=config.batch_size, progress=progress)
+    extractor = _extractor(config, images, device)
+    reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():
-        write_reference(out, reference, images, judge, config.features)
+        write_reference(out, reference, images, extractor, config.features)
     dist.barrier()
     return reference
 
 
-def _judge(config: JudgeConfig, reference: object, device: torch.device) -> Judge:
+def _extractor(config: FeaturesConfig, reference: object, device: torch.device) -> Extractor:
     """By the weights that are given, else those that `prepare` found, when the reference is its folder."""
     weights = config.features_weights or None
     if not weights and isinstance(reference, DataImages) and config.features != INCEPTION:
         weights = encoder_weights(reference.data, config.features)
-    return load_judge(config.features, weights=weights, precision=config.features_precision, device=device)
+    return load_extractor(config.features, weights=weights, precision=config.features_precision, device=device)
 
 
-def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+def provenance(extractor: Extractor, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """Whose features, by which arithmetic, and the versions that computed them."""
     return {
         "features": config.features,
-        "encoder": judge.identity,
-        "arithmetic": {"features": NUMBERS[judge.precision], "statistics": "float64", "neighbours": config.neighbours},
+        "encoder": extractor.identity,
+        "arithmetic": {
+            "features": NUMBERS[extractor.precision],
+            "statistics": "float64",
+            "neighbours": config.neighbours,
+        },
         "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT_SIZE},
         "device": device.type,
         "processes": dist.world(),
@@ -199,20 +203,22 @@ def provenance(judge: Judge, config: EvaluateConfig, device: torch.device) -> di
     }
 
 
-def _warnings(judge: Judge, num: int, metrics: Sequence[str]) -> list[str]:
+def _warnings(extractor: Extractor, num: int, metrics: Sequence[str]) -> list[str]:
     warnings = []
-    if num < judge.dim and {"fid", "sfid", "fd"} & set(metrics):
+    if num < extractor.dim and {"fid", "sfid", "fd"} & set(metrics):
         warnings.append(
-            f"{num:,} samples are fewer than the {judge.dim:,} dimensions of the features, so their covariance has not full "
+            f"{num:,} samples are fewer than the {extractor.dim:,} dimensions of the features, so their covariance has not full "
             "rank and Fréchet distances are too large: compare only figures of the same number of samples."
         )
     if "fd" in metrics:
-        warnings.append(f"fd in the features of {judge.name} is not FID: compare it only with fd in the same features.")
-    if isinstance(judge, InceptionJudge) and not judge.is_published:
-        warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
-    if judge.precision != "fp32":
         warnings.append(
-            f"The features were computed in {NUMBERS[judge.precision]}, which moves every figure a little: papers measure in float32."
+            f"fd in the features of {extractor.name} is not FID: compare it only with fd in the same features."
+        )
+    if isinstance(extractor, InceptionExtractor) and not extractor.is_published:
+        warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
+    if extractor.precision != "fp32":
+        warnings.append(
+            f"The features were computed in {NUMBERS[extractor.precision]}, which moves every figure a little: papers measure in float32."
         )
     if "inception_score" in metrics and num % SPLIT_SIZE:
         warnings.append(

@@ -10,8 +10,8 @@ from repa.base.errors import UserError
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
 from repa.evaluation.config import OF_CAPTIONS
+from repa.evaluation.extractors import Extractor, as_extractor
 from repa.evaluation.images import gather_rows
-from repa.evaluation.judges import Judge, as_judge
 from repa.evaluation.reference import Moments, Reference, accumulator_of
 from repa.metrics import (
     RunningScore,
@@ -29,7 +29,7 @@ NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not
 
 def evaluate(
     batches: Iterable[Tensor],
-    encoder: VisionEncoder | Judge,
+    encoder: VisionEncoder | Extractor,
     reference: Reference,
     metrics: Sequence[str] = ("fd",),
     *,
@@ -41,7 +41,7 @@ def evaluate(
     for the inception score: image i of process r of W counts as number i * W + r.
 
     Args:
-        encoder: whose pooled features are compared; or what `load_judge` gives.
+        encoder: whose pooled features are compared; or what `load_extractor` gives.
         metrics: of an encoder fd, kd, precision, recall; of Inception fid, sfid, inception_score, kid, precision, recall.
         neighbours: "float16" rounds precision and recall as the ADM evaluator does.
 
@@ -55,12 +55,12 @@ def evaluate(
             yield (start + torch.arange(len(images))) * dist.world() + dist.rank(), images
             start += len(images)
 
-    return measure(numbered(), as_judge(encoder), reference, metrics, neighbours=neighbours)
+    return measure(numbered(), as_extractor(encoder), reference, metrics, neighbours=neighbours)
 
 
 def measure(
     stream: Iterable[tuple[Tensor, Tensor]],
-    judge: Judge,
+    extractor: Extractor,
     reference: Reference,
     metrics: Sequence[str],
     *,
@@ -71,11 +71,11 @@ def measure(
 
     `told` measure what `metrics` ask about prompts.
     """
-    check_measurable(judge, reference, metrics)
-    statistics, spatial = (Statistics(accumulator_of(judge)) for _ in range(2))
+    check_measurable(extractor, reference, metrics)
+    statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
     score, rows, places = RunningScore(), [], []
     for indices, images in stream:
-        seen = judge(images)
+        seen = extractor(images)
         statistics.update(seen.pooled)
         for each in told:
             each.update(indices, images, seen.pooled)
@@ -103,19 +103,19 @@ def measure(
         samples = gather_rows(rows, places)
         rows.clear()  # they are in `samples`: held twice no longer than that
         assert reference.subset is not None
-        found |= _of_rows(reference.subset.to(judge.device), samples.to(judge.device), metrics, neighbours)
+        found |= _of_rows(reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours)
     for each in told:
         found |= each.result()
     wanted = [name for metric in metrics for name in (metric, f"{metric}_shuffled") if name in found]
     return {name: found[name] for name in wanted}
 
 
-def check_measurable(judge: Judge, reference: Reference, metrics: Sequence[str]) -> None:
+def check_measurable(extractor: Extractor, reference: Reference, metrics: Sequence[str]) -> None:
     """Raises UserError for a metric that cannot be had, before any image is looked at."""
     for name in metrics:
-        if name not in (*judge.metrics, *OF_CAPTIONS):
+        if name not in (*extractor.metrics, *OF_CAPTIONS):
             raise UserError(
-                f"{name!r} is not measured in the features of {judge.name}: allowed are {', '.join(judge.metrics)}."
+                f"{name!r} is not measured in the features of {extractor.name}: allowed are {', '.join(extractor.metrics)}."
             )
     if reference.subset is None and (needing := [name for name in metrics if name in NEED_ROWS]):
         raise UserError(

@@ -16,8 +16,8 @@ from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
+from repa.evaluation.extractors import Extractor, as_extractor
 from repa.evaluation.images import DataImages, Images, gather_rows
-from repa.evaluation.judges import Judge, as_judge
 from repa.metrics import Statistics
 
 BATCH = 64
@@ -82,26 +82,28 @@ def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return array
 
 
-def reference_of(data: DataSet, encoder: VisionEncoder | Judge, spec: str, progress: Progress = silent) -> Reference:
+def reference_of(
+    data: DataSet, encoder: VisionEncoder | Extractor, spec: str, progress: Progress = silent
+) -> Reference:
     """The reference of prepared data, computed once by all processes and kept in the data's folder.
 
     `spec` is what the encoder was loaded by: its settings are part of what it computes, as its weights are.
     """
-    return kept_reference(DataImages(data), as_judge(encoder), spec, progress=progress)
+    return kept_reference(DataImages(data), as_extractor(encoder), spec, progress=progress)
 
 
 def kept_reference(
-    images: Images, judge: Judge, spec: str, *, batch_size: int = BATCH, progress: Progress = silent
+    images: Images, extractor: Extractor, spec: str, *, batch_size: int = BATCH, progress: Progress = silent
 ) -> Reference:
     """The reference of any images: what was kept of them, else computed by all processes and kept.
 
     It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written; nowhere, when
     that cannot be written either.
     """
-    path = _place(images, judge, spec)
+    path = _place(images, extractor, spec)
     if dist.from_main(path.is_file()):
         return _read(path)
-    reference = compute_reference(images, judge, batch_size, progress)
+    reference = compute_reference(images, extractor, batch_size, progress)
     if dist.is_main():
         try:
             with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -111,13 +113,15 @@ def kept_reference(
     return reference
 
 
-def compute_reference(images: Images, judge: Judge, batch_size: int = BATCH, progress: Progress = silent) -> Reference:
+def compute_reference(
+    images: Images, extractor: Extractor, batch_size: int = BATCH, progress: Progress = silent
+) -> Reference:
     """Every process looks at its share of the images; all get the whole."""
-    statistics, spatial = (Statistics(accumulator_of(judge)) for _ in range(2))
+    statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
     chosen = torch.from_numpy(subset_of(images.num))
     kept, places = [], []
     for indices, pixels in images.batches(batch_size):
-        seen = judge(pixels)
+        seen = extractor(pixels)
         statistics.update(seen.pooled)
         if seen.spatial is not None:
             spatial.update(seen.spatial)
@@ -136,23 +140,23 @@ def subset_of(num: int) -> np.ndarray:
     return np.arange(size) * num // max(size, 1)
 
 
-def accumulator_of(judge: Judge) -> torch.device:
+def accumulator_of(extractor: Extractor) -> torch.device:
     """Where float64 sums are kept: beside the features on a GPU, else on the CPU (MPS has no float64)."""
-    return judge.device if judge.device.type == "cuda" else torch.device("cpu")
+    return extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
 
 
-def _place(images: Images, judge: Judge, spec: str) -> Path:
-    key = [spec, judge.identity]
+def _place(images: Images, extractor: Extractor, spec: str) -> Path:
+    key = [spec, extractor.identity]
     if images.home is not None:
         folder = images.home / "reference"
-        path = folder / _name(judge, key)
+        path = folder / _name(extractor, key)
         if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
             return path
-    return files.cache_folder() / "reference" / _name(judge, [*key, images.identity])
+    return files.cache_folder() / "reference" / _name(extractor, [*key, images.identity])
 
 
-def _name(judge: Judge, key: list) -> str:
-    return f"{judge.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
+def _name(extractor: Extractor, key: list) -> str:
+    return f"{extractor.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
 
 
 def _read(path: Path) -> Reference:

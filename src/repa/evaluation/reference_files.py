@@ -11,18 +11,18 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.evaluation.config import INCEPTION
+from repa.evaluation.extractors import Extractor, InceptionExtractor
 from repa.evaluation.images import Images, NpzImages, open_images
-from repa.evaluation.judges import InceptionJudge, Judge
 from repa.evaluation.reference import BATCH, Progress, Reference, kept_reference, silent, subset_of
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
-OURS = ("judge", "resolution")
+OURS = ("extractor", "resolution")
 
 
 class ReferenceFile:
     """An .npz with mu and sigma, perhaps mu_s and sigma_s, perhaps images under arr_0: opened, its small arrays read.
 
-    Ours also say whose features they are (judge, JSON), of how many images, of which resolution, and hold the features of
+    Ours also say whose features they are (extractor, JSON), of how many images, of which resolution, and hold the features of
     the subset. ADM's say nothing of the sort: they are Inception's, by its published weights.
     """
 
@@ -31,10 +31,10 @@ class ReferenceFile:
         arrays = load_npz(path, "a reference", (*MOMENTS, *OURS))
         self.arrays = {name: arrays[name] for name in MOMENTS if name in arrays}
         with faults.reading(path, "a reference"):
-            self.judge = json.loads(str(arrays["judge"])) if "judge" in arrays else None
+            self.extractor = json.loads(str(arrays["extractor"])) if "extractor" in arrays else None
             self.resolution = int(arrays["resolution"]) if "resolution" in arrays else None
-            if self.judge is not None and not (
-                isinstance(self.judge, list) and len(self.judge) == 2 and isinstance(self.judge[1], dict)
+            if self.extractor is not None and not (
+                isinstance(self.extractor, list) and len(self.extractor) == 2 and isinstance(self.extractor[1], dict)
             ):
                 raise ValueError("whose features they are cannot be told")
         self.images = NpzImages(path) if "arr_0" in names else None
@@ -43,34 +43,34 @@ class ReferenceFile:
         if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
             raise UserError(f"{path} is no reference: it holds {', '.join(names)}, but mu needs its sigma.")
 
-    def load(self, judge: Judge, spec: str, batch_size: int, progress: Progress) -> Reference:
-        """Raises UserError when the statistics are of other features than `judge`'s."""
-        if self.judge is None and not isinstance(judge, InceptionJudge):
+    def load(self, extractor: Extractor, spec: str, batch_size: int, progress: Progress) -> Reference:
+        """Raises UserError when the statistics are of other features than `extractor`'s."""
+        if self.extractor is None and not isinstance(extractor, InceptionExtractor):
             if self.images is None:
                 raise UserError(
                     f"{self.path} holds statistics of Inception's features and no images, so nothing can be measured "
                     f"against it in the features of {spec}: choose --features {INCEPTION} or another reference."
                 )
-            return kept_reference(self.images, judge, spec, batch_size=batch_size, progress=progress)
-        if self.judge is None and isinstance(judge, InceptionJudge) and not judge.is_published:
+            return kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
+        if self.extractor is None and isinstance(extractor, InceptionExtractor) and not extractor.is_published:
             raise UserError(
                 f"{self.path} holds statistics by the published weights of Inception, but other weights were given: "
                 "make a reference with these by `repa evaluate reference`, or leave --features-weights out."
             )
-        if self.judge is not None and self.judge != [spec, judge.identity]:
+        if self.extractor is not None and self.extractor != [spec, extractor.identity]:
             raise UserError(
-                f"{self.path} holds {_called(*self.judge)}, but samples are to be measured in {_called(spec, judge.identity)}: "
+                f"{self.path} holds {_called(*self.extractor)}, but samples are to be measured in {_called(spec, extractor.identity)}: "
                 "give the same --features, --features-weights and --features-precision."
             )
         with faults.reading(self.path, "a reference"):
             reference = Reference.from_arrays(self.arrays)
-        if len(reference.statistics.mean) != judge.dim:
+        if len(reference.statistics.mean) != extractor.dim:
             raise UserError(
                 f"{self.path} is no reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
-                f"the features have {judge.dim}."
+                f"the features have {extractor.dim}."
             )
         if reference.subset is None and self.images is not None:
-            seen = kept_reference(self.images, judge, spec, batch_size=batch_size, progress=progress)
+            seen = kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
             reference = reference._replace(subset=seen.subset)
         return reference
 
@@ -109,18 +109,22 @@ def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
 
 
 def load_reference(
-    opened: ReferenceFile | Images, judge: Judge, spec: str, batch_size: int = BATCH, progress: Progress = silent
+    opened: ReferenceFile | Images,
+    extractor: Extractor,
+    spec: str,
+    batch_size: int = BATCH,
+    progress: Progress = silent,
 ) -> Reference:
-    """The reference as `judge` sees it: read, or computed by all processes and kept."""
+    """The reference as `extractor` sees it: read, or computed by all processes and kept."""
     if isinstance(opened, ReferenceFile):
-        return opened.load(judge, spec, batch_size, progress)
-    return kept_reference(opened, judge, spec, batch_size=batch_size, progress=progress)
+        return opened.load(extractor, spec, batch_size, progress)
+    return kept_reference(opened, extractor, spec, batch_size=batch_size, progress=progress)
 
 
-def write_reference(path: Path, reference: Reference, images: Images, judge: Judge, spec: str) -> None:
+def write_reference(path: Path, reference: Reference, images: Images, extractor: Extractor, spec: str) -> None:
     """An .npz that the ADM evaluator reads too: it needs the images of the subset, uint8 (M, H, W, 3) under arr_0."""
     arrays = reference.arrays() | {
-        "judge": np.array(json.dumps([spec, judge.identity])),
+        "extractor": np.array(json.dumps([spec, extractor.identity])),
         "resolution": np.array(images.height),
     }
     chosen = subset_of(images.num)
@@ -129,7 +133,7 @@ def write_reference(path: Path, reference: Reference, images: Images, judge: Jud
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-        if isinstance(judge, InceptionJudge):
+        if isinstance(extractor, InceptionExtractor):
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, len(chosen), BATCH):

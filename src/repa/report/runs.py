@@ -19,7 +19,7 @@ from repa.runs.log import read_metrics
 
 # The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
 PROTOCOL = (
-    "features", "judge_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
+    "features", "feature_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
     "weak_sha256", "guide_image_sha256", "weights", "neighbours",
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is no setting: it differs from network to network
@@ -220,15 +220,15 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
         )
-    made, judge = (results.get(key) or {} for key in ("made", "encoder"))
+    made, extractor = (results.get(key) or {} for key in ("made", "encoder"))
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
-    features, published = results["features"], judge.get("published")
+    features, published = results["features"], extractor.get("published")
     return {
         "kind": "eval",
         "step": made.get("step") if isinstance(made.get("step"), int) else None,
         **renamed(metrics),
         "features": OTHER_WEIGHTS if features == INCEPTION and published is False else features,
-        "judge_weights": None if published else str(judge.get("weights_sha256") or "")[:8] or None,
+        "feature_weights": None if published else str(extractor.get("weights_sha256") or "")[:8] or None,
         "reference": Path(str(results.get("reference"))).name,
         "num_samples": results.get("num_samples"),
         **{

@@ -36,7 +36,7 @@ def how_made(protocol: Protocol) -> str:
         labels = f" with {given['labels']} labels" if "labels" in given else ""
         parts.append(f"{count(given['num_samples'])} samples{labels}")
     if "features" in given:
-        checksum = f" (weights {given['judge_weights']})" if "judge_weights" in given else ""
+        checksum = f" (weights {given['feature_weights']})" if "feature_weights" in given else ""
         parts.append(f"features of {given['features']}{checksum}")
     if "reference" in given:
         parts.append(f"against {given['reference']}")

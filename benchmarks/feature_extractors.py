@@ -1,7 +1,7 @@
 """What layout and precision do to the network that judges samples: processor time, and the Fréchet distance of the same images.
 
-    python benchmarks/judges.py DATA --num 500                          Inception with random weights, and lite0
-    python benchmarks/judges.py DATA --inception FILE --device cuda     with the published ones, on a GPU
+    python benchmarks/feature_extractors.py DATA --num 500                          Inception with random weights, and lite0
+    python benchmarks/feature_extractors.py DATA --inception FILE --device cuda     with the published ones, on a GPU
 
 The samples are images of DATA with noise, the reference its other images. Random weights are normalised on images, layer by
 layer, as training would have left them. Where the hardware has no bf16, its rounding is emulated: what autocast gives
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from repa.base.precision import best_precision
 from repa.data import open_data
 from repa.encoders import load_encoder
-from repa.evaluation.judges import EncoderJudge, InceptionJudge, Judge
+from repa.evaluation.extractors import EncoderExtractor, Extractor, InceptionExtractor
 from repa.metrics import InceptionV3, Statistics, frechet_distance, load_inception
 from repa.metrics.inception_weights import LoadedInception
 
@@ -64,16 +64,16 @@ def random_inception(images: Tensor) -> InceptionV3:
     return net
 
 
-def pooled(judge: Judge, images: Tensor, emulated: bool = False) -> tuple[Tensor, float]:
+def pooled(extractor: Extractor, images: Tensor, emulated: bool = False) -> tuple[Tensor, float]:
     """Features (N, D) and seconds of processor time (on CUDA of the clock) for each image."""
-    clock = time.perf_counter if judge.device.type == "cuda" else time.process_time
+    clock = time.perf_counter if extractor.device.type == "cuda" else time.process_time
     begin, found = clock(), []
     for batch in images.split(BATCH):
         if emulated:
             with Bf16():
-                found.append(judge(batch).pooled.float().cpu())
+                found.append(extractor(batch).pooled.float().cpu())
         else:
-            found.append(judge(batch).pooled.cpu())
+            found.append(extractor(batch).pooled.cpu())
     return torch.cat(found), (clock() - begin) / len(images)
 
 
@@ -86,7 +86,7 @@ def distance(real: Tensor, samples: Tensor) -> float:
     return frechet_distance(*moments)
 
 
-def measure(name: str, make: Callable[[str], Judge], real: Tensor, samples: Tensor) -> None:
+def measure(name: str, make: Callable[[str], Extractor], real: Tensor, samples: Tensor) -> None:
     exact = make("fp32")
     native = best_precision(exact.device) == "bf16"
     few = samples[:2]
@@ -119,7 +119,7 @@ def layouts(net: InceptionV3, images: Tensor, rounds: int) -> None:
     for _ in range(rounds):
         for name, seconds in found.items():
             net.to(memory_format=getattr(torch, name))
-            seconds.append(pooled(InceptionJudge(LoadedInception(net, "")), images)[1])
+            seconds.append(pooled(InceptionExtractor(LoadedInception(net, "")), images)[1])
     for name, seconds in found.items():
         print(
             f"  {name:<20}{1e3 * np.median(seconds):>8.0f} ms an image, {1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f}"
@@ -146,9 +146,9 @@ def main() -> None:
         loaded = LoadedInception(random_inception(real[:BATCH]).to(device), "random")
     print(f"{images.shape[-1]} pixels, {device}, torch {torch.__version__}; layout of Inception in float32:")
     layouts(loaded.net, real[:BATCH], args.rounds)
-    measure(f"inception ({args.inception or 'random weights'})", lambda p: InceptionJudge(loaded, p), real, samples)
+    measure(f"inception ({args.inception or 'random weights'})", lambda p: InceptionExtractor(loaded, p), real, samples)
     encoder = load_encoder(args.encoder, device=device)
-    measure(args.encoder, lambda p: EncoderJudge(encoder, p), real, samples)
+    measure(args.encoder, lambda p: EncoderExtractor(encoder, p), real, samples)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who looks at images: Inception, or the pooled features of an encoder. Behind one contract."""
+"""Feature extractors for metrics: Inception, or the pooled features of an encoder, behind one contract."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from repa.metrics.inception_weights import LoadedInception
 
 
 class Seen(NamedTuple):
-    """Features of a batch, float32, on the judge's device."""
+    """Features of a batch, float32, on the extractor's device."""
 
     pooled: Tensor  # (N, D)
     spatial: Tensor | None = None  # (N, 2023), Inception's
     logits: Tensor | None = None  # (N, 1008), Inception's
 
 
-class EncoderJudge:
+class EncoderExtractor:
     """The pooled features of an encoder, at its own grid for the images' size."""
 
     metrics = OF_ENCODERS
@@ -42,7 +42,7 @@ class EncoderJudge:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Seen:
-        """uint8 (N, 3, S, S) -> what is seen."""
+        """uint8 (N, 3, S, S) -> features."""
         with autocast(self.device, self.precision):
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
         if pooled is None:
@@ -50,7 +50,7 @@ class EncoderJudge:
         return Seen(pooled.float())
 
 
-class InceptionJudge:
+class InceptionExtractor:
     """Inception-v3, as FID, sFID and the inception score are defined by."""
 
     metrics = OF_INCEPTION
@@ -72,26 +72,26 @@ class InceptionJudge:
         return self.net.fc.weight.device
 
     def __call__(self, images: Tensor) -> Seen:
-        """uint8 (N, 3, H, W) -> what is seen."""
+        """uint8 (N, 3, H, W) -> features."""
         return Seen(*self.net(images, self.precision))
 
 
-Judge = EncoderJudge | InceptionJudge
+Extractor = EncoderExtractor | InceptionExtractor
 
 
 def _rounded(precision: str) -> dict[str, str]:
     return {} if precision == "fp32" else {"precision": precision}
 
 
-def load_judge(
+def load_extractor(
     features: str, *, weights: str | Path | None = None, precision: str = "fp32", device: torch.device | str = "cpu"
-) -> Judge:
+) -> Extractor:
     """ "inception" or an encoder's spec; raises UserError when there are no weights."""
     if features == INCEPTION:
-        return InceptionJudge(load_inception(weights, device), precision)
-    return EncoderJudge(load_encoder(features, weights=weights, device=device), precision)
+        return InceptionExtractor(load_inception(weights, device), precision)
+    return EncoderExtractor(load_encoder(features, weights=weights, device=device), precision)
 
 
-def as_judge(judge: Judge | VisionEncoder) -> Judge:
-    """An encoder judges by its pooled features."""
-    return EncoderJudge(judge) if isinstance(judge, VisionEncoder) else judge
+def as_extractor(extractor: Extractor | VisionEncoder) -> Extractor:
+    """An encoder extracts its pooled features."""
+    return EncoderExtractor(extractor) if isinstance(extractor, VisionEncoder) else extractor
