@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from repa.base.memory import keep_freed_memory
+from repa.base.launch import keep_freed_memory
 from repa.base.precision import autocast
 from repa.models.layers import Block, gelu
 

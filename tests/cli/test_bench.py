@@ -43,7 +43,7 @@ def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
     assert run(["bench", str(recipe), *words]) == 0
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    kinds = [(row["batch_size"], row["precision"], row["teacher"]) for row in found["rows"]]
+    kinds = [(row["batch_size"], row["precision"], row["features"]) for row in found["rows"]]
     assert sorted(kinds) == [(n, p, "cached") for n in (4, 8) for p in ("bf16", "fp32")]
     assert all(row["parts"]["data"] > 0 for row in found["rows"])
     assert printed.count("| SiT-S/4 |") == 4
@@ -65,13 +65,13 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
 
 def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
     """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
-    given, whole = [], measure.Step.student
+    given, whole = [], measure.Step.backward
 
     def seen(step, batch, features):
         given.append(step.condition(batch))
         whole(step, batch, features)
 
-    monkeypatch.setattr(measure.Step, "student", seen)
+    monkeypatch.setattr(measure.Step, "backward", seen)
     term = {"target": "text", "depth": 1, "pool": True, "projector": "linear"}
     path, data = tmp_path / "text.yaml", str(captioned_data / "stored")
     for changes in (
@@ -88,7 +88,7 @@ def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tm
     assert {condition.text.shape[2] for condition in given} == {8}
 
 
-def test_a_teacher_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
+def test_an_encoder_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
     data = tmp_path / "data"
     assert run(["prepare", str(image_folder), str(data), "--resolution", "16"]) == 0
     words = ["--rounds", "1", "--precision", "fp32", "--out", str(tmp_path / "bench.json")]

@@ -49,7 +49,7 @@ def test_what_is_computed_again_or_otherwise_is_no_more_work(changes):
 
 
 def test_nt_xent_compares_with_every_image_of_the_batch():
-    """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the student."""
+    """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the network."""
     contrasting = configuration(alignments=(configuration().alignments[0].override(loss="nt_xent"),))
     more = flops_per_image(contrasting, {"tiny": 7}) - flops_per_image(configuration(), {"tiny": 7})
     assert more == 2 * 2 * 16 * 2 * 7
@@ -61,14 +61,14 @@ def test_a_step_is_measured_whole_and_in_parts():
     step = Step(config, data.widths, endless(batch, batch.features), CPU)
     before = [p.detach().clone() for p in step.state.objective.parameters()]
 
-    def slow_teacher(batch):
+    def slow_encoder(batch):
         time.sleep(0.05)
         return batch.features
 
-    figures = measure(step, {"fp32": 1e9}, 2, lambda: batch, slow_teacher, "online")
+    figures = measure(step, {"fp32": 1e9}, 2, lambda: batch, slow_encoder, "online")
     assert tuple(figures.parts) == PARTS
-    assert figures.parts["teacher"] == pytest.approx(0.05, abs=0.03)
-    assert figures.parts["student"] > figures.parts["data"]
+    assert figures.parts["encoder"] == pytest.approx(0.05, abs=0.03)
+    assert figures.parts["network"] > figures.parts["data"]
     assert sum(figures.share(part) for part in PARTS) == pytest.approx(1)
     assert figures.floor == 4 * flops_per_image(config, {"tiny": 7}) / 1e9
     assert figures.utilisation == figures.floor / figures.seconds
@@ -85,20 +85,20 @@ def test_rates_and_times_are_of_the_work_asked_for(monkeypatch):
     assert product_rate("fp32", CPU) == 2 * 64**3 / 2
 
 
-def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, teacher="cached", **parts) -> Figures:
-    shares = {"teacher": 0.0, "student": 0.8, "optimizer": 0.0, "averages": 0.0, "data": 0.0, **parts}
-    return Figures("SiT-B/2", teacher, batch, precision, compiled, seconds, 0.5, None, shares)
+def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, features="cached", **parts) -> Figures:
+    shares = {"encoder": 0.0, "network": 0.8, "optimizer": 0.0, "averages": 0.0, "data": 0.0, **parts}
+    return Figures("SiT-B/2", features, batch, precision, compiled, seconds, 0.5, None, shares)
 
 
 def test_the_largest_gain_comes_first():
-    now = figures(teacher="online", student=0.6, optimizer=0.1)
-    now.parts["teacher"] = 0.3  # the name is taken
-    others = [figures(0.5, precision="bf16", teacher="online"), figures(0.9, compiled=True, teacher="online")]
+    now = figures(features="online", network=0.6, optimizer=0.1)
+    now.parts["encoder"] = 0.3  # the name is taken
+    others = [figures(0.5, precision="bf16", features="online"), figures(0.9, compiled=True, features="online")]
     gains = [advice.gain for advice in advise(now, others)]
     assert gains == pytest.approx([2.0, 1 / 0.7, 1 / 0.9, 1 / 0.95])
     sentences = [advice.sentence for advice in advise(now, others)]
     assert "--precision bf16: 2.00 times" in sentences[0]
-    assert "the teacher takes 30% of the step" in sentences[1]
+    assert "the encoder takes 30% of the step" in sentences[1]
     assert "--compile true: 1.11 times" in sentences[2]
     assert "take 10% of a step of 8 images" in sentences[3]
 
@@ -115,12 +115,12 @@ def test_reading_is_named_when_it_takes_longer_than_computing():
 
 
 def test_the_table_has_a_column_for_every_part():
-    row = figures(seconds=0.25, student=0.75, teacher="online", optimizer=0.25)
+    row = figures(seconds=0.25, network=0.75, features="online", optimizer=0.25)
     head, _, line = table([row]).splitlines()
     cells = [dict(zip(*([c.strip() for c in text.split("|")[1:-1]] for text in (head, line)), strict=True))]
     assert cells[0]["images/s"] == "32.0"
     assert cells[0]["of the rate"] == "200%"
-    assert cells[0]["student"] == "75%"
+    assert cells[0]["network"] == "75%"
     assert cells[0]["optimizer"] == "25%"
     assert cells[0]["memory"] == ""
 

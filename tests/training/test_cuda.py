@@ -33,7 +33,7 @@ def cached_step(config: TrainConfig) -> Step:
 
 
 def gradients(step: Step) -> dict[str, torch.Tensor]:
-    step.student(*next(step.feed))
+    step.backward(*next(step.feed))
     return {name: p.grad.float() for name, p in step.state.objective.named_parameters() if p.grad is not None}
 
 
@@ -131,7 +131,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it():
     weights = []
     for fused in (True, False):
         step = cached_step(configuration(precision="fp32", optimizer={"max_grad_norm": 0.01}))
-        step.student(*next(step.feed))
+        step.backward(*next(step.feed))
         if fused:
             step.advance()
         else:  # gradients that are short already are left alone

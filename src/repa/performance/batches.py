@@ -36,8 +36,8 @@ class Source:
     feed: Feed
     data: Callable[[], Batch]
     """Makes a batch by itself."""
-    teacher: Callable[[Batch], Mapping[str, Features]]
-    """Makes a batch's tokens by itself."""
+    encode: Callable[[Batch], Mapping[str, Features]]
+    """Makes a batch's features by itself."""
     where: str
     """online, cached or none."""
     encoder_flops: float = 0.0

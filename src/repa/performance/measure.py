@@ -17,15 +17,15 @@ from repa.encoders.contract import Features
 from repa.models import Condition
 from repa.performance.batches import Feed, latents
 from repa.performance.counts import flops_per_image
+from repa.training import loop
 from repa.training.config import TrainConfig
-from repa.training.loop import backward
 from repa.training.parallel import running
 from repa.training.state import build_state
 from repa.training.update import update
 
-PARTS = ("teacher", "student", "optimizer", "averages", "data")
+PARTS = ("encoder", "network", "optimizer", "averages", "data")
 STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
-HEAD = ("model", "teacher", "batch", "precision", "step", "s/step", "images/s", "of the rate", "memory", *PARTS)
+HEAD = ("model", "features", "batch", "precision", "step", "s/step", "images/s", "of the rate", "memory", *PARTS)
 WORTH = 1.03  # times as fast that a change must promise to be named: less is within the noise
 
 
@@ -34,8 +34,8 @@ class Figures:
     """One way to run the step, measured."""
 
     model: str
-    teacher: str
-    """online, cached or none: where target tokens came from."""
+    features: str
+    """online, cached or none: where the encoders' features came from."""
     batch_size: int
     precision: str
     compiled: bool
@@ -89,13 +89,13 @@ class Step:
         self.groups = self.state.objective.trained_groups()
 
     def __call__(self) -> None:
-        self.student(*next(self.feed))
+        self.backward(*next(self.feed))
         self.advance()
 
-    def student(self, batch: Batch, features: Mapping[str, Features]) -> None:
+    def backward(self, batch: Batch, features: Mapping[str, Features]) -> None:
         clean = self.state.objective.clean(latents(batch, self.config.model.latent_channels), features)
         condition = self.state.model.completed(self.condition(batch))
-        backward(self.state, self.module, clean, condition, features)
+        loop.backward(self.state, self.module, clean, condition, features)
 
     def advance(self) -> None:
         update(self.state, self.groups)
@@ -106,13 +106,13 @@ class Step:
         for average in (self.state.ema, *self.state.averages.values()):
             average.update(self.state.step, never)
 
-    def parts(self, data: Callable[[], Batch], teacher: Callable[[Batch], Mapping[str, Features]]) -> dict[str, float]:
+    def parts(self, data: Callable[[], Batch], encode: Callable[[Batch], Mapping[str, Features]]) -> dict[str, float]:
         """Seconds of each of PARTS, which here run one after the other: nothing is read or computed ahead."""
         made: dict[str, Any] = {}
         seconds = {
             "data": timed(lambda: made.update(batch=data()), self.device),
-            "teacher": timed(lambda: made.update(features=teacher(made["batch"])), self.device),
-            "student": timed(lambda: self.student(made["batch"], made["features"]), self.device),
+            "encoder": timed(lambda: made.update(features=encode(made["batch"])), self.device),
+            "network": timed(lambda: self.backward(made["batch"], made["features"]), self.device),
             "optimizer": timed(self.advance, self.device),
             "averages": timed(self.average, self.device),
         }
@@ -125,7 +125,7 @@ def measure(
     rates: Mapping[str, float],
     rounds: int,
     data: Callable[[], Batch],
-    teacher: Callable[[Batch], Mapping[str, Features]],
+    encode: Callable[[Batch], Mapping[str, Features]],
     where: str,
     encoder_flops: float = 0.0,
 ) -> Figures:
@@ -134,7 +134,7 @@ def measure(
     Args:
         rates: FLOP/s of matrix products by precision, from `product_rate`.
         rounds: the figure is the median of so many.
-        data, teacher: make a batch, and its tokens.
+        data, encode: make a batch, and its features.
         where: online, cached or none, for the table.
         encoder_flops: of the encoders that run in the step, for one image.
     """
@@ -151,7 +151,7 @@ def measure(
     seconds = statistics.median(timed(run, device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    parts = [step.parts(data, teacher) for _ in range(max(1, rounds // 2))]
+    parts = [step.parts(data, encode) for _ in range(max(1, rounds // 2))]
     of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
     return Figures(
@@ -173,7 +173,7 @@ def table(figures: Sequence[Figures]) -> str:
     for f in figures:
         memory = "" if f.peak_memory is None else size(f.peak_memory)
         cells = (
-            f.model, f.teacher, str(f.batch_size), f.precision, "compiled" if f.compiled else "eager", f"{f.seconds:.3f}",
+            f.model, f.features, str(f.batch_size), f.precision, "compiled" if f.compiled else "eager", f"{f.seconds:.3f}",
             f"{f.images_per_second:.1f}", f"{f.utilisation:.0%}", memory, *(f"{f.share(part):.0%}" for part in PARTS),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -183,7 +183,7 @@ def table(figures: Sequence[Figures]) -> str:
 def advise(now: Figures, others: Sequence[Figures]) -> list[Advice]:
     """What would make the step `now` faster, the most first; empty when nothing that was measured would."""
     found = [_switch(now, other) for other in others if other.images_per_second > now.images_per_second]
-    found += [part for part in (_teacher(now), _data(now), _update(now)) if part is not None]
+    found += [part for part in (_encoder(now), _data(now), _update(now)) if part is not None]
     return sorted((advice for advice in found if advice.gain >= WORTH), reverse=True)
 
 
@@ -203,13 +203,13 @@ def _switch(now: Figures, other: Figures) -> Advice:
     )
 
 
-def _teacher(now: Figures) -> Advice | None:
-    share = now.share("teacher")
-    if now.teacher != "online":
+def _encoder(now: Figures) -> Advice | None:
+    share = now.share("encoder")
+    if now.features != "online":
         return None
     return Advice(
         1 / (1 - share),
-        f"Store the target tokens, `repa prepare ... --features`: the teacher takes {share:.0%} of the step.",
+        f"Store the target tokens, `repa prepare ... --features`: the encoder takes {share:.0%} of the step.",
     )
 
 

@@ -135,7 +135,7 @@ def observed(
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
         step = Step(config, source.dims, source.feed, device, source.condition)
-        figures = measure(step, rates, rounds, source.data, source.teacher, source.where, source.encoder_flops)
+        figures = measure(step, rates, rounds, source.data, source.encode, source.where, source.encoder_flops)
         profile = profiled(step, device, trace=trace)
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}
     row = {
