@@ -32,36 +32,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The data is on disk (fsync) before the name changes, so a kill at any moment leaves the old file or the new one.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
+    with _beside(Path(path), _empty_file) as temporary:
         yield temporary
         _sync(temporary)
         _permit(temporary, 0o666)
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except Exception as error:
-        if said := faults.written(error, path):
-            raise said from error
-        raise
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # of a failing disk: the error that came before is the one to tell
-                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like atomic_path for a folder of several files; an existing folder at `path` is an error of ours."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with _beside(Path(path), tempfile.mkdtemp) as temporary:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             if entry.is_dir():
@@ -70,6 +51,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 _sync(entry)
         _permit(temporary, 0o777)
         os.rename(temporary, path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """What `make` makes beside `path`, for a block that gives it the name `path` at its end; errors of the disk name `path`."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(make(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield temporary
         sync_folder(path.parent)
     except Exception as error:
         if said := faults.written(error, path):
@@ -77,7 +68,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _discard(temporary)
+
+
+def _empty_file(**place: Any) -> str:
+    handle, name = tempfile.mkstemp(**place)
+    os.close(handle)
+    return name
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or folder, if it can be: on a failing disk the error that came before is the one to tell."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -118,13 +124,8 @@ def remove_leftovers(folder: Path, mine: Callable[[str], object] = lambda name: 
     """
     for leftover in folder.glob(".*.tmp"):
         match = LEFTOVER.fullmatch(leftover.name)
-        if not match or not mine(match[1]):
-            continue
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+        if match and mine(match[1]):
+            _discard(leftover)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
