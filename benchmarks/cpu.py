@@ -16,6 +16,7 @@ import torch
 
 from repa.alignment.config import AlignmentConfig
 from repa.base.launch import keep_freed_memory
+from repa.base.precision import DTYPES
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, endless
 from repa.performance.counts import flops_per_image, product_shapes
@@ -43,9 +44,9 @@ def step_of(config: TrainConfig) -> Step:
 
 
 def products(config: TrainConfig, rate: float) -> None:
-    shapes, spent, done = product_shapes(config), 0.0, 0
+    shapes, spent, done, dtype = product_shapes(config), 0.0, 0, DTYPES[config.precision]
     for name, (m, k, n) in shapes.items():
-        left, right = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+        left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
         if name.endswith("forward"):  # as autograd lays them out
             right = right.t().contiguous().t()
         elif name.endswith("weight"):
@@ -62,22 +63,23 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=0, help="blocks; 0: by name")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     network = ModelConfig(name=args.model, latent_size=32, latent_channels=4, num_classes=1000, depth=args.depth)
     alignment = AlignmentConfig(target=ENCODER, depth=min(8, network.dims().depth - 1))
-    config = TrainConfig(model=network, alignments=(alignment,), batch_size=args.batch, precision="bf16")
+    config = TrainConfig(model=network, alignments=(alignment,), batch_size=args.batch, precision=args.precision)
     flops = args.batch * flops_per_image(config, {ENCODER: WIDTH})
     steps = {"eager": step_of(config), "compiled": step_of(config.override(compile=True))}
     for step in steps.values():
         step(), step()
-    a, rounds = torch.randn(SIDE, SIDE).bfloat16(), []
+    a, rounds = torch.randn(SIDE, SIDE).to(DTYPES[args.precision]), []
     for _ in range(args.rounds):
         rate = 2 * SIDE**3 / seconds(lambda: a @ a, 4)
         rounds.append((rate, *(seconds(step) for step in steps.values())))
     rate, *times = (statistics.median(column) for column in zip(*rounds, strict=True))
-    name = f"{args.model}, {network.dims().depth} blocks, batch {args.batch}, bf16, torch {torch.__version__}"
+    name = f"{args.model}, {network.dims().depth} blocks, batch {args.batch}, {args.precision}, torch {torch.__version__}"
     print(f"{name}; square product {rate / 1e12:.3g} TFLOP/s")
     for name, took in zip(steps, times, strict=True):
         print(f"  {name:<10}{took:.2f} s of processor time, {flops / took / rate:.0%} of the rate")
