@@ -79,7 +79,9 @@ def main() -> None:
         rate = 2 * SIDE**3 / seconds(lambda: a @ a, 4)
         rounds.append((rate, *(seconds(step) for step in steps.values())))
     rate, *times = (statistics.median(column) for column in zip(*rounds, strict=True))
-    name = f"{args.model}, {network.dims().depth} blocks, batch {args.batch}, {args.precision}, torch {torch.__version__}"
+    name = (
+        f"{args.model}, {network.dims().depth} blocks, batch {args.batch}, {args.precision}, torch {torch.__version__}"
+    )
     print(f"{name}; square product {rate / 1e12:.3g} TFLOP/s")
     for name, took in zip(steps, times, strict=True):
         print(f"  {name:<10}{took:.2f} s of processor time, {flops / took / rate:.0%} of the rate")

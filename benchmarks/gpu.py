@@ -44,7 +44,7 @@ PLAN = (
     Row("SiT-XL/2", 256, "online", 40),
     Row("SiT-XL/2", 256, "online", 60, {"compile": True}),
     Row("SiT-XL/2", 256, "online", 60, {"compile": True, "fp8": True}),
-    Row("SiT-XL/2", 256, "online", 60, {"compile": True, "fused_norm": True}),
+    Row("SiT-XL/2", 256, "online", 60, {"compile": True, "fused_norm": True, "fused_update": True}),
     Row("SiT-XL/2", 256, "cached", 40, {"compile": True}),
     Row("SiT-B/2", 256, "online", 25, {"compile": True}),
     Row("SiT-L/2", 256, "online", 35, {"compile": True}),

@@ -37,10 +37,10 @@ def gradients(step: Step) -> dict[str, torch.Tensor]:
     return {name: p.grad.float() for name, p in step.state.objective.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_step_never_waits_for_the_device(precision):
-    step = cached_step(configuration(precision=precision))
-    step()
+@pytest.mark.parametrize("changes", [{"precision": p} for p in ("bf16", "fp16", "fp32")] + [{"fused_update": True}])
+def test_a_step_never_waits_for_the_device(changes):
+    step = cached_step(configuration(**changes))
+    step(), step()  # the second is the first of fused_update's kernel
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -48,6 +48,17 @@ def test_a_step_never_waits_for_the_device(precision):
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_fused_update_is_that_of_two_calls():
+    found = []
+    for fused in (False, True):
+        step = cached_step(configuration(fused_update=fused, precision="fp32"))
+        step(), step(), step()
+        averages = step.state.ema.model.state_dict()
+        found.append({**step.state.model.state_dict(), **{f"average {name}": x for name, x in averages.items()}})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_tokens_made_ahead_on_another_stream_are_those_made_in_turn():

@@ -149,6 +149,8 @@ class TrainConfig(Config):
     """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
     fused_norm: bool = False
     """Backward of each block's norm and modulation in one Triton kernel (on a CPU in plain PyTorch); not timed on a GPU yet."""
+    fused_update: bool = False
+    """AdamW and the first average in one Triton kernel (on a CPU one after the other, as without); not timed on a GPU yet."""
     fp8: bool = False
     """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and pays on H100 and newer."""
     compile: bool = False
@@ -269,6 +271,10 @@ class TrainConfig(Config):
         if self.optimizer.name == "muon" and self.parallel == "fsdp":
             raise ValueError(
                 "the optimizer muon needs each matrix whole, and parallel fsdp divides them: choose ddp, or adamw"
+            )
+        if self.fused_update and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"fused_update is AdamW's, but the optimizer is {self.optimizer.name}: choose adamw, or leave it out"
             )
         if self.snapshot_every and not self.ema_widths:
             raise ValueError(

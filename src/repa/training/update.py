@@ -19,6 +19,7 @@ from repa.base.errors import UserError
 from repa.base.precision import resolved
 from repa.runs.averaging import gamma_of, weights_name
 from repa.training.config import OptimizerConfig, TrainConfig
+from repa.training.fused_update import Row, by_triton
 
 if TYPE_CHECKING:
     from repa.training.state import TrainState
@@ -43,10 +44,14 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
     skip = state.guard.check(norms)
     state.rate = learning_rate(settings, state.config.num_steps, state.step)
     set_learning_rate(state.optimizer, state.rate)
-    step_unless(skip, state.optimizer)
-    state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    for average in (state.ema, *state.averages.values()):
+    if state.config.fused_update:
+        step_and_average(state.optimizer, state.ema, state.step, skip)
+    else:
+        step_unless(skip, state.optimizer)
+        state.ema.update(state.step, skip)
+    state.optimizer.zero_grad(set_to_none=True)
+    for average in state.averages.values():
         average.update(state.step, skip)
     return norms
 
@@ -293,7 +298,7 @@ class EMA:
         self._followed = model
 
     @cached_property
-    def _pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(averages, what they follow), looked up at the first update: sharding replaces parameters before it."""
         own = dict(self.model.named_parameters())
         trained = [(own[name], p) for name, p in self._followed.named_parameters() if p.requires_grad]
@@ -302,9 +307,36 @@ class EMA:
     @torch.no_grad()
     def update(self, t: int, skip: Tensor) -> None:
         """Follow the weights after step t. Nothing changes, bit for bit, where `skip` (a float on the device) is 1."""
-        averages, followed = ([local(p) for p in side] for side in self._pairs)
+        averages, followed = ([local(p) for p in side] for side in self.pairs)
         share = self.share(t) * (1.0 - skip)  # a tensor, so that nothing waits for `skip`; CUDA then runs a kernel each
         torch._foreach_lerp_(averages, followed, [share] * len(averages))
+
+
+@torch.no_grad()
+def step_and_average(optimizer: torch.optim.AdamW, ema: EMA, t: int, skip: Tensor) -> None:
+    """`step_unless` and `ema.update` after step t, on CUDA in one pass.
+
+    The first step makes the optimizer's state, so it takes the two calls, as does one in which a parameter has no gradient.
+    """
+    (group,) = optimizer.param_groups
+    averages = dict(zip(*reversed(ema.pairs), strict=True))
+    whole = all(p.grad is not None and optimizer.state[p] for p in group["params"]) and averages.keys() <= {
+        *group["params"]
+    }
+    if skip.device.type != "cuda" or not whole:
+        step_unless(skip, optimizer)
+        ema.update(t, skip)
+        return
+    rows = []
+    for p in group["params"]:
+        state, average = optimizer.state[p], averages.get(p)
+        parts = (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"])
+        rows.append(Row(*map(local, parts), None if average is None else local(average)))
+    scale = vars(optimizer).pop("grad_scale", torch.ones_like(skip))
+    by_triton(
+        rows, skip, scale, ema.share(t), rate=group["lr"], betas=group["betas"], eps=group["eps"],
+        decay=group["weight_decay"],
+    )  # fmt: skip
 
 
 def build_averages(model: nn.Module, config: TrainConfig) -> dict[str, EMA]:
