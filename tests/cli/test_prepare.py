@@ -108,7 +108,10 @@ def test_check_finds_damage(repa, tmp_path):
         ([SOURCE, "data"], "needs --resolution for a new folder"),
         ([SOURCE, "data", "--resolution", "4"], "resolution"),
         (["data", "--remove", "features:tiny"], "holds no prepared data"),
-        ([SOURCE, "data", "--resolution", "16", "--features", "tiny", "--feature-forms", "int4"], "'int4' is no form"),
+        (
+            [SOURCE, "data", "--resolution", "16", "--features", "tiny", "--feature-forms", "int4"],
+            "Unknown token format 'int4'",
+        ),
         ([SOURCE, "data", "--resolution", "16", "--precision", "fp8"], "'fp32', 'bf16' or 'fp16'"),
         ([SOURCE, "data", "--resolution", "16", "--only", "features:dino-b", "base"], "dino-b"),
     ],

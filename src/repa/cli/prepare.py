@@ -191,7 +191,9 @@ def inventory(manifest: Manifest) -> list[str]:
         lines.append(f"labels      from {manifest.inventory.labels_from}")
     shown = ", ".join(f"{name} {count:,}" for name, count in list(filled.items())[:CLASSES_SHOWN])
     more = f" and {len(filled) - CLASSES_SHOWN:,} more" if len(filled) > CLASSES_SHOWN else ""
-    lines.append(f"classes     {shown}{more}; {min(filled.values()):,} to {max(filled.values()):,} images each")
+    least, most = min(filled.values()), max(filled.values())
+    each = f"{least:,} to {most:,}" if least < most else f"{most:,}"
+    lines.append(f"classes     {shown}{more}; {each} images each")
     if empty := [name for name, count in counts.items() if not count]:
         lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
     if (num := manifest.inventory.captioned) is not None:

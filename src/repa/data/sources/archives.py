@@ -12,7 +12,7 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.data.sources.contract import CAPTION, EXTENSIONS, MAX_FILE_SIZE, Strings, hidden, leads_out
-from repa.data.sources.folders import LISTING, METADATA, FileSource, count_others
+from repa.data.sources.folders import LISTING, METADATA, FileSource
 from repa.data.sources.label_files import TABLES
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
@@ -48,10 +48,6 @@ class Members:
         facts = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
         self._facts = np.array(facts, FACTS)
         self._slices = Slices(path)
-
-    @property
-    def checksums(self) -> np.ndarray:
-        return self._facts["crc"]
 
     def locate(self, index: int) -> int:
         """Where the data of a member begins."""
@@ -95,21 +91,10 @@ class ZipSource(FileSource):
             twice = next(a for a, b in itertools.pairwise(names) if a == b)
             raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
         self._members = Members(path, wanted)
-        names = list(self._members.names)
-        images = [index for index, name in enumerate(names) if name.lower().endswith(EXTENSIONS)]
-        marks = self._members.checksums[images].tolist()
-        texts = {name for name in names if name.lower().endswith(CAPTION)}
-        plain = [name for name in map(plain_name, members) if not any(map(hidden, name.split("/")))]
-        tops = {name.partition("/")[0] for name in names if "/" in name and name.lower().endswith(EXTENSIONS)}
-        empty = {name.partition("/")[0] for name in plain if "/" in name} - tops if tops else set()
-        known = {*texts, *(names[index] for index in images), LISTING, *METADATA}
-        others = count_others(
-            (name for name in plain if name not in known and not name.endswith("/")), empty, len(members) - len(plain)
-        )
-        stems = {name.rpartition(".")[0] for name in names if name.lower().endswith(EXTENSIONS)}
-        self.other_files = [n for n in names if n.lower().endswith(TABLES) and n.rpartition(".")[0] not in stems]
-        self.other_files = [name for name in self.other_files if name not in known - texts]
-        super().__init__(str(path), [names[index] for index in images], marks, texts, labels, others)
+        plain = [m for m in members if not any(map(hidden, plain_name(m).split("/")))]
+        found = {plain_name(m): m.CRC for m in plain if not plain_name(m).endswith("/")}
+        folders = [plain_name(m).partition("/")[0] for m in plain if "/" in plain_name(m)]
+        super().__init__(str(path), found, labels, folders=folders, junk=len(members) - len(plain))
 
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)

@@ -8,7 +8,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,40 +43,34 @@ MOST_BYTES = 2**28  # of an annotation file: COCO 2017 has 92 MB, and parsed JSO
 class FileSource(Source):
     """A sorted list of relative paths; the class is a folder of the path, unless labels come from elsewhere."""
 
-    other_files: Sequence[str] = ()
-    """Paths of the files that are neither images nor captions, set before the list is read."""
-
-    def __init__(
-        self,
-        where: str,
-        paths: Sequence[str],
-        marks: Sequence[int],
-        texts: frozenset[str] | set[str],
-        labels: str,
-        others: Mapping[str, int] = MappingProxyType({}),
-    ):
+    def __init__(self, where: str, found: Mapping[str, int], labels: str, *, folders: Iterable[str], junk: int):
         """
         Args:
             where: the folder or archive, for messages.
-            paths: of the images, sorted.
-            marks: a number for each that changes when its bytes do: size or checksum.
-            texts: paths of text files, which are the captions of images of the same name.
+            found: path of every file that is not hidden, and a number that changes when its bytes do: size or checksum.
             labels: as `open_source` takes them.
-            others: what else lies there, and how often.
+            folders: names of all folders at the root.
+            junk: how many files and folders are hidden.
         """
+        paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
         if not paths:
             raise UserError(
                 f"{where} holds no images: files named {' '.join(EXTENSIONS)} are looked for, at any depth."
             )
+        texts = {path for path in found if path.lower().endswith(CAPTION)}
+        others = found.keys() - {*texts, *paths, LISTING, *METADATA}
+        stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
+        unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
+        self.root_files = [path for path in unknown if "/" not in path]  # neither images nor their captions
+        self.left_out = count_others(others, set(folders) - tops if tops else (), junk)
         self.paths = Strings(paths)
         captions = {_stem(path): path for path in texts}
         self._texts = {path: captions[_stem(path)] for path in paths if _stem(path) in captions}
-        self.left_out = dict(others)
         self._written = self._captions_of_metadata()
         self.has_captions = bool(self._texts or self._written)
         if unused := len(texts) - len(set(self._texts.values())):
             self.left_out["texts of no image"] = unused
-        listing = "\n".join(f"{path} {mark}" for path, mark in zip(paths, marks, strict=True))
+        listing = "\n".join(f"{path} {found[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
         self.identity = {"name": Path(where).name, "num_images": len(paths), "sha256": digest.hexdigest()}
@@ -177,11 +170,6 @@ class FileSource(Source):
             return self._written.get(plain_text(self.paths[index]), ())
         return caption_lines(self.read(name, printable(name)), printable(name))
 
-    @property
-    def root_files(self) -> list[str]:
-        """Names of the files at the root that are neither images nor their captions."""
-        return [path for path in self.other_files if "/" not in path]
-
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
         """The bytes of a file by its path in the source; `name` is for messages."""
@@ -195,7 +183,7 @@ def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def count_others(paths: Iterable[str], empty_folders: Iterable[str] = (), junk: int = 0) -> dict[str, int]:
+def count_others(paths: Iterable[str], empty_folders: Iterable[str], junk: int) -> dict[str, int]:
     """Files that are no images, by their ending, folders of classes without an image, and how many files and folders are hidden."""
     endings = collections.Counter(
         f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
@@ -217,16 +205,8 @@ class FolderSource(FileSource):
         self.root = root
         junk: list[str] = []
         found = scan(root, ("",), junk)
-        texts = {path for path in found if path.lower().endswith(CAPTION)}
-        paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
-        known = {*texts, *paths, LISTING, *METADATA}
-        tops = {path.partition("/")[0] for path in paths if "/" in path}
-        empty = {e.name for e in os.scandir(root) if e.is_dir() and not hidden(e.name)} - tops if tops else set()
-        self.other_files = [path for path in found if path not in known]
-        stems = set(map(_stem, paths))
-        self.other_files += [path for path in texts if _stem(path) not in stems]
-        others = count_others((path for path in found if path not in known), empty, len(junk))
-        super().__init__(str(root), paths, [found[path] for path in paths], texts, labels, others)
+        folders = [e.name for e in os.scandir(root) if e.is_dir() and not hidden(e.name)]
+        super().__init__(str(root), found, labels, folders=folders, junk=len(junk))
 
     def read(self, path: str, name: str) -> bytes:
         return read_image_file(self.root / path, name)
