@@ -161,7 +161,7 @@ def test_the_recipe_is_found_anywhere(argv):
         ("r --out s -n 3", "'-n' is no option: options start with two dashes"),
         ("r --out s -- 3", "'--' is no option"),
         ("--out s", r"needs run \(run folder\)"),
-        ("r", r"needs --out \(Name of the .npz\):"),
+        ("r", r"needs --out \(Name of an .npz"),
         ("r --out s --bs 3", "Did you mean '--batch-size'"),
     ],
 )  # fmt: skip

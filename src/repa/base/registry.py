@@ -172,19 +172,19 @@ class Registry:
 def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
     """What makes a text of a configuration a spec: `loss: Annotated[str, Spec(LOSSES)]`. `also`: other texts that are allowed."""
 
-    def checked(text: str) -> str:
-        if text in also:
-            return text
-        try:
-            return registry.check(text)
-        except UserError as error:
-            others = ", ".join(filter(None, also))
-            if not others or "." in text:
-                raise
-            raise UserError(f"{error} Allowed too: {others}.{nearest(text, also)}") from None
+    return AfterValidator(functools.partial(_checked, registry, also))
 
-    checked.registry = registry  # the names that a shell can complete
-    return AfterValidator(checked)
+
+def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
+    if text in also:
+        return text
+    try:
+        return registry.check(text)
+    except UserError as error:
+        others = ", ".join(filter(None, also))
+        if not others or "." in text:
+            raise
+        raise UserError(f"{error} Allowed too: {others}.{nearest(text, also)}") from None
 
 
 def _keyword_only(function: Any) -> tuple[set[str], set[str]]:

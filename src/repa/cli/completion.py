@@ -3,10 +3,13 @@
 The script asks this program at each TAB (`repa completion --words ...`), so what it offers is what the verbs take.
 """
 
+import functools
 import importlib
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
+
+from pydantic import AfterValidator
 
 from repa.base.config import Config
 from repa.base.errors import UserError
@@ -15,8 +18,8 @@ from repa.cli.console import say
 
 ABOUT = (
     "Print the script with which a shell completes `repa` on TAB. bash, in ~/.bashrc: eval \"$(repa completion bash)\". "
-    "zsh, in ~/.zshrc after compinit: eval \"$(repa completion zsh)\". fish: repa completion fish > "
-    "~/.config/fish/completions/repa.fish."
+    "zsh, in ~/.zshrc after compinit: eval \"$(repa completion zsh)\". fish, in "
+    "~/.config/fish/config.fish: repa completion fish | source."
 )  # fmt: skip
 WORDS = "--words"
 # where nothing is offered, each shell completes names of files
@@ -118,5 +121,5 @@ def _values(annotation: Any) -> Iterator[str]:
         return
     else:
         for part in (*getattr(annotation, "__metadata__", ()), *typing.get_args(annotation)):
-            registry = getattr(getattr(part, "func", None), "registry", None)
-            yield from registry or _values(part)
+            check = part.func if isinstance(part, AfterValidator) else None
+            yield from check.args[0] if isinstance(check, functools.partial) else _values(part)

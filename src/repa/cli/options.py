@@ -3,6 +3,9 @@
 tyro draws the help pages; it does not parse, because its errors are boxes and ours are one sentence.
 """
 
+import contextlib
+import io
+import os
 import sys
 import typing
 from collections.abc import Iterable, Iterator
@@ -83,10 +86,15 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
         given |= {name: getattr(values, name) for name in type(values).model_fields}
     ordered = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})  # what must be given stands on top
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
-    tyro.cli(
-        ordered, args=["--help"], prog=f"repa {verb} {names}".rstrip(), description=about, default=ordered.model_construct(**given),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )  # fmt: skip
+    # tyro colours its page on a terminal whatever NO_COLOR says: what is no terminal gets none
+    page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
+        tyro.cli(
+            ordered, args=["--help"], prog=f"repa {verb} {names}".rstrip(), description=about,
+            default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )  # fmt: skip
+    if isinstance(page, io.StringIO):
+        print(page.getvalue(), end="")
 
 
 def _read(cls: type[Config], argv: list[str], verb: str) -> tuple[list[str], list[tuple[str, Any]]]:
