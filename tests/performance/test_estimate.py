@@ -123,29 +123,29 @@ def test_autoencoder_against_a_counter_on_a_real_one():
 
 
 @pytest.mark.parametrize(
-    ("student", "shares"),
+    ("network", "shares"),
     [
         ("SiT-B/2", (0.09, 0.33, 1.17, 4.34)),
         ("SiT-L/2", (0.025, 0.095, 0.33, 1.24)),
         ("SiT-XL/2", (0.017, 0.065, 0.23, 0.84)),
     ],
 )
-def test_share_of_the_teacher_in_a_step(student, shares, monkeypatch):
-    """As the literature's table of teachers and students has it, to its digits."""
+def test_share_of_the_encoder_in_a_step(network, shares, monkeypatch):
+    """As the literature's table of encoders and networks has it, to its digits."""
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
-    teachers = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
-    found = estimated(aligned(student, *teachers))
-    for teacher, share in zip(teachers, shares, strict=True):
-        assert found.share(teacher) == pytest.approx(share, rel=0.03)
+    encoders = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
+    found = estimated(aligned(network, *encoders))
+    for encoder, share in zip(encoders, shares, strict=True):
+        assert found.share(encoder) == pytest.approx(share, rel=0.03)
 
 
 @pytest.mark.parametrize(
-    ("teacher", "gigabytes"), [("dinov2-s", 252), ("dinov2-b", 504), ("dinov2-l", 672), ("dinov2-g", 1008)]
+    ("encoder", "gigabytes"), [("dinov2-s", 252), ("dinov2-b", 504), ("dinov2-l", 672), ("dinov2-g", 1008)]
 )
-def test_disk_for_tokens(teacher, gigabytes, monkeypatch):
+def test_disk_for_tokens(encoder, gigabytes, monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
-    found = estimated(aligned("SiT-S/2", teacher))
-    assert round(IMAGENET * found.tokens_bytes(teacher, "fp16") / 1e9) == gigabytes
+    found = estimated(aligned("SiT-S/2", encoder))
+    assert round(IMAGENET * found.tokens_bytes(encoder, "fp16") / 1e9) == gigabytes
 
 
 def test_disk_in_other_forms(base):
@@ -155,7 +155,7 @@ def test_disk_in_other_forms(base):
     assert base.tokens_bytes("dinov2-b", "pca256-int8") == 256 * (256 + 4)
 
 
-def test_a_teacher_is_not_stored_in_more_directions_than_it_has(monkeypatch):
+def test_an_encoder_is_not_stored_in_more_directions_than_it_has(monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     found = estimated(aligned("SiT-S/2", "tiny", "dinov2-b"))
     assert found.forms("tiny") == ["fp16", "int8"]
@@ -187,7 +187,7 @@ def test_memory_by_what_it_holds(base):
     assert (memory["weights"], memory["AdamW"]) == (4 * weights, 8 * weights)
     assert memory["averages"] == 4 * base.network.parameters
     assert memory["activations"] == 256 / 8 * base.activations
-    assert base.memory(cached=True)["teachers"] == 0 < memory["teachers"]
+    assert base.memory(cached=True)["encoders"] == 0 < memory["encoders"]
 
 
 def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
@@ -262,7 +262,7 @@ def test_the_command(capsys):
     assert "21.0 GB" in " ".join(table["latents"])
     assert "85.7 M" in " ".join(table["dinov2-b"])
     assert "time on 4 x a100 of 312 TFLOP/s at 50% utilisation (assumed)" in lines
-    assert {"teachers run in training", "stored tokens"} <= set(table)
+    assert {"encoders run in training", "stored tokens"} <= set(table)
     assert "50,000 samples, 250 steps, cfg:scale=1.8,high=0.7, on the same devices at the same utilisation" in lines
     assert float(table["images/s"][-1].replace(",", "")) > 100
     assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100"]) == 0

@@ -107,9 +107,9 @@ def _networks(found: "Estimate") -> list[str]:
         lines.append(_network("projectors", found.projectors, "forward and backward"))
     if found.averaged:
         lines.append(_row("averaged network", "", f"{found.averaged / 1e9:,.1f}", "forward, as a target"))
-    for name, teacher in found.teachers.items():
+    for name, encoder in found.encoders.items():
         lines.append(
-            _network(name, teacher.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
+            _network(name, encoder.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
         )
     if found.autoencoder.stores_moments:
         lines.append(_network(found.config.autoencoder, found.autoencoder.cost, "encodes, once an image"))
@@ -151,11 +151,11 @@ def _disk(found: "Estimate") -> list[str]:
     pixels = 3 * (found.config.model.latent_size * found.autoencoder.factor) ** 2
     use = "they are the latents"
     if found.autoencoder.stores_moments:
-        use = "needed only by teachers that run, and for metrics"
+        use = "needed only by encoders that run, and for metrics"
         lines.append(_row("latents", _size(found.num_images * found.moments_bytes())))
     lines.append(_row("images", _size(found.num_images * pixels), note=use))
     per_second = found.seen / found.training_seconds(cached=True)
-    for name in found.teachers:
+    for name in found.encoders:
         for form in found.forms(name):
             size = found.tokens_bytes(name, form)
             note = f"read at {size * per_second / 1e6:,.0f} MB/s by all devices together"
@@ -165,11 +165,11 @@ def _disk(found: "Estimate") -> list[str]:
 
 def _time(found: "Estimate", machine: str) -> list[str]:
     lines = ["", f"time on {machine}", _row("", "prepare", "train")]
-    for what, cached in (("teachers run in training", False), ("stored tokens", True)):
+    for what, cached in (("encoders run in training", False), ("stored tokens", True)):
         if cached and not found.storable:
             break
         times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
-        lines.append(_row(what if found.teachers else "the run", *map(duration, times)))
+        lines.append(_row(what if found.encoders else "the run", *map(duration, times)))
     return lines
 
 

@@ -46,40 +46,40 @@ class Estimate:
     sampled: int  # of a forward of all tokens
     short: int  # of a forward that leaves the blocks of a route out
     projectors: Cost
-    teachers: dict[str, EncoderCost]
+    encoders: dict[str, EncoderCost]
     autoencoder: AutoencoderCost
     activations: int  # bytes that the backward of one image needs
     tokens: int
     averaged: int  # of the averaged network's forward, where a term looks at it
-    storable: bool  # whether stored features spare running every teacher
+    storable: bool  # whether stored features spare running every encoder
 
     @property
     def step_flops(self) -> float:
-        """Of one image in training, teachers not counted."""
+        """Of one image in training, encoders not counted."""
         once = self.network.training + self.projectors.training
         return once * (RECOMPUTED if self.config.checkpoint_activations else 1) + self.averaged
 
     @property
-    def teacher_flops(self) -> int:
-        """Of all teachers on one image."""
-        return sum(teacher.cost.forward for teacher in self.teachers.values())
+    def encoder_flops(self) -> int:
+        """Of all encoders on one image."""
+        return sum(encoder.cost.forward for encoder in self.encoders.values())
 
     @property
     def seen(self) -> int:
         """Images that the run sees."""
         return self.config.num_steps * self.config.batch_size
 
-    def share(self, teacher: str) -> float:
-        """A teacher's forward in units of the network's training."""
-        return self.teachers[teacher].cost.forward / self.network.training
+    def share(self, encoder: str) -> float:
+        """An encoder's forward in units of the network's training."""
+        return self.encoders[encoder].cost.forward / self.network.training
 
     def training_seconds(self, *, cached: bool) -> float:
-        flops = self.step_flops + (0 if cached else self.teacher_flops)
+        flops = self.step_flops + (0 if cached else self.encoder_flops)
         return self.seen * flops / (self.rate * self.num_devices)
 
     def preparing_seconds(self, *, cached: bool) -> float:
-        """Encoding every image once: the autoencoder and, for cached tokens, the teachers."""
-        flops = self.autoencoder.cost.forward + (self.teacher_flops if cached else 0)
+        """Encoding every image once: the autoencoder and, for cached tokens, the encoders."""
+        flops = self.autoencoder.cost.forward + (self.encoder_flops if cached else 0)
         return self.num_images * flops / (self.rate * self.num_devices)
 
     def sampling_flops(self, passes: int, short: int = 0) -> int:
@@ -96,7 +96,7 @@ class Estimate:
         if self.config.parallel != "auto":
             return self.config.parallel
         local = min(8, self.num_devices)
-        flops, images = self.step_flops + self.teacher_flops, self.config.batch_size / self.num_devices
+        flops, images = self.step_flops + self.encoder_flops, self.config.batch_size / self.num_devices
         return faster(self.network.parameters, flops, images, self.num_devices // local, local)
 
     def memory(self, *, cached: bool) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Estimate:
         averages = 1 + len(self.config.ema_decays) + len(self.config.ema_widths)
         images = self.config.batch_size / self.num_devices / self.config.accumulate
         half = self.config.precision != "fp32"
-        teachers = sum(teacher.cost.parameters for teacher in self.teachers.values()) * (2 if half else 4)
+        encoders = sum(encoder.cost.parameters for encoder in self.encoders.values()) * (2 if half else 4)
         return {
             "weights": 4 * trained / divided,
             "gradients": 4 * trained / divided,
@@ -115,21 +115,21 @@ class Estimate:
             "weights in half precision": 2.0 * trained * half,
             "activations": images * self.activations,
             "autoencoder": 4 * self.autoencoder.cost.parameters,
-            "teachers": 0 if cached else teachers,
+            "encoders": 0 if cached else encoders,
         }
 
     def moments_bytes(self) -> int:
         """On disk, of one image, in float16."""
         return 2 * self.autoencoder.stored_channels * self.config.model.latent_size**2 * self.autoencoder.stores_moments
 
-    def forms(self, teacher: str) -> list[str]:
-        """Those of FORMS in which a teacher's tokens can be stored."""
-        return [form for form in FORMS if split_format(form)[0] < self.teachers[teacher].dim]
+    def forms(self, encoder: str) -> list[str]:
+        """Those of FORMS in which an encoder's tokens can be stored."""
+        return [form for form in FORMS if split_format(form)[0] < self.encoders[encoder].dim]
 
-    def tokens_bytes(self, teacher: str, form: str) -> int:
+    def tokens_bytes(self, encoder: str, form: str) -> int:
         """On disk, of one image."""
         directions, dtype = split_format(form)
-        numbers = directions or self.teachers[teacher].dim
+        numbers = directions or self.encoders[encoder].dim
         return self.tokens * (numbers + 4 if dtype == "int8" else 2 * numbers)  # int8: and one float32 scale
 
 
@@ -168,8 +168,8 @@ def estimate(
     grid = model.latent_size // model.dims().patch_size
     needs = wanted_by(config)
     names = [need.encoder for need in needs]
-    teachers = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
-    dims = {name: teacher.dim for name, teacher in teachers.items()}
+    encoders = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
+    dims = {name: encoder.dim for name, encoder in encoders.items()}
     config = with_streams(config, dims)
     each = config.diffusion.token_times > 0
     return Estimate(
@@ -177,7 +177,7 @@ def estimate(
         network=model_cost(config.model, token_times=each), sampled=model_cost(config.model, kept="all").forward,
         short=model_cost(config.model, kept="none").forward, averaged=_averaged(config),
         storable=bool(needs) and not any(need.attention for need in needs),
-        projectors=_projectors(config, dims), teachers=teachers, autoencoder=autoencoder,
+        projectors=_projectors(config, dims), encoders=encoders, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
     )  # fmt: skip
 

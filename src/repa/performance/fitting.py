@@ -28,11 +28,11 @@ def needed(found: Estimate, *, cached: bool = False) -> float:
 def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[Way]:
     """Changes with which the run fits in `room` bytes, those first that leave the training as it is; of each kind the mildest."""
     sparing = _with(found, checkpoint_activations=True)
-    dims = {name: teacher.dim for name, teacher in found.teachers.items()}
+    dims = {name: encoder.dim for name, encoder in found.encoders.items()}
     sparing = replace(sparing, activations=activation_bytes(sparing.config, dims))
     ways = []
-    if found.storable and found.teachers:
-        names = " ".join(found.teachers)
+    if found.storable and found.encoders:
+        names = " ".join(found.encoders)
         ways.append(
             Way(
                 f"repa prepare ... --features {names}",
