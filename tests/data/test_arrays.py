@@ -171,7 +171,7 @@ def test_bad_cifar_folders_are_refused(tmp_path):
     folder = Path(as_cifar(tmp_path, pictures()))
     batch = (folder / "data_batch_3.bin").read_bytes()
     for data, message in (
-        (batch[:-1], "has 3,072 bytes, not a multiple of a record"),
+        (batch[:-1], "has 3,072 bytes"),
         (b"", "has 0 bytes"),
         (b"\x0a" + batch[1:], r"label of data_batch_3\.bin\[0\] in .* is 10, but there are 10 classes"),
     ):
