@@ -8,7 +8,7 @@ import torch
 
 from repa.analysis import linear_probe, probe_of_encoder, probe_of_run
 from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
-from repa.analysis.hidden import spread
+from repa.analysis.hidden import spaced_rows
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders import load_encoder
@@ -54,9 +54,9 @@ def test_validation_data_test_and_training_data_train(run, data):
 
 def test_images_are_spread_over_the_originals():
     mirrored = SimpleNamespace(originals=range(0, 80, 2))
-    assert spread(mirrored, 0).tolist() == list(range(0, 80, 2))
-    assert spread(mirrored, 3).tolist() == [0, 40, 78]
-    assert spread(SimpleNamespace(originals=range(7)), 100).tolist() == list(range(7))
+    assert spaced_rows(mirrored, 0).tolist() == list(range(0, 80, 2))
+    assert spaced_rows(mirrored, 3).tolist() == [0, 40, 78]
+    assert spaced_rows(SimpleNamespace(originals=range(7)), 100).tolist() == list(range(7))
 
 
 def test_every_learning_rate_has_a_row(run, data):
@@ -151,7 +151,7 @@ def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
         UserError, match="1 of 2 classes are among the 40 test images and not among the 40 training images"
     ):
         probe_of_run(run, zeros, config, ones)
-    rows = spread(data, 0)
+    rows = spaced_rows(data, 0)
     lone = [Rearranged(data, fields={"labels": (rows == row).astype(np.int64)}) for row in rows]  # a class of one image
     said = []
     for few in lone[:12]:

@@ -21,7 +21,7 @@ from repa.analysis.hidden import (
     noised,
     pixels,
     require_neighbours,
-    spread,
+    spaced_rows,
 )
 from repa.analysis.similarity import cka, cknna_of, neighbourhoods
 from repa.data import DataSet
@@ -33,7 +33,7 @@ from repa.runs import LoadedRun
 def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progress: Progress = silent) -> Rows:
     """Rows {t, depth, cknna} (or cka, cka-unbiased) between hidden states and the patches of an encoder, averaged over tokens."""
     depths = check_run(run, data, config.depths)
-    indices = spread(data, config.num_images)
+    indices = spaced_rows(data, config.num_images)
     if config.measure == "cknna":
         require_neighbours(config.neighbours, len(indices))
     pixels(data, indices[:0])
@@ -73,7 +73,7 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
         UserError: a depth that does not exist, or data that the run cannot read.
     """
     depths = check_run(run, data, config.depths)
-    indices = spread(data, config.num_images)
+    indices = spaced_rows(data, config.num_images)
     sums = {(t, depth): 0.0 for t in config.times for depth in depths}
     done = 0
     for part in batches(indices, config.batch_size):

@@ -14,7 +14,7 @@ from repa.models import Backbone, Condition, Tap
 from repa.runs import LoadedRun
 
 
-def spread(data: DataSet, num: int) -> np.ndarray:
+def spaced_rows(data: DataSet, num: int) -> np.ndarray:
     """`num` rows evenly over the data, which lies class by class; all when num is 0 or more than there are. No mirrored copies."""
     originals = data.originals
     return originals.start + originals.step * evenly(len(originals), num or len(originals))

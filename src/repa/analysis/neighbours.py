@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repa.analysis.collection import Progress, Rows, Stages, silent
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spread
+from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spaced_rows
 from repa.base.errors import UserError
 from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
@@ -81,11 +81,11 @@ def find_copies(
             f"{held_out.folder} holds images of {held_out.resolution} pixels, {data.folder} of {data.resolution}: "
             "compare what has the same size."
         )
-    indices = spread(data, config.num_images)
+    indices = spaced_rows(data, config.num_images)
     require_neighbours(config.neighbours, len(indices))
     pixels(data, indices[:0])
     encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
-    num_others = 0 if held_out is None else len(spread(held_out, config.num_held_out))
+    num_others = 0 if held_out is None else len(spaced_rows(held_out, config.num_held_out))
     stages = Stages(progress, [len(indices), num_samples, num_others])
 
     def rows_of(source: DataSet, rows: np.ndarray) -> Iterable[Tensor]:
@@ -97,7 +97,7 @@ def find_copies(
         own = torch.from_numpy(evenly(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
-        others = rows_of(held_out, spread(held_out, config.num_held_out))
+        others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))
         real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
     near = near._replace(indices=torch.from_numpy(indices)[near.indices])
     return Copies(near, real, compare(near.distances[:, 0], real))

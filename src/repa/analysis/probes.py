@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repa.analysis.collection import Load, Progress, Rows, Stages, each, share, silent
 from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
 from repa.analysis.features import features_in, features_of_encoder, field, hidden_of_run
-from repa.analysis.hidden import check_run, device_of, spread
+from repa.analysis.hidden import check_run, device_of, spaced_rows
 from repa.base import rng
 from repa.base.errors import UserError
 from repa.data import DataSet
@@ -43,7 +43,7 @@ class ProbeImages:
                 f"{val.folder} cannot test a probe trained on {data.folder}: it has {val.num_classes} classes at "
                 f"{val.resolution} pixels, that has {data.num_classes} at {data.resolution}, and their names must agree."
             )
-        sets = tuple((d, spread(d, num)) for d in (data, val) if d is not None)
+        sets = tuple((d, spaced_rows(d, num)) for d in (data, val) if d is not None)
         labels = tuple(torch.from_numpy(d.gather("labels", indices)) for d, indices in sets)
         split = None
         if val is None:

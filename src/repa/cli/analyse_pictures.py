@@ -83,7 +83,7 @@ def pictures(argv: list[str]) -> int:
     out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
-    from repa.analysis.hidden import spread
+    from repa.analysis.hidden import spaced_rows
     from repa.analysis.pictures import token_pictures
     from repa.base import dist
     from repa.data import open_data
@@ -94,7 +94,7 @@ def pictures(argv: list[str]) -> int:
     device, data = dist.setup(), open_data(given.data)
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
         raise UserError(f"{given.data} has no image {wrong[0]}: its rows are 0 to {data.num_images - 1}.")
-    indices = np.array(given.images) if given.images else spread(data, given.num_images)
+    indices = np.array(given.images) if given.images else spaced_rows(data, given.num_images)
     encoders = {
         spec: load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
         for spec in given.encoders
