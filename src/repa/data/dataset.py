@@ -68,11 +68,12 @@ class DataSet:
         """The spec of the autoencoder that it was prepared with."""
         return self.manifest.config.autoencoder
 
-    @property
+    # asked for every batch, and the fields of a manifest are made anew each time
+    @functools.cached_property
     def has_images(self) -> bool:
         return "images" in self.manifest.fields
 
-    @property
+    @functools.cached_property
     def has_moments(self) -> bool:
         return "moments" in self.manifest.fields
 
