@@ -3,8 +3,8 @@
     python benchmarks/besides.py --precision bf16
 
 One thread; forward and backward of one block, of which the products are left out (their results are tensors of any
-content). The best of several rounds. Below it the operators, by the bytes that they read and write, and GELU as it is
-in eager code and compiled. Nothing of the optimizer.
+content). The best of several rounds. Below it the operators, by the bytes that they read and write, then GELU and, in
+bfloat16, attention, each beside its slow twin, and last the update of as many weights as a block has.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from repa.base.launch import keep_freed_memory
 from repa.base.precision import autocast
-from repa.models.layers import Block, gelu
+from repa.models.layers import Block, attend, by_head, gelu
 
 CPU = torch.device("cpu")
 IMAGES, TOKENS, WIDTH, HEADS = 8, 256, 768, 12
@@ -63,6 +63,25 @@ def without_products() -> torch.library.Library:
     for name in PRODUCTS:
         library.impl(f"{name}.out", written, "CPU")
     return library
+
+
+def unpacked(qkv: Tensor) -> Tensor:
+    """The slow twin of attention: keys are copied column by column, and the gradients of all three written twice."""
+    q, k, v = qkv.unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def of_update(weights: int, rounds: int) -> tuple[float, float, float]:
+    """Milliseconds of the norm of the gradients, of AdamW and of the average."""
+    p, average = torch.nn.Parameter(torch.randn(weights)), torch.randn(weights)
+    p.grad, share = torch.randn(weights), torch.tensor(1e-4)
+    optimizer = torch.optim.AdamW([p], fused=True)
+    optimizer.step()
+    return (
+        best(lambda: torch.nn.utils.get_total_norm([p.grad]), rounds),
+        best(optimizer.step, rounds),
+        best(lambda: torch._foreach_lerp_([average], [p.detach()], [share]), rounds),
+    )
 
 
 def best(run: Callable[[], object], rounds: int) -> float:
@@ -115,6 +134,15 @@ def main() -> None:
     block.compile(dynamic=False)
     once()
     compiled = best(once, args.rounds)
+    qkv = torch.randn(IMAGES, TOKENS, 3 * WIDTH).to(dtype).requires_grad_()
+    of_heads = torch.randn(IMAGES, HEADS, TOKENS, WIDTH // HEADS).to(dtype)
+    attentions = {"ours": lambda x: attend(*by_head(x, HEADS)), "unpacked": unpacked}
+    if args.precision == "fp32":  # one fused kernel, whose products are its own
+        attentions = {}
+    attentions = {
+        name: best(lambda kind=kind: torch.autograd.grad(kind(qkv), qkv, of_heads), args.rounds)
+        for name, kind in attentions.items()
+    }
     del products
     print(f"{args.precision}, {IMAGES} images, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"a block besides its products, forward and backward: eager {eager:.1f} ms, compiled {compiled:.1f} ms")
@@ -123,6 +151,11 @@ def main() -> None:
         print(f"  {name:<48}{counted.calls[name]:4}{size / 1e6:8.0f} MB")
     for name, milliseconds in gelus.items():
         print(f"GELU, {name}: {milliseconds:.1f} ms forward and backward")
+    for name, milliseconds in attentions.items():
+        print(f"attention besides its products, {name}: {milliseconds:.1f} ms forward and backward")
+    weights = sum(p.numel() for p in block.parameters())
+    norm, adamw, average = of_update(weights, args.rounds)
+    print(f"update of {weights / 1e6:.1f}M weights: norm {norm:.1f}, AdamW {adamw:.1f}, average {average:.1f} ms")
 
 
 if __name__ == "__main__":
