@@ -37,15 +37,15 @@ def main() -> None:
                 f"{rate / (gpus * 256 / alone.seconds):.0%} |"
             )
     print(
-        "\n| GPUs | checkpoint | gathered in | written | verified | dealt out on continuing | read from disk a second, images |"
+        "\n| GPUs | checkpoint | writers | gathered in | written | verified | read and dealt out | images, read a second |"
     )
-    print("|---" * 7 + "|")
+    print("|---" * 8 + "|")
     for machines, batch in ((1, 256), (8, 2048), (128, 32768)):
-        found = checkpoint(cost.parameters, machines)
+        found = checkpoint(cost.parameters, machines, 8)
         rate = batch / step("fsdp", cost.parameters, flops, batch / machines / 8, machines, 8).seconds
         print(
-            f"| {8 * machines:,} | {found.size / 1e9:.1f} GB | {found.gather:.1f} s | {found.write:.1f} s | {found.verify:.1f} s | "
-            f"{found.deal:.1f} s | {rate * STORED / 1e9:.1f} GB |"
+            f"| {8 * machines:,} | {found.size / 1e9:.1f} GB | {found.writers} | {found.gather:.1f} s | {found.write:.1f} s | "
+            f"{found.verify:.1f} s | {found.deal:.1f} s | {rate * STORED / 1e9:.1f} GB |"
         )
 
 

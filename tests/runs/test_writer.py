@@ -32,10 +32,11 @@ def test_a_thread_writes_while_the_caller_goes_on(gate, tmp_path):
     with Writer(tmp_path, background=True) as background:
         background.write(make(1))
         assert layout.checkpoint_steps(tmp_path) == []
+        assert background.busy
         assert not background.failed
-        background.check()  # does not wait
         gate.set()
         background.wait()
+        assert not background.busy
         assert layout.checkpoint_steps(tmp_path) == [1]
 
 
@@ -48,7 +49,7 @@ def test_the_last_one_is_waited_for(gate, tmp_path):
     assert torch.equal(load_checkpoint(tmp_path).model["weight"], torch.full((3,), 3.0))
 
 
-@pytest.mark.parametrize("where", ["check", "write", "wait", "end"])
+@pytest.mark.parametrize("where", ["begin", "write", "wait", "end"])
 def test_an_error_of_the_thread_is_raised(where, tmp_path, monkeypatch):
     def full(*arguments):
         raise UserError("The disk is full")
@@ -59,7 +60,12 @@ def test_an_error_of_the_thread_is_raised(where, tmp_path, monkeypatch):
         if where != "end":
             while not background.failed:
                 pass
-            {"check": background.check, "wait": background.wait, "write": lambda: background.write(make(2))}[where]()
+            calls = {
+                "begin": lambda: background.begin(2),
+                "write": lambda: background.write(make(2)),
+                "wait": background.wait,
+            }
+            calls[where]()
             pytest.fail("the error was lost")
 
 

@@ -91,6 +91,19 @@ def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
         torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_an_encoder_and_a_head_of_another_width_in_parts_are_those_of_one_process(tiny_config, data_folder, tmp_path):
+    """DDT: FSDP2 gathers the blocks of both, and what modulates the head goes from one to the other."""
+    model = {"backbone": "ddt:head_depth=1,head_dim=24,head_heads=3", "hidden_dim": 32, "depth": 3, "num_heads": 2}
+    config = tiny_config.override(model=model, num_steps=4, save_every=4, optimizer={"learning_rate": 1e-3})
+    train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
+    run_all([(config.override(parallel="fsdp"), data_folder, tmp_path / "two")], 2, tmp_path)
+    mine, yours = ([(row["loss"], row["grad_norm"]) for row in rows(tmp_path / n)] for n in ("two", "one"))
+    assert len(mine) == 4
+    for a, b in zip(mine, yours, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert yours[-1][0] < yours[0][0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

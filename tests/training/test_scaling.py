@@ -46,8 +46,12 @@ def test_what_overlaps_is_not_free_and_collectives_take_time_to_begin():
 
 
 def test_checkpoints():
-    found = checkpoint(1e9, 2, host=4e9, disk=2e9, network=8e9)
-    assert vars(found) == {"size": 16e9, "gather": 4.0, "write": 8.0, "verify": 8.0, "deal": 6.0}
+    """16 GB in 15 parts: 8 processes write 2 GB each, 16 processes a 15th each, of which the disk takes 4 GB a second at most."""
+    one = checkpoint(1e9, 1, 8, host=4e9, disk=1e9, shared=16e9, links=8e9)
+    assert vars(one) == {"size": 16e9, "writers": 8, "gather": 2.5, "write": 2.0, "verify": 2.0, "deal": 4.5}
+    many = checkpoint(1e9, 2, 8, host=4e9, disk=1e9, shared=4e9, links=8e9, network=2e9)
+    assert (many.writers, many.write) == (15, 4.0)
+    assert many.deal == pytest.approx(4 + 16 / 15 / 4 + 8)
 
 
 def test_the_faster_strategy():

@@ -34,7 +34,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     with _beside(Path(path), _empty_file) as temporary:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         _permit(temporary, 0o666)
         os.replace(temporary, path)
 
@@ -48,7 +48,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if entry.is_dir():
                 sync_folder(entry)
             else:
-                _sync(entry)
+                sync(entry)
         _permit(temporary, 0o777)
         os.rename(temporary, path)
 
@@ -245,7 +245,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bytes on the disk, where the file system can say so."""
     with open(path, "rb") as file:
         try:

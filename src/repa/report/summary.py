@@ -190,12 +190,13 @@ def num_parameters(run: Path) -> int | None:
     from safetensors import safe_open
 
     steps = layout.checkpoint_steps(run)
-    file = layout.checkpoint_folder(run, steps[-1]) / layout.MODEL_FILE if steps else None
-    if file is None or not file.is_file():
-        return None
-    damaged = faults.reading(file, "a safetensors file", f"Remove {file.parent}, or leave this run out.")
-    with damaged, safe_open(file, "numpy") as tensors:
-        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    found = layout.part_files(layout.checkpoint_folder(run, steps[-1]), layout.MODEL_FILE) if steps else []
+    num = 0
+    for file in found:
+        damaged = faults.reading(file, "a safetensors file", f"Remove {file.parent}, or leave this run out.")
+        with damaged, safe_open(file, "numpy") as tensors:
+            num += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    return num if found else None
 
 
 def _tail(values: Sequence[float]) -> float | None:

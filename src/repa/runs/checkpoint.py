@@ -4,22 +4,23 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from repa.base import faults, files
+from repa.base import dist, faults, files
 from repa.base.errors import UserError
 from repa.models.lora import merged
 from repa.runs import layout
 
 OF_TENSORS = "sha256"  # in the header of files by `save_checked`
 OWN = "state_sha256"  # entry of state.json: the checksum of the others
+PART = 2**30  # bytes: what is larger is written in parts, where several processes write
 KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
 
@@ -43,7 +44,61 @@ class Checkpoint(NamedTuple):
         return {**known, **{stem + layout.WEIGHTS: tensors for stem, tensors in self.averages.items()}}
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every: int = 0) -> Path:
+class Savable(Protocol):
+    """A checkpoint, or the share of one that a process writes."""
+
+    step: int
+    counters: dict[str, Any]
+
+    def files(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Name of the file -> its tensors, whole."""
+
+
+class Share(NamedTuple):
+    """What one of several processes writes of a checkpoint: whole tensors, in files or parts of files of its own."""
+
+    step: int
+    counters: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        return self.tensors
+
+
+class Dealt(NamedTuple):
+    """A tensor of a checkpoint that one of several processes has read; in the others `value` says shape and type alone."""
+
+    value: Tensor
+    owner: int  # rank of who has it
+
+
+def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, list[str]]]:
+    """For each of `num` processes, by bytes about equally: file or part of one -> names of the tensors that it writes there.
+
+    Args:
+        sizes: file -> tensor -> bytes.
+    """
+    pieces = []
+    for file, tensors in sizes.items():
+        total, begin = max(1, sum(tensors.values())), 0
+        most = min(num, -(-total // PART))
+        parts: dict[int, list[str]] = {}
+        for name, size in tensors.items():  # to the part in which it begins
+            parts.setdefault(min(begin * most // total, most - 1), []).append(name)
+            begin += size
+        for number, names in enumerate(parts.values() or [[]]):
+            piece = layout.part_name(file, number, max(1, len(parts)))
+            pieces.append((sum(tensors[name] for name in names), piece, names))
+    written: list[dict[str, list[str]]] = [{} for _ in range(num)]
+    load = [0] * num
+    for size, piece, names in sorted(pieces, key=lambda piece: -piece[0]):
+        least = load.index(min(load))
+        written[least][piece] = names
+        load[least] += size
+    return written
+
+
+def save_checkpoint(run: Path, checkpoint: Savable, keep: int = 0, keep_every: int = 0) -> Path:
     """Write a checkpoint atomically, then remove the older ones that need not stay.
 
     Args:
@@ -59,15 +114,25 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
     if not folder.exists():
         files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote or removed
         with files.atomic_folder(folder) as temporary:
-            for name, tensors in checkpoint.files().items():
-                _write(tensors, temporary / name)
-            checksums = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
-            state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums}
-            write_state(temporary, state)
+            checksums = write_files(temporary, checkpoint)
+            write_state(temporary, {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums})
+    remove_older(run, keep, keep_every)
+    return folder
+
+
+def write_files(folder: Path, checkpoint: Savable) -> dict[str, str]:
+    """Its tensors on the disk; the checksum of each file, of what is read back."""
+    for name, tensors in checkpoint.files().items():
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / name)
+        files.sync(folder / name)
+    return {name: files.sha256(folder / name) for name in sorted(checkpoint.files())}
+
+
+def remove_older(run: Path, keep: int, keep_every: int) -> None:
+    """Remove the checkpoints that need not stay, see `save_checkpoint`."""
     for step in layout.checkpoint_steps(run)[:-keep] if keep else ():
         if not keep_every or step % keep_every:
             _remove(layout.checkpoint_folder(run, step))
-    return folder
 
 
 def _remove(folder: Path) -> None:
@@ -84,10 +149,6 @@ def _remove(folder: Path) -> None:
         )
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, path)
-
-
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
     """The checkpoint of `step` (default: the highest), on the CPU; None when the run has none yet.
 
@@ -98,12 +159,47 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
         if not steps:
             return None
         step = steps[-1]
-    folder = _whole(run, step)
-    state = _read_state(folder, step)
-    tensors = {name: _read(folder / name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)}
+    folder, state = _whole(run, step)
+    tensors = {file: _read_parts(folder, file) for file in _tensor_files(state)}
     known = [tensors.pop(name, {}) for name in KNOWN]
     averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
     return Checkpoint(state["step"], *known, state["counters"], averages)
+
+
+def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Dealt]]] | None:
+    """Step, counters and tensors by file of the newest checkpoint; None when the run has none. All processes must ask.
+
+    Each file or part of one is read, and compared with its checksum, by one process of those that see the folder.
+    """
+    steps = dist.on_main(lambda: layout.checkpoint_steps(run)[-1:])
+    if not steps:
+        return None
+    (step,) = steps
+    folder, state = layout.checkpoint_folder(run, step), dist.on_main(lambda: _state(run, step))
+    sees = dist.gather_objects(dist.is_main() or _is_state(folder, state))
+    readers = [rank for rank, can in enumerate(sees) if can]
+    names = sorted(name for name in state["sha256"] if name.endswith(layout.WEIGHTS))
+    owners = {name: readers[place % len(readers)] for place, name in enumerate(names)}
+    with dist.together():
+        mine = [name for name in names if owners[name] == dist.rank()]
+        _require_whole(run, folder, state, mine)
+        read = {name: _read(folder / name) for name in mine}
+    outlines = dist.gather_objects(
+        {name: {key: x.to("meta") for key, x in tensors.items()} for name, tensors in read.items()}
+    )
+    found: dict[str, dict[str, Dealt]] = {}
+    for name, owner in owners.items():
+        tensors = read.get(name, outlines[owner][name])
+        found.setdefault(layout.whole_name(name), {}).update({key: Dealt(x, owner) for key, x in tensors.items()})
+    return step, state["counters"], found
+
+
+def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Whether this process sees the checkpoint that the main one sees; it may have a folder of its own, or none."""
+    try:
+        return _read_state(folder, state["step"]) == state
+    except UserError:
+        return False
 
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -129,6 +225,14 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _tensor_files(state: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(layout.whole_name(name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)))
+
+
+def _read_parts(folder: Path, file: str) -> dict[str, Tensor]:
+    return {name: x for path in layout.part_files(folder, file) for name, x in _read(path).items()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -158,7 +262,8 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
     made = layout.average_steps(run, weights)
     wanted, step = step, steps[-1] if step is None else step
-    names = {path.stem for path in layout.checkpoint_folder(run, step).glob(f"*{layout.WEIGHTS}")}
+    paths = layout.checkpoint_folder(run, step).glob(f"*{layout.WEIGHTS}")
+    names = {layout.whole_name(path.name).removesuffix(layout.WEIGHTS) for path in paths}
     names -= {Path(layout.PROJECTORS_FILE).stem, Path(layout.OPTIMIZER_FILE).stem}
     if weights not in names and made and wanted in (None, *made):
         step = made[-1] if wanted is None else wanted
@@ -168,8 +273,8 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
             f"{run} has no weights {weights!r} at step {step}: there are {', '.join(sorted(names))}, and `repa ema {run}` makes "
             "averages of other widths where there are snapshots."
         )
-    folder = _whole(run, step, only=f"{weights}.safetensors")
-    state = _read(folder / f"{weights}.safetensors")
+    folder, _ = _whole(run, step, only=weights + layout.WEIGHTS)
+    state = _read_parts(folder, weights + layout.WEIGHTS)
     if not state:  # of a converted run
         raise UserError(
             f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
@@ -179,15 +284,19 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
 
 def load_projectors(run: Path, step: int) -> dict[str, Tensor]:
     """The projectors of a checkpoint, "TERM.projector...." -> tensor."""
-    return _read(_whole(run, step, only=layout.PROJECTORS_FILE) / layout.PROJECTORS_FILE)
+    return _read_parts(_whole(run, step, only=layout.PROJECTORS_FILE)[0], layout.PROJECTORS_FILE)
 
 
 def weights_checksum(run: Path, weights: str, step: int) -> str:
-    """SHA-256 of the file that `load_weights` read: what its checkpoint has on record, or of an average by `repa ema`."""
-    name = f"{weights}{layout.WEIGHTS}"
+    """SHA-256 of the file that `load_weights` read: what its checkpoint has on record, or of an average by `repa ema`.
+
+    Of a file in parts it is the checksum of their checksums, a line each.
+    """
     folder = layout.checkpoint_folder(run, step)
-    if (folder / name).is_file():
-        return _read_state(folder, step)["sha256"][name]
+    if paths := layout.part_files(folder, weights + layout.WEIGHTS):
+        recorded = _read_state(folder, step)["sha256"]
+        found = [recorded[path.name] for path in paths]
+        return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
     return files.sha256(layout.average_file(run, step, weights))
 
 
@@ -212,24 +321,40 @@ def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
-def _whole(run: Path, step: int, only: str | None = None) -> Path:
-    """The folder of a checkpoint whose files have the bytes that were written; UserError names the first that has not."""
+def _whole(run: Path, step: int, only: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The folder and the state of a checkpoint whose files, or those parts of one, have the bytes that were written."""
+    folder, state = layout.checkpoint_folder(run, step), _state(run, step)
+    names = [name for name in state["sha256"] if only in (None, layout.whole_name(name))]
+    if not names:
+        path = folder / layout.STATE_FILE
+        raise UserError(f"{path} is damaged: it lacks the checksum of {only}. {_remedy(run, step)}")
+    _require_whole(run, folder, state, names)
+    return folder, state
+
+
+def _state(run: Path, step: int) -> dict[str, Any]:
+    """The state of a checkpoint; UserError where there is none, or another than was written."""
     steps = layout.checkpoint_steps(run)
     folder = layout.checkpoint_folder(run, step)
     if step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, steps)) or 'none'}.")
-    before = [s for s in steps if s < step]
-    remedy = (
-        f"Remove {folder} and the run {f'continues from step {before[-1]}' if before else 'starts again from step 0'}."
-    )
     try:
-        state = _read_state(folder, step)
+        return _read_state(folder, step)
     except UserError as error:
-        raise UserError(f"{folder / layout.STATE_FILE} is damaged: it is not what was written. {remedy}") from error
-    checksums = state["sha256"]
-    if only is not None and only not in checksums:
-        raise UserError(f"{folder / layout.STATE_FILE} is damaged: it lacks the checksum of {only}. {remedy}")
-    for name, checksum in checksums.items():
-        if only in (None, name) and (not (folder / name).is_file() or files.sha256(folder / name) != checksum):
-            raise UserError(f"{folder / name} is damaged: its bytes are not the ones that were written. {remedy}")
-    return folder
+        path = folder / layout.STATE_FILE
+        raise UserError(f"{path} is damaged: it is not what was written. {_remedy(run, step)}") from error
+
+
+def _require_whole(run: Path, folder: Path, state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UserError for the first of the files `names` that has not the bytes that were written."""
+    for name in names:
+        if not (folder / name).is_file() or files.sha256(folder / name) != state["sha256"][name]:
+            raise UserError(
+                f"{folder / name} is damaged: its bytes are not the ones that were written. {_remedy(run, state['step'])}"
+            )
+
+
+def _remedy(run: Path, step: int) -> str:
+    before = [s for s in layout.checkpoint_steps(run) if s < step]
+    then = f"continues from step {before[-1]}" if before else "starts again from step 0"
+    return f"Remove {layout.checkpoint_folder(run, step)} and the run {then}."

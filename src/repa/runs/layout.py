@@ -5,7 +5,7 @@ RUN/
   data.json                   what the run was trained on: source, counts, class names, who encoded it
   metrics.jsonl               one JSON object a line: kind "train" (losses, rate) or "eval" (metrics of samples)
   log.txt                     when it started and continued, and a line for every logged step
-  checkpoints/0001000/        model, ema, projectors, optimizer (safetensors), state.json
+  checkpoints/0001000/        model, ema, projectors, optimizer (safetensors, large ones in parts), state.json
   snapshots/0001000/          averages of power-function profiles in half precision, for `repa ema`
   averages/0001000/           what `repa ema` made of them, by width
   samples/0001000.npz, .png   previews: uint8 NHWC under arr_0 and their labels, and the grid of them
@@ -15,6 +15,7 @@ RUN/
   converted.json              in a folder that `repa convert` made: what it was made from, and whose code that was
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SECTIONS = {
 }  # fmt: skip
 
 WEIGHTS = ".safetensors"
+PART_OF = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 PROJECTORS_FILE = "projectors.safetensors"
@@ -72,6 +74,21 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending: a folder gets its name only once it is whole."""
     return _steps(run / CHECKPOINTS)
+
+
+def part_name(file: str, part: int, count: int) -> str:
+    """Part 0 ... count - 1 of a file: model-00001-of-00003.safetensors, or the file's own name where it is the only one."""
+    return file if count == 1 else f"{file.removesuffix(WEIGHTS)}-{part + 1:05d}-of-{count:05d}{WEIGHTS}"
+
+
+def whole_name(part: str) -> str:
+    """The file that a part is of."""
+    return PART_OF.sub(WEIGHTS, part)
+
+
+def part_files(folder: Path, file: str) -> list[Path]:
+    """The parts of a checkpoint's file, in order; of a file in one piece itself; of none nothing."""
+    return sorted(path for path in folder.glob(f"*{WEIGHTS}") if whole_name(path.name) == file)
 
 
 def snapshot_folder(run: Path, step: int) -> Path:

@@ -145,11 +145,13 @@ def _train(
             state.objective.observe(state.step, losses)
 
             by_clock = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
-            stop, by_clock, failed = _agree(
-                [bool(caught), by_clock, config.async_save and writer.failed], state.step, device
-            )
-            if failed:
-                dist.on_main(writer.check)
+            # several processes ask each other every tenth step only: asking costs a wait
+            stop, by_clock, failed, busy = False, False, False, True
+            if not dist.active() or state.step % 10 == 0:
+                flags = [bool(caught), by_clock, writer.failed, writer.busy]
+                stop, by_clock, failed, busy = dist.any_process(flags, device)
+            if failed or not busy:
+                writer.wait()
             last = state.step == config.num_steps
             hooks_due = [hook for hook in hooks if _due(hook.every, state.step) or last]
             save_due = (
@@ -165,11 +167,11 @@ def _train(
             if snapshot_due:
                 state.keep_snapshot(run)
             if save_due:
-                checkpoint = state.snapshot(copy=config.async_save)
-                dist.on_main(lambda checkpoint=checkpoint: writer.write(checkpoint))
+                if writers := writer.begin(state.step):
+                    writer.write(state.snapshot(writers, copy=config.async_save))
                 saved = time.monotonic()
             if last or stop:
-                dist.on_main(writer.wait)
+                writer.wait()
                 break
             if hooks_due or save_due or snapshot_due:
                 training_log.restart()
@@ -233,10 +235,3 @@ def _latents(batch: Batch, autoencoder: nn.Module, seed: int, step: int) -> Tens
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _agree(flags: list[bool], step: int, device: torch.device) -> list[bool]:
-    """Flags that any process raised. Several processes ask each other every tenth step only: asking costs a wait."""
-    if not dist.active() or step % 10 == 0:
-        return dist.any_process(flags, device)
-    return [False] * len(flags)

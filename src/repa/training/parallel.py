@@ -6,7 +6,7 @@ strategy change sums in the last digits only.
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 import torch.distributed as td
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repa.base import dist, launch
 from repa.models import Backbone
+from repa.runs.checkpoint import Dealt
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
@@ -93,30 +94,31 @@ def without_reduction(objective: nn.Module) -> contextlib.AbstractContextManager
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def gather(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
-    """Whole tensors on the CPU in the main process, nothing in the others, which must ask too; `copy`: never views."""
+def gather(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = False) -> dict[str, Tensor]:
+    """Those of the tensors that are `mine`, whole, on the CPU; all processes must ask for the same; `copy`: never views."""
     out = {}
     for name, tensor in tensors.items():
         full = dist.full_tensor(tensor.detach())  # one at a time, so that a device never holds the whole network twice
-        if dist.is_main():
+        if name in mine:
             out[name] = full.to("cpu", copy=copy)
     return out
 
 
-def place(value: Tensor, like: Tensor) -> Tensor:
-    """The main process's whole tensor as this process holds it: its part, laid out as `like`; one of another shape is kept whole.
+def place(dealt: Dealt, like: Tensor) -> Tensor:
+    """A tensor that one process has read, as this one holds it: its part, laid out as `like`; one of another shape is kept whole.
 
-    In the other processes `value` says shape and type alone, and all must ask at once: one process reads, and each gets what it needs.
+    All processes must ask at once.
     """
-    whole = value.to(like.device) if dist.is_main() else torch.empty_like(value, device=like.device)
-    if isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=0)
+    value, owner = dealt
+    whole = value.to(like.device) if dist.rank() == owner else torch.empty_like(value, device=like.device)
     if dist.active():
-        td.broadcast(whole, 0)
+        td.broadcast(whole, owner)
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # of what each has
     return whole
 
 
-def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load(module: nn.Module, state: Mapping[str, Dealt]) -> None:
     """load_state_dict of whole tensors into a module that may be in parts."""
     own = module.state_dict()
-    module.load_state_dict({name: place(value, own[name]) if name in own else value for name, value in state.items()})
+    module.load_state_dict({n: place(dealt, own[n]) if n in own else dealt.value for n, dealt in state.items()})

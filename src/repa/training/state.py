@@ -1,14 +1,13 @@
 """What a training run is made of, how it is built from a configuration, and what of it goes into a checkpoint."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from repa.alignment import Alignment
 from repa.alignment.losses import looks_at_other_images
@@ -21,7 +20,7 @@ from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
-from repa.runs.checkpoint import Checkpoint, load_checkpoint
+from repa.runs.checkpoint import Dealt, Share, load_dealt, shares
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
@@ -56,21 +55,31 @@ class TrainState:
     def model(self) -> Backbone:
         return self.objective.model
 
-    def snapshot(self, *, copy: bool = False) -> Checkpoint:
-        """Everything that must survive a restart, whole, on the CPU of the main process; the others must ask too.
+    def snapshot(self, writers: Sequence[int] = (0,), *, copy: bool = False) -> Share:
+        """This process's share of everything that must survive a restart, whole tensors on the CPU; all processes must ask.
 
-        `copy`: it owns its tensors, so that training may go on while it is written.
+        Args:
+            writers: ranks of the processes among which it is divided.
+            copy: it owns its tensors, so that training may go on while it is written.
         """
-        model, ema, projectors, optimizer = (
-            gather(tensors, copy=copy)
-            for tensors in (
-                self.model.state_dict(), self.ema.model.state_dict(), self.objective.alignments.state_dict(),
-                named_state(self.optimizer, self.objective),
-            )
-        )  # fmt: skip
-        averages = {name: gather(average.model.state_dict(), copy=copy) for name, average in self.averages.items()}
+        files = {
+            layout.MODEL_FILE: self.model.state_dict(),
+            layout.EMA_FILE: self.ema.model.state_dict(),
+            layout.PROJECTORS_FILE: self.objective.alignments.state_dict(),
+            layout.OPTIMIZER_FILE: named_state(self.optimizer, self.objective),
+            **{name + layout.WEIGHTS: average.model.state_dict() for name, average in self.averages.items()},
+        }
+        sizes = {
+            file: {name: x.numel() * x.element_size() for name, x in state.items()} for file, state in files.items()
+        }
+        mine = dict(zip(writers, shares(sizes, len(writers)), strict=True)).get(dist.rank(), {})
+        wanted: dict[str, set[str]] = {file: set() for file in files}
+        for part, names in mine.items():
+            wanted[layout.whole_name(part)].update(names)
+        whole = {file: gather(state, wanted[file], copy=copy) for file, state in files.items()}
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
-        return Checkpoint(self.step, model, ema, projectors, optimizer, counters, averages)
+        parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
+        return Share(self.step, counters, parts)
 
     def keep_snapshot(self, run: Path) -> None:
         """The averages of ema_widths as they are now, for `repa ema`; every process must ask."""
@@ -78,33 +87,34 @@ class TrainState:
         averages = {}
         for width in self.config.ema_widths:
             average = self.averages[weights_name(width)].model
-            averages[width] = gather({name: p for name, p in average.named_parameters() if name in trained})
+            parameters = {name: p for name, p in average.named_parameters() if name in trained}
+            averages[width] = gather(parameters, trained if dist.is_main() else ())
         dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
         """Continue from the newest checkpoint, when there is one: made by any number of processes, whatever the strategy.
 
-        The main process reads it and deals it out tensor by tensor; all processes must ask.
+        Each process reads a part of it and deals that out tensor by tensor; all must ask.
         """
-        checkpoint = _read_once(run)
-        if checkpoint is None:
+        if (found := load_dealt(run)) is None:
             return
-        if not checkpoint.optimizer:
+        step, counters, files = found
+        if not files.get(layout.OPTIMIZER_FILE):
             raise UserError(
-                f"{layout.checkpoint_folder(run, checkpoint.step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
+                f"{layout.checkpoint_folder(run, step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
                 f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
             )
-        folder = layout.checkpoint_folder(run, checkpoint.step)
+        folder = layout.checkpoint_folder(run, step)
         with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
-            load(self.model, checkpoint.model)
-            load(self.ema.model, checkpoint.ema)
+            load(self.model, files[layout.MODEL_FILE])
+            load(self.ema.model, files[layout.EMA_FILE])
             for name, average in self.averages.items():
-                load(average.model, checkpoint.averages[name])
-            load(self.objective.alignments, checkpoint.projectors)
-            load_named_state(self.optimizer, self.objective, checkpoint.optimizer)
-            self.guard.load(checkpoint.counters)
-            self.objective.take_up(checkpoint.counters.get("schedules", {}))
-            self.step, self.seconds = checkpoint.step, checkpoint.counters["seconds"]
+                load(average.model, files[name + layout.WEIGHTS])
+            load(self.objective.alignments, files[layout.PROJECTORS_FILE])
+            load_named_state(self.optimizer, self.objective, files[layout.OPTIMIZER_FILE])
+            self.guard.load(counters)
+            self.objective.take_up(counters.get("schedules", {}))
+            self.step, self.seconds = step, counters["seconds"]
 
     @contextlib.contextmanager
     def whole_average(self) -> Iterator[Backbone]:
@@ -116,20 +126,6 @@ class TrainState:
         model = build(self.config.model).to(device).eval().requires_grad_(False)
         model.load_state_dict({name: dist.full_tensor(value) for name, value in self.ema.model.state_dict().items()})
         yield model
-
-
-def _read_once(run: Path) -> Checkpoint | None:
-    """The newest checkpoint in the main process, and in the others its outline: the same with tensors of no device."""
-    own: list[Checkpoint] = []
-
-    def read() -> dict[str, object] | None:
-        if (checkpoint := load_checkpoint(run)) is None:
-            return None
-        own.append(checkpoint)
-        return tree_map_only(Tensor, lambda x: x.to("meta"), checkpoint._asdict()) if dist.active() else {}
-
-    outline = dist.on_main(read)
-    return None if outline is None else own[0] if own else Checkpoint(**outline)
 
 
 def build_state(
@@ -189,10 +185,10 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
     }
 
 
-def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Dealt]) -> None:
     """The way back: whole tensors into an optimizer whose parameters may be in parts."""
     names = {p: name for name, p in module.named_parameters()}
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Dealt]] = {}
     for key, value in saved.items():
         name, _, what = key.rpartition("/")
         tensors.setdefault(name, {})[what] = value
