@@ -1,5 +1,6 @@
 """Parameters and FLOPs of encoders and autoencoders; of those whose shape is known here without their weights."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,15 +113,9 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     Raises:
         UserError: its shape is known from its weights alone, and they cannot be had.
     """
-    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     if spec in SHAPES and weights is None:
-        shape = SHAPES[spec]
-        vae, side = _autoencoder_outline(shape), resolution // shape.factor
-        latents = torch.empty(1, shape.channels, side, side, device="meta")
-        cost = cost_of(vae, lambda: _encoded(shape.kind, vae, pixels))
-        decoding = cost_of(vae, lambda: _decoded(shape.kind, vae, latents)).forward
-        stored = shape.channels * (2 if shape.kind == "AutoencoderKL" else 1)
-        return AutoencoderCost(shape.channels, shape.factor, True, stored, cost, decoding)
+        return _outlined_cost(spec, resolution)
+    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     autoencoder = load_autoencoder(spec, weights=weights).to("meta")
     autoencoder.check_resolution(resolution, resolution)
     if resolution % autoencoder.factor:
@@ -133,6 +128,19 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     decoding = cost_of(autoencoder, lambda: autoencoder.images(latents)).forward
     stores, stored = autoencoder.stores_moments, autoencoder.stored_channels
     return AutoencoderCost(autoencoder.channels, autoencoder.factor, stores, stored, cost, decoding)
+
+
+@functools.cache  # a comparison of networks asks for the same autoencoder again and again
+def _outlined_cost(spec: str, resolution: int) -> AutoencoderCost:
+    """Of an autoencoder whose shape is in the table."""
+    shape = SHAPES[spec]
+    vae, side = _autoencoder_outline(shape), resolution // shape.factor
+    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+    latents = torch.empty(1, shape.channels, side, side, device="meta")
+    cost = cost_of(vae, lambda: _encoded(shape.kind, vae, pixels))
+    decoding = cost_of(vae, lambda: _decoded(shape.kind, vae, latents)).forward
+    stored = shape.channels * (2 if shape.kind == "AutoencoderKL" else 1)
+    return AutoencoderCost(shape.channels, shape.factor, True, stored, cost, decoding)
 
 
 def _autoencoder_outline(shape: Shape) -> nn.Module:

@@ -49,8 +49,10 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
         both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _accumulated(sparing))
         ways += _first_that_fits(both, room, "both")
     ways += _first_that_fits(_smaller_batches(found), room, "another training: fewer images a step")
-    ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
-    return [way for way in ways if way.needed <= room]
+    ways = [way for way in ways if way.needed <= room]
+    if not ways:  # outlining other networks takes seconds, and is the last thing that anyone wants to change
+        ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
+    return ways
 
 
 def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: str) -> list[Way]:
