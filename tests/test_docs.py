@@ -120,7 +120,7 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     train = [
         "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
         "--preview.every", "0", "--alignments.0.target", "mylab.encoders.random_patches:dim=32",
-        "--alignments.0.loss", "mylab.losses.smooth_l1:beta=0.5", "--alignments.0.projector", "linear",
+        "--alignments.0.loss", "mylab.losses.huber:delta=0.5", "--alignments.0.projector", "linear",
         "--alignments.1.target", "mylab.terms.colours", "--alignments.1.projector", "mylab.terms.narrow:width=8",
         "--alignments.1.depth", "2", "--alignments.1.loss", "mse",
     ]  # fmt: skip

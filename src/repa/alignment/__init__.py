@@ -14,7 +14,7 @@ LOSSES = Registry(
     },
     listing="losses",
 )
-# f(dims, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
+# f(model, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
 TARGETS = Registry(
     "target",
     {

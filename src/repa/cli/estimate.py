@@ -14,6 +14,7 @@ from repa.cli.train import about_passes
 from repa.diffusion.config import Guidances
 from repa.performance.devices import MEMORY, PEAKS
 from repa.recipes import load_recipe
+from repa.recipes.paper_tables import IMAGES as IMAGENET
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ABOUT = (
 class EstimateArguments(TrainConfig):
     recipe: str
     """recipe name, .yaml file, or run folder"""
-    images: int = Field(1_281_167, ge=1)
+    images: int = Field(IMAGENET, ge=1)
     """Images of the data set; ImageNet's training set has 1,281,167."""
     classes: int = Field(1000, ge=0)
     """Classes of the data set."""
@@ -93,10 +94,11 @@ def main(argv: list[str]) -> int:
 def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
     """Lines for people; `fits` say whether it fits into the memory of a device."""
     config, model = found.config, found.config.model
+    whose = " (ImageNet; give --images for yours)" if found.num_images == IMAGENET else ""
     head = (
         f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
         f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
-        f"{found.seen / found.num_images:.1f} epochs of {found.num_images:,} images"
+        f"{found.seen / found.num_images:.1f} epochs of {found.num_images:,} images{whose}"
     )
     return [head, *_networks(found), *_memory(found), *fits, *_disk(found), *_time(found, machine)]
 
