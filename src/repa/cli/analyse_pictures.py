@@ -1,6 +1,7 @@
 """`repa analyse pictures RUN --data DATA` and `repa analyse progress RUN...`."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -125,10 +126,12 @@ def progress(argv: list[str]) -> int:
     device = dist.setup()
     if dist.active():
         raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
-    rows, names = [], []
+    rows: list[list[Any]] = []
+    names: list[str] = []
     with Progress("samples", "images") as bar:
         for each in checkpoints:
             run = prepared(each.load(given.weights, given.autoencoder_weights, device), config, device)
+            assert run.folder is not None  # it was read from there
             row, (of_run, _) = [], given.as_origin_of(run.folder)
             config = options.part(SampleConfig, of_run)
             for start in range(0, given.num_images, config.batch_size):

@@ -6,10 +6,14 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from repa.base import launch
 from repa.base.errors import escaped
 from repa.base.units import duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
 NARROWEST = 24  # columns into which a sentence is wrapped
@@ -60,7 +64,7 @@ class Progress:
 
     def __init__(self, what: str, unit: str):
         self.what, self.unit = escaped(what).replace("\n", " "), unit
-        self.bar = None
+        self.bar: Bar | None = None
         self.begin = self.said = time.perf_counter()
         self.first: int | None = None  # where this process started: a continued job's rate counts only its own work
 
@@ -111,7 +115,7 @@ class Progress:
             self.said = now
             print(f"{self.what}: {text}", file=sys.stderr, flush=True)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -124,13 +128,13 @@ def _shown(rate: float) -> str:
 class Bars:
     """One task after the other, each with its bar: a terminal shows one at a time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._stack, self._shown = ExitStack(), ""
 
     def __enter__(self) -> "Bars":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def of(self, what: str, unit: str = "images") -> Callable[[int, int], None]:

@@ -64,13 +64,13 @@ def main(argv: list[str]) -> int:
     if given.out or is_run:
         files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
     written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
-    mine = written is not None and launch.place().rank == 0
-    with lock.alone(written, "repa evaluate") if mine else contextlib.nullcontext():
+    mine = written if launch.place().rank == 0 else None
+    with lock.alone(mine, "repa evaluate") if mine else contextlib.nullcontext():
         if mine and not given.out:
-            files.remove_leftovers(written)
+            files.remove_leftovers(mine)
         results = (_of_run if is_run else _of_file)(given)
         out = Path(given.out) if given.out else _place(given, results) if is_run else None
-        if mine:
+        if mine and out:
             files.write_json(out, results)
     for name, value in results["metrics"].items():
         say(f"{name:<20} {value:.4f}")

@@ -1,5 +1,6 @@
 """`repa list KIND`: every name that a configuration accepts, with what it stands for."""
 
+import functools
 from collections.abc import Callable
 
 from repa.base.config import Config
@@ -51,13 +52,14 @@ def registries() -> dict[str, Registry]:
 
 def kinds() -> dict[str, Callable[[], Groups]]:
     found: dict[str, Callable[[], Groups]] = {
-        listing: (
-            lambda registry=registry: {NOTES.get(registry.listing, ""): [(n, registry.about(n)) for n in registry]}
-        )
-        for listing, registry in registries().items()
+        listing: functools.partial(_entries, registry) for listing, registry in registries().items()
     }
     found |= {"encoders": _encoders, "models": _models, "recipes": _recipes}
     return dict(sorted(found.items()))
+
+
+def _entries(registry: Registry) -> Groups:
+    return {NOTES.get(registry.listing, ""): [(name, registry.about(name)) for name in registry]}
 
 
 def _encoders() -> Groups:

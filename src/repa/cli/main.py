@@ -139,9 +139,9 @@ def main() -> None:
     keep_freed_memory()
     told_once()
     threading.excepthook = _in_thread
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # names of any script in a locale of few letters; stderr does so anyway
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # names of any script in a locale of few letters; stderr does so anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews have ways to end of their own
         signal.signal(number, _stop)
     code = run(sys.argv[1:])

@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -61,7 +61,9 @@ def parse(
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
             shown = name if name in [p.rstrip(".") for p in positional] else f"--{name.replace('_', '-')}"
-            raise UserError(f"`repa {verb}` needs {shown} ({info.description.rstrip('.')}): see `repa {verb} --help`.")
+            raise UserError(
+                f"`repa {verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {verb} --help`."
+            )
     return cls.parse(start)
 
 
@@ -84,7 +86,9 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
     given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
-    ordered = type(cls.__name__, (cls,), {"__doc__": cls.__doc__})  # what must be given stands on top
+    ordered = cast(
+        "type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
+    )  # what must be given stands on top
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
     # tyro colours its page on a terminal whatever NO_COLOR says: what is no terminal gets none
     page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
@@ -177,7 +181,7 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
 
 def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
     """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
-    nested = []
+    nested: list[tuple[type[BaseModel], str]] = []
     for name, info in cls.model_fields.items():
         if _is_model(info.annotation):
             nested.append((info.annotation, f"{above}{name}."))
@@ -217,6 +221,7 @@ def _store(values: dict[str, Any], flag: str, value: Any, again: bool = False) -
     owner: Any = values
     for part, after in pairwise(path):
         if isinstance(owner, list):
+            assert isinstance(part, int)  # `_read` knows no other entries of a list
             if part > len(owner):
                 raise UserError(f"--{flag}: there are {len(owner)} entries, so the next one is number {len(owner)}.")
             owner += [{}] * (part == len(owner))
@@ -231,7 +236,7 @@ def _parts(flag: str) -> list[str]:
     return flag.replace("-", "_").split(".")
 
 
-def _is_model(annotation: Any) -> bool:
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

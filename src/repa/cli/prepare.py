@@ -114,7 +114,12 @@ def _add(folder: Path, given: PrepareArguments) -> None:
 
     rank, world = _place()
     if TEXT in given.only:
-        options_of = {"weights": given.text_weights, "form": given.text_form, "rank": rank, "world": world}
+        options_of: dict[str, Any] = {
+            "weights": given.text_weights,
+            "form": given.text_form,
+            "rank": rank,
+            "world": world,
+        }
         with Progress(_title(folder, rank, world), "shards") as bar:
             manifest = add_text(folder, given.text, **options_of, progress=bar, device=dist.own_device())
         _tell(folder, manifest)

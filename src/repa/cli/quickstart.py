@@ -157,7 +157,7 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    shown, names = _shown(dataset.labels), dataset.class_names
+    shown, names = _shown(dataset.labels.tolist()), dataset.class_names
     images = dataset.gather("images", shown).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     captions = [names[label] for label in dataset.labels[shown]] if len(names) > 1 else []
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

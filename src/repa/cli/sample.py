@@ -76,8 +76,8 @@ def main(argv: list[str]) -> int:
             run, config, given.num_images, Path(given.out), progress=images, count=lambda *batch: calls.append(batch),
             callback=lambda step: bar(made, given.num_images, f"{step.done:.0%} of a batch"),
         )  # fmt: skip
-    if given.folders and run.prompts:
-        dist.on_main(lambda: write_folders(out, run.prompts, given.prompt_file, Path(given.folders)))
+    if given.folders and (prompts := run.prompts):
+        dist.on_main(lambda: write_folders(out, prompts, given.prompt_file, Path(given.folders)))
     told = ""
     if calls:
         nfe, rate = [n for n, _ in calls], sum(num for _, num in calls) / (time.perf_counter() - began)

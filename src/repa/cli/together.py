@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 
 from repa.base import launch
 from repa.cli import console
@@ -43,11 +44,11 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
     return failed or _failure(processes)
 
 
-def _failure(processes: Sequence[multiprocessing.Process]) -> int:
+def _failure(processes: Sequence[BaseProcess]) -> int:
     return next((process.exitcode for process in processes if process.exitcode), 0)
 
 
-def _stop(processes: Sequence[multiprocessing.Process]) -> None:
+def _stop(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.pid is not None and process.exitcode is None:
             process.terminate()  # SIGTERM, which `repa train` answers after the step

@@ -3,6 +3,7 @@
 import shlex
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from repa.base import launch
 from repa.cli import options
@@ -10,6 +11,9 @@ from repa.cli.console import Progress, say
 from repa.evaluation.config import EvaluateConfig
 from repa.recipes import load_recipe
 from repa.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from repa.training.state import TrainState
 
 ABOUT = (
     "Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared data. "
@@ -86,7 +90,7 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
         say(note)
     with Progress(run.name, "steps") as bar:
 
-        def progress(state) -> None:
+        def progress(state: "TrainState") -> None:
             values = state.metrics
             note = (
                 f"denoising loss {values['denoising']:.4f}, {values['images_per_second']:.0f} images/s"

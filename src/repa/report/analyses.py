@@ -214,7 +214,7 @@ def _draw_training(axes: Axes, rows: Rows, value: str, label: str) -> None:
 
 def _legend(axes: Axes) -> None:
     """Beside the axes, where it hides no curve."""
-    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     for text in axes.legend(frameon=False, fontsize=8, labelcolor=TEXT, handlelength=3.5, **place).get_texts():
         text.set_parse_math(False)
 

@@ -151,11 +151,11 @@ def _draw_training(
     quantities of one run apart."""
     alone = len(group.runs) == 1
     for run in group.runs:
-        x, y = run.series(key, x_axis.key)
-        if not x:
+        places, values = run.series(key, x_axis.key)
+        if not places:
             continue
-        thin = slice(None, None, -(-len(x) // MOST_POINTS))
-        x, y = np.asarray(x) / x_axis.scale, np.asarray(y) * quantity.scale
+        thin = slice(None, None, -(-len(places) // MOST_POINTS))
+        x, y = np.asarray(places) / x_axis.scale, np.asarray(values) * quantity.scale
         look = strong(number) if alone else {**strong(number), "linewidth": 1.1, "alpha": 0.8}
         if alone and quantity.is_noisy:
             axes.plot(x[thin], y[thin], color=colour(number), alpha=0.3, linewidth=0.7)
@@ -218,11 +218,14 @@ def _mark_speedups(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, prot
     bottom = axes.get_ylim()[0]
     for each in found:
         number = groups.index(each.aligned)
-        for pair in each.reached:
+        per_step = each.aligned.runs[0].batch_size if x_axis.key == "images" else 1
+        for pair in each.pairs:
+            if pair.aligned is None or per_step is None:
+                continue
             where = pair.aligned.seconds if x_axis.key == "seconds" else pair.aligned.step
             if where is None:
                 continue
-            where *= (each.aligned.runs[0].batch_size if x_axis.key == "images" else 1) / x_axis.scale
+            where *= per_step / x_axis.scale
             axes.vlines(where, bottom, pair.target, color=colour(number), linewidth=1.1, linestyle=(0, (2, 2)))
             axes.plot([where], [pair.target], marker="o", markersize=9, markerfacecolor="none", color=TEXT)
     axes.set_ylim(bottom=bottom)

@@ -36,9 +36,9 @@ def _of_single_runs(compared: Sequence[GroupSpeedup], records: Sequence[RunRecor
     """The run that had the baseline's final distance soonest, or else the one that came nearest."""
     baseline, num_aligned = compared[0].baseline.runs[0], sum(run.is_aligned for run in records)
     pairs = [(each.aligned.runs[0], each.pairs[0]) for each in compared]
-    reached = [(run, found) for run, found in pairs if found.aligned]
+    reached = [(found.aligned.step, run, found) for run, found in pairs if found.aligned]
     if reached:
-        run, found = min(reached, key=lambda pair: pair[1].aligned.step)
+        _, run, found = min(reached, key=lambda each: each[0])
     else:
         run, found = min(pairs, key=lambda pair: pair[1].aligned_best[DISTANCE])
     ours = "the aligned run" if num_aligned == 1 else run.name
@@ -55,13 +55,15 @@ def _of_single_runs(compared: Sequence[GroupSpeedup], records: Sequence[RunRecor
 
 def _reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> str:
     who = _first_upper(ours) if num_compared == 1 else f"{ours}, the fastest of {num_compared} aligned runs,"
-    end, step = found.baseline_final["step"], count(found.aligned.step)
-    when = f"by its first evaluation, at {step} steps" if found.aligned.is_bound else f"after {step} steps"
+    there = found.aligned
+    assert there is not None
+    end, step = found.baseline_final["step"], count(there.step)
+    when = f"by its first evaluation, at {step} steps" if there.is_bound else f"after {step} steps"
     ratio = found.times_steps
-    if ratio is None or (found.aligned.is_bound and ratio <= 1):  # a bound that says nothing
+    if ratio is None or (there.is_bound and ratio <= 1):  # a bound that says nothing
         gain = ""
     else:
-        gain = f": {times(ratio, 'fewer', 'more', found.aligned.is_bound)}"
+        gain = f": {times(ratio, 'fewer', 'more', there.is_bound)}"
         if found.baseline.step < end:
             gain += f" than the {count(found.baseline.step)} after which {theirs} itself first had it"
     what = f"{theirs}’s final {distance_name(found.protocol)} ({figure(found.target)} at {count(end)} steps)"
@@ -89,9 +91,9 @@ def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
     notes, reached = [], found.aligned
     if reached:
         notes.append(_interpolation(ours, reached))
-        ratio = found.times_seconds
-        if ratio is not None and not (reached.is_bound and ratio <= 1):
-            spent = f"{duration(reached.seconds)} for {ours}, {duration(found.baseline.seconds)} for {theirs}"
+        ratio, ours_took, theirs_took = found.times_seconds, reached.seconds, found.baseline.seconds
+        if ratio and ours_took and theirs_took and not (reached.is_bound and ratio <= 1):
+            spent = f"{duration(ours_took)} for {ours}, {duration(theirs_took)} for {theirs}"
             notes.append(f"In training time: {spent}, {times(ratio, 'less', 'more', reached.is_bound)}.")
     last = found.aligned_final, found.baseline_final
     ends = [f"{figure(row[DISTANCE])} at {count(row['step'])} steps" for row in last]
@@ -132,9 +134,9 @@ def _meaning(ours: str, theirs: str, run: RunRecord) -> str:
 
 def _over_seeds(compared: Sequence[GroupSpeedup]) -> Verdict:
     """The group that had the baseline's final distance soonest, on the mean of its seeds."""
-    whole = [each for each in compared if each.factors("steps")]
+    whole = [(factors.mean, each) for each in compared if (factors := each.factors("steps"))]
     if whole:
-        best = max(whole, key=lambda each: each.factors("steps").mean)
+        _, best = max(whole, key=lambda pair: pair[0])
     else:
         best = max(compared, key=lambda each: len(each.reached) / len(each.pairs))
     return Verdict(_sentence_over_seeds(best, len(compared)), _notes_over_seeds(best))
@@ -150,7 +152,7 @@ def _sentence_over_seeds(found: GroupSpeedup, num_compared: int) -> str:
         return f"{who} did not reach {what} with any seed."
     if not factors:
         return f"{who} reached {what} in {num} of {len(found.pairs)} comparisons, so no mean speed-up is stated."
-    steps = spread([pair.aligned.step for pair in found.pairs])
+    steps = spread([pair.aligned.step for pair in found.pairs if pair.aligned])
     gain = times(factors.mean, "fewer", "more", found.is_bound)
     pairs = f"{len(found.pairs)} pairs of the same seed" if found.by_seed else f"all {len(found.pairs)} pairs"
     extent = f"{factor(factors.low)} to {factor(factors.high)}" if factors.num > 1 else "one pair"

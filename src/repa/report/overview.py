@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     for row, (index, run) in enumerate(drawn):
         _draw_row(picture, run, steps, row, colour(groups[index]), protocol)
     box = [width + CURVE_LABELS, BELOW, CURVE, size[1] - BELOW - ABOVE / 2]
-    axes = picture.add_axes([box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]])
+    axes = picture.add_axes((box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]))
     kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
     draw_curves(axes, records, kind, protocol=protocol)
     return save_png(picture, out)
@@ -68,7 +68,7 @@ def _draw_row(
     """The name of a run, and its samples at every step with their distance."""
     width, height = picture.get_size_inches()
     bottom = height - ABOVE - (row + 1) * (CELL + NUMBER) + NUMBER
-    style = {"fontsize": 10, "color": TEXT, "va": "center", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 10, "color": TEXT, "va": "center", "parse_math": False}
     picture.text(
         (NAME - 0.12) / width, (bottom + CELL / 2) / height, run.name, **{**style, "color": run_colour}, ha="right", weight="bold"
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _draw_row(
         if row == 0:
             picture.text(middle, (height - ABOVE / 2) / height, f"{count(step)} steps", **style, ha="center")
         if has_preview(run, step):
-            axes = picture.add_axes([left / width, bottom / height, CELL / width, CELL / height])
+            axes = picture.add_axes((left / width, bottom / height, CELL / width, CELL / height))
             axes.imshow(_four(read_preview(run, step)), interpolation="lanczos", aspect="auto")
             axes.set_axis_off()
         if step in found:

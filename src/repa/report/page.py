@@ -104,7 +104,7 @@ def write_report(
     return out
 
 
-def _environment():
+def _environment() -> Any:
     jinja2 = extras.need("jinja2", "The report")
 
     def source(name: str) -> str:

@@ -113,7 +113,7 @@ def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
     if not has_preview(run, step):
         return Cell(None, distance, "")
     drawn = tile(read_preview(run, step))
-    score = f", {distance_name(protocol)} {distance}" if distance else ""
+    score = f", {distance_name(protocol)} {distance}" if protocol is not None and distance else ""
     return Cell(drawn, distance, f"{drawn.num_images} samples of {run.name} at {count(step)} steps{score}")
 
 

@@ -135,8 +135,8 @@ def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accurac
     lines = []
     for step in sorted({row["step"] for row in rows}):
         here = [row for row in rows if row["step"] == step]
-        found = {key: spread([row[key] for row in here if is_number(row.get(key))]) for key in (DISTANCE, *METRICS)}
-        values = {key: value for key, value in found.items() if value is not None}
+        numbers = {key: [row[key] for row in here if is_number(row.get(key))] for key in (DISTANCE, *METRICS)}
+        values = {key: spread(of_runs) for key, of_runs in numbers.items() if of_runs}
         if values.keys() - {"accuracy"}:
             lines.append(Line(group.name, step, values, here[0].get("images"), len(here), number))
     return lines

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from repa.base.errors import UserError
 from repa.base.files import read_json, read_object
@@ -90,8 +90,8 @@ class RunRecord:
         group, _, name = key.partition("/")
         values = [(row.get(group) or {}).get(name) if name else row.get(group) for row in self.train]
         sign = -1.0 if group == "alignment" else 1.0
-        pairs = [(row.get(against), value) for row, value in zip(self.train, values, strict=True)]
-        pairs = [(x, sign * value) for x, value in pairs if is_number(x) and is_number(value)]
+        logged = [(row.get(against), value) for row, value in zip(self.train, values, strict=True)]
+        pairs = [(x, sign * value) for x, value in logged if is_number(x) and is_number(value)]
         return [x for x, _ in pairs], [value for _, value in pairs]
 
     def distances(self, protocol: Protocol) -> list[dict[str, Any]]:
@@ -273,5 +273,5 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
     return {SAME.get(key, key): value for key, value in row.items()}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

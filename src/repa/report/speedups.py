@@ -75,7 +75,8 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
             drop = previous[DISTANCE] - row[DISTANCE]
             part = (previous[DISTANCE] - target) / drop  # in (0, 1]: previous is above the target, row is not
             between = (row["step"], row["step"]) if part == 1 else (previous["step"], row["step"])
-            return Reached(_mix(previous, row, "step", part), _mix(previous, row, "seconds", part), between)
+            step = previous["step"] + part * (row["step"] - previous["step"])
+            return Reached(step, _mix(previous, row, "seconds", part), between)
         previous = row
     return None
 
@@ -115,10 +116,8 @@ class Spread(NamedTuple):
     num: int
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """None of no values."""
-    if not values:
-        return None
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one value."""
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, min(values), max(values), len(values))
 
 
@@ -163,15 +162,20 @@ class GroupSpeedup:
     @property
     def is_bound(self) -> bool:
         """Some run was there at its first evaluation already: its factor is a least one."""
-        return any(pair.aligned.is_bound for pair in self.reached)
+        return any(pair.aligned is not None and pair.aligned.is_bound for pair in self.pairs)
 
     def factors(self, of: str) -> Spread | None:
         """Of "steps", "seconds" or "images", over all pairs; None unless all got there: a mean of those that did flatters."""
-        per_step = self.baseline.runs[0].batch_size, self.aligned.runs[0].batch_size
-        values = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
-        if any(value is None for value in values) or (of == "images" and None in per_step):
+        found = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
+        values = [value for value in found if value is not None]
+        if len(values) < len(found):
             return None
-        ratio = per_step[0] / per_step[1] if of == "images" else 1.0
+        ratio = 1.0
+        if of == "images":
+            ours, theirs = self.baseline.runs[0].batch_size, self.aligned.runs[0].batch_size
+            if ours is None or theirs is None:
+                return None
+            ratio = ours / theirs
         return spread([value * ratio for value in values])
 
 
@@ -192,8 +196,8 @@ def _compared(baseline: Group, aligned: Group) -> GroupSpeedup | None:
         pairs = [(seeds[0][seed], run) for seed, run in seeds[1].items()]
     else:
         pairs = [(ours, theirs) for theirs in aligned.runs for ours in baseline.runs]
-    found = [speedup(*pair) for pair in pairs]
-    if None in found or len({pair.protocol for pair in found}) > 1:
+    found = [each for pair in pairs if (each := speedup(*pair)) is not None]
+    if len(found) < len(pairs) or len({pair.protocol for pair in found}) > 1:
         return None
     return GroupSpeedup(baseline, aligned, tuple(found), by_seed)
 

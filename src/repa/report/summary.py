@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from statistics import fmean, median
@@ -105,7 +105,7 @@ def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """('optim.lr', 0.0001): mappings, and lists of mappings, are entered; other lists are one value."""
     if isinstance(value, dict) and value:
-        items = value.items()
+        items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = enumerate(value)
     else:

@@ -34,10 +34,10 @@ def write_markdown(
         ]  # fmt: skip
         parts += ["## Results", _plain(f"{how_made(table.protocol)}."), _markdown(heading, rows)]
     if speedups:
-        rows = [speedup_cells(each) for each in speedups]
+        cells = [speedup_cells(each) for each in speedups]
         parts += [
             "## Speed-up at the baseline’s final distance",
-            _markdown(list(rows[0]), [list(r.values()) for r in rows]),
+            _markdown(list(cells[0]), [list(each.values()) for each in cells]),
         ]
     parts += ["## Runs", _markdown(list(summary[0]), [list(row.values()) for row in summary])]
     files.write_text(out, "\n\n".join(part for part in parts if part) + "\n")
