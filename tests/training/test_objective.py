@@ -7,11 +7,13 @@ import torch
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.errors import UserError
 from repa.base.precision import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, build_model
 from repa.training import Objective
+from repa.training.config import StreamConfig
 from tests.calls import call
 
 
@@ -178,3 +180,11 @@ def test_contrastive_terms_look_at_the_image_before_in_the_global_batch(token_ti
         part = slice(3 * rank, 3 * rank + 3)
         assert torch.equal(objective.draw({"x": x[part]}, 3).other["x"], expected[part])
     assert make().draw({"x": x}, 0).other is None
+
+
+def test_a_stream_needs_an_encoder_with_a_vector_for_the_image():
+    objective = make()
+    objective.streams = (StreamConfig(source="tiny"),)
+    x, _, features = batch()
+    with pytest.raises(UserError, match="the encoder tiny has none"):
+        objective.clean(x, features)

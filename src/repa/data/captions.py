@@ -52,6 +52,7 @@ class Captions:
 
     def _lines(self, shard: int) -> list[bytes]:
         planned = self.reader.manifest.shards[shard]
+        assert planned.captions is not None  # of data with captions
         return lines_of(self.reader.path(planned.captions), planned.num)
 
 
@@ -91,7 +92,7 @@ class StoredText(NamedTuple):
     mask: Tensor | None  # (n, S) uint8
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "StoredText":
-        return StoredText(*(None if part is None else move(part) for part in self))
+        return StoredText._make(None if part is None else move(part) for part in self)
 
     def text(self) -> Text:
         """float32 tokens and their mask, where the stored ones are."""
@@ -144,7 +145,7 @@ class TextReader:
 
 
 class _View(NamedTuple):
-    """What a ShardReader asks of a manifest, of files that have other rows than images."""
+    """A manifest to a ShardReader, of files that have other rows than images."""
 
     shards: list[Shard]
     fields: dict[str, tuple[str, tuple[int, ...]]]

@@ -105,11 +105,12 @@ def _compare(
 ) -> Finding:
     manifest = data.manifest
     field = {BASE: "moments", TEXT: "text"}.get(name, f"features.{name}")
-    facts = {BASE: None, TEXT: data.text}.get(name, manifest.features.get(name))
+    tokens = manifest.features.get(name)
+    facts = {BASE: None, TEXT: data.text}.get(name, tokens)
     try:
         model = load_model(name, config, device)
-        if isinstance(model, FeatureFields) and (basis := facts.basis):
-            model.use_basis(load_npy(Path(data.folder, basis.file), "a basis of tokens"), basis.sha256)
+        if isinstance(model, FeatureFields) and tokens and (stated := tokens.basis):
+            model.use_basis(load_npy(Path(data.folder, stated.file), "a basis of tokens"), stated.sha256)
     except UserError as error:
         return Finding(field, None, f"not encoded again: {error}")
     for key, value in (facts.identity if facts else manifest.autoencoder).items():
@@ -121,13 +122,13 @@ def _compare(
         text = data.texts.gather(rows)
         stored, again = unpack(text.tokens, text.scale), _unpacked(fresh, "text", "text_scale")[1:]  # row 0: no text
     else:
-        basis = read_basis(data.folder, facts) if facts else None
+        basis = read_basis(data.folder, tokens) if tokens else None
         before = {key: data.gather(key, rows) for key in (field, f"scale.{name}") if key in fresh}
         stored, again = (_unpacked(fields, field, f"scale.{name}", basis) for fields in (before, fresh))
-    error = float((stored - again).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    distance = float((stored - again).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
     limit = TOLERANCE[config.precision]
-    trouble = "" if error <= limit else f"differs by {error:.2g} from what is stored, more than {limit:g}"
-    return Finding(field, error, trouble)
+    trouble = "" if distance <= limit else f"differs by {distance:.2g} from what is stored, more than {limit:g}"
+    return Finding(field, distance, trouble)
 
 
 def _batches(images: Images, size: int) -> Iterator[Images]:

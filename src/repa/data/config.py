@@ -64,7 +64,7 @@ class PrepareConfig(Config):
         return specs
 
     @model_validator(mode="after")
-    def _weights_belong(self):
+    def _weights_belong(self) -> Self:
         check_pairs(self.feature_weights)
         for encoder, _, _ in (pair.rpartition("=") for pair in self.feature_weights):
             if canonical(encoder) not in self.features:
@@ -75,9 +75,9 @@ class PrepareConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _forms_belong(self):
+    def _forms_belong(self) -> Self:
         """Written out as one ENCODER=FORM for each encoder whose tokens are not fp16, in the order of the features."""
-        forms = {}
+        forms: dict[str, str] = {}
         for text in self.feature_forms:
             encoder, _, form = text.rpartition("=")
             split_format(form)

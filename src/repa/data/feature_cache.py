@@ -94,7 +94,7 @@ class FeatureCache:
         used = files.size(sum(self._sizes.values()))
         return f"FeatureCache({str(self.folder)!r}): {len(self)} entries of {self.shape}, {used} of {files.size(self.limit)}"
 
-    def __getitem__(self, keys: Hashable | Sequence[Hashable]) -> Tensor:
+    def __getitem__(self, keys: str | int | Sequence[Hashable]) -> Tensor:
         """(N, M, F) of N keys, or (M, F) of one.
 
         Raises:
@@ -109,7 +109,7 @@ class FeatureCache:
                 f"{self.folder} has no whole features for {len(missing)} of {len(keys)} keys, such as {missing[0]!r}: add them with "
                 "fill."
             )
-        return torch.stack(found)
+        return torch.stack([entry for entry in found if entry is not None])
 
     def find(self, keys: Sequence[Hashable]) -> list[Tensor | None]:
         """Each entry, float32 (M, F), or None where there is no whole one."""
@@ -132,7 +132,8 @@ class FeatureCache:
             self.add([keys[position] for position in missing], new)
             for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
                 found[position] = entry
-        return torch.stack(found) if found else torch.empty(0, *(self.shape or ()))
+        whole = [entry for entry in found if entry is not None]
+        return torch.stack(whole) if whole else torch.empty(0, *(self.shape or ()))
 
     def add(self, keys: Sequence[Hashable], features: Tensor) -> bool:
         """Store (N, M, F) under N keys, whole or not at all; False when there is no room.
@@ -279,4 +280,4 @@ class PreparedFeatures:
 
 
 def _checksum(entry: Tensor) -> str:
-    return hashlib.blake2b(entry.contiguous().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(entry.contiguous().view(torch.uint8).numpy().data, digest_size=16).hexdigest()

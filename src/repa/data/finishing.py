@@ -27,8 +27,9 @@ def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
         stored = progress.manifest.features if progress.manifest else ()
         encoders = dict.fromkeys([*now.config.features, *settings.config.features, *stored])
         names = (BASE, *encoders, *([TEXT] if now.config.text or settings.config.text else []))
-        parts = [{name: progress.part(k, name) for name in names} for k in range(num_shards)]
-        if not all(part for shard in parts for part in shard.values()):
+        found = [{name: progress.part(k, name) for name in names} for k in range(num_shards)]
+        parts = [{name: part for name, part in shard.items() if part is not None} for shard in found]
+        if any(len(there) < len(asked) for there, asked in zip(parts, found, strict=True)):
             return None
         manifest = _assemble(out, now, parts)
         if manifest != progress.manifest:
@@ -60,9 +61,9 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
     if first is None:
         raise UserError(f"No image of {settings.source['name']} can be used; the first is {shards[0].skipped[0]}.")
     counts = np.zeros(len(settings.class_names), np.int64)
-    for shard in shards:
-        if shard.num and not shard.flipped:
-            counts += np.bincount(load_npy(out / shard.files["labels"].file, "labels"), minlength=len(counts))
+    for made in shards:
+        if made.num and not made.flipped:
+            counts += np.bincount(load_npy(out / made.files["labels"].file, "labels"), minlength=len(counts))
     encoders = [name for name in first if name not in (BASE, TEXT)]
     return Manifest(
         source=settings.source,
@@ -139,6 +140,7 @@ def _remove(out: Path, name: str) -> Manifest | None:
         raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")
     manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
     spec = name.removeprefix("features:")
+    gone: tuple[str, ...]
     if name == "images":
         config, gone = _without_images(out, manifest), ("images",)
     elif name == TEXT and (before.config.text or _array_files(out, *fields_of(TEXT))):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -97,7 +97,7 @@ class Loader:
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
         self.fields(0)  # refuses what the data does not hold
-        self.order = GlobalShuffle(data.num_images, seed)
+        self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(data.num_images, seed)
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
             data.stream.require_room(2 * WINDOW * self._largest_shard())
@@ -140,7 +140,7 @@ class Loader:
         """The batch of step `step`: a pure function of (seed, step, rank, world)."""
         return self._finish(self._read(step))
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches of start_step, start_step + 1, ...; threads read ahead. Close the iterator to stop them."""
         on_start = functools.partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         with contextlib.ExitStack() as stack:
@@ -238,7 +238,7 @@ def ahead(
     depth: int,
     workers: int = 1,
     on_start: Callable[[], Any] | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Like map(function, items), in order, with up to `depth` results made ahead by threads.
 
     An exception of `function` is raised where its result would have come. Closing the iterator stops the threads.

@@ -106,7 +106,7 @@ class Manifest(Config):
     """The shards, in order; one whose images are all skipped has no files."""
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Self:
         if not isinstance(self.source.get("name"), str):
             raise ValueError("its source has no name")
         if sum(shard.num for shard in self.shards) != self.num_images:

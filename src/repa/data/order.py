@@ -4,6 +4,7 @@ Nothing here grows with the number of images, so an epoch of a billion costs wha
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -86,7 +87,7 @@ class WindowShuffle:
         window: shards that are mixed.
     """
 
-    def __init__(self, sizes: np.ndarray, seed: int, window: int = WINDOW):
+    def __init__(self, sizes: Sequence[int] | np.ndarray, seed: int, window: int = WINDOW):
         self.sizes, self.seed, self.window = np.asarray(sizes), seed, window
         self.starts = self.sizes.cumsum() - self.sizes
         self._plan = functools.lru_cache(2)(self._planned)  # a batch may need the end of one epoch and the next's start

@@ -91,7 +91,7 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
     Raises:
         UserError: K above D.
     """
-    count, total, square = 0, 0.0, 0.0
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
     for tokens in batches:
         x = tokens.flatten(0, 1).double()  # (n T, D)
         count, total, square = count + len(x), total + x.sum(0), square + x.T @ x

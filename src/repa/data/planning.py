@@ -107,7 +107,8 @@ def _measure(
     """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
     pieces = spread(shards, sum(len(shard.rows) for shard in shards))
     random.Random(0).shuffle(pieces)  # a sorted source may begin with its smallest images
-    budget, kept = seconds / (1 + len(models)), []
+    budget = seconds / (1 + len(models))
+    kept: list[Images] = []
     with contextlib.closing(read(pieces)) as stream:
         decoded, begin = 0, time.perf_counter()
         for _, images in stream:

@@ -174,7 +174,9 @@ def add_text(
         if not any(shard.captions for shard in manifest.shards):
             raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
         text = {"text": spec, "text_form": form} if spec else {}
-        before = started(out).config  # with what an interrupted call asked for
+        begun = started(out)
+        assert begun is not None  # it has a manifest
+        before = begun.config  # with what an interrupted call asked for
         config = before.override(**text, text_weights=weights or before.text_weights)
         if not config.text:
             raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")

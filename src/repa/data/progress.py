@@ -165,7 +165,7 @@ class Progress:
         """The record of a finished part whose files are all there, else None."""
         path = self._path(shard, name)
         if (values := _read_record(path)) is not None:
-            part = Part.parse(values, where=str(path))
+            part: Part | None = Part.parse(values, where=str(path))
         else:
             part = self._of_manifest(shard, name)
         return part if part and all(file.intact(self.out) for file in part.shard.records) else None

@@ -9,19 +9,35 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.data.manifest import Manifest
-from repa.data.stored_files import ArrayFile, TextFile
+from repa.data.stored_files import ArrayFile, Shard, TextFile
 
 MAX_OPEN = 60_000  # files, each with a descriptor; a shuffled batch reads almost all there are
 SPARE = 500  # descriptors that are left to the rest of the process
 HEADER = 4096  # bytes that hold the header of any array of ours
+
+
+class Described(Protocol):
+    """What a ShardReader asks of a manifest."""
+
+    @property
+    def shards(self) -> Sequence[Shard]: ...
+
+    @property
+    def fields(self) -> Mapping[str, tuple[str, tuple[int, ...]]]: ...
+
+    @property
+    def records(self) -> Sequence[ArrayFile | TextFile]: ...
+
+    @property
+    def num_images(self) -> int: ...
 
 
 class ShardReader:
@@ -35,7 +51,7 @@ class ShardReader:
     """
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, fetch: Callable[[ArrayFile | TextFile], Path] | None = None,
+        self, folder: str | Path, manifest: Described, fetch: Callable[[ArrayFile | TextFile], Path] | None = None,
         only: Sequence[str] | None = None,
     ):  # fmt: skip
         self.folder, self.manifest = folder, manifest
@@ -77,7 +93,7 @@ class ShardReader:
             out = np.empty((len(indices), *shape), dtype)
         assert (out.shape, out.dtype) == ((len(indices), *shape), dtype), (out.shape, out.dtype)
         if out.size:
-            self._fill(memoryview(out).cast("B"), field, indices)
+            self._fill(out.data.cast("B"), field, indices)
         return out
 
     def checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:

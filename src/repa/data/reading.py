@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Images(NamedTuple):
     texts_before: int = 0  # that are stored of this shard already, where captions are encoded
 
 
-Read = Callable[[Iterable[Piece]], Iterator[tuple[Piece, Images]]]
+Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, Images], None, None]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FromSource(Dataset):
     resolution: int
     num_workers: int
 
-    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
         """Pieces are taken from `pieces` a few ahead, in this process; workers exist before the first is."""
         with warnings.catch_warnings():  # of more workers than cores, which is right where the source is far away
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -87,7 +87,8 @@ class FromSource(Dataset):
         if piece.flipped:
             batch = batch[:, :, ::-1]
         batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-        moments = np.stack(given) if source.moments_shape and not piece.flipped else None  # those are of the originals
+        of_originals = [row for row in given if row is not None]
+        moments = np.stack(of_originals) if source.moments_shape and not piece.flipped else None
         return Images(batch, source.labels[kept], captions, bad, moments)
 
 
@@ -97,7 +98,7 @@ class FromShards:
 
     reader: ShardReader
 
-    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
         with contextlib.closing(ahead(self._read, pieces, depth=AHEAD)) as stream:
             yield from stream
 
@@ -113,7 +114,7 @@ class FromCaptions:
     folder: Path
     shards: Mapping[int, Shard]
 
-    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Images]]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
         shard, captions, before = None, [], 0
         for piece in pieces:
             if piece.shard != shard:

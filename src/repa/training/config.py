@@ -1,6 +1,6 @@
 """Everything that defines a training run. The resolved form is written into the run folder and is itself a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,7 +74,7 @@ class PreviewConfig(Config):
     """Local folder of that decoder's weights; empty takes the hub's."""
 
     @model_validator(mode="after")
-    def _something_to_score(self):
+    def _something_to_score(self) -> Self:
         if outside := {"autoguidance", "representation"} & {parse_spec(spec)[0] for spec in self.guidance}:
             raise ValueError(
                 f"the guidance {min(outside)} needs another run or an image, which previews do not have: leave it out of preview.guidance"
@@ -195,7 +195,7 @@ class TrainConfig(Config):
         return pairs
 
     @model_validator(mode="after")
-    def _fits_together(self):
+    def _fits_together(self) -> Self:
         self.diffusion.check_model(self.model.name, self.model.learn_sigma)
         self.diffusion.check_sampler(self.preview.sampler)
         if self.preview.every or self.preview.scored_every:
@@ -294,8 +294,11 @@ class TrainConfig(Config):
 def _other_pass(target: str) -> tuple:
     """What a target "ema:..." or "run:..." says of the pass that it looks at; only blocks of one pass may differ."""
     name, settings = parse_spec(target)
-    defaults = {"ema": {"earlier": 0.0, "cleanest": False}, "run": {"path": "", "step": -1, "scale": 30.0}}[name]
-    return name, *(settings.get(key, value) for key, value in defaults.items())
+    defaults: dict[str, dict[str, Any]] = {
+        "ema": {"earlier": 0.0, "cleanest": False},
+        "run": {"path": "", "step": -1, "scale": 30.0},
+    }
+    return name, *(settings.get(key, value) for key, value in defaults[name].items())
 
 
 def refuse_accumulation(key: str, loss: str, accumulate: int) -> None:

@@ -5,6 +5,8 @@ arXiv 2209.05433 proposes; products accumulate in float32 and come out in bfloat
 gradients are exact. What is kept for the backward is the rounded input and weight: half the bytes of bfloat16.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class _Product(torch.autograd.Function):
     """x (M, K) @ weight (N, K) transposed -> (M, N)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x8, x_scale = rounded(x, FORWARD)
         w8, w_scale = rounded(weight, FORWARD)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
@@ -36,7 +38,7 @@ class _Product(torch.autograd.Function):
         return multiplied(x8, w8.t(), x_scale, w_scale)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = rounded(gradient, GRADIENT)
         # the second factor must be laid out column by column, the first row by row

@@ -5,11 +5,14 @@ Chosen by `fused_update`; off by default, as nobody has timed it on a GPU yet.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 BLOCK = 4096  # numbers of one program
 
@@ -62,13 +65,13 @@ def programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
 
 
 @functools.cache
-def kernel() -> Callable:
+def kernel() -> "JITFunction":
     """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def update(
+    def update(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         addresses, sizes, owner, start, of_each, of_all, new1, new2, beta2, eps, BLOCK: tl.constexpr
     ):  # fmt: skip
         program = tl.program_id(0)

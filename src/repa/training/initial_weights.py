@@ -71,7 +71,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
         state[LABELS][-1] = start.state[LABELS][-1]
     state |= {name: own[name] for name in POSITIONS if name in own and state[name].shape != own[name].shape}
     objective.model.load_state_dict(state)
-    for alignment in objective.alignments.values():
+    for alignment in objective.terms():
         new = start.projectors.get((alignment.config.key, alignment.config.projector))
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:

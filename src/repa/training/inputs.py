@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from repa.base.errors import UserError
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.base.registry import parse_spec
 from repa.conditions import Text, load_text_encoder
+from repa.conditions.contract import TextEncoder
 from repa.data import Batch, DataSet
 from repa.data.dataset import require_same_encoder
 from repa.encoders import load_encoder
@@ -125,9 +126,12 @@ class EncoderFeatures:
         self.stream.wait_stream(main)  # the images must have arrived
         with torch.cuda.stream(self.stream):
             features = self(batch, needs)
+        assert batch.images is not None  # which the encoders just saw
         batch.images.record_stream(self.stream)  # no memory is reused before the other stream is done with it
         for found in features.values():
-            found.map(lambda x: x.record_stream(main) or x)
+            for x in (found.patches, found.pooled, *(found.attention or {}).values()):
+                if x is not None:
+                    x.record_stream(main)
         return batch, features, self.stream.record_event()
 
 
@@ -202,21 +206,24 @@ class TextConditions:
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
-        self.device, self.precision, self.encoder = device, config.precision, None
-        self.reads, self.identity, self.empty, self.width = "", None, None, 0
+        self.device, self.precision, self.width = device, config.precision, 0
+        self.encoder: TextEncoder | None = None
+        self.reads: Literal["", "tokens", "captions"] = ""
+        self.identity: dict[str, Any] | None = None
+        self.empty: Text | None = None
         if not config.text:
             if any(parse_spec(term.target)[0] == "text" for term in config.alignments):
                 self._read_for_targets(data)
             return
         if data.text and data.manifest.config.text == config.text:
             self.reads, self.identity = "tokens", data.text.identity
-            self.empty: Text | None = data.texts.empty().text().map(lambda x: x.to(device))
+            self.empty = data.texts.empty().text().map(lambda x: x.to(device))
         else:
             self.encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
             self.reads, self.identity = "captions", self.encoder.identity
             if config.precision in HALF:
                 self.encoder.round_weights(DTYPES[config.precision])
-            self.empty = self._encode([""])
+            self.empty = self._encode(self.encoder, [""])
         self.width = self.empty.tokens.shape[2]
 
     def completed(self, config: TrainConfig) -> TrainConfig:
@@ -243,12 +250,13 @@ class TextConditions:
         """The condition of the images of a batch."""
         if not self.reads:
             return Condition(batch.labels)
-        text = self._encode(batch.captions) if self.encoder else batch.text
+        text = self._encode(self.encoder, batch.captions or ()) if self.encoder else batch.text
+        assert text is not None  # the loader reads what `reads` says
         return Condition(batch.labels, text.tokens, text.mask)
 
-    def _encode(self, texts: list[str]) -> Text:
+    def _encode(self, encoder: TextEncoder, texts: Sequence[str]) -> Text:
         with autocast(self.device, self.precision):
-            return self.encoder(texts)
+            return encoder(texts)
 
 
 def _with_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
@@ -260,7 +268,7 @@ def _with_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
 class TimedIterator(Generic[Item]):
     """Passes an iterator's items on and adds up the seconds that were waited for them."""
 
-    def __init__(self, items: Generator[Item]):
+    def __init__(self, items: Generator[Item, None, None]):
         self.items, self.seconds = items, 0.0
 
     def __iter__(self) -> Iterator[Item]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repa.alignment import Alignment
 from repa.base import dist
 from repa.base.device import peak_memory, quick_product_rate
 from repa.models.routing import tokens_at
@@ -109,7 +110,9 @@ def _depth_of(name: str, objective: Objective) -> int:
     """The block that a parameter belongs to, or whose tap its projector sees; 0: none, so that it sees all tokens."""
     room, *path = name.split(".")
     if room == "alignments":
-        return objective.alignments[path[0]].tap.depth
+        term = objective.alignments[path[0]]
+        assert isinstance(term, Alignment)
+        return term.tap.depth
     return int(path[1]) + 1 if path[0] == "blocks" else 0
 
 

@@ -222,9 +222,12 @@ def _part(
 
 
 @torch.no_grad()
-def _latents(batch: Batch, autoencoder: nn.Module, seed: int, step: int) -> Tensor:
+def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Tensor:
     """Clean latents (N, C, h, w), sampled anew from the posterior at every step with draws of the global batch."""
-    moments = batch.moments if batch.moments is not None else autoencoder.encode(batch.images)
+    moments = batch.moments
+    if moments is None:
+        assert batch.images is not None  # the loader reads one of them
+        moments = autoencoder.encode(batch.images)
     if not autoencoder.stochastic:
         return autoencoder.sample(moments)
     num, shape = len(moments), (autoencoder.channels, *moments.shape[2:])

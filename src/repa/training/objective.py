@@ -16,6 +16,7 @@ from repa.base.errors import UserError
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
+from repa.diffusion.processes import Flow
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.routing import draw
@@ -44,7 +45,8 @@ class Draws(NamedTuple):
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        t, t_averaged = (None if t is None else each(t, lambda x: x[part]) for t in (self.t, self.t_averaged))
+        t = each(self.t, lambda x: x[part])
+        t_averaged = None if self.t_averaged is None else each(self.t_averaged, lambda x: x[part])
         keep = None if self.keep is None else self.keep[part]
         other = None if self.other is None else rows_of(self.other, part)
         visible = rows_of(self.visible or {}, part)
@@ -103,9 +105,22 @@ class Objective(nn.Module):
             )
         self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
 
+    def terms(self) -> list[Alignment]:
+        """The alignments, in order."""
+        return [term for term in self.alignments.values() if isinstance(term, Alignment)]
+
     def clean(self, x: Tensor, features: Mapping[str, Features]) -> State:
         """What is noised: the latents x (N, C, H, W), and for each stream the encoder's vector of the image (N, F)."""
-        return {"x": x, **{s.name: features[s.source].pooled.float() for s in self.streams}}
+        found = {"x": x}
+        for stream in self.streams:
+            vector = features[stream.source].pooled
+            if vector is None:
+                raise UserError(
+                    f"The stream {stream.name} is a vector of the whole image, and the encoder {stream.source} has none: choose "
+                    "another source."
+                )
+            found[stream.name] = vector.float()
+        return found
 
     def draw(self, clean: State, step: int) -> Draws:
         """The draws of this process's rows (N) out of the global batch of `step`."""
@@ -113,12 +128,12 @@ class Objective(nn.Module):
         rows = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
         stream = generator(self.seed, "objective", step, device=x.device)
-        t = self.process.draw_times(num, stream, x.device)
+        drawn = self.process.draw_times(num, stream, x.device)
         noise = {"x": torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)}
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
-        t = self._token_times(t, stream)
+        t = self._token_times(drawn, stream)
         averaged, visible = self._averaged_times(t, stream), self._visible(num, step, x.device)
         keep, path = None, None
         if self.model.route:
@@ -133,7 +148,7 @@ class Objective(nn.Module):
     def _visible(self, num: int, step: int, device: torch.device) -> State:
         """Tokens that masking projectors see, each term from a stream of its own."""
         found = {}
-        for term in self.alignments.values():
+        for term in self.terms():
             if term.masked is not None:
                 stream = generator(self.seed, "visible", term.config.key, step, device=device)
                 scores = torch.rand((num, self.model.grid[0] * self.model.grid[1]), generator=stream, device=device)
@@ -144,6 +159,7 @@ class Objective(nn.Module):
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
         times = self._times_of(each(t, lambda x: x.roll(1, 0)[rows]), part)
+        assert isinstance(self.process, Flow)  # as it is contrastive
         return self.process.velocity(before, noise.roll(1, 0)[rows], times)
 
     def _token_times(self, t: Tensor, stream: torch.Generator) -> Times:
@@ -173,12 +189,13 @@ class Objective(nn.Module):
 
     def weights(self, step: int, device: torch.device) -> Tensor:
         """(1 + A,): of the denoising losses, and lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
-        found = [self.denoising_schedule(step), *(a.weight(step) for a in self.alignments.values())]
+        found = [self.denoising_schedule(step), *(a.weight(step) for a in self.terms())]
         return torch.stack([torch.full((), weight, device=device) for weight in found])
 
     @torch.no_grad()
     def averaged(self, network: Backbone, clean: State, condition: Condition, draws: Draws) -> Output:
         """What the averaged or frozen network answers on the same images and noise, called outside of DDP and torch.compile."""
+        assert draws.t_averaged is not None  # a term asks for it
         state, time = self._noised(clean, draws.noise, draws.t_averaged), self._network_time(draws.t_averaged)
         target, taps = self.averaging[0], self.averaged_taps
         if not target.run:
@@ -227,12 +244,12 @@ class Objective(nn.Module):
         of_denoising, *lambdas = weights.unbind()
         total = of_denoising * total
         seen = Seen(output, features, averaged, clean, draws.t, condition, given, draws.visible or {})
-        for alignment, weight in zip(self.alignments.values(), lambdas, strict=True):
+        for alignment, scale in zip(self.terms(), lambdas, strict=True):
             if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
                 total = total + _untouched(alignment)
                 continue
             loss = alignment(seen)  # (N,), Eq. 8
-            total = total + weight * loss  # Eq. 9
+            total = total + scale * loss  # Eq. 9
             terms[f"alignment/{alignment.key}"] = loss.detach()
         return Losses(total, terms)
 
@@ -254,11 +271,11 @@ class Objective(nn.Module):
 
     def averages(self, step: int) -> bool:
         """Does a term of this step look at the averaged network?"""
-        return any(a.target.averaged and a.weight(step) != 0 for a in self.alignments.values())
+        return any(a.target.averaged and a.weight(step) != 0 for a in self.terms())
 
     def needs(self, step: int) -> tuple[Need, ...]:
         """What this step wants of encoders: for streams, and for the terms with a weight that is not 0."""
-        terms = [a.target.need for a in self.alignments.values() if a.target.need and a.weight(step) != 0]
+        terms = [a.target.need for a in self.terms() if a.target.need and a.weight(step) != 0]
         return merged([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
     def trained_groups(self) -> list[list[nn.Parameter]]:
@@ -266,7 +283,7 @@ class Objective(nn.Module):
 
         A projector that only measures is its own group: its gradient must not change the scale of the network's.
         """
-        alignments = list(self.alignments.values())
+        alignments = self.terms()
         measuring = [p for a in alignments if a.config.measure_only for p in a.parameters()]
         rest = [p for a in alignments if not a.config.measure_only for p in a.parameters()]
         network = [p for p in self.model.parameters() if p.requires_grad]
@@ -295,12 +312,9 @@ class Objective(nn.Module):
             losses = self._denoising(prediction, clean, draws)
             found.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
         for stream in self.streams:
-            # a vector is an image of one pixel to the process
-            answer, vector, noise, other = (
-                None if part is None else part[stream.name][:, :, None, None]
-                for part in (output.prediction, clean, draws.noise, draws.other)
-            )
-            losses = self.process.losses(answer, vector, noise, draws.t, other)
+            answer, vector, noise = (_pixel(part[stream.name]) for part in (output.prediction, clean, draws.noise))
+            other = None if draws.other is None else _pixel(draws.other[stream.name])
+            losses = self.process.losses(answer, vector, noise, self._times_of(draws.t, vector), other)
             loss = losses["denoising"] + losses["contrastive"] if draws.other else losses["denoising"]
             found.append((f"stream/{stream.name}", stream.weight, loss))
         return found
@@ -317,6 +331,11 @@ class Objective(nn.Module):
 def each(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
     """The function of times (N,), or of both parts of two times an image."""
     return t.map(function) if isinstance(t, TwoTimes) else function(t)
+
+
+def _pixel(vector: Tensor) -> Tensor:
+    """A vector (N, F) is an image of one pixel to the process."""
+    return vector[:, :, None, None]
 
 
 def rows_of(state: State, part: slice) -> State:

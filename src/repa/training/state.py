@@ -149,9 +149,9 @@ def build_state(
     for alignment in config.alignments:
         with seeded(config.seed, "projector", alignment.key):
             alignments.append(Alignment.of(alignment, model, feature_dims))
-    for alignment in alignments:
-        if config.accumulate > 1 and looks_at_other_images(alignment.loss):
-            refuse_accumulation(alignment.config.key, alignment.config.loss, config.accumulate)
+    for term in alignments:
+        if config.accumulate > 1 and looks_at_other_images(term.loss):
+            refuse_accumulation(term.config.key, term.config.loss, config.accumulate)
     objective = Objective(
         model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed,
         streams=config.streams, head_weight=config.head_weight, denoising_schedule=config.denoising_schedule,
@@ -207,5 +207,5 @@ class seeded:
         self.before = torch.get_rng_state()
         torch.manual_seed(self.seed)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.before)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.precision import resolved
+from repa.models.contract import Backbone
 from repa.runs.averaging import gamma_of, weights_name
 from repa.training.config import OptimizerConfig, TrainConfig
 from repa.training.fused_update import Row, by_triton
+from repa.training.objective import Objective
 
 if TYPE_CHECKING:
     from repa.training.state import TrainState
@@ -164,11 +166,11 @@ def clip(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Paramete
     if len(groups) > 1 or not isinstance(optimizer, torch.optim.AdamW):
         return [dist.full_tensor(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
     norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
-    optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
+    vars(optimizer)["grad_scale"] = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
     return [norm]
 
 
-def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of network and projectors.
 
     Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
@@ -217,11 +219,11 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([muon, *self.adamw.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
         muon, adamw = self.param_groups
         skip: Tensor | None = getattr(self, "found_inf", None)
         self.adamw.state, self.adamw.param_groups = self.state, [adamw]  # anew, as load_state_dict puts others there
-        self.adamw.found_inf = skip
+        vars(self.adamw)["found_inf"] = skip
         self.adamw.step()
         for p in muon["params"]:
             if p.grad is not None:
@@ -256,7 +258,7 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
     Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
     """
-    optimizer.found_inf = skip  # the protocol of torch.amp.GradScaler with fused optimizers
+    vars(optimizer)["found_inf"] = skip  # the protocol of torch.amp.GradScaler with fused optimizers
     optimizer.step()
     for name in ("found_inf", "grad_scale"):  # no part of its state
         vars(optimizer).pop(name, None)
@@ -292,7 +294,7 @@ def power(width: float) -> Share:
 class EMA:
     """A frozen copy of `model` that follows it: ema <- ema + share(t) * (model - ema)."""
 
-    def __init__(self, model: nn.Module, share: Share):
+    def __init__(self, model: Backbone, share: Share):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.share = share
         self._followed = model
@@ -313,7 +315,7 @@ class EMA:
 
 
 @torch.no_grad()
-def step_and_average(optimizer: torch.optim.AdamW, ema: EMA, t: int, skip: Tensor) -> None:
+def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: Tensor) -> None:
     """`step_unless` and `ema.update` after step t, on CUDA in one pass.
 
     The first step makes the optimizer's state, so it takes the two calls, as does one in which a parameter has no gradient.
@@ -331,7 +333,8 @@ def step_and_average(optimizer: torch.optim.AdamW, ema: EMA, t: int, skip: Tenso
     for p in group["params"]:
         state, average = optimizer.state[p], averages.get(p)
         parts = (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"])
-        rows.append(Row(*map(local, parts), None if average is None else local(average)))
+        weight, gradient, first, second, step = map(local, parts)
+        rows.append(Row(weight, gradient, first, second, step, None if average is None else local(average)))
     scale = vars(optimizer).pop("grad_scale", torch.ones_like(skip))
     by_triton(
         rows, skip, scale, ema.share(t), rate=group["lr"], betas=group["betas"], eps=group["eps"],
@@ -339,7 +342,7 @@ def step_and_average(optimizer: torch.optim.AdamW, ema: EMA, t: int, skip: Tenso
     )  # fmt: skip
 
 
-def build_averages(model: nn.Module, config: TrainConfig) -> dict[str, EMA]:
+def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
     """The averages that a configuration asks for beside the first, by the names of their files."""
     shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
     shares |= {weights_name(width): power(width) for width in config.ema_widths}

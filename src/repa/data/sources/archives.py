@@ -35,7 +35,7 @@ class Slices:
             raise EOFError(f"the file ends {size - len(data):,} bytes too early")
         return data
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Slices, (self.path,)
 
 

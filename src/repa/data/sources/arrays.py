@@ -5,7 +5,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -197,7 +197,7 @@ class _Npz:
         num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
         if offset - start + num_bytes != size or offset + num_bytes > os.path.getsize(self.path):
             raise ValueError("it is cut short")
-        order = "F" if fortran else "C"
+        order: Literal["F", "C"] = "F" if fortran else "C"
         return np.memmap(self.path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)
 
 

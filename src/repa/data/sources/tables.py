@@ -3,6 +3,7 @@
 Those come from the hub, from `save_to_disk`, or as .arrow files; parquet files are read by row groups (parquet.py).
 """
 
+import functools
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -250,7 +251,7 @@ def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: st
 def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> DatasetSource:
     """The .arrow files of `datasets`, one after the other."""
     datasets = _library()
-    tables = [_loading(lambda shard=shard: datasets.Dataset.from_file(shard), shard) for shard in shards]
+    tables = [_loading(functools.partial(datasets.Dataset.from_file, shard), shard) for shard in shards]
     where = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
     table = _loading(lambda: datasets.concatenate_datasets(tables), where)
     return DatasetSource(table, where, labels, **columns)

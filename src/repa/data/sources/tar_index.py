@@ -110,7 +110,9 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
 
 def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size)."""
-    key, members, seen = None, {}, set()
+    key: str | None = None
+    members: dict[str, tuple[int, int]] = {}
+    seen: set[str] = set()
     for member in _members(path, name, size):
         folder, slash, base = _plain(member.name).rpartition("/")
         stem, _, extension = base.partition(".")
@@ -133,7 +135,7 @@ def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
     """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
     with faults.reading(path, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
-            archive.members = []  # the module would keep every header
+            archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
             if leads_out(member.name):
                 raise UserError(
                     f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "

@@ -214,8 +214,8 @@ class WebDataset(Source):
 def _numbered(shards: Sequence[str]) -> bool:
     """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar?"""
     stems = [Path(shard.partition("?")[0]).stem for shard in shards]
-    matches = [re.search(r"([0-9]+)(?!.*[0-9])", stem) for stem in stems]
-    if not all(matches):
+    matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
+    if len(matches) < len(stems):
         return False
     numbers = sorted(int(match[1]) for match in matches)
     others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
