@@ -47,11 +47,15 @@ class Checkpoint(NamedTuple):
 class Savable(Protocol):
     """A checkpoint, or the share of one that a process writes."""
 
-    step: int
-    counters: dict[str, Any]
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def counters(self) -> dict[str, Any]: ...
 
     def files(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Name of the file -> its tensors, whole."""
+        ...
 
 
 class Share(NamedTuple):
@@ -161,9 +165,9 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
         step = steps[-1]
     folder, state = _whole(run, step)
     tensors = {file: _read_parts(folder, file) for file in _tensor_files(state)}
-    known = [tensors.pop(name, {}) for name in KNOWN]
+    model, ema, projectors, optimizer = (tensors.pop(name, {}) for name in KNOWN)
     averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
-    return Checkpoint(state["step"], *known, state["counters"], averages)
+    return Checkpoint(state["step"], model, ema, projectors, optimizer, state["counters"], averages)
 
 
 def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Dealt]]] | None:
@@ -223,7 +227,7 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

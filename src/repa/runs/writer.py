@@ -52,7 +52,9 @@ class Writer:
         """Write a checkpoint, or this process's share of the one that was begun."""
         self.wait()
         if self.folder is None:
-            job = functools.partial(save_checkpoint, self.run, checkpoint, self.keep, self.keep_every)
+            job: Callable[[], object] = functools.partial(
+                save_checkpoint, self.run, checkpoint, self.keep, self.keep_every
+            )
         else:
             job = functools.partial(write_files, self.folder, checkpoint)
         self.pending = checkpoint, self.pool.submit(job) if self.pool else _done(job)
