@@ -333,7 +333,7 @@ def test_figures_are_printed_as_in_the_paper():
 
 
 def test_an_unknown_recipe_suggests_the_nearest():
-    with pytest.raises(UserError, match=r"no recipe 'sit-xl2-rep'.*Did you mean 'sit-xl2-repa'\?.*repa list recipes"):
+    with pytest.raises(UserError, match=r"recipe 'sit-xl2-rep'.*Did you mean 'sit-xl2-repa'\?.*repa list recipes"):
         load_recipe("sit-xl2-rep")
     with pytest.raises(UserError, match=r"Did you mean 'sit-l2-repa-mae-l-ntxent'\?"):
         load_recipe("sit-l2-repa-mae-l-ntxen")

@@ -28,17 +28,17 @@ def test_defaults_are_the_papers():
     [
         (
             {"loss": "nt_xnet"},
-            "Did you mean 'nt_xent'? Allowed are attention_ce",
+            "Did you mean 'nt_xent'?",
         ),
         (
             {"loss": "nt_xent:temprature=0.1"},
-            "Did you mean 'temperature'? Allowed are temperature.",
+            "'temperature'",
         ),
         ({"loss": "nt_xent:target=3"}, "no setting 'target'"),
-        ({"loss": "cosine:temperature=0.1"}, "no setting 'temperature': allowed are axis"),
+        ({"loss": "cosine:temperature=0.1"}, "Choose axis"),
         ({"projector": "conv:kernal=3"}, "Did you mean 'kernel'?"),
         ({"projector": "mlpp"}, "Did you mean 'mlp'?"),
-        ({"token_norm": "zscore:beta=1"}, "allowed are alpha"),
+        ({"token_norm": "zscore:beta=1"}, "Choose alpha"),
         ({"schedule": "stop:steps=100"}, "Did you mean 'step'?"),
         ({"schedule": "linear:steps=0"}, "a whole number of steps >= 1 as 'steps', but got 0"),
         ({"schedule": "cosine:steps=many"}, "but got 'many'"),

@@ -55,7 +55,7 @@ def test_cka_of_a_run(run, data, unbiased):
 def test_mistakes_are_sentences(run, data):
     with pytest.raises(UserError, match="no block 0"):
         cknna_of_run(run, data, SimilarityConfig(depths=(0,)))
-    with pytest.raises(UserError, match="no encoder 'tinny'.*'tiny'"):
+    with pytest.raises(UserError, match="encoder 'tinny'.*'tiny'"):
         SimilarityConfig.parse({"encoder": "tinny"})
     with pytest.raises(UserError, match=r"10 neighbours need more images than that, but there are 10"):
         cknna_of_run(run, data, SimilarityConfig(num_images=10))

@@ -77,7 +77,7 @@ def test_mistakes(data):
         compare_encoders(data, EncodersConfig(num_images=10))
     with pytest.raises(UserError, match="each named once"):
         EncodersConfig.parse({"encoders": ("tiny", "tiny")})
-    with pytest.raises(UserError, match="no encoder 'tinny'"):
+    with pytest.raises(UserError, match="encoder 'tinny'"):
         EncodersConfig.parse({"encoders": ("tinny",)})
     with pytest.raises(UserError, match="holds no images"):
         compare_encoders(Rearranged(data, has_images=False), EncodersConfig())

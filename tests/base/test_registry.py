@@ -27,7 +27,7 @@ def test_functions_come_with_settings_bound_and_classes_as_instances():
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(UserError, match="no sampler 'huen'.*Did you mean 'heun'"):
+    with pytest.raises(UserError, match="sampler 'huen'.*Did you mean 'heun'"):
         SAMPLERS.check("huen")
 
 

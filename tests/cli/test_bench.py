@@ -103,7 +103,7 @@ def test_an_encoder_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["no-such-recipe"], "There is no recipe 'no-such-recipe'"),
+        (["no-such-recipe"], "'no-such-recipe'"),
         ([], "needs recipe"),
         (["quickstart", "--rounds", "0"], "rounds"),
         (["quickstart", "--precision", "int8"], "int8"),

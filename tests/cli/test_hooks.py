@@ -77,7 +77,7 @@ def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_fold
 def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):
     common = ["train", "quickstart", "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
     for words, sentence in (
-        (["--preview.metrics", "fid"], "metrics 'fid' is not measured in the features of tiny-judge: allowed are fd, kd"),
+        (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-judge. Choose fd, kd"),
         (["--preview.metrics", "fud"], "fud"),
         (["--preview.features", "inceptoin"], "inception"),
         (["--preview.num-scored", "0", "--preview.score-every", "5"], "preview.score_every is 5, but preview.num_scored is 0"),

@@ -92,7 +92,10 @@ def test_the_nearest_name_comes_before_a_long_list():
     many = [f"name-{number}" for number in range(100)]
     assert choices("name-77x", many, "repa list x") == ". Did you mean 'name-77'? `repa list x` prints all 100."
     cut = choices("qqq", many, "repa list x")
-    assert cut.startswith(": allowed are name-0, name-1, ")
+    assert cut.startswith(". Choose name-0, name-1, ")
     assert cut.endswith(", ... `repa list x` prints all 100.")
     assert len(cut) < FITS + 60
-    assert choices("b", ["a", "c"]) == ": allowed are a, c."
+    assert choices("b", ["a", "c"]) == ". Choose a or c."
+    assert choices("bb", ["aa", "ba"]) == ". Choose aa or ba. Did you mean 'ba'?"
+    assert choices("temp", ["temperature"]) == ". Did you mean 'temperature'?"
+    assert choices("x", []) == ". There are none."

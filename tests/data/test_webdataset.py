@@ -74,7 +74,7 @@ def test_keys_of_the_json_are_chosen_by_settings(tmp_path):
     assert (source.class_names, source.labels.tolist()) == (["n5", "n7"], [1, 0])
     assert source.captions(0) == ("one", "two")
     assert open_source(path).labels.tolist() == [0, 0]
-    with pytest.raises(UserError, match=r"no setting 'lable': allowed are image, label, caption, cache.* 'label'"):
+    with pytest.raises(UserError, match=r"'lable'.* image, label, caption or cache.* 'label'"):
         open_source(f"{path}:lable=wnid")
 
 

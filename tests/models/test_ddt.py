@@ -112,7 +112,7 @@ def test_mistakes_are_answered():
         network(head_depth=5)
     with pytest.raises(UserError, match=r"heads names block 4.*1 to 3"):
         network(heads=(4,))
-    with pytest.raises(UserError, match="allowed are sinusoid and fourier"):
+    with pytest.raises(UserError, match="sinusoid or fourier"):
         network(times="sine")
     complete = {"latent_size": 4, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 3, "num_heads": 2}
     with pytest.raises(UserError, match="'ddt' has no separate_times"):

@@ -29,7 +29,7 @@ def test_names_build_networks_of_the_sizes_of_the_configuration():
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="allowed are"):
+    with pytest.raises(UserError, match="hooked"):
         ModelConfig().override(backbone="unet")
     with pytest.raises(UserError, match="heads"):
         build(ModelConfig(backbone=JIT, patch_size=4, heads=(1,), **COMPLETE))

@@ -12,7 +12,7 @@ from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import grid_side, resize_tokens
 from repa.base import dist
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices, nearest
 from repa.base.registry import parse_spec
 from repa.encoders.contract import Features
 from repa.models.taps import Block, Eye, Grid, Tokens, find_blocks, image_tokens, width_of
@@ -267,9 +267,7 @@ class Aligner(nn.Module):
 
     def _term(self, name: str) -> Alignment:
         if name not in self._places:
-            raise UserError(
-                f"There is no term {name!r}: there are {', '.join(self._places)}.{nearest(name, self._places)}"
-            )
+            raise UserError(f"Unknown term {name!r}{choices(name, self._places)}")
         term = self.terms[name.replace(".", "_")]
         assert isinstance(term, Alignment)
         return term

@@ -1,19 +1,19 @@
-"""The one exception that is meant for the user, and texts made safe to print."""
+"""The one exception that is meant for the user, the ends of its sentences, and texts made safe to print."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 FITS = 120  # characters of a list of names in a sentence
 
 # C0, C1 and DEL move the cursor or colour the terminal; bidirectional controls and line separators reorder what is read; lone
-# surrogates stand for bytes that are no UTF-8
+# surrogates stand for bytes that are not UTF-8
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class UserError(ValueError):
     """An error the user can fix: the message says what was given, what is allowed and what to do next.
 
-    The command line prints it as one sentence and exits with code 2. Every other exception is a bug of ours: traceback, exit code 1.
+    The command line prints it as one sentence and exits with code 2. Every other exception is a bug in repa: traceback, exit code 1.
     """
 
 
@@ -22,24 +22,32 @@ def escaped(text: str) -> str:
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def choices(given: str, allowed: Iterable[object], see: str = "") -> str:
-    """The end of a sentence about a name that does not exist: the nearest name first, then those that there are.
+def choices(given: object, allowed: Iterable[object], see: str = "") -> str:
+    """What follows an unknown name: '. Choose a, b or c. Did you mean 'a'?'
 
-    A list that is too long for a sentence is cut: `see` is the command that prints all of it.
+    A list that is too long for a sentence gives way to the nearest name, or is cut. `see` is the command that prints all of it.
     """
     names = [str(name) for name in allowed]
-    near, listed = nearest(given, names), ", ".join(names) or "none"
+    near, listed = nearest(given, names), one_of(names)
     if len(listed) > FITS and (see or near):
         all_of_them = f" `{see}` prints all {len(names)}." if see else ""
         if near:
             return f".{near}{all_of_them}"
-        return f": allowed are {listed[:FITS].rpartition(', ')[0]}, ...{all_of_them}"
-    return f".{near} Allowed are {listed}." if near else f": allowed are {listed}."
+        return f". Choose {listed[:FITS].rpartition(', ')[0]}, ...{all_of_them}"
+    if not names:
+        return ". There are none."
+    return f".{near}" if near and len(names) == 1 else f". Choose {listed}.{near}"
 
 
-def nearest(given: str, allowed: Iterable[object]) -> str:
+def one_of(names: Sequence[object]) -> str:
+    """'a, b or c'."""
+    *others, last = map(str, names) if names else ("",)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def nearest(given: object, allowed: Iterable[object]) -> str:
     """' Did you mean ...?' for the allowed name closest to `given`, or '' when none is close."""
     import difflib
 
-    match = difflib.get_close_matches(given, [str(name) for name in allowed], n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import AfterValidator
 
-from repa.base.errors import UserError, choices, nearest
+from repa.base.errors import UserError, choices, nearest, one_of
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
 
@@ -98,7 +98,7 @@ class Registry:
             require_trusted(self.kind, name)
             return ":".join(name.rsplit(".", 1))
         raise UserError(
-            f"There is no {self.kind} {name!r}{choices(name, self.names(), self.listing and f'repa list {self.listing}')}"
+            f"Unknown {self.kind} {name!r}{choices(name, self.names(), self.listing and f'repa list {self.listing}')}"
         )
 
     def check(self, spec: str) -> str:
@@ -181,10 +181,10 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
     try:
         return registry.check(text)
     except UserError as error:
-        others = ", ".join(filter(None, also))
+        others = [other for other in also if other]
         if not others or "." in text:
             raise
-        raise UserError(f"{error} Allowed too: {others}.{nearest(text, also)}") from None
+        raise UserError(f"{error} Also allowed: {one_of(others)}.{nearest(text, also)}") from None
 
 
 def _keyword_only(function: Any) -> tuple[set[str], set[str]]:

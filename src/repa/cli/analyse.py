@@ -3,7 +3,7 @@
 import importlib
 
 from repa.base.config import Config
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.cli import options, tables
 
 # what -> module of cli, sentence
@@ -30,7 +30,7 @@ def usage() -> str:
 def arguments_of(what: str) -> type[Config]:
     """The configuration whose fields are the options of `repa analyse what`."""
     if what not in WHATS:
-        raise UserError(f"`repa analyse` has no {what!r}: allowed are {', '.join(WHATS)}.{nearest(what, WHATS)}")
+        raise UserError(f"Unknown analysis {what!r}{choices(what, WHATS)}")
     return getattr(importlib.import_module(f"repa.cli.{WHATS[what][0]}"), f"{what.capitalize()}Arguments")
 
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     elif given.kind in every:
         say(table(every[given.kind]()))
     else:
-        raise UserError(f"There is nothing called {given.kind!r} to list{choices(given.kind, every, 'repa list')}")
+        raise UserError(f"Unknown kind of name {given.kind!r}{choices(given.kind, every, 'repa list')}")
     return 0
 
 

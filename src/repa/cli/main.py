@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     try:
         if verb not in VERBS:
-            raise UserError(f"There is no verb {verb!r}{choices(verb, VERBS, 'repa --help')}")
+            raise UserError(f"Unknown verb {verb!r}{choices(verb, VERBS, 'repa --help')}")
         launch.place()  # variables that do not fit together are refused before a process waits for others
         modules, rest = trusted(rest)
         with trust.command(rest):

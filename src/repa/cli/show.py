@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         say("\n\n".join(shown))
     else:
         raise UserError(
-            f"{given.name!r} is no run folder, no data folder and no name of a kind that `repa list` prints."
+            f"{given.name!r} is not a run folder, a data folder or a name that `repa list` knows."
             f"{nearest(given.name, names())}"
         )
     return 0

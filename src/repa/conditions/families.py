@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 
 
 class Family(NamedTuple):
@@ -49,7 +49,7 @@ def family_of(name: str) -> tuple[Family, str]:
     """'clip-l' -> (the family, 'l')."""
     stem, _, size = name.partition("-")
     if stem not in FAMILIES or size not in FAMILIES[stem].hub:
-        raise UserError(f"There is no text encoder {name!r}: allowed are {', '.join(names())}.")
+        raise UserError(f"Unknown text encoder {name!r}{choices(name, names(), 'repa list text-encoders')}")
     return FAMILIES[stem], size
 
 

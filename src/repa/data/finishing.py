@@ -12,7 +12,7 @@ import numpy as np
 
 from repa.base import files, lock
 from repa.base.arrays import load_npy
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import MANIFEST, PARTS, FeatureField, Manifest, TextField
 from repa.data.progress import Part, Progress, Settings, started
@@ -148,14 +148,12 @@ def _remove(out: Path, name: str) -> Manifest | None:
     elif name.startswith("features:") and (spec in before.config.features or _array_files(out, *fields_of(spec))):
         config, gone = _without_features(before, spec), fields_of(spec)
     else:
-        stored = ", ".join(
-            [
-                "images",
-                *([TEXT] if before.config.text else []),
-                *(f"features:{spec}" for spec in before.config.features),
-            ]
-        )
-        raise UserError(f"{out} has no {name!r} to remove: allowed are {stored}.")
+        stored = [
+            "images",
+            *([TEXT] if before.config.text else []),
+            *(f"features:{spec}" for spec in before.config.features),
+        ]
+        raise UserError(f"{out} has no {name!r} to remove{choices(name, stored)}")
     if manifest:
         shards = [
             shard.override(

@@ -8,16 +8,15 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from repa.base.config import Config
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.base.registry import Spec, parse_spec
 from repa.diffusion import DDPM_SAMPLERS, GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
 
 
 def check_prediction(prediction: str) -> str:
-    """The name itself when it is one of PREDICTIONS, else UserError."""
+    """The name itself when it is one of PREDICTIONS, otherwise UserError."""
     if prediction not in PREDICTIONS:
-        allowed = ", ".join(PREDICTIONS)
-        raise UserError(f"Unknown prediction {prediction!r}: allowed are {allowed}.{nearest(prediction, PREDICTIONS)}")
+        raise UserError(f"Unknown prediction {prediction!r}{choices(prediction, PREDICTIONS)}")
     return prediction
 
 
@@ -175,7 +174,7 @@ class DiffusionConfig(Config):
             )
 
     def check_sampler(self, spec: str) -> str:
-        """The spec itself when a network of this objective can be sampled by it, else UserError."""
+        """The spec itself when a network of this objective can be sampled by it, otherwise UserError."""
         name, _ = parse_spec(spec)
         if name in DDPM_SAMPLERS and self.objective != "ddpm":
             others = ", ".join(other for other in SAMPLERS.names() if other not in DDPM_SAMPLERS)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repa.base import extras
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.diffusion.config import check_shift
 from repa.diffusion.denoiser import Denoiser
 from repa.diffusion.interpolants import check_numbers, time_shift, velocity_to_data
@@ -107,9 +107,7 @@ def euler_maruyama(
     reference implementation's on every path (equal to 2sigma on the linear one, not on the trigonometric one).
     """
     if diffusion not in DIFFUSIONS:
-        raise UserError(
-            f"Unknown diffusion {diffusion!r}: allowed are {', '.join(DIFFUSIONS)}.{nearest(diffusion, DIFFUSIONS)}"
-        )
+        raise UserError(f"Unknown diffusion {diffusion!r}{choices(diffusion, DIFFUSIONS)}")
     x = to_state(noise)
     grid = sde_grid(num_steps, last, _shift(shift, denoiser))
     for index, (t, t_next) in enumerate(pairwise(grid.tolist())):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
+from repa.base.errors import choices
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 
@@ -62,7 +63,7 @@ class EvaluateConfig(FeaturesConfig):
         for name in self.metrics:
             if name not in allowed:
                 raise ValueError(
-                    f"metrics {name!r} is not measured in the features of {self.features}: allowed are {', '.join(allowed)}"
+                    f"metrics {name!r} is not measured in the features of {self.features}{choices(name, allowed)}"
                 )
         return self
 

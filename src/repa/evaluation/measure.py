@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repa.base import dist
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
 from repa.evaluation.config import OF_CAPTIONS
@@ -111,11 +111,11 @@ def measure(
 
 
 def check_measurable(extractor: Extractor, reference: Reference, metrics: Sequence[str]) -> None:
-    """Raises UserError for a metric that cannot be had, before any image is looked at."""
+    """Raises UserError for a metric that cannot be measured, before any image is read."""
     for name in metrics:
         if name not in (*extractor.metrics, *OF_CAPTIONS):
             raise UserError(
-                f"{name!r} is not measured in the features of {extractor.name}: allowed are {', '.join(extractor.metrics)}."
+                f"{name!r} is not measured in the features of {extractor.name}{choices(name, extractor.metrics)}"
             )
     if reference.subset is None and (needing := [name for name in metrics if name in NEED_ROWS]):
         raise UserError(

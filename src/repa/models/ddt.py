@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.models.config import ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.layers import (
@@ -115,7 +115,7 @@ class DDT(Backbone):
                 f"heads names block {outside[0]}, but the encoder has blocks 1 to {self.encoder_depth}: choose one of them."
             )
         if times not in ("sinusoid", "fourier"):
-            raise UserError(f"Unknown embedding of the time {times!r}: allowed are sinusoid and fourier.")
+            raise UserError(f"Unknown embedding of the time {times!r}{choices(times, ('sinusoid', 'fourier'))}")
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.head_dim, self.num_classes = hidden_dim, depth, head_dim, num_classes
         self.null_label, self.silu_twice, self.front = num_classes, silu_twice, time_tokens + class_tokens

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.base.weights import read_weights
 from repa.models.config import SIZES
 from repa.models.conventions import State, from_sit, to_sit
@@ -189,8 +189,7 @@ def heads_of_named(hidden_dim: int, depth: int) -> int | None:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        allowed = ", ".join(KINDS)
-        raise UserError(f"Unknown kind of checkpoint {kind!r}: allowed are {allowed}.{nearest(str(kind), KINDS)}")
+        raise UserError(f"Unknown kind of checkpoint {kind!r}{choices(kind, KINDS)}")
 
 
 def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[State, State]:

@@ -47,7 +47,7 @@ def load_recipe(name: str) -> TrainConfig:
     if (path / layout.CONFIG).is_file():
         return TrainConfig.load(path / layout.CONFIG)
     raise UserError(
-        f"There is no recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} A .yaml file or a run folder will do too."
+        f"Unknown recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} A .yaml file or a run folder works too."
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
 from repa.report.speedups import Group, group_speedups, grouped
 from repa.report.style import TEXT, Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
@@ -85,7 +85,7 @@ def curve_figure(
         size: inches.
     """
     if kind not in KINDS:
-        raise UserError(f"There is no curve {kind!r}: choose from {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+        raise UserError(f"Unknown curve {kind!r}{choices(kind, KINDS)}")
     picture = new_figure(figsize=size, layout="constrained")
     draw_curves(picture.add_subplot(), runs, kind, against=against, protocol=protocol)
     return picture

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from repa.base import files, lock
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.diffusion.config import DiffusionConfig
 from repa.models import constructor_arguments, diffusers_export
 from repa.models.config import ModelConfig
@@ -32,7 +32,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         UserError: no such run or step, a folder that is in use, or a network that the format cannot hold.
     """
     if form not in FORMATS:
-        raise UserError(f"There is no format {form!r}: allowed are {', '.join(FORMATS)}.")
+        raise UserError(f"Unknown format {form!r}{choices(form, FORMATS)}")
     config = layout.read_config(run, ("model", "diffusion", "autoencoder"))
     DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     model = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from repa.base import faults, files
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.data.sources.archives import Members, open_zip
 from repa.data.sources.contract import Classes, Source, labels_digest, no_classes
 from repa.data.sources.labels import classes_of, named
@@ -255,7 +255,7 @@ class CifarSource(Source):
         """
         for key, value, allowed in (("split", split, TEN), ("label", label, ("fine", "coarse"))):
             if value not in allowed:
-                raise UserError(f"{folder}:{key} was given {value!r}: allowed are {', '.join(allowed)}.")
+                raise UserError(f"{folder}:{key} was given {value!r}{choices(value, allowed)}")
         ten = any((folder / name).is_file() for names in TEN.values() for name in names)
         if ten and label != "fine":
             raise UserError(f"{folder} is CIFAR-10, which has one kind of label: leave out label={label}.")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
@@ -49,9 +49,7 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     open_it, allowed = _kind(path, labels)
     for key in settings:
         if key not in allowed:
-            raise UserError(
-                f"{str(spec)!r} has no setting {key!r}: allowed are {', '.join(allowed) or 'none'}.{nearest(key, allowed)}"
-            )
+            raise UserError(f"{str(spec)!r} has no setting {key!r}{choices(key, allowed)}")
     return open_it(**settings)
 
 
