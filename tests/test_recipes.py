@@ -243,7 +243,7 @@ def test_list_gives_name_line_and_fid(capsys):
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines if line.startswith("#")] == [
         "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
-        "Text to image", "Other latents, and two halves", "A few thousand images of your own", "JiT, on pixels", "Small runs",
+        "Text to image", "Other latents, and DDT", "A few thousand images of your own", "JiT, on pixels", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]

@@ -49,7 +49,8 @@ def test_every_verb_helps(verb, capsys):
 
 
 def test_verbs(refused):
-    assert "'trian'" in (line := refused("trian")) and "'train'" in line
+    assert "'trian'" in (line := refused("trian"))
+    assert "'train'" in line
     assert "Did you mean 'train'?" in line
     assert "'--verbose'" in refused("--verbose")
 
@@ -193,7 +194,8 @@ def test_the_exit_code_reaches_the_shell():
     done = subprocess.run([sys.executable, "-m", "repa", "lsit"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("repa: ") and "'lsit'" in done.stderr
+    assert done.stderr.startswith("repa: ")
+    assert "'lsit'" in done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -19,7 +19,7 @@ from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 
 
 class Beside(NamedTuple):
-    """What a projector that looks at the condition is given beside the tokens."""
+    """What a projector that reads the condition gets in addition to the tokens."""
 
     t: Times
     """(N,) times of the noise."""
@@ -31,7 +31,7 @@ class Beside(NamedTuple):
 class Alignment(nn.Module):
     """One term of the loss: a tap of the network against a target.
 
-    In a loop of one's own `compare` is all that is needed; the training loop calls `forward` with all that a step has seen.
+    In your own loop `compare` is all that is needed; the training loop calls `forward` with all that a step has seen.
 
     Args:
         config: which term.

@@ -1,4 +1,4 @@
-"""Alignment in a network, a trainer and a loop of one's own: `repa.attach`."""
+"""Alignment in your own network, trainer and loop: `repa.attach`."""
 
 import html
 import json
@@ -32,7 +32,7 @@ def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "A
 
     By default the term compares how similar the tokens of an image are to each other (loss gram), without a projector: a
     pretrained network keeps its hidden states, of which only the relations are asked to change (SGA, arXiv 2605.20808).
-    For a network that starts from nothing: `attach(net, block, features=768, loss="cosine")`.
+    For a network that trains from scratch: `attach(net, block, features=768, loss="cosine")`.
 
     Args:
         net: the network, also one inside DDP, torch.compile (not yet run) or peft.

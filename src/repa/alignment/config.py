@@ -29,7 +29,7 @@ class AlignmentConfig(Config):
     """Names the term in logs and checkpoints; empty: target and depth, as in "dinov2-b@8"."""
 
     weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    """Lambda of Eq. 9: how much this term counts beside the denoising loss."""
+    """Lambda of Eq. 9: how much this term counts next to the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
     """Multiplier of the weight over training: constant, stop:step=250000, warmup, linear:steps=400000, cosine:steps=400000, plateau."""

@@ -2,7 +2,7 @@
 
 A schedule that depends on how training goes is an object with `watches`, `observe`, `state` and `load` besides: see `Plateau`.
 
-Steps are optimiser steps, counted from 0; settings that are no whole number of at least 1 raise UserError.
+Steps are optimiser steps, counted from 0; settings that are not whole numbers of at least 1 raise UserError.
 """
 
 import math

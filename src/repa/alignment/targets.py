@@ -225,7 +225,7 @@ def latent(model: Backbone, tap: Tap) -> Target:
 
 
 def features(model: Backbone, tap: Tap) -> Target:
-    """Features of any origin, which a loop of one's own hands to `Alignment.compare`: no target of a run."""
+    """Features of any origin, which your own loop hands to `Alignment.compare`: no target of a run."""
     raise UserError(
         "The target 'features' is for Alignment.compare in a loop of your own: a run needs the name of an encoder."
     )

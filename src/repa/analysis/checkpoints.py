@@ -31,7 +31,7 @@ def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: 
     """The checkpoints of these steps of every run; without steps at most `most` of each, evenly spaced, the newest included.
 
     Raises:
-        UserError: a folder is no run, or has none of the checkpoints asked for.
+        UserError: a folder is not a run, or has none of the checkpoints asked for.
     """
     names = [Path(run).resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]

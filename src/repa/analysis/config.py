@@ -138,6 +138,6 @@ class NeighboursConfig(Config):
     num_held_out: int = Field(10_000, ge=20)
     """Held-out images at most, evenly spaced."""
     neighbours: int = Field(4, ge=1, le=16)
-    """Nearest images shown beside each sample."""
+    """Nearest images shown next to each sample."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""

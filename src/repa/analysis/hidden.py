@@ -142,7 +142,7 @@ def collect_hidden(
 
 
 def require_latents_alone(model: Backbone) -> None:
-    """Raise UserError for a network that noises vectors beside the latents (REG)."""
+    """Raise UserError for a network that noises the vectors of streams (REG)."""
     if set(model.state_shapes) != {"x"}:
         names = ", ".join(name for name in model.state_shapes if name != "x")
         raise UserError(

@@ -65,5 +65,5 @@ def rae(weights: str | Path | None, *, hub: str = "") -> RepresentationAutoencod
 def _load(name: str, source: str | Path, space: str = "") -> RepresentationAutoencoder:
     vae = load_diffusers("AutoencoderRAE", name, source)
     if not isinstance(vae.config.scaling_factor, (int, float)):
-        raise UserError(f"{source} has the scaling_factor {vae.config.scaling_factor!r:.80}, which is no number.")
+        raise UserError(f"{source} has the scaling_factor {vae.config.scaling_factor!r:.80}, which is not a number.")
     return RepresentationAutoencoder(name, vae, space)

@@ -1,7 +1,7 @@
 """What the system and the readers of file formats raise, as a sentence: the one place that knows these errors.
 
 An error is the user's by where it comes from: the system's when it names a file or tells the state of a disk, a format's when
-it leaves a block of `reading`. Everything else stays a bug of ours, with its traceback.
+it leaves a block of `reading`. Everything else stays a bug in repa, with its traceback.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What to tell the user about an error of the system, or None for a bug of ours."""
+    """What to tell the user about an error of the system, or None for a bug in repa."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MemoryError) or _is_torch_memory(error):
@@ -85,7 +85,7 @@ def is_of_disk(error: BaseException) -> bool:
 
 
 def written(error: Exception, path: Path) -> UserError | None:
-    """The error of a block that writes `path`, naming it where the error does not; None for a bug of ours.
+    """The error of a block that writes `path`, naming it where the error does not; None for a bug in repa.
 
     What is missing or there already stays as it is, because callers look at that: another process may have removed a folder.
     """

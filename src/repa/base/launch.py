@@ -37,7 +37,7 @@ def place(*, strict: bool = True) -> Place:
         strict: False takes variables that make no sense for absent, to print an error.
 
     Raises:
-        UserError: one is set without the other, is no number, or a rank is outside of its world.
+        UserError: one is set without the other, is not a number, or a rank is outside of its world.
     """
     try:
         (rank, world), (local_rank, local_world) = (_pair(*names) for names in PAIRS)

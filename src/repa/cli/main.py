@@ -15,10 +15,10 @@ from repa.base.launch import keep_freed_memory
 from repa.cli.retries import told_once
 
 VERBS = {
-    "quickstart": "the whole main job on this machine: real images to a page that shows the difference",
+    "quickstart": "the whole comparison on this machine: real images to a page that shows the difference",
     "estimate": "what a recipe costs before anything runs: FLOPs, memory, disk, time",
     "prepare": "images -> shards of latents, labels and target tokens",
-    "check": "are prepared data whole, and do their models make the same today?",
+    "check": "is prepared data complete, and do its models still give the same values?",
     "train": "train a diffusion transformer, with alignment or without",
     "bench": "how fast a recipe trains on this machine, and what to change next",
     "ema": "an average of the weights of any width, made after training",
@@ -41,7 +41,7 @@ def usage() -> str:
         f"repa {__version__}: representation alignment for diffusion transformers", "",
         "usage: repa VERB ...        repa VERB --help tells more", "", *lines, "",
         "--trust MODULE, with any verb: files of runs and data may name code of this module (docs/security.md).",
-        "Several processes: torchrun --nproc-per-node 8 -m repa train ...   Exit codes: 0 fine, 2 your input, 1 our bug.",
+        "Several processes: torchrun --nproc-per-node 8 -m repa train ...   Exit codes: 0 done, 2 your input, 1 a bug in repa.",
     ])  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from repa.recipes.own_images import Choice, choose, judge_of, patches_of
 from repa.training.config import TrainConfig
 
 ABOUT = (
-    "The whole main job on this machine, offline: random crops of real photographs -> prepared data -> the same SiT twice, without "
+    "The whole comparison on this machine, offline: random crops of real photographs -> prepared data -> the same SiT twice, without "
     "and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes on two CPU cores; "
     "the same command continues after any stop. With --source the same on images of your own."
 )
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
-    """Settings for images of one's own, said with their reasons."""
+    """Settings for your own images, said with their reasons."""
     from repa.data import open_source
 
     source = open_source(given.source, labels=given.labels)

@@ -73,7 +73,7 @@ def load_words(name: str, weights: Path | None, *, tokens: int = 16, width: int 
     """A vector for each word, seeded by its letters: no weights, nothing learned; for tests and the demonstration.
 
     Raises:
-        UserError: weights are given, or sizes are no even, positive numbers.
+        UserError: weights are given, or sizes are not even, positive numbers.
     """
     if weights is not None:
         raise UserError(f"The text encoder {name} has no weights, but got {weights}: leave them out.")

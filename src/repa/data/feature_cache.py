@@ -260,7 +260,7 @@ class PreparedFeatures:
         return f"PreparedFeatures({str(self.data.folder)!r}): {self.encoder}, {len(self)} entries of {self.shape}"
 
     def __getitem__(self, keys: int | Sequence[int] | np.ndarray) -> Tensor:
-        """(N, M, F) of N numbers, or (M, F) of one; raises UserError for what is no number of an image."""
+        """(N, M, F) of N numbers, or (M, F) of one; raises UserError for what is not a number of an image."""
         if isinstance(keys, (int, np.integer)):
             return self[[int(keys)]][0]
         rows = np.asarray(keys)

@@ -53,7 +53,7 @@ def check_null_trained(guidances: Iterable[str], label_dropout: float | None) ->
 
 def check_path_trained(guidances: Iterable[str], path_drop: float | None) -> None:
     """UserError for guidance by a network without the blocks of its route that never trained so; None: it has no route, or how it
-    trained is not known, which is said when it is asked."""
+    trained is not known, which is reported when it is asked for."""
     for spec in guidances if path_drop == 0 else ():
         if parse_spec(spec)[0] == "path_drop":
             raise UserError(

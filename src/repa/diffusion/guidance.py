@@ -80,7 +80,7 @@ class ClassifierFree(Extrapolation):
     """From the prediction without a condition (arXiv 2207.12598); low and high as in arXiv 2404.07724.
 
     `channels`: guide only the first so many channels of the latents, as DiT's and SiT's code does with 3; 0 guides all.
-    `streams`: the scale of vectors beside the latents (REG's cls-cfg-scale); None: the same scale.
+    `streams`: the scale of the vectors of streams (REG's cls-cfg-scale); None: the same scale.
     """
 
     kind = "cfg"

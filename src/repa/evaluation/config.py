@@ -25,7 +25,7 @@ def metrics_of(features: str) -> tuple[Metric, ...]:
 
 
 class FeaturesConfig(Config):
-    """In whose features images are compared."""
+    """The network whose features are compared."""
 
     features: Annotated[str, Spec(ENCODERS, also=(INCEPTION,))] = INCEPTION
     """inception, whose distances papers report, or an encoder that the model was not aligned to, such as dinov2-l."""
@@ -50,7 +50,7 @@ class EvaluateConfig(FeaturesConfig):
     clip_weights: str = ""
     """Local folder of its weights, as on the hub; empty takes the hub's."""
     neighbours: Literal["float32", "float16"] = "float32"
-    """Arithmetic of precision and recall; float16 rounds as the ADM evaluator does, for figures beside published ones."""
+    """Arithmetic of precision and recall; float16 rounds as the ADM evaluator does, for figures that are compared with published ones."""
 
     @field_validator("metrics", mode="before")
     @classmethod

@@ -222,6 +222,6 @@ def _warnings(extractor: Extractor, num: int, metrics: Sequence[str]) -> list[st
         )
     if "inception_score" in metrics and num % SPLIT_SIZE:
         warnings.append(
-            f"{num:,} samples are no multiple of {SPLIT_SIZE:,}: the last split of the inception score is smaller, which lowers it."
+            f"{num:,} samples are not a multiple of {SPLIT_SIZE:,}: the last split of the inception score is smaller, which lowers it."
         )
     return warnings

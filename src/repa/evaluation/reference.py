@@ -78,7 +78,7 @@ class Reference(NamedTuple):
 def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     array = arrays[name]
     if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise ValueError(f"{name} has values that are no finite numbers")
+        raise ValueError(f"{name} has values that are not finite")
     return array
 
 

@@ -41,7 +41,7 @@ class ReferenceFile:
         if self.images is not None:
             self.resolution = self.images.height
         if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
-            raise UserError(f"{path} is no reference: it holds {', '.join(names)}, but mu needs its sigma.")
+            raise UserError(f"{path} is not a reference: it holds {', '.join(names)}, but mu needs its sigma.")
 
     def load(self, extractor: Extractor, spec: str, batch_size: int, progress: Progress) -> Reference:
         """Raises UserError when the statistics are of other features than `extractor`'s."""
@@ -66,7 +66,7 @@ class ReferenceFile:
             reference = Reference.from_arrays(self.arrays)
         if len(reference.statistics.mean) != extractor.dim:
             raise UserError(
-                f"{self.path} is no reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
+                f"{self.path} is not a reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
                 f"the features have {extractor.dim}."
             )
         if reference.subset is None and self.images is not None:

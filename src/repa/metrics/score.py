@@ -18,7 +18,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
     the ADM evaluator does; it uses Inception's logits without their bias.
 
     Raises:
-        UserError: fewer images than splits, or splits that are no whole number of at least 1.
+        UserError: fewer images than splits, or splits that are not whole numbers of at least 1.
     """
     if type(splits) is not int or not 1 <= splits <= len(logits):
         raise UserError(

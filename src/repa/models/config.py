@@ -193,7 +193,7 @@ class ModelConfig(Config):
     text_shape: tuple[Annotated[int, Field(ge=0, le=65_536)], Annotated[int, Field(ge=0, le=65_536)]] = (0, 0)
     """Tokens of a text and their width, for networks that read text; 0 0 = taken from the data."""
     streams: tuple[tuple[str, int], ...] = ()
-    """Name and width of each vector that is noised beside the latents; filled in from the setting `streams` of the run."""
+    """Name and width of each vector that is noised with the latents; filled in from the setting `streams` of the run."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

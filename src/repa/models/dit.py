@@ -49,7 +49,7 @@ class DiT(OnHub):
         learn_sigma: 2C output channels, [prediction, variance].
         norm, mlp, qk_norm, bias: what blocks are made of (see BlockOptions); the defaults are DiT's.
         rotary: queries and keys are also turned by the place of their token.
-        streams: name -> width of a vector that is noised and predicted beside the latents; each is one token in front.
+        streams: name -> width of a vector that is noised and predicted with the latents; each is one token in front.
         heads: depths of blocks that also predict x, by a final layer each has to itself.
         patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
         separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).

@@ -53,7 +53,7 @@ class Arguments(Config):
     rotary: bool = False
     """Whether queries and keys are turned by their place."""
     streams: dict[str, Side] = Field(default_factory=dict)
-    """Name and width of vectors beside the latents."""
+    """Name and width of the vectors of streams."""
     heads: tuple[Side, ...] = ()
     """Blocks that also predict x."""
     separate_times: bool = False

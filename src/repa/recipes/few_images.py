@@ -1,7 +1,7 @@
-"""A few thousand images of one's own: from nothing at 64 and 256 pixels, and fine-tuning of a network that is there.
+"""A few thousand your own images: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
 
 What they share, because the data is small: rates after a warm-up, averages that remember a thousand steps and not ten thousand,
-an end after so many passes over the data, checkpoints of before it is learned by heart, and alignment that stops when it has
+an end after a number of passes over the data, checkpoints from before it is memorised, and alignment that stops when it has
 nothing more to teach.
 """
 
@@ -24,7 +24,7 @@ SHARED = {
 }
 NOTES = (
     "Passes over the data end it, 50,000 steps at most: with 3,000 images and their mirrored copies 300 passes are 28,000 steps.",
-    "Look at the previews: images are learned by heart sooner or later, and `repa analyse neighbours` shows copies. Not tuned: the",
+    "Look at the previews: the network memorises images sooner or later, and `repa analyse neighbours` shows copies. Not tuned: the",
     "rates are those that the papers and common practice give for this size, and no figure is promised.",
 )
 
@@ -72,11 +72,11 @@ def few_image_recipes() -> dict[str, Recipe]:
     latents = prepare.format(256) + f" --autoencoder {AUTOENCODER}"
     ways = {
         "own-images-64": (
-            own_images_64, "a SiT-S on the pixels of a few thousand images, 64 x 64, from nothing",
+            own_images_64, "a SiT-S on the pixels of a few thousand images, 64 x 64, from scratch",
             (prepare.format(64), "repa train own-images-64 --data mine --out runs/mine"),
         ),
         "own-images-256": (
-            own_images_256, "a SiT-B/2 on a few thousand images, 256 x 256, from nothing",
+            own_images_256, "a SiT-B/2 on a few thousand images, 256 x 256, from scratch",
             (latents, "repa train own-images-256 --data mine --out runs/mine"),
         ),
         "finetune-256": (

@@ -1,4 +1,4 @@
-"""Networks made for other latents or for two halves: LightningDiT on VA-VAE, DDT, DiT^DH on RAE.
+"""Networks for other latents, or with an encoder and a head: LightningDiT on VA-VAE, DDT, DiT^DH on RAE.
 
 docs/methods/latents.md and docs/methods/ddt.md explain them: equation, picture, when to use them, what they cost.
 """
@@ -141,7 +141,7 @@ def _recipe(name: str, key: str) -> Recipe:
         lambda: family.make(size),
         f"{model}, {family.title} (arXiv {family.paper}): {headline(figures, model)}",
         paragraphs(*parts),
-        group="Other latents, and two halves",
+        group="Other latents, and DDT",
     )
 
 

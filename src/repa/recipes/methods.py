@@ -229,7 +229,7 @@ METHODS: dict[str, Method] = {
     ),
     "cfm": Method(
         "contrastive flow matching", "2506.05350", "cfm.md", contrastive,
-        ("The weight 0.05 is chosen here.", "It goes beside REPA: repa train sit-xl2-repa --diffusion.contrastive 0.05."),
+        ("The weight 0.05 is chosen here.", "It can be combined with REPA: repa train sit-xl2-repa --diffusion.contrastive 0.05."),
     ),
     "internal-guidance": Method(
         "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,),
@@ -249,7 +249,7 @@ METHODS: dict[str, Method] = {
             "The paper's first stage is 2M steps long, --num-steps 2000000; on SiT-XL/2 times, queries and keys are as there.",
             "The second sees all tokens: --init RUN --model.keep 1 --num-steps 200000 --batch-size 1024 --optimizer.learning-rate 2e-4",
             "--optimizer.warmup-steps 5000. With REPA: --alignments.0.target dinov2-b --alignments.0.depth 8, compared at kept tokens.",
-            "The mask token is trained, where the released code keeps its random numbers, and sine positions stay beside the rotary ones.",
+            "The mask token is trained, where the released code keeps its random numbers; sine positions are added to the rotary ones.",
         ),
         "path_drop:scale=3",
     ),

@@ -1,4 +1,4 @@
-"""What `repa quickstart` does with images of one's own: mirrored copies, model, steps and judge by the data."""
+"""What `repa quickstart` does with your own images: mirrored copies, model, steps and judge by the data."""
 
 import importlib.util
 from collections.abc import Sequence

@@ -67,7 +67,7 @@ def promise(name: str, row: Row) -> str:
     return paragraphs(
         [
             f"{name}: {subject(row)}.",
-            f"It stands for {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
+            f"It reproduces {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
         ],
         [*DIFFERENCES, *([row.note] if row.note else [])],
         commands_of(name, row.resolution, sampling),
@@ -80,7 +80,7 @@ def commands_of(name: str, resolution: int = 256, sampling: str = "sde", guidanc
     data, guided = f"imagenet{resolution}", f" --guidance {guidance}" if guidance else ""
     return [
         *commands(name, data, f"--resolution {resolution} --autoencoder {AUTOENCODER}", f"{options(sampling)}{guided}"),
-        f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} for figures beside those below.",
+        f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} to compare with the figures below.",
     ]
 
 

@@ -32,7 +32,7 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
 
 
 def quickstart() -> TrainConfig:
-    """The baseline of `repa quickstart`; its alignment is measured by a projector that the network does not feel."""
+    """The baseline of `repa quickstart`; its alignment is measured by a projector without influence on the network."""
     return _quickstart(measure_only=True)
 
 
@@ -60,7 +60,7 @@ def _cifar10(*, measure_only: bool) -> TrainConfig:
 
 
 def cifar10() -> TrainConfig:
-    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector that the network does not feel measures it."""
+    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector without influence on the network measures it."""
     return _cifar10(measure_only=True)
 
 

@@ -103,11 +103,11 @@ def _read(file: Path) -> dict[str, Any]:
         or not all(isinstance(r, dict) for r in rows)
     ):
         raise UserError(
-            f"{file} holds no results of `repa analyse`: it has no analysis and rows. Remove it, or make it anew."
+            f"{file} holds no results of `repa analyse`: it has no analysis and rows. Remove it, or make it again."
         )
     if any(not {"run", "step", "t", "depth"} <= row.keys() for row in rows if content["analysis"] in VALUES):
         raise UserError(
-            f"{file} is damaged: some of its rows lack run, step, t or depth. Make it anew by `repa analyse`."
+            f"{file} is damaged: some of its rows lack run, step, t or depth. Make it again with `repa analyse`."
         )
     return content
 

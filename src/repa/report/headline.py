@@ -1,4 +1,4 @@
-"""The sentence on top of the page, computed from the evaluations, and what a careful reader must know beside it."""
+"""The sentence on top of the page, computed from the evaluations, and what a careful reader must also know."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -111,7 +111,7 @@ def _interpolation(ours: str, reached: Reached) -> str:
 
 
 def _other_differences(baseline: RunRecord, run: RunRecord, aside: tuple[str, ...] = ("alignments",)) -> list[str]:
-    """Notes on what differs beside the alignment."""
+    """Notes on what differs apart from the alignment."""
     notes = []
     others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] not in aside]
     if others:
@@ -186,7 +186,7 @@ def _without_comparison(groups: Sequence[Group]) -> Verdict:
     if not measured:
         trained = [f"{run.name} ({count(run.steps)} steps)" for group in groups for run in group.runs if run.steps]
         what = f"Trained: {listed(trained)}. " if trained else "No run has logged a step yet. "
-        return Verdict(f"{what}There are no evaluations, so nothing can be said about the quality of samples.", [])
+        return Verdict(f"{what}There are no evaluations, so the page says nothing about the quality of samples.", [])
     ends = []
     for group, protocol in measured:
         last = [rows[-1] for run in group.runs if (rows := run.distances(protocol))]

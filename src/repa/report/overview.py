@@ -34,7 +34,7 @@ PICTURE = 1.05  # side of a picture in a table
 
 
 def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: Sequence[str] | None = None) -> Path:
-    """Write a PNG: a row of previews for each run, a column for each step, beside the Fréchet distance against steps.
+    """Write a PNG: a row of previews for each run, a column for each step, next to the Fréchet distance against steps.
 
     Four samples stand for each step, evenly chosen from those of a preview. Runs without previews have no row; without
     evaluations the denoising loss is drawn instead.

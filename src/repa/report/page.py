@@ -58,10 +58,10 @@ def write_report(
         commands: the shell commands that produced the runs.
         training_images: uint8 (N, H, W, 3), shown below the samples.
         training_captions: what is written under each of them, such as the name of its class.
-        tables: write the tables as Markdown and CSV too, beside `out` under its name.
+        tables: write the tables as Markdown and CSV too, next to `out` and under its name.
 
     Raises:
-        UserError: a folder is no run, names do not fit, a file is damaged or training_images are no uint8 images.
+        UserError: a folder is not a run, names do not fit, a file is damaged or training_images are not uint8 images.
     """
     out = Path(out)
     if training_images is not None:

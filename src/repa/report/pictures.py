@@ -31,7 +31,7 @@ MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
 MOST_OF_ANALYSIS = 1600  # side of a picture of `repa analyse`
 CAPTIONS = {
-    "pictures": "Tokens as colours, their first three principal components, beside the images.",
+    "pictures": "Tokens as colours, their first three principal components, next to the images.",
     "progress": "Samples of checkpoints from the same noise and labels.",
 }
 MOST_LETTERS = 300  # of a prompt under its sample
@@ -180,7 +180,7 @@ def preview_classes(run: RunRecord, step: int) -> list[str]:
     if labels is None or len(names) < 2:
         return []
     if labels.ndim != 1 or labels.dtype.kind != "i":
-        raise UserError(f"{path} is damaged: its labels are no list of whole numbers. Remove it.")
+        raise UserError(f"{path} is damaged: its labels are not a list of whole numbers. Remove it.")
     return [str(names[label]) if 0 <= label < len(names) else "" for label in labels.tolist()]
 
 
@@ -210,7 +210,7 @@ class AnalysisPicture(NamedTuple):
 
 
 def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
-    """Pictures in the folder of analyses that are no drawing of rows: those are drawn anew from the rows."""
+    """Pictures in the folder of analyses that are not drawings of rows: those are drawn again from the rows."""
     found = []
     for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
         if file.with_suffix(".json").is_file():

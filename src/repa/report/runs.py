@@ -22,7 +22,7 @@ PROTOCOL = (
     "features", "feature_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
     "weak_sha256", "guide_image_sha256", "weights", "neighbours",
 )  # fmt: skip
-ADAPTIVE = ("dopri5",)  # samplers whose NFE is no setting: it differs from network to network
+ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
 INCEPTION = "inception"
 SAME = {"fid": DISTANCE, "fd": DISTANCE}

@@ -1,4 +1,4 @@
-"""The report's tables as Markdown and as CSV, beside the page."""
+"""The report's tables as Markdown and as CSV, next to the page."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

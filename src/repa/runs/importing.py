@@ -208,7 +208,7 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
         )
     weight = published.settings.get("proj_coeff", PROJ_COEFF)
     if not isinstance(weight, int | float):
-        raise UserError(f"{where} has an alignment weight that is no number, {weight!r}: leave --targets out.")
+        raise UserError(f"{where} has an alignment weight that is not a number, {weight!r}: leave --targets out.")
     return [
         {
             "target": canonical(target),

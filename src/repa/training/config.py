@@ -92,7 +92,7 @@ class PreviewConfig(Config):
 
 
 class StreamConfig(Config):
-    """A vector that is noised, predicted and sampled beside the latents (REG, arXiv 2507.01467)."""
+    """A vector that is noised, predicted and sampled with the latents (REG, arXiv 2507.01467)."""
 
     name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
     """Names the stream in logs and checkpoints."""
@@ -112,7 +112,7 @@ class TrainConfig(Config):
     alignments: tuple[AlignmentConfig, ...] = ()
     """The alignment terms; none trains the baseline."""
     streams: tuple[StreamConfig, ...] = ()
-    """Vectors that are noised and predicted beside the latents; none, unless the run is a REG."""
+    """Vectors that are noised and predicted with the latents; none, unless the run is a REG."""
     denoising_schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
     """Multiplier of all denoising losses over training; warmup:steps=50000 trains the alignments first (REED)."""
     head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
@@ -160,7 +160,7 @@ class TrainConfig(Config):
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
-    """Decays of further averages, kept beside the first as `ema-DECAY`."""
+    """Decays of further averages, kept with the first as `ema-DECAY`."""
     ema_widths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
     """Relative widths of averages with a power-function profile, kept as `ema-width-WIDTH`; 0.05 and 0.1 suit `repa ema`."""
     snapshot_every: int = Field(0, ge=0)
@@ -180,7 +180,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(2, ge=0)
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = Field(0, ge=0)
-    """Steps between checkpoints that are kept for ever, beside the newest; 0 keeps none of them."""
+    """Steps between checkpoints that are kept for ever, in addition to the newest; 0 keeps none of them."""
     async_save: bool = False
     """Write checkpoints from a copy in memory while training goes on."""
     wandb: str = ""
@@ -226,7 +226,7 @@ class TrainConfig(Config):
         for index, alignment in enumerate(self.alignments):
             if alignment.projector_of and alignment.projector_of not in keys[:index]:
                 raise ValueError(
-                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is no alignment before it: choose one of "
+                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is not an alignment before it: choose one of "
                     f"{', '.join(keys[:index]) or 'none'}"
                 )
         names = [s.name for s in self.streams]

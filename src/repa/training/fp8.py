@@ -1,4 +1,4 @@
-"""Linear layers whose three products run in 8 bits, with one scale for each tensor, taken anew in every step.
+"""Linear layers whose three products run in 8 bits, with one scale for each tensor, computed again in every step.
 
 Inputs and weights are rounded to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344), as
 arXiv 2209.05433 proposes; products accumulate in float32 and come out in bfloat16. Weights stay float32, biases and their

@@ -119,7 +119,7 @@ def _read(source: str, num_heads: int) -> Start:
         return _of_file(Path(file), kind, num_heads)
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
     raise UserError(
-        f"init is {source!r}, which is no run folder and no exported network: a checkpoint of another project is "
+        f"init is {source!r}, which is neither a run folder nor an exported network: a checkpoint of another project is "
         f"given with its kind ({kinds}), or made a run folder by `repa convert` first."
     )
 

@@ -223,7 +223,7 @@ def _part(
 
 @torch.no_grad()
 def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Tensor:
-    """Clean latents (N, C, h, w), sampled anew from the posterior at every step with draws of the global batch."""
+    """Clean latents (N, C, h, w), sampled again from the posterior at every step with draws of the global batch."""
     moments = batch.moments
     if moments is None:
         assert batch.images is not None  # the loader reads one of them

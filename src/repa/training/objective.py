@@ -61,7 +61,7 @@ class Objective(nn.Module):
     depend on how many processes share the work.
 
     Args:
-        streams: vectors that are noised beside the latents.
+        streams: vectors that are noised with the latents.
         head_weight: of the denoising loss of each of the network's heads.
         denoising_schedule: multiplier of all denoising losses over training.
     """

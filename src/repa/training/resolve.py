@@ -1,4 +1,4 @@
-"""From what the user asked and what the data is to the configuration that runs; every mismatch is said before any slow work."""
+"""From what the user asked and what the data is to the configuration that runs; every mismatch is reported before any slow work."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
     sampler, _ = parse_spec(config.preview.sampler)
     if (
         config.preview.every or config.preview.scored_every
-    ) and sampler in DDPM_SAMPLERS:  # a number of steps that does not exist is said now
+    ) and sampler in DDPM_SAMPLERS:  # an impossible number of steps is reported now
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     alignments = [term.override(target=_pinned(term.target)) for term in config.alignments]
     encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]

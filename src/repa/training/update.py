@@ -103,7 +103,7 @@ class Guard:
         return skip
 
     def row(self) -> dict[str, float]:
-        """Values for the row of metrics (waits for the device); the largest norm begins anew."""
+        """Values for the row of metrics (waits for the device); the largest norm starts again."""
         skipped, largest, scale = torch.stack([self.skipped, self.largest, self.scale]).tolist()
         self.largest = torch.zeros_like(self.largest)
         values = {"skipped_steps": skipped, "grad_norm_max": largest}
@@ -343,7 +343,7 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
 
 
 def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
-    """The averages that a configuration asks for beside the first, by the names of their files."""
+    """The averages that a configuration asks for in addition to the first, by the names of their files."""
     shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
     shares |= {weights_name(width): power(width) for width in config.ema_widths}
     return {name: EMA(model, share) for name, share in shares.items()}
