@@ -68,7 +68,7 @@ class Alignment(nn.Module):
         self.projector = projector(hidden_dim, width, grid, *classes)
         self._sharing: list[
             Alignment
-        ] = []  # another term whose projector is used; a list, so that it is no part of this one
+        ] = []  # another term whose projector is used; a list, so that it is not a submodule of this one
         if not isinstance(self.projector, nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."

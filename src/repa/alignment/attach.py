@@ -41,7 +41,7 @@ def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "A
         settings: of `Aligner.add`.
 
     Raises:
-        UserError: there is no such block, or settings that do not fit; the sentence names what there is.
+        UserError: there is no such block, or settings that do not fit; the message lists the blocks.
     """
     return Aligner(net).add(block, features, **settings)
 

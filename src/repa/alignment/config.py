@@ -47,7 +47,7 @@ class AlignmentConfig(Config):
     """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, adapter:masked=0.2, none."""
 
     projector_of: str = ""
-    """Another term before this one, whose projector is used here too, in place of one of its own."""
+    """Another term before this one, whose projector is used here too, in place of a separate one."""
 
     pool: bool = False
     """Compare the mean of the tap's tokens, one vector an image, as with a target that is one vector."""

@@ -15,7 +15,7 @@ WHATS = {
         "which encoder to align to: structure, probe, likeness, speed and size in one table",
     ),
     "depth": ("analyse_runs", "how far the prediction moves when a block is left out: where to align"),
-    "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, beside the images"),
+    "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, next to the images"),
     "progress": ("analyse_pictures", "samples of several checkpoints and runs from the same noise"),
     "neighbours": ("analyse_neighbours", "the nearest training images of samples: did the model copy?"),
 }

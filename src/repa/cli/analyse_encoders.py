@@ -23,7 +23,7 @@ class EncodersArguments(EncodersConfig):
     val: str = ""
     """Folder of prepared data to test the probe on; empty keeps a fifth of the images for it."""
     out: str = ""
-    """Name of a .json; .csv lies beside it. Empty only prints."""
+    """Name of a .json; the .csv is written next to it. Empty only prints."""
 
 
 def encoders(argv: list[str]) -> int:

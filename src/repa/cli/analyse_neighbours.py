@@ -22,7 +22,7 @@ class NeighboursArguments(NeighboursConfig):
     held_out: str = ""
     """Folder of prepared data that it was not trained on; empty compares each training image with its nearest other."""
     out: str = "neighbours.json"
-    """Name of the .json; .csv and .png lie beside it."""
+    """Name of the .json. The .csv and .png are written next to it."""
 
 
 def neighbours(argv: list[str]) -> int:
@@ -66,5 +66,5 @@ def neighbours(argv: list[str]) -> int:
     labels = [f"sample {i}\n{found.near.distances[i, 0]:.3f}" for i in shown]
     columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
     save_png(picture_table(pictures, labels, columns), out.with_suffix(".png"))
-    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance beside their nearest images.")
+    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, next to their nearest images.")
     return 0

@@ -29,7 +29,7 @@ class PicturesArguments(Config):
     data: str
     """Folder of prepared data."""
     encoders: tuple[str, ...] = ("tiny",)
-    """Vision encoders to show beside the run; `--encoders` alone shows none."""
+    """Vision encoders to show next to the run; `--encoders` alone shows none."""
     encoder_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
     depths: tuple[int, ...] = ()
@@ -105,7 +105,7 @@ def pictures(argv: list[str]) -> int:
     if speaks():
         names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
         save_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
-        say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, beside {len(indices)} images.")
+        say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, next to {len(indices)} images.")
     return 0
 
 

@@ -41,7 +41,7 @@ class NetworksArguments(Config):
     autoencoder_weights: str = ""
     """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
     out: str = ""
-    """Name of the .json; .csv and .png lie beside it. Empty: in the folder analysis of the first run."""
+    """Name of the .json. The .csv and .png are written next to it. Empty: in the folder analysis of the first run."""
 
 
 class CknnaArguments(NetworksArguments, SimilarityConfig):

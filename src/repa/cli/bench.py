@@ -32,7 +32,7 @@ class BenchArguments(Config):
     batch_size: tuple[int, ...] = ()
     """Images in a step, one or more sizes; empty takes the recipe's."""
     precision: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32", "bf16")
-    """Precisions to measure beside the recipe's own."""
+    """Precisions to measure in addition to the recipe's."""
     compiled: bool = False
     """Measure compiled steps too, which takes minutes."""
     rounds: int = Field(5, ge=1)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     if dist.active():
         raise UserError("`repa bench` measures one process and its device: start it without torchrun.")
     if given.data:
-        open_data(given.data)  # a wrong folder is said before anything is measured
+        open_data(given.data)  # a wrong folder is reported before anything is measured
     for path in filter(None, (given.out, given.trace)):
         files.require_writable(path)
     own = resolved(recipe.precision, device)

@@ -1,4 +1,4 @@
-"""What `repa train` does beside training: pictures from the EMA weights, and how far samples are from the training images."""
+"""What `repa train` does in addition to training: pictures from the EMA weights, and how far samples are from the training images."""
 
 import functools
 import math

@@ -90,7 +90,7 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
         "type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
     )  # what must be given stands on top
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
-    # tyro colours its page on a terminal whatever NO_COLOR says: what is no terminal gets none
+    # tyro colours its page on a terminal whatever NO_COLOR says: other outputs get none
     page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
         tyro.cli(
@@ -123,7 +123,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
             name, equals, value = token[2:].partition("=")
             flags.append((name, [value] if equals else []))
         elif token.startswith("-") and not token.lstrip("-").replace(".", "", 1)[:1].isdigit():
-            raise UserError(f"{token!r} is no option: options start with two dashes.")
+            raise UserError(f"{token!r} is not an option: options start with two dashes.")
         elif flags:
             flags[-1][1].append(token)
         else:

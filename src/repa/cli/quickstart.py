@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
-    """Settings for your own images, said with their reasons."""
+    """Settings for your own images, printed with their reasons."""
     from repa.data import open_source
 
     source = open_source(given.source, labels=given.labels)
@@ -114,7 +114,7 @@ def _for_photographs(given: QuickstartArguments) -> Choice:
 
 
 def _look_at(data: Path, judge: str) -> None:
-    """What the judge makes of the training images, kept beside them: with all cores, before both runs ask for it."""
+    """Features of the training images, kept with the data: computed with all cores, before both runs need them."""
     from repa.data import open_data
     from repa.evaluation import load_extractor, reference_of
 

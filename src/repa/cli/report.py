@@ -9,7 +9,7 @@ from repa.cli.console import say
 
 ABOUT = (
     "One self-contained HTML page that compares runs: tables as in the paper, speed-up, curves, samples from the same noise; its "
-    "tables as .md and .csv beside it. First the baseline. Runs that differ in the seed only are taken together."
+    "tables as .md and .csv next to it. Name the baseline first. Runs that differ only in the seed are taken together."
 )
 
 
@@ -17,13 +17,13 @@ class ReportArguments(Config):
     runs: tuple[str, ...]
     """run folders, the baseline first"""
     out: str = "report.html"
-    """Name of the page; .md and .csv lie beside it."""
+    """Name of the page; .md and .csv are written next to it."""
     results: tuple[str, ...] = ()
-    """Files by `repa evaluate --out`, beside those in the runs' folders evaluations/; also of samples that are of no run here."""
+    """Files of `repa evaluate --out`, in addition to those in the runs' folders evaluations/; also for samples of no run here."""
     names: tuple[str, ...] = ()
     """Names of the runs on the page; empty takes their folders'."""
     picture: str = ""
-    """Name of a .png: samples growing while training, a row a run, beside the distances; for a README."""
+    """Name of a .png: samples during training, one row for each run, next to the distances; for a README."""
     title: str = "Representation alignment: runs compared"
     """Title of the page."""
 

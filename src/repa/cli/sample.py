@@ -12,7 +12,7 @@ from repa.sampling.config import SampleConfig
 
 ABOUT = (
     "Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator), or a folder of PNG files, and a "
-    "PNG grid of some beside it. The same command continues after any stop."
+    "PNG grid of some of them. The same command continues after any stop."
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv beside it."""
+"""Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv next to it."""
 
 import contextlib
 import re

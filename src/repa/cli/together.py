@@ -1,4 +1,4 @@
-"""Commands of this program beside each other, each in a process with its share of the cores."""
+"""Commands of this program side by side, each in a process with its share of the cores."""
 
 import multiprocessing
 import os

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv))
-    return 130 if stopped_by == signal.SIGINT else 0  # a scheduler's SIGTERM is no failure: the checkpoint is there
+    return 130 if stopped_by == signal.SIGINT else 0  # SIGTERM is not a failure: the checkpoint is written
 
 
 def _again(argv: list[str]) -> str:

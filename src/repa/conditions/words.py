@@ -49,7 +49,7 @@ class WordHashes(TextEncoder):
         return Text((tokens + self.positions) * mask[..., None], mask)
 
 
-POSITION = 0.3  # size of the positions beside words of unit variance: word order counts for less than the words
+POSITION = 0.3  # size of the positions relative to words of unit variance: word order counts for less than the words
 
 
 def words_of(text: str) -> list[str]:

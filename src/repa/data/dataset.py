@@ -48,7 +48,7 @@ class DataSet:
 
     @property
     def originals(self) -> range:
-        """The rows that are no flipped copies: what metrics are made of."""
+        """The rows that are not flipped copies: metrics use only these."""
         return self.manifest.originals
 
     @property
@@ -68,7 +68,7 @@ class DataSet:
         """The spec of the autoencoder that it was prepared with."""
         return self.manifest.config.autoencoder
 
-    # asked for every batch, and the fields of a manifest are made anew each time
+    # asked for every batch, and the fields of a manifest are built again each time
     @functools.cached_property
     def has_images(self) -> bool:
         return "images" in self.manifest.fields

@@ -71,14 +71,14 @@ class Loader:
         features: encoders whose stored tokens are wanted, or a function of the step that names them; it is called by
             another thread, some steps ahead.
         images: whether the images are wanted, or a function of the step; stored moments always come.
-        pooled: whether pooled features are wanted beside the tokens.
+        pooled: whether pooled features are wanted in addition to the tokens.
         text: "tokens" or "captions", of one caption of each image, drawn for each position; "": neither.
         rank: number of this process.
         world: number of processes.
         device: where batches go. CUDA: copied from pinned memory on a separate stream while other steps compute.
 
     Raises:
-        UserError: B is no multiple of `world`, or the data hold no such tokens or no images.
+        UserError: B is not a multiple of `world`, or the data hold no such tokens or no images.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from filelock import BaseFileLock
 
 from repa.base import files, lock
 from repa.base.config import Config, difference
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS, Inventory, Manifest
 from repa.data.stored_files import BASE, TEXT, Shard, array_name, captions_name, fields_of
@@ -97,7 +97,7 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
     allowed = [BASE, *features, *text]
     for name in only:
         if name not in allowed:
-            raise UserError(f"only was given {name!r}: allowed here are {', '.join(allowed)}.")
+            raise UserError(f"only was given {name!r}{choices(name, allowed)}")
     return [name.removeprefix("features:") for name in allowed if not only or name in only]
 
 

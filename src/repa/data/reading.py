@@ -145,7 +145,7 @@ def spread(shards: Sequence[Planned], num: int) -> list[Piece]:
 
 
 def _captions(source: Source, index: int) -> tuple[str, ...]:
-    """None where they cannot be read, which is no reason to lose the image: the inventory counts images with captions."""
+    """None where they cannot be read, which does not lose the image: the inventory counts images with captions."""
     try:
         return source.captions(index)
     except UserError:

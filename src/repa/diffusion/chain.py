@@ -63,7 +63,7 @@ def guided(
         predictions = evaluate(x_t, per_sample(t, x_t), names)
         if names == {CONDITIONAL}:
             return predictions[CONDITIONAL]
-        # the difference of two close outputs, times a scale, is no place for half precision
+        # the difference of two close outputs, times a scale, needs more than half precision
         predictions = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in predictions.items()}
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])

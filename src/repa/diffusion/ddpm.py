@@ -146,7 +146,7 @@ class ImprovedDDPM:
 def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
     """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
     k = (t * num_timesteps - 1).clamp(min=0)
-    # (k + 1) / T in float32 comes back beside k; between timesteps, where an ODE solver goes, k stays fractional
+    # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
     return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
 
 

@@ -1,6 +1,6 @@
 """The two ways to train a denoiser, flow matching (SiT) and improved DDPM (DiT), and the times that training draws.
 
-Everybody else speaks our t, 0 data and 1 noise; what a network is told instead is known in here alone.
+All other code uses t, 0 data and 1 noise; only this module knows what a network is given instead.
 """
 
 import math

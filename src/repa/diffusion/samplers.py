@@ -3,7 +3,7 @@
 Each sees one Denoiser. The state is float64 (float32 on MPS, which has no float64) and returns in noise's dtype; times
 are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `count_calls` counts them.
 `noise` is (N, C, H, W), or (N, F) for a state of several parts; `randn_like` draws whatever noise the sampler needs, in the
-state's dtype; `callback`, where there is one, is told every step. Grids are shifted in time as the network was trained (the
+state's dtype; `callback`, where there is one, is called at every step. Grids are shifted in time as the network was trained (the
 denoiser's shift), unless the setting `shift` says otherwise. Settings that make no sense (no steps, a shift below 1, ...)
 raise UserError before the first call.
 """
@@ -134,7 +134,7 @@ def dopri5(
     """Probability flow by the adaptive Dormand-Prince 5(4) method of torchdiffeq; no noise.
 
     The first step is 1 / num_steps, later ones follow the tolerances: the NFE is not known in advance. The error is
-    that of the whole batch, so a sample depends on its companions within the tolerances. The callback is told every
+    that of the whole batch, so a sample depends on its companions within the tolerances. The callback is called at every
     evaluation, of which a step has six.
     """
     check_steps(num_steps)

@@ -18,7 +18,7 @@ from repa.evaluation.images import gather_rows
 
 MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
 RARE, COMMON = 0.005, 0.95  # share of captions: words outside tell nothing, or cannot be learned
-RIDGE = 0.1  # beside features of unit variance
+RIDGE = 0.1  # for features of unit variance
 CHUNK = 256  # samples that are compared with all prompts at a time
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -87,7 +87,7 @@ class CaptionAgreement:
         return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
 
     def _present(self, told: Sequence[set[str]]) -> Tensor:
-        """(n, V): 1 where a word is said."""
+        """(n, V): 1 where a caption has the word."""
         return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
 
     def _distinct(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class EvaluateConfig(FeaturesConfig):
     """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; of samples with
     prompts caption_agreement, clip_score, clip_agreement; empty: all but k*d and those of prompts."""
     prompts: str = ""
-    """File of the samples' prompts in their order, .txt or .jsonl; empty: what lies beside them, or what a run is asked for."""
+    """File of the samples' prompts in their order, .txt or .jsonl; empty: the file next to them, or the prompts given to a run."""
     clip: str = "clip-l"
     """Which CLIP measures clip_score and clip_agreement: clip-b, clip-l or clip-h."""
     clip_weights: str = ""

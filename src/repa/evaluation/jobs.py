@@ -40,7 +40,7 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """Measure an .npz, a folder or a zip of samples; results with what they were made from.
 
-    An .npz by `repa sample` has a .json beside it that says how it was made: it is taken over.
+    An .npz of `repa sample` comes with a .json that says how it was made; it is copied.
     """
     images = open_images(samples)
     if images.height != images.width:
@@ -112,7 +112,7 @@ def evaluate_stream(
 
 
 def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequence[str]:
-    """Of samples in a file: those of the file asked for, or beside them, or the first captions of prepared data; none if unneeded."""
+    """Of samples in a file: those of the given file, or of the file next to them, or the first captions of data; none if unneeded."""
     if not set(OF_CAPTIONS) & set(config.wanted):
         return ()
     if config.prompts:

@@ -141,7 +141,7 @@ def subset_of(num: int) -> np.ndarray:
 
 
 def accumulator_of(extractor: Extractor) -> torch.device:
-    """Where float64 sums are kept: beside the features on a GPU, else on the CPU (MPS has no float64)."""
+    """Where float64 sums are kept: with the features on a GPU, otherwise on the CPU (MPS has no float64)."""
     return extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
 
 

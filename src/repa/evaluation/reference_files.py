@@ -36,7 +36,7 @@ class ReferenceFile:
             if self.extractor is not None and not (
                 isinstance(self.extractor, list) and len(self.extractor) == 2 and isinstance(self.extractor[1], dict)
             ):
-                raise ValueError("whose features they are cannot be told")
+                raise ValueError("it is not recorded whose features they are")
         self.images = NpzImages(path) if "arr_0" in names else None
         if self.images is not None:
             self.resolution = self.images.height

@@ -3,7 +3,7 @@
 It differs from the network of the same name in image classification libraries by its 1008 outputs, by average pooling
 that leaves the padding out, and by max-pooling in the last block. Parameter names are those of the published weights
 (`inception_weights.py`). Letters: N batch, C channels, H W height and width. A branch called dbl has one more
-convolution than the branch beside it.
+convolution than the other branch.
 """
 
 from typing import NamedTuple, TypedDict

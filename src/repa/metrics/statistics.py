@@ -16,7 +16,7 @@ class Statistics:
     """Running count, mean and covariance of features (N, D), whatever their number, in D * D float64.
 
     What is kept is the scatter about the mean, updated as by Chan, Golub and LeVeque (1979): sums of plain outer
-    products would lose the covariance of features whose mean is large beside their spread.
+    products would lose the covariance of features whose mean is large relative to their spread.
 
     The first batch decides D.
 

@@ -173,7 +173,7 @@ class ModelConfig(Config):
     bias: bool = True
     """Biases of queries, keys, values and the MLP; DDT has none."""
     rotary: bool = False
-    """Turn queries and keys by the row and column of their token, beside the fixed positions (LightningDiT, RAE)."""
+    """Turn queries and keys by the row and column of their token, in addition to the fixed positions (LightningDiT, RAE)."""
     heads: tuple[int, ...] = ()
     """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
     separate_times: bool = False

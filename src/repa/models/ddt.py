@@ -185,7 +185,7 @@ class DDT(Backbone):
         """Predict from the noised state; see `Backbone.forward`. t is in [0, 1], and `keep` is not for this network.
 
         Raises:
-            UserError: the state has other shapes, a tap is no block, or a time per token or tokens to keep are given.
+            UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
         if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:

@@ -150,7 +150,7 @@ class DiT(OnHub):
         the route's blocks have K tokens in place of T; with none of the tokens these blocks do not run, and have no taps.
 
         Raises:
-            UserError: the state has other shapes, a tap is no block, or tokens are to be left out by a network without route.
+            UserError: the state has other shapes, a tap is not a block, or tokens are to be left out by a network without route.
         """
         self.check(state, taps)
         if self.router is None and not (keep is None and path_dropped is None):

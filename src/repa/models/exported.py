@@ -103,7 +103,9 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     """(config.json, state dict of DiT) of an exported folder, checked against each other; errors as in load_exported."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no exported network: it has no {CONFIG}. Give the OUT folder of a `repa export`.")
+        raise UserError(
+            f"{folder} is not an exported network: it has no {CONFIG}. Give the OUT folder of a `repa export`."
+        )
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("library") != "repa" or config.get("format") != FORMAT:
         raise UserError(

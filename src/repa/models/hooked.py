@@ -33,7 +33,7 @@ class Hooked(Backbone):
         state_shape: (C, H, W) of x.
 
     Raises:
-        UserError: a block is no part of the network, or stands twice in the list.
+        UserError: a block is not part of the network, or is in the list twice.
     """
 
     compiles = False
@@ -137,7 +137,7 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
         hidden_dim: channels of what the blocks give; 0 asks the network.
 
     Raises:
-        UserError: no such blocks, or a width that cannot be told.
+        UserError: no such blocks, or a width that cannot be determined.
     """
     config.require_plain()
     made = NETS.load(net)(config)

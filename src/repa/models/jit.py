@@ -72,7 +72,9 @@ class JiT(Backbone):
         for side in (height, width):
             check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
         if class_tokens and not 0 <= class_tokens_from < depth:
-            raise UserError(f"class_tokens_from {class_tokens_from} is no block of {depth}: choose 0 to {depth - 1}.")
+            raise UserError(
+                f"class_tokens_from {class_tokens_from} is not a block of {depth}: choose 0 to {depth - 1}."
+            )
         self.latent_channels, self.patch_size = latent_channels, patch_size
         self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
         self.null_label = num_classes
@@ -106,7 +108,7 @@ class JiT(Backbone):
         """Predict from the noised state; see `Backbone.forward`. `keep` is not for this network.
 
         Raises:
-            UserError: the state has other shapes, a tap is no block, or a time per token or tokens to keep are given.
+            UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
         if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:

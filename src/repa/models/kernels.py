@@ -1,7 +1,7 @@
 """Norm and modulation whose backward reads each number once: a Triton kernel on CUDA, and its twin in plain PyTorch.
 
 Autograd's own backward reads gradient and normalised tokens again for each of three sums, and keeps the normalised tokens of
-every norm until then. Here they are computed anew from the tokens, whose mean and deviation alone are kept. Chosen by
+every norm until then. Here they are computed again from the tokens, of which only mean and deviation are kept. Chosen by
 `use_kernels`; off by default, as nobody has timed it on a GPU yet.
 
 N batch, T tokens, D width.

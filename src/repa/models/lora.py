@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a frozen linear layer and an update of low rank beside it, W x + B A x; merged, it is a layer as before.
+"""LoRA (arXiv 2106.09685): a frozen linear layer and a low-rank update next to it, W x + B A x; merged, it is a layer as before.
 
 The factor alpha / rank of the paper is 1, so that a state dict says all there is to merge.
 """
@@ -34,7 +34,7 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
     """Freeze the network, and give each matrix of its attention and MLP an update of this rank, in place; returns their names.
 
     Raises:
-        UserError: the network names no matrices, or a rank that is no update of low rank.
+        UserError: the network names no matrices, or a rank that is too high.
     """
     chosen = {id(parameter) for parameter in model.matrices()}
     layers = {

@@ -129,7 +129,7 @@ class MMDiT(Backbone):
         """Predict from the noised state; see `Backbone.forward`. t goes to the sinusoid as it is, in [0, 1].
 
         Raises:
-            UserError: other shapes, no text, a tap is no block, or a time per token or tokens to keep are given.
+            UserError: other shapes, no text, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
         if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:

@@ -27,7 +27,7 @@ AVERAGE = {"ema", "shadow", "average", "averaged", "avg", "swa", "polyak"}  # wo
 RAW = {"online", "raw", "live"}  # words that say the opposite, as in ema.online_model
 OPTIMIZER = {"opt", "optim", "optimizer", "exp"}  # exp_avg
 SWIGLU = "blocks.0.mlp.w3.weight"
-COUNTER = "n_averaged"  # beside the weights of torch's AveragedModel
+COUNTER = "n_averaged"  # next to the weights of torch's AveragedModel
 DEEPEST = 6  # dictionaries within each other, in which weights are looked for
 
 FUSION = "router.fuse.weight"  # of a network that was trained with the merge fuse
@@ -229,7 +229,7 @@ def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weig
         raise UserError(f"{where} holds several networks, {names}: give --weights with the one to take.")
     if averages:
         beside = raw if raw is not None and raw.name != averages[0].name else None
-        also = f", beside the raw weights {beside.name or 'of the file'!r}" if beside else ""
+        also = f", next to the raw weights {beside.name or 'of the file'!r}" if beside else ""
         return averages[0], beside, f"{averages[0].name or 'the average of the file'!r} was taken{also}"
     assert raw is not None  # without averages, it was asked for above
     empty = next(
@@ -293,12 +293,12 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A setting such as ema_decay, which is no average."""
+    """A setting such as ema_decay, which is not an average."""
     return isinstance(value, bool | int | float | str)
 
 
 def _modern_block_names(state: State) -> State:
-    """Older REPA checkpoints count the blocks after the alignment depth anew, as decoder_blocks."""
+    """Older REPA checkpoints start counting again after the alignment depth, as decoder_blocks."""
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
 
     def modern(key: str) -> str:

@@ -15,7 +15,7 @@ MASK_STD = 0.02
 
 
 class Context(NamedTuple):
-    """What blocks are given beside the tokens."""
+    """What blocks get in addition to the tokens."""
 
     silu_c: Conditioning
     """SiLU of time and label."""

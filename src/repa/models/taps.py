@@ -291,7 +291,7 @@ class Tokens(NamedTuple):
 
 
 def image_grid(image: tuple[int, ...] | None, patch: Grid | None, num_tokens: int) -> Grid | None:
-    """The grid of the image among `num_tokens` tokens, for an input (N, C, H, W) or (N, C, F, H, W); None where that cannot be told.
+    """The grid of the image among `num_tokens` tokens, for an input (N, C, H, W) or (N, C, F, H, W); None where it is unknown.
 
     The network's patches tell it, when it has so many; else the one patch that gives exactly this number.
     """

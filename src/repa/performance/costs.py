@@ -111,7 +111,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     """What encoding an image of `resolution` pixels costs, and decoding it.
 
     Raises:
-        UserError: its shape is known from its weights alone, and they cannot be had.
+        UserError: its shape is known from its weights alone, and they are not available.
     """
     if spec in SHAPES and weights is None:
         return _outlined_cost(spec, resolution)

@@ -130,7 +130,7 @@ def observed(
     trace: str | Path = "",
 ) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
     """A step in the loop's own way, timed, then profiled; the figures, and a row of all that was seen, for JSON."""
-    torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
+    torch.compiler.reset()  # each network is compiled again, and only so many of one class would be
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
@@ -146,7 +146,7 @@ def observed(
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """What a row saw beside its figures, for people."""
+    """What a row saw besides its figures, for people."""
     profile = row["profile"]
     spent = sum(profile["categories"].values())
     shares = ", ".join(

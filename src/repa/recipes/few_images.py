@@ -1,4 +1,4 @@
-"""A few thousand your own images: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
+"""A few thousand images of your own: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
 
 What they share, because the data is small: rates after a warm-up, averages that remember a thousand steps and not ten thousand,
 an end after a number of passes over the data, checkpoints from before it is memorised, and alignment that stops when it has

@@ -1,4 +1,4 @@
-"""What `repa quickstart` does with your own images: mirrored copies, model, steps and judge by the data."""
+"""What `repa quickstart` does with your own images: mirrored copies, model, steps and feature extractor, chosen by the data."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ FEWEST, MOST = 20, 100_000  # images
 FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
 LOOKED_AT = 64  # images whose sizes are read
-# pixels: in a few minutes shapes can be told at 32, and hardly at 64, which takes twice the steps
+# pixels: in a few minutes shapes are recognisable at 32, and hardly at 64, which takes twice the steps
 SMALL, LARGE = 32, 64
 PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"

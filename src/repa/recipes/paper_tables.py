@@ -1,6 +1,6 @@
 """What the paper (arXiv 2410.06940) reports, as data: one entry a row of its tables. Free of torch.
 
-The recipes are made from these rows, and the report shows them beside a run that trains as one of them does. Figures are
+The recipes are made from these rows, and the report shows them next to a run that trains as one of them does. Figures are
 of 50,000 samples of the average of the weights, against ImageNet in Inception features.
 """
 

@@ -34,7 +34,7 @@ NAMES = {"probe": "top-1 accuracy", "cknna": "CKNNA", "cka": "CKA", "cka-unbiase
 ASIDE = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "learning_rates", "batch_size", "store", "repa",
          "encoder_weights"}  # fmt: skip
 PANEL = 4.6, 3.5  # inches
-LEGEND = 1.3  # inches beside the curves
+LEGEND = 1.3  # inches next to the curves
 MOST_IN_LEGEND = 8
 
 Rows = Sequence[dict[str, Any]]

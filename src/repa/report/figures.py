@@ -1,4 +1,4 @@
-"""The figures of the page as inline SVG: each with its caption, and with what a reader who does not see it is told."""
+"""The figures of the page as inline SVG: each with its caption, and with a description for a reader who cannot see it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -53,7 +53,7 @@ def write_report(
         out: the HTML file.
         title: heading of the page.
         names: what the runs are called, the folders' names when None.
-        results: files of `repa evaluate --out` beside those in the runs' folders, also of samples that are of no run here.
+        results: files of `repa evaluate --out` in addition to those in the runs' folders, also for samples of no run here.
         facts: hardware, versions, sizes, times: name -> value. `machine_facts()` gives those of this process.
         commands: the shell commands that produced the runs.
         training_images: uint8 (N, H, W, 3), shown below the samples.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
 CELL_WIDTH = 320  # and at most for one of them
-TOP_RUNS = 3  # whose last samples stand beside the curve on top
+TOP_RUNS = 3  # whose last samples are shown next to the curve at the top
 MOST_BYTES = 2**30  # of the arrays of a preview
 MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side

@@ -100,7 +100,7 @@ def results(
 
 
 def without_paper(tables: Sequence[Table], groups: Sequence[Group]) -> list[tuple[RunRecord, str, Row]]:
-    """(run, recipe, row) of runs that train as a row of the paper, but are measured otherwise: nothing stands beside them."""
+    """(run, recipe, row) of runs that train as a row of the paper, but are measured differently: nothing is shown next to them."""
     beside = {line.group for table in tables if table.has_paper for line in table.lines}
     found = [(group.runs[0], row_of(group.runs[0])) for number, group in enumerate(groups) if number not in beside]
     return [(run, *row) for run, row in found if row is not None and row[1].unguided]

@@ -124,7 +124,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
 
 
 def with_evaluations(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
-    """The run with the rows of results files beside those of its metrics."""
+    """The run with the rows of results files in addition to those of its metrics."""
     timed = [{**row, "seconds": run.seconds_at.get(row["step"]), **run.images_at(row["step"])} for row in rows]
     return replace(run, evals=in_order([*run.evals, *timed]))
 

@@ -122,7 +122,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def grouped(records: Sequence[RunRecord]) -> list[Group]:
-    """Groups in the order of their first runs. Runs of the same seed are no sample over seeds, and stay apart."""
+    """Groups in the order of their first runs. Runs of the same seed are not a sample over seeds and stay separate."""
     members: list[tuple[str, list[RunRecord]]] = []
     for run in records:
         key = _all_but_the_seed(run)

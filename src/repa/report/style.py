@@ -26,7 +26,7 @@ COLOURS = (
     "#b07d00",
     "#56b4e9",
 )  # after Okabe and Ito, for colour-blind eyes
-MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue beside colour, and for grey print
+MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue besides colour, and for grey print
 DPI = 160
 LINES = ("-", "--", "-.", ":")
 TEXT, RULE = "#1b1b1d", "#c9c9ce"  # the page turns these two and COLOURS into variables of its colour scheme
@@ -114,7 +114,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
     Args:
         figure: what to draw; the same figure gives the same text.
         name: prefix of every id inside; unique on the page.
-        alt: what a reader who does not see it is told.
+        alt: the description for a reader who cannot see it.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""What stands in the tables beside the curves: a row for each run, the settings that differ, facts of data and machine."""
+"""The tables next to the curves: a row for each run, the settings that differ, facts of data and machine."""
 
 import os
 import platform

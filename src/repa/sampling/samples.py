@@ -72,7 +72,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Samples:
     """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it.
 
-    `callback` is told every step, with the state as `run.layout` packs it; a private sampler without such an argument tells nothing.
+    `callback` is called at every step, with the state as `run.layout` packs it; a private sampler without such an argument tells nothing.
     """
     return decode(run, config, draw(run, config, indices, callback))
 

@@ -41,7 +41,7 @@ class OptimizerConfig(Config):
 
 
 class LoRAConfig(Config):
-    """Fine-tuning that trains an update of low rank beside each matrix of attention and MLP, and the table of labels."""
+    """Fine-tuning that trains a low-rank update next to each matrix of attention and MLP, and the table of labels."""
 
     rank: int = Field(0, ge=0)
     """Rank of the updates, such as 16; 0 trains all weights. Needs init."""
@@ -240,7 +240,7 @@ class TrainConfig(Config):
             )
         if self.diffusion.token_times and self.streams:
             raise ValueError(
-                "diffusion.token_times gives every token of the grid a time, and a stream has no place there: choose one"
+                "diffusion.token_times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
             )
         if self.lora.rank:
             self._check_lora()

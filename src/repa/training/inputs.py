@@ -1,4 +1,4 @@
-"""What a step is given beside the latents: features of encoders, the condition of each image, and the wait for both."""
+"""What a step gets in addition to the latents: features of encoders, the condition of each image, and the wait for both."""
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

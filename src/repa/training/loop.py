@@ -192,7 +192,7 @@ def backward(
     """
     objective, config, device = state.objective, state.config, clean["x"].device
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
-    # what a term looks at beside the trained network; outside of DDP and torch.compile
+    # what a term reads in addition to the trained network; outside of DDP and torch.compile
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
     parts = [(clean, condition, features, draws)]
     if config.accumulate > 1:

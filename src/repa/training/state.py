@@ -42,7 +42,7 @@ class TrainState:
     config: TrainConfig
     objective: Objective
     ema: EMA
-    averages: dict[str, EMA]  # beside `ema`, by the stem of their file
+    averages: dict[str, EMA]  # in addition to `ema`, by the stem of their file
     optimizer: torch.optim.Optimizer
     guard: Guard
     frozen: Backbone | None = None  # another run's network, where a term looks at one

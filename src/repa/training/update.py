@@ -222,7 +222,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
         muon, adamw = self.param_groups
         skip: Tensor | None = getattr(self, "found_inf", None)
-        self.adamw.state, self.adamw.param_groups = self.state, [adamw]  # anew, as load_state_dict puts others there
+        # set again, because load_state_dict replaces them
+        self.adamw.state, self.adamw.param_groups = self.state, [adamw]
         vars(self.adamw)["found_inf"] = skip
         self.adamw.step()
         for p in muon["params"]:

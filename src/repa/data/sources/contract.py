@@ -24,7 +24,7 @@ EXTENSIONS = image_endings()
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 SAMPLED = 64  # images of a source whose bytes are part of its identity
 CAPTIONS = ("caption", "captions", "text")  # columns of texts
-CAPTION = ".txt"  # a text beside an image, of the same name
+CAPTION = ".txt"  # a text next to an image, with the same name
 MAX_FILES = 1_000_000
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or words
 JUNK = (
@@ -35,7 +35,7 @@ MEANINGS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test", "holdout": "test",
 }  # fmt: skip
-"""Names of parts of one data set, which are no classes."""
+"""Names of parts of one data set, which are not classes."""
 
 
 class Classes(NamedTuple):
@@ -197,7 +197,7 @@ def require_image_size(size: int, name: str) -> None:
 
 
 def caption_lines(data: bytes, name: str) -> tuple[str, ...]:
-    """The captions in a text file, one a line; none of a text that is not UTF-8, which is no reason to lose the image."""
+    """The captions in a text file, one a line; none of a text that is not UTF-8, which does not lose the image."""
     try:
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:

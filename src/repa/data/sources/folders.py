@@ -36,7 +36,7 @@ from repa.data.sources.labels import by_name, from_folders, from_listing, label_
 
 JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
-LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are no classes
+LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are not classes
 MOST_BYTES = 2**28  # of an annotation file: COCO 2017 has 92 MB, and parsed JSON takes up to 24 times as much memory
 
 
@@ -184,7 +184,7 @@ def _stem(path: str) -> str:
 
 
 def count_others(paths: Iterable[str], empty_folders: Iterable[str], junk: int) -> dict[str, int]:
-    """Files that are no images, by their ending, folders of classes without an image, and how many files and folders are hidden."""
+    """Files that are not images, by their ending, folders of classes without an image, and how many files and folders are hidden."""
     endings = collections.Counter(
         f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
     )

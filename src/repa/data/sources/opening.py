@@ -120,7 +120,7 @@ def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str
 
 
 def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
-    """The shards of a folder; raises UserError when it holds images beside them, of which one would be left out."""
+    """The shards of a folder; raises UserError when it also holds images, so one of the two would be left out."""
     shards = sorted(str(path) for path in paths if not hidden(path.name) and path.name != "metadata.parquet")
     data = {Path(shard).parent for shard in shards}
     for path in folder.iterdir() if shards else ():

@@ -51,7 +51,7 @@ def choose(
     """The columns asked for; else the one that holds images, the one of classes (or called "label"), and captions.
 
     Raises:
-        UserError: a column is missing, or which one is meant cannot be told.
+        UserError: a column is missing, or it is not clear which one is meant.
     """
     for key, name in (("image", image), ("label", label), ("caption", caption)):
         if name and name not in columns:
@@ -193,7 +193,7 @@ class DatasetSource(TableSource):
     def contents(self, index: int) -> bytes:
         cell = self._cell(self._columns.image, index)
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-            return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as `imagefolder` has them
+            return read_image_file(Path(cell["path"]), self.name(index))  # next to the table, as in `imagefolder`
         return image_bytes(cell, self.name(index))
 
     def _cell(self, column: str, index: int) -> Any:
