@@ -171,7 +171,7 @@ def test_the_average_is_taken_under_every_name(name, tmp_path, capsys):
     assert all(torch.equal(checkpoint.ema[key], STATE[key]) for key in STATE)
     if name not in ("swa", "inside", "optimizer"):
         assert all(torch.equal(checkpoint.model[key], value) for key, value in raw_of(STATE).items())
-        assert "beside the raw weights" in capsys.readouterr().out
+        assert "raw weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
