@@ -1,6 +1,6 @@
 """What a tap is compared with: an encoder's features, another block, the averaged network, the clean latents, or nothing.
 
-A target says what it needs to see, so that nobody runs more than the terms of a run ask for.
+A target says what it needs to see, so that only what the terms of a run need is computed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -225,7 +225,7 @@ def latent(model: Backbone, tap: Tap) -> Target:
 
 
 def features(model: Backbone, tap: Tap) -> Target:
-    """Features of any origin, which your own loop hands to `Alignment.compare`: no target of a run."""
+    """Features of any origin, which your own loop passes to `Alignment.compare`: not a target of a run."""
     raise UserError(
         "The target 'features' is for Alignment.compare in a loop of your own: a run needs the name of an encoder."
     )

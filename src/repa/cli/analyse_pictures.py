@@ -45,7 +45,7 @@ class PicturesArguments(Config):
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
     out: str = ""
@@ -72,7 +72,7 @@ class ProgressArguments(SampleConfig):
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     out: str = ""
     """Name of the .png; empty: analysis/progress.png in the first run."""
 

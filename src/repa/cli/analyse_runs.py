@@ -39,7 +39,7 @@ class NetworksArguments(Config):
     checkpoints: tuple[int, ...] = ()
     """Steps of checkpoints; empty takes the newest."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     out: str = ""
     """Name of the .json. The .csv and .png are written next to it. Empty: in the folder analysis of the first run."""
 

@@ -39,13 +39,13 @@ class ConvertArguments(Config):
     model: Network = Network()
     """What a checkpoint does not tell of its network."""
     targets: tuple[str, ...] = ()
-    """Encoders of a REPA's projectors, in order; empty = as the file tells, else the projectors are left out."""
+    """Encoders of a REPA's projectors, in order; empty = as the file says; without that the projectors are left out."""
     depth: int = Field(0, ge=0)
-    """Block after which those projectors stand; 0 = as the file tells."""
+    """Block after which those projectors read; 0 = as the file says."""
     weights: str = ""
     """Which weights of the file to take, by their name in it (ema, model_ema, model ...); empty = its average."""
     path: str = ""
-    """Path it was trained on (linear, trigonometric, vp); empty = as the file tells, else linear."""
+    """Path it was trained on (linear, trigonometric, vp); empty = as the file says, otherwise linear."""
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         settings = {**autoencoder, **imported.settings}
     elif source.is_dir():
         if ignored := sorted(given.model_fields_set - {"checkpoint", "run", "autoencoder_weights"}):
-            raise UserError(f"An exported folder such as {source} tells its {ignored[0]} itself: leave the option out.")
+            raise UserError(f"An exported folder such as {source} records its {ignored[0]}: leave the option out.")
         imported = read_export(source)
         settings = {"autoencoder_weights": given.autoencoder_weights, **imported.settings}
     else:

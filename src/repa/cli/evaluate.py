@@ -41,7 +41,7 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     checkpoint: int = -1
     """Step of the run's checkpoint; -1 takes the newest."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
 
 
 class ReferenceArguments(ReferenceConfig):

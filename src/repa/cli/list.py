@@ -9,7 +9,7 @@ from repa.base.registry import Registry
 from repa.cli import options
 from repa.cli.console import say, table
 
-ABOUT = "List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` tells more about one."
+ABOUT = "List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` describes one."
 NOTES = {
     "autoencoders": 'All but pixels need pip install "repa[latents]"',
     "targets": "Every encoder is a target too: `repa list encoders`",

@@ -36,7 +36,7 @@ class PrepareArguments(PrepareConfig):
     out: str = ""
     """folder of the prepared data; left out with --only and --remove, whose only folder it is"""
     only: tuple[str, ...] = ()
-    """Make these parts alone: base (labels, images, latents), features:ENCODER, text. Without a source: no base, from what is stored."""
+    """Make only these parts: base (labels, images, latents), features:ENCODER, text. Without a source: no base, from what is stored."""
     remove: tuple[str, ...] = ()
     """Delete these fields of the folder: features:ENCODER, text, images."""
     plan: bool = False

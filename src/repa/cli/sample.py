@@ -20,7 +20,7 @@ class SampleArguments(SampleConfig):
     run: str
     """run folder"""
     out: str
-    """Name of an .npz, as samples.npz; a name without an ending is a folder of PNG files."""
+    """Name of an .npz, such as samples.npz; a name without an ending makes a folder of PNG files."""
     num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
     """Number of images."""
     folders: str = ""
@@ -30,9 +30,9 @@ class SampleArguments(SampleConfig):
     checkpoint: int = -1
     """Step of the checkpoint; -1 takes the newest."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     compile: bool = False
-    """Compile the network with torch.compile: up to minutes at the start, which many images repay; pixels may differ by one."""
+    """Compile the network with torch.compile: up to minutes at the start, which pays off for many images; pixels may differ by one."""
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`repa show NAME`: whatever has a name or a folder, in words."""
+"""`repa show NAME`: anything that has a name or a folder, in words."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from repa.cli.list import registries
 from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
 
-ABOUT = "Print a recipe, whatever else `repa list` names (an encoder, a model, a loss, ...), prepared data, or a run."
+ABOUT = "Describe a recipe, any other name of `repa list` (an encoder, a model, a loss, ...), prepared data, or a run."
 
 
 class ShowArguments(Config):

@@ -1,4 +1,4 @@
-"""Features by key, for a loader of one's own: those that `repa prepare` stored, or a folder that fills as training goes.
+"""Features by key, for your own loader: those that `repa prepare` stored, or a folder that fills as training goes.
 
 FOLDER/
   cache.json                    which encoder, shape and type of one entry

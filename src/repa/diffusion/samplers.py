@@ -25,7 +25,7 @@ RandnLike = Callable[[Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """What a sampler tells of a step before it takes it."""
+    """What a sampler reports of a step before it takes it."""
 
     index: int  # type: ignore[assignment]  # from 0; a step has no use for tuple.index
     done: float  # share of the way that is behind after this step, up to 1

@@ -127,7 +127,7 @@ class Hooked(Backbone):
 
 
 def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
-    """The backbone `hooked`: a network of one's own, whose blocks are found by name.
+    """The backbone `hooked`: your own network, whose blocks are found by name.
 
     Args:
         config: of the model; patch_size is the side of a token in the latent.

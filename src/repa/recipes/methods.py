@@ -47,7 +47,7 @@ class Method:
     """In docs/methods/."""
     parts: Callable[[Place], Parts]
     notes: tuple[str, ...] = ()
-    """What the paper leaves open and is chosen here, and what of the paper is not there."""
+    """What the paper leaves open and is chosen here, and what of the paper is not implemented."""
     guidance: str = ""
     """How samples are guided where the method is about that; {aligned} is the block."""
 
@@ -194,7 +194,7 @@ METHODS: dict[str, Method] = {
     ),
     "sara": Method(
         "SARA without its adversary", "2503.08253", "relations.md", sara,
-        ("The weights of the paper are not known here: 0.5 is chosen. Its adversarial term is not there.",),
+        ("The weights of the paper are not known here: 0.5 is chosen. Its adversarial term is not implemented.",),
     ),
     "reg": Method("REG", "2507.01467", "reg.md", reg),
     "sra": Method(

@@ -57,7 +57,7 @@ def read_checkpoint(
         num_heads: attention heads; 0 = those of the named size with this width and depth.
         targets: encoders of the projectors, in order; empty = as the file tells, and without it they are left out.
         depth: block of the alignment; 0 = as the file tells.
-        path: the path it was trained on; empty = as the file tells, else linear.
+        path: the path it was trained on; empty = as the file says, otherwise linear.
         weights: which set of the file's weights to take; empty = its average, else its only one.
 
     Raises:

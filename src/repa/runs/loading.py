@@ -189,7 +189,7 @@ def load_run(
         path: the run folder.
         weights: "ema" (what the paper reports) or "model" (the raw weights).
         step: which checkpoint; the highest when None.
-        autoencoder_weights: where the autoencoder's weights lie now; empty: where training found them, else the hub's.
+        autoencoder_weights: where the autoencoder's weights are now; empty: where training found them, otherwise the hub's.
         autoencoder: one that is loaded already; None loads the run's.
     """
     run = Path(path)

@@ -24,11 +24,11 @@ class SampleConfig(Config):
     guidance: Guidances = ()
     """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; none: off."""
     encoder_steps: int = Field(0, ge=0)
-    """Of a DDT: evaluations on which the encoder runs, chosen by a few images; the others use what it found last. 0: all."""
+    """For a DDT: evaluations on which the encoder runs, chosen with a few images; the others reuse its last output. 0: all."""
     weak: str = ""
-    """Weaker run folder for autoguidance; the run itself where only another checkpoint or other weights are meant."""
+    """Weaker run folder for autoguidance; the run itself, if only its checkpoint or weights differ."""
     weak_weights: str = "ema"
-    """Its weights, named as in --weights: it may need an average of another length than the run's own."""
+    """Its weights, named as in --weights: the best average may have another length than the run's."""
     weak_checkpoint: int = -1
     """Step of its checkpoint; -1 takes the newest."""
     labels: str = "uniform"
@@ -40,9 +40,9 @@ class SampleConfig(Config):
     prompt_data: str = ""
     """Prepared data whose captions are the prompts: image i is of the first caption of image i."""
     negative_prompt: str = ""
-    """What guidance walks away from; empty: the empty text."""
+    """The text that guidance moves samples away from; empty: the empty text."""
     text_weights: str = ""
-    """Where the weights of the run's text encoder lie now; empty: where training found them, else the hub's."""
+    """Where the weights of the run's text encoder are now; empty: where training found them, otherwise the hub's."""
     seed: int = 0
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
@@ -58,9 +58,9 @@ class SampleConfig(Config):
     """Arithmetic of the decoder's convolutions; fp32 means TF32 on CUDA."""
 
     guide_image: str = ""
-    """Image whose features the guidance representation walks to, in --guidance representation:scale=5000,low=0.3."""
+    """Image whose features the guidance `representation` moves samples towards, as in --guidance representation:scale=5000,low=0.3."""
     guide_weights: str = ""
-    """Local weights of that alignment's encoder; empty: where training found them, else the hub's."""
+    """Local weights of that alignment's encoder; empty: where training found them, otherwise the hub's."""
 
     @field_validator("labels")
     @classmethod

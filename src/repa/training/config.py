@@ -136,7 +136,7 @@ class TrainConfig(Config):
     batch_size: int = Field(256, ge=1)
     """Images per step over all processes."""
     num_steps: int = Field(400_000, ge=1)
-    """Steps to train in all, or fewer where epochs says so."""
+    """Steps to train in all, or fewer if epochs ends training earlier."""
     epochs: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Passes over the data after which training ends, if num_steps does not end it before; 0: num_steps alone."""
     label_dropout: float = Field(0.1, ge=0, le=1)
@@ -152,7 +152,7 @@ class TrainConfig(Config):
     fused_update: bool = False
     """AdamW and the first average in one Triton kernel (on a CPU one after the other, as without); not timed on a GPU yet."""
     fp8: bool = False
-    """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and pays on H100 and newer."""
+    """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and is faster on H100 and newer."""
     compile: bool = False
     """Compile with torch.compile: faster steps on a GPU, last digits change."""
     compile_scope: Literal["blocks", "step"] = "blocks"
