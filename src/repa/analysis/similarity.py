@@ -2,7 +2,7 @@
 
 n images; features a (n, D), b (n, E); kernels K = a a^T and L = b b^T. No n x n matrix is kept: CKNNA needs the kernels
 only between neighbours, n * k values, and CKA only D x E products. Everything is float64, on the device of the features
-(MPS has no float64: there on the CPU); beside the features, 8 n (D + E) bytes, stand blocks of BLOCK_BYTES.
+(MPS has no float64: there on the CPU); besides the features, 8 n (D + E) bytes, there are blocks of BLOCK_BYTES.
 """
 
 from typing import Literal, NamedTuple, get_args

@@ -74,7 +74,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
         line = node.start_mark.line + 1
         raise yaml.YAMLError(
-            f"line {line}: {text[:40]!r} is no decimal number: write 8, not 010, 0x8, 1_000 or 1:30, or quote a text"
+            f"line {line}: {text[:40]!r} is not a decimal number: write 8, not 010, 0x8, 1_000 or 1:30, or quote a text"
         )
     return int(text)
 

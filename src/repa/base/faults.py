@@ -133,7 +133,7 @@ def reading(path: str | Path, kind: str, remedy: str = "", *, missing: str = "")
 
 
 def require_plain(path: str | Path) -> None:
-    """Refuse what is no plain file: a pipe blocks who opens it, a device never ends. Nothing there, and folders, are others' to tell."""
+    """Refuse what is not a plain file: a pipe blocks who opens it, a device never ends. Nothing there, and folders, are others' to tell."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # what opens it next says so

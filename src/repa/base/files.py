@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
+    """A temporary path next to `path` that replaces it when the block ends well, and vanishes when it does not.
 
     The data is on disk (fsync) before the name changes, so a kill at any moment leaves the old file or the new one.
     """
@@ -55,7 +55,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """What `make` makes beside `path`, for a block that gives it the name `path` at its end; errors of the disk name `path`."""
+    """What `make` makes next to `path`, for a block that gives it the name `path` at its end; errors of the disk name `path`."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

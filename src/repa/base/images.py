@@ -16,7 +16,7 @@ from repa.base.errors import UserError
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "SGI", "QOI",
 )  # fmt: skip
-# Programs that make pictures write long texts beside them, compressed; Pillow's limit of 1 MiB would refuse the pictures
+# Programs that make pictures write long texts into the file, compressed; Pillow's limit of 1 MiB would refuse the pictures
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
@@ -80,7 +80,7 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours as the embedded ICC profile means them, in sRGB; a profile that cannot be used is no reason to lose the image."""
+    """Colours as the embedded ICC profile means them, in sRGB; a profile that cannot be used does not lose the image."""
     if not profile or image.mode not in ("RGB", "CMYK", "L"):
         return image.convert("RGB")
     try:

@@ -130,7 +130,7 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
 def keep_freed_memory() -> bool:
     """Let this process keep freed blocks of up to 32 MiB for its next request; returns whether the C library obeys (glibc).
 
-    By default glibc gives large blocks back to the system at once and takes them anew, and the system clears each page on
+    By default glibc gives large blocks back to the system at once and requests them again, and the system clears each page on
     its first touch: every activation, rounded weight and gradient of every step. `python benchmarks/train_step.py` and the
     same with `--return-memory` measure the difference.
     """

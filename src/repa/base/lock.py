@@ -51,7 +51,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def lock_of(target: Path) -> Path:
-    """Where the lock of a file or folder lies: beside it, or in a folder whose own place cannot be written.
+    """Where the lock of a file or folder is: next to it, or in a folder whose own place cannot be written.
 
     Of a link: where the lock of what it leads to lies, so that two names of a folder have one lock.
     """

@@ -1,7 +1,7 @@
 """Small values between processes through the store at which they met: for what is not a tensor, and for waits without a limit of minutes.
 
 A collective of tensors that is late means a dead process, and its time-out is minutes. Waiting for the main process to write
-samples is no such thing. So objects and barriers go through the key-value store, over one connection a process: nothing
+samples is not one. So objects and barriers go through the key-value store, over one connection a process: nothing
 connects every process with every other, and a process that sleeps in them holds no device.
 """
 

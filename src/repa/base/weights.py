@@ -1,7 +1,7 @@
 """Files of tensors that anyone may have written: safetensors, torch.save, TorchScript. No code of a file is ever run.
 
 torch.load with weights_only builds what torch.save wrote, of classes only those listed here. A TorchScript archive is a zip
-with the same pickled tree and the same records of bytes beside its code; torch would compile that code, so the tree is read
+with the same pickled tree and the same records of bytes next to its code; torch would compile that code, so the tree is read
 here, with `Inert` in the place of every class, and the code is left alone.
 """
 

@@ -16,7 +16,7 @@ from repa.encoders.loading import check_pairs, weights_for
 from repa.sampling.config import SampleConfig
 
 ABOUT_PICTURES = (
-    "Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, beside the "
+    "Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, next to the "
     "images. Each picture has components of its own, shared by all images of a column."
 )
 ABOUT_PROGRESS = "Samples of several checkpoints and runs from the same noise and labels, a row for each checkpoint."

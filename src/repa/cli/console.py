@@ -107,7 +107,7 @@ class Progress:
             )
 
     def within(self, what: str, done: int, total: int) -> None:
-        """Work inside one unit of the task, such as the samples of a preview: beside the bar, or a line now and then."""
+        """Work inside one unit of the task, such as the samples of a preview: next to the bar, or a line now and then."""
         now, text = time.perf_counter(), escaped(f"{what} {done:,}/{total:,}")
         if self.bar:
             self.bar.update(self.task, note=text)

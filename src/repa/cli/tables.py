@@ -45,7 +45,7 @@ def how(what: str, given: Config) -> dict[str, Any]:
 
 
 def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
-    """`out` (.json) with `how`, the rows and whatever more there is, and the rows as .csv beside it; by the main process.
+    """`out` (.json) with `how`, the rows and anything else given, and the rows as .csv next to it; by the main process.
 
     NaN, a measure that could tell nothing, becomes null and an empty cell: JSON has no NaN.
     """

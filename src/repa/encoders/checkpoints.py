@@ -109,7 +109,7 @@ def download(name: str, hub: str, by_hand: str) -> Path:
 
 
 def weights_file(name: str, family: Family, original: Original | None, path: Path) -> Path:
-    """The one file with the tensors; raises UserError where `path` is no checkpoint of this family."""
+    """The one file with the tensors; raises UserError if `path` is not a checkpoint of this family."""
     if path.is_file() and original:
         return path
     for wanted in ((CONFIG,), (WEIGHTS, PICKLED)):

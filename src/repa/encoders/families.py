@@ -40,7 +40,7 @@ class Original(NamedTuple):
     prefix: str = ""
     """Beginning of the names of the encoder's tensors, cut off; other tensors are left out."""
     unused: tuple[str, ...] = ()
-    """Beginnings of the names, after the prefix, of what is no part of the encoder."""
+    """Beginnings of the names, after the prefix, of what is not part of the encoder."""
     head_dim: int = 64
     """Width of an attention head, which a state dict does not tell."""
     head_dims: Mapping[str, int] = NONE
@@ -69,7 +69,7 @@ class Family(NamedTuple):
     patch: int = 16
     """Pixels of a patch's side."""
     registers: int = 0
-    """Tokens beside those of the patches and the class; dropped."""
+    """Tokens other than those of the patches and the class; dropped."""
     class_token: bool = True
     """Tokens begin with a class token; registers, where config.json counts any, follow it."""
     colours: Colours = IMAGENET

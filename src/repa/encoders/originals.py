@@ -94,7 +94,7 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
     if absent:
         where = f" in {original.container!r}" if original.container else ""
         raise UserError(
-            f"{file} is no checkpoint for the encoder {name}: it has no {original.prefix}{min(absent)}{where}; give the "
+            f"{file} is not a checkpoint for the encoder {name}: it has no {original.prefix}{min(absent)}{where}; give the "
             f"checkpoint of {original.project}."
         )
     width, wanted = len(tensors["patch_embed.proj.weight"]), WIDTHS[name.rpartition("-")[2]]

@@ -211,7 +211,7 @@ def _steps(content: Mapping[str, Any]) -> int | None:
 
 
 def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weights, Weights | None, str]:
-    """The average of a checkpoint, else its only weights; the raw weights beside an average; and a sentence about both."""
+    """The average of a checkpoint, else its only weights; the raw weights next to an average; and a sentence about both."""
     found = list(_weights_in(content))
     if not found:
         if not (isinstance(content, Mapping) and any(_holds_tensors(value) for value in [content, *content.values()])):

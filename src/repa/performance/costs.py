@@ -151,7 +151,7 @@ def _autoencoder_outline(shape: Shape) -> nn.Module:
 
 
 def _encoded(kind: str, vae: Any, pixels: Tensor) -> Tensor:
-    """Without what follows the encoder and is no product of matrices."""
+    """Without the parts after the encoder that are not matrix products."""
     return vae.encode(pixels).latent if kind == "AutoencoderRAE" else vae.encoder(pixels)
 
 

@@ -82,7 +82,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
     Raises:
         UserError: no snapshots, none of that step, or a width that no average has.
     """
-    gamma_of(width)  # a width that does not exist is said first
+    gamma_of(width)  # an impossible width is reported first
     steps = layout.snapshot_steps(run)
     if not steps:
         raise UserError(
@@ -101,7 +101,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
 
 
 def write_average(run: Path, width: float, step: int | None = None) -> tuple[int, str]:
-    """Write what `reconstruct` gives beside the checkpoints; returns its step and the name that `load_run` knows it by."""
+    """Write what `reconstruct` gives next to the checkpoints; returns its step and the name that `load_run` knows it by."""
     step, parameters = reconstruct(run, width, step)
     _, state = load_weights(run, "ema")  # for what is not trained, such as positions
     name = weights_name(width)

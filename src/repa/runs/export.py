@@ -63,7 +63,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
 
 def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader must know beside the network; no path of this machine is among it."""
+    """What a reader must know besides the network; no path of this machine is among it."""
     kinds = {"source": dict, "num_images": int, "class_names": list}
     data = files.read_object(run / layout.DATA, **kinds) if (run / layout.DATA).is_file() else {}
     origin = files.read_object(run / layout.ORIGIN, origin=str)["origin"] if (run / layout.ORIGIN).is_file() else None

@@ -36,7 +36,7 @@ SAMPLES = "samples"
 EVALUATIONS = "evaluations"
 ANALYSIS = "analysis"
 ORIGIN = "converted.json"
-WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which lies beside it
+WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which is next to it
 
 SECTIONS = {
     "model": dict, "diffusion": dict, "optimizer": dict, "preview": dict, "alignments": list, "streams": list,

@@ -112,7 +112,7 @@ class LoadedRun:
 
     @cached_property
     def layout(self) -> Layout:
-        """Of what a sampler integrates: the latents, and the streams beside them."""
+        """Of what a sampler integrates: the latents, and the streams."""
         return Layout(self.model.state_shapes)
 
     def denoiser(

@@ -45,10 +45,10 @@ class MetricsLog:
         run: run folder.
         resume_step: rows after it belong to steps that will be done again, and are dropped.
         project: of Weights & Biases; empty: none.
-        config: settings that Weights & Biases shows beside the curves.
+        config: settings that Weights & Biases shows next to the curves.
 
     Raises:
-        UserError: Weights & Biases cannot be had.
+        UserError: Weights & Biases is not available.
     """
 
     def __init__(self, run: Path, resume_step: int = 0, *, project: str = "", config: Mapping[str, Any] | None = None):

@@ -41,7 +41,7 @@ def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) 
     if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
         raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts.texts]
-    if prompt_file.endswith(".jsonl"):  # scorers find there what they need beside the prompt
+    if prompt_file.endswith(".jsonl"):  # scorers find there what they need besides the prompt
         lines = [line for line in Path(prompt_file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     images = load_npz(samples, "samples", ("arr_0",), limit=LIMIT)["arr_0"]
     for index, image in enumerate(images):

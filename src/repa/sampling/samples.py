@@ -39,7 +39,7 @@ from repa.sampling.folders import write_pngs
 from repa.sampling.representation import guide_of
 from repa.sampling.sharing import with_shared_encoder
 
-GRID_IMAGES = 64  # in the picture beside the npz
+GRID_IMAGES = 64  # in the picture next to the npz
 
 
 class Samples(NamedTuple):
@@ -50,7 +50,7 @@ class Samples(NamedTuple):
 
 
 def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
-    """The run with what sampling needs beside it: prompts, another decoder, a weaker run and an image to guide it."""
+    """The run with what else sampling needs: prompts, another decoder, a weaker run and an image to guide it."""
     own = run.autoencoder
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
@@ -152,7 +152,7 @@ def write_samples(
     callback: Callback | None = None,
 ) -> Path:
     """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format; a name without an ending: a folder of PNG files)
-    and a PNG grid beside it.
+    and a PNG grid next to it.
 
     Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
     `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
@@ -187,7 +187,7 @@ def _write_samples(
         return out
     other = out.with_suffix("" if out.suffix else ".npz")
     if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
-        _require_same(job, out.with_suffix(".json"), f"{other} is beside {out} and of another job")
+        _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
     _claim(job, run, num, out, parts)
     starts = range(0, num, config.batch_size)
     mine = starts[dist.rank() :: dist.world()]

@@ -1,4 +1,4 @@
-"""Images as plain numbers: .npy, .npz with the labels beside them, and the binary version of CIFAR-10 and CIFAR-100."""
+"""Images as plain numbers: .npy, .npz with their labels, and the binary version of CIFAR-10 and CIFAR-100."""
 
 import hashlib
 import os

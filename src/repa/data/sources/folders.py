@@ -252,7 +252,7 @@ class CocoSource(Source):
 
     Args:
         annotations: a file such as annotations/captions_val2014.json.
-        images: the folder of the images; "": the folder beside the file, or beside its folder, that is named like the end of the
+        images: the folder of the images; "": the folder next to the file, or next to its folder, that is named like the end of the
             file's name (val2014).
 
     Raises:

@@ -104,7 +104,7 @@ def _read_words(path: Path, column: str) -> tuple[list[str], list[Any]]:
 
 
 def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
-    """The columns of a table at the root of a source, by its first lines; none of what is no readable table."""
+    """The columns of a table at the root of a source, by its first lines; none if it is not a readable table."""
     suffix = Path(file).suffix.lower()
     if suffix not in TABLES or suffix == ".parquet":
         return []

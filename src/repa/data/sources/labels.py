@@ -10,7 +10,7 @@ import numpy as np
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import MEANINGS, Classes, no_classes, plain_text, printable, splits_among
 
-MAX_CLASSES = 1_000_000  # a label far beyond them is no label, and would make as many names
+MAX_CLASSES = 1_000_000  # a label far beyond them is not a label, and would make as many names
 LABEL_COLUMNS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
     "y",
@@ -19,7 +19,7 @@ LABEL_COLUMNS = (
 AROUND = (
     "images", "image", "imgs", "img", "data", "dataset", "photos", "pictures", "jpg", "png", "classes", "set", "all",
 )  # fmt: skip
-"""Names of a folder around the folders of classes, which is no class."""
+"""Names of a folder around the folders of classes, which is not a class."""
 
 
 def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str) -> Classes:

@@ -140,7 +140,7 @@ def _open(where: str) -> Any:
 
 
 def _columns_of(schema: Any) -> dict[str, Column]:
-    """What the columns hold, by their types and by what Hugging Face writes beside them."""
+    """What the columns hold, by their types and by what Hugging Face writes with them."""
     from pyarrow import types
 
     said = _features_of(schema.metadata or {})

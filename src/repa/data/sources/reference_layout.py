@@ -152,7 +152,7 @@ class ReferenceSource(Source):
         return [latents[_number(path, IMAGE_PREFIX)] for path in self._images.paths]
 
     def _require_agreement(self, labels: np.ndarray) -> None:
-        """The labels beside the images, where there are any, are those beside the moments."""
+        """If the images come with labels, they are the same as those of the moments."""
         listing = self.root / IMAGES / LISTING
         if not listing.is_file():
             return
