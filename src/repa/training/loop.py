@@ -144,11 +144,11 @@ def _train(
             norms = update(state, groups)
             state.objective.observe(state.step, losses)
 
-            by_clock = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
+            time_is_up = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
             # several processes ask each other every tenth step only: asking costs a wait
             stop, by_clock, failed, busy = False, False, False, True
             if not dist.active() or state.step % 10 == 0:
-                flags = [bool(caught), by_clock, writer.failed, writer.busy]
+                flags = [bool(caught), time_is_up, writer.failed, writer.busy]
                 stop, by_clock, failed, busy = dist.any_process(flags, device)
             if failed or not busy:
                 writer.wait()
