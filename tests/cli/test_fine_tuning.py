@@ -226,7 +226,7 @@ def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
     shutil.rmtree(bare / layout.CHECKPOINTS)
     for init, sentence in [
         (tmp_path / "last.pt", "given with its kind (repa:FILE, sit:FILE, dit:FILE)"),
-        (tmp_path / "nothing", "no run folder and no exported network"),
+        (tmp_path / "nothing", "repa convert"),
         (f"sit:{tmp_path / 'nothing.pt'}", "There is no checkpoint file"),
         (bare, "has no checkpoint yet"),
     ]:

@@ -160,7 +160,7 @@ def test_damaged_and_strange_files(tmp_path, samples):
     with pytest.raises(UserError, match="mu needs its sigma"):
         open_reference(path, 16)
     np.savez(path, mu=np.full(6, np.nan), sigma=np.eye(6))
-    with pytest.raises(UserError, match="no finite numbers"):
+    with pytest.raises(UserError, match="mu .*finite"):
         measured(path, samples, ("fid",))
     with pytest.raises(UserError, match="There is no"):
         open_reference(tmp_path / "none.npz", 16)

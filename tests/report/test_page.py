@@ -145,7 +145,7 @@ def test_a_run_that_has_nothing_yet(tmp_path):
     page = page_of([run], tmp_path / "r.html")
     assert page.balanced
     assert "has not logged a single step yet" in page.text
-    assert "nothing can be said about the quality" in page.text
+    assert "no evaluations" in page.text
     assert not page.all("svg")
     (run / layout.METRICS).unlink()
     (run / layout.DATA).unlink()
