@@ -94,6 +94,7 @@ def test_figures_name_models_that_recipes_make():
     assert {figure.labels for figure in PUBLISHED["rae"]} == {"balanced"}
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_recipe_has_the_time_shift_of_its_latents():
     config = load_recipe("rae-dh-s")
     found = estimate(config, num_images=1000, num_devices=8, resolution=256, rate=1e12, num_classes=1000)

@@ -146,6 +146,7 @@ for variant in ("paper", "platonic-clamped"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_memory_is_far_below_a_kernel():
     """4,000 images: one kernel is 122 MiB; features in float64 are 8, blocks of 8 come and go, and libraries take theirs."""

@@ -63,6 +63,7 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
     assert printed.count("| SiT-S/4 | cached | 8 | fp32 | eager |") == 1
 
 
+@pytest.mark.slow
 def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
     """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
     given, whole = [], measure.Step.backward

@@ -92,6 +92,7 @@ def test_the_photographs_come_first_and_name_the_next_command(small_recipes, tmp
     assert (tmp_path / "quickstart" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_folder, tmp_path):
     out = tmp_path / "quick"
     commands = [

@@ -119,6 +119,7 @@ def test_mistakes_are_answered():
         build(ModelConfig(backbone="ddt:head_depth=1", separate_times=True, **complete))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", PAPERS)
 def test_it_compiles_in_one_graph(paper):
     """Traced whole, forward and backward, as the objective does it; what the kernels become is tests/training/test_compile.py's."""

@@ -190,6 +190,7 @@ def test_memory_by_what_it_holds(base):
     assert base.memory(cached=True)["encoders"] == 0 < memory["encoders"]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
     large = estimated(aligned("SiT-XL/2"))
     assert large.parallel == "fsdp"
