@@ -23,17 +23,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# torch comes first and alone: later steps then find it and do not look for another build of it.
-# --no-compile: most modules of the dependencies are never imported; those that are compile then. It halves the time.
+# torch comes first and alone: later steps then find it and do not look for another build of it
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("repa needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[quickstart]"
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[quickstart]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 docs: $(VENV)/installed-dev

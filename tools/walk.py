@@ -1,7 +1,7 @@
 """The files of src/repa that a command walks through, in the order in which a reader of its work would open them.
 
     python tools/walk.py prepare photographs:num=64 DATA --resolution 32 --features tiny --num-workers 0
-    python tools/walk.py --during training/loop.py:_step:4 train quickstart --data DATA --out RUN --steps 8
+    python tools/walk.py --during training/loop.py:backward:6 train quickstart --data DATA --out RUN --num-steps 8
 
 Each function counts where it starts first. A stop is a run of such functions in one file; a stop in a file that was left before
 is a return. Fewer returns: more of the work is read from top to bottom. Work in threads is seen, that in worker processes is

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -94,7 +93,9 @@ def alone(target: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(target: Path, doing: str) -> Iterator[None]:
-    """Hold the lock of a folder beside others that share it: for work that may meet its like, but nobody who is `alone` there.
+    """Hold the lock of a folder together with others that share it, while nobody is `alone` there.
+
+    It is the same file as `alone` locks, which filelock's ReadWriteLock, a SQLite database, could not be.
 
     Args:
         target: what is written.
@@ -103,6 +104,8 @@ def shared(target: Path, doing: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it alone; the sentence says which, where and since when.
     """
+    import fcntl  # absent on Windows, where the rest of the package may be imported
+
     path = lock_of(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _share(path)
@@ -123,6 +126,8 @@ def shared(target: Path, doing: str) -> Iterator[None]:
 
 def _share(path: Path) -> int | None:
     """An open file with a shared lock; None when a process has it alone. Tried for a second: who leaves looks whether it is the last."""
+    import fcntl
+
     for _ in range(TRIES):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
