@@ -51,7 +51,9 @@ def distances(runs: list[Path], reference: Path, judge: str) -> dict[Path, Rows]
                 samples = layout.preview(run, step, ".npz")
                 results = evaluate_file(samples, reference, config, device=torch.device("cpu"))
                 files.write_json(file, results | {"made": made[step]})
-            found[run].append({"step": step, "frechet_distance": files.read_json(file)["metrics"]["fd"]})
+            results = files.read_json(file)
+            row = {"step": step, "frechet_distance": results["metrics"]["fd"], "num_samples": results["num_samples"]}
+            found[run].append(row)
     return found
 
 
@@ -108,8 +110,9 @@ def main() -> None:
         for job in jobs:
             job.result()
     for judge in args.judges:
-        print(f"\n{judge}, {num} samples:\n")
-        print(table(args.out, args.seeds, distances(runs, args.reference or data, judge)), flush=True)
+        found = distances(runs, args.reference or data, judge)
+        print(f"\n{judge}, {found[runs[0]][-1]['num_samples']} samples:\n")
+        print(table(args.out, args.seeds, found), flush=True)
 
 
 if __name__ == "__main__":
