@@ -4,7 +4,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from repa.base import images
 from repa.base.errors import UserError
@@ -178,3 +178,31 @@ def test_png_round_trip(tmp_path):
     save_png(sheet, tmp_path / "deep" / "a.png")
     assert (tmp_path / "deep" / "a.png").read_bytes() == encode_png(sheet)
     np.testing.assert_array_equal(pixels(Image.open(tmp_path / "deep" / "a.png")), sheet)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_exif_data_that_cannot_be_read_do_not_lose_the_image(form):
+    """Pillow writes EXIF data of PNG and WebP without their mark, and finds its own of JPEG by it."""
+    out = io.BytesIO()
+    Image.new("RGB", (4, 2), "red").save(out, form, exif=b"Exif\0\0garbage" if form == "JPEG" else b"garbage")
+    assert decode_image(out.getvalue(), "x").size == (4, 2)
+
+
+@pytest.mark.parametrize(("most", "bytes_of_white"), [(65535, b"\xff\xff"), (1023, b"\x03\xff")])
+def test_16_bit_pgm_has_a_known_range(most, bytes_of_white):
+    image = decode_image(b"P5 2 1 %d\n" % most + bytes_of_white + b"\0\0", "x")
+    assert np.asarray(image)[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_the_profile_of_a_palette_is_converted(mode):
+    """Red under a profile whose primaries of red and blue are exchanged is blue."""
+    profile = (
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
+    )
+    profile = profile.replace(b"rXYZ", b"xXYZ").replace(b"bXYZ", b"rXYZ").replace(b"xXYZ", b"bXYZ")
+    out = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").convert(mode).save(out, "PNG", icc_profile=profile)
+    red, green, blue = np.asarray(decode_image(out.getvalue(), "x"))[0, 0].tolist()
+    assert blue > 250
+    assert max(red, green) < 5

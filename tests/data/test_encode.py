@@ -14,6 +14,7 @@ from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
 from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, writing
+from repa.data.planning import make_plan
 from repa.data.progress import Progress
 from tests.data.conftest import all_rows, content, pack, spoil
 
@@ -455,3 +456,10 @@ def test_a_real_configuration_names_its_mistakes():
     assert config.features == ("dinov2-b",)
     assert config.weights_of("dinov2-b") == "w/x"
     assert config.weights_of("tiny") is None
+
+
+def test_more_workers_than_a_machine_takes_are_refused(folder, tmp_path):
+    config = PrepareConfig(resolution=8, num_workers=100_000)
+    for make in (prepare, make_plan):
+        with pytest.raises(UserError, match="num_workers was given 100,000"):
+            make(folder, tmp_path / "out", config)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import tarfile
 import zipfile
 
@@ -370,6 +371,8 @@ def test_arrays_that_are_left_out_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=images, y_train=np.array([1.0, 0.0]), x_test=images)
     source = open_source(tmp_path / "a.npz")
     assert (classes(source), source.left_out) == (["1", "0"], {"array 'x_test'": 1})
+    np.savez(tmp_path / "b.npz", images=images, species=np.array([1, 0]))
+    assert open_source(tmp_path / "b.npz").left_out == {"array 'species'": 1}
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (3, 32, 32)])
@@ -405,3 +408,80 @@ def test_captions_of_metadata(text, tmp_path):
     source = open_source(tmp_path, labels="none")
     captions = [source.captions(index) for index in range(2)]
     assert captions == ([("hello",), ("a", "b")] if "hello" in text else [(), ()])
+
+
+@pytest.mark.parametrize("file", ["labels.csv", "images/metadata.csv"])
+def test_a_table_beside_the_one_folder_of_images(file, tmp_path):
+    """The choice that the refusal names is taken: paths may start at the folder of the images."""
+    tree(tmp_path, "images/0.png", "images/1.png")
+    (tmp_path / file).write_text("file_name,label\n0.png,a\n1.png,b\n")
+    with pytest.raises(UserError, match=f"--labels {tmp_path / file}:label"):
+        open_source(tmp_path)
+    assert classes(open_source(tmp_path, labels=f"{tmp_path / file}:label")) == ["a", "b"]
+    assert open_source(tmp_path, labels="folders").class_names == ["images"]
+
+
+def test_a_table_that_names_images_beside_folders_of_numbers(tmp_path):
+    tree(tmp_path, "00/0.png", "01/1.png")
+    (tmp_path / "words.csv").write_text("class,meaning\n00,cat\n01,dog\n")
+    assert open_source(tmp_path).class_names == ["00", "01"]
+    (tmp_path / "labels.csv").write_text("file_name,label\n00/0.png,a\n01/1.png,a\n")
+    with pytest.raises(UserError, match="both folders of classes and labels.csv"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, labels="folders").class_names == ["00", "01"]
+
+
+@pytest.mark.parametrize(("ending", "text"), [("cls", "1"), ("json", '{"label": 1}')])
+def test_the_files_of_a_webdataset_that_was_unpacked(ending, text, tmp_path):
+    for number in "01":
+        tree(tmp_path / "x", f"{number}.png")
+        (tmp_path / "x" / f"{number}.{ending}").write_text(text.replace("1", number))
+    with pytest.raises(UserError, match="pack it by"):
+        open_source(tmp_path / "x")
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "-C", tmp_path / "x", "."], check=True)
+    assert classes(open_source(tmp_path / "x.tar")) == ["0", "1"]
+
+
+def test_a_tar_with_one_folder_around_the_classes(tmp_path):
+    tar(tmp_path / "a.tar", **{"imgs/cat/0.png": png(), "imgs/dog/1.png": png()})
+    with pytest.raises(UserError, match="imgs/cat, imgs/dog"):
+        open_source(tmp_path / "a.tar")
+    assert open_source(tmp_path / "a.tar", labels="folders:2").class_names == ["cat", "dog"]
+
+
+def test_metadata_between_semicolons_and_with_several_rows_an_image(tmp_path):
+    tree(tmp_path, "0.png", "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name;label;text\n0.png;a;one\n1.png;b;two\n0.png;a;three\n")
+    source = open_source(tmp_path)
+    assert (classes(source), source.captions(0)) == (["a", "b"], ("one", "three"))
+    (tmp_path / "metadata.csv").write_text("file_name;label\n0.png;a\n1.png;b\n0.png;b\n")
+    with pytest.raises(UserError, match=r"'0\.png' twice"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metadata.csv", "file_name,label,label\n0.png,a,b\n"),
+        ("metadata.jsonl", '{"file_name": "0.png", "label": 1, "label": 2}'),
+        ("dataset.json", '{"labels": null, "labels": [["0.png", 1]]}'),
+    ],
+)
+def test_a_label_given_twice_is_not_the_last(file, text, tmp_path):
+    tree(tmp_path, "0.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="twice"):
+        open_source(tmp_path)
+
+
+def test_other_ends_of_lines_in_captions(tmp_path):
+    tree(tmp_path, "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert open_source(tmp_path).captions(0) == ("a\u2028b\x85c",)
+
+
+def test_what_lies_in_a_folder_without_images_is_told(tmp_path):
+    (tmp_path / "default/train").mkdir(parents=True)
+    (tmp_path / "default/train/0000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"but 1 files \.parquet"):
+        open_source(tmp_path)

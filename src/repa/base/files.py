@@ -19,6 +19,8 @@ from repa.base.errors import UserError
 
 LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")  # what is being written or removed; letters of tempfile
 
+MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and what is parsed takes up to 24 times as much memory
+
 
 def cache_folder() -> Path:
     """Where downloads and derived files live: $REPA_CACHE, else $XDG_CACHE_HOME/repa, else ~/.cache/repa."""
@@ -160,11 +162,14 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequ
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds; UserError for one that is none, gives a key twice, or holds NaN or Infinity, which JSON lacks."""
     with faults.reading(path, "JSON", missing=f"There is no file {path}."):
+        if (num_bytes := os.stat(path).st_size) > MOST_JSON:
+            raise UserError(f"{path} is refused: it has {size(num_bytes)}, and a JSON file at most {size(MOST_JSON)}.")
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object, unless it gives a key twice."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:

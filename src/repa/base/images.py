@@ -42,8 +42,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         image = open_image(io.BytesIO(data))
         if image.width * image.height <= MAX_PIXELS:  # known from the header, before anything is decoded
-            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-            return _to_rgb(ImageOps.exif_transpose(image), sixteen)
+            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            image.load()
+            return _to_rgb(_upright(image), sixteen)
     except Image.DecompressionBombError:
         pass  # refused below
     except Image.UnidentifiedImageError:
@@ -61,6 +62,14 @@ def open_image(file: IO[bytes] | str | Path) -> Image.Image:
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; data that cannot be read do not lose the image."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow answers them with SyntaxError, ValueError, struct.error, ...
+        return image
+
+
 def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
     if sixteen:
         pixels = np.asarray(image)
@@ -73,9 +82,12 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
             f"its pixels are {image.mode!r} numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits"
         )
     profile = image.info.get("icc_profile")
+    grey = image.mode in ("L", "LA", "La")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L" if grey else "RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
     return _to_srgb(image, profile)
 
 

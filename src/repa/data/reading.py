@@ -39,6 +39,11 @@ class Images(NamedTuple):
 Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, Images], None, None]]
 
 
+def most_workers() -> int:
+    """Processes beyond which this machine only runs out of memory: each holds 150 MB, and a source far away keeps 16 a core busy."""
+    return max(32, 16 * (os.cpu_count() or 1))
+
+
 @dataclass(frozen=True)
 class FromSource(Dataset):
     """Decodes pieces in worker processes: Python runs one thread at a time between Pillow's calls, and the models need
@@ -50,6 +55,10 @@ class FromSource(Dataset):
 
     def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
         """Pieces are taken from `pieces` a few ahead, in this process; workers exist before the first is."""
+        if self.num_workers > most_workers():
+            raise UserError(
+                f"num_workers was given {self.num_workers:,}, but this machine takes at most {most_workers()}: give fewer."
+            )
         with warnings.catch_warnings():  # of more workers than cores, which is right where the source is far away
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(

@@ -12,7 +12,7 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.data.sources.contract import CAPTION, EXTENSIONS, MAX_FILE_SIZE, Strings, hidden, leads_out
-from repa.data.sources.folders import LISTING, METADATA, FileSource
+from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
@@ -121,8 +121,7 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
     name = plain_name(member)
     if member.is_dir() or any(hidden(part) for part in name.split("/")):
         return False
-    table = "/" not in name and name.lower().endswith((*TABLES, ".json"))
-    return table or name.lower().endswith((*EXTENSIONS, CAPTION)) or name in (LISTING, *METADATA)
+    return name.lower().endswith((*EXTENSIONS, CAPTION, *TABLES, ".json"))
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:

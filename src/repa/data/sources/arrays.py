@@ -106,11 +106,15 @@ class ArraySource(Source):
                     f"{self.path} has no array called {' or '.join(LABELS[:3])}, but {', '.join(others)}: name the one as "
                     f"{self.path}:label={others[0]}, or give --labels none for one class."
                 )
+            self.left_out = self._others(archive)
             return no_classes(num)
         key = archive.choose(key, LABELS, "labels")
+        self.left_out = self._others(archive, key)
         self.labels_from = f"the array {key!r}"
-        self.left_out = {f"array {name!r}": 1 for name in archive.names if name not in (key, self._key)}
         return self._checked(archive.array(key), f"{key!r} of {self.path}")
+
+    def _others(self, archive: "_Npz", label: str = "") -> dict[str, int]:
+        return {f"array {name!r}": 1 for name in archive.names if name not in (label, self._key)}
 
     def _checked(self, labels: np.ndarray, where: str) -> Classes:
         num = len(self._images)

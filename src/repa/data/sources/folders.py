@@ -31,13 +31,13 @@ from repa.data.sources.contract import (
     printable,
     read_image_file,
 )  # fmt: skip
-from repa.data.sources.label_files import TABLES, from_file, rows_of_csv, rows_of_lines, table_columns
+from repa.data.sources.label_files import FILE_COLUMNS, TABLES, from_file, rows_of_csv, rows_of_lines, table_columns
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns
 
 JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are not classes
-MOST_BYTES = 2**28  # of an annotation file: COCO 2017 has 92 MB, and parsed JSON takes up to 24 times as much memory
+MOST_TABLES = 20  # files that are looked at for labels
 
 
 class FileSource(Source):
@@ -54,14 +54,15 @@ class FileSource(Source):
         """
         paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
         if not paths:
+            there = ", ".join(f"{num:,} {what}" for what, num in count_others(found, (), junk).items())
             raise UserError(
-                f"{where} holds no images: files named {' '.join(EXTENSIONS)} are looked for, at any depth."
+                f"{where} holds no images{there and f', but {there}'}: files named {' '.join(EXTENSIONS)} are looked for, "
+                "at any depth."
             )
         texts = {path for path in found if path.lower().endswith(CAPTION)}
         others = found.keys() - {*texts, *paths, LISTING, *METADATA}
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
-        self.root_files = [path for path in unknown if "/" not in path]  # neither images nor their captions
         self.left_out = count_others(others, set(folders) - tops if tops else (), junk)
         self.paths = Strings(paths)
         captions = {_stem(path): path for path in texts}
@@ -78,8 +79,8 @@ class FileSource(Source):
             self.identity["labels_sha256"] = labels_digest(classes)  # they are not in the list of paths
         else:
             classes, self.labels_from = from_folders(where, paths, labels)
-            if len(classes.names) == 1 and not labels and not any("/" in path for path in paths):
-                self._require_nothing_label_like(where)
+            if not labels:
+                self._require_nothing_label_like(where, paths, unknown, is_one=len(classes.names) == 1)
         self.labels, self.class_names = classes
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
@@ -94,15 +95,29 @@ class FileSource(Source):
             return from_file(labels, paths)
         if (data := self.read_root(LISTING)) is not None:
             with faults.reading(f"{LISTING} of {where}", "JSON"):
-                listing = json.loads(data)
+                listing = json.loads(data, object_pairs_hook=files.once)
             self.labels_from = LISTING
             return from_listing(listing, paths, f"{LISTING} of {where}")
         return self._from_metadata(where, paths)
 
-    def _require_nothing_label_like(self, where: str) -> None:
-        """Before all images become one class: refuse where a file at the root looks like their labels, and name the choice."""
-        for file in sorted(self.root_files):
-            if not (columns := self._columns_of_labels(file)):
+    def _require_nothing_label_like(
+        self, where: str, paths: Sequence[str], unknown: Sequence[str], *, is_one: bool
+    ) -> None:
+        """Before folders become classes, or all images one: refuse where a file looks like the labels, and name the choice.
+
+        Args:
+            unknown: files that are neither images nor their captions; those next to images or in folders above are looked at.
+            is_one: all images are of one class. Else only a table that names images and their labels is one too many.
+        """
+        stems, above = set(map(_stem, paths)), {""}
+        for folder in {path.rpartition("/")[0] for path in paths}:
+            parts = folder.split("/")
+            above.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        if is_one:
+            self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
+        tables = sorted(path for path in unknown if path.rpartition("/")[0] in above and _stem(path) not in stems)
+        for file in tables[:MOST_TABLES]:
+            if not (columns := self._columns_of_labels(file, is_one)):
                 continue
             spec = f"{Path(where) / file}:{columns[0]}" if columns[0] else str(Path(where) / file)
             if Path(where).is_file():
@@ -110,20 +125,41 @@ class FileSource(Source):
             if not file.lower().endswith((*TABLES, ".json")):
                 spec = "TABLE.csv:COLUMN with what it says"
             raise UserError(
-                f"{where} has no folders of classes, but {printable(file)}, which looks like labels: give --labels {printable(spec)}, "
-                "another column or file, or --labels none for one class."
+                f"{where} has {'no' if is_one else 'both'} folders of classes{', but' if is_one else ' and'} {printable(file)}, which "
+                f"looks like labels: give --labels {printable(spec)}, another column or file, --labels folders, or --labels none "
+                "for one class."
             )
 
-    def _columns_of_labels(self, file: str) -> list[str]:
-        """Columns of a file at the root that could be labels; [""] for a file that only its name tells of; [] for none."""
-        columns = table_columns(file, self.read_root)
+    def _require_no_labels_beside(self, where: str, beside: Sequence[str]) -> None:
+        """The files that WebDataset packs with an image may hold its label, as 0001.cls does."""
+        for ending in dict.fromkeys(Path(path).suffix.lower() for path in beside):
+            first = next(path for path in beside if path.lower().endswith(ending))
+            if label_columns([ending.removeprefix("."), *(self._keys_of(first) if ending == ".json" else ())]):
+                raise UserError(
+                    f"{where} has no folders of classes, but files such as {printable(first)} next to its images, which look like "
+                    f"labels: pack it by `tar --sort=name -cf images.tar -C {where} .` and give images.tar, in which they are "
+                    "read, or give --labels TABLE.csv:COLUMN, or --labels none for one class."
+                )
+
+    def _keys_of(self, file: str) -> list[str]:
+        try:
+            values = json.loads(self.read(file, file))
+        except (UserError, ValueError, RecursionError):
+            return []
+        return list(values) if isinstance(values, dict) else []
+
+    def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
+        """Columns of a file that could be labels; [""] for a file that only its name tells of; [] for none."""
+        columns = table_columns(file, lambda name: self.read(name, name))
         if found := label_columns(columns):
-            return found
-        words = re.split("[^a-z]+", file.lower())
+            return found if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
+        if not is_one:
+            return []
+        words = re.split("[^a-z]+", file.rpartition("/")[2].lower())
         told = any(
             word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
         )
-        return [columns[1] if len(columns) > 1 else ""] if told or file == "metadata.parquet" else []
+        return [columns[1] if len(columns) > 1 else ""] if told or file.endswith("metadata.parquet") else []
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
         """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
@@ -136,8 +172,8 @@ class FileSource(Source):
                 )
             if found:
                 self.labels_from = f"the column {found[0]!r} of {file}"
-                table = {str(row.get("file_name", "")): row.get(found[0]) for row in rows}
-                return by_name(table, paths, f"{file} of {where}")
+                pairs = [(str(row.get("file_name", "")), row.get(found[0])) for row in rows]
+                return by_name(pairs, paths, f"{file} of {where}")
         return None
 
     def _metadata(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -148,15 +184,15 @@ class FileSource(Source):
 
     def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
         """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
+        written: dict[str, tuple[str, ...]] = {}
         try:
-            return {
-                plain_text(str(row.get("file_name", ""))): texts
-                for _, rows in self._metadata()
-                for row in rows
-                if (texts := next((t for key in CAPTIONS if (t := caption_values(row.get(key)))), ()))
-            }
+            for row in (row for _, rows in self._metadata() for row in rows):
+                if texts := next((t for key in CAPTIONS if (t := caption_values(row.get(key)))), ()):
+                    path = plain_text(str(row.get("file_name", "")))
+                    written[path] = (*written.get(path, ()), *texts)
         except UserError:
             return {}
+        return written
 
     def name(self, index: int) -> str:
         return printable(self.paths[index])
@@ -263,9 +299,9 @@ class CocoSource(Source):
     labels_from = "nothing: captions have no classes"
 
     def __init__(self, annotations: Path, *, images: str = ""):
-        if annotations.stat().st_size > MOST_BYTES:
+        if annotations.stat().st_size > files.MOST_JSON:
             raise UserError(
-                f"{annotations} is larger than {files.size(MOST_BYTES)}: give an annotation file of captions."
+                f"{annotations} is larger than {files.size(files.MOST_JSON)}: give an annotation file of captions."
             )
         values = files.read_object(annotations, images=list, annotations=list)
         self.folder = _folder_of_images(annotations, images)

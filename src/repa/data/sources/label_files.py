@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from repa.base import extras, faults, files
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import EXTENSIONS, Classes
-from repa.data.sources.labels import by_name, from_listing, unique
+from repa.data.sources.labels import by_name, from_listing
 
 TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl")
 FILE_COLUMNS = (
@@ -42,7 +42,7 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     if suffix == ".json":
         return from_listing(files.read_json(path), names, path)
     keys, values = _read_table(Path(path), column or "label")
-    return by_name(unique(zip(keys, values, strict=True), path), names, path)
+    return by_name(zip(keys, values, strict=True), names, path)
 
 
 def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
@@ -53,19 +53,29 @@ def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
         return _read_lines(path, column)
     if path.suffix.lower() == ".txt":
         return _read_words(path, column)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=_delimiter(head))
-            key = _columns(path, list(reader.fieldnames or ()), column)
-            rows = [(row[key], row[column]) for row in reader]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(f"{path} cannot be read as a table ({error}): save it as comma-separated UTF-8.") from error
+    with faults.reading(path, "a table", "Save it as comma-separated UTF-8."):
+        columns, reader = _csv(path.read_bytes(), str(path))
+        key = _columns(path, columns, column)
+        rows = [(row[key], row[column]) for row in reader]
     for line, (name, _) in enumerate(rows, start=2):
         if not name:
             raise UserError(f"Row {line} of {path} names no image: fill in the column {key!r}.")
     return [name for name, _ in rows], [value for _, value in rows]
+
+
+def rows_of_csv(data: bytes, name: str) -> list[dict[str, Any]]:
+    with faults.reading(name, "a table", "Save it as comma-separated UTF-8."):
+        return list(_csv(data, name)[1])
+
+
+def _csv(data: bytes, name: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """Columns and rows of a table between commas, semicolons or tabs, whichever its first line has most of."""
+    text = data.decode("utf-8-sig")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text.partition("\n")[0]))
+    columns = list(reader.fieldnames or ())
+    if twice := next((column for column in columns if column and columns.count(column) > 1), None):
+        raise UserError(f"{name} has the column {twice!r} twice: rename one of them.")
+    return columns, reader
 
 
 def _delimiter(head: str) -> str:
@@ -131,8 +141,8 @@ def rows_of_lines(data: bytes, name: str) -> list[dict[str, Any]]:
     """The objects of a .jsonl, one a line."""
     rows = []
     with faults.reading(name, "JSON, one object a line"):
-        for line in data.decode("utf-8-sig").splitlines():
-            row = json.loads(line) if line.strip() else {}
+        for line in data.decode("utf-8-sig").split("\n"):  # JSON may hold other ends of lines, such as U+2028
+            row = json.loads(line, object_pairs_hook=files.once) if line.strip() else {}
             if not isinstance(row, dict):
                 raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be an object.")
             rows += [row] if row else []
@@ -162,8 +172,3 @@ def _columns(path: Path, there: list[str], column: str) -> str:
             f"{path} has no column that names the images: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."
         )
     return keys[0]
-
-
-def rows_of_csv(data: bytes, name: str) -> list[dict[str, Any]]:
-    with faults.reading(name, "a table of comma-separated UTF-8"):
-        return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))

@@ -1,5 +1,6 @@
 """Which class an image has: from its folder, a dataset.json, a table of paths, or values as they were written."""
 
+import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -123,22 +124,23 @@ def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
             raise UserError(f"{where} has an entry {str(pair)[:80]}: every entry of 'labels' is [path, label].")
-    return by_name(unique(pairs, where), names, where)
+    return by_name(pairs, names, where)
 
 
-def unique(pairs: Iterable[Sequence[Any]], where: str) -> dict[str, Any]:
+def by_name(pairs: Iterable[Sequence[Any]], names: Sequence[str], where: str) -> Classes:
+    """The classes of images from (path, label) pairs, which must be of exactly those images.
+
+    Paths start at the root of the source, or all at the folder that all images lie in.
+    """
     table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise UserError(f"{where} names {printable(str(name))!r} twice: give every image one label.")
+    for path, value in pairs:
+        name = _plain_path(str(path))
+        if name in table and table[name] != value:  # else one row for each caption
+            raise UserError(f"{where} names {printable(name)!r} twice: give every image one label.")
         table[name] = value
-    return table
-
-
-def by_name(table: Mapping[str, Any], names: Sequence[str], where: str) -> Classes:
-    """The classes of images from a table of their paths; the table must hold exactly those images."""
-    table = {_plain_path(str(name)): value for name, value in table.items()}
     names = [plain_text(name) for name in names]
+    if not any(name in table for name in names) and (above := os.path.commonpath([*map(os.path.dirname, names)])):
+        names = [name.removeprefix(f"{above}/") for name in names]
     values = []
     for name in names:
         if name not in table:

@@ -197,7 +197,7 @@ def _text(data: bytes, name: str) -> str:
 def read_json(data: bytes, name: str) -> dict[str, Any]:
     """The object in a .json of a sample; raises UserError when it is none."""
     with faults.reading(name, "JSON"):
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=files.once)
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
     return value

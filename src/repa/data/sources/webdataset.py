@@ -145,11 +145,12 @@ class WebDataset(Source):
                 f"The samples of {self._shard_name(0)} have no .cls, but .{', .'.join(named)}: name the one as "
                 f"{self.shards[0]}:label={named[0]}, or give --labels none for one class."
             )
-        tops = {key.partition("/")[0] for key in self.keys if "/" in key}
-        if len(tops) > 1:
+        folders = {key.rpartition("/")[0] for key in self.keys if "/" in key}
+        if len(folders) > 1:
+            shown = ", ".join(printable(name) for name in sorted(folders)[:3])
             raise UserError(
-                f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {', '.join(sorted(tops)[:3])}: "
-                "give --labels folders if they are the classes, folders:2 or folders:last for those inside, or --labels none for one class."
+                f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {shown}: give --labels folders if "
+                "the first folders are the classes, folders:2 or folders:last for those inside, or --labels none for one class."
             )
         if len(self.shards) > 1 and not _numbered(self.shards):
             raise UserError(
