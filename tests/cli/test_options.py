@@ -235,3 +235,25 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
     with pytest.raises(UserError, match="does not know what to do with 'sit-b2'"):
         options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"],
                       verb="train", about="", positional=("recipe",))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parse", "words", "sentence"),
+    [
+        (sample, ("r", "--out", "s", "--weak", "w"), "weak has no effect without guidance autoguidance"),
+        (sample, ("r", "--out", "s", "--weak-checkpoint", "3"), "weak_checkpoint has no effect"),
+        (sample, ("r", "--out", "s", "--guide-image", "i.png"), "without guidance representation"),
+        (sample, ("r", "--out", "s", "--decoder-weights", "w"), "without decoder"),
+        (sample, ("r", "--out", "s", "--checkpoint", "-7"), "greater than or equal to -1"),
+        (prepare, ("s", "d", "--resolution", "8", "--text-form", "int8"), "text_form has no effect without text"),
+        (prepare, ("s", "d", "--resolution", "8", "--grid", "4"), "grid has no effect without features"),
+        (
+            prepare,
+            ("s", "d", "--resolution", "8", "--features", "tiny", "--feature-forms", "pca4", "int8"),
+            "two for all encoders",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(parse, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse(*words)

@@ -150,6 +150,7 @@ def test_what_is_no_text_is_no_table(edm, tmp_path):
         ("label", "'label'.* 'none', 'folders'"),
         ("no.csv:x", "no such file"),
         ("no.json", "no such"),
+        ("folders:3", "lies in 1 folders"),
     ],
 )
 def test_what_is_no_choice_of_labels_is_refused(edm, labels, message):

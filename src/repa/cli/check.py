@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from repa.base import files
 from repa.base.config import Config
+from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Progress, say
 
@@ -18,16 +21,18 @@ class CheckArguments(Config):
     """folder of prepared data"""
     full: bool = False
     """Read every byte, and encode a sample of the images again."""
-    num_images: int = 64
+    num_images: int = Field(64, ge=1)
     """Images that are encoded again."""
-    autoencoder_weights: str | None = None
-    """Local folder of the autoencoder's weights; left out, they are looked for where `repa prepare` found them."""
+    autoencoder_weights: str = ""
+    """Local folder of the autoencoder's weights; empty: they are looked for where `repa prepare` found them."""
     feature_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(CheckArguments, argv, verb="check", about=ABOUT, positional=("data",))
+    if not given.full and (unused := sorted(given.model_fields_set - {"data", "full"})):
+        raise UserError(f"{unused[0]} is for --full, which reads and encodes again: give both, or neither.")
     from repa.data import open_data
 
     manifest = open_data(given.data).manifest
@@ -44,7 +49,7 @@ def _full(folder: Path, given: CheckArguments) -> int:
         check_bytes(folder, bar)
     say("every file has the bytes that were written")
     findings = check_models(
-        folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights,
+        folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights or None,
         feature_weights=given.feature_weights, device=dist.own_device(),
     )  # fmt: skip
     for field, error, trouble in findings:

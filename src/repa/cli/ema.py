@@ -19,7 +19,7 @@ class EmaArguments(Config):
     """run folder"""
     width: float = Field(gt=0, le=0.28)
     """Relative width, such as 0.05 (short) or 0.2 (long)."""
-    step: int = -1
+    step: int = Field(-1, ge=-1)
     """Step of the snapshot to end at; -1 takes the newest."""
 
 

@@ -38,7 +38,7 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     """Samples to make of a run folder."""
     weights: str = "ema"
     """Averaged weights of the run (ema), the raw ones (model), or another average by its name."""
-    checkpoint: int = -1
+    checkpoint: int = Field(-1, ge=-1)
     """Step of the run's checkpoint; -1 takes the newest."""
     autoencoder_weights: str = ""
     """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from repa.base.config import Config
 from repa.cli import options
 from repa.cli.console import say
@@ -20,7 +22,7 @@ class ExportArguments(Config):
     """folder to make"""
     format: Literal["safetensors", "diffusers"] = "safetensors"
     """Who reads it."""
-    checkpoint: int = -1
+    checkpoint: int = Field(-1, ge=-1)
     """Step of the checkpoint; -1 takes the newest."""
 
 

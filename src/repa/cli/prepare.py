@@ -61,6 +61,15 @@ class PrepareArguments(PrepareConfig):
             for form in values.get("feature_forms", ())
             for text in ([form] if "=" in form or not old else [f"{name}={form}" for name in new or named or known])
         ]
+        text = values.get("text", stored.get("text"))
+        for name, is_used, other in (
+            ("text_weights", text, "text"),
+            ("text_form", text, "text"),
+            ("grid", known or new, "features"),
+            ("feature_forms", known or new, "features"),
+        ):
+            if name in values and not is_used:
+                raise UserError(f"{name} has no effect without {other}: give both, or neither.")
         return {
             **stored,
             **values,

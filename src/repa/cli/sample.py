@@ -27,7 +27,7 @@ class SampleArguments(SampleConfig):
     """Also write a folder of PNGs for each prompt, as GenEval's scorer and others read them; empty writes none."""
     weights: str = "ema"
     """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
-    checkpoint: int = -1
+    checkpoint: int = Field(-1, ge=-1)
     """Step of the checkpoint; -1 takes the newest."""
     autoencoder_weights: str = ""
     """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""

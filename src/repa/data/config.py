@@ -81,6 +81,10 @@ class PrepareConfig(Config):
         for text in self.feature_forms:
             encoder, _, form = text.rpartition("=")
             split_format(form)
+            if not encoder and any("=" not in other and other != form for other in self.feature_forms):
+                raise ValueError(
+                    f"feature_forms {list(self.feature_forms)} are two for all encoders: write ENCODER=FORM"
+                )
             if encoder and canonical(encoder) not in self.features:
                 raise ValueError(
                     f"feature_forms names {encoder!r}, but the features asked for are "

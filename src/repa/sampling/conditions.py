@@ -90,8 +90,10 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
     """
     asked = bool(config.prompt or config.prompt_file or config.prompt_data)
     if not run.text:
-        if asked or config.negative_prompt:
-            raise UserError(f"{run.folder} was trained on labels, not on texts: give --labels in place of a prompt.")
+        if asked or config.negative_prompt or config.text_weights:
+            raise UserError(
+                f"{run.folder} was trained on labels, not on texts: give --labels in place of what concerns texts."
+            )
         return None
     if not asked:
         raise UserError(

@@ -29,7 +29,7 @@ class SampleConfig(Config):
     """Weaker run folder for autoguidance; the run itself, if only its checkpoint or weights differ."""
     weak_weights: str = "ema"
     """Its weights, named as in --weights: the best average may have another length than the run's."""
-    weak_checkpoint: int = -1
+    weak_checkpoint: int = Field(-1, ge=-1)
     """Step of its checkpoint; -1 takes the newest."""
     labels: str = "uniform"
     """uniform: drawn for each image; balanced: classes in turn; or classes in turn by number or name: 3,7 or cat,dog."""
@@ -85,6 +85,15 @@ class SampleConfig(Config):
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
         if "autoguidance" in asked and not self.weak:
             raise UserError("The guidance autoguidance needs a weaker network: give its run folder as --weak RUN.")
+        of_others = (
+            (("weak", "weak_weights", "weak_checkpoint"), "autoguidance" in asked, "guidance autoguidance"),
+            (("guide_image", "guide_weights"), "representation" in asked, "guidance representation"),
+            (("decoder_weights",), bool(self.decoder), "decoder"),
+        )
+        for names, is_used, other in of_others:
+            for name in names:
+                if not is_used and getattr(self, name) != type(self).model_fields[name].default:
+                    raise UserError(f"{name} has no effect without {other}: give both, or neither.")
         return self
 
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:

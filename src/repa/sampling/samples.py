@@ -163,7 +163,7 @@ def write_samples(
     out = Path(out)
     if out.name in ("", ".."):  # the current folder and those above, which have no name to put another ending to
         out = out.resolve()
-    if out.suffix not in (".npz", ""):
+    if out.suffix not in (".npz", "") or not out.name:
         raise UserError(
             f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
             "samples.npz, or samples for a folder."

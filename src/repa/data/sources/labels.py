@@ -191,7 +191,12 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
     folders = []
     for path in paths:
         parts = path.split("/")[:-1]
-        if not parts or (level is not None and len(parts) < level):
+        if parts and level is not None and len(parts) < level:
+            raise UserError(
+                f"labels was given {labels!r}, but {printable(path)} of {where} lies in {len(parts)} folders: give fewer, folders:last, "
+                "or none."
+            )
+        if not parts:
             raise UserError(
                 f"{where} holds folders of images and loose images such as {printable(path)}: move every image into the "
                 "folder of its class, or give --labels none for one class."

@@ -133,7 +133,7 @@ def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, 
 
 def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
     """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
-    with faults.reading(path, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
+    with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
             if leads_out(member.name):
