@@ -82,7 +82,7 @@ def test_whole_page(two, tmp_path):
     assert len(svgs) == 4  # distance against steps and against seconds, denoising, alignment
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in svgs)
     for expected in (
-        "after 75 steps: 1.3 times fewer",
+        "1.3 times fewer steps (75 instead of 100)",
         "features of tiny-judge",
         "1,000 samples",
         "20 network evaluations",

@@ -83,6 +83,7 @@ def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
         ({}, {"features": "dinov2-l"}),
         ({}, {"reference": "my-reference.npz"}),
         ({}, {"encoder": {"name": "inception", "weights_sha256": "0" * 64, "published": False}}),
+        ({}, {"encoder": {"name": "inception", "weights_sha256": "0" * 64, "published": True, "precision": "bf16"}}),
     ],
 )  # fmt: skip
 def test_what_was_measured_otherwise_has_a_table_of_its_own_without_the_paper(repa_xl, made, changes):

@@ -73,7 +73,13 @@ def test_speedup_over_seeds_pairs_equal_seeds(six):
     assert factors.mean == pytest.approx(np.mean(expected))
     assert (factors.low, factors.high, factors.num) == (pytest.approx(2.0), pytest.approx(4.0), 3)
     sentence, notes, _ = verdict(read_runs(six))
-    assert "2.8 times fewer (3 pairs of the same seed: 2.0 to 4.0)" in sentence
+    assert (
+        "aligned (3 seeds) ends at a Fréchet distance of 1.00 ± 0.00 (at 100 steps), baseline (3 seeds) at 12.00 ± 2.00"
+        in sentence
+    )
+    assert "lower in all 3 pairs of the same seed." in sentence
+    assert "cross" not in sentence  # at 50 steps the aligned runs are at 12, 10 and 7
+    assert "2.8 times fewer (2.0 to 4.0)" in sentence
     assert any("baseline of its seed" in note for note in notes)
     assert any("With 3 seeds" in note for note in notes)
     assert not any("another seed was not measured" in note for note in notes)
@@ -106,7 +112,10 @@ def test_no_mean_where_not_all_got_there(six):
     (found,) = group_speedups(grouped(read_runs(six)))
     assert len(found.reached) == 2
     assert found.factors("steps") is None
-    assert "in 2 of 3 comparisons, so no mean speed-up is stated" in verdict(read_runs(six)).sentence
+    sentence, notes, _ = verdict(read_runs(six))
+    assert "lower in 2 of 3 pairs of the same seed: the seeds disagree" in sentence
+    assert "fewer" not in sentence
+    assert any(note.startswith("2 of 3 aligned runs") for note in notes)
 
 
 def test_each_run_is_compared_with_the_baseline_of_its_seed_in_the_summary(six):

@@ -25,10 +25,8 @@ def test_speedup_is_the_linear_interpolation(tmp_path):
     assert found.times_steps == pytest.approx(100 / 55)
     assert found.times_seconds == pytest.approx(50.0 / 38.5)
     sentence, notes, _ = verdict(read_runs([baseline, aligned]))
-    assert sentence == (
-        "The aligned run reached the baseline’s final Fréchet distance (11.00 at 100 steps) after 55 steps: "
-        "1.8 times fewer."
-    )
+    assert "at all 3 compared steps: 5.00 against 11.00 at 100 steps" in sentence
+    assert "1.8 times fewer steps (55 instead of 100)" in sentence
     assert any("interpolated" in note and "40 and 60" in note for note in notes)
     assert any("another seed was not measured" in note for note in notes)
 
@@ -65,10 +63,7 @@ def test_baseline_that_was_there_earlier_is_compared_like_for_like(tmp_path):
     found = speedup(baseline, aligned)
     assert found.baseline.step == 40
     assert found.times_steps == pytest.approx(2.0)  # not 100 / 20
-    assert (
-        "2.0 times fewer than the 40 after which the baseline itself first had it"
-        in verdict(read_runs([baseline, aligned])).sentence
-    )
+    assert "2.0 times fewer steps (20 instead of the 40 after which" in verdict(read_runs([baseline, aligned])).sentence
 
 
 def test_not_reached_says_so(tmp_path):
@@ -77,10 +72,10 @@ def test_not_reached_says_so(tmp_path):
     found = speedup(baseline, aligned)
     assert found.aligned is None
     assert found.times_steps is None
-    assert verdict(read_runs([baseline, aligned])).sentence == (
-        "The aligned run did not reach the baseline’s final Fréchet distance (10.00 at 100 steps): "
-        "its lowest was 10.50, at 50 steps."
-    )
+    sentence, notes, _ = verdict(read_runs([baseline, aligned]))
+    assert "lower than the baseline’s at 1 of 2 compared steps and ends higher, 11.00 against 10.00" in sentence
+    assert "times" not in sentence
+    assert any("did not reach" in note and "10.50 at 50 steps" in note for note in notes)
 
 
 def test_reached_at_the_first_evaluation_is_a_bound(tmp_path):
@@ -88,16 +83,87 @@ def test_reached_at_the_first_evaluation_is_a_bound(tmp_path):
     aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0})
     assert speedup(baseline, aligned).aligned.is_bound
     sentence = verdict(read_runs([baseline, aligned])).sentence
-    assert "by its first evaluation, at 50 steps: at least 2.0 times fewer" in sentence
+    assert "at least 2.0 times fewer steps (at most 50 instead of 100)" in sentence
 
 
 def test_slower_is_said_as_slower(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={10: 12.0, 50: 10.0}, num_steps=50)
     aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 100: 10.0})
-    assert verdict(read_runs([baseline, aligned])).sentence.endswith("after 100 steps: 2.0 times more.")
+    assert verdict(read_runs([baseline, aligned])).sentence.endswith("2.0 times more steps (100 instead of 50).")
 
 
-@pytest.mark.parametrize("change", [{"features": "inception"}, {"num_samples": 50}, {"nfe": 2}, {"weights": "model"}])
+def sentence_of(folder, baseline, aligned):
+    runs = [fake_run(folder / "b", distances=baseline), fake_run(folder / "a", aligned=True, distances=aligned)]
+    return verdict(read_runs(runs)).sentence
+
+
+def test_a_run_that_leads_early_and_ends_behind_is_not_called_faster(tmp_path):
+    """Its first evaluation was below the baseline's last, and all later ones are above it."""
+    sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 9.0, 60: 25.0, 100: 14.0})
+    assert "curves cross" in sentence
+    assert "lower than the baseline’s at 1 of 3 compared steps and ends higher, 14.00 against 10.00" in sentence
+    assert "fewer" not in sentence
+
+
+def test_curves_that_cross_and_end_lower_say_both(tmp_path):
+    sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 40.0, 60: 12.0, 80: 8.0, 100: 6.0})
+    assert "curves cross" in sentence
+    assert "at 3 of 4 compared steps and ends lower, 6.00 against 10.00" in sentence
+    assert "1.4 times fewer steps (70 instead of 100)" in sentence  # half way from 12 to 8, and never above 10 again
+
+
+def test_behind_throughout(tmp_path):
+    sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 40.0, 60: 25.0, 100: 10.5})
+    assert "higher than the baseline’s at all 3 compared steps: 10.50 against 10.00 at 100 steps" in sentence
+    assert "fewer" not in sentence
+
+
+def test_a_crossing_between_the_evaluations_of_one_run_is_seen(tmp_path):
+    """The baseline was not evaluated at 60; its straight line there is at 20, the aligned run at 30."""
+    sentence = sentence_of(tmp_path, {20: 30.0, 100: 10.0}, {20: 20.0, 60: 30.0, 100: 5.0})
+    assert "curves cross" in sentence
+    assert "at 2 of 3 compared steps and ends lower" in sentence
+
+
+def test_a_run_that_was_stopped_early_is_compared_at_its_own_end(tmp_path):
+    sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 25.0, 60: 15.0})
+    assert "at all 2 compared steps: 15.00 against 20.00 at 60 steps" in sentence
+    assert "fewer" not in sentence
+
+
+def test_one_evaluation_each_is_no_curve(tmp_path):
+    assert "at the only step to compare: 5.00 against 10.00" in sentence_of(tmp_path, {100: 10.0}, {100: 5.0})
+    apart = sentence_of(tmp_path / "apart", {100: 10.0}, {50: 5.0})
+    assert "not compared: Fréchet distance 5.00 at 50 steps and 10.00 at 100 steps" in apart
+
+
+def test_of_several_aligned_runs_the_headline_is_of_the_one_that_ends_lowest(tmp_path):
+    """`early` is below the baseline's final distance at once, `late` ends lower."""
+    baseline = fake_run(tmp_path / "b", distances={20: 30.0, 60: 20.0, 100: 10.0})
+    early = fake_run(tmp_path / "early", aligned=True, distances={20: 9.0, 60: 9.5, 100: 9.0})
+    settings = config(True, alignments=[{**ALIGNMENT, "weight": 1.0}])
+    late = fake_run(tmp_path / "late", aligned=True, distances={20: 20.0, 60: 9.0, 100: 4.0}, settings=settings)
+    sentence, notes, _ = verdict(read_runs([baseline, early, late]))
+    assert sentence.startswith("Of 2 aligned configurations late ends lowest.")
+    assert "4.00 against 10.00" in sentence
+    assert any("early’s" in note and "9.00 against 10.00" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": "inception"},
+        {"feature_weights": "01234567"},
+        {"features_precision": "bf16"},
+        {"encoder": {"name": "tiny-judge", "weights_sha256": None, "precision": "bf16"}},
+        {"encoder": {"name": "tiny-judge", "weights_sha256": "01234567"}},
+        {"reference": "other"},
+        {"reference_sha256": "01234567"},
+        {"num_samples": 50},
+        {"nfe": 2},
+        {"weights": "model"},
+    ],
+)
 def test_distances_made_differently_are_not_compared(tmp_path, change):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0}, protocol={**PROTOCOL, **change})

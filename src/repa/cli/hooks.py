@@ -17,7 +17,9 @@ from repa.conditions import load_text_encoder
 from repa.data import DataSet
 from repa.encoders.loading import weights_for
 from repa.evaluation import EvaluateConfig, evaluate, load_extractor, reference_of
+from repa.evaluation.images import DataImages
 from repa.evaluation.measure import check_number
+from repa.evaluation.reference_files import checksum_of
 from repa.runs import LoadedRun, layout
 from repa.runs.loading import Prompts
 from repa.sampling import SampleConfig, drawn_classes, generate
@@ -77,6 +79,7 @@ class Previews:
             self.extractor = load_extractor(preview.features, weights=weights, device=device)
             looking = functools.partial(progress, "looking at the training images")
             self.reference = reference_of(data, self.extractor, preview.features, looking)
+            self.reference_sha256 = checksum_of(DataImages(data))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Values for a row of kind "eval"."""
@@ -121,7 +124,12 @@ class Previews:
             if scored:
                 found = evaluate(_first(images, num_scored), self.extractor, self.reference, self.metrics)
                 values |= {LOGGED.get(name, name): value for name, value in found.items()}
-                values |= {"features": self.extractor.name, "num_samples": num_scored}
+                values |= {
+                    "features": self.preview.features,
+                    "encoder": self.extractor.identity,
+                    "num_samples": num_scored,
+                }
+                values |= {"reference": Path(self.data.folder).name, "reference_sha256": self.reference_sha256}
             for _ in images:  # that are drawn and not measured
                 pass
         if drawn:

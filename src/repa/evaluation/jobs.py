@@ -20,7 +20,7 @@ from repa.evaluation.extractors import Extractor, InceptionExtractor, load_extra
 from repa.evaluation.images import DataImages, Images, open_images
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
-from repa.evaluation.reference_files import ReferenceFile, load_reference, open_reference, write_reference
+from repa.evaluation.reference_files import ReferenceFile, checksum_of, load_reference, open_reference, write_reference
 from repa.metrics.score import SPLIT_SIZE
 
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -106,6 +106,7 @@ def evaluate_stream(
         "samples": samples,
         "made": None if made is None else {**made, "time": TIME},
         "reference": str(reference),
+        "reference_sha256": checksum_of(opened),
         "reference_kind": "statistics" if isinstance(opened, ReferenceFile) else "images",
         **provenance(extractor, config, device),
     }

@@ -1,5 +1,6 @@
 """References as files: those of the ADM evaluator, and our own in the same format."""
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -78,6 +79,18 @@ class ReferenceFile:
 def _called(spec: str, identity: dict[str, Any]) -> str:
     arithmetic = f", {identity['precision']}" if "precision" in identity else ""
     return f"features of {spec} (weights {str(identity.get('weights_sha256'))[:12]}{arithmetic})"
+
+
+def checksum_of(opened: Images | ReferenceFile) -> str:
+    """Tells references of one name apart: of the mean in a file, or of what is known of images without reading them all.
+
+    It is not of computed statistics, whose last digits differ between machines.
+    """
+    if isinstance(opened, ReferenceFile):
+        content = opened.arrays["mu"].tobytes()
+    else:
+        content = json.dumps(opened.identity, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:

@@ -1,4 +1,8 @@
-"""The sentence on top of the page, computed from the evaluations, and what a careful reader must also know."""
+"""The headline of the page, computed from whole curves, and what a careful reader must also know.
+
+One early evaluation supports no claim: the headline states the last distances at equal steps and at how many compared
+steps the aligned run is lower, and a factor only where the curve supports it (`Speedup.counts`).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,13 +13,13 @@ from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.speedups import Group, GroupSpeedup, Reached, Speedup, group_speedups, grouped, spread
 from repa.report.summary import config_differences
-from repa.report.text import count, factor, figure, listed, times
+from repa.report.text import count, factor, figure, listed, times, with_deviation
 
 FEW = 5  # seeds: below, a standard deviation is itself only roughly known
 
 
 class Verdict(NamedTuple):
-    """The sentence on top of the page, and the remarks that stand under it."""
+    """The headline, and the remarks that stand under it."""
 
     sentence: str
     notes: list[str]
@@ -29,56 +33,85 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
     compared = group_speedups(groups)
     if not compared:
         return _without_comparison(groups)
-    return _over_seeds(compared) if len(groups) < len(records) else _of_single_runs(compared, records)
+    found = min(compared, key=_final_ratio)
+    ours, theirs = _names(found, records)
+    single = len(found.pairs) == 1
+    sentence = _of_one_pair(found.pairs[0], ours, theirs) if single else _of_pairs(found)
+    if len(compared) > 1:
+        sentence = f"Of {len(compared)} aligned configurations {found.aligned.name} ends lowest. {sentence}"
+    differences = _other_differences(found)
+    notes = [*_details(ours, theirs, found.pairs[0])] if single else _notes_over_seeds(found)
+    for other in compared:
+        if other is not found:
+            others = other.aligned.name, theirs
+            notes.append(_of_one_pair(other.pairs[0], *others) if len(other.pairs) == 1 else _of_pairs(other))
+    if single:
+        notes.append(
+            "One seed each: how much these distances would change with another seed was not measured, so a difference may "
+            "be chance. `repa train --seed` trains more; runs that differ in the seed only are compared together."
+        )
+    notes += differences
+    return Verdict(sentence, notes, "" if differences else _meaning(ours, theirs, found.aligned.runs[0]))
 
 
-def _of_single_runs(compared: Sequence[GroupSpeedup], records: Sequence[RunRecord]) -> Verdict:
-    """The run that had the baseline's final distance soonest, or else the one that came nearest."""
-    baseline, num_aligned = compared[0].baseline.runs[0], sum(run.is_aligned for run in records)
-    pairs = [(each.aligned.runs[0], each.pairs[0]) for each in compared]
-    reached = [(found.aligned.step, run, found) for run, found in pairs if found.aligned]
-    if reached:
-        _, run, found = min(reached, key=lambda each: each[0])
+def _final_ratio(found: GroupSpeedup) -> float:
+    """The aligned distance over the baseline's at the last step that both have, on the mean; infinite without one."""
+    ends = [(pair.course.aligned[-1], pair.course.baseline[-1]) for pair in found.pairs if pair.course.steps]
+    theirs = sum(b for _, b in ends)
+    return sum(a for a, _ in ends) / theirs if theirs else float("inf")
+
+
+def _names(found: GroupSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
+    """What the sentences call the two: their roles where just one run has each, else their names."""
+    num_aligned = sum(run.is_aligned for run in records)
+    ours = "the aligned run" if num_aligned == 1 else found.aligned.label
+    return ours, "the baseline" if len(records) == num_aligned + 1 else found.baseline.label
+
+
+def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
+    """Where the whole curves lie, and the factor where they support one."""
+    what, course = distance_name(found.protocol), found.course
+    if not course.steps:
+        ours_last, theirs_last = (_value_at(row) for row in (found.aligned_final, found.baseline_final))
+        return (
+            f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
+            f"{what} {ours_last} and {theirs_last}."
+        )
+    num, ends = len(course.steps), f"{figure(course.aligned[-1])} against {figure(course.baseline[-1])}"
+    end = f"{count(course.steps[-1])} steps"
+    start = f"With one seed each, {ours}’s {what}"
+    higher = "lower" if course.difference < 0 else "higher" if course.difference > 0 else "no lower"
+    if num == 1:
+        sentence = f"{start} is {higher} than {theirs}’s at the only step to compare: {ends} at {end}."
+    elif course.num_lower == num or course.num_higher == num:
+        sentence = f"{start} is {higher} than {theirs}’s at all {num} compared steps: {ends} at {end}."
+    elif course.crosses:
+        sentence = (
+            f"With one seed each, the curves cross: {ours}’s {what} is lower than {theirs}’s at {course.num_lower} of {num} "
+            f"compared steps and ends {higher}, {ends} at {end}."
+        )
     else:
-        run, found = min(pairs, key=lambda pair: pair[1].aligned_best[DISTANCE])
-    ours = "the aligned run" if num_aligned == 1 else run.name
-    theirs = "the baseline" if len(records) == num_aligned + 1 else baseline.name
-    sentence = (_reached if reached else _not_reached)(ours, theirs, found, len(pairs))
-    differences = _other_differences(baseline, run)
-    notes = [*_details(ours, theirs, found), *differences]
-    notes.append(
-        "One run each: how much these numbers would move with another seed was not measured, and a Fréchet distance "
-        "compares only with distances made in the same way."
+        sentence = f"{start} is lower than {theirs}’s at {course.num_lower} of {num} compared steps: {ends} at {end}."
+    return f"{sentence} {_reached(found, theirs)}".strip()
+
+
+def _reached(found: Speedup, theirs: str) -> str:
+    """'It reached the baseline's final distance in 2.4 times fewer steps (424 instead of 1,000).'; empty without support."""
+    there, ratio = found.aligned, found.times_steps
+    if there is None or ratio is None or not found.counts or (there.is_bound and ratio <= 1):
+        return ""
+    first = found.baseline.step < found.baseline_final["step"]
+    instead = (
+        f"the {count(found.baseline.step)} after which {theirs} first had it" if first else count(found.baseline.step)
     )
-    return Verdict(sentence, notes, "" if differences else _meaning(ours, theirs, run))
+    gain = times(ratio, "fewer", "more", there.is_bound)
+    gain = f"in {gain} steps" if gain[0].isdigit() or there.is_bound else f"in {gain} number of steps"
+    least = "at most " if there.is_bound else ""
+    return f"It reached {theirs}’s final value {gain} ({least}{count(there.step)} instead of {instead})."
 
 
-def _reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> str:
-    who = _first_upper(ours) if num_compared == 1 else f"{ours}, the fastest of {num_compared} aligned runs,"
-    there = found.aligned
-    assert there is not None
-    end, step = found.baseline_final["step"], count(there.step)
-    when = f"by its first evaluation, at {step} steps" if there.is_bound else f"after {step} steps"
-    ratio = found.times_steps
-    if ratio is None or (there.is_bound and ratio <= 1):  # a bound that says nothing
-        gain = ""
-    else:
-        gain = f": {times(ratio, 'fewer', 'more', there.is_bound)}"
-        if found.baseline.step < end:
-            gain += f" than the {count(found.baseline.step)} after which {theirs} itself first had it"
-    what = f"{theirs}’s final {distance_name(found.protocol)} ({figure(found.target)} at {count(end)} steps)"
-    return f"{who} reached {what} {when}{gain}."
-
-
-def _not_reached(ours: str, theirs: str, found: Speedup, num_compared: int) -> str:
-    single = num_compared == 1
-    who = f"{_first_upper(ours)} did not reach" if single else f"None of the {num_compared} aligned runs reached"
-    best, end = found.aligned_best, count(found.baseline_final["step"])
-    closest = "its lowest was" if single else f"the lowest was {ours}’s"
-    return (
-        f"{who} {theirs}’s final {distance_name(found.protocol)} ({figure(found.target)} at {end} steps): "
-        f"{closest} {figure(best[DISTANCE])}, at {count(best['step'])} steps."
-    )
+def _value_at(row: dict) -> str:
+    return f"{figure(row[DISTANCE])} at {count(row['step'])} steps"
 
 
 def _first_upper(words: str) -> str:
@@ -87,17 +120,24 @@ def _first_upper(words: str) -> str:
 
 
 def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
-    """How the step was found, the same in seconds, and the end of both curves."""
+    """What the headline does not say: how the step was found, the same in seconds, the lowest and the last evaluations."""
     notes, reached = [], found.aligned
-    if reached:
+    target = f"{theirs}’s final distance ({_value_at(found.baseline_final)})"
+    if reached is None:
+        notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_value_at(found.aligned_best)}.")
+    elif not found.counts:
+        why = "was above it again later" if not reached.stays else "does not end lower at equal steps"
+        at = f"at {count(reached.step)} steps"
+        notes.append(f"{_first_upper(ours)} first had {target} {at}, but {why}: no speed-up is stated.")
+    else:
         notes.append(_interpolation(ours, reached))
         ratio, ours_took, theirs_took = found.times_seconds, reached.seconds, found.baseline.seconds
         if ratio and ours_took and theirs_took and not (reached.is_bound and ratio <= 1):
             spent = f"{duration(ours_took)} for {ours}, {duration(theirs_took)} for {theirs}"
             notes.append(f"In training time: {spent}, {times(ratio, 'less', 'more', reached.is_bound)}.")
-    last = found.aligned_final, found.baseline_final
-    ends = [f"{figure(row[DISTANCE])} at {count(row['step'])} steps" for row in last]
-    notes.append(f"Last evaluations: {ours} {ends[0]}, {theirs} {ends[1]}.")
+    if found.aligned_final["step"] != found.baseline_final["step"]:
+        last = _value_at(found.aligned_final), _value_at(found.baseline_final)
+        notes.append(f"Last evaluations: {ours} {last[0]}, {theirs} {last[1]}.")
     return notes
 
 
@@ -110,8 +150,10 @@ def _interpolation(ours: str, reached: Reached) -> str:
     return f"The step is linearly interpolated between the evaluations of {ours} at {first} and {second} steps."
 
 
-def _other_differences(baseline: RunRecord, run: RunRecord, aside: tuple[str, ...] = ("alignments",)) -> list[str]:
-    """Notes on what differs apart from the alignment."""
+def _other_differences(found: GroupSpeedup) -> list[str]:
+    """Notes on what differs apart from the alignment, and from the seed where seeds are compared."""
+    baseline, run = found.baseline.runs[0], found.aligned.runs[0]
+    aside = ("alignments",) if len(found.pairs) == 1 else ("alignments", "seed")
     notes = []
     others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] not in aside]
     if others:
@@ -126,37 +168,41 @@ def _meaning(ours: str, theirs: str, run: RunRecord) -> str:
     if not all(parse_spec(str(item.get("target")))[0] in ENCODERS for item in run.alignments):
         return ""
     return (
-        f"Both runs train the same network on the same images, in the same order, from the same start. While {ours} learns to remove "
-        "noise, its inner layers are also asked to describe a picture as an image encoder that was trained before does; "
-        f"{theirs} learns without. A lower distance means that samples look more like the training images."
+        f"Both runs train the same network on the same images, in the same order, from the same initial weights. While {ours} "
+        "learns to remove noise, its inner layers are also trained to predict what a pretrained image encoder says about the "
+        f"picture; {theirs} learns without that. A lower distance means that samples look more like the training images."
     )
 
 
-def _over_seeds(compared: Sequence[GroupSpeedup]) -> Verdict:
-    """The group that had the baseline's final distance soonest, on the mean of its seeds."""
-    whole = [(factors.mean, each) for each in compared if (factors := each.factors("steps"))]
-    if whole:
-        _, best = max(whole, key=lambda pair: pair[0])
-    else:
-        best = max(compared, key=lambda each: len(each.reached) / len(each.pairs))
-    return Verdict(_sentence_over_seeds(best, len(compared)), _notes_over_seeds(best))
-
-
-def _sentence_over_seeds(found: GroupSpeedup, num_compared: int) -> str:
-    factors, num = found.factors("steps"), len(found.reached)
-    rank = "fastest" if factors else "nearest"
-    among = "" if num_compared == 1 else f", the {rank} of {num_compared} aligned configurations,"
-    who = f"{found.aligned.label}{among}"
-    what = f"the final {distance_name(found.pairs[0].protocol)} of {found.baseline.label}"
-    if not num:
-        return f"{who} did not reach {what} with any seed."
-    if not factors:
-        return f"{who} reached {what} in {num} of {len(found.pairs)} comparisons, so no mean speed-up is stated."
-    steps = spread([pair.aligned.step for pair in found.pairs if pair.aligned])
-    gain = times(factors.mean, "fewer", "more", found.is_bound)
-    pairs = f"{len(found.pairs)} pairs of the same seed" if found.by_seed else f"all {len(found.pairs)} pairs"
-    extent = f"{factor(factors.low)} to {factor(factors.high)}" if factors.num > 1 else "one pair"
-    return f"{who} reached {what} after {count(steps.mean)} steps on average: {gain} ({pairs}: {extent})."
+def _of_pairs(found: GroupSpeedup) -> str:
+    """The last distances over seeds, in how many pairs the aligned run is lower, and the mean factor if all pairs have one."""
+    pairs = [pair for pair in found.pairs if pair.course.steps]
+    what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
+    if len(pairs) < num:
+        return f"{found.aligned.label} and {found.baseline.label} were not evaluated over the same steps: nothing is compared."
+    # A run is in several pairs where all are compared with all; its last distance counts once all the same.
+    last = ([pair.course.aligned[-1] for pair in pairs], [pair.course.baseline[-1] for pair in pairs])
+    ours, theirs = (spread(values if found.by_seed else sorted(set(values))) for values in last)
+    ends = sorted({pair.course.steps[-1] for pair in pairs})
+    where = f"at {count(ends[0])} steps" if len(ends) == 1 else "at the last step that both runs of a pair have"
+    lower, crossing = sum(pair.course.difference < 0 for pair in pairs), sum(pair.course.crosses for pair in pairs)
+    of_pairs = f"{num} pairs of the same seed" if found.by_seed else f"{num} pairs"
+    share = f"all {of_pairs}" if lower == num else f"{lower} of {of_pairs}" if lower else f"none of {of_pairs}"
+    sentence = (
+        f"{found.aligned.label} ends at a {what} of {with_deviation(ours, figure)} ({where}), {found.baseline.label} at "
+        f"{with_deviation(theirs, figure)}; the aligned run is lower in {share}"
+    )
+    sentence += "." if lower in (0, num) else ": the seeds disagree."
+    if crossing:
+        sentence += (
+            f" The curves cross in {crossing} of {num}." if crossing < num else " The curves cross in every pair."
+        )
+    factors = found.factors("steps")
+    if factors is not None and not (found.is_bound and factors.mean <= 1):
+        gain = times(factors.mean, "fewer", "more", found.is_bound)
+        extent = f" ({factor(factors.low)} to {factor(factors.high)})"
+        sentence += f" Steps to the baseline’s final value: {gain}{extent}."
+    return sentence
 
 
 def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
@@ -167,7 +213,13 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
         notes.append("Seeds of baseline and aligned runs differ, so every run is compared with every baseline.")
     if len(found.baseline.runs) == 1:
         notes.append("There is one baseline: how much its distance moves with the seed was not measured.")
-    if seconds := found.factors("seconds"):
+    counting = [pair for pair in found.pairs if pair.counts]
+    if len(counting) < len(found.pairs):
+        notes.append(
+            f"{len(counting)} of {len(found.pairs)} aligned runs reached the baseline’s final distance, stayed at or below it "
+            "and end lower, so no mean speed-up is stated."
+        )
+    elif seconds := found.factors("seconds"):
         gain, ends = times(seconds.mean, "less", "more", found.is_bound), (factor(seconds.low), factor(seconds.high))
         notes.append(f"In training time: {gain} ({ends[0]} to {ends[1]}).")
     if found.is_bound:
@@ -175,7 +227,7 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
     least = min(len(found.baseline.runs), len(found.aligned.runs))
     if least < FEW:
         notes.append(f"With {least} seed{'s' if least > 1 else ''} the spread itself is only roughly known.")
-    return notes + _other_differences(found.baseline.runs[0], found.aligned.runs[0], aside=("alignments", "seed"))
+    return notes
 
 
 def _without_comparison(groups: Sequence[Group]) -> Verdict:

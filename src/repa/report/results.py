@@ -192,6 +192,7 @@ def measured_as(protocol: Protocol, run: RunRecord) -> str | None:
     given = settings_of(protocol)
     asked = {
         "features": INCEPTION,
+        "features_precision": None,  # papers measure in float32
         "num_samples": SAMPLES,
         "labels": "uniform",
         "weights": "ema",

@@ -19,8 +19,9 @@ from repa.runs.log import read_metrics
 
 # The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
 PROTOCOL = (
-    "features", "feature_weights", "reference", "num_samples", "labels", "sampler", "steps", "nfe", "guidance", "decoder",
-    "weak_sha256", "guide_image_sha256", "weights", "neighbours",
+    "features", "feature_weights", "features_precision", "reference", "reference_sha256", "num_samples", "labels",
+    "sampler", "steps", "nfe", "guidance", "decoder", "weak_sha256", "guide_image_sha256", "weights",
+    "neighbours",
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
@@ -120,7 +121,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)
     train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
-    return replace(run, train=train, evals=in_order(map(renamed, evals)))
+    return replace(run, train=train, evals=in_order(map(_preview_row, evals)))
 
 
 def with_evaluations(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
@@ -220,16 +221,15 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
         )
-    made, extractor = (results.get(key) or {} for key in ("made", "encoder"))
+    made = results.get("made") or {}
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
-    features, published = results["features"], extractor.get("published")
     return {
         "kind": "eval",
         "step": made.get("step") if isinstance(made.get("step"), int) else None,
         **renamed(metrics),
-        "features": OTHER_WEIGHTS if features == INCEPTION and published is False else features,
-        "feature_weights": None if published else str(extractor.get("weights_sha256") or "")[:8] or None,
+        **_extractor_settings(results["features"], results.get("encoder") or {}),
         "reference": Path(str(results.get("reference"))).name,
+        "reference_sha256": results.get("reference_sha256"),
         "num_samples": results.get("num_samples"),
         **{
             key: made.get(key)
@@ -240,6 +240,16 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         "file": file.name,
         "run": made.get("run"),
         "samples": str(results.get("samples")),
+    }
+
+
+def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a feature: the network, its weights and its arithmetic. None stands for the usual: published, float32."""
+    published = identity.get("published")
+    return {
+        "features": OTHER_WEIGHTS if features == INCEPTION and published is False else features,
+        "feature_weights": None if published else str(identity.get("weights_sha256") or "")[:8] or None,
+        "features_precision": identity.get("precision"),
     }
 
 
@@ -266,6 +276,14 @@ def settings_of(protocol: Protocol) -> dict[str, Any]:
 def distance_name(protocol: Protocol) -> str:
     """FID is the Fréchet distance in features of Inception, and no other is."""
     return "FID" if settings_of(protocol).get("features") == INCEPTION else "Fréchet distance"
+
+
+def _preview_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of kind "eval" in metrics.jsonl, with its feature extractor as in a results file."""
+    found = renamed(row)
+    if isinstance(identity := found.pop("encoder", None), dict):
+        found |= _extractor_settings(found.get("features"), identity)
+    return found
 
 
 def renamed(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from repa.report.runs import DISTANCE, Protocol, RunRecord, is_number, read_runs
 
 
@@ -20,6 +22,33 @@ class Reached:
     seconds: float | None
     between: tuple[int, int]  # the evaluations it was interpolated between; equal where an evaluation itself had it
     is_bound: bool = False  # the very first evaluation was there already: it may have happened earlier
+    stays: bool = True  # no later evaluation is above it again
+
+
+class Course(NamedTuple):
+    """Two curves at every step at which either was evaluated, within the range that both cover."""
+
+    steps: list[int]
+    baseline: list[float]
+    aligned: list[float]
+
+    @property
+    def num_lower(self) -> int:
+        """At how many steps the aligned run has the lower distance."""
+        return sum(ours < theirs for ours, theirs in zip(self.aligned, self.baseline, strict=True))
+
+    @property
+    def num_higher(self) -> int:
+        return sum(ours > theirs for ours, theirs in zip(self.aligned, self.baseline, strict=True))
+
+    @property
+    def crosses(self) -> bool:
+        return self.num_lower > 0 and self.num_higher > 0
+
+    @property
+    def difference(self) -> float:
+        """Aligned minus baseline at the last step."""
+        return self.aligned[-1] - self.baseline[-1]
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,15 @@ class Speedup:
     aligned: Reached | None  # None: not reached
     aligned_best: dict[str, Any]  # the aligned run's lowest evaluation
     aligned_final: dict[str, Any]
+    course: Course  # without steps where the evaluations of the two runs do not overlap
+
+    @property
+    def counts(self) -> bool:
+        """Does the whole curve support a factor? Not where the aligned run lost the distance again or ends behind a
+        baseline that it seems to have overtaken: one early point is then all that there is."""
+        if self.aligned is None or not self.aligned.stays or not self.course.steps:
+            return False
+        return self.course.difference < 0 or (self.times_steps or 0.0) <= 1
 
     @property
     def times_steps(self) -> float | None:
@@ -62,21 +100,33 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
     first = first_reached(rows, target)
     assert first is not None  # its last evaluation is at the target
     best = min(aligned_rows, key=lambda row: row[DISTANCE])
-    return Speedup(target, protocol, rows[-1], first, first_reached(aligned_rows, target), best, aligned_rows[-1])
+    reached, course = first_reached(aligned_rows, target), _course(rows, aligned_rows)
+    return Speedup(target, protocol, rows[-1], first, reached, best, aligned_rows[-1], course)
+
+
+def _course(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, Any]]) -> Course:
+    """Linear between evaluations, never beyond the first or the last."""
+    places, values = zip(*(([r["step"] for r in each], [r[DISTANCE] for r in each]) for each in (rows, aligned_rows)),
+                         strict=True)  # fmt: skip
+    first, last = max(place[0] for place in places), min(place[-1] for place in places)
+    steps = sorted({step for place in places for step in place if first <= step <= last})
+    ours, theirs = (np.interp(steps, *each).tolist() for each in zip(places, values, strict=True))
+    return Course(steps, ours, theirs)
 
 
 def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:
     """Where the piecewise linear curve through evaluations (by step) first is at or below `target`, if anywhere."""
     previous = None
-    for row in rows:
+    for number, row in enumerate(rows):
         if row[DISTANCE] <= target:
+            stays = all(later[DISTANCE] <= target for later in rows[number:])
             if previous is None:
-                return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), is_bound=True)
+                return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), True, stays)
             drop = previous[DISTANCE] - row[DISTANCE]
             part = (previous[DISTANCE] - target) / drop  # in (0, 1]: previous is above the target, row is not
             between = (row["step"], row["step"]) if part == 1 else (previous["step"], row["step"])
             step = previous["step"] + part * (row["step"] - previous["step"])
-            return Reached(step, _mix(previous, row, "seconds", part), between)
+            return Reached(step, _mix(previous, row, "seconds", part), between, stays=stays)
         previous = row
     return None
 
@@ -165,7 +215,9 @@ class GroupSpeedup:
         return any(pair.aligned is not None and pair.aligned.is_bound for pair in self.pairs)
 
     def factors(self, of: str) -> Spread | None:
-        """Of "steps", "seconds" or "images", over all pairs; None unless all got there: a mean of those that did flatters."""
+        """Of "steps", "seconds" or "images", over all pairs; None unless every pair `counts`: a mean of those that do flatters."""
+        if not all(pair.counts for pair in self.pairs):
+            return None
         found = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
         values = [value for value in found if value is not None]
         if len(values) < len(found):

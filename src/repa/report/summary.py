@@ -75,12 +75,16 @@ def summary_table(runs: Sequence[Path | RunRecord]) -> list[dict[str, str]]:
 
 
 def reached_text(found: Speedup | None) -> str:
-    """'566', '≤ 200' when the first evaluation was there already, 'not reached', or a dash when nothing is compared."""
+    """'566', '≤ 200' when the first evaluation was there already, 'not reached', or a dash when nothing is compared.
+
+    A distance that was lost again or is followed by a worse end says so: one early point is no speed-up.
+    """
     if found is None:
         return NONE
     if found.aligned is None:
         return "not reached"
-    return f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
+    step = f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
+    return step if found.counts else f"{step}, not kept"
 
 
 def alignment_text(item: dict[str, Any]) -> str:

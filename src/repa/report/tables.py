@@ -1,6 +1,6 @@
 """The report's tables as Markdown and as CSV, next to the page."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from repa.recipes.paper_tables import printed
 from repa.report.headline import Verdict
 from repa.report.results import Line, Table
 from repa.report.runs import PROTOCOL, settings_of
-from repa.report.speedups import GroupSpeedup, Spread
-from repa.report.text import count, figure, how_made
+from repa.report.speedups import GroupSpeedup
+from repa.report.text import count, figure, how_made, with_deviation
 
 COUNTED = ("precision", "recall")  # shown with two decimals, as papers do
 
@@ -70,15 +70,6 @@ def shown(line: Line, key: str) -> str:
         return printed(found.mean)
     text = with_deviation(found, "{:.2f}".format if key in COUNTED else figure)
     return text if found.num == line.num_runs else f"{text} ({found.num} of {line.num_runs})"
-
-
-def with_deviation(found: Spread, words: Callable[[float], str]) -> str:
-    """'8.51 ± 0.54', with the decimals of the mean; the value alone of one run."""
-    mean = words(found.mean)
-    if found.deviation is None:
-        return mean
-    decimals = len(mean.partition(".")[2])
-    return f"{mean} ± {found.deviation:,.{decimals}f}"
 
 
 def speedup_cells(found: GroupSpeedup) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Numbers and settings in words, as a reader wants them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from repa.report.runs import Protocol, settings_of
+from repa.report.speedups import Spread
 
 ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
 
@@ -28,6 +30,15 @@ def figure(value: float) -> str:
     return f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
+def with_deviation(found: Spread, words: Callable[[float], str]) -> str:
+    """'8.51 ± 0.54', with the decimals of the mean; the value alone of one run."""
+    mean = words(found.mean)
+    if found.deviation is None:
+        return mean
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {found.deviation:,.{decimals}f}"
+
+
 def how_made(protocol: Protocol) -> str:
     """The sentence that stands near a Fréchet distance: features, reference, samples and labels, sampler, NFE, weights."""
     given = settings_of(protocol)
@@ -37,9 +48,11 @@ def how_made(protocol: Protocol) -> str:
         parts.append(f"{count(given['num_samples'])} samples{labels}")
     if "features" in given:
         checksum = f" (weights {given['feature_weights']})" if "feature_weights" in given else ""
-        parts.append(f"features of {given['features']}{checksum}")
+        arithmetic = f" in {given['features_precision']}" if "features_precision" in given else ""
+        parts.append(f"features of {given['features']}{checksum}{arithmetic}")
     if "reference" in given:
-        parts.append(f"against {given['reference']}")
+        checksum = f" (checksum {given['reference_sha256'][:8]})" if "reference_sha256" in given else ""
+        parts.append(f"against {given['reference']}{checksum}")
     if "sampler" in given:
         steps = f", {given['steps']} steps" if "steps" in given else ""
         parts.append(f"sampler {given['sampler']}{steps}")
