@@ -5,6 +5,7 @@ python benchmarks/adaln.py --model SiT-B/2 --batch 8
 """
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -47,7 +48,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds + 1):  # in turn, the first not counted
         for name, way in ways.items():
-            seconds[name].append(timed(lambda way=way: once(way), device))
+            seconds[name].append(timed(functools.partial(once, way), device))
     print(f"{args.model}, batch {args.batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, taken in seconds.items():
         print(f"{name:<16}{1000 * statistics.median(taken[1:]):9.2f} ms")

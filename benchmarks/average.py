@@ -7,6 +7,7 @@ largest error beside the root mean square of the weights, and the mean one.
 """
 
 import argparse
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,16 +32,16 @@ def main() -> None:
     args = parser.parse_args()
     stream = torch.Generator().manual_seed(0)
     model = Weights(args.num, stream)
-    ours, released, exact = EMA(model, constant(DECAY)), model.w.detach().clone(), model.w.detach().double()
+    ours, released, exact = EMA(cast(Any, model), constant(DECAY)), model.w.detach().clone(), model.w.detach().double()
     never = torch.zeros(())
     for t in range(1, args.steps + 1):
-        model.w += args.step_size * torch.randn(args.num, generator=stream)
+        model.w.add_(args.step_size * torch.randn(args.num, generator=stream))
         ours.update(t, never)
         released.mul_(DECAY).add_(model.w, alpha=1 - DECAY)
         exact.lerp_(model.w.double(), 1 - DECAY)
     size = float(exact.square().mean().sqrt())
     print(f"{args.steps:,} steps, decay {DECAY}, {args.num:,} weights in float32, torch {torch.__version__}")
-    for name, average in (("mul_().add_()", released), ("repa", ours.model.w)):
+    for name, average in (("mul_().add_()", released), ("repa", ours.model.get_parameter("w"))):
         error = (average.double() - exact).abs()
         print(
             f"{name:<14} largest error {float(error.max()) / size:.1e}, mean {float(error.mean()) / size:.1e} of the weights' size"

@@ -8,10 +8,12 @@ bfloat16, attention, each beside its slow twin, and last the update of as many w
 """
 
 import argparse
+import functools
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +36,10 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.calls = Counter(), Counter()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not function.is_view and name not in WITHOUT_BYTES and isinstance(out, Tensor | tuple | list):
@@ -54,7 +57,7 @@ def without_products() -> torch.library.Library:
     def product(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.shape[-1])
 
-    def written(*factors: Tensor, out: Tensor, **_) -> Tensor:  # compiled code says where
+    def written(*factors: Tensor, out: Tensor, **_: Any) -> Tensor:  # compiled code says where
         return out
 
     for name in ("mm", "bmm"):
@@ -74,14 +77,19 @@ def unpacked(qkv: Tensor) -> Tensor:
 def of_update(weights: int, rounds: int) -> tuple[float, float, float]:
     """Milliseconds of the norm of the gradients, of AdamW and of the average."""
     p, average = torch.nn.Parameter(torch.randn(weights)), torch.randn(weights)
-    p.grad, share = torch.randn(weights), torch.tensor(1e-4)
+    gradient, share = torch.randn(weights), torch.tensor(1e-4)
+    p.grad = gradient
     optimizer = torch.optim.AdamW([p], fused=True)
     optimizer.step()
     return (
-        best(lambda: torch.nn.utils.get_total_norm([p.grad]), rounds),
+        best(lambda: torch.nn.utils.get_total_norm([gradient]), rounds),
         best(optimizer.step, rounds),
         best(lambda: torch._foreach_lerp_([average], [p.detach()], [share]), rounds),
     )
+
+
+def forward_and_backward(kind: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(kind(x), x, gradient)
 
 
 def best(run: Callable[[], object], rounds: int) -> float:
@@ -105,13 +113,13 @@ def main() -> None:
 
     hidden = torch.randn(IMAGES, TOKENS, 4 * WIDTH).to(dtype).requires_grad_()
     gradient = torch.randn_like(hidden)
-    kinds = {
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "eager": gelu,
         "compiled, by tanh": torch.compile(lambda x: F.gelu(x, approximate="tanh"), dynamic=False),
         "compiled, ours": torch.compile(gelu, dynamic=False),
     }
     gelus = {
-        name: best(lambda kind=kind: torch.autograd.grad(kind(hidden), hidden, gradient), args.rounds)
+        name: best(functools.partial(forward_and_backward, kind, hidden, gradient), args.rounds)
         for name, kind in kinds.items()
     }
 
@@ -136,12 +144,12 @@ def main() -> None:
     compiled = best(once, args.rounds)
     qkv = torch.randn(IMAGES, TOKENS, 3 * WIDTH).to(dtype).requires_grad_()
     of_heads = torch.randn(IMAGES, HEADS, TOKENS, WIDTH // HEADS).to(dtype)
-    attentions = {"ours": lambda x: attend(*by_head(x, HEADS)), "unpacked": unpacked}
+    kinds = {"ours": lambda x: attend(*by_head(x, HEADS)), "unpacked": unpacked}
     if args.precision == "fp32":  # one fused kernel, whose products are its own
-        attentions = {}
+        kinds = {}
     attentions = {
-        name: best(lambda kind=kind: torch.autograd.grad(kind(qkv), qkv, of_heads), args.rounds)
-        for name, kind in attentions.items()
+        name: best(functools.partial(forward_and_backward, kind, qkv, of_heads), args.rounds)
+        for name, kind in kinds.items()
     }
     del products
     print(f"{args.precision}, {IMAGES} images, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")

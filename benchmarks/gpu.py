@@ -9,6 +9,7 @@ left is not begun; one that fails is recorded and does not stop the others. --de
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
 import traceback
@@ -154,9 +155,7 @@ def main() -> None:
         for number, row in enumerate(plan):
             trace = args.trace if number == min(1, len(plan) - 1) else ""
             name = " ".join(map(str, (row.model, row.batch, row.teacher, *row.changes)))
-            seen = results.part(
-                name, row.seconds, lambda row=row, trace=trace: row_of(args, row, found["rates"], trace)
-            )
+            seen = results.part(name, row.seconds, functools.partial(row_of, args, row, found["rates"], trace))
             if seen:
                 found["rows"].append(seen)
             if device.type == "cuda":

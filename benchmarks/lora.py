@@ -60,7 +60,9 @@ def denoising(net: DiT, images: torch.Tensor, labels: torch.Tensor, stream: torc
     return (prediction - (noise - x)).square().mean()
 
 
-def train(net: DiT, images: torch.Tensor, labels: torch.Tensor, steps: int, rate: float, seed: int, term: dict | None):
+def train(
+    net: DiT, images: torch.Tensor, labels: torch.Tensor, steps: int, rate: float, seed: int, term: dict | None
+) -> None:
     stream = torch.Generator().manual_seed(seed)
     parameters = [p for p in net.parameters() if p.requires_grad]
     aligner = encoder = None
@@ -73,7 +75,7 @@ def train(net: DiT, images: torch.Tensor, labels: torch.Tensor, steps: int, rate
     for _ in range(steps):
         rows = torch.randint(len(images), (32,), generator=stream)
         loss = denoising(net, images[rows], labels[rows], stream)
-        if aligner is not None:
+        if aligner is not None and encoder is not None:
             loss = loss + aligner.loss(encoder(images[rows], grid=8))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -91,7 +93,7 @@ def judged(net: DiT, held: torch.Tensor, labels: torch.Tensor, num: int) -> tupl
     loss = sum(denoising(net, held[r : r + 64], labels[r : r + 64], stream).item() for r in rows) / len(rows)
     judge, asked = load_encoder("tiny-judge"), labels[torch.arange(num) % len(labels)]
 
-    def velocity(x, t):
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return net({"x": x}, t, Condition(asked)).prediction["x"]
 
     noise = torch.randn((num, 3, 32, 32), generator=torch.Generator().manual_seed(99))

@@ -17,11 +17,11 @@ from torch import Tensor
 from repa.base.launch import keep_freed_memory
 from repa.data import open_data
 from repa.evaluation import evaluate, load_extractor, reference_of
-from repa.runs import load_run
+from repa.runs import LoadedRun, load_run
 from repa.sampling import SampleConfig, generate
 
 
-def sampled(run: object, config: SampleConfig, num: int) -> tuple[Tensor, float]:
+def sampled(run: LoadedRun, config: SampleConfig, num: int) -> tuple[Tensor, float]:
     """Images (num, 3, H, W) and images a second."""
     begin, size = time.perf_counter(), config.batch_size
     images = [generate(run, config, range(start, min(start + size, num))).images for start in range(0, num, size)]

@@ -41,11 +41,11 @@ def main() -> None:
     )
     print("|---" * 8 + "|")
     for machines, batch in ((1, 256), (8, 2048), (128, 32768)):
-        found = checkpoint(cost.parameters, machines, 8)
+        saved = checkpoint(cost.parameters, machines, 8)
         rate = batch / step("fsdp", cost.parameters, flops, batch / machines / 8, machines, 8).seconds
         print(
-            f"| {8 * machines:,} | {found.size / 1e9:.1f} GB | {found.writers} | {found.gather:.1f} s | {found.write:.1f} s | "
-            f"{found.verify:.1f} s | {found.deal:.1f} s | {rate * STORED / 1e9:.1f} GB |"
+            f"| {8 * machines:,} | {saved.size / 1e9:.1f} GB | {saved.writers} | {saved.gather:.1f} s | {saved.write:.1f} s | "
+            f"{saved.verify:.1f} s | {saved.deal:.1f} s | {rate * STORED / 1e9:.1f} GB |"
         )
 
 

@@ -77,9 +77,9 @@ def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
             least = "≥ " if reached.is_bound else ""
             told = f"{reached.step:,.0f} instead of {first.step:,.0f} steps | {least}{factors[-1]:.2f}"
         lines.append(f"| {seed} | {finals[-1][0]:.2f} | {finals[-1][1]:.2f} | {told} |")
-    baseline, aligned = (f"{statistics.mean(column):.2f}" for column in zip(*finals, strict=True))
+    means = " | ".join(f"{statistics.mean(column):.2f}" for column in zip(*finals, strict=True))
     factor = f"{statistics.mean(factors):.2f}" if len(factors) == len(seeds) else ""
-    return "\n".join([*lines, f"| mean | {baseline} | {aligned} | | {factor} |"])
+    return "\n".join([*lines, f"| mean | {means} | | {factor} |"])
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def main() -> None:
     print(
         f"a step's forward and backward of {given.batch_size} images on {given.device}, the median of {given.repeats}"
     )
-    for name, number in seconds.items():
-        print(f"  {name:<38} {number:10.3f} s {number / seconds['one time']:12.3f}")
+    for name, taken in seconds.items():
+        print(f"  {name:<38} {taken:10.3f} s {taken / seconds['one time']:12.3f}")
 
 
 KINDS = {

@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def source_of(
     batch = synthetic.batch(config, device, RESOLUTION if teacher == "online" else 1)
     if teacher != "online":
         return widths, endless(batch, batch.features), lambda: batch, lambda batch: batch.features
-    encoders = EncoderFeatures(config, Synthetic({}, synthetic.grid), device)
+    encoders = EncoderFeatures(config, cast(Any, Synthetic({}, synthetic.grid)), device)
     feed = encoders.iterate(itertools.repeat(batch), 0, lambda step: encoders.wanted)
     return encoders.dims, feed, lambda: batch, lambda batch: encoders(batch, encoders.wanted)
 
@@ -89,7 +90,8 @@ def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> C
     batch = data()
     x, labels = latents(batch, config.model.latent_channels), batch.labels
     objective = build_state(config, dims, device).objective
-    model, projector = objective.model, next(iter(objective.alignments.values())).projector if dims else None
+    model = objective.model
+    projector: Any = next(iter(objective.alignments.values())).projector if dims else None
     ema = copy.deepcopy(model)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0)

@@ -72,7 +72,10 @@ def package_page() -> str:
 
 
 def first_line(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    if docstring is None:
+        raise SystemExit(f"{path} has no docstring, and the table of files shows its first line.")
+    return docstring.splitlines()[0]
 
 
 def options_page() -> str:

@@ -74,8 +74,10 @@ def provenance(text: str) -> tuple[str, str]:
     """(author, address) of a .license file; a licence other than CC0 stops here."""
     if "SPDX-License-Identifier: CC0-1.0" not in text:
         raise SystemExit(f"This is not CC0:\n{text}")
-    author = re.search(r"SPDX-FileCopyrightText: \d+ ([^<\n]+)", text)[1].strip()
-    return author, re.search(r"https://\S+", text)[0]
+    author, address = re.search(r"SPDX-FileCopyrightText: \d+ ([^<\n]+)", text), re.search(r"https://\S+", text)
+    if author is None or address is None:
+        raise SystemExit(f"This names no author, or no address:\n{text}")
+    return author[1].strip(), address[0]
 
 
 def save(source: Path, name: str) -> None:

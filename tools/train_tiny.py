@@ -148,7 +148,7 @@ def add_norm(module: nn.Module) -> None:
             norm = nn.BatchNorm2d(child.out_channels)
             if name == "conv2":
                 nn.init.zeros_(norm.weight)
-            setattr(module, name, nn.Sequential(nn.Conv2d(*settings, bias=False), norm))
+            setattr(module, name, nn.Sequential(nn.Conv2d(*settings, bias=False), norm))  # type: ignore[arg-type]  # its own sizes
         else:
             add_norm(child)
 
@@ -187,7 +187,7 @@ class Training:
         net = ConvNet(SHAPES[self.name])
         add_norm(net)
         model = Target(net, SHAPES[self.name].dim) if which == "target" else Judge(net, SHAPES[self.name].dim)
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=model.decay, betas=(0.9, 0.98))
         if state.exists():
             saved = torch.load(state, weights_only=True)
@@ -219,7 +219,12 @@ class Training:
 def fit(training: Training, images: Tensor, labels: Tensor, args: argparse.Namespace) -> dict:
     """Train until the minutes of processor time are over; returns the facts for the weights' file."""
     budget, losses, printed, saved = 60 * args.minutes, [], (training.seconds, training.seen), training.seconds
-    facts = {"name": training.name, "objective": OBJECTIVES[args.which], "data": "CIFAR-10 train, 50000 images (JPEG)"}
+    facts: dict[str, str | int] = {"name": training.name, "objective": OBJECTIVES[args.which]}
+    facts["data"] = "CIFAR-10 train, 50000 images (JPEG)"
+        "name": training.name,
+        "objective": OBJECTIVES[args.which],
+        "data": "CIFAR-10 train, 50000 images (JPEG)",
+    }
     facts |= {"seed": args.seed, "torch": torch.__version__, "minutes": args.minutes, "batch": BATCH}
     for batch in batches(images, labels, args.seed + training.seen):
         losses.append(training.step(*batch, min(1, training.seconds / budget), args.small))

@@ -31,7 +31,7 @@ class Walk:
         self._names: dict[str, str] = {}
         self._last = threading.local()
 
-    def __call__(self, frame: FrameType, event: str, _) -> None:
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         # neither modules nor bodies of classes, and no comprehensions or lambdas, which are read where they stand
         if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED or code.co_name.startswith("<"):

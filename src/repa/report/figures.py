@@ -78,9 +78,9 @@ def _distance_curve(records: Sequence[RunRecord], protocol: Protocol, number: in
     has_seeds = len(grouped(records)) < len(records)
     seeds = " Thin: each seed; strong: their mean at the steps that all have." if has_seeds else ""
     caption = {
-        "step": f"{distance_name(protocol)}, lower is better: {how_made(protocol)}.{seeds} Straight between evaluations; a "
-        "dotted level is the baseline’s last value, a ring where an aligned run first had it. First values far above the "
-        "rest may be cut off.",
+        "step": f"{distance_name(protocol)}, lower is better: {how_made(protocol)}.{seeds} Lines are straight "
+        "between evaluations. A dotted level is the baseline’s last value, a ring marks where an aligned run first reached "
+        "it. First values far above the rest may be cut off.",
         "seconds": "The same against training time as the runs logged it: what a step costs is in it.",
         "images": "The same against training images, repetitions counted: steps times batch size.",
     }

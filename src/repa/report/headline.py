@@ -188,9 +188,10 @@ def _of_pairs(found: GroupSpeedup) -> str:
     lower, crossing = sum(pair.course.difference < 0 for pair in pairs), sum(pair.course.crosses for pair in pairs)
     of_pairs = f"{num} pairs of the same seed" if found.by_seed else f"{num} pairs"
     share = f"all {of_pairs}" if lower == num else f"{lower} of {of_pairs}" if lower else f"none of {of_pairs}"
+    over = f"{len(found.aligned.runs)} seeds" if len(found.aligned.runs) > 1 else f"{len(found.baseline.runs)} seeds"
     sentence = (
-        f"{found.aligned.label} ends at a {what} of {with_deviation(ours, figure)} ({where}), {found.baseline.label} at "
-        f"{with_deviation(theirs, figure)}; the aligned run is lower in {share}"
+        f"Over {over}, {found.aligned.name} ends at a {what} of {with_deviation(ours, figure)} against "
+        f"{with_deviation(theirs, figure)} for {found.baseline.name} ({where}), lower in {share}"
     )
     sentence += "." if lower in (0, num) else ": the seeds disagree."
     if crossing:
