@@ -221,10 +221,6 @@ def fit(training: Training, images: Tensor, labels: Tensor, args: argparse.Names
     budget, losses, printed, saved = 60 * args.minutes, [], (training.seconds, training.seen), training.seconds
     facts: dict[str, str | int] = {"name": training.name, "objective": OBJECTIVES[args.which]}
     facts["data"] = "CIFAR-10 train, 50000 images (JPEG)"
-        "name": training.name,
-        "objective": OBJECTIVES[args.which],
-        "data": "CIFAR-10 train, 50000 images (JPEG)",
-    }
     facts |= {"seed": args.seed, "torch": torch.__version__, "minutes": args.minutes, "batch": BATCH}
     for batch in batches(images, labels, args.seed + training.seen):
         losses.append(training.step(*batch, min(1, training.seconds / budget), args.small))
