@@ -81,3 +81,9 @@ def test_mistakes_are_sentences(runs, capsys):
     ):  # fmt: skip
         assert command(*words) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_a_mistyped_run_leaves_no_folder(tmp_path, capsys):
+    assert command("ema", tmp_path / "nope", "--width", 0.1) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

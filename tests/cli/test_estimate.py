@@ -1,10 +1,13 @@
 """`repa estimate` says whether a run fits, and what would make it fit."""
 
 from itertools import pairwise
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
 from repa.cli.main import run
+from repa.performance import fitting
 from repa.performance.devices import MEMORY, PEAKS
 
 SMALL = [
@@ -50,3 +53,12 @@ def test_a_note_above_a_thousand_passes(steps, noted, capsys):
     out = capsys.readouterr().out
     assert "fits in the 80 GB of one h100" in out
     assert ("passes over 100 images" in out) == noted
+
+
+def test_parts_of_a_large_batch_are_divisors_found_by_their_roots():
+    """Counting through 10^10 images a device would take an hour."""
+    found = SimpleNamespace(config=SimpleNamespace(batch_size=2 * 10**10, accumulate=4), num_devices=2)
+    with patch.object(fitting, "_with", lambda found, accumulate: accumulate):
+        parts = [accumulate for _, accumulate in fitting._accumulated(found)]
+    assert parts[:5] == [5, 8, 10, 16, 20]
+    assert len(parts) == 11 * 11 - 3

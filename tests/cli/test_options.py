@@ -8,6 +8,7 @@ import pytest
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
+from repa.cli.analyse_runs import CknnaArguments
 from repa.cli.evaluate import EvaluateArguments
 from repa.cli.prepare import PrepareArguments
 from repa.cli.report import ReportArguments
@@ -30,6 +31,14 @@ def train(*argv, recipe="quickstart"):
 
 def prepare(*argv):
     return options.parse(PrepareArguments, list(argv), verb="prepare", about="", positional=("source", "out"))
+
+
+def evaluate(*argv):
+    return options.parse(EvaluateArguments, list(argv), verb="evaluate", about="", positional=("samples",))
+
+
+def cknna(*argv):
+    return options.parse(CknnaArguments, list(argv), verb="analyse cknna", about="", positional=("runs...",))
 
 
 def test_defaults_are_the_configurations_own():
@@ -252,6 +261,15 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
             ("s", "d", "--resolution", "8", "--features", "tiny", "--feature-forms", "pca4", "int8"),
             "two for all encoders",
         ),
+        (
+            evaluate,
+            ("s.npz", "--reference", "r", "--prompts", "p.txt"),
+            "prompts have no effect without one of the metrics",
+        ),
+        (evaluate, ("s.npz", "--reference", "r", "--clip-weights", "w"), "clip_weights has no effect"),
+        (train, ("--text-weights", "w"), "reads no text"),
+        (train, ("--preview.num-scored", "1"), "needs two samples"),
+        (cknna, ("r", "--data", "d", "--measure", "cka", "--variant", "platonic"), "of the measure cknna"),
     ],
 )
 def test_a_setting_without_effect_is_refused(parse, words, sentence):

@@ -124,3 +124,10 @@ def test_captions_say_what_is_seen():
     assert photographs.captions_of("books", "", False) == ("a picture of books", "books")
     with pytest.raises(UserError, match="true or false"):
         open_source("photographs:captions=2")
+
+
+def test_without_labels_they_are_one_class_of_the_same_pictures():
+    whole, one = (open_source("photographs:num=30", labels=labels) for labels in ("", "none"))
+    assert (one.class_names, set(one.labels)) == (["all"], {0})
+    assert one.identity != whole.identity
+    assert one.image(21, 16) == whole.image(21, 16)

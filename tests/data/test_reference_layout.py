@@ -60,6 +60,11 @@ def test_null_labels_are_one_class(layout):
     assert open_source(layout).class_names == ["all"]
 
 
+def test_none_is_one_class_of_labels_that_are_there(layout):
+    assert open_source(layout, labels="none").class_names == ["all"]
+    assert open_source(layout, labels="none").identity != open_source(layout).identity
+
+
 def test_names_pair_where_positions_would_not(layout):
     """Image 1 and the moments of 3 are gone: as many files on both sides, and by position the wrong pairs."""
     (layout / "images/00000/img00000001.png").unlink()

@@ -283,6 +283,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
         ({"autoencoder": "sd-vae-ft-mse"}, "prepared with 'pixels'"),
         ({"alignments": ({"target": "dinov9", "depth": 1},)}, "dinov9"),
         ({"batch_size": 0}, "batch_size"),
+        ({"feature_weights": ("dino-b=somewhere",)}, "feature_weights names 'dino-b'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tiny_config, run_training, tmp_path):

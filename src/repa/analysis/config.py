@@ -1,8 +1,8 @@
 """What to ask of hidden states, encoders and samples."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config
 from repa.base.registry import Spec
@@ -59,6 +59,14 @@ class SimilarityConfig(HiddenConfig):
     """CKNNA: k."""
     variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
     """CKNNA: paper (the printed formula), platonic (the function most people call), platonic-clamped (its script, which cuts outliers)."""
+
+    @model_validator(mode="after")
+    def _of_cknna(self) -> Self:
+        if self.measure != "cknna" and (self.variant != "paper" or self.neighbours != 10):
+            raise ValueError(
+                f"variant and neighbours are of the measure cknna, but it is {self.measure}: leave them out"
+            )
+        return self
 
 
 class DepthConfig(HiddenConfig):

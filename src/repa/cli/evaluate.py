@@ -95,7 +95,9 @@ def _check(given: EvaluateArguments, is_run: bool) -> None:
         )
     if is_run:
         return
-    of_run = {*SampleConfig.model_fields, "num_images", "weights", "checkpoint"} - set(EvaluateConfig.model_fields)
+    of_run = {*SampleConfig.model_fields, "num_images", "weights", "checkpoint", "autoencoder_weights"} - set(
+        EvaluateConfig.model_fields
+    )
     fields = EvaluateArguments.model_fields
     for name in sorted(of_run):
         if getattr(given, name) != fields[name].default:

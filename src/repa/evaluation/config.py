@@ -16,6 +16,7 @@ Metric = Literal[
 OF_INCEPTION: tuple[Metric, ...] = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
 OF_CAPTIONS: tuple[Metric, ...] = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
+OF_CLIP: tuple[Metric, ...] = ("clip_score", "clip_agreement")
 ASIDE = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
 
 
@@ -65,6 +66,14 @@ class EvaluateConfig(FeaturesConfig):
                 raise ValueError(
                     f"metrics {name!r} is not measured in the features of {self.features}{choices(name, allowed)}"
                 )
+        if self.prompts and not set(OF_CAPTIONS) & set(self.wanted):
+            raise ValueError(
+                f"prompts have no effect without one of the metrics {', '.join(OF_CAPTIONS)}: give both, or neither"
+            )
+        if self.clip_weights and not set(OF_CLIP) & set(self.wanted):
+            raise ValueError(
+                f"clip_weights has no effect without the metrics {' or '.join(OF_CLIP)}: give both, or neither"
+            )
         return self
 
     @property

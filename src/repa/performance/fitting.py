@@ -1,5 +1,6 @@
 """What would make a run fit in the memory of a device."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -66,8 +67,9 @@ def _with(found: Estimate, **changes: Any) -> Estimate:
 
 def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     images = found.config.batch_size // found.num_devices
-    for parts in range(found.config.accumulate + 1, images + 1):
-        if images % parts == 0:
+    small = [parts for parts in range(1, math.isqrt(images) + 1) if images % parts == 0]
+    for parts in sorted({*small, *(images // parts for parts in small)}):
+        if parts > found.config.accumulate:
             yield f"--accumulate {parts}", _with(found, accumulate=parts)
 
 

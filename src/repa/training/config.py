@@ -83,6 +83,10 @@ class PreviewConfig(Config):
             raise ValueError(
                 f"preview.score_every is {self.score_every}, but preview.num_scored is 0: give it a number of samples"
             )
+        if self.num_scored == 1:
+            raise ValueError(
+                "preview.num_scored is 1, and a distribution needs two samples: give more, or 0 to measure none"
+            )
         return self
 
     @property
@@ -201,9 +205,10 @@ class TrainConfig(Config):
         if self.preview.every or self.preview.scored_every:
             check_null_trained(self.preview.guidance, self.label_dropout)
             check_path_trained(self.preview.guidance, self.model.path_drop)
-        if self.text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
+        text = self.text or self.text_weights
+        if text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
             raise ValueError(
-                f"text is {self.text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
+                f"text is {text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
             )
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):

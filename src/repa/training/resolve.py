@@ -16,6 +16,7 @@ from repa.base.precision import resolved
 from repa.base.registry import parse_spec
 from repa.data import DataSet, dataset
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
+from repa.encoders import canonical
 from repa.models.cost import model_cost
 from repa.runs import layout
 from repa.training.config import TrainConfig
@@ -100,6 +101,12 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     alignments = [term.override(target=_pinned(term.target)) for term in config.alignments]
     encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
+    for name, _, _ in (pair.rpartition("=") for pair in config.feature_weights):
+        if canonical(name) not in map(canonical, encoders):
+            raise UserError(
+                f"feature_weights names {name!r}, but this run uses {', '.join(dict.fromkeys(encoders))}: leave it out, or name one "
+                "of these."
+            )
     return config.override(
         model=config.model.override(**facts),
         diffusion=config.diffusion.for_latents((data.latent_channels, data.latent_size, data.latent_size)),

@@ -69,7 +69,7 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
     path = Path(name)
     if name == "photographs":
         _require_own(labels, name)
-        return PhotographSource, ("num", "seed", "captions")
+        return (lambda **s: PhotographSource(labels, **s)), ("num", "seed", "captions")
     if name.startswith("hf:"):
         return (lambda **s: open_hub(name[3:], labels, **s)), ("config", "split", "revision", *COLUMNS, "streaming")
     if path.is_dir():
@@ -82,7 +82,7 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
 def _folder_kind(path: Path, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
     if is_reference(path):
         _require_own(labels, str(path))
-        return (lambda: ReferenceSource(path)), ()
+        return (lambda: ReferenceSource(path, labels)), ()
     if is_cifar(path):
         _require_own(labels, str(path))
         return (lambda **s: CifarSource(path, labels, **s)), ("split", "label")

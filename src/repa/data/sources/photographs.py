@@ -11,7 +11,7 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.base.rng import fold
-from repa.data.sources.contract import Source
+from repa.data.sources.contract import Source, labels_digest, no_classes
 
 FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
 CLOSE = 0.8  # a crop of a smaller share is called close
@@ -109,23 +109,27 @@ class PhotographSource(Source):
 
     labels_from = "the photographs: each is a class"
 
-    def __init__(self, *, num: int = 10_000, seed: int = 0, captions: bool = False):
+    def __init__(self, labels: str = "", *, num: int = 10_000, seed: int = 0, captions: bool = False):
         if type(captions) is not bool:
             raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
         self.seed, self.has_captions = seed, captions
-        self.class_names = list(load_photographs())
-        self.labels = np.arange(num, dtype=np.int64) % len(self.class_names)
+        self._names = self.class_names = list(load_photographs())
+        self.labels = np.arange(num, dtype=np.int64) % len(self._names)
         self.identity = {"name": "photographs", "num_images": num, "seed": seed, "sha256": checksum()}
+        if labels == "none":
+            self.labels, self.class_names = classes = no_classes(num)
+            self.labels_from = "--labels none: one class"
+            self.identity["labels_sha256"] = labels_digest(classes)
         self.identity |= {"captions": True} if captions else {}
 
     def name(self, index: int) -> str:
         return f"photograph {index}"
 
     def decode(self, index: int) -> Image.Image:
-        return load_photographs()[self.class_names[index % len(self.class_names)]]
+        return load_photographs()[self._names[index % len(self._names)]]
 
     def image(self, index: int, resolution: int) -> Image.Image:
         image = photograph_crop(index, resolution, self.seed)
@@ -134,6 +138,6 @@ class PhotographSource(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         if not self.has_captions:
             return ()
-        name = self.class_names[index % len(self.class_names)]
+        name = self._names[index % len(self._names)]
         close = crop_of(index, self.seed, load_photographs()[name].width).share < CLOSE
         return captions_of(name, light_of(index, self.seed), close)

@@ -17,7 +17,7 @@ from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.sources.contract import Source, labels_digest
+from repa.data.sources.contract import Source, labels_digest, no_classes
 from repa.data.sources.folders import LISTING, FolderSource, scan
 from repa.data.sources.labels import from_listing
 
@@ -70,8 +70,12 @@ def is_reference(folder: Path) -> bool:
 class ReferenceSource(Source):
     """Images with the moments that were made of them."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, labels: str = ""):
         """
+        Args:
+            root: the folder around images and moments.
+            labels: "" for those of the moments, or "none".
+
         Raises:
             UserError: an image without moments or moments without an image, no labels, or other arrays than announced.
         """
@@ -92,8 +96,10 @@ class ReferenceSource(Source):
             )
         classes = from_listing(files.read_json(listing), self._moments, str(listing))
         self._require_agreement(classes.labels)
-        self.labels, self.class_names = classes
         self.labels_from = f"{MOMENTS}/{LISTING}"
+        if labels == "none":
+            classes, self.labels_from = no_classes(len(classes.labels)), "--labels none: one class"
+        self.labels, self.class_names = classes
         self.identity = {
             **self._images.identity,
             "name": root.name,
