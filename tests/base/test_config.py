@@ -64,6 +64,12 @@ def test_broken_files_are_sentences(tmp_path):
         Outer.load(tmp_path / "list.yaml")
 
 
+def test_a_file_of_a_megabyte_is_no_configuration(tmp_path):
+    (tmp_path / "large.yaml").write_text("#" * (2**20 + 1))
+    with pytest.raises(UserError, match="at most 1,048,576 bytes"):
+        Outer.load(tmp_path / "large.yaml")
+
+
 def test_frozen_and_override_validates():
     config = Outer()
     with pytest.raises(ValueError):

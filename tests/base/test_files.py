@@ -117,3 +117,25 @@ def test_rows_as_csv(tmp_path):
     assert (tmp_path / "all.csv").read_text() == "a,b,c\nx,1.0,\nlong,,3\n"
     files.write_csv(tmp_path / "named.csv", rows, ["c", "a", "b"])
     assert (tmp_path / "named.csv").read_text() == "c,a,b\n,x,1.0\n3,long,\n"
+
+
+def test_bytes_of_a_path_that_are_not_utf_8_come_back(tmp_path):
+    for name in ("\udcff", "a\ud83d"):
+        files.write_json(tmp_path / "a.json", {"name": name})
+        assert files.read_json(tmp_path / "a.json") == {"name": name}
+
+
+def test_a_folder_behind_a_link_is_filled(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    with files.atomic_folder(tmp_path / "link") as temporary:
+        (temporary / "x").write_text("x")
+    assert (tmp_path / "there/x").read_text() == "x"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_json_beyond_the_limit_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_JSON", 10)
+    (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
+    with pytest.raises(UserError, match="it has 12 B"):
+        files.read_json(tmp_path / "a.json")

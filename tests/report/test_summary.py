@@ -262,6 +262,7 @@ def test_names_must_fit(tmp_path):
         read_runs([run], ["a", "b"])
     with pytest.raises(UserError, match="Two runs are called 'r'"):
         read_runs([run, run])
+    assert read_runs([run], ["a\udcff"])[0].name == "a\ufffd"  # a byte of a command line that is not UTF-8
 
 
 def _made(folder):

@@ -292,6 +292,11 @@ def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tin
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_folder_is_text(tiny_config, run_training, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        run_training(tiny_config, tmp_path / "\udcff")
+
+
 def test_depth_beyond_the_model():
     with pytest.raises(UserError, match=r"alignments\.0\.depth is 13, but SiT-B/2 has 12 blocks"):
         TrainConfig.parse({"alignments": [{"target": "tiny", "depth": 13}]})

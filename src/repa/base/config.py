@@ -13,6 +13,8 @@ from repa.base.errors import UserError, choices
 from repa.base.faults import require_plain
 from repa.base.trust import contents_of
 
+MOST_BYTES = 2**20  # of a configuration, which has some thousands; the parser takes seconds for so many
+
 
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, each field's docstring becomes its help text."""
@@ -87,6 +89,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; UserError for a file that is none, or says something twice."""
     path = Path(path)
     require_plain(path)
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is refused: a configuration has at most {MOST_BYTES:,} bytes. Give another file.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:

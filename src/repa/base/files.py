@@ -44,6 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like atomic_path for a folder of several files; an existing folder at `path` is an error of ours."""
+    path = os.path.realpath(path)  # a folder replaces an empty one, but no link to it
     with _beside(Path(path), tempfile.mkdtemp) as temporary:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
@@ -136,7 +137,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    """UTF-8; a byte of a path that is not is written as \\udcff, which JSON and YAML read as they were."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -160,6 +160,8 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     Only what CHANGEABLE names may differ between continuations. `text` is the identity of the text encoder, where there is one.
     """
     path = run / layout.CONFIG
+    if files.well_formed(str(run)) != str(run):
+        raise UserError(f"{run} is not UTF-8 text, which TensorBoard's files need: give --out another name.")
     if path.is_file():
         before = TrainConfig.load(path)
         same = config.override(**{name: before.model_dump()[name] for name in CHANGEABLE})
