@@ -4,6 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+# pip compiles on one core; where Python may write no bytecode, each process would compile all that it imports.
+# A few packages carry files for other versions of Python, which fail and are never imported.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: quickstart test test-slow lint docs clean
@@ -11,7 +15,8 @@ TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 quickstart: $(VENV)/installed
 	$(BIN)/repa quickstart
 
-test: $(VENV)/installed-dev lint docs
+test: $(VENV)/installed-dev
+	$(MAKE) -j 2 lint docs
 	$(TEST)
 
 test-slow: $(VENV)/installed-dev
@@ -27,12 +32,14 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("repa needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[quickstart]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[quickstart]"
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
+	$(COMPILE)
 	touch $@
 
 docs: $(VENV)/installed-dev
