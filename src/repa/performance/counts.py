@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,23 +64,26 @@ def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
 def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     """Bytes that autograd keeps of one image between forward and backward.
 
-    Measured on this machine's CPU with networks of one block and of two (a DDT's head is whole in both), and extended to all
-    blocks: they are alike. Matrices of attention weights (T, T) are left out, as fused attention on a GPU never stores them.
-    Other precisions than fp32 count as bf16.
+    Counted with networks of one block and of two (a DDT's head is whole in both), and extended to all blocks: they are alike.
+    Nothing is computed: the tensors are PyTorch's fake ones, which have the shapes and dtypes that a CPU would give them. Matrices
+    of attention weights (T, T) are left out, as fused attention on a GPU never stores them. Other precisions than fp32 count as
+    bf16.
 
     Args:
         config: with latent size and channels filled in.
         dims: target -> width of its tokens.
     """
     alike = 1 + parse_spec(config.model.backbone)[1].get("head_depth", 0)
-    one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
-    block, routed_block, model, route = two - one, 0, config.model, config.model.routing
+    model, route = config.model, config.model.routing
     grid = (model.latent_size // model.dims().patch_size,) * 2
-    routed = route.last - route.first + 1 if route else 0
-    if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
-        first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
-        routed_block = second - first
-        one = first - routed_block
+    routed, routed_block = (route.last - route.first + 1 if route else 0), 0
+    with FakeTensorMode():
+        one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
+        block = two - one
+        if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
+            first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
+            routed_block = second - first
+            one = first - routed_block
     if config.checkpoint_activations:  # of every block its input, of one at a time the rest
         block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
         routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
@@ -146,11 +150,11 @@ def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
 
 def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:
     """Bytes of the storages that autograd saves in a forward, each once, those of attention weights (T, T) left out."""
-    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no two have one address
+    storages: dict[int, torch.UntypedStorage] = {}  # by identity; kept alive, so that no two have the same
 
     def pack(tensor: Tensor) -> Tensor:
         if all(tensor.shape[-2:] != (number, number) for number in num_tokens):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
