@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from repa.base import launch, lock
 from repa.base.errors import UserError
 from repa.base.faults import sentence_of
 from repa.base.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
 # of collectives of tensors, to which processes come together; what may take longer goes through a `Mailbox`
@@ -154,9 +156,14 @@ def mean_over(x: Tensor) -> Tensor:
     return sum_over(x) / world()
 
 
+def is_sharded(x: Tensor) -> TypeGuard["DTensor"]:
+    """Whether each process holds a part of this tensor."""
+    return hasattr(x, "full_tensor")  # to import DTensor takes a second, which a command in one process need not wait
+
+
 def full_tensor(x: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part; all processes must ask at once."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def gather(x: Tensor) -> Tensor:

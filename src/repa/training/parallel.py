@@ -12,8 +12,6 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from repa.base import dist, launch
@@ -36,6 +34,8 @@ def shard(objective: Objective, averages: list[Backbone], device: torch.device, 
     projectors) is small and stays float32, and autocast treats it as it does in a single process. Copies of the network
     must be made before this: what is sharded cannot be copied.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second that only FSDP needs
+
     mesh = _mesh(device)
     half = torch.bfloat16 if precision == "bf16" else None
     # the residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products
@@ -77,7 +77,9 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
                 bucket_cap_mb=BUCKET,
             )
     if config.compile:  # in place, so that names stay
-        by_block = config.compile_scope == "blocks" or isinstance(objective, FSDPModule)  # FSDP gathers block by block
+        by_block = config.compile_scope == "blocks" or dist.is_sharded(
+            next(objective.parameters())
+        )  # gathered by block
         if by_block:
             objective.model.compile_blocks()
         else:
@@ -113,7 +115,9 @@ def place(dealt: Dealt, like: Tensor) -> Tensor:
     whole = value.to(like.device) if dist.rank() == owner else torch.empty_like(value, device=like.device)
     if dist.active():
         td.broadcast(whole, owner)
-    if isinstance(like, DTensor) and value.shape == like.shape:
+    if dist.is_sharded(like) and value.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # of what each has
     return whole
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from repa.alignment import Alignment
 from repa.alignment.losses import looks_at_other_images
@@ -119,7 +118,7 @@ class TrainState:
     @contextlib.contextmanager
     def whole_average(self) -> Iterator[Backbone]:
         """The average as a network that any process can run without the others; all processes must enter together."""
-        if not isinstance(next(self.ema.model.parameters()), DTensor):
+        if not dist.is_sharded(next(self.ema.model.parameters())):
             yield self.ema.model
             return
         device = next(self.ema.model.parameters()).device
