@@ -48,7 +48,9 @@ def start(tmp_path: Path, *argv) -> list[tuple[int, str]]:
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
-@pytest.mark.parametrize(("who", "mistake"), [(1, "open_data"), (0, "claim_folder")])
+@pytest.mark.parametrize(
+    ("who", "mistake"), [(1, "open_data"), pytest.param(0, "claim_folder", marks=pytest.mark.slow)]
+)
 def test_the_mistake_of_one_process_ends_all_and_is_said_once(who, mistake, data_folder, tiny_config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
     ends = start(tmp_path, who, mistake, "train", "tiny.yaml", "--data", data_folder, "--out", "r")

@@ -176,7 +176,9 @@ def test_list(kind, name, capsys):
     assert name in [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+)
 def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, house, tmp_path, capsys):
     run_folder = tmp_path / "r"
     argv = ["train", "quickstart-repa", "--data", str(house / "data"), "--out", str(run_folder), *SMALL]

@@ -82,6 +82,7 @@ def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_photographs_come_first_and_name_the_next_command(small_recipes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("repa.cli.quickstart.NUM_CROPS", 40)

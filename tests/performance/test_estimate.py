@@ -126,8 +126,8 @@ def test_autoencoder_against_a_counter_on_a_real_one():
     ("network", "shares"),
     [
         ("SiT-B/2", (0.09, 0.33, 1.17, 4.34)),
-        ("SiT-L/2", (0.025, 0.095, 0.33, 1.24)),
-        ("SiT-XL/2", (0.017, 0.065, 0.23, 0.84)),
+        pytest.param("SiT-L/2", (0.025, 0.095, 0.33, 1.24), marks=pytest.mark.slow),
+        pytest.param("SiT-XL/2", (0.017, 0.065, 0.23, 0.84), marks=pytest.mark.slow),
     ],
 )
 def test_share_of_the_encoder_in_a_step(network, shares, monkeypatch):
@@ -285,7 +285,7 @@ def test_samples_cost_the_passes_that_their_guidances_ask_for(monkeypatch):
     assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == 5 + 3
     assert passes_of(5, ["internal:head=8,scale=1.4"]) == 5  # a head costs no pass
     assert passes_of(5, ["cfg:scale=2,high=0.7", "autoguidance:scale=1.5,low=0.7"]) == 5 + 3 + 2
-    found = estimated(TrainConfig(model={"name": "SiT-XL/2"}, autoencoder="sd-vae-ft-mse"))
+    found = estimated(TrainConfig(model={"name": "SiT-S/2"}, autoencoder="sd-vae-ft-mse"))
     passes = passes_of(250, ["cfg:scale=1.8,high=0.7"])
     assert found.sampling_flops(passes) == passes * found.network.forward + found.autoencoder.decoding
     assert 420 <= passes <= 426  # 250 and the share of the grid below 0.7
