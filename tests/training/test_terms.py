@@ -74,6 +74,11 @@ def test_projectors_that_cannot_be_shared(changes, told):
 def test_a_projector_of_a_later_term_is_refused():
     with pytest.raises(UserError, match="relations"):
         TrainConfig.parse({"alignments": [{**TOKENS, "projector_of": "relations"}, RELATIONS]})
+    with pytest.raises(UserError, match="leave it out") as alone:
+        TrainConfig.parse({"alignments": [{**TOKENS, "projector_of": "tokens"}]})
+    assert "none" not in str(alone.value)
+    with pytest.raises(UserError, match="Did you mean 'tokens'"):
+        TrainConfig.parse({"alignments": [TOKENS, {**RELATIONS, "projector_of": "token"}]})
 
 
 def test_each_image_has_the_weight_of_its_own_time():

@@ -139,5 +139,12 @@ def _is_private_target(name: str) -> bool:
         return False
     try:
         return bool(getattr(TARGETS.load(name), "is_target", False))
-    except UserError:  # not trusted, or not there: what is made of an encoder says so
+    except UserError as error:
+        # A name that cannot be imported may be a misspelt target: the encoder's message would send its author to the
+        # wrong registry. All other refusals (not trusted, not a function) hold for encoders too, which state them.
+        if isinstance(error.__cause__, (ImportError, AttributeError)):
+            raise UserError(
+                f"Neither a target nor an encoder {name!r} can be imported: {error.__cause__}. Check the spelling, and that "
+                "its module is importable from here."
+            ) from error
         return False

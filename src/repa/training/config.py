@@ -8,7 +8,7 @@ from repa.alignment import LOSSES, SCHEDULES
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
-from repa.base.errors import UserError
+from repa.base.errors import UserError, choices
 from repa.base.registry import Spec, parse_spec
 from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
@@ -230,9 +230,9 @@ class TrainConfig(Config):
             )
         for index, alignment in enumerate(self.alignments):
             if alignment.projector_of and alignment.projector_of not in keys[:index]:
+                remedy = choices(alignment.projector_of, keys[:index]) if index else ", and it is the first: leave it out"
                 raise ValueError(
-                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is not an alignment before it: choose one of "
-                    f"{', '.join(keys[:index]) or 'none'}"
+                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is not an alignment before it{remedy}"
                 )
         names = [s.name for s in self.streams]
         if "x" in names or len(names) != len(set(names)):
