@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def measure(way: str, variant: str, num: int, width: int) -> dict:
     a = torch.randn(num, width, generator=g)
     b = a @ torch.randn(width, width, generator=g) / width**0.5 + torch.randn(num, width, generator=g)
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    value = (cknna if way == "repa" else plain)(a, b, K, variant)
+    measured: Callable[..., float] = cknna if way == "repa" else plain
+    value = measured(a, b, K, variant)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"way": way, "variant": variant, "num": num, "width": width, "value": value,
             "seconds": time.perf_counter() - begin, "mebibytes": grown}  # fmt: skip

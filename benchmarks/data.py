@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def write_shards(folder: Path, num: int, shard_size: int, tokens: bool, images: 
         with ShardWriter(folder, number) as writer:
             for at in range(0, size, 64):  # as `prepare` writes; small writes leave small pieces in the page cache
                 num_rows = min(64, size - at)
-                rows = {
+                rows: dict[str, np.ndarray] = {
                     "labels": np.zeros(num_rows, np.int64),
                     "moments": stream.random((num_rows, *LATENTS), np.float32).astype(np.float16),
                 }
@@ -152,7 +153,8 @@ def copy_rate(row_bytes: int, size: int, seconds: float) -> float:
 
     def copies() -> Iterable[None]:
         for index in itertools.cycle(range(num)):
-            yield np.copyto(target[index], source[index])
+            np.copyto(target[index], source[index])
+            yield
 
     return per_second(copies(), size, seconds, warm=num)
 
@@ -272,8 +274,8 @@ def measure_prepare(args: argparse.Namespace, work: Path) -> list[dict]:
         block_out_channels=width, down_block_types=("DownEncoderBlock2D",) * len(width), layers_per_block=2,
         up_block_types=("UpDecoderBlock2D",) * len(width), norm_num_groups=min(width[0], 32),
     )  # fmt: skip
-    vae.save_pretrained(work / "vae-weights")
-    size = (
+    vae.save_pretrained(work / "vae-weights")  # type: ignore[attr-defined]  # diffusers hides it behind a decorator
+    size: dict[str, Any] = (
         {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
         if args.tiny
         else {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12}
@@ -314,7 +316,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     return (f"{value:,.0f}" if value >= 100 else f"{value:.2f}") if isinstance(value, float) else f"{value}"
 
 

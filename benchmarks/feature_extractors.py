@@ -1,4 +1,4 @@
-"""What layout and precision do to the network that judges samples: processor time, and the Fréchet distance of the same images.
+"""What layout and precision do to the network that measures samples: processor time, and the Fréchet distance of the same images.
 
     python benchmarks/feature_extractors.py DATA --num 500                          Inception with random weights, and lite0
     python benchmarks/feature_extractors.py DATA --inception FILE --device cuda     with the published ones, on a GPU
@@ -118,7 +118,7 @@ def layouts(net: InceptionV3, images: Tensor, rounds: int) -> None:
     found: dict[str, list[float]] = {"contiguous_format": [], "channels_last": []}
     for _ in range(rounds):
         for name, seconds in found.items():
-            net.to(memory_format=getattr(torch, name))
+            net.to(memory_format=getattr(torch, name))  # type: ignore[call-overload]  # not in torch's types
             seconds.append(pooled(InceptionExtractor(LoadedInception(net, "")), images)[1])
     for name, seconds in found.items():
         print(

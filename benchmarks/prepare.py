@@ -11,6 +11,7 @@ that stand beside them; whichever takes longer is the time, as reading, encoding
 """
 
 import argparse
+import functools
 import io
 import tempfile
 import time
@@ -62,18 +63,19 @@ def measured(images: int, rounds: int, work: Path) -> dict[str, float]:
     crop = lambda: to_tensor(adm_centre_crop(decode_image(data, "image"), 256))  # noqa: E731
     found["decode and crop"] = seconds(lambda: [crop() for _ in range(20)], rounds) / 20
     pixels = torch.stack([crop() for _ in range(images)])
-    AutoencoderKL(**SHAPES["sd-vae-ft-mse"][1]).save_pretrained(work / "vae")
+    autoencoder = AutoencoderKL(**SHAPES["sd-vae-ft-mse"][1])
+    autoencoder.save_pretrained(work / "vae")  # type: ignore[attr-defined]  # diffusers hides it behind a decorator
     Dinov2Model(Dinov2Config(patch_size=14, image_size=518)).save_pretrained(
         work / "encoder"
     )  # DINOv2-B is the default
     vae = load_autoencoder("sd-vae-ft-mse", weights=work / "vae")
     encoder = load_encoder("dinov2-b", weights=work / "encoder")
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        found[f"autoencoder, {name}"] = seconds(lambda d=dtype: vae.encode(pixels, d), rounds) / images
+        found[f"autoencoder, {name}"] = seconds(functools.partial(vae.encode, pixels, dtype), rounds) / images
     for name, precision in (("float32", "fp32"), ("bf16", "bf16")):
         with torch.inference_mode(), autocast(CPU, precision):
             found[f"encoder, {name}"] = seconds(lambda: encoder(pixels, 16), rounds) / images
-    rows = {
+    rows: dict[str, np.ndarray] = {
         "images": np.zeros((64, 3, 256, 256), np.uint8), "moments": np.zeros((64, 8, 32, 32), np.float16),
         "dinov2-b": np.zeros((64, 256, 768), np.float16),
     }  # fmt: skip

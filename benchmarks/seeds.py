@@ -4,7 +4,7 @@
     python benchmarks/seeds.py --out seeds/cifar10 --source cifar10-train.zip --jobs 2
     python benchmarks/seeds.py --out seeds/tokens --source cifar10-train.zip --recipes cifar10 cifar10-repa --seeds 0 1
 
-Every preview keeps the samples that it measures, and each judge looks at all of them: one table for each. Stopped, it continues
+Every preview keeps its samples, which are then measured in the features of each encoder: one table for each. Stopped, it continues
 by the same command; finished, it only prints the tables again. `--jobs 2` trains two runs at a time with half the threads each.
 """
 
@@ -35,8 +35,8 @@ def repa(*arguments: str, threads: int) -> None:
     subprocess.run([sys.executable, "-m", "repa", *arguments], check=True, env=environment)
 
 
-def distances(runs: list[Path], reference: Path, judge: str) -> dict[Path, Rows]:
-    """Run -> step and Fréchet distance of each preview's samples, in the features of one judge.
+def distances(runs: list[Path], reference: Path, extractor: str) -> dict[Path, Rows]:
+    """Run -> step and Fréchet distance of each preview's samples, in the features of one encoder.
 
     Each lies in the run's folder as `repa evaluate` would write it, for `repa report`; what lies there is not measured again.
     """
@@ -45,9 +45,9 @@ def distances(runs: list[Path], reference: Path, judge: str) -> dict[Path, Rows]
         made = {row["step"]: row for row in read_metrics(run) if row["kind"] == "eval"}
         found[run] = []
         for step in layout.preview_steps(run):
-            file = run / layout.EVALUATIONS / f"{layout.step_name(step)}-{judge}.json"
+            file = run / layout.EVALUATIONS / f"{layout.step_name(step)}-{extractor}.json"
             if not file.is_file():
-                config = EvaluateConfig(features=judge, metrics=("fd",))
+                config = EvaluateConfig(features=extractor, metrics=("fd",))
                 samples = layout.preview(run, step, ".npz")
                 results = evaluate_file(samples, reference, config, device=torch.device("cpu"))
                 files.write_json(file, results | {"made": made[step]})
@@ -91,7 +91,7 @@ def main() -> None:
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")
     )
     parser.add_argument("--reference", type=Path, help="prepared data or .npz; default: the training images")
-    parser.add_argument("--judges", nargs="+", default=["tiny-judge", "lite0"])
+    parser.add_argument("--features", nargs="+", default=["tiny-judge", "lite0"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="after --: options of `repa train` for every run")
     args = parser.parse_args()
@@ -109,9 +109,9 @@ def main() -> None:
             jobs.append(pool.submit(repa, "train", recipe, *words, threads=max(1, cores // args.jobs)))
         for job in jobs:
             job.result()
-    for judge in args.judges:
-        found = distances(runs, args.reference or data, judge)
-        print(f"\n{judge}, {found[runs[0]][-1]['num_samples']} samples:\n")
+    for extractor in args.features:
+        found = distances(runs, args.reference or data, extractor)
+        print(f"\n{extractor}, {found[runs[0]][-1]['num_samples']} samples:\n")
         print(table(args.out, args.seeds, found), flush=True)
 
 

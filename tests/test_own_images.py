@@ -27,14 +27,14 @@ class Pictures(Source):
 
 
 @pytest.mark.parametrize(
-    ("num", "flip", "steps", "judge"),
+    ("num", "flip", "steps", "extractor"),
     [(20, True, 1000, "lite0"), (6_000, False, 1000, "lite0"), (50_000, False, 2000, "tiny-judge")],
 )
-def test_by_the_data(num, flip, steps, judge):
+def test_by_the_data(num, flip, steps, extractor):
     choice = choose(Pictures(num, (500, 400)), 1000)
     assert (choice.resolution, choice.flip) == (32, flip)
     assert choice.changes == {
-        "model.name": "SiT-S/4", "model.patch_overlap": 2, "num_steps": steps, "preview.features": judge,
+        "model.name": "SiT-S/4", "model.patch_overlap": 2, "num_steps": steps, "preview.features": extractor,
     }  # fmt: skip
     assert "32 pixels, of sides of about 400" in choice.reasons[0]
     assert "--resolution 64" in choice.reasons[0]
@@ -52,7 +52,7 @@ def test_what_is_asked_for_is_taken():
     ]  # fmt: skip
 
 
-def test_without_its_package_the_small_judge(monkeypatch):
+def test_without_its_package_the_small_extractor(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from repa.analysis import linear_probe, local_distance_similarity
 from repa.encoders import load_encoder
@@ -39,19 +39,19 @@ def to_input(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pooled_features(net: ConvNet, images: Tensor) -> Tensor:
+def pooled_features(net: nn.Module, images: Tensor) -> Tensor:
     """Mean token of each image (N, D)."""
     return torch.cat([net(to_input(batch)).mean(1) for batch in images.split(500)])
 
 
-def probe(net: ConvNet, train: Labelled, test: Labelled) -> float:
+def probe(net: nn.Module, train: Labelled, test: Labelled) -> float:
     """Test accuracy of a linear classifier on frozen pooled features, trained to convergence."""
     features = [pooled_features(net, images) for images, _ in (train, test)]
     return linear_probe(features[0], train[1], features[1], test[1], epochs=30, batch_size=500)
 
 
 @torch.no_grad()
-def spatial_structure(net: ConvNet, images: Tensor) -> float:
+def spatial_structure(net: nn.Module, images: Tensor) -> float:
     """LDS over the images, with the distance of 6 tokens that its authors use (arXiv 2512.10794)."""
     return float(local_distance_similarity(net(to_input(images))).mean())
 

@@ -89,7 +89,8 @@ class Target(nn.Module):
         tokens = self.net(torch.cat(views).contiguous(memory_format=torch.channels_last))  # (2N, T, D)
         pooled = F.normalize(self.pooled(tokens.mean(1)).float(), dim=1)
         dense = F.normalize(self.dense(tokens).float(), dim=2)
-        return agree(pooled, 0.1) + 0.4 * agree_by_place(*dense.chunk(2), *boxes, 0.2)
+        first, second = dense.chunk(2)
+        return agree(pooled, 0.1) + 0.4 * agree_by_place(first, second, boxes[0], boxes[1], 0.2)
 
 
 def agree(z: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def transformed(x: Tensor, turns: int, side: int) -> Tensor:
     return F.interpolate(torch.rot90(x, turns, (2, 3)), size=(side, side), mode="area")
 
 
-def losses(vae: AutoencoderKL, tiny: torch.nn.Module, x: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
+def losses(vae: Any, tiny: torch.nn.Module, x: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
     """Of images (N, 3, H, H) in [-1, 1]: pixels, features of `tiny`, KL a latent number; every second time of transformed latents."""
     posterior = vae.encode(x).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -91,7 +92,8 @@ class Training:
 
     def __init__(self, state: Path, seed: int):
         torch.manual_seed(seed)
-        self.vae = AutoencoderKL(**SHAPE).to(memory_format=torch.channels_last)
+        self.vae = cast(Any, AutoencoderKL(**SHAPE))  # diffusers hides the methods of its networks from type checkers
+        self.vae.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.vae.parameters(), weight_decay=DECAY, betas=(0.9, 0.99), fused=True)
         self.state, self.seconds, self.steps = state, 0.0, 0
         if state.exists():
@@ -108,7 +110,7 @@ class Training:
             group["lr"] = PEAK * rate
         with autocast(torch.device("cpu"), "auto"):
             found = losses(self.vae, tiny, to_input(images), self.stream)
-        sum(found.values()).backward()
+        (found["pixels"] + found["features"] + found["kl"]).backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -142,7 +144,7 @@ def fit(training: Training, cifar: Tensor, crops: Tensor, minutes: float) -> Non
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
+def measure(vae: Any, images: Tensor) -> dict[str, float]:
     """PSNR in dB of reconstructions from the mean, over all pixels of uint8 images; spread of means and posterior."""
     means, stds, errors = [], [], []
     for batch in images.split(200):
@@ -160,7 +162,7 @@ def measure(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
     }
 
 
-def ship(vae: AutoencoderKL, out: Path, scale: float, facts: dict[str, str]) -> None:
+def ship(vae: Any, out: Path, scale: float, facts: dict[str, str]) -> None:
     """config.json and half-precision weights, as diffusers reads them."""
     out.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu", **SHAPE}

@@ -66,7 +66,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     assert "report.html" in said
     assert "40 images of 2 classes" in said
     assert "32 pixels, of sides of about" in said
-    assert "lite0 as judge" in said
+    assert "features of lite0" in said
 
     before = {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
     assert run(command) == 0  # again: nothing is left to do but the page

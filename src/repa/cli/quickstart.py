@@ -19,7 +19,7 @@ from repa.cli.console import Progress, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
-from repa.recipes.own_images import Choice, choose, judge_of, patches_of
+from repa.recipes.own_images import Choice, choose, extractor_for, patches_of
 from repa.training.config import TrainConfig
 
 ABOUT = (
@@ -31,7 +31,7 @@ RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the r
 PHOTOGRAPHS = "photographs"
 RESOLUTION = 32  # pixels, of the photographs
 GRID = 8  # side of the token grid of both sizes, for the target's features
-NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and the judge looks at all of them
+NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their features are computed for the distances
 
 
 class QuickstartArguments(Config):
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         skip_bad=is_own,
     )
     prepare.start(source, data, config)
-    _look_at(data, choice.changes["preview.features"])
+    _compute_reference(data, choice.changes["preview.features"])
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()] for n in RUNS]
     say("\nBoth trainings side by side:")
     if code := run_together(trainings):
@@ -106,20 +106,20 @@ def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
 
 
 def _for_photographs(given: QuickstartArguments) -> Choice:
-    judge, why = judge_of(NUM_CROPS)
-    say(f"The judge of the samples is {judge}, {why}.")
+    extractor, why = extractor_for(NUM_CROPS)
+    say(f"Samples are measured in the features of {extractor}, {why}.")
     side = given.resolution or RESOLUTION
-    changes = {**({} if side == RESOLUTION else patches_of(side)), "preview.features": judge}
+    changes = {**({} if side == RESOLUTION else patches_of(side)), "preview.features": extractor}
     return Choice(side, False, {**changes, **({"num_steps": given.num_steps} if given.num_steps else {})}, ())
 
 
-def _look_at(data: Path, judge: str) -> None:
+def _compute_reference(data: Path, extractor: str) -> None:
     """Features of the training images, kept with the data: computed with all cores, before both runs need them."""
     from repa.data import open_data
     from repa.evaluation import load_extractor, reference_of
 
-    with Progress(f"{judge} looks at the training images, once for both runs", "images") as bar:
-        reference_of(open_data(data), load_extractor(judge), judge, bar)
+    with Progress(f"computing features of {extractor} for the training images, once for both runs", "images") as bar:
+        reference_of(open_data(data), load_extractor(extractor), extractor, bar)
 
 
 def _program() -> list[str]:

@@ -108,7 +108,7 @@ def _encoder(name: str) -> str:
     if facts.extra:
         there = "installed here" if installed(facts.extra) else "not installed here"
         rows.append(("needs", f'pip install "repa[{facts.extra}]": {there}'))
-    if facts.judges:
+    if facts.measures:
         rows.append(("measure by it", f"repa evaluate SAMPLES --reference DATA --features {name}"))
     else:
         rows.append(("align to it", f"repa train RECIPE --alignments.0.target {name} ..."))

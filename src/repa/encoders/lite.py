@@ -1,4 +1,4 @@
-"""`lite0`: EfficientNet-Lite0, trained on ImageNet to name what a photograph shows; it judges samples without a network.
+"""`lite0`: EfficientNet-Lite0, trained to classify ImageNet; it measures samples without a download.
 
 The layers are those of EfficientNet-B0 (arXiv 1905.11946, Table 1) as the Lite variant changes them for small devices: no
 squeeze-and-excitation, and ReLU6 for swish. Its weights come in the package of the extra repa[judge].

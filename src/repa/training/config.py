@@ -126,7 +126,7 @@ class TrainConfig(Config):
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
     feature_weights: tuple[str, ...] = ()
-    """Local weights of encoders that run while training or judge previews, written ENCODER=PATH; the others come from the hub."""
+    """Local weights of encoders that run while training or measure previews, written ENCODER=PATH; the others come from the hub."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
     """Text encoder of the captions, e.g. clip-l, for networks that read text; empty takes that of the stored tokens."""
     text_weights: str = ""
@@ -230,7 +230,9 @@ class TrainConfig(Config):
             )
         for index, alignment in enumerate(self.alignments):
             if alignment.projector_of and alignment.projector_of not in keys[:index]:
-                remedy = choices(alignment.projector_of, keys[:index]) if index else ", and it is the first: leave it out"
+                remedy = (
+                    choices(alignment.projector_of, keys[:index]) if index else ", and it is the first: leave it out"
+                )
                 raise ValueError(
                     f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is not an alignment before it{remedy}"
                 )
