@@ -82,6 +82,7 @@ def _allowed(before: list[str], word: str) -> Iterable[str]:
         return WHATS
     inner = rest[:1] if verb == "analyse" or rest[:1] == ["reference"] else []
     try:
+        # The verb itself tells its options: it parses its arguments up to the probe and raises what it knows.
         importlib.import_module(f"repa.cli.{verb}").main([*inner, options.PROBE])
     except options.Probed as probed:
         return _of_verb(probed, rest[len(inner) :], word)

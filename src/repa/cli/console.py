@@ -43,6 +43,7 @@ def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
     every = [row for rows in groups.values() for row in rows]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    # A log keeps one row a line, because wrapped rows are hard to search.
     room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 0
     lines: list[str] = []
     for heading, rows in groups.items():
@@ -66,7 +67,8 @@ class Progress:
         self.what, self.unit = escaped(what).replace("\n", " "), unit
         self.bar: Bar | None = None
         self.begin = self.said = time.perf_counter()
-        self.first: int | None = None  # where this process started: a continued job's rate counts only its own work
+        # A resumed job's rate counts only the work of this process: else the time left would be far too short.
+        self.first: int | None = None
 
     def __enter__(self) -> "Progress":
         if _bars and speaks() and sys.stderr.isatty():
@@ -85,9 +87,9 @@ class Progress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         note, now = escaped(note), time.perf_counter()
-        if (
-            self.first is None or done < self.first
-        ):  # another pass begins; before it, models were loaded, or another process did the work
+        # A smaller count is another pass. The clock restarts with it, because models were loaded or another
+        # process worked before it.
+        if self.first is None or done < self.first:
             self.first, self.begin = done, now
         if not speaks():
             return

@@ -46,6 +46,7 @@ def preview_hooks(
 
     def make(config: TrainConfig, autoencoder: Autoencoder) -> Sequence[Hook]:
         preview = config.preview
+        # Pictures and scores have intervals of their own; the hook runs at steps of either.
         every = math.gcd(preview.every, preview.scored_every)
         if not every:
             return ()
@@ -91,6 +92,7 @@ class Previews:
         def made(num: int) -> Iterator[Tensor]:
             """This process's share of images 0 ... num - 1, a batch at a time: only those that are drawn stay in memory."""
             mine = range(dist.rank(), num, dist.world())
+            # In batches, and only what is drawn is kept: thousands of scored samples need not fit into memory.
             for start in range(0, len(mine), BATCH):
                 indices = mine[start : start + BATCH]
                 batch = generate(loaded, self.sampling, indices)
@@ -180,6 +182,7 @@ def _save(
     run: Path, step: int, kept: Sequence[tuple[int, Tensor]], classes: Sequence[int], prompts: Prompts | None
 ) -> None:
     """The kept images of every process, in index order, as .npz and .png, with their classes, or their prompts once."""
+    # Image i is made by process i modulo their number, so the parts are put back into the order of the indices.
     rows = [pair for part in dist.gather_objects(list(kept)) for pair in part]
     if not dist.is_main():
         return

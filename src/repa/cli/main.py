@@ -60,7 +60,8 @@ def run(argv: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"Unknown verb {verb!r}{choices(verb, VERBS, 'repa --help')}")
-        launch.place()  # variables that do not fit together are refused before a process waits for others
+        # Variables of the launcher that do not fit together are refused before a process waits for others.
+        launch.place()
         modules, rest = trusted(rest)
         with trust.command(rest):
             trust.trust(*modules)
@@ -68,6 +69,7 @@ def run(argv: list[str]) -> int:
         _part()
         return code
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
+        # Python flushes at exit and would report the same broken pipe once more.
         sys.stderr.close()
         return 0
     except Exception as error:
@@ -79,6 +81,7 @@ def run(argv: list[str]) -> int:
         how = stop.args[0] if stop.args else signal.SIGINT
         word = "Ctrl-C" if how == signal.SIGINT else signal.Signals(how).name
         print(f"repa: stopped by {word}; the same command continues where it was.", file=sys.stderr)
+        # As shells do: 130 after Ctrl-C, 143 after SIGTERM.
         return 128 + how
 
 
@@ -99,7 +102,8 @@ def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _shared(error: Exception) -> bool:
     """Do all processes raise this? Before they meet, all read the same command line and files; later, when they agreed on it."""
-    dist = sys.modules.get("repa.base.dist")  # not imported by commands that need no torch
+    # Looked up and not imported: commands that need no torch must not load it to end.
+    dist = sys.modules.get("repa.base.dist")
     if dist is None or not dist.active():
         return True
     if isinstance(error, dist.SharedError):

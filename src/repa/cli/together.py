@@ -20,6 +20,7 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
     checkpoint. They end with this process, however it ends.
     """
     threads = max(1, (os.cpu_count() or 1) // len(commands))
+    # spawn: a forked process would inherit the threads' locks of torch, held by threads that it does not have.
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(os.getpid(), threads, list(words))) for words in commands]
     told = failed = 0
@@ -29,7 +30,8 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
                 process.start()
             while running := [process for process in processes if process.exitcode is None]:
                 connection.wait([process.sentinel for process in running], timeout=SECONDS)
-                failed = failed or _failure(processes)  # before the others are stopped for it
+                # Looked up before the others are stopped for it: their exit codes would hide the first.
+                failed = failed or _failure(processes)
                 wanted = len(caught) + bool(failed)
                 if wanted > told:
                     _stop(processes)
@@ -56,7 +58,8 @@ def _stop(processes: Sequence[BaseProcess]) -> None:
 
 def _run(parent: int, threads: int, words: list[str]) -> None:
     launch.die_with_parent(parent)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, below
+    # Set before torch is imported below, which reads it once.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     console.draw_no_bars()  # two bars would overwrite each other
     sys.argv[1:] = words
     from repa.cli.main import main

@@ -35,6 +35,7 @@ class Chain:
     def _wanted(self, t: float) -> list[frozenset[str]]:
         """What is wanted of the network, then of each guidance in turn."""
         wanted = [frozenset((CONDITIONAL,))]
+        # Backwards: what the last guidance reads decides what those before it must make.
         for guidance in reversed(self.guidances):
             wanted.append(frozenset().union(*(_sources(guidance, name, t).values() for name in wanted[-1])))
         return wanted[::-1]
@@ -67,6 +68,7 @@ def guided(
         predictions = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in predictions.items()}
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
+        # Guidance may be on for some samples and off for others: each group of equal times is mixed by itself.
         made, of_sample = (
             torch.empty_like(predictions[CONDITIONAL]),
             torch.as_tensor(t, device=x_t.device).expand(len(x_t)),
@@ -87,6 +89,7 @@ def _mixed(chain: Chain, layout: Layout | None, predictions: dict[str, Tensor], 
     if layout is None or len(layout.shapes) == 1:
         mixed = chain.mix(guided_ones, t)
     else:
+        # Parts apart: REG guides the class vector by another scale than the latents.
         parts = {name: layout.unpack(p) for name, p in guided_ones.items()}
         mixed = layout.pack({part: chain.mix({name: parts[name][part] for name in parts}, t) for part in layout.shapes})
     return torch.cat([mixed, variance], dim=1)
@@ -97,6 +100,7 @@ def _sources(guidance: Guidance, made: str, t: float) -> dict[str, str]:
     needs = guidance.needs(t)
     if made == CONDITIONAL:
         return {name: name for name in needs}
+    # Internal guidance reads one pass only, so the null pass can have it too; guidance between passes cannot.
     one_pass = all(name == CONDITIONAL or name.startswith(HEAD) for name in needs)
     if made == NULL and one_pass:
         return {name: NULL if name == CONDITIONAL else f"{NULL}/{name}" for name in needs}

@@ -45,9 +45,11 @@ class ImprovedDDPM:
         bar = np.cumprod(1 - betas)
         if timesteps is not None:
             bar = bar[list(timesteps)]
+            # From the kept alpha_bar and not by picking betas: the noise level at each visited step stays the same.
             betas = 1 - bar / np.append(1, bar[:-1])
         prev = np.append(1, bar[:-1])
-        posterior = betas * (1 - prev) / (1 - bar)  # beta~, whose 0 at step 0 has no logarithm: step 1 lends its own
+        # beta~ at step 0 is 0 and has no logarithm: step 1 lends its own.
+        posterior = betas * (1 - prev) / (1 - bar)
         self.num_timesteps = num_timesteps
         self.timesteps = np.arange(num_timesteps) if timesteps is None else np.asarray(timesteps)
         self.betas, self.alpha_bar, self.alpha_bar_prev = betas, bar, prev
@@ -111,6 +113,7 @@ class ImprovedDDPM:
         output, x_t = output.to(x.dtype), self.q_sample(x, noise, t)
         predicted, v = _halves(output, x)
         mse = ((noise - predicted) ** 2).flatten(1).mean(1)  # (N,)
+        # The bound trains the variance only: through the mean it would change the weight of the squared error.
         mean, log_variance = self.p_mean_log_variance(torch.cat([predicted.detach(), v], 1), x_t, t)
         kl = _normal_kl(self._posterior_mean(x, x_t, t), self._at("log_posterior", t, x), mean, log_variance)
         first = (t == 0).reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
@@ -145,6 +148,7 @@ class ImprovedDDPM:
 
 def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
     """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
+    # t = 0 would be timestep -1, for which no network was trained.
     k = (t * num_timesteps - 1).clamp(min=0)
     # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
     return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)

@@ -59,14 +59,17 @@ class Denoiser:
 
     def output(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """What the network itself answers, all its channels, in x_t's dtype."""
+        # A time on the CPU is read without a wait; one on a GPU is not read here.
         if isinstance(t, Tensor) and t.ndim == 0 and t.device.type == "cpu":
             t = float(t)
         if isinstance(t, Tensor) or not getattr(self.predict, "takes_float_time", False):
             t = per_sample(t, x_t)  # (N,)
+        # The state may be float64, networks are not; the step is then taken in the state's precision again.
         return self.predict(x_t.to(self.dtype), t).to(x_t.dtype)
 
     def coefficients(self, x_t: Tensor, t: float | Tensor) -> Coefficients:
         """The path at t. A single time stays a 0-dim tensor on the CPU, which multiplies tensors on any device."""
+        # At least float32: in half precision neighbouring times of a fine grid are the same number.
         t = torch.as_tensor(t, dtype=torch.promote_types(x_t.dtype, torch.float32))
         return self.path(t if t.ndim == 0 else t.to(x_t.device))
 
@@ -88,6 +91,7 @@ class CountedCalls:
 
     def __init__(self, predict: Callable[..., Tensor]):
         self.predict = predict
+        # Handed on, so that counting does not change how times reach the network.
         self.takes_float_time = getattr(predict, "takes_float_time", False)
         self.calls = 0
 

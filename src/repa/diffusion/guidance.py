@@ -41,6 +41,7 @@ class Extrapolation:
     def __post_init__(self) -> None:
         for name in ("scale", "low", "high"):
             value = getattr(self, name)
+            # bool is an int in Python: scale=true in a spec would otherwise count as 1.
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"The guidance {self.kind} needs a number as {name}, but got {value!r}.")
         if self.scale < 0:
@@ -107,6 +108,7 @@ class ClassifierFree(Extrapolation):
         if not self.active(t):
             return conditional
         if is_stream and self.streams is not None:
+            # REG guides the vectors of streams by a scale of their own.
             return predictions[NULL] + self.streams * (conditional - predictions[NULL])
         mixed = super().mix(predictions, t)
         if self.channels and not is_stream:

@@ -75,6 +75,7 @@ def heun(
     for index, (t, t_next) in enumerate(pairwise(ode_grid(num_steps, _shift(shift, denoiser)).tolist())):
         velocity = denoiser.velocity(x, t)
         _tell(callback, denoiser, (index, num_steps), t, x, velocity)
+        # At t = 0 there is no time left to evaluate: the last step stays first order.
         if t_next > 0:
             velocity = 0.5 * (velocity + denoiser.velocity(x + (t_next - t) * velocity, t_next))
         x = x + (t_next - t) * velocity
@@ -111,7 +112,8 @@ def euler_maruyama(
     x = to_state(noise)
     grid = sde_grid(num_steps, last, _shift(shift, denoiser))
     for index, (t, t_next) in enumerate(pairwise(grid.tolist())):
-        w = DIFFUSIONS[diffusion](t, denoiser.coefficients(x, t).sigma.item())  # of a tensor on the CPU: no wait
+        # The coefficients of a single time lie on the CPU, so reading sigma does not wait for the device.
+        w = DIFFUSIONS[diffusion](t, denoiser.coefficients(x, t).sigma.item())
         velocity, score = denoiser.velocity_and_score(x, t)
         _tell(callback, denoiser, (index, num_steps), t, x, velocity)
         x = x + (t_next - t) * (velocity - 0.5 * w * score)

@@ -35,6 +35,7 @@ class Layout:
                 raise UserError(
                     f"The part {name!r} of a state has shape (N, {', '.join(map(str, shape))}), but got {found}."
                 )
+        # Latents alone keep their shape, so that samplers and callbacks see images and not flat vectors.
         if len(self.shapes) == 1:
             return parts[next(iter(self.shapes))]
         return torch.cat([parts[name].flatten(1) for name in self.shapes], dim=1)

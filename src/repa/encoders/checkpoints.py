@@ -120,6 +120,7 @@ def weights_file(name: str, family: Family, original: Original | None, path: Pat
                 f"no {wanted[0]}."
             )
     config = files.read_object(path / CONFIG)
+    # Before transformers reads it: some keys of a config.json make it fetch code or build other networks.
     trust.require_plain_model(config, path / CONFIG)
     found = config.get("model_type")
     if found not in family.model_types:
@@ -140,7 +141,8 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
 
     original = family.original_of(size)
     file, model = weights_file(name, family, original, path), getattr(transformers, family.model)
-    if file != path:  # a folder in the hub's format
+    # A folder in the hub's format has the hub's names, whichever project trained the network.
+    if file != path:
         original = None
     try:
         with faults.reading(file, f"weights of the encoder {name}", "Download or copy it again."):
@@ -154,8 +156,11 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
         fits = f"the encoder {name}" if original else f"its {CONFIG}"
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
-    if report["missing_keys"]:  # transformers would leave these at random values
+    # transformers fills missing weights with random values and only warns: an alignment target would be noise.
+    if report["missing_keys"]:
         raise UserError(f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}.")
+    # A folder of the hub may hold a text tower or a decoder besides; a project's own file was renamed by us, so
+    # what is left over belongs to another network.
     if original and report["unexpected_keys"]:
         raise UserError(
             f"{file} is another network's: the encoder {name} has no {min(report['unexpected_keys'])}; give the checkpoint "

@@ -45,6 +45,7 @@ class VisionEncoder(nn.Module):
         self, net: nn.Module, *, name: str, dim: int, patch_size: int, preprocessing: str, weights_file: Path | None
     ):
         super().__init__()
+        # Frozen here and not by the caller: a forgotten eval mode changes targets silently.
         self.net = net.requires_grad_(False).eval()
         self.name, self.dim, self.patch_size = name, dim, patch_size
         self.preprocessing, self.weights_file = preprocessing, weights_file
@@ -61,6 +62,7 @@ class VisionEncoder(nn.Module):
         and positions stay as they are.
         """
         for module in self.net.modules():
+            # Only what autocast rounds: norms compute in float32 under autocast, and rounded they would differ.
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
 
@@ -77,6 +79,7 @@ class VisionEncoder(nn.Module):
         if grid < 1:
             raise UserError(f"The encoder {self.name} was asked for a token grid of {grid}: it must be at least 1.")
         weights = next(self.net.parameters())
+        # Images travel as uint8, a quarter of the bytes of float32, and become floats on the device.
         pixels = self.prepare(images.to(weights.device).float() / 255, grid * self.patch_size)
         pixels = pixels.to(weights.dtype)
         return self.extract_attention(pixels, grid, attention) if attention else self.extract(pixels, grid)

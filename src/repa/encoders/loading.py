@@ -40,7 +40,8 @@ def canonical(spec: str) -> str:
 def weights_for(spec: str, pairs: Sequence[str]) -> str | None:
     """The local path given for an encoder among texts written ENCODER=PATH, or None."""
     for pair in pairs:
-        encoder, _, path = pair.rpartition("=")  # from the right: an encoder's own settings hold = too
+        # Split at the last =: an encoder's own settings hold = too.
+        encoder, _, path = pair.rpartition("=")
         if canonical(encoder) == canonical(spec):
             return path
     return None
@@ -75,7 +76,8 @@ def load_encoder(
     from repa.encoders.contract import VisionEncoder
 
     spec = ENCODERS.check(spec)
-    weights = None if weights is None else Path(weights).expanduser()  # a shell leaves the ~ of ENCODER=~/folder
+    # A shell does not expand the ~ of ENCODER=~/folder.
+    weights = None if weights is None else Path(weights).expanduser()
     if weights is not None and not weights.exists():
         raise UserError(f"weights={weights} for the encoder {spec} does not exist: give a file or folder that does.")
     name, _ = parse_spec(spec)

@@ -98,7 +98,9 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
             f"checkpoint of {original.project}."
         )
     width, wanted = len(tensors["patch_embed.proj.weight"]), WIDTHS[name.rpartition("-")[2]]
-    if width != wanted and width in WIDTHS.values():  # its heads would be counted wrongly, too
+    # The number of heads follows from the width. A file of another size would load with heads of that size and
+    # would pass as the encoder that was named.
+    if width != wanted and width in WIDTHS.values():
         raise UserError(f"{file} is of width {width}, but the encoder {name} has {wanted}: give the file of that size.")
     return tensors
 
@@ -131,7 +133,8 @@ def convert(tensors: dict[str, Tensor], original: Original) -> tuple[dict[str, A
 def settings_of(tensors: dict[str, Tensor], original: Original) -> dict[str, Any]:
     """Width, depth, heads, patch and native image size of a state dict in timm's names."""
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    grid = int((tensors["pos_embed"].shape[1]) ** 0.5)  # M also of 1 + M*M positions
+    # With a class row there are 1 + M * M positions, and the whole part of the root is M too.
+    grid = int((tensors["pos_embed"].shape[1]) ** 0.5)
     settings = {
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),

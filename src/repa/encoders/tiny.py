@@ -17,6 +17,7 @@ class TinyEncoder(VisionEncoder):
     """A ConvNet of this package; pooled is the mean token. docs/tiny-encoder.md says how it was trained."""
 
     def prepare(self, pixels: Tensor, side: int) -> Tensor:
+        # A reduced image aliases without antialiasing; enlarging needs none.
         shrinking = side < pixels.shape[-1]
         return resize(pixels, side, antialias=shrinking).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 

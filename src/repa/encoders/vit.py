@@ -54,18 +54,21 @@ class ViTEncoder(VisionEncoder):
             raise UserError(
                 f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked for."
             )
-        self.net.set_attn_implementation("eager")  # the fused kernels keep no probabilities
+        # The fused kernels keep no probabilities.
+        self.net.set_attn_implementation("eager")
         output = self._run(pixels, grid, output_attentions=True)
         attention = {}
         for layer in layers:
             patches = output.attentions[layer - 1][:, :, self.prefix :, self.prefix :].float()  # (N, h, G*G, G*G)
+            # A probability may have been rounded to 0, whose logarithm is minus infinity and turns a loss into NaN.
             attention[layer] = patches.clamp_min(torch.finfo(torch.float32).tiny).log()
         return self._features(output.last_hidden_state)._replace(attention=attention)
 
     def _run(self, pixels: Tensor, grid: int, **arguments: Any) -> Any:
         self.place(grid)
         arguments |= self.family.call
-        if self.family.masks:  # patches are sorted by this noise, and none is masked: they stay in their order
+        # transformers sorts the patches by this noise and masks none of them: ascending noise keeps their order.
+        if self.family.masks:
             arguments["noise"] = torch.arange(grid * grid, device=pixels.device).float().expand(len(pixels), -1)
         return self.net(pixels, **arguments)
 
@@ -82,7 +85,8 @@ class ViTEncoder(VisionEncoder):
         class_rows = int(self.family.class_token)
         native, table = self.native_positions, positions_of(self.net)
         if native is not None and table is not None and table.shape[1] != class_rows + grid * grid:
-            with torch.inference_mode(False):  # what stays must serve callers outside of inference mode too
+            # A tensor made in inference mode cannot be used outside of it, and this table stays for later callers.
+            with torch.inference_mode(False):
                 place_positions(self.net, resample_positions(native, grid, class_rows))
 
 

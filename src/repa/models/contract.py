@@ -164,7 +164,9 @@ class Backbone(nn.Module, ABC):
     def run(self, block: nn.Module, *arguments: Any) -> Any:
         """What a block gives; where `checkpoint_activations` is set, it is computed again in the backward pass."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+            # A block draws no random numbers, so their state need not be saved. The non-reentrant form also
+            # gives gradients where the input of the first block needs none.
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)
 
     def completed(self, condition: Condition) -> Condition:
@@ -184,6 +186,8 @@ class Backbone(nn.Module, ABC):
         """
         self.require_compiles()
         for block in self.blocks:
+            # With a route the blocks see two numbers of tokens. Left to itself, torch would compile one graph for
+            # any number after the first change, and that graph is slower than two fixed ones.
             block.compile(dynamic=False if self.route else None)
 
     def require_compiles(self) -> None:

@@ -21,7 +21,9 @@ def from_sit(state: State) -> State:
     state = dict(state)
     channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (patch_size**2, -1))[:, :channels]  # the variance channels come last, and go
+        # SiT answers the variance in the last channels of each patch and never uses it: only the first half
+        # of the rows is the velocity. The sign turns because its velocity points from noise to data.
+        rows = state[name].unflatten(0, (patch_size**2, -1))[:, :channels]
         state[name] = -rows.flatten(0, 1)
     state[FIRST_TIME_LAYER] = reverse_time(state[FIRST_TIME_LAYER])
     return state
@@ -40,6 +42,7 @@ def to_sit(state: State) -> State:
 
 def reverse_time(weight: Tensor) -> Tensor:
     """The W' with W' [cos ft, sin ft] = W [cos f(1-t), sin f(1-t)], by the addition theorems in float64."""
+    # In float64: rounded sines would otherwise end up in the weights.
     on_cos, on_sin = weight.double().chunk(2, dim=1)
     f = timestep_frequencies(weight.shape[1]).double()
     reversed_ = torch.cat([on_cos * f.cos() + on_sin * f.sin(), on_cos * f.sin() - on_sin * f.cos()], dim=1)
@@ -68,6 +71,7 @@ def _on_other_frequencies(weight: Tensor, places: list[float]) -> Tensor:
     weights = torch.zeros(num, num, dtype=torch.float64)  # row: a frequency of W, column: one of the result
     size = min(STENCIL, num)
     for k, place in enumerate(places):
+        # Near the ends of the table the stencil is shifted inward, because there are no frequencies beyond it.
         first = min(max(math.floor(place) - size // 2 + 1, 0), num - size)
         nodes = range(first, first + size)
         for node in nodes:  # Lagrange

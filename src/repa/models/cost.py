@@ -26,11 +26,13 @@ class Cost(NamedTuple):
 def cost_of(network: nn.Module, run: Callable[[], Tensor]) -> Cost:
     """Count `run`, which calls the network on one image; nothing is computed when network and image are on the meta device."""
     parameters = sum(p.numel() for p in network.parameters())
+    # A frozen encoder has no backward pass, and counting one would also fail: nothing requires a gradient.
     trained = any(p.requires_grad for p in network.parameters())
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
         output = run()
         forward = counter.get_total_flops()
         if trained:
+            # The counter goes on from the forward pass, so its total is that of both.
             output.sum().backward()
     return Cost(parameters, forward, counter.get_total_flops())
 
@@ -45,6 +47,7 @@ def model_cost(
         kept: which tokens the blocks of a route see: some in training, all in samplers and averaged networks, none where the
             guidance path_drop asks for a prediction without these blocks.
     """
+    # On the meta device shapes are computed and numbers are not: XL takes no memory and no time.
     with torch.device("meta"):
         model = build(config)
         state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}

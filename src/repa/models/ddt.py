@@ -124,6 +124,7 @@ class DDT(Backbone):
         options, final_norm = BlockOptions(norm, mlp, qk_norm, bias), final_norm or norm
         patch_features = patch_size**2 * latent_channels
 
+        # A buffer and no parameter: the positions are fixed, but checkpoints of the papers hold them.
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid) if positions else None)  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid, extent) if rotary else None
         self.head_rotation = Rotation(head_dim // head_heads, self.grid, extent) if rotary else None
@@ -136,6 +137,7 @@ class DDT(Backbone):
         self.s_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
         self.x_embedder = PatchEmbedding(latent_channels, head_dim, patch_size)
         self.s_projector = nn.Linear(hidden_dim, head_dim) if head_dim != hidden_dim else nn.Identity()
+        # RAEv2 gives time and class to the encoder as tokens; it then has no adaLN, which would give them twice.
         modulated = not self.front
         encoder = [Block(hidden_dim, num_heads, mlp_ratio, options, modulated) for _ in range(self.encoder_depth)]
         head = [Block(head_dim, head_heads, mlp_ratio, options) for _ in range(head_depth)]
@@ -162,6 +164,7 @@ class DDT(Backbone):
 
     @property
     def tapped_depth(self) -> int:
+        # An aligner has one width. Where the head is wider than the encoder, only the encoder can be tapped.
         return self.depth if self.head_dim == self.hidden_dim else self.encoder_depth
 
     def checked(self, tap: Tap) -> Tap:
@@ -199,6 +202,7 @@ class DDT(Backbone):
         tokens = _wide(self.s_embedder(state["x"]))  # (N, T, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
+        # Each pass puts its tokens in front, so those of the class end up before those of the time.
         for vector, copies in ((time, self.time_tokens), (label, self.class_tokens)):
             if copies is not None:
                 tokens = torch.cat([vector[:, None] + copies, tokens], dim=1)  # (N, S + T, D)
@@ -212,6 +216,7 @@ class DDT(Backbone):
                 base = F.silu(time[:, None] + tokens[:, self.front :])  # (N, T, D)
                 out = self.heads[str(depth)](base, self._modulation(base))
                 heads[depth] = unpatchify(out, self.grid, self.patch_size)
+        # The tokens in front have done their part: the head is modulated place by place, and they have no place.
         return Encoded(F.silu(time[:, None] + tokens[:, self.front :]), seen, heads)
 
     def decode(self, state: State, encoded: Encoded, taps: tuple[Tap, ...] = ()) -> Output:

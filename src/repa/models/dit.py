@@ -119,6 +119,7 @@ class DiT(OnHub):
             self.route = Route(*route)
             self.route.check(depth, heads, self.grid)
             self.router = Router(self.route, hidden_dim, len(streams))
+        # The depths of heads obey the same rules as taps, so the same check reports a wrong one at build time.
         self.check({name: torch.empty(1, *shape) for name, shape in self.state_shapes.items()}, tuple(map(Tap, heads)))
         self.initialise()
 
@@ -158,6 +159,7 @@ class DiT(OnHub):
                 "A DiT without route routes no tokens: leave keep out, or build it with --model.route FIRST LAST."
             )
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
+        # Each stream puts its token in front of those before it: taken backwards, they end up in their order.
         for name, stream in reversed([*self.streams.items()]):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
         silu_c, mask = self._conditioning(t, condition.labels)
@@ -172,6 +174,7 @@ class DiT(OnHub):
             deep = self._routed(self.router, x, context, taps, seen)
             x = self.router.merge(x, deep, keep, path_dropped)
             x = self._through(range(last + 1, len(self.blocks) + 1), x, context, taps, seen)
+        # Norm and projection apart: tokens of streams share the norm and have projections of their own.
         x = self.final_layer.normed(x, silu_c)
         tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
         seen.prediction["x"] = self._image(tokens)
@@ -200,6 +203,8 @@ class DiT(OnHub):
     ) -> Tensor | None:
         """The kept tokens (N, P + K, D) after the blocks of the route; None where none is kept."""
         if seen.kept is not None:
+            # Path-drop guidance asks for a prediction without these blocks: running them on no tokens would still
+            # launch every kernel.
             if seen.kept.shape[1] == 0:
                 return None
             x, context = router.take(x, seen.kept), router.take_context(context, seen.kept)
@@ -215,6 +220,7 @@ class DiT(OnHub):
             return F.silu(self.t_embedder(t) + label), None
         if self.streams:
             raise UserError("A time per token needs a network without streams, whose tokens have no place in the grid.")
+        # With a time for each token, equal times are the groups; with two times an image, the choice itself is.
         values, which = t if isinstance(t, TwoTimes) else (t, t)  # (N, 2 or T), (N, T)
         mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
         silu_c = F.silu(self.t_embedder(values) + label[:, None])  # (N, 2 or T, D)

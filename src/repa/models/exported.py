@@ -70,6 +70,8 @@ class Arguments(Config):
         height, width = (self.latent_size,) * 2 if isinstance(self.latent_size, int) else self.latent_size
         tokens = (height // self.patch_size) * (width // self.patch_size)
         if (
+            # config.json may come from anyone: without this, a depth of 1,000 or a width of 65,536 would allocate
+            # memory before the shapes are compared. Each block, stream and head has at least one tensor.
             max(self.depth, len(self.streams), len(self.heads)) > len(state)
             or tokens != state["pos_embed"].shape[1]
             or self.num_classes >= len(state["y_embedder.embedding_table.weight"])
@@ -118,6 +120,7 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     config["model"] = arguments.model_dump(exclude_unset=True)
     with faults.reading(where, "the description of a DiT"):
         arguments.require_size_of(state)
+        # Shapes are compared on the meta device, before a second copy of the weights exists.
         wanted = {key: value.shape for key, value in _on_meta(config["model"]).state_dict().items()}
     if {key: value.shape for key, value in state.items()} != wanted:
         raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")

@@ -50,6 +50,7 @@ class Hooked(Backbone):
         state_shape: tuple[int, int, int],
     ):
         super().__init__()
+        # By identity: modules compare by it, and a block that is listed twice would record twice in a pass.
         parts = {id(module) for module in net.modules()}
         if not blocks or len({id(block) for block in blocks}) < len(blocks) or any(id(b) not in parts for b in blocks):
             raise UserError(
@@ -89,6 +90,7 @@ class Hooked(Backbone):
         Raises:
             UserError: other shapes, an attention tap, tokens to keep, torch.compile, or a tapped block that did not run.
         """
+        # torch.compile(network) does not call the method `compile`, so it is refused here too.
         if torch.compiler.is_compiling():
             raise UserError(NO_COMPILE)
         self.check(state, taps)
@@ -101,6 +103,7 @@ class Hooked(Backbone):
             times = t.of_tokens() if isinstance(t, TwoTimes) else t
             prediction = self._call(self.net, state, times, condition)
             hidden = self._record.hidden
+        # Cleared also after an error: the record would keep the activations of a whole pass alive.
         finally:
             self._record.clear()
         for tap in taps:
@@ -114,6 +117,7 @@ class Hooked(Backbone):
         if hidden.ndim == 4 and tuple(hidden.shape[1:]) == (self.hidden_dim, *self.grid):
             return hidden.flatten(2).transpose(1, 2)
         if hidden.ndim == 3 and hidden.shape[1] >= num_tokens and hidden.shape[2] == self.hidden_dim:
+            # The tokens in front of the grid (class, registers) are left out.
             return hidden[:, hidden.shape[1] - num_tokens :]
         raise UserError(
             f"Block {tap} gives {tuple(hidden.shape)}, which is neither (N, {self.hidden_dim}, {self.grid[0]}, "

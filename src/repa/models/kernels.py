@@ -42,6 +42,7 @@ def modulated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, shift, scale) from that of the output: with z = LayerNorm(x) and d = gradient * (1 + scale),
     rstd * (d - mean_D(d) - z * mean_D(d z)), sum_T(gradient), sum_T(gradient z). The twin in plain PyTorch."""
+    # Computed again from x: keeping it from the forward pass costs more memory than this costs time.
     normed = (x - mean) * rstd
     d = gradient * (1 + scale)
     of_x = rstd * (d - d.mean(-1, keepdim=True) - normed * (d * normed).mean(-1, keepdim=True))
@@ -58,10 +59,13 @@ def by_triton(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Te
     """The same by the kernel: each program takes ROWS tokens of an image; the sums over tokens are added up at the end."""
     num, tokens, width = x.shape
     x, mean, rstd, scale = (t.contiguous() for t in (x, mean, rstd, scale))
+    # One program an image would leave most of the GPU idle; one a token would write as many partial sums as
+    # tokens.
     parts = -(-tokens // ROWS)
     of_x = torch.empty_like(x)
     of_shift, of_scale = (torch.empty(num, parts, width, device=x.device, dtype=torch.float32) for _ in range(2))
-    padded = 1 << (width - 1).bit_length()  # Triton's ranges are powers of two
+    # Triton needs ranges of a power of two; the mask leaves the surplus columns out.
+    padded = 1 << (width - 1).bit_length()
     kernel()[(num, parts)](
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS=ROWS, PADDED=padded
     )
@@ -78,6 +82,7 @@ def kernel() -> "JITFunction":
     def backward(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS: tl.constexpr, PADDED: tl.constexpr
     ):  # fmt: skip
+        # int64 where the number of an image is multiplied: offsets in large batches pass the range of int32.
         image, part = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, PADDED)
         inside = column < width

@@ -51,6 +51,7 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
         )
     model.requires_grad_(False)
     for layer in layers.values():
+        # The class changes in place: the layer keeps its name in state dicts, and whoever holds it sees the update.
         layer.__class__ = LoRALinear
         assert isinstance(layer, LoRALinear)
         layer.add_update(rank)
@@ -72,6 +73,7 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise UserError(
                 f"The update of {layer} does not fit its weight: these are not the weights of a LoRA of repa."
             )
+        # In float64, so that merging and then comparing with the unmerged network differs by the last rounding only.
         update = up.double() @ down.double()
         plain[f"{layer}.weight"] = (weight.double() + update).to(torch.promote_types(weight.dtype, down.dtype))
     return plain

@@ -34,10 +34,12 @@ def draw(route: Route, num: int, grid: tuple[int, int], stream: torch.Generator)
     if route.keep < 1:
         groups = token_groups(grid, route.groups).to(stream.device)  # (G, S)
         each = route.num_kept(grid) // len(groups)
+        # The ranks of random numbers are a random choice without repetition, in one call for all images and groups.
         scores = torch.rand((num, *groups.shape), generator=stream, device=stream.device)
         chosen = scores.argsort(2)[:, :, :each]  # (num, G, K / G)
         keep = groups.expand(num, -1, -1).gather(2, chosen).flatten(1).sort(1).values
-    if route.path_drop or route.merge == "fuse":  # DDP waits for a gradient of the mask token at every step
+    # With a mask token the choice is drawn even at probability 0: DDP waits for its gradient at every step.
+    if route.path_drop or route.merge == "fuse":
         dropped = torch.rand(num, generator=stream, device=stream.device) < route.path_drop
     return keep, dropped
 
@@ -106,6 +108,7 @@ class Router(nn.Module):
             keep: (N, K) which tokens those are; None: all T.
             dropped: (N,) bool, images whose deep tokens are thrown away; None: no image's.
         """
+        # TREAD leaves skipped tokens as they were; SPRINT marks them by the mask token and mixes both streams.
         absent = shallow if self.mask_token is None else self.mask_token.to(shallow.dtype).expand_as(shallow)
         if deep is None:
             deep = absent
@@ -115,9 +118,8 @@ class Router(nn.Module):
             deep = torch.where(dropped[:, None, None], absent, deep)
         if self.fuse is None:
             return deep
-        return self.fuse(torch.cat([deep, shallow], dim=2)).to(
-            shallow.dtype
-        )  # autocast leaves the residual stream in float32
+        # The linear layer gives half precision under autocast; the residual stream stays in float32.
+        return self.fuse(torch.cat([deep, shallow], dim=2)).to(shallow.dtype)
 
     def _places(self, keep: Tensor) -> Tensor:
         """(N, P + K) places of the tokens in front and of the kept ones among P + T."""

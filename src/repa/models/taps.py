@@ -39,8 +39,12 @@ def find_blocks(net: nn.Module, pattern: str) -> list[Block]:
     for name, module in net.named_modules():
         parts = tuple(part for part in name.split(".") if part and part not in WRAPPERS)
         if parts and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            found[parts] = module  # a wrapper comes before what it wraps, which is the one to hook
+            # A wrapper comes before the module that it wraps and has the same name without the wrapper's part: the
+            # later one stays, and that is the one to hook.
+            found[parts] = module
     wanted = tuple(pattern.split("."))
+    # A complete name wins over the same name inside another module: "blocks.0" must not also mean
+    # "head.blocks.0".
     whole = [parts for parts in found if _matches(parts, wanted)]
     matching = whole or [parts for parts in found if _matches(parts[-len(wanted) :], wanted)]
     if not matching:
@@ -118,6 +122,7 @@ class Eye:
         inner = unwrapped(net)
         self.record, self.first, self.kind = Record(), _first_parameter(inner), type(inner).__name__
         self.patch = _patch_size(inner)
+        # A weak reference: watching a network must not keep it in memory.
         self._net: Callable[[], nn.Module | None] = weakref.ref(net)
         for module in _called(net):
             self._keep(module.register_forward_pre_hook(_Begin(self.first, self.record), with_kwargs=True))
@@ -139,6 +144,7 @@ class Eye:
         if attention:
             watcher = _Attention(block.name, self.record)
             self._keep(block.module.register_forward_pre_hook(watcher.enter))
+            # always_call: after an error in the block the mode must be left too, or it would see all later functions.
             self._keep(block.module.register_forward_hook(watcher.leave, always_call=True))
         hook = _See(block.name, _first_parameter(block.module), self.record)
         self._keep(block.module.register_forward_hook(hook, with_kwargs=True))
@@ -207,6 +213,7 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and self.name not in self.record.attention and not _recomputed():
             query, key = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+            # Cross-attention has other keys than queries; only attention among the same tokens is compared.
             if query.shape[-2] == key.shape[-2]:
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)  # grouped queries
                 scale = kwargs.get("scale") or query.shape[-1] ** -0.5
@@ -299,10 +306,13 @@ def image_grid(image: tuple[int, ...] | None, patch: Grid | None, num_tokens: in
         return None
     size = image[2:]
     if patch is not None:
+        # A patch of two numbers in a video covers one frame: the frames are not cut.
         steps = (*(1,) * (len(size) - len(patch)), *patch)[-len(size) :]
         grid = tuple(length // step for length, step in zip(size, steps, strict=True))
         if math.prod(grid) <= num_tokens:
             return grid
+    # Without a patch size, a grid is accepted only if it divides the image exactly; the smallest patch with
+    # this number of tokens is the only one, as the number falls with the patch.
     for step in range(1, min(size[-2:]) + 1):
         rows, columns = size[-2] // step, size[-1] // step
         if math.prod(size[:-2]) * rows * columns == num_tokens and not (size[-2] % step or size[-1] % step):

@@ -55,6 +55,7 @@ def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterato
     encoders = EncoderFeatures(config, data, device)
     texts = TextConditions(config, data, device)
     config, needs = texts.completed(with_streams(config, encoders.dims)), encoders.wanted
+    # The same loader as in training: a benchmark with another one would hide what reading costs.
     loader = Loader(
         data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
         images=encoders.reads_images(needs), pooled=encoders.pooled, text=texts.reads, device=device,

@@ -46,12 +46,14 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
         ways.append(Way("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
     ways += _first_that_fits(_accumulated(found), room, "the same gradient, in parts")
     ways.append(Way("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
+    # Two changes at once are offered only where no single one is enough: they cost more and hide which helps.
     if not any(way.needed <= room for way in ways):
         both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _accumulated(sparing))
         ways += _first_that_fits(both, room, "both")
     ways += _first_that_fits(_smaller_batches(found), room, "another training: fewer images a step")
     ways = [way for way in ways if way.needed <= room]
-    if not ways:  # outlining other networks takes seconds, and is the last thing that anyone wants to change
+    # Last: outlining other networks takes seconds, and nobody wants another network first.
+    if not ways:
         ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
     return ways
 
@@ -67,6 +69,7 @@ def _with(found: Estimate, **changes: Any) -> Estimate:
 
 def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     images = found.config.batch_size // found.num_devices
+    # Only divisors leave micro-batches of equal size; those above the root follow from those below.
     small = [parts for parts in range(1, math.isqrt(images) + 1) if images % parts == 0]
     for parts in sorted({*small, *(images // parts for parts in small)}):
         if parts > found.config.accumulate:

@@ -116,6 +116,7 @@ class Step:
             "optimizer": timed(self.advance, self.device),
             "averages": timed(self.average, self.device),
         }
+        # `advance` includes the averages; noise of the clock may make the difference negative.
         seconds["optimizer"] = max(0.0, seconds["optimizer"] - seconds["averages"])
         return {part: seconds[part] for part in PARTS}
 
@@ -141,6 +142,7 @@ def measure(
     config, device = step.config, step.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    # The first step compiles and fills caches: it is reported by itself and not part of the median.
     first = timed(step, device)
     steps = STEPS_TIMED[device.type]
 
@@ -215,7 +217,8 @@ def _encoder(now: Figures) -> Advice | None:
 
 def _data(now: Figures) -> Advice | None:
     computing = sum(now.parts.values()) - now.parts["data"]
-    if now.parts["data"] <= computing:  # it is read while other steps compute
+    # A reader that keeps up is hidden behind the computation of other steps: a faster disk gains nothing.
+    if now.parts["data"] <= computing:
         return None
     return Advice(
         now.parts["data"] / computing,
@@ -227,6 +230,7 @@ def _data(now: Figures) -> Advice | None:
 def _update(now: Figures) -> Advice | None:
     share = now.share("optimizer") + now.share("averages")
     return Advice(
+        # A doubled batch needs half as many updates for the same images: half of their share goes away.
         1 / (1 - share / 2),
         f"Twice the --batch-size (which changes the training too): optimizer and averages take {share:.0%} of a step of "
         f"{now.batch_size} images, and as long with more.",

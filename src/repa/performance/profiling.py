@@ -77,6 +77,7 @@ def profiled(run: Callable[[], object], device: torch.device, *, steps: int = 2,
     for name, spent, _ in rows:
         categories[category_of(name)] += spent / steps
     if on_cuda:
+        # Kernels of several streams overlap: their sum could pass the time of the step, the union cannot.
         spans = [(e.time_range.start, e.time_range.end) for e in recorded.events() if e.device_type == DeviceType.CUDA]
         busy = union(spans) / 1e6 / seconds
     else:
@@ -130,7 +131,8 @@ def observed(
     trace: str | Path = "",
 ) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
     """A step in the loop's own way, timed, then profiled; the figures, and a row of all that was seen, for JSON."""
-    torch.compiler.reset()  # each network is compiled again, and only so many of one class would be
+    # Each network is compiled again, and torch gives up on a class after a few of its graphs.
+    torch.compiler.reset()
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
