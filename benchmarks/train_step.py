@@ -33,7 +33,7 @@ from repa.base.device import product_rate, timed
 from repa.base.launch import keep_freed_memory
 from repa.base.precision import autocast
 from repa.diffusion import interpolate
-from repa.diffusion.interpolants import linear
+from repa.diffusion.flow import linear
 from repa.models import Condition
 from repa.models.config import ModelConfig
 from repa.performance.batches import Feed, Synthetic, endless, latents

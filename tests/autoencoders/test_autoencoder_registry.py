@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
-from repa.autoencoders.pixels import Pixels
+from repa.autoencoders.contract import Pixels
 from repa.base.errors import UserError
 
 

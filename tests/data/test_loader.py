@@ -136,14 +136,14 @@ def test_threads_end_when_the_consumer_fails(data):
 def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
     loader = Loader(data, batch_size=1, seed=0)
     bad = int(loader.indices(5)[0])
-    gather = data.gather
+    gather = data.reader.gather
 
-    def failing(field, indices, out):
+    def failing(field, indices, out=None):
         if bad in indices:
             raise UserError("shard gone")
         return gather(field, indices, out)
 
-    monkeypatch.setattr(data, "gather", failing)
+    monkeypatch.setattr(data.reader, "gather", failing)
     seen = []
     with pytest.raises(UserError, match="shard gone"):
         for batch in loader.iterate():
@@ -248,13 +248,13 @@ class TestStored:
 
     def test_what_nobody_needs_at_a_step_is_not_read(self, stored, monkeypatch):
         asked = []
-        gather = stored.gather
+        gather = stored.reader.gather
 
-        def watched(field, indices, out):
+        def watched(field, indices, out=None):
             asked.append(field)
             return gather(field, indices, out)
 
-        monkeypatch.setattr(stored, "gather", watched)
+        monkeypatch.setattr(stored.reader, "gather", watched)
         loader = Loader(
             stored, batch_size=2, seed=0,
             features=lambda step: ("mae-l", "dino-b") if step < 2 else (), images=lambda step: step == 1,
@@ -296,7 +296,9 @@ class TestLabels:
         loader = Loader(data, batch_size=7, seed=1)
         assert (data.small_labels.dtype, data.small_labels.tolist()) == (np.uint8, [i % 3 for i in range(14)])
         reads, real = [], data.reader.gather
-        monkeypatch.setattr(data.reader, "gather", lambda field, *rest: (reads.append(field), real(field, *rest))[1])
+        monkeypatch.setattr(
+            data.reader, "gather", lambda field, *rest, **k: (reads.append(field), real(field, *rest, **k))[1]
+        )
         for step in range(4):
             labels = loader.batch(step).labels
             assert (labels.dtype, labels.tolist()) == (torch.int64, (loader.indices(step) % 3).tolist())

@@ -5,7 +5,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.diffusion import PATHS, PREDICTIONS, Denoiser, count_calls, interpolate
-from repa.diffusion.interpolants import convert
+from repa.diffusion.predictions import convert
 
 LINEAR = PATHS.build("linear")
 

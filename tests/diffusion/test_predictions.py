@@ -7,7 +7,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.diffusion import PATHS, PREDICTIONS, convert, interpolate, target
-from repa.diffusion.interpolants import ALPHA_MIN, CONVERSIONS, velocity_to_score
+from repa.diffusion.predictions import ALPHA_MIN, CONVERSIONS, velocity_to_score
 from tests.oracles.interpolants import score_of_paper
 
 INNER = [0.003, 0.04, 0.3, 0.5, 0.8, 0.99]  # neither alpha nor sigma is held here

@@ -17,9 +17,7 @@ from repa.training import Hook, train
 from tests.calls import call
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "repa.training.loop", "repa.autoencoders.pixels", "torch._dynamo", "torch.utils.tensorboard"]
-)
+CONTEXT.set_forkserver_preload(["torch", "repa.training.loop", "torch._dynamo", "torch.utils.tensorboard"])
 Job = tuple[object, Path, Path]  # configuration, data folder, run folder
 
 

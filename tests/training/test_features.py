@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
 from repa.base.precision import autocast
-from repa.data import DataSet
+from repa.data.reader import ShardReader
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic
@@ -134,9 +134,9 @@ def test_stored_tokens_are_no_longer_read_once_their_weight_is_zero(
 ):
     stops = tiny_config.alignments[0].override(schedule="stop:step=3")
     others = (stops.override(depth=2, schedule="stop:step=6"),) if measured_twice else ()
-    read, gather = [], DataSet.gather
+    read, gather = [], ShardReader.gather
     monkeypatch.setattr(
-        DataSet, "gather", lambda data, field, *a, **k: read.append(field) or gather(data, field, *a, **k)
+        ShardReader, "gather", lambda data, field, *a, **k: read.append(field) or gather(data, field, *a, **k)
     )
     run_training(tiny_config.override(alignments=(stops, *others)), tmp_path / "r")
     assert read.count("features.tiny") == (6 if measured_twice else 3)

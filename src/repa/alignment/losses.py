@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repa.base import dist
 from repa.base.errors import UserError
+from repa.models.layers import grid_side
 
 
 def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
@@ -211,17 +212,6 @@ def _unit(x: Tensor, dim: int = -1) -> Tensor:
 def _positive(loss: str, name: str, value: float) -> None:
     if not (isinstance(value, (int, float)) and value > 0):
         raise UserError(f"The loss {loss!r} needs a {name} above 0, but got {value!r}.")
-
-
-def grid_side(num_tokens: int) -> int:
-    """Side of the square grid of tokens: 256 -> 16; raises UserError where they are none."""
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens or side == 0:
-        raise UserError(
-            f"{num_tokens} tokens are not a square grid: patch tokens come as 16 x 16, 32 x 32 and so on, "
-            "without class or register tokens."
-        )
-    return side
 
 
 def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.nn as nn
-from torch import Tensor
 
-from repa.alignment.losses import grid_side
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
+from repa.models.layers import TokenConvolution
 
 Module = TypeVar("Module", bound=nn.Module)
 Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
@@ -73,7 +72,7 @@ def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: int = 
     """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
     if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
         raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
-    return _initialise(_Convolution(hidden_dim, feature_dim, kernel, grid))
+    return _initialise(TokenConvolution(hidden_dim, feature_dim, kernel, grid))
 
 
 @sees_condition
@@ -114,18 +113,6 @@ def adapter(
         hidden_dim, feature_dim, grid, num_classes=num_classes, num_heads=heads, depth=depth, class_tokens=class_tokens,
         masked=masked,
     )  # fmt: skip
-
-
-class _Convolution(nn.Module):
-    def __init__(self, hidden_dim: int, feature_dim: int, kernel: int, grid: Grid):
-        super().__init__()
-        self.grid = grid
-        self.conv = nn.Conv2d(hidden_dim, feature_dim, kernel, padding=kernel // 2)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        grid = self.grid or (grid_side(hidden.shape[1]),) * 2
-        image = hidden.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
-        return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
 
 
 def _initialise(module: Module) -> Module:

@@ -13,7 +13,7 @@ AUTOENCODER = (
 AUTOENCODERS = Registry(
     "autoencoder",
     {
-        "pixels": "repa.autoencoders.pixels:pixels",
+        "pixels": "repa.autoencoders.contract:pixels",
         "sd-vae-ft-mse": "repa.autoencoders.kl:sd_vae_ft_mse",
         "sd-vae-ft-ema": "repa.autoencoders.kl:sd_vae_ft_ema",
         "sdxl-vae": "repa.autoencoders.kl:sdxl_vae",

@@ -93,16 +93,17 @@ class Loader:
                 f"choose a multiple of {world}."
             )
         self.data, self.batch_size, self.pooled, self.text, self.seed = data, batch_size, pooled, text, seed
+        self.stored, self.num_images = data.features, data.num_images
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
         self.fields(0)  # refuses what the data does not hold
-        self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(data.num_images, seed)
+        self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(self.num_images, seed)
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
             data.stream.require_room(2 * WINDOW * self._largest_shard())
         self._labels = data.small_labels
-        self._length = min(BLOCK, data.num_images)
+        self._length = min(BLOCK, self.num_images)
         self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
         self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -123,13 +124,13 @@ class Loader:
                 raise UserError(f"The data in {self.data.folder} holds no images: prepare it with --store-images.")
             fields.append("images")
         for name in self._features(step):
-            if name not in self.data.features:
-                stored = ", ".join(self.data.features) or "none"
+            if name not in self.stored:
+                stored = ", ".join(self.stored) or "none"
                 raise UserError(
                     f"The data in {self.data.folder} holds no tokens of {name!r} (it holds {stored}): "
                     "add them with `repa prepare --features`."
                 )
-            facts = self.data.features[name]
+            facts = self.stored[name]
             fields.append(f"features.{name}")
             fields += [f"scale.{name}"] * facts.form.endswith("int8") + [f"pooled.{name}"] * (
                 self.pooled and facts.pooled
@@ -157,13 +158,13 @@ class Loader:
     def _ordered(self, block: int) -> np.ndarray:
         """Images at the positions of a block of the endless sequence."""
         positions = np.arange(block * self._length, (block + 1) * self._length)
-        epochs, places = np.divmod(positions, self.data.num_images)
+        epochs, places = np.divmod(positions, self.num_images)
         return np.concatenate([self.order.rows(int(e), places[epochs == e]) for e in np.unique(epochs)])
 
     def _fetching(self, steps: Iterator[int], fetcher: FetchAhead) -> Iterator[int]:
         """The steps, each after its shards and those that follow were asked for."""
         for step in steps:
-            epoch, place = divmod(step * self.batch_size, self.data.num_images)
+            epoch, place = divmod(step * self.batch_size, self.num_images)
             shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
             fetcher.want(shard.files[field] for shard in shards if shard.files for field in self.fields(step))
             fetcher.want(file for shard in shards for file in (shard.text.values() if self.text == "tokens" else ()))
@@ -191,7 +192,7 @@ class Loader:
             if field == "labels" and self._labels is not None:
                 rows.numpy()[:] = self._labels[indices]
             else:
-                self.data.gather(field, indices, out=rows.numpy())
+                self.data.reader.gather(field, indices, out=rows.numpy())
             fields[field] = rows
         names = tuple(field.removeprefix("features.") for field in fields if field.startswith("features."))
         text, captions = self._chosen(step, indices)
@@ -224,7 +225,7 @@ class Loader:
         features, fields = {}, rows.fields
         for name in rows.names:
             patches = fields[f"features.{name}"]
-            if self.data.features[name].form != "fp16":
+            if self.stored[name].form != "fp16":
                 patches = unpack(patches, fields.get(f"scale.{name}"), self._basis(name))
             pooled = fields.get(f"pooled.{name}")
             features[name] = Features(patches, pooled)

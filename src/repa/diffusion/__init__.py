@@ -8,9 +8,9 @@ from repa.base.registry import Registry
 PATHS = Registry(
     "path",
     {
-        "linear": "repa.diffusion.interpolants:linear",
-        "trigonometric": "repa.diffusion.interpolants:trigonometric",
-        "vp": "repa.diffusion.interpolants:VariancePreserving",
+        "linear": "repa.diffusion.flow:linear",
+        "trigonometric": "repa.diffusion.flow:trigonometric",
+        "vp": "repa.diffusion.flow:VariancePreserving",
     },
     base="callable",
     listing="paths",
@@ -19,8 +19,8 @@ PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
     "time distribution",
     {
-        "uniform": "repa.diffusion.processes:Uniform",
-        "logit_normal": "repa.diffusion.processes:LogitNormal",
+        "uniform": "repa.diffusion.flow:Uniform",
+        "logit_normal": "repa.diffusion.flow:LogitNormal",
     },
     base="callable",
     listing="times",
@@ -59,13 +59,13 @@ if TYPE_CHECKING:
     from repa.diffusion.ddpm import in_timesteps as in_timesteps
     from repa.diffusion.denoiser import Denoiser as Denoiser
     from repa.diffusion.denoiser import count_calls as count_calls
+    from repa.diffusion.flow import Coefficients as Coefficients
+    from repa.diffusion.flow import Interpolant as Interpolant
+    from repa.diffusion.flow import interpolate as interpolate
+    from repa.diffusion.flow import target as target
+    from repa.diffusion.flow import time_shift as time_shift
     from repa.diffusion.guidance import Guidance as Guidance
-    from repa.diffusion.interpolants import Coefficients as Coefficients
-    from repa.diffusion.interpolants import Interpolant as Interpolant
-    from repa.diffusion.interpolants import convert as convert
-    from repa.diffusion.interpolants import interpolate as interpolate
-    from repa.diffusion.interpolants import target as target
-    from repa.diffusion.interpolants import time_shift as time_shift
+    from repa.diffusion.predictions import convert as convert
     from repa.diffusion.processes import Process as Process
     from repa.diffusion.processes import build_process as build_process
     from repa.diffusion.samplers import Step as Step

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.interpolants import DiscreteVariancePreserving, check_numbers
+from repa.diffusion.flow import DiscreteVariancePreserving, check_numbers
 from repa.diffusion.samplers import Callback, RandnLike, Step, to_state
 
 NUM_TIMESTEPS = 1000

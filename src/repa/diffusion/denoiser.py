@@ -8,7 +8,8 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion.config import check_prediction
-from repa.diffusion.interpolants import SIGMA_MIN, Coefficients, Interpolant, convert
+from repa.diffusion.flow import Coefficients, Interpolant
+from repa.diffusion.predictions import SIGMA_MIN, convert
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from repa.base import extras
 from repa.base.errors import UserError, choices
 from repa.diffusion.config import check_shift
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.interpolants import check_numbers, time_shift, velocity_to_data
+from repa.diffusion.flow import check_numbers, time_shift
+from repa.diffusion.predictions import velocity_to_data
 
 RandnLike = Callable[[Tensor], Tensor]
 

@@ -456,3 +456,32 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: 
         return F.fold(patches, (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
     x = tokens.reshape(n, *grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, grid[0] * p, grid[1] * p)
+
+
+def grid_side(num_tokens: int) -> int:
+    """Side of the square grid of tokens: 256 -> 16; raises UserError where they are none."""
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens or side == 0:
+        raise UserError(
+            f"{num_tokens} tokens are not a square grid: patch tokens come as 16 x 16, 32 x 32 and so on, "
+            "without class or register tokens."
+        )
+    return side
+
+
+class TokenConvolution(nn.Module):
+    """A convolution over the grid of tokens, which keeps its size: (N, T, D) -> (N, T, F).
+
+    Args:
+        grid: (rows, columns); None: a square.
+    """
+
+    def __init__(self, dim: int, features: int, kernel: int, grid: tuple[int, int] | None):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(dim, features, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        grid = self.grid or (grid_side(tokens.shape[1]),) * 2
+        image = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
+        return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from repa.base import dist, files
 from repa.runs import layout
 from repa.runs.checkpoint import Savable, remove_older, save_checkpoint, write_files, write_state
@@ -69,6 +71,12 @@ class Writer:
     def busy(self) -> bool:
         """Whether this process is still writing."""
         return self.pending is not None and not self.pending[1].done()
+
+    def settle(self, device: torch.device) -> None:
+        """Close the checkpoint once all processes have written it, and raise the error of one that failed; all must call."""
+        failed, busy = dist.any_process([self.failed, self.busy], device)
+        if failed or not busy:
+            self.wait()
 
     def wait(self) -> None:
         """Until what was taken is on disk; raises the error of its writing, in all processes."""

@@ -41,6 +41,8 @@ from repa.training.resolve import (
 from repa.training.state import TrainState, build_state
 from repa.training.update import update
 
+ASK_EVERY = 10  # steps, of several processes: to ask each other whether to stop costs a wait
+
 
 class Hook(NamedTuple):
     """Something to do every so many steps and at the end, given by whoever starts the training (previews, metrics)."""
@@ -76,15 +78,31 @@ def train(
         UserError: another process trains this run, or processes that should share the work were given different work.
     """
     with dist.alone(run, "repa train"):
-        return _train(config, data, run, device, make_hooks, progress, say)
+        state, encoders, texts = _continued(config, data, run, device)
+        if state.step >= state.config.num_steps:
+            say(f"{run} is complete: {state.step:,} of {state.config.num_steps:,} steps.")
+            return Finished(state.step)
+        for note in encoders.notes:
+            say(note)
+        if state.config.num_steps < config.num_steps:
+            say(
+                f"{config.epochs:g} epochs of {len(data):,} images are {state.config.num_steps:,} steps; "
+                f"--epochs 0 trains {config.num_steps:,}."
+            )
+        autoencoder, loader = _sources(state, data, encoders, texts, device)
+        hooks = make_hooks(state.config, autoencoder)
+        if data.has_moments and not hooks:
+            autoencoder.release_networks()
+        # TF32 for the float32 products that remain in half precision; fp32 means float32, also after another run in this process
+        torch.set_float32_matmul_precision("highest" if state.config.precision == "fp32" else "high")
+        return _train(state, run, encoders, texts, autoencoder, loader, hooks, progress, say)
 
 
-def _train(
-    config: TrainConfig, data: DataSet, run: Path, device: torch.device,
-    make_hooks: Callable[[TrainConfig, Autoencoder], Sequence[Hook]], progress: Callable[[TrainState], None],
-    say: Callable[[str], None],
-) -> Finished:  # fmt: skip
-    asked, begun = config.num_steps, dist.on_main(lambda: as_begun(config, run, device))
+def _continued(
+    config: TrainConfig, data: DataSet, run: Path, device: torch.device
+) -> tuple[TrainState, EncoderFeatures, TextConditions]:
+    """The run as its newest checkpoint left it, or at step 0, in a folder that is this run's; every mismatch is reported."""
+    begun = dist.on_main(lambda: as_begun(config, run, device))
     config = begun.applied(config)  # each process keeps its own, so that those that differ are found
     with dist.together():
         config = resolve(config, data, device)
@@ -98,37 +116,38 @@ def _train(
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     state.resume(run)
     require_agreement(run, config, data, state.step)
-    if state.step >= config.num_steps:
-        say(f"{run} is complete: {state.step:,} of {config.num_steps:,} steps.")
-        return Finished(state.step)
+    if state.step < config.num_steps:
+        dist.on_main(lambda: layout.tidy(run))
+        dist.on_main(lambda: drop_snapshots(run, state.step))
+    return state, encoders, texts
 
-    dist.on_main(lambda: layout.tidy(run))
-    dist.on_main(lambda: drop_snapshots(run, state.step))
-    for note in encoders.notes:
-        say(note)
-    if config.num_steps < asked:
-        say(
-            f"{config.epochs:g} epochs of {len(data):,} images are {config.num_steps:,} steps; --epochs 0 trains {asked:,}."
-        )
-    wanted = state.objective.needs  # where a weight is 0, its encoder is not run, and nothing is read for it
+
+def _sources(
+    state: TrainState, data: DataSet, encoders: EncoderFeatures, texts: TextConditions, device: torch.device
+) -> tuple[Autoencoder, Loader]:
+    """Where latents and batches come from. Where a weight is 0, its encoder is not run, and nothing is read for it."""
+    config, needs = state.config, state.objective.needs
     with dist.together():
         autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
         require_same_autoencoder(data.manifest.autoencoder, autoencoder, data.folder)
         loader = Loader(
-            data, batch_size=config.batch_size, seed=config.seed, features=lambda step: encoders.stored(wanted(step)),
-            images=lambda step: encoders.reads_images(wanted(step)),
+            data, batch_size=config.batch_size, seed=config.seed, features=lambda step: encoders.stored(needs(step)),
+            images=lambda step: encoders.reads_images(needs(step)),
             pooled=encoders.pooled, text=texts.reads, rank=dist.rank(), world=dist.world(), device=device,
         )  # fmt: skip
-    hooks = make_hooks(config, autoencoder)
-    if data.has_moments and not hooks:
-        autoencoder.release_networks()
+    return autoencoder, loader
+
+
+def _train(
+    state: TrainState, run: Path, encoders: EncoderFeatures, texts: TextConditions, autoencoder: Autoencoder,
+    loader: Loader, hooks: Sequence[Hook], progress: Callable[[TrainState], None], say: Callable[[str], None],
+) -> Finished:  # fmt: skip
+    config, device, objective = state.config, loader.device, state.objective
     log = MetricsLog(run, state.step, project=config.wandb, config=config.model_dump(mode="json"))
     started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
     log.line(started)
     log.row("event", state.step, message=started)
-    module, groups = running(state.objective, config, device), state.objective.trained_groups()
-    # TF32 for the float32 products that remain in half precision; fp32 means float32, also after another run in this process
-    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+    module, groups = running(objective, config, device), objective.trained_groups()
     batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
     training_log, saved = TrainingLog(state, run, log, batches, device, say), time.monotonic()
@@ -138,24 +157,22 @@ def _train(
         if timed:
             times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in timed.items())
             log.line(f"attention kernels in order, forward and backward of one block: {times}")
-        for batch, features in encoders.iterate(batches, state.step, wanted):
-            clean = state.objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
+        for batch, features in encoders.iterate(batches, state.step, objective.needs):
+            clean = objective.clean(_latents(batch, autoencoder, config.seed, state.step), features)
             losses = backward(state, module, clean, texts(batch), features)
             norms = update(state, groups)
-            state.objective.observe(state.step, losses)
+            objective.observe(state.step, losses)
 
-            time_is_up = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
-            # several processes ask each other every tenth step only: asking costs a wait
-            stop, by_clock, failed, busy = False, False, False, True
-            if not dist.active() or state.step % 10 == 0:
-                flags = [bool(caught), time_is_up, writer.failed, writer.busy]
-                stop, by_clock, failed, busy = dist.any_process(flags, device)
-            if failed or not busy:
-                writer.wait()
+            stop = time_is_up = False
+            if not dist.active() or state.step % ASK_EVERY == 0:
+                time_is_up = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
+                stop, time_is_up = dist.any_process([bool(caught), time_is_up], device)
+                if config.async_save:
+                    writer.settle(device)
             last = state.step == config.num_steps
             hooks_due = [hook for hook in hooks if _due(hook.every, state.step) or last]
             save_due = (
-                last or stop or by_clock or _due(config.save_every, state.step) or _due(config.keep_every, state.step)
+                last or stop or time_is_up or _due(config.save_every, state.step) or _due(config.keep_every, state.step)
             )
             snapshot_due = _due(config.snapshot_every, state.step)
             if _due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:

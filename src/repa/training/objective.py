@@ -16,7 +16,7 @@ from repa.base.errors import UserError
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
-from repa.diffusion.processes import Flow
+from repa.diffusion.flow import Flow
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.routing import draw

@@ -1,0 +1,312 @@
+"""Flow matching: paths from data to noise, x_t = alpha_t x + sigma_t noise (Eq. 1), the times of training, and its loss (Eq. 4).
+
+The convention of the whole project, stated here once: **t = 0 is data, t = 1 is noise** (the paper's; SiT's code runs
+the other way, so there t' = 1 - t, v' = -v, and a guidance interval [lo, hi] becomes [1 - hi, 1 - lo]).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from repa.base.errors import UserError
+from repa.diffusion import PATHS, TIMESTEPS
+from repa.diffusion.config import DiffusionConfig, check_prediction
+from repa.diffusion.predictions import SIGMA_MIN, convert, noise_to_score
+
+
+class Coefficients(NamedTuple):
+    """The four numbers that a path is at time t, each shaped like t; d_ is the derivative by t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    def like(self, x: Tensor) -> "Coefficients":
+        """Reshaped to multiply x (N, ...): one time for all samples, or one time per sample."""
+        shape = self.alpha.shape
+        if len(shape) == 0 or (len(shape) == x.ndim and shape[0] == len(x)):
+            return self
+        if len(shape) != 1 or shape[0] != len(x):
+            raise UserError(
+                f"t has shape {tuple(shape)}, but must be one time for all or one per sample, ({len(x)},), "
+                f"for x of shape {tuple(x.shape)}."
+            )
+        return Coefficients(*(c.reshape(-1, *[1] * (x.ndim - 1)) for c in self))  # (N, 1, ..., 1)
+
+    def velocity(self, data: Tensor, noise: Tensor) -> Tensor:
+        """Eq. 3: alpha' data + sigma' noise, of what they are or of what is expected of them."""
+        c = self.like(data)
+        return c.d_alpha * data + c.d_sigma * noise
+
+    @property
+    def determinant(self) -> Tensor:
+        """alpha sigma' - sigma alpha': how fast the path turns; positive on every path, so safe to divide by."""
+        return self.alpha * self.d_sigma - self.sigma * self.d_alpha
+
+
+Interpolant = Callable[[Tensor], Coefficients]
+
+
+def linear(t: Tensor) -> Coefficients:
+    """alpha = 1 - t, sigma = t: straight lines, the paper's default."""
+    t = at_least_float32(t)
+    return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+
+
+def trigonometric(t: Tensor) -> Coefficients:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): unit variance all the way (the paper misprints sigma)."""
+    t = at_least_float32(t)
+    cos, sin = torch.cos(t * (math.pi / 2)), torch.sin(t * (math.pi / 2))
+    return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """The VP-SDE as an interpolant: alpha = exp(-B/2), sigma = sqrt(1 - exp(-B)), B(t) = integral of beta to t.
+
+    beta rises linearly from `beta_min` to `beta_max`; the defaults are the continuous limit of DDPM's linear schedule.
+    sigma' grows like 1/sqrt(t) towards t = 0, where it is infinite: below `T_MIN` it is held at its value there (50
+    with the defaults), so that every coefficient is finite. The conversions of predictions.py stay exact inverses.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    T_MIN = 1e-5
+
+    def __post_init__(self) -> None:
+        check_numbers("path vp", beta_min=self.beta_min, beta_max=self.beta_max)
+        if not 0 < self.beta_min <= self.beta_max:
+            raise UserError(f"The path vp needs 0 < beta_min <= beta_max, but got {self.beta_min} and {self.beta_max}.")
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        return _variance_preserving(self._integral, t, self.T_MIN)
+
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        rise = self.beta_max - self.beta_min
+        return self.beta_min * t + rise * t**2 / 2, self.beta_min + rise * t
+
+
+class DiscreteVariancePreserving:
+    """The variance-preserving path of a discrete process: at t = k / T its alpha^2 is the k-th alpha_bar, k = 1 .. T.
+
+    Between the timesteps the rate beta is interpolated linearly, so that the path is smooth and its derivatives are its
+    own; at t = 0 it is data. `vp` with its defaults is its limit for many timesteps, but up to 10 % off for 1000.
+
+    Args:
+        alpha_bar: (T,) descending, as in `ImprovedDDPM`.
+    """
+
+    def __init__(self, alpha_bar: np.ndarray):
+        integrals = -np.log(np.append(1.0, alpha_bar))
+        self.num_timesteps = len(alpha_bar)
+        self.integrals = torch.from_numpy(integrals)  # (T + 1,), B at every timestep
+        self.rates = torch.from_numpy(np.gradient(integrals, edge_order=2))  # (T + 1,), beta / T
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        return _variance_preserving(self._integral, t, VariancePreserving.T_MIN)
+
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        integrals, rates = (table.to(t.dtype).to(t.device) for table in (self.integrals, self.rates))
+        k = (t * self.num_timesteps).floor().clamp(0, self.num_timesteps - 1).long()
+        past = t * self.num_timesteps - k  # since timestep k, in timesteps
+        rise = rates[k + 1] - rates[k]
+        return integrals[k] + past * (rates[k] + past * rise / 2), (rates[k] + past * rise) * self.num_timesteps
+
+
+def _variance_preserving(integral: Callable[[Tensor], tuple[Tensor, Tensor]], t: Tensor, t_min: float) -> Coefficients:
+    """The path of a rate beta, for t -> (B(t), beta(t)); sigma' is held at its value at t_min."""
+    t = at_least_float32(t)
+    total, beta = integral(t)
+    held_total, held_beta = integral(t.clamp(min=t_min))
+    alpha, held_alpha = torch.exp(-total / 2), torch.exp(-held_total / 2)
+    # expm1: 1 - exp(-B) would cancel near t = 0
+    sigma, held_sigma = torch.sqrt(-torch.expm1(-total)), torch.sqrt(-torch.expm1(-held_total))
+    return Coefficients(alpha, sigma, -beta / 2 * alpha, held_beta / 2 * held_alpha**2 / held_sigma)
+
+
+def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1 and the target of Eq. 4: x_t = alpha x + sigma noise and its velocity alpha' x + sigma' noise.
+
+    Args:
+        path: an interpolant, e.g. `PATHS.build("linear")`.
+        x: clean latents (N, ...).
+        noise: standard normal, shaped like x.
+        t: one time per sample (N,) or one for all, in [0, 1].
+
+    Returns:
+        x_t and velocity, shaped and typed like x.
+
+    Raises:
+        UserError: noise has another shape than x, or t neither one time nor one per sample.
+    """
+    if noise.shape != x.shape:
+        raise UserError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}: they must be equal.")
+    c = path(t).like(x)
+    return (c.alpha * x + c.sigma * noise).to(x.dtype), c.velocity(x, noise).to(x.dtype)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half precision has no business in a time: bfloat16 cannot tell 0.996 from 1."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def check_numbers(what: str, **settings: float) -> None:
+    """Settings come from spec strings, where `std=one` is text."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"The setting {name!r} of the {what} must be a number, but got {value!r}.")
+
+
+def time_shift(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): s = 1 changes nothing, s > 1 pushes times towards noise; 0 and 1 stay where they are.
+
+    With t = 1 at the data, as LightningDiT and DDT write it, the same map is t / (t + (1 - t) s), and "timestep shift" there is
+    often 1/s: LightningDiT's 0.3 is s = 3.33 here.
+    """
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor) -> Tensor:
+    """What a network of this prediction is trained to answer, for clean latents x (N, ...) and their noise.
+
+    The score's target grows like 1/sigma, up to 1/SIGMA_MIN: its squared error is weighted by sigma^2 in `Flow`.
+    Shaped and typed like x; raises UserError for a name that is not in `repa.diffusion.PREDICTIONS`.
+    """
+    if prediction == "data":
+        return x
+    if prediction == "noise":
+        return noise
+    if prediction == "score":
+        return noise_to_score(noise, x, coefficients).to(x.dtype)
+    if prediction != "velocity":
+        check_prediction(prediction)
+    return coefficients.velocity(x, noise).to(x.dtype)
+
+
+# of the squared error of the noise, over t (SiT): an error of the noise changes the velocity by determinant / alpha, and the
+# bound of the likelihood counts it with half the rate of the process, sigma determinant / alpha, over sigma^2
+WEIGHTS: dict[str, Callable[[Coefficients], Tensor] | None] = {
+    "none": None,
+    "velocity": lambda c: (c.determinant / c.alpha).square(),
+    "likelihood": lambda c: c.determinant / (c.alpha * c.sigma),
+}
+
+
+class Flow:
+    """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network is given t itself.
+
+    A score is compared times sigma, as the noise that it implies: its own error grows like 1/sigma, and without this the
+    steps of the smallest t would be all that is learned. `config.loss_weight` is one of WEIGHTS. An error of the data changes
+    the velocity by determinant / sigma, sigma held at `sigma_min` in the prediction and in its target (JiT, RAEv2).
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        if config.shift == "auto":
+            raise UserError(
+                "diffusion.shift auto needs the shape of the latents: DiffusionConfig.for_latents((C, H, W))."
+            )
+        self.path: Interpolant = PATHS.build(config.path)
+        self.prediction = config.prediction
+        self._times: Callable[..., Tensor] = TIMESTEPS.build(config.timesteps)
+        self.shift = float(config.shift)
+        of_data = (config.prediction, config.loss_weight) == ("data", "velocity")
+        self.sigma_min = config.sigma_min if of_data else SIGMA_MIN
+        self._weight = self._of_velocity if of_data else WEIGHTS[config.loss_weight]
+        self.contrastive, self._cosine = config.contrastive, config.velocity_cosine
+
+    def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
+        return time_shift(self._times(num, generator=generator, device=device), self.shift)
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return interpolate(self.path, x, noise, t)[0]
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t
+
+    def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt of Eq. 1, what a network of velocities learns."""
+        return target("velocity", self.path(t).like(x), x, noise)
+
+    def losses(
+        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        c, output = self.path(t).like(x), at_least_float32(output)
+        if self.prediction == "score":
+            error = c.sigma * output + noise  # Eq. 6: noise = -sigma score
+        else:
+            error = output - target(self.prediction, c, x, noise)
+        squared = error.square()
+        if self._weight is not None:
+            squared = self._weight(c) * squared
+        losses = {"denoising": squared.mean(dim=(1, 2, 3))}
+        if self._cosine or other is not None:
+            x_t = c.alpha * x + c.sigma * noise
+            velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
+        if other is not None:
+            losses["contrastive"] = -self.contrastive * (velocity - other).square().mean(dim=(1, 2, 3))
+        if self._cosine:
+            cosine = F.cosine_similarity(velocity, target("velocity", c, x, noise), dim=1)  # (N, H, W)
+            losses["velocity_cosine"] = self._cosine * (1 - cosine).mean(dim=(1, 2))
+        return losses
+
+    def _of_velocity(self, c: Coefficients) -> Tensor:
+        return (c.determinant / c.sigma.clamp(min=self.sigma_min)).square()
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U[low, high): the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers("time distribution uniform", low=self.low, high=self.high)
+        if not 0 <= self.low < self.high <= 1:
+            raise UserError(
+                f"The time distribution uniform needs 0 <= low < high <= 1, but got low={self.low} and high={self.high}."
+            )
+
+    def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """(num,) float32 times on `device`; drawn where the generator lives: a CPU one gives the same anywhere."""
+        t = torch.rand(num, generator=generator, device=generator.device if generator else device)
+        return (self.low + (self.high - self.low) * t).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """The ratio r = sigma_t / alpha_t is log-normal, log r ~ N(mean, std^2), and t is where `path` reaches r.
+
+    On the linear path t = r / (1 + r), the logit-normal law; on the trigonometric path t = 2/pi atan(r). The law of t
+    therefore depends on the path, and as a time distribution does not know the run's path, the setting says which:
+    `logit_normal:path=trigonometric` with the trigonometric path is the reference implementation's "lognormal". JiT's mean of
+    -0.8 is of data times (t = 1 is data): `logit_normal:mean=0.8,std=0.8` here.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    path: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_numbers("time distribution logit_normal", mean=self.mean, std=self.std)
+        if self.std <= 0:
+            raise UserError(f"The time distribution logit_normal needs std > 0, but got {self.std}.")
+        if self.path not in ("linear", "trigonometric"):
+            raise UserError(
+                f"The time distribution logit_normal knows the paths linear and trigonometric, but got {self.path!r}."
+            )
+
+    def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """(num,) float32 times on `device`; drawn where the generator lives."""
+        log_ratio = self.mean + self.std * torch.randn(
+            num, generator=generator, device=generator.device if generator else device
+        )
+        t = torch.sigmoid(log_ratio) if self.path == "linear" else torch.atan(log_ratio.exp()) * (2 / math.pi)
+        return t.to(device, non_blocking=True)

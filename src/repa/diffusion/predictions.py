@@ -1,0 +1,119 @@
+"""Velocity, noise, data and score are four ways to say the same thing about x_t = alpha x + sigma noise (Eqs. 3, 6, 7/20).
+
+Every conversion goes through the pair (data, noise), which solves the 2x2 system that the prediction and x_t form:
+
+* velocity: determinant alpha sigma' - sigma alpha', never 0, so the pair is exact at every t, both ends included;
+* noise, score: data = (x_t - sigma noise) / alpha. At alpha = 0 (linear and trigonometric, t = 1) x_t *is* the noise:
+  the network's answer says nothing about the data. alpha is held at `ALPHA_MIN` there: a network that answers x_t gives
+  data 0, the mean of centred data, and its error is multiplied by at most 1 / ALPHA_MIN instead of infinity;
+* data: noise = (x_t - alpha data) / sigma. At sigma = 0 (t = 0) the answer says nothing about the noise; sigma is held
+  at `SIGMA_MIN`. The same holds for the division of score = -noise / sigma.
+
+Outside these two small neighbourhoods each function is exact. All take and return (N, ...) tensors; `c` is `path(t)`.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from repa.diffusion.flow import Coefficients
+
+ALPHA_MIN = 5e-3  # just below the smallest alpha of the vp path, 0.0066, which is thereby never touched
+SIGMA_MIN = 1e-3  # the last time but one of 1000 linear steps, so that no usual grid is touched
+
+
+def velocity_to_data(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """(sigma' x_t - sigma velocity) / determinant."""
+    c = c.like(x_t)
+    return (c.d_sigma * x_t - c.sigma * velocity) / c.determinant
+
+
+def velocity_to_noise(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """(alpha velocity - alpha' x_t) / determinant."""
+    c = c.like(x_t)
+    return (c.alpha * velocity - c.d_alpha * x_t) / c.determinant
+
+
+def velocity_to_score(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 7/20."""
+    return noise_to_score(velocity_to_noise(velocity, x_t, c), x_t, c)
+
+
+def noise_to_data(noise: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 1 solved for the data: (x_t - sigma noise) / alpha."""
+    c = c.like(x_t)
+    return (x_t - c.sigma * noise) / c.alpha.clamp(min=ALPHA_MIN)
+
+
+def noise_to_velocity(noise: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 3, the data from `noise_to_data`."""
+    return c.velocity(noise_to_data(noise, x_t, c), noise)
+
+
+def noise_to_score(noise: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 6: score = -E[noise | x_t] / sigma."""
+    return -noise / c.like(x_t).sigma.clamp(min=SIGMA_MIN)
+
+
+def data_to_noise(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float = SIGMA_MIN) -> Tensor:
+    """Eq. 1 solved for the noise: (x_t - alpha data) / sigma."""
+    c = c.like(x_t)
+    return (x_t - c.alpha * data) / c.sigma.clamp(min=sigma_min)
+
+
+def data_to_velocity(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float = SIGMA_MIN) -> Tensor:
+    """Eq. 3 with the noise of Eq. 1: (sigma' x_t - determinant data) / sigma; on the linear path (x_t - data) / sigma, as JiT."""
+    c = c.like(x_t)
+    return (c.d_sigma * x_t - c.determinant * data) / c.sigma.clamp(min=sigma_min)
+
+
+def data_to_score(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float = SIGMA_MIN) -> Tensor:
+    """Eq. 6, the noise from `data_to_noise`."""
+    return noise_to_score(data_to_noise(data, x_t, c, sigma_min), x_t, c)
+
+
+def score_to_noise(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 6 solved for the noise: -sigma score."""
+    return -c.like(x_t).sigma.clamp(min=SIGMA_MIN) * score
+
+
+def score_to_data(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """The data of `score_to_noise`."""
+    return noise_to_data(score_to_noise(score, x_t, c), x_t, c)
+
+
+def score_to_velocity(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
+    """Eq. 3 from the noise of `score_to_noise`."""
+    return noise_to_velocity(score_to_noise(score, x_t, c), x_t, c)
+
+
+CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
+    ("velocity", "data"): velocity_to_data,
+    ("velocity", "noise"): velocity_to_noise,
+    ("velocity", "score"): velocity_to_score,
+    ("noise", "data"): noise_to_data,
+    ("noise", "velocity"): noise_to_velocity,
+    ("noise", "score"): noise_to_score,
+    ("data", "noise"): data_to_noise,
+    ("data", "velocity"): data_to_velocity,
+    ("data", "score"): data_to_score,
+    ("score", "noise"): score_to_noise,
+    ("score", "data"): score_to_data,
+    ("score", "velocity"): score_to_velocity,
+}
+
+
+def convert(
+    output: Tensor, x_t: Tensor, c: "Coefficients", given: str, wanted: str, sigma_min: float = SIGMA_MIN
+) -> Tensor:
+    """`output`, a prediction of kind `given`, as the kind `wanted`; both are names of `repa.diffusion.PREDICTIONS`.
+
+    `sigma_min`: where sigma is held when a prediction of the data is divided by it.
+    """
+    if given == wanted:
+        return output
+    if given == "data":
+        return CONVERSIONS[given, wanted](output, x_t, c, sigma_min)
+    return CONVERSIONS[given, wanted](output, x_t, c)
