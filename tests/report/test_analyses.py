@@ -5,7 +5,7 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.report.analyses import depth_figure
-from repa.report.overview import picture_table
+from repa.report.pictures import picture_table
 from repa.report.style import save_png
 
 

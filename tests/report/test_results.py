@@ -11,10 +11,9 @@ from repa.base.errors import UserError
 from repa.recipes import load_recipe
 from repa.report import read_runs, write_report
 from repa.report.analyses import accuracies, read_analyses
-from repa.report.results import MOST_STEPS, results, without_paper
+from repa.report.results import MOST_STEPS, results, shown, without_paper
 from repa.report.runs import add_evaluations
 from repa.report.speedups import grouped
-from repa.report.tables import shown
 from repa.report.text import how_made
 from repa.runs import layout
 from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file

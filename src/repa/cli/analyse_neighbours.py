@@ -35,7 +35,7 @@ def neighbours(argv: list[str]) -> int:
     from repa.base import dist
     from repa.data import open_data
     from repa.evaluation import open_images
-    from repa.report.overview import picture_table
+    from repa.report.pictures import picture_table
     from repa.report.style import save_png
 
     device = dist.setup()

@@ -89,7 +89,7 @@ def pictures(argv: list[str]) -> int:
     from repa.base import dist
     from repa.data import open_data
     from repa.data.dataset import load_encoder_of
-    from repa.report.overview import picture_table
+    from repa.report.pictures import picture_table
     from repa.report.style import save_png
 
     device, data = dist.setup(), open_data(given.data)
@@ -119,7 +119,7 @@ def progress(argv: list[str]) -> int:
     checkpoints = checkpoints_of(given.runs, given.checkpoints, MOST_CHECKPOINTS)
     out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.base import dist
-    from repa.report.overview import picture_table
+    from repa.report.pictures import picture_table
     from repa.report.style import save_png
     from repa.sampling import generate, prepared
 

@@ -7,8 +7,8 @@ from repa.base.lazy import exports
 if TYPE_CHECKING:
     from repa.report.curves import curve_figure as curve_figure
     from repa.report.headline import verdict as verdict
-    from repa.report.overview import save_figure as save_figure
     from repa.report.page import write_report as write_report
+    from repa.report.pictures import save_figure as save_figure
     from repa.report.runs import RunRecord as RunRecord
     from repa.report.runs import read_run as read_run
     from repa.report.runs import read_runs as read_runs
