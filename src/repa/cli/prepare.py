@@ -121,21 +121,19 @@ def _add(folder: Path, given: PrepareArguments) -> None:
     from repa.base import dist
     from repa.data import add_features, add_text
 
-    rank, world = _place()
+    (rank, world), device = _place(), dist.own_device()
     if TEXT in given.only:
-        options_of: dict[str, Any] = {
-            "weights": given.text_weights,
-            "form": given.text_form,
-            "rank": rank,
-            "world": world,
-        }
         with Progress(_title(folder, rank, world), "shards") as bar:
-            manifest = add_text(folder, given.text, **options_of, progress=bar, device=dist.own_device())
+            manifest = add_text(
+                folder, given.text, weights=given.text_weights, form=given.text_form, rank=rank, world=world, progress=bar, device=device,
+            )  # fmt: skip
         _tell(folder, manifest)
     for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
-        options_of = {"weights": given.weights_of(spec), "form": given.form_of(spec), "rank": rank, "world": world}
         with Progress(_title(folder, rank, world), "images") as bar:
-            manifest = add_features(folder, spec, **options_of, progress=bar, device=dist.own_device())
+            manifest = add_features(
+                folder, spec, weights=given.weights_of(spec), form=given.form_of(spec), rank=rank, world=world, progress=bar,
+                device=device,
+            )  # fmt: skip
         _tell(folder, manifest)
 
 

@@ -11,6 +11,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.conditions import TEXT_ENCODERS
+from repa.data.stored_files import BASE, array_name
 from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -55,6 +56,18 @@ class PrepareConfig(Config):
     labels: str = ""
     """Where classes come from: empty for the source's own; none, folders, folders:2, folders:last, folders:path, tars, TABLE.csv:COLUMN."""
 
+    @field_validator("autoencoder_weights", "text_weights")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Local weights by their absolute paths, so that other working folders find them; names on the hub stay."""
+        return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
+
+    @field_validator("feature_weights")
+    @classmethod
+    def _absolute_pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        parts = [pair.rpartition("=") for pair in pairs]
+        return tuple(f"{encoder}{equals}{cls._absolute(path)}" for encoder, equals, path in parts)
+
     @field_validator("features")
     @classmethod
     def _known_encoders(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
@@ -97,26 +110,23 @@ class PrepareConfig(Config):
         object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
         return self
 
+    @model_validator(mode="after")
+    def _files_differ(self) -> Self:
+        names = [array_name(part, 0) for part in (BASE, *self.features)]
+        for spec, name in zip(self.features, names[1:], strict=True):
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"the files of {spec!r} would be named like another's ({name}): leave one of the two out"
+                )
+        return self
+
     def form_of(self, encoder: str) -> str:
         """How the tokens of an encoder are stored: fp16, int8, pcaK or pcaK-int8."""
         return weights_for(encoder, self.feature_forms) or "fp16"
 
-    def with_absolute_paths(self) -> Self:
-        """Local weights by their absolute paths, so that other working folders find them; names on the hub stay."""
-        pairs = [pair.rpartition("=") for pair in self.feature_weights]
-        return self.override(
-            autoencoder_weights=_absolute(self.autoencoder_weights),
-            text_weights=_absolute(self.text_weights),
-            feature_weights=tuple(f"{encoder}={_absolute(path)}" for encoder, _, path in pairs),
-        )
-
     def weights_of(self, encoder: str) -> str | None:
         """The local folder or file given for an encoder, or None."""
         return weights_for(encoder, self.feature_weights)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
 def split_format(form: str) -> tuple[int, str]:

@@ -18,8 +18,8 @@ from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
 from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import PARTS
-from repa.data.packing import pack, principal_basis
-from repa.data.progress import Claims, Piece, Planned, Progress
+from repa.data.packing import as_half, pack, principal_basis
+from repa.data.progress import Piece, Planned
 from repa.data.reading import Images, Read, spread
 from repa.data.sources.reference_layout import require_same_moments
 from repa.data.stored_files import BASE, TEXT, basis_name
@@ -66,7 +66,7 @@ class BaseFields:
         if self.config.store_images:
             fields["images"] = images.pixels
         if self.model.stores_moments:
-            fields["moments"] = _half(self._moments(images), self.config.autoencoder)
+            fields["moments"] = as_half(self._moments(images), self.config.autoencoder).cpu().numpy()
         return fields
 
     def _moments(self, images: Images) -> Tensor:
@@ -138,13 +138,10 @@ class FeatureFields:
     def encode(self, images: Images) -> dict[str, np.ndarray]:
         """Field -> rows (n, ...)."""
         features = self.features(images.pixels)
-        try:
-            stored = pack(features.patches, self.form, self.basis)  # (n, T, D or K), (n, T)
-        except UserError as error:
-            raise UserError(f"{self.spec} gave tokens that cannot be stored: {error}") from error
+        stored = pack(features.patches, self.form, self.basis, made_by=self.spec)  # (n, T, D or K), (n, T)
         fields = {f"{name}.{self.spec}": x.cpu().numpy() for name, x in stored.items()}
         if features.pooled is not None:
-            fields[f"pooled.{self.spec}"] = _half(features.pooled, self.spec)  # (n, D)
+            fields[f"pooled.{self.spec}"] = as_half(features.pooled, self.spec).cpu().numpy()  # (n, D)
         return fields
 
 
@@ -178,10 +175,7 @@ class TextFields:
     def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         with autocast(self.device, self.config.precision):
             text = self.model(texts)
-        try:
-            stored = pack(text.tokens, self.config.text_form)  # (n, S, E), (n, S)
-        except UserError as error:
-            raise UserError(f"{self.config.text} gave tokens that cannot be stored: {error}") from error
+        stored = pack(text.tokens, self.config.text_form, made_by=self.config.text)  # (n, S, E), (n, S)
         names = {"features": "text", "scale": "text_scale"}
         mask = {} if text.mask is None else {"text_mask": text.mask.to(torch.uint8).cpu().numpy()}
         return {names[name]: x.cpu().numpy() for name, x in stored.items()} | mask
@@ -197,33 +191,13 @@ def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields
     return FeatureFields(part, config, device)
 
 
-def require_same_models(progress: Progress, models: Mapping[str, Fields], num_shards: int) -> None:
-    """Raises UserError where finished parts were made by other models."""
-    for name, model in models.items():
-        for part in filter(None, (progress.part(k, name) for k in range(num_shards))):
-            if changed := [key for key, value in model.identity.items() if part.identity.get(key) != value]:
-                raise UserError(
-                    f"The finished shards in {progress.out} were made by another {model.identity.get('spec', name)} "
-                    f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
-                )
-
-
 def encode(
-    item: tuple[Piece, Images], models: Mapping[str, Fields], claims: Claims, skip_bad: bool
+    item: tuple[Piece, Images], models: Mapping[str, Fields], skip_bad: bool
 ) -> tuple[Piece, Images, dict[str, np.ndarray]]:
     """What the models make of a batch, beside it: field -> rows, of the parts that this process makes."""
     piece, images = item
     fields: dict[str, np.ndarray] = {}
     if len(images.labels) and (skip_bad or not images.bad):
-        for name in claims.held(piece.shard):
+        for name in piece.parts:
             fields |= models[name].encode(images)
     return piece, images, fields
-
-
-def _half(x: Tensor, made_by: str) -> np.ndarray:
-    half = x.half()
-    if not torch.isfinite(half).all():
-        raise UserError(
-            f"{made_by} gave values that float16 cannot hold: leave it out here, it can run while training."
-        )
-    return half.cpu().numpy()

@@ -5,7 +5,6 @@ Nothing here grows with the number of images, so an epoch of a billion costs wha
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -51,18 +50,6 @@ def _hash(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-class Order(Protocol):
-    """An order of images for every epoch."""
-
-    def rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Images at `places` (n,) of an epoch, (n,) int64."""
-        ...
-
-    def shards_from(self, epoch: int, place: int) -> list[int]:
-        """Shards worth fetching when `place` is read, most urgent first; none where any may be next."""
-        ...
-
-
 class GlobalShuffle:
     """Every image may come at every place."""
 
@@ -70,9 +57,11 @@ class GlobalShuffle:
         self.num, self.seed = num, seed
 
     def rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Images at `places` (n,) of an epoch, (n,) int64."""
         return permute(places, self.num, fold(self.seed, "epoch", epoch))
 
     def shards_from(self, epoch: int, place: int) -> list[int]:
+        """Shards worth fetching when `place` is read, most urgent first; none, as any may be next."""
         return []
 
 

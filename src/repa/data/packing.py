@@ -24,12 +24,23 @@ from repa.data.manifest import FeatureField
 LARGEST = 127  # of int8; -128 is not used, so that the codes are symmetric
 
 
-def pack(tokens: Tensor, form: str, basis: Tensor | None = None) -> dict[str, Tensor]:
+def as_half(x: Tensor, made_by: str) -> Tensor:
+    """The values in float16; raises UserError where it cannot hold them, such as infinity."""
+    half = x.half()
+    if not torch.isfinite(half).all():
+        raise UserError(
+            f"{made_by} gave values that float16 cannot hold: leave it out here, it can run while training."
+        )
+    return half
+
+
+def pack(tokens: Tensor, form: str, basis: Tensor | None = None, *, made_by: str = "The encoder") -> dict[str, Tensor]:
     """Tokens (n, T, D) -> what is stored of them: `features` (n, T, D or K), and `scale` (n, T) for int8.
 
     Args:
         form: fp16, int8, pcaK or pcaK-int8.
         basis: float32 (1 + K, D), from `principal_basis`; for the forms with pca.
+        made_by: what to call the tokens' encoder in messages.
 
     Raises:
         UserError: values that are not finite, or beyond float16.
@@ -41,10 +52,9 @@ def pack(tokens: Tensor, form: str, basis: Tensor | None = None) -> dict[str, Te
         assert basis.shape == (1 + num_directions, x.shape[-1]), (form, basis.shape)
         with torch.autocast(x.device.type, enabled=False):
             x = (x - basis[0]) @ basis[1:].T  # (n, T, K)
-    if not torch.isfinite(x.half()).all():
-        raise UserError("float16 cannot hold its values: leave it out here, it can run while training.")
+    half = as_half(x, made_by)
     if dtype == "fp16":
-        return {"features": x.half()}
+        return {"features": half}
     scale = x.abs().amax(-1) / LARGEST  # (n, T)
     codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-LARGEST, LARGEST)
     return {"features": codes.to(torch.int8), "scale": scale}

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.encoding import FeatureFields, encode, load_model, require_same_models
+from repa.data.encoding import FeatureFields, encode, load_model
 from repa.data.finishing import finish, forget
 from repa.data.loader import ahead
 from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
@@ -28,9 +29,22 @@ ENCODED = 3  # batches that wait for the disk
 ATTEMPTS = 3
 
 
+class Execution(TypedDict, total=False):
+    """How a call runs: alone, on the CPU and silently unless it says otherwise."""
+
+    rank: int
+    """This process among those that share the work: it makes shard k for k modulo `world` equal to `rank`."""
+    world: int
+    """How many there are."""
+    progress: Report | None
+    """Called after every batch with (done, total, note): images of this process, and the bytes written."""
+    device: torch.device | str
+    """Where the models run."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is to be done in a folder, and this process's share of it: shard k for k modulo `world` equal to `rank`.
+    """What is to be done in a folder, and how (see `Execution`).
 
     Attributes:
         shards: all of them, in order.
@@ -43,10 +57,10 @@ class Job:
     shards: Sequence[Planned]
     parts: Sequence[str]
     read: Read
-    rank: int
-    world: int
-    progress: Report | None
-    device: torch.device
+    rank: int = 0
+    world: int = 1
+    progress: Report | None = None
+    device: torch.device | str = "cpu"
 
 
 def prepare(
@@ -55,10 +69,7 @@ def prepare(
     config: PrepareConfig,
     *,
     only: Sequence[str] = (),
-    rank: int = 0,
-    world: int = 1,
-    progress: Report | None = None,
-    device: torch.device | str = "cpu",
+    **execution: Unpack[Execution],
 ) -> Manifest | None:
     """Make the shards of `source` in folder `out`; returns their manifest.
 
@@ -74,16 +85,15 @@ def prepare(
         out: a new or empty folder, or one made by this function from the same source and configuration.
         config: what to make.
         only: make these parts alone: "base" (labels, images, moments, captions), "features:ENCODER" or "text".
-        progress: called after every batch with (done, total, note): images of this process, and the bytes written.
-        device: where the models run.
+        execution: rank, world, progress and device: see `Execution`.
 
     Raises:
         UserError: a source, image, setting or disk that the user can fix; finished shards stay.
     """
-    out, device, config = Path(out), torch.device(device), config.with_absolute_paths()
-    images = open_source(source, labels=config.labels)
+    out, images = Path(out), open_source(source, labels=config.labels)
     require_autoencoder(images, config)
     inventory = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out))
+    shards = plan_shards(len(images), config.shard_size, config.flip)
     names = tuple(images.class_names)
     with lock.shared(out, "repa prepare"):
         settings = agree(out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
@@ -91,13 +101,11 @@ def prepare(
         chosen = chosen_parts(only, config)
         if TEXT in chosen and not images.has_captions:
             raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
-        share = (rank, world, progress, device)
         parts = [name for name in chosen if name != TEXT]
-        shards = plan_shards(len(images), config.shard_size, config.flip)
         read = FromSource(images, config.resolution, config.num_workers)
-        manifest = _run(Job(out, settings, shards, parts, read, *share)) if parts else None
+        manifest = _run(Job(out, settings, shards, parts, read, **execution)) if parts else None
         if TEXT in chosen:  # captions come with the images, so after them
-            manifest = _run(_of_captions(out, settings, len(shards), share))
+            manifest = _run(_of_captions(out, settings, len(shards), execution))
         return manifest
 
 
@@ -107,10 +115,7 @@ def add_features(
     *,
     weights: str | None = None,
     form: str = "fp16",
-    rank: int = 0,
-    world: int = 1,
-    progress: Report | None = None,
-    device: torch.device | str = "cpu",
+    **execution: Unpack[Execution],
 ) -> Manifest | None:
     """Add the tokens of one more encoder to a prepared folder, from its stored images: the source is not needed.
 
@@ -119,12 +124,12 @@ def add_features(
         spec: a name of ENCODERS or a dotted name.
         weights: local weights of that encoder; None for its own.
         form: how its tokens are stored: fp16, int8, pcaK or pcaK-int8.
-        rank, world, progress, device: as for `prepare`.
+        execution: as for `prepare`.
 
     Raises:
         UserError: the folder holds no images, or the encoder cannot be loaded.
     """
-    out, device = Path(out), torch.device(device)
+    out = Path(out)
     with lock.shared(out, "repa prepare"):
         manifest = Manifest.open(out)
         if not manifest.config.store_images:
@@ -136,15 +141,13 @@ def add_features(
             forms = (*config.feature_forms, f"{spec}={form}")
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
-            config = config.override(
-                feature_weights=(f"{spec}={weights}", *config.feature_weights)
-            ).with_absolute_paths()
+            config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights))
         settings = agree(out, Settings.of(manifest, config))
         reader = ShardReader(out, manifest, only=("images", "labels"))
         shards = [
             Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)
         ]
-        return _run(Job(out, settings, shards, [spec], FromShards(reader), rank, world, progress, device))
+        return _run(Job(out, settings, shards, [spec], FromShards(reader), **execution))
 
 
 def add_text(
@@ -153,17 +156,14 @@ def add_text(
     *,
     weights: str | None = None,
     form: str = "fp16",
-    rank: int = 0,
-    world: int = 1,
-    progress: Report | None = None,
-    device: torch.device | str = "cpu",
+    **execution: Unpack[Execution],
 ) -> Manifest | None:
     """Add the tokens of the captions to a prepared folder that holds captions: the source is not needed.
 
     Args:
         out: a folder made by `prepare`.
         spec: a text encoder; "" takes that of the folder's settings.
-        weights, form, rank, world, progress, device: as for `add_features`; form is fp16 or int8.
+        weights, form, execution: as for `add_features`; form is fp16 or int8.
 
     Raises:
         UserError: the folder holds no captions, or tokens of another text encoder.
@@ -180,19 +180,18 @@ def add_text(
         config = before.override(**text, text_weights=weights or before.text_weights)
         if not config.text:
             raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-        settings = agree(out, Settings.of(manifest, config.with_absolute_paths()))
-        share = (rank, world, progress, torch.device(device))
-        return _run(_of_captions(out, settings, len(manifest.shards), share))
+        settings = agree(out, Settings.of(manifest, config))
+        return _run(_of_captions(out, settings, len(manifest.shards), execution))
 
 
-def _of_captions(out: Path, settings: Settings, num_shards: int, share: tuple) -> Job:
+def _of_captions(out: Path, settings: Settings, num_shards: int, execution: Execution) -> Job:
     """Captions are read back from the folder, so that their tokens depend on its files and the text encoder alone."""
     progress, shards = Progress(out), []
     found = {k: part.shard for k in range(num_shards) if (part := progress.part(k, BASE))}
     for k in range(num_shards):
         has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
         shards.append(Planned(range(found[k].num if has_texts else 0), is_ready=k in found))
-    return Job(out, settings, shards, [TEXT], FromCaptions(out, found), *share)
+    return Job(out, settings, shards, [TEXT], FromCaptions(out, found), **execution)
 
 
 def _run(job: Job) -> Manifest | None:
@@ -208,6 +207,7 @@ def _run(job: Job) -> Manifest | None:
 
 def _attempt(job: Job) -> Manifest | None:
     out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), Progress(job.out)
+    device = torch.device(job.device)
     missing = {k: [name for name in job.parts if progress.part(k, name) is None] for k in range(num_shards)}
     lost = progress.lost_bases(job.parts)
     if progress.manifest and not lost and not any(missing.values()) and set(job.parts) <= progress.manifest.parts:
@@ -218,8 +218,8 @@ def _attempt(job: Job) -> Manifest | None:
     share = range(job.rank, num_shards, job.world)
     mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
     needed = {*lost, *itertools.chain(*mine.values())}
-    models = {name: load_model(name, config, job.device) for name in job.parts if name in needed}
-    require_same_models(progress, models, num_shards)
+    models = {name: load_model(name, config, device) for name in job.parts if name in needed}
+    progress.require_same_models({name: model.identity for name, model in models.items()}, num_shards)
     nums = [len(planned.rows) for planned in job.shards]
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
     files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
@@ -227,16 +227,13 @@ def _attempt(job: Job) -> Manifest | None:
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
             model.use_stored_basis(out, job.read, job.shards)  # which is part of what identifies the model
-            require_same_models(progress, {name: model}, num_shards)
+            progress.require_same_models({name: model.identity}, num_shards)
 
     # workers read ahead, one thread encodes, this one writes
-    total, claims = (
-        sum(nums[k] for k in share),
-        Claims(out, mine, {name: model.identity for name, model in models.items()}),
-    )
+    total, claims = sum(nums[k] for k in share), Claims(out, mine, {name: m.identity for name, m in models.items()})
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
-    made = functools.partial(encode, models=models, claims=claims, skip_bad=config.skip_bad)
-    on_start = functools.partial(torch.cuda.set_device, job.device) if job.device.type == "cuda" else None
+    made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
+    on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with (
         contextlib.closing(claims),
         contextlib.closing(job.read(claims.pieces(job.shards, config.batch_size, counter.skip))) as batches,

@@ -62,7 +62,6 @@ def agree(out: Path, asked: Settings) -> Settings:
 
     Refuses a folder that holds other things, or data of another source or configuration.
     """
-    _require_distinct_files(asked.config.features)
     before = started(out)
     if before is None:
         return asked
@@ -99,13 +98,6 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
         if name not in allowed:
             raise UserError(f"only was given {name!r}{choices(name, allowed)}")
     return [name.removeprefix("features:") for name in allowed if not only or name in only]
-
-
-def _require_distinct_files(specs: Sequence[str]) -> None:
-    names = [array_name(spec, 0) for spec in (BASE, *specs)]
-    for spec, name in zip(specs, names[1:], strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"The files of {spec!r} would be named like another's ({name}): leave one of the two out.")
 
 
 def started(out: Path) -> Settings | None:
@@ -146,6 +138,7 @@ class Piece(NamedTuple):
     shard: int
     rows: range
     flipped: bool
+    parts: tuple[str, ...] = ()  # that are made of it
 
 
 def plan_shards(num_images: int, size: int, flip: bool) -> list[Planned]:
@@ -188,6 +181,16 @@ class Progress:
         stored = self.manifest.features if self.manifest else {}
         return [n for n in names if n in stored and (basis := stored[n].basis) and not basis.intact(self.out)]
 
+    def require_same_models(self, identities: Mapping[str, dict[str, Any]], num_shards: int) -> None:
+        """Raises UserError where finished parts were made by other models; `identities`: part -> what identifies its model."""
+        for name, identity in identities.items():
+            for part in filter(None, (self.part(k, name) for k in range(num_shards))):
+                if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
+                    raise UserError(
+                        f"The finished shards in {self.out} were made by another {identity.get('spec', name)} "
+                        f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
+                    )
+
     def save(self, shard: int, name: str, part: Part) -> None:
         files.write_json(self._path(shard, name), part.model_dump(mode="json"))
 
@@ -218,10 +221,6 @@ class Claims:
         self.out, self.wanted, self.identities = out, wanted, identities
         self._held: dict[tuple[int, str], BaseFileLock] = {}
 
-    def held(self, shard: int) -> list[str]:
-        """The parts of a shard that this process has claimed."""
-        return [name for k, name in self._held if k == shard]
-
     def pieces(self, shards: Sequence[Planned], size: int, passed: Callable[[int], None]) -> Iterator[Piece]:
         """Pieces of `size` images of the shards that can be claimed, each claimed as its first piece is asked for.
 
@@ -240,7 +239,8 @@ class Claims:
                 for name in taken:
                     progress.save(k, name, Part(shard=Shard(num=0), identity=self.identities[name]))
             if taken and rows:
-                yield from (Piece(k, rows[at : at + size], shards[k].flipped) for at in range(0, len(rows), size))
+                for at in range(0, len(rows), size):
+                    yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(taken))
             else:
                 passed(len(rows))
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -62,7 +62,7 @@ class FromSource(Dataset):
         with warnings.catch_warnings():  # of more workers than cores, which is right where the source is far away
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
-                self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=_as_it_is,
+                self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=tuple,  # an item is a batch
                 prefetch_factor=AHEAD if self.num_workers else None, worker_init_fn=functools.partial(die_with_parent, os.getpid()),
             )  # fmt: skip
             stream = iter(loader)
@@ -81,7 +81,8 @@ class FromSource(Dataset):
         source, pixels, given, kept, bad = self.source, [], [], [], []
         for index in piece.rows:
             try:
-                image, moments = np.asarray(source.image(index, self.resolution)), source.moments(index)
+                image = np.asarray(source.image(index, self.resolution))
+                moments = source.moments(index) if source.moments_shape else None
                 pixels.append(image)
                 given.append(moments)
                 kept.append(index)
@@ -159,7 +160,3 @@ def _captions(source: Source, index: int) -> tuple[str, ...]:
         return source.captions(index)
     except UserError:
         return ()
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -49,8 +49,8 @@ def write_shards(
     Raises:
         UserError: images cannot be read and are not to be left out (`skip_bad`), or the disk is full.
     """
-    for k, batches in itertools.groupby(encoded, key=lambda item: item[0].shard):
-        names, bad = claims.held(k), []
+    for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
+        bad: list[tuple[str, str]] = []
         with ShardWriter(claims.out, k, expected=len(shards[k].rows)) as writer:
             for piece, images, fields in batches:
                 bad += images.bad
@@ -59,7 +59,7 @@ def write_shards(
                 counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
             if bad and not skip_bad:
                 raise UserError(_refusal(bad, shards[k].rows))
-        records, captions = writer.records(), writer.captions()
+        captions, records = writer.captions(), writer.records()
         parts = {}
         for name in names:
             mine = {field: file for field, file in records.items() if field in fields_of(name)}
