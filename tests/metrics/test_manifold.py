@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.metrics import manifold, manifold_float16, precision_recall, precision_recall_in_half
+from repa.metrics import manifold, precision_recall, precision_recall_in_half
 from tests.oracles import metrics as oracle
 
 
@@ -95,11 +95,11 @@ class TestHalf:
     @pytest.mark.parametrize("block", [7, 10_000])
     def test_it_rounds_as_the_evaluator_does(self, block, monkeypatch):
         """Features so close that rounding decides: float32 gives other shares."""
-        monkeypatch.setattr(manifold_float16, "BLOCK", block)
+        monkeypatch.setattr(manifold, "ADM_BLOCK", block)
         g = torch.Generator().manual_seed(0)
         reference = 4 + 0.05 * torch.randn(40, 32, generator=g)
         samples = 4 + 0.06 * torch.randn(33, 32, generator=g)
-        distances = manifold_float16._squared_distances(reference, samples).numpy()
+        distances = manifold._distances_in_half(reference, samples).numpy()
         assert np.array_equal(distances, oracle.half_distances(reference.numpy(), samples.numpy()))
         got = precision_recall_in_half(reference, samples)
         assert got == pytest.approx(oracle.adm_precision_recall(reference.numpy(), samples.numpy(), 3))
@@ -107,7 +107,7 @@ class TestHalf:
 
     def test_what_overflows_falls_back_to_float32(self):
         reference, samples = (300 * x for x in sets())  # squared norms above 65,504
-        assert manifold_float16._round(reference.square().sum(1)).isinf().any()
+        assert manifold._round(reference.square().sum(1)).isinf().any()
         assert precision_recall_in_half(reference, samples) == pytest.approx(precision_recall(reference, samples))
 
     def test_mistakes(self):

@@ -142,14 +142,6 @@ def require_plain(path: str | Path) -> None:
         raise UserError(f"{path} is refused: it is {_kind_of(mode)}, not a file. Remove it, or give a file.")
 
 
-def is_plain(path: str | Path) -> bool:
-    """Whether `path` is a file with bytes of its own, links followed."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
 def _kind_of(mode: int) -> str:
     names = {
         stat.S_ISFIFO: "a named pipe",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from repa.metrics.inception_weights import load_inception as load_inception
     from repa.metrics.manifold import PrecisionRecall as PrecisionRecall
     from repa.metrics.manifold import precision_recall as precision_recall
-    from repa.metrics.manifold_float16 import precision_recall_in_half as precision_recall_in_half
+    from repa.metrics.manifold import precision_recall_in_half as precision_recall_in_half
     from repa.metrics.score import RunningScore as RunningScore
     from repa.metrics.score import inception_score as inception_score
     from repa.metrics.statistics import Statistics as Statistics

@@ -1,6 +1,6 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019): which share of one set lies on the other's manifold."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from itertools import combinations_with_replacement, product
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from repa.base.errors import UserError
 from repa.base.precision import exact_float32
 
 BLOCK = 4096  # rows and columns of the distances held at a time: 64 MB in float32
+ADM_BLOCK = 10_000  # the same of the ADM evaluator: its fall-back to float32 is decided for each block
 SLACK = 1e-5  # of |u|^2 + |v|^2, more than rounding leaves of the distance between equal features: theirs is 0
 
 
@@ -29,7 +30,7 @@ def precision_recall(
     reach of a sample.
 
     A feature's reach is the distance to its k-th nearest neighbour in its own set, itself not counted. The ADM
-    evaluator compares 10 000 reference images with all samples, in float16: `repa.metrics.manifold_float16` does as it does.
+    evaluator compares 10 000 reference images with all samples, in float16: `precision_recall_in_half` does as it does.
 
     Every distance is computed once: within a set it serves both features, between the sets precision and recall.
 
@@ -45,15 +46,44 @@ def precision_recall(
     rank, world = (dist.rank(), dist.world()) if over_processes else (0, 1)
     with exact_float32(reference.device):
         reach_reference, reach_samples = (_reach(features, k, rank, world) for features in (reference, samples))
-        covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)  # by a sample
-        real = torch.zeros(len(samples), dtype=torch.bool, device=reference.device)  # near a reference feature
-        for rows, columns in _share(product(_blocks(reference), _blocks(samples)), rank, world):
-            distances = _squared_distances(reference[rows], samples[columns])  # (n, m)
-            covered[rows] |= (distances <= reach_samples[columns]).any(1)
-            real[columns] |= (distances <= reach_reference[rows, None]).any(0)
+        pairs = _share(product(_blocks(reference, BLOCK), _blocks(samples, BLOCK)), rank, world)
+        covered, real = _within(reference, samples, reach_reference, reach_samples, pairs, _squared_distances)
     if world > 1:
         covered, real = dist.sum_over(covered.int()) > 0, dist.sum_over(real.int()) > 0
     return PrecisionRecall(real.double().mean().item(), covered.double().mean().item())
+
+
+def precision_recall_in_half(reference: Tensor, samples: Tensor, k: int = 3) -> PrecisionRecall:
+    """Like `precision_recall`, rounded as the published figures are, by the evaluator of ADM (Dhariwal and Nichol 2021).
+
+    Squared norms, products and their sums are each rounded to float16, and a feature's reach is the (k + 1)-th smallest
+    distance in its set, itself counted, which rounding may put anywhere. Sums run in float32 here; in which order and
+    precision a GPU adds within a product is not known, so the last digit of published figures can still differ.
+
+    Raises:
+        UserError: as `precision_recall`.
+    """
+    check_sets(reference, samples, k)
+    reference, samples = reference.float(), samples.to(reference.device).float()
+    with exact_float32(reference.device):
+        reach_reference, reach_samples = (_reach_in_half(features, k) for features in (reference, samples))
+        pairs = product(_blocks(reference, ADM_BLOCK), _blocks(samples, ADM_BLOCK))
+        covered, real = _within(reference, samples, reach_reference, reach_samples, pairs, _distances_in_half)
+    return PrecisionRecall(real.double().mean().item(), covered.double().mean().item())
+
+
+def _within(
+    reference: Tensor, samples: Tensor, reach_reference: Tensor, reach_samples: Tensor,
+    pairs: Iterable[tuple[slice, slice]], distances_of: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Which reference features lie within reach of a sample, (N,) bool, and which samples near a reference feature, (M,)."""
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    real = torch.zeros(len(samples), dtype=torch.bool, device=reference.device)
+    for rows, columns in pairs:
+        distances = distances_of(reference[rows], samples[columns])  # (n, m)
+        covered[rows] |= (distances <= reach_samples[columns]).any(1)
+        real[columns] |= (distances <= reach_reference[rows, None]).any(0)
+    return covered, real
 
 
 def check_sets(reference: Tensor, samples: Tensor, k: int) -> None:
@@ -75,7 +105,7 @@ def check_sets(reference: Tensor, samples: Tensor, k: int) -> None:
 def _reach(features: Tensor, k: int, rank: int, world: int) -> Tensor:
     """Squared distance of each feature to its k-th neighbour: (N, D) -> (N,)."""
     nearest = features.new_full((len(features), k), torch.inf)
-    for rows, columns in _share(combinations_with_replacement(_blocks(features), 2), rank, world):
+    for rows, columns in _share(combinations_with_replacement(_blocks(features, BLOCK), 2), rank, world):
         distances = _squared_distances(features[rows], features[columns])  # (n, m)
         if rows == columns:
             distances.fill_diagonal_(torch.inf)  # itself
@@ -93,11 +123,11 @@ def _keep_smallest(nearest: Tensor, rows: slice, distances: Tensor) -> None:
     nearest[rows] = torch.cat([nearest[rows], few], 1).topk(k, dim=1, largest=False, sorted=False).values
 
 
-def _blocks(features: Tensor) -> list[slice]:
-    return [slice(start, min(start + BLOCK, len(features))) for start in range(0, len(features), BLOCK)]
+def _blocks(features: Tensor, size: int) -> list[slice]:
+    return [slice(start, min(start + size, len(features))) for start in range(0, len(features), size)]
 
 
-def _share(pairs: Iterator[tuple[slice, slice]], rank: int, world: int) -> list[tuple[slice, slice]]:
+def _share(pairs: Iterable[tuple[slice, slice]], rank: int, world: int) -> list[tuple[slice, slice]]:
     return list(pairs)[rank::world]
 
 
@@ -105,3 +135,33 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m)."""
     squares_u, squares_v = ((1 - SLACK) * x.square().sum(1) for x in (u, v))
     return torch.addmm(squares_v, u, v.T, alpha=-2).add_(squares_u[:, None]).clamp_(min=0)
+
+
+def _reach_in_half(features: Tensor, k: int) -> Tensor:
+    """(N, D) -> (N,)."""
+    reach = []
+    for rows in _blocks(features, ADM_BLOCK):
+        few = [_smallest(_distances_in_half(features[rows], features[c]), k + 1) for c in _blocks(features, ADM_BLOCK)]
+        reach.append(_smallest(torch.cat(few, 1), k + 1)[:, -1])
+    return torch.cat(reach)
+
+
+def _smallest(distances: Tensor, num: int) -> Tensor:
+    return distances.topk(min(num, distances.shape[1]), dim=1, largest=False).values
+
+
+def _distances_in_half(u: Tensor, v: Tensor) -> Tensor:
+    """(n, D), (m, D) -> (n, m) float32 that holds float16 values, or float32 ones where any of those overflowed."""
+    rounded = _expand(_round(u), _round(v), _round)
+    return rounded if rounded.isfinite().all() else _expand(u, v, lambda x: x)
+
+
+def _expand(u: Tensor, v: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """|u|^2 - 2 u.v + |v|^2, clamped at 0, in the evaluator's order."""
+    squares_u, squares_v = (rounding(rounding(x.square()).sum(1)) for x in (u, v))
+    products = rounding(u @ v.T)  # (n, m)
+    return rounding(rounding(squares_u[:, None] - rounding(2 * products)) + squares_v).clamp_(min=0)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x.half().float()
