@@ -21,7 +21,7 @@ from repa.base.precision import DTYPES
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, endless
 from repa.performance.counts import flops_per_image, product_shapes
-from repa.performance.measure import Step
+from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 
 SIDE = 2048  # of the square product
@@ -38,10 +38,10 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
     return min(found)
 
 
-def step_of(config: TrainConfig) -> Step:
+def step_of(config: TrainConfig) -> MeasuredStep:
     data = Synthetic({ENCODER: WIDTH}, config.model.latent_size // config.model.dims().patch_size)
     batch = data.batch(config, torch.device("cpu"), 1)
-    return Step(config, data.widths, endless(batch, batch.features), torch.device("cpu"))
+    return MeasuredStep(config, data.widths, endless(batch, batch.features), torch.device("cpu"))
 
 
 def products(config: TrainConfig, rate: float) -> None:

@@ -22,7 +22,7 @@ import torch
 from repa.base import files
 from repa.base.device import timed
 from repa.base.launch import keep_freed_memory
-from repa.performance.batches import Source
+from repa.performance.batches import BatchSource
 from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
 from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
@@ -109,7 +109,7 @@ def row_of(args: argparse.Namespace, row: Row, rates: dict[str, float], trace: s
     dims, feed, data, teacher = source_of(config, args, row.teacher)
     flops = float(encoder_cost("dinov2-b", 16).cost.forward) if row.teacher == "online" and args.layers == 12 else 0.0
     figures, seen = observed(
-        config, Source(dims, feed, data, teacher, row.teacher, flops), rates, args.rounds, torch.device(args.device),
+        config, BatchSource(dims, feed, data, teacher, row.teacher, flops), rates, args.rounds, torch.device(args.device),
         trace,
     )  # fmt: skip
     print(

@@ -27,7 +27,7 @@ import torch
 
 from repa.data import Loader, open_data
 from repa.performance.batches import endless
-from repa.performance.measure import Step
+from repa.performance.measure import MeasuredStep
 from repa.report import read_run
 from repa.runs import layout
 from repa.training.config import TrainConfig
@@ -52,7 +52,7 @@ def distances(run: Path) -> list[dict[str, Any]]:
     return record.distances(protocol)
 
 
-def step_of(run: Path, data: Path) -> Step:
+def step_of(run: Path, data: Path) -> MeasuredStep:
     """The training step of a finished run, always on the same batch and its stored tokens."""
     device, opened = torch.device("cpu"), open_data(data)
     config = resolve(TrainConfig.load(run / layout.CONFIG), opened, device)
@@ -63,10 +63,10 @@ def step_of(run: Path, data: Path) -> Step:
         pooled=encoders.pooled, device=device,
     )  # fmt: skip
     batch = loader.batch(0)
-    return Step(config, encoders.dims, endless(batch, encoders(batch, needs)), device)
+    return MeasuredStep(config, encoders.dims, endless(batch, encoders(batch, needs)), device)
 
 
-def costs(steps: dict[str, Step], rounds: int = 9, each: int = 3) -> dict[str, float]:
+def costs(steps: dict[str, MeasuredStep], rounds: int = 9, each: int = 3) -> dict[str, float]:
     """Method -> processor time of a step, where the first's is 1: the median over rounds in which all have their turn."""
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     for number, (method, step) in itertools.product(range(rounds + 1), steps.items()):

@@ -37,7 +37,7 @@ from repa.diffusion.flow import linear
 from repa.models import Condition
 from repa.models.config import ModelConfig
 from repa.performance.batches import Feed, Synthetic, endless, latents
-from repa.performance.measure import Figures, Step, measure, table
+from repa.performance.measure import MeasuredStep, Measurement, measure, table
 from repa.training.config import TrainConfig
 from repa.training.inputs import EncoderFeatures
 from repa.training.state import build_state
@@ -133,14 +133,14 @@ def against_plain(
     device = torch.device(args.device)
     config = configuration(args, model, batch, teacher, precision, False)
     dims, feed, _, _ = source_of(config, args, teacher)
-    ours, alike = Step(config, dims, feed, device), plain_step(config, args, teacher)
+    ours, alike = MeasuredStep(config, dims, feed, device), plain_step(config, args, teacher)
     plain = plain_step(config.override(precision="fp32"), args, teacher)
     turns = [[timed(step, device) for step in (plain, alike, ours)] for _ in range(args.rounds + 1)][1:]
     seconds, times, alike_times = zip(*((p, p / o, a / o) for p, a, o in turns), strict=True)
     return statistics.median(seconds), statistics.median(times), statistics.median(alike_times)
 
 
-def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Figures]:
+def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Measurement]:
     steps = (False, True) if args.compiled else (False,)
     for model, batch, teacher, precision, compiled in itertools.product(
         args.models, args.batch, args.teachers, args.precision, steps
@@ -149,7 +149,9 @@ def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Figures]
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # as the loop
         config = configuration(args, model, batch, teacher, precision, compiled)
         dims, feed, data, tokens_of = source_of(config, args, teacher)
-        yield measure(Step(config, dims, feed, torch.device(args.device)), rates, args.rounds, data, tokens_of, teacher)
+        yield measure(
+            MeasuredStep(config, dims, feed, torch.device(args.device)), rates, args.rounds, data, tokens_of, teacher
+        )
 
 
 def main() -> None:
@@ -179,7 +181,7 @@ def main() -> None:
         + f"; median of {args.rounds} rounds"
     )
     print(head, flush=True)
-    figures: list[Figures] = []
+    figures: list[Measurement] = []
     compared: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
@@ -207,7 +209,7 @@ def sentence(row: dict) -> str:
     )
 
 
-def write(args: argparse.Namespace, head: str, rates: dict, figures: list[Figures], compared: list[dict]) -> None:
+def write(args: argparse.Namespace, head: str, rates: dict, figures: list[Measurement], compared: list[dict]) -> None:
     if not args.out:
         return
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("folder", "out")}

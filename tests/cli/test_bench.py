@@ -66,13 +66,13 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
 @pytest.mark.slow
 def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
     """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
-    given, whole = [], measure.Step.backward
+    given, whole = [], measure.MeasuredStep.backward
 
     def seen(step, batch, features):
         given.append(step.condition(batch))
         whole(step, batch, features)
 
-    monkeypatch.setattr(measure.Step, "backward", seen)
+    monkeypatch.setattr(measure.MeasuredStep, "backward", seen)
     term = {"target": "text", "depth": 1, "pool": True, "projector": "linear"}
     path, data = tmp_path / "text.yaml", str(captioned_data / "stored")
     for changes in (

@@ -17,7 +17,7 @@ def lines(capsys) -> list[str]:
 
 
 def test_a_short_job_tells_no_rate(capsys, clock):
-    with console.Progress("work", "images") as bar:
+    with console.ProgressBar("work", "images") as bar:
         clock[0] += 30.0  # models are loaded
         bar(64, 96)
         clock[0] += 0.0004
@@ -26,13 +26,13 @@ def test_a_short_job_tells_no_rate(capsys, clock):
 
 
 def test_a_job_of_one_report_tells_no_rate(capsys, clock):
-    with console.Progress("work", "images") as bar:
+    with console.ProgressBar("work", "images") as bar:
         bar(5, 5)
     assert lines(capsys) == ["work: 5/5 images"]
 
 
 def test_the_rate_is_that_of_this_process(capsys, clock):
-    with console.Progress("work", "images") as bar:
+    with console.ProgressBar("work", "images") as bar:
         bar(1000, 4000)  # done before
         clock[0] += 20.0
         bar(2000, 4000)
@@ -43,7 +43,7 @@ def test_the_rate_is_that_of_this_process(capsys, clock):
 
 def test_work_inside_a_step_is_told_beside_the_bar_or_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(console, "LINE_EVERY", 0.0)
-    with console.Progress("run", "steps") as bar:
+    with console.ProgressBar("run", "steps") as bar:
         bar.within("making samples", 250, 1000)
     assert capsys.readouterr().err == "run: making samples 250/1,000\n"
 

@@ -212,13 +212,13 @@ def test_names_that_a_terminal_cannot_show(encoding, tmp_path):
 
 def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):
     from repa.cli import console
-    from repa.cli.console import Progress
+    from repa.cli.console import ProgressBar
 
     monkeypatch.setattr(console, "MEASURED", 1e-9)
-    with Progress("sampling", "images") as bar:
+    with ProgressBar("sampling", "images") as bar:
         bar(16, 16)
     assert capsys.readouterr().err == "sampling: 16/16 images\n"
-    with Progress("sampling", "images") as bar:
+    with ProgressBar("sampling", "images") as bar:
         bar(8, 16)
         bar(16, 16)
     assert "/s)" in capsys.readouterr().err

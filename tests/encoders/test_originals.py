@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTModel
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
 from repa.encoders.families import FAMILIES
-from repa.encoders.originals import convert
+from repa.encoders.originals import convert_original
 from tests.oracles import bicubic, vit
 
 NATIVE, HEADS = 4, 2
@@ -184,7 +184,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 def test_names_are_those_of_a_saved_transformer(tmp_path):
     state = random_state("dino-b")
-    settings, converted = convert(state, FAMILIES["dino"].original)
+    settings, converted = convert_original(state, FAMILIES["dino"].original)
     assert settings == {
         "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
         "patch_size": 16, "image_size": 64,
@@ -212,5 +212,5 @@ def test_names_are_those_of_a_saved_transformer(tmp_path):
 )
 def test_misspelt_names_of_moco(misspelt, meant):
     marked = torch.full((3, 3), 7.0)
-    _, converted = convert(random_state("mocov3-b") | {misspelt: marked}, FAMILIES["mocov3"].original)
+    _, converted = convert_original(random_state("mocov3-b") | {misspelt: marked}, FAMILIES["mocov3"].original)
     assert converted[meant] is marked

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
 from repa.models import DiT, load_exported
-from repa.models.lora import merged
+from repa.models.lora import merged_weights
 from tests.hostile.commands import outcome
 from tests.hostile.mutations import HOSTILE
 
@@ -97,4 +97,4 @@ def test_weights_of_other_shapes_in_the_layout_of_diffusers(random_run, tmp_path
 def test_an_update_that_does_not_fit_is_refused(down, up):
     state = {"l.weight": torch.zeros(4, 4), "l.lora_A": torch.zeros(down), "l.lora_B": torch.zeros(up)}
     with pytest.raises(UserError, match="does not fit"):
-        merged(state)
+        merged_weights(state)

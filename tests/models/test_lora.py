@@ -4,7 +4,7 @@ from torch import nn
 
 from repa.base.errors import UserError
 from repa.models import build_model
-from repa.models.lora import LoRALinear, merged, use_lora
+from repa.models.lora import LoRALinear, merged_weights, use_lora
 from tests.calls import call
 
 
@@ -37,7 +37,7 @@ def test_an_update_begins_as_nothing_and_merges_into_the_weights():
     changed = predictions(model)
     assert not torch.allclose(changed, before, atol=1e-2)
     plain = network()
-    plain.load_state_dict(merged(model.state_dict()))
+    plain.load_state_dict(merged_weights(model.state_dict()))
     torch.testing.assert_close(predictions(plain), changed, rtol=1e-4, atol=1e-4)
 
 
@@ -55,8 +55,8 @@ def test_an_update_is_the_product_of_its_factors():
 def test_what_is_no_lora_is_refused_or_left_alone():
     model = network()
     state = model.state_dict()
-    assert merged(state).keys() == state.keys()
+    assert merged_weights(state).keys() == state.keys()
     with pytest.raises(UserError, match="choose less"):
         use_lora(model, 16)
     with pytest.raises(UserError, match="does not fit"):
-        merged({**state, "blocks.0.attn.qkv.lora_A": torch.zeros(2, 16)})
+        merged_weights({**state, "blocks.0.attn.qkv.lora_A": torch.zeros(2, 16)})

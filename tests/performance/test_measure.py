@@ -12,7 +12,7 @@ from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, endless
 from repa.performance.counts import flops_per_image
-from repa.performance.measure import PARTS, Figures, Step, advise, measure, table
+from repa.performance.measure import PARTS, MeasuredStep, Measurement, advise, measure, table
 from repa.training import TrainConfig
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_nt_xent_compares_with_every_image_of_the_batch():
 def test_a_step_is_measured_whole_and_in_parts():
     config, data = configuration(), Synthetic({"tiny": 7}, 4)
     batch = data.batch(config, CPU, 16)
-    step = Step(config, data.widths, endless(batch, batch.features), CPU)
+    step = MeasuredStep(config, data.widths, endless(batch, batch.features), CPU)
     before = [p.detach().clone() for p in step.state.objective.parameters()]
 
     def slow_encoder(batch):
@@ -85,9 +85,9 @@ def test_rates_and_times_are_of_the_work_asked_for(monkeypatch):
     assert product_rate("fp32", CPU) == 2 * 64**3 / 2
 
 
-def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, features="cached", **parts) -> Figures:
+def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, features="cached", **parts) -> Measurement:
     shares = {"encoder": 0.0, "network": 0.8, "optimizer": 0.0, "averages": 0.0, "data": 0.0, **parts}
-    return Figures("SiT-B/2", features, batch, precision, compiled, seconds, 0.5, None, shares)
+    return Measurement("SiT-B/2", features, batch, precision, compiled, seconds, 0.5, None, shares)
 
 
 def test_the_largest_gain_comes_first():
@@ -128,7 +128,7 @@ def test_the_table_has_a_column_for_every_part():
 def test_the_averages_are_taken_out_of_the_time_of_the_optimizer(monkeypatch):
     config, data = configuration(), Synthetic({"tiny": 7}, 4)
     batch = data.batch(config, CPU, 16)
-    step = Step(config, data.widths, endless(batch, batch.features), CPU)
+    step = MeasuredStep(config, data.widths, endless(batch, batch.features), CPU)
     monkeypatch.setattr(step, "advance", lambda: time.sleep(0.2))
     monkeypatch.setattr(step, "average", lambda: time.sleep(0.15))
     parts = step.parts(lambda: batch, lambda batch: batch.features)

@@ -6,7 +6,7 @@ import pytest
 from repa.base.errors import UserError
 from repa.report.analyses import depth_figure
 from repa.report.pictures import picture_table
-from repa.report.style import save_png
+from repa.report.style import write_png
 
 
 def rows(runs=("a",), steps=(10,), times=(0.0, 0.5), depths=(1, 2, 3)):
@@ -78,4 +78,4 @@ def test_a_table_of_pictures(tmp_path):
     assert [axes.get_title() for axes in figure.axes][:3] == ["one", "two", "three $x"]
     tops = [axes.get_position().y1 for axes in figure.axes]
     assert tops[0] > tops[3]  # the first row is above
-    assert save_png(figure, tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert write_png(figure, tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

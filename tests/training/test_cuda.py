@@ -10,7 +10,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.rng import SampleStreams
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, endless
-from repa.performance.measure import Step
+from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 from repa.training.attention import KERNELS
 from repa.training.fp8 import CAPABILITY, Float8Linear
@@ -26,13 +26,13 @@ def configuration(**changes) -> TrainConfig:
     return TrainConfig(model=model, alignments=alignments, batch_size=8, precision="bf16").override(**changes)
 
 
-def cached_step(config: TrainConfig) -> Step:
+def cached_step(config: TrainConfig) -> MeasuredStep:
     data = Synthetic({"tiny": 192}, 8)
     batch = data.batch(config, DEVICE, 32)
-    return Step(config, data.widths, endless(batch, batch.features), DEVICE)
+    return MeasuredStep(config, data.widths, endless(batch, batch.features), DEVICE)
 
 
-def gradients(step: Step) -> dict[str, torch.Tensor]:
+def gradients(step: MeasuredStep) -> dict[str, torch.Tensor]:
     step.backward(*next(step.feed))
     return {name: p.grad.float() for name, p in step.state.objective.named_parameters() if p.grad is not None}
 

@@ -15,7 +15,7 @@ from repa.base import dist
 from repa.base.errors import UserError, choices, nearest
 from repa.base.registry import parse_spec
 from repa.encoders.contract import Features
-from repa.models.taps import Block, Eye, Grid, Tokens, find_blocks, image_tokens, width_of
+from repa.models.taps import Eye, Grid, NamedBlock, Tokens, find_blocks, image_tokens, width_of
 
 WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
 Given = Tensor | Features | Mapping[str, Tensor | Features] | None
@@ -129,7 +129,9 @@ class Aligner(nn.Module):
                 self._eye.watch(other)
         return self
 
-    def _width(self, block: Block, given: int | None, config: AlignmentConfig, features: int, own_target: bool) -> int:
+    def _width(
+        self, block: NamedBlock, given: int | None, config: AlignmentConfig, features: int, own_target: bool
+    ) -> int:
         """Width of the tap; 0 where no projector has to know it."""
         if config.projector == "none":
             return 0
@@ -441,7 +443,7 @@ def _side(block: str, num_tokens: int) -> int:
         ) from None
 
 
-def _one(found: list[Block], target: str) -> list[Block]:
+def _one(found: list[NamedBlock], target: str) -> list[NamedBlock]:
     if len(found) != 1:
         raise UserError(f"A target is one block, but {target!r} fits {len(found)}.")
     return found

@@ -45,7 +45,7 @@ class Need(NamedTuple):
     attention: tuple[int, ...] = ()
 
 
-def merged(needs: Iterable[Need]) -> tuple[Need, ...]:
+def merged_needs(needs: Iterable[Need]) -> tuple[Need, ...]:
     """One for each encoder, with all that is wanted of it."""
     found: dict[str, Need] = {}
     for need in needs:
@@ -244,7 +244,7 @@ def needs_of(alignments: Iterable[AlignmentConfig]) -> tuple[Need, ...]:
         if encoder:
             layer = settings.get("layer")
             found.append(Need(encoder, settings.get("part") == "all", (layer,) if layer else ()))
-    return merged(found)
+    return merged_needs(found)
 
 
 def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Target:

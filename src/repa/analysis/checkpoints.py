@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from repa.runs import LoadedRun
 
 
-class Checkpoint(NamedTuple):
+class RunCheckpoint(NamedTuple):
     """One network of a run."""
 
     label: str  # the run's folder name, or its path where several have that name
@@ -27,7 +27,7 @@ class Checkpoint(NamedTuple):
         return load_run(self.run, weights, step=self.step, autoencoder_weights=autoencoder_weights, device=device)
 
 
-def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: int = 1) -> list[Checkpoint]:
+def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: int = 1) -> list[RunCheckpoint]:
     """The checkpoints of these steps of every run; without steps at most `most` of each, evenly spaced, the newest included.
 
     Raises:
@@ -36,7 +36,7 @@ def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: 
     names = [Path(run).resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
     return [
-        Checkpoint(label, Path(run), step)
+        RunCheckpoint(label, Path(run), step)
         for run, label in zip(runs, labels, strict=True)
         for step in _steps_of(Path(run), steps, most)
     ]

@@ -18,18 +18,14 @@ from torch import Tensor
 from repa.base import dist, files, lock
 from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 
 CHUNK = 512  # rows in a file: what a kill can cost
 IDENTITY = "identity.json"
 
 Make = Callable[[range, Sequence[str]], dict[str, Tensor]]  # rows and fields -> field -> (n, D)
 Load = Callable[[str], Tensor]  # field -> (N, D) on the CPU, in the stored type
-Progress = Callable[[int, int], None]
 Rows = list[dict[str, Any]]
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def collect(

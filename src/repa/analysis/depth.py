@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repa.analysis.collection import Load, Progress, Rows, Stages, each, silent
+from repa.analysis.collection import Load, Rows, Stages, each
 from repa.analysis.config import DepthConfig, SimilarityConfig
 from repa.analysis.features import PATCHES, features_of_encoder, field, hidden_of_run
 from repa.analysis.hidden import (
@@ -24,6 +24,7 @@ from repa.analysis.hidden import (
     spaced_rows,
 )
 from repa.analysis.similarity import cka, cknna_of, neighbourhoods
+from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
 from repa.models import Backbone

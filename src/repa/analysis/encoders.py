@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from repa.analysis.collection import Load, Progress, Rows, Stages, silent
+from repa.analysis.collection import Load, Rows, Stages
 from repa.analysis.config import EncodersConfig
 from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
 from repa.analysis.hidden import pixels, require_neighbours
 from repa.analysis.probes import ProbeImages, probe_rows
 from repa.analysis.similarity import cknna_of, neighbourhoods
 from repa.base import dist
+from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from repa.analysis.collection import Load, Progress, collect
+from repa.analysis.collection import Load, collect
 from repa.analysis.config import FOLDER, ImagesConfig
 from repa.analysis.hidden import batches, collect_hidden, device_of, latents, pixels
 from repa.analysis.spatial import (
@@ -19,6 +19,7 @@ from repa.analysis.spatial import (
     rms_spatial_contrast,
 )
 from repa.base import files
+from repa.base.reporting import Progress
 from repa.data import DataSet
 from repa.encoders import Features, VisionEncoder
 from repa.runs import LoadedRun, layout

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repa.analysis.collection import Progress, Rows, Stages, silent
+from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import NeighboursConfig
 from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spaced_rows
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
@@ -31,7 +32,7 @@ class Nearest(NamedTuple):
     indices: Tensor  # (m, k) rows of the images
 
 
-class Verdict(NamedTuple):
+class DistanceSummary(NamedTuple):
     """Samples against held-out images, by the distance to the nearest training image."""
 
     median: float  # of the samples
@@ -45,7 +46,7 @@ class Copies(NamedTuple):
 
     near: Nearest  # rows of the data, for each sample
     held_out: Tensor  # (h,) distances of held-out images to their nearest training image
-    verdict: Verdict
+    verdict: DistanceSummary
 
     def rows(self) -> Rows:
         """{sample, nearest (row of the data), distance, nearer_than (share of held-out images that are farther)}."""
@@ -152,10 +153,10 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
     return Nearest(torch.cat(distances), torch.cat(indices))
 
 
-def compare(samples: Tensor, held_out: Tensor) -> Verdict:
+def compare(samples: Tensor, held_out: Tensor) -> DistanceSummary:
     """Compare distances to the nearest training image, of samples (m,) and of held-out images (h,)."""
     threshold = float(np.quantile(held_out.numpy(), NEAR))
-    return Verdict(
+    return DistanceSummary(
         median=samples.median().item(),
         median_held_out=held_out.median().item(),
         threshold=threshold,

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa.analysis.collection import Load, Progress, Rows, Stages, each, share, silent
+from repa.analysis.collection import Load, Rows, Stages, each, share
 from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
 from repa.analysis.features import features_in, features_of_encoder, field, hidden_of_run
 from repa.analysis.hidden import check_run, device_of, spaced_rows
 from repa.base import rng
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.encoders import VisionEncoder
 from repa.runs import LoadedRun

@@ -5,7 +5,7 @@ from pathlib import Path
 from repa.analysis.config import NeighboursConfig
 from repa.base.errors import UserError
 from repa.cli import options, tables
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 
 ABOUT = (
     "The nearest training images of samples in the features of an encoder, and whether samples come nearer to the training "
@@ -36,7 +36,7 @@ def neighbours(argv: list[str]) -> int:
     from repa.data import open_data
     from repa.evaluation import open_images
     from repa.report.pictures import picture_table
-    from repa.report.style import save_png
+    from repa.report.style import write_png
 
     device = dist.setup()
     if dist.active():
@@ -48,7 +48,7 @@ def neighbours(argv: list[str]) -> int:
             f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "
             "compare what has the same size."
         )
-    with Progress(f"features of {config.features}", "images") as bar:
+    with ProgressBar(f"features of {config.features}", "images") as bar:
         made = (images for _, images in samples.batches(config.batch_size))
         found = find_copies(made, samples.num, data, config, held_out=held_out, device=device, progress=bar)
     verdict = found.verdict
@@ -65,6 +65,6 @@ def neighbours(argv: list[str]) -> int:
     pictures = [list(images.permute(0, 2, 3, 1).numpy()) for images in shown.values()]
     labels = [f"sample {i}\n{found.near.distances[i, 0]:.3f}" for i in shown]
     columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
-    save_png(picture_table(pictures, labels, columns), out.with_suffix(".png"))
+    write_png(picture_table(pictures, labels, columns), out.with_suffix(".png"))
     say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, next to their nearest images.")
     return 0

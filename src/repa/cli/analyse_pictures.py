@@ -10,7 +10,7 @@ from repa.analysis.config import FOLDER, HiddenConfig
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
-from repa.cli.console import Progress, say, speaks
+from repa.cli.console import ProgressBar, say, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 from repa.sampling.config import SampleConfig
@@ -90,7 +90,7 @@ def pictures(argv: list[str]) -> int:
     from repa.data import open_data
     from repa.data.dataset import load_encoder_of
     from repa.report.pictures import picture_table
-    from repa.report.style import save_png
+    from repa.report.style import write_png
 
     device, data = dist.setup(), open_data(given.data)
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
@@ -104,7 +104,7 @@ def pictures(argv: list[str]) -> int:
     columns = token_pictures(run, data, indices, encoders, depths=given.depths, times=given.times, seed=given.seed)
     if speaks():
         names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
-        save_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
+        write_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
         say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, next to {len(indices)} images.")
     return 0
 
@@ -120,7 +120,7 @@ def progress(argv: list[str]) -> int:
     out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.base import dist
     from repa.report.pictures import picture_table
-    from repa.report.style import save_png
+    from repa.report.style import write_png
     from repa.sampling import generate, prepared
 
     device = dist.setup()
@@ -128,7 +128,7 @@ def progress(argv: list[str]) -> int:
         raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
     rows: list[list[Any]] = []
     names: list[str] = []
-    with Progress("samples", "images") as bar:
+    with ProgressBar("samples", "images") as bar:
         for each in checkpoints:
             run = prepared(each.load(given.weights, given.autoencoder_weights, device), config, device)
             assert run.folder is not None  # it was read from there
@@ -140,7 +140,7 @@ def progress(argv: list[str]) -> int:
                 bar(len(rows) * given.num_images + len(row), len(checkpoints) * given.num_images)
             rows.append(row)
             names.append(f"{each.label}\nstep {run.step:,}" if len(given.runs) > 1 else f"step {run.step:,}")
-    save_png(picture_table(rows, names, []), out)
+    write_png(picture_table(rows, names, []), out)
     say(f"{out}: {len(rows)} checkpoints, {given.num_images} samples each, from the same noise.")
     return 0
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repa.analysis.checkpoints import Checkpoint, checkpoints_of
+from repa.analysis.checkpoints import RunCheckpoint, checkpoints_of
 from repa.analysis.config import FOLDER, DepthConfig, ImagesConfig, ProbeConfig, SimilarityConfig
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
-from repa.cli.console import Bars, Progress, say, speaks
+from repa.cli.console import Bars, ProgressBar, say, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 
@@ -147,14 +147,14 @@ def probe(argv: list[str]) -> int:
     return 0
 
 
-def asked_for(given: NetworksArguments, what: str) -> list[Checkpoint]:
+def asked_for(given: NetworksArguments, what: str) -> list[RunCheckpoint]:
     """The checkpoints of the runs given, of which there must be one."""
     if not given.runs:
         raise UserError(f"`repa analyse {what}` needs at least one run folder: see `repa analyse {what} --help`.")
     return checkpoints_of(given.runs, given.checkpoints)
 
 
-def rows_of_each(checkpoints: list[Checkpoint], given: NetworksArguments, rows_of: Callable) -> list[dict[str, Any]]:
+def rows_of_each(checkpoints: list[RunCheckpoint], given: NetworksArguments, rows_of: Callable) -> list[dict[str, Any]]:
     """{run, step, ...}: what `rows_of` (run, data, progress) finds in each checkpoint, with a bar for each."""
     from repa.base import dist
     from repa.data import open_data
@@ -163,7 +163,7 @@ def rows_of_each(checkpoints: list[Checkpoint], given: NetworksArguments, rows_o
     rows = []
     for each in checkpoints:
         run = each.load(given.weights, given.autoencoder_weights, device)
-        with Progress(f"{each.label}, step {run.step:,}", "images") as bar:
+        with ProgressBar(f"{each.label}, step {run.step:,}", "images") as bar:
             rows += [{"run": each.label, "step": run.step, **row} for row in rows_of(run, data, bar)]
     return rows
 
@@ -173,9 +173,9 @@ def draw(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
         return
     if any(row["depth"] is not None for row in rows):
         from repa.report.analyses import depth_figure
-        from repa.report.style import save_png
+        from repa.report.style import write_png
 
-        save_png(depth_figure(rows, value, label), out.with_suffix(".png"))
+        write_png(depth_figure(rows, value, label), out.with_suffix(".png"))
         say(f"{out}, .csv, and .png, which shows it.")
     else:
         say(f"{out} and .csv.")

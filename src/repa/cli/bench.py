@@ -16,7 +16,7 @@ from repa.training.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from repa.performance.measure import Figures
+    from repa.performance.measure import Measurement
 
 ABOUT = (
     "Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate, memory, and "
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 def _figures(
     config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device", trace: str
-) -> "tuple[Figures, dict[str, Any]]":
+) -> "tuple[Measurement, dict[str, Any]]":
     from repa.performance.batches import prepared, random_batch
     from repa.performance.profiling import observed
 

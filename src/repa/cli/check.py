@@ -8,7 +8,7 @@ from repa.base import files
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 
 ABOUT = (
     "Check a folder of prepared data: its manifest and the sizes of all files; with --full every byte against its checksum, "
@@ -45,7 +45,7 @@ def _full(folder: Path, given: CheckArguments) -> int:
     from repa.base import dist
     from repa.data import check_bytes, check_models
 
-    with Progress(f"reading {folder.name}", "bytes") as bar:
+    with ProgressBar(f"reading {folder.name}", "bytes") as bar:
         check_bytes(folder, bar)
     say("every file has the bytes that were written")
     findings = check_models(

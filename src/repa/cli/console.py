@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from repa.base import launch
 from repa.base.errors import escaped
-from repa.base.units import duration
+from repa.base.reporting import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -60,7 +60,7 @@ def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
     return "\n".join(lines)
 
 
-class Progress:
+class ProgressBar:
     """One task: call it with (done, total, note). Use as a context manager."""
 
     def __init__(self, what: str, unit: str):
@@ -70,7 +70,7 @@ class Progress:
         # A resumed job's rate counts only the work of this process: else the time left would be far too short.
         self.first: int | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         if _bars and speaks() and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -145,7 +145,7 @@ class Bars:
         def progress(done: int, total: int) -> None:
             if self._shown != what:
                 self._stack.close()
-                self._bar, self._shown = self._stack.enter_context(Progress(what, unit)), what
+                self._bar, self._shown = self._stack.enter_context(ProgressBar(what, unit)), what
             self._bar(done, total)
 
         return progress

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from repa.autoencoders import AUTOENCODER
 from repa.base.errors import choices
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.cli import options
 from repa.cli.console import say
 from repa.cli.train import about_passes

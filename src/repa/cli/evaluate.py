@@ -12,7 +12,7 @@ from pydantic import Field
 from repa.base import files, launch, lock
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.console import Bars, Progress, say
+from repa.cli.console import Bars, ProgressBar, say
 from repa.evaluation.config import EvaluateConfig, ReferenceConfig
 from repa.runs import layout
 from repa.sampling.config import SampleConfig
@@ -183,7 +183,7 @@ def _reference(argv: list[str]) -> int:
     from repa.evaluation import make_reference
 
     device = dist.setup()
-    with Progress(f"looking at {given.data}", "images") as bar:
+    with ProgressBar(f"looking at {given.data}", "images") as bar:
         reference = make_reference(
             given.data, Path(given.out), options.part(ReferenceConfig, given), device=device, progress=bar
         )

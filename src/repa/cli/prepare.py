@@ -8,9 +8,9 @@ from pydantic import model_validator
 
 from repa.base import files, launch
 from repa.base.errors import UserError
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
@@ -102,7 +102,7 @@ def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = (
     from repa.data import prepare
 
     rank, world = _place()
-    with Progress(_title(out, rank, world), "images") as bar:
+    with ProgressBar(_title(out, rank, world), "images") as bar:
         manifest = prepare(
             source, out, config, only=only, rank=rank, world=world, progress=bar, device=dist.own_device()
         )
@@ -123,13 +123,13 @@ def _add(folder: Path, given: PrepareArguments) -> None:
 
     (rank, world), device = _place(), dist.own_device()
     if TEXT in given.only:
-        with Progress(_title(folder, rank, world), "shards") as bar:
+        with ProgressBar(_title(folder, rank, world), "shards") as bar:
             manifest = add_text(
                 folder, given.text, weights=given.text_weights, form=given.text_form, rank=rank, world=world, progress=bar, device=device,
             )  # fmt: skip
         _tell(folder, manifest)
     for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
-        with Progress(_title(folder, rank, world), "images") as bar:
+        with ProgressBar(_title(folder, rank, world), "images") as bar:
             manifest = add_features(
                 folder, spec, weights=given.weights_of(spec), form=given.form_of(spec), rank=rank, world=world, progress=bar,
                 device=device,

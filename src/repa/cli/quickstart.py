@@ -13,9 +13,9 @@ from pydantic import Field
 
 from repa.base import extras
 from repa.base.config import Config
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.cli import options, prepare
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
@@ -118,7 +118,7 @@ def _compute_reference(data: Path, extractor: str) -> None:
     from repa.data import open_data
     from repa.evaluation import load_extractor, reference_of
 
-    with Progress(f"computing features of {extractor} for the training images, once for both runs", "images") as bar:
+    with ProgressBar(f"computing features of {extractor} for the training images, once for both runs", "images") as bar:
         reference_of(open_data(data), load_extractor(extractor), extractor, bar)
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 from repa.sampling.config import SampleConfig
 
 ABOUT = (
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         run.model.compile_blocks()
     calls: list[tuple[int, int]] = []  # of the network per image, images
     made, began = 0, time.perf_counter()
-    with Progress(f"sampling {given.run}", "images") as bar:
+    with ProgressBar(f"sampling {given.run}", "images") as bar:
 
         def images(done: int, total: int) -> None:
             nonlocal made

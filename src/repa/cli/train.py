@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from repa.base import launch
 from repa.cli import options
-from repa.cli.console import Progress, say
+from repa.cli.console import ProgressBar, say
 from repa.evaluation.config import EvaluateConfig
 from repa.recipes import load_recipe
 from repa.training.config import TrainConfig
@@ -88,7 +88,7 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
             data.check()
     if note := about_passes(config, data.num_images):
         say(note)
-    with Progress(run.name, "steps") as bar:
+    with ProgressBar(run.name, "steps") as bar:
 
         def progress(state: "TrainState") -> None:
             values = state.metrics

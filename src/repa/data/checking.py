@@ -16,7 +16,7 @@ from repa.data.dataset import DataSet, open_data
 from repa.data.encoding import FeatureFields, load_model
 from repa.data.manifest import Manifest
 from repa.data.packing import read_basis, unpack
-from repa.data.reading import Images
+from repa.data.reading import DecodedImages
 from repa.data.stored_files import BASE, TEXT
 
 TOLERANCE = {
@@ -91,7 +91,7 @@ def check_models(
         )
     rows = np.unique(np.linspace(0, len(data) - 1, min(num, len(data))).astype(np.int64))
     captions = [texts[:1] or ("",) for texts in data.captions(rows)] if data.text else []  # the first of each
-    images = Images(data.gather("images", rows), data.gather("labels", rows), captions, [])
+    images = DecodedImages(data.gather("images", rows), data.gather("labels", rows), captions, [])
     config = manifest.config.override(
         **({} if autoencoder_weights is None else {"autoencoder_weights": autoencoder_weights}),
         feature_weights=(*feature_weights, *manifest.config.feature_weights),
@@ -101,7 +101,7 @@ def check_models(
 
 
 def _compare(
-    data: DataSet, rows: np.ndarray, images: Images, name: str, config: PrepareConfig, device: torch.device
+    data: DataSet, rows: np.ndarray, images: DecodedImages, name: str, config: PrepareConfig, device: torch.device
 ) -> Finding:
     manifest = data.manifest
     field = {BASE: "moments", TEXT: "text"}.get(name, f"features.{name}")
@@ -131,11 +131,11 @@ def _compare(
     return Finding(field, distance, trouble)
 
 
-def _batches(images: Images, size: int) -> Iterator[Images]:
+def _batches(images: DecodedImages, size: int) -> Iterator[DecodedImages]:
     for at in range(0, len(images.labels), size):
         part, texts = slice(at, at + size), images.captions[at : at + size]
         before = sum(map(len, images.captions[:at])) + (at > 0)
-        yield Images(images.pixels[part], images.labels[part], texts, [], texts_before=before)
+        yield DecodedImages(images.pixels[part], images.labels[part], texts, [], texts_before=before)
 
 
 def _unpacked(fields: dict[str, np.ndarray], field: str, scale: str, basis: Tensor | None = None) -> Tensor:

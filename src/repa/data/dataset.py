@@ -14,7 +14,7 @@ from repa.data.captions import Captions, TextReader
 from repa.data.manifest import FeatureField, Manifest, TextField
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
-from repa.data.remote import Stream, is_url
+from repa.data.remote import RemoteFiles, is_url
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
 
@@ -25,7 +25,7 @@ LABELS_CHUNK = 1 << 16  # that are read at a time
 class DataSet:
     """What a prepared folder holds, and its rows. `stream` is where its shards come from when they are not here."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, stream: Stream | None = None):
+    def __init__(self, folder: str | Path, manifest: Manifest, stream: RemoteFiles | None = None):
         self.folder, self.manifest, self.stream = folder, manifest, stream
         self.reader = ShardReader(folder, manifest, stream.path if stream else None)
         self._captions = Captions(self.reader)
@@ -180,7 +180,7 @@ def open_data(path: str | Path) -> DataSet:
     Raises UserError when it is missing, unfinished or damaged, or cannot be reached.
     """
     if is_url(path):
-        stream = Stream(str(path))
+        stream = RemoteFiles(str(path))
         return DataSet(str(path), stream.manifest(), stream)
     return DataSet(Path(path), Manifest.open(path))
 

@@ -20,7 +20,7 @@ from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import PARTS
 from repa.data.packing import as_half, pack, principal_basis
 from repa.data.progress import Piece, Planned
-from repa.data.reading import Images, Read, spread
+from repa.data.reading import DecodedImages, Read, spread
 from repa.data.sources.reference_layout import require_same_moments
 from repa.data.stored_files import BASE, TEXT, basis_name
 from repa.encoders import load_encoder
@@ -60,7 +60,7 @@ class BaseFields:
         if model.stores_moments:
             self.sizes["moments"] = 2 * model.stored_channels * (config.resolution // model.factor) ** 2
 
-    def encode(self, images: Images) -> dict[str, np.ndarray]:
+    def encode(self, images: DecodedImages) -> dict[str, np.ndarray]:
         """Field -> rows (n, ...)."""
         fields = {"labels": images.labels}
         if self.config.store_images:
@@ -69,7 +69,7 @@ class BaseFields:
             fields["moments"] = as_half(self._moments(images), self.config.autoencoder).cpu().numpy()
         return fields
 
-    def _moments(self, images: Images) -> Tensor:
+    def _moments(self, images: DecodedImages) -> Tensor:
         """(n, M, h, w): made now, or those that come with the images, of which the first are compared."""
         if images.moments is None:
             return self._encode(images.pixels)
@@ -135,7 +135,7 @@ class FeatureFields:
         for batch in iter(lambda: list(itertools.islice(images, self.config.batch_size)), []):
             yield self.features(np.concatenate(batch)).patches
 
-    def encode(self, images: Images) -> dict[str, np.ndarray]:
+    def encode(self, images: DecodedImages) -> dict[str, np.ndarray]:
         """Field -> rows (n, ...)."""
         features = self.features(images.pixels)
         stored = pack(features.patches, self.form, self.basis, made_by=self.spec)  # (n, T, D or K), (n, T)
@@ -161,7 +161,7 @@ class TextFields:
             self.model.round_weights(DTYPES[config.precision])
         self.identity: dict[str, Any] = self.model.identity
 
-    def encode(self, images: Images) -> dict[str, np.ndarray]:
+    def encode(self, images: DecodedImages) -> dict[str, np.ndarray]:
         """Field -> rows: one for each text, and of `text_rows` (n, 2), the first row of an image's captions and how many."""
         is_first = images.texts_before == 0
         counts = np.array([len(captions) for captions in images.captions], np.int64)
@@ -192,8 +192,8 @@ def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields
 
 
 def encode(
-    item: tuple[Piece, Images], models: Mapping[str, Fields], skip_bad: bool
-) -> tuple[Piece, Images, dict[str, np.ndarray]]:
+    item: tuple[Piece, DecodedImages], models: Mapping[str, Fields], skip_bad: bool
+) -> tuple[Piece, DecodedImages, dict[str, np.ndarray]]:
     """What the models make of a batch, beside it: field -> rows, of the parts that this process makes."""
     piece, images = item
     fields: dict[str, np.ndarray] = {}

@@ -15,7 +15,7 @@ from repa.base.arrays import load_npy
 from repa.base.errors import UserError, choices
 from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import MANIFEST, PARTS, FeatureField, Manifest, TextField
-from repa.data.progress import Part, Progress, Settings, started
+from repa.data.progress import FinishedParts, Part, Settings, started
 from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, array_name, basis_name, fields_of, plain_name
 
 
@@ -23,7 +23,7 @@ def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
     """Make the manifest of all parts and forget them; None while some are unfinished. Any process may call it."""
     with lock.held(out / PARTS / "finish.lock"):
         now = started(out) or settings  # others may have asked for more encoders meanwhile
-        progress = Progress(out)
+        progress = FinishedParts(out)
         stored = progress.manifest.features if progress.manifest else ()
         encoders = dict.fromkeys([*now.config.features, *settings.config.features, *stored])
         names = (BASE, *encoders, *([TEXT] if now.config.text or settings.config.text else []))

@@ -13,8 +13,8 @@ import torch
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
-from repa.data.progress import Planned, Progress, Settings, agree, chosen_parts, plan_shards
-from repa.data.reading import FromSource, Images, spread
+from repa.data.progress import FinishedParts, Planned, Settings, agree, chosen_parts, plan_shards
+from repa.data.reading import DecodedImages, FromSource, spread
 from repa.data.sources.opening import open_source
 from repa.data.sources.reference_layout import require_autoencoder
 from repa.data.stored_files import TEXT
@@ -85,7 +85,7 @@ def make_plan(
         if isinstance(model, FeatureFields) and model.num_directions:  # any basis takes as long
             model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
     shards = plan_shards(len(images), config.shard_size, config.flip)
-    progress = Progress(out)
+    progress = FinishedParts(out)
     todo = sum(len(s.rows) for k, s in enumerate(shards) if any(progress.part(k, n) is None for n in models))
     rows = sum(len(shard.rows) for shard in shards)
     read = FromSource(images, config.resolution, config.num_workers)
@@ -108,7 +108,7 @@ def _measure(
     pieces = spread(shards, sum(len(shard.rows) for shard in shards))
     random.Random(0).shuffle(pieces)  # a sorted source may begin with its smallest images
     budget = seconds / (1 + len(models))
-    kept: list[Images] = []
+    kept: list[DecodedImages] = []
     with contextlib.closing(read(pieces)) as stream:
         decoded, begin = 0, time.perf_counter()
         for _, images in stream:
@@ -121,7 +121,7 @@ def _measure(
     if not kept:
         raise UserError("None of the images that were tried can be read: try another source.")
     rates = {"decode": max(decoded - 1, 1) / spent}
-    batch = Images(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
+    batch = DecodedImages(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
     for name, model in models.items():
         model.encode(batch)  # the first is slow: kernels are chosen
         num, begin = 0, time.perf_counter()

@@ -17,7 +17,7 @@ from repa.data.encoding import FeatureFields, encode, load_model
 from repa.data.finishing import finish, forget
 from repa.data.loader import ahead
 from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
-from repa.data.progress import Claims, Planned, Progress, Settings, agree, chosen_parts, plan_shards, started
+from repa.data.progress import Claims, FinishedParts, Planned, Settings, agree, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, FromShards, FromSource, Read
 from repa.data.sources.opening import open_source
@@ -186,7 +186,7 @@ def add_text(
 
 def _of_captions(out: Path, settings: Settings, num_shards: int, execution: Execution) -> Job:
     """Captions are read back from the folder, so that their tokens depend on its files and the text encoder alone."""
-    progress, shards = Progress(out), []
+    progress, shards = FinishedParts(out), []
     found = {k: part.shard for k in range(num_shards) if (part := progress.part(k, BASE))}
     for k in range(num_shards):
         has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
@@ -206,7 +206,7 @@ def _run(job: Job) -> Manifest | None:
 
 
 def _attempt(job: Job) -> Manifest | None:
-    out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), Progress(job.out)
+    out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), FinishedParts(job.out)
     device = torch.device(job.device)
     missing = {k: [name for name in job.parts if progress.part(k, name) is None] for k in range(num_shards)}
     lost = progress.lost_bases(job.parts)

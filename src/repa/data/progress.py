@@ -147,7 +147,7 @@ def plan_shards(num_images: int, size: int, flip: bool) -> list[Planned]:
     return [Planned(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
 
 
-class Progress:
+class FinishedParts:
     """The finished parts of a folder: from its manifest when it was complete before, else from parts/."""
 
     def __init__(self, out: Path):
@@ -226,11 +226,11 @@ class Claims:
 
         `passed` is called with the number of images that another process has made meanwhile, or is at.
         """
-        progress = Progress(self.out)
+        progress = FinishedParts(self.out)
         for k, names in self.wanted.items():
             taken = {name: handle for name in names if (handle := progress.claim(k, name)) is not None}
             if not (self.out / PARTS / SETTINGS).is_file():  # others have finished everything meanwhile
-                progress = Progress(self.out)
+                progress = FinishedParts(self.out)
             for name in [name for name in taken if progress.part(k, name) is not None]:  # by another process, since
                 lock.release(taken.pop(name))
             self._held.update({(k, name): handle for name, handle in taken.items()})
@@ -247,7 +247,7 @@ class Claims:
     def finish(self, shard: int, parts: Mapping[str, Part]) -> None:
         """Record the finished parts of a shard, and give them back."""
         for name, part in parts.items():
-            Progress(self.out).save(shard, name, part)
+            FinishedParts(self.out).save(shard, name, part)
             lock.release(self._held.pop((shard, name)))
 
     def close(self) -> None:

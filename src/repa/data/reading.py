@@ -25,7 +25,7 @@ from repa.data.stored_files import Shard
 AHEAD = 3  # batches of each worker
 
 
-class Images(NamedTuple):
+class DecodedImages(NamedTuple):
     """The images of a piece, without those that cannot be read."""
 
     pixels: np.ndarray  # (n, 3, R, R) uint8
@@ -36,7 +36,7 @@ class Images(NamedTuple):
     texts_before: int = 0  # that are stored of this shard already, where captions are encoded
 
 
-Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, Images], None, None]]
+Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, DecodedImages], None, None]]
 
 
 def most_workers() -> int:
@@ -53,7 +53,7 @@ class FromSource(Dataset):
     resolution: int
     num_workers: int
 
-    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, DecodedImages], None, None]:
         """Pieces are taken from `pieces` a few ahead, in this process; workers exist before the first is."""
         if self.num_workers > most_workers():
             raise UserError(
@@ -71,13 +71,13 @@ class FromSource(Dataset):
                 raise images
             yield piece, images
 
-    def __getitem__(self, piece: Piece) -> tuple[Piece, Images | UserError]:
+    def __getitem__(self, piece: Piece) -> tuple[Piece, DecodedImages | UserError]:
         try:
             return piece, self.decode(piece)
         except UserError as error:  # the loader would wrap it in a traceback of the worker
             return piece, error
 
-    def decode(self, piece: Piece) -> Images:
+    def decode(self, piece: Piece) -> DecodedImages:
         source, pixels, given, kept, bad = self.source, [], [], [], []
         for index in piece.rows:
             try:
@@ -90,7 +90,7 @@ class FromSource(Dataset):
                 bad.append((source.name(index), str(error)))
         captions = [_captions(source, index) for index in kept] if source.has_captions else []
         if not kept:
-            return Images(
+            return DecodedImages(
                 np.empty((0, 3, self.resolution, self.resolution), np.uint8), source.labels[:0], captions, bad
             )
         batch = np.stack(pixels)  # (n, R, R, 3)
@@ -99,7 +99,7 @@ class FromSource(Dataset):
         batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
         of_originals = [row for row in given if row is not None]
         moments = np.stack(of_originals) if source.moments_shape and not piece.flipped else None
-        return Images(batch, source.labels[kept], captions, bad, moments)
+        return DecodedImages(batch, source.labels[kept], captions, bad, moments)
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,15 @@ class FromShards:
 
     reader: ShardReader
 
-    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, DecodedImages], None, None]:
         with contextlib.closing(ahead(self._read, pieces, depth=AHEAD)) as stream:
             yield from stream
 
-    def _read(self, piece: Piece) -> tuple[Piece, Images]:
+    def _read(self, piece: Piece) -> tuple[Piece, DecodedImages]:
         indices = np.arange(piece.rows.start, piece.rows.stop)
-        return piece, Images(self.reader.gather("images", indices), self.reader.gather("labels", indices), [], [])
+        return piece, DecodedImages(
+            self.reader.gather("images", indices), self.reader.gather("labels", indices), [], []
+        )
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,17 @@ class FromCaptions:
     folder: Path
     shards: Mapping[int, Shard]
 
-    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, Images], None, None]:
+    def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, DecodedImages], None, None]:
         shard, captions, before = None, [], 0
         for piece in pieces:
             if piece.shard != shard:
                 shard, captions, before = piece.shard, self._read(piece.shard), 0
             texts = captions[piece.rows.start : piece.rows.stop]
             num = len(texts)
-            yield piece, Images(np.empty((num, 0), np.uint8), np.zeros(num, np.int64), texts, [], texts_before=before)
+            yield (
+                piece,
+                DecodedImages(np.empty((num, 0), np.uint8), np.zeros(num, np.int64), texts, [], texts_before=before),
+            )
             before += (before == 0) + sum(map(len, texts))  # the first text of a shard is the empty one
 
     def _read(self, shard: int) -> list[tuple[str, ...]]:

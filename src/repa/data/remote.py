@@ -80,7 +80,7 @@ class FileCache:
                 total -= size
 
 
-class Stream:
+class RemoteFiles:
     """The files of a data set under a URL.
 
     Raises:
@@ -150,7 +150,7 @@ class Stream:
 class FetchAhead:
     """Threads that fetch files before they are read. Close it to stop them."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: RemoteFiles):
         self.stream = stream
         self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="ahead-fetch")
         self._asked: set[str] = set()

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from repa.base.config import Config
 
-DTYPES = ("uint8", "int8", "int64", "float16", "float32")
+STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
 BASE, TEXT = "base", "text"
 """What is made at a time of each shard, as `--only` names it: base, text, and each encoder by its name."""
 
@@ -79,8 +79,8 @@ class ArrayFile(StoredFile):
     @field_validator("dtype")
     @classmethod
     def _known(cls, dtype: str) -> str:
-        if dtype not in DTYPES:
-            raise ValueError(f"{dtype!r} is not a type that shards hold: {', '.join(DTYPES)}")
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"{dtype!r} is not a type that shards hold: {', '.join(STORED_DTYPES)}")
         return dtype
 
 

@@ -15,11 +15,13 @@ import numpy as np
 from repa.base import files
 from repa.base.errors import UserError
 from repa.data.progress import Claims, Part, Piece, Planned
-from repa.data.reading import Images
+from repa.data.reading import DecodedImages
 from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile, array_name, captions_name, fields_of
 
 Report = Callable[[int, int, str], None]  # done, total, note
-Encoded = tuple[Piece, Images, dict[str, np.ndarray]]  # a batch and what the models made of it: field -> rows
+EncodedBatch = tuple[
+    Piece, DecodedImages, dict[str, np.ndarray]
+]  # a batch and what the models made of it: field -> rows
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Counter:
 
 
 def write_shards(
-    encoded: Iterable[Encoded], shards: Sequence[Planned], claims: Claims, counter: Counter, *, skip_bad: bool
+    encoded: Iterable[EncodedBatch], shards: Sequence[Planned], claims: Claims, counter: Counter, *, skip_bad: bool
 ) -> None:
     """Write batches into shard after shard, and a record for each finished part.
 

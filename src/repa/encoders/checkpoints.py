@@ -10,7 +10,7 @@ from repa.base import extras, faults, files, trust
 from repa.base.errors import UserError
 from repa.base.weights import read_weights
 from repa.encoders.families import TORCH_HUB, Family, Original
-from repa.encoders.originals import convert, state_dict_of
+from repa.encoders.originals import convert_original, state_dict_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = "pytorch_model.bin"  # of hub repositories from before safetensors
@@ -182,6 +182,6 @@ def read_folder(family: Family, file: Path) -> Contents:
 def read_original(name: str, family: Family, original: Original, file: Path) -> Contents:
     """The original project's checkpoint: its tensors renamed, its configuration read off their shapes."""
     transformers = extras.need("transformers", f"The encoder {name}")
-    settings, tensors = convert(state_dict_of(read_weights(file), original, name, file), original)
+    settings, tensors = convert_original(state_dict_of(read_weights(file), original, name, file), original)
     config = getattr(transformers, family.model).config_class(**settings, **family.settings)
     return Contents(config, tensors)

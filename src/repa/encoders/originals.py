@@ -105,7 +105,7 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
     return tensors
 
 
-def convert(tensors: dict[str, Tensor], original: Original) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """timm's names -> (settings of the network, read off the shapes; tensors in the hub's names, q, k and v apart)."""
     naming, converted = NAMINGS[original.naming], {}
     for key, value in tensors.items():

@@ -15,7 +15,7 @@ from repa.metrics import load_inception
 from repa.metrics.inception_weights import LoadedInception
 
 
-class Seen(NamedTuple):
+class Extracted(NamedTuple):
     """Features of a batch, float32, on the extractor's device."""
 
     pooled: Tensor  # (N, D)
@@ -41,13 +41,13 @@ class EncoderExtractor:
         return next(self.encoder.parameters()).device
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Seen:
+    def __call__(self, images: Tensor) -> Extracted:
         """uint8 (N, 3, S, S) -> features."""
         with autocast(self.device, self.precision):
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
         if pooled is None:
             raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
-        return Seen(pooled.float())
+        return Extracted(pooled.float())
 
 
 class InceptionExtractor:
@@ -71,9 +71,9 @@ class InceptionExtractor:
     def device(self) -> torch.device:
         return self.net.fc.weight.device
 
-    def __call__(self, images: Tensor) -> Seen:
+    def __call__(self, images: Tensor) -> Extracted:
         """uint8 (N, 3, H, W) -> features."""
-        return Seen(*self.net(images, self.precision))
+        return Extracted(*self.net(images, self.precision))
 
 
 Extractor = EncoderExtractor | InceptionExtractor

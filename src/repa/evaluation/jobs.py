@@ -12,6 +12,7 @@ from torch import Tensor
 from repa import __version__
 from repa.base import dist, files
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 from repa.conditions.loading import prompts_in
 from repa.data.dataset import encoder_weights
 from repa.evaluation.captions import CaptionMeasure, measures_of
@@ -19,14 +20,14 @@ from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, Featu
 from repa.evaluation.extractors import Extractor, InceptionExtractor, load_extractor
 from repa.evaluation.images import DataImages, Images, open_images
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
-from repa.evaluation.reference import Progress, Reference, kept_reference, silent, subset_of
+from repa.evaluation.reference import Reference, kept_reference, subset_of
 from repa.evaluation.reference_files import ReferenceFile, checksum_of, load_reference, open_reference, write_reference
 from repa.metrics.score import SPLIT_SIZE
 
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"
 
-Stream = Iterable[tuple[Tensor, Tensor]]  # indices (n,) and images (n, 3, H, W) of this process's share
+ImageBatches = Iterable[tuple[Tensor, Tensor]]  # indices (n,) and images (n, 3, H, W) of this process's share
 
 
 def evaluate_file(
@@ -50,7 +51,7 @@ def evaluate_file(
     if not isinstance(made, dict) or made.get("num") != images.num:
         made = None  # nothing, or about another file
 
-    def counted() -> Stream:
+    def counted() -> ImageBatches:
         progress(0, images.num)
         for indices, pixels in images.batches(config.batch_size):
             yield indices, pixels
@@ -63,7 +64,7 @@ def evaluate_file(
 
 
 def evaluate_stream(
-    stream: Stream,
+    stream: ImageBatches,
     num: int,
     side: int,
     reference: str | Path,

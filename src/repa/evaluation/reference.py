@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from repa.base import dist, faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.extractors import Extractor, as_extractor
@@ -22,12 +22,6 @@ from repa.metrics import Statistics
 
 BATCH = 64
 SUBSET = 10_000  # images for nearest neighbours and kernel distances, as many as the ADM evaluator's reference has
-
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 class Moments(NamedTuple):

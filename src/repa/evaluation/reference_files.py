@@ -11,10 +11,11 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
+from repa.base.reporting import Progress, silent
 from repa.evaluation.config import INCEPTION
 from repa.evaluation.extractors import Extractor, InceptionExtractor
 from repa.evaluation.images import Images, NpzImages, open_images
-from repa.evaluation.reference import BATCH, Progress, Reference, kept_reference, silent, subset_of
+from repa.evaluation.reference import BATCH, Reference, kept_reference, subset_of
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
 OURS = ("extractor", "resolution")

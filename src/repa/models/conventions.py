@@ -11,12 +11,12 @@ from torch import Tensor
 
 from repa.models.layers import timestep_frequencies
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 FIRST_TIME_LAYER = "t_embedder.mlp.0.weight"
 STENCIL = 8  # neighbouring frequencies that stand for one between them: off by less than 1e-7 for t in [0, 1]
 
 
-def from_sit(state: State) -> State:
+def from_sit(state: StateDict) -> StateDict:
     """v(x, t) = -v_SiT(x, 1 - t), by weights alone (SiT: t = 1 is data and velocity = data - noise)."""
     state = dict(state)
     channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
@@ -29,7 +29,7 @@ def from_sit(state: State) -> State:
     return state
 
 
-def to_sit(state: State) -> State:
+def to_sit(state: StateDict) -> StateDict:
     """The inverse of from_sit (reversing time twice is the identity), with variance channels that are zero."""
     state = dict(state)
     channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]

@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # raised when an older reader would misunderstand the folder
 
 Side = Annotated[int, Field(ge=1, le=65_536)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Arguments(Config):
@@ -61,7 +61,7 @@ class Arguments(Config):
     patch_overlap: int = Field(0, ge=0, le=1_024)
     """Pixels of its neighbours that a patch sees on each side."""
     route: (
-        tuple[Side, Side, Share, Annotated[int, Field(ge=0, le=1_024)], Literal["identity", "fuse"], Share] | None
+        tuple[Side, Side, Fraction, Annotated[int, Field(ge=0, le=1_024)], Literal["identity", "fuse"], Fraction] | None
     ) = None
     """Blocks that see a share of the tokens, as models.routing.Route."""
 

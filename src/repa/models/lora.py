@@ -61,7 +61,7 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
     return list(layers)
 
 
-def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with W + B A in place of W, A and B; one without updates as it is."""
     plain = {name: value for name, value in state.items() if not name.endswith((f".{DOWN}", f".{UP}"))}
     for name, down in state.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from repa.base.errors import UserError, choices
 from repa.base.weights import read_weights
 from repa.models.config import SIZES
-from repa.models.conventions import State, from_sit, to_sit
+from repa.models.conventions import StateDict, from_sit, to_sit
 from repa.models.dit import DiT
 
 KINDS = ("repa", "sit", "dit")
@@ -47,15 +47,15 @@ STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.
 class Published(NamedTuple):
     """All that is used of a released checkpoint, as state dicts of `DiT` and of its projectors (see load_published)."""
 
-    ema: State
-    projectors: State  # of the EMA weights
-    model: State  # the raw weights; empty when the file has one set only
+    ema: StateDict
+    projectors: StateDict  # of the EMA weights
+    model: StateDict  # the raw weights; empty when the file has one set only
     steps: int | None  # steps of training, where the file tells
     settings: dict[str, Any]  # how it was trained, as its own code named it; empty when the file does not tell
     taken: str  # which weights of the file these are, as a sentence
 
 
-def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str) -> tuple[State, State]:
+def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str) -> tuple[StateDict, StateDict]:
     """State dicts of DiT and of the projectors from a released checkpoint; the second is empty for SiT and DiT.
 
     Args:
@@ -94,7 +94,7 @@ def read_published(path: str | Path, kind: str, weights: str = "") -> Published:
     )
 
 
-def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> State:
+def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> StateDict:
     """A bare state dict as the code of REPA, SiT or DiT loads it: what load_published undoes.
 
     A SiT gets its own time and sign back, for velocity networks, and variance channels that are zero: its code builds
@@ -192,7 +192,7 @@ def _check_kind(kind: str) -> None:
         raise UserError(f"Unknown kind of checkpoint {kind!r}{choices(kind, KINDS)}")
 
 
-def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[State, State]:
+def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[StateDict, StateDict]:
     """State dicts of DiT and of the projectors from one set of weights of a checkpoint; `where` names it in errors."""
     state, projectors = dict(weights), {}
     if kind == "repa":
@@ -269,7 +269,7 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
         yield from _weights_in(value, (*above, inner), (*ancestors, id(content)))
 
 
-def _without_dots(rest: State, prefix: str, raw: Mapping[str, Tensor], above: tuple[str, ...]) -> Iterator[Weights]:
+def _without_dots(rest: StateDict, prefix: str, raw: Mapping[str, Tensor], above: tuple[str, ...]) -> Iterator[Weights]:
     """The average of latent-diffusion's LitEma: buffers model_ema.NAME, the dots of NAME left out; frozen tensors have none."""
     heads = {key.partition(".")[0] for key in rest}
     for head in sorted(head for head in heads if _words(head) & AVERAGE):
@@ -297,7 +297,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _modern_block_names(state: State) -> State:
+def _modern_block_names(state: StateDict) -> StateDict:
     """Older REPA checkpoints start counting again after the alignment depth, as decoder_blocks."""
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
 
@@ -307,7 +307,7 @@ def _modern_block_names(state: State) -> State:
     return {modern(key): value for key, value in state.items()}
 
 
-def check_keys(state: State, where: str, kind: str) -> None:
+def check_keys(state: StateDict, where: str, kind: str) -> None:
     """UserError unless there is every tensor of a DiT with these sizes, with its shape, and no other."""
     problem = ""
     try:
@@ -336,7 +336,7 @@ def check_keys(state: State, where: str, kind: str) -> None:
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: {problem}.")
 
 
-def check_values(state: State, where: str) -> None:
+def check_values(state: StateDict, where: str) -> None:
     """UserError unless all are numbers that a network can compute with."""
     for key, value in state.items():
         problem = ""

@@ -22,12 +22,12 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  
 Grid = tuple[int, ...]  # (rows, columns), or (frames, rows, columns) of a video
 
 
-class Block(NamedTuple):
+class NamedBlock(NamedTuple):
     name: str
     module: nn.Module
 
 
-def find_blocks(net: nn.Module, pattern: str) -> list[Block]:
+def find_blocks(net: nn.Module, pattern: str) -> list[NamedBlock]:
     """Modules by name, "transformer_blocks.7", or by a pattern whose * and [4-8] stay within one part of a name.
 
     A name may lack what stands in front of it in the network, so that it holds for a wrapped network too.
@@ -58,7 +58,7 @@ def find_blocks(net: nn.Module, pattern: str) -> list[Block]:
             f"{pattern!r} names {len(matching)} blocks of {type(net).__name__} ({names} ...): write the whole name, or a "
             f"pattern with * to take all."
         )
-    return [Block(".".join(parts), found[parts]) for parts in matching]
+    return [NamedBlock(".".join(parts), found[parts]) for parts in matching]
 
 
 def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
@@ -140,7 +140,7 @@ class Eye:
             raise UserError("The network of this aligner no longer exists: keep a reference to it, and attach again.")
         return net
 
-    def watch(self, block: Block, *, attention: bool = False) -> None:
+    def watch(self, block: NamedBlock, *, attention: bool = False) -> None:
         if attention:
             watcher = _Attention(block.name, self.record)
             self._keep(block.module.register_forward_pre_hook(watcher.enter))
@@ -246,7 +246,7 @@ def _called(net: nn.Module) -> list[nn.Module]:
             return [*found, net]
 
 
-def width_of(net: nn.Module, block: Block) -> int | None:
+def width_of(net: nn.Module, block: NamedBlock) -> int | None:
     """Channels of what a block gives, where network or block tell: as transformers of diffusers and U-Nets do."""
     net = unwrapped(net)
     config = getattr(net, "config", None)

@@ -28,7 +28,7 @@ Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.iter
 
 
 @dataclass(frozen=True)
-class Source:
+class BatchSource:
     """Where a measured step's batches come from."""
 
     dims: Mapping[str, int]
@@ -47,7 +47,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[tuple[TrainConfig, Source]]:
+def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[tuple[TrainConfig, BatchSource]]:
     """Batches of a prepared folder, read and encoded as training does."""
 
     data = open_data(folder)
@@ -65,14 +65,14 @@ def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterato
     with contextlib.closing(loader.iterate()) as batches:
         feed = encoders.iterate(batches, 0, lambda step: needs)
         running = tuple(need for need in needs if need.encoder in encoders.encoders)
-        yield config, Source(
+        yield config, BatchSource(
             encoders.dims, feed, lambda: loader.batch(next(steps)), lambda b: encoders(b, needs), where,
             flops_of_encoders(running, encoders.grid, config), texts,
         )  # fmt: skip
 
 
 @contextlib.contextmanager
-def random_batch(config: TrainConfig, width: int, device: torch.device) -> Iterator[tuple[TrainConfig, Source]]:
+def random_batch(config: TrainConfig, width: int, device: torch.device) -> Iterator[tuple[TrainConfig, BatchSource]]:
     """One random batch that stays in memory, with tokens that are there already."""
 
     given = config.model.model_dump()
@@ -85,7 +85,7 @@ def random_batch(config: TrainConfig, width: int, device: torch.device) -> Itera
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, resolution=1)
     where = "cached" if dims else "none"
-    yield config, Source(
+    yield config, BatchSource(
         dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where,
         condition=lambda batch: random_condition(config, batch.labels),
     )  # fmt: skip

@@ -30,7 +30,7 @@ WORTH = 1.03  # times as fast that a change must promise to be named: less is wi
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measurement:
     """One way to run the step, measured."""
 
     model: str
@@ -76,7 +76,7 @@ class Figures:
         return {**vars(self), **{name: getattr(self, name) for name in names}}
 
 
-class Step:
+class MeasuredStep:
     """A training step, whole and in parts. `feed` gives each its batch and tokens, `condition` what a batch is conditioned on."""
 
     def __init__(
@@ -122,14 +122,14 @@ class Step:
 
 
 def measure(
-    step: Step,
+    step: MeasuredStep,
     rates: Mapping[str, float],
     rounds: int,
     data: Callable[[], Batch],
     encode: Callable[[Batch], Mapping[str, Features]],
     where: str,
     encoder_flops: float = 0.0,
-) -> Figures:
+) -> Measurement:
     """Time a step, whole and in parts, after one that is not counted (it compiles, and fills caches).
 
     Args:
@@ -156,7 +156,7 @@ def measure(
     parts = [step.parts(data, encode) for _ in range(max(1, rounds // 2))]
     of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
-    return Figures(
+    return Measurement(
         config.model.name, where, config.batch_size, config.precision, config.compile, seconds,
         of_one * flops_per_image(config, step.dims), memory, medians, of_one * encoder_flops, first, reserved,
     )  # fmt: skip
@@ -169,7 +169,7 @@ class Advice(NamedTuple):
     sentence: str
 
 
-def table(figures: Sequence[Figures]) -> str:
+def table(figures: Sequence[Measurement]) -> str:
     """Markdown, a row for each; the parts are shares of their sum."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for f in figures:
@@ -182,14 +182,14 @@ def table(figures: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
-def advise(now: Figures, others: Sequence[Figures]) -> list[Advice]:
+def advise(now: Measurement, others: Sequence[Measurement]) -> list[Advice]:
     """What would make the step `now` faster, the most first; empty when nothing that was measured would."""
     found = [_switch(now, other) for other in others if other.images_per_second > now.images_per_second]
     found += [part for part in (_encoder(now), _data(now), _update(now)) if part is not None]
     return sorted((advice for advice in found if advice.gain >= WORTH), reverse=True)
 
 
-def _switch(now: Figures, other: Figures) -> Advice:
+def _switch(now: Measurement, other: Measurement) -> Advice:
     changes = []
     if other.precision != now.precision:
         changes.append(f"--precision {other.precision}")
@@ -205,7 +205,7 @@ def _switch(now: Figures, other: Figures) -> Advice:
     )
 
 
-def _encoder(now: Figures) -> Advice | None:
+def _encoder(now: Measurement) -> Advice | None:
     share = now.share("encoder")
     if now.features != "online":
         return None
@@ -215,7 +215,7 @@ def _encoder(now: Figures) -> Advice | None:
     )
 
 
-def _data(now: Figures) -> Advice | None:
+def _data(now: Measurement) -> Advice | None:
     computing = sum(now.parts.values()) - now.parts["data"]
     # A reader that keeps up is hidden behind the computation of other steps: a faster disk gains nothing.
     if now.parts["data"] <= computing:
@@ -227,7 +227,7 @@ def _data(now: Figures) -> Advice | None:
     )
 
 
-def _update(now: Figures) -> Advice | None:
+def _update(now: Measurement) -> Advice | None:
     share = now.share("optimizer") + now.share("averages")
     return Advice(
         # A doubled batch needs half as many updates for the same images: half of their share goes away.

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from repa.base.device import product_rate, sustained_product_rate, timed
 from repa.base.precision import DTYPES
-from repa.performance.batches import Source
+from repa.performance.batches import BatchSource
 from repa.performance.counts import product_shapes
-from repa.performance.measure import Figures, Step, measure
+from repa.performance.measure import MeasuredStep, Measurement, measure
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
 
@@ -36,7 +36,7 @@ LONGEST = 25
 
 
 @dataclass(frozen=True)
-class Profile:
+class KernelProfile:
     """Of one step."""
 
     seconds: float
@@ -55,7 +55,9 @@ def category_of(name: str) -> str:
     return next((c for c, pattern in CATEGORIES.items() if re.search(pattern, name.lower())), OTHER)
 
 
-def profiled(run: Callable[[], object], device: torch.device, *, steps: int = 2, trace: str | Path = "") -> Profile:
+def profiled(
+    run: Callable[[], object], device: torch.device, *, steps: int = 2, trace: str | Path = ""
+) -> KernelProfile:
     """Profile `steps` calls of `run`, which is a step that has run before.
 
     Args:
@@ -83,7 +85,7 @@ def profiled(run: Callable[[], object], device: torch.device, *, steps: int = 2,
     else:
         busy = sum(spent for _, spent, _ in rows) / seconds
     longest = [{"name": name[:120], "seconds": spent / steps, "calls": n / steps} for name, spent, n in rows[:LONGEST]]
-    return Profile(seconds / steps, categories, busy, sum(n for _, _, n in rows) / steps, longest)
+    return KernelProfile(seconds / steps, categories, busy, sum(n for _, _, n in rows) / steps, longest)
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
@@ -127,16 +129,16 @@ def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> 
 
 
 def observed(
-    config: TrainConfig, source: Source, rates: Mapping[str, float], rounds: int, device: torch.device,
+    config: TrainConfig, source: BatchSource, rates: Mapping[str, float], rounds: int, device: torch.device,
     trace: str | Path = "",
-) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
+) -> tuple[Measurement, dict[str, Any]]:  # fmt: skip
     """A step in the loop's own way, timed, then profiled; the figures, and a row of all that was seen, for JSON."""
     # Each network is compiled again, and torch gives up on a class after a few of its graphs.
     torch.compiler.reset()
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
-        step = Step(config, source.dims, source.feed, device, source.condition)
+        step = MeasuredStep(config, source.dims, source.feed, device, source.condition)
         figures = measure(step, rates, rounds, source.data, source.encode, source.where, source.encoder_flops)
         profile = profiled(step, device, trace=trace)
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}

@@ -17,7 +17,7 @@ from repa.recipes.small import cifar10
 from repa.training.config import StreamConfig, TrainConfig
 
 
-class Place(NamedTuple):
+class Scale(NamedTuple):
     """A network that the methods are shown on; blocks are counted from 1."""
 
     name: str  # recipes begin with it
@@ -29,9 +29,9 @@ class Place(NamedTuple):
     projector: str = "mlp"
 
 
-B = Place("sit-b2", "SiT-B/2", aligned=4, deep=8, last=12)
-XL = Place("sit-xl2", "SiT-XL/2", aligned=8, deep=20, last=28)
-SMALL = Place("cifar10", "a small SiT", aligned=2, deep=4, last=6, encoder="tiny", projector="mlp:width=256")
+B = Scale("sit-b2", "SiT-B/2", aligned=4, deep=8, last=12)
+XL = Scale("sit-xl2", "SiT-XL/2", aligned=8, deep=20, last=28)
+SMALL = Scale("cifar10", "a small SiT", aligned=2, deep=4, last=6, encoder="tiny", projector="mlp:width=256")
 
 Parts = dict[str, Any]  # arguments of TrainConfig; of the network, what is not as in the baseline
 
@@ -45,18 +45,18 @@ class Method:
     """Number at arXiv."""
     page: str
     """In docs/methods/."""
-    parts: Callable[[Place], Parts]
+    parts: Callable[[Scale], Parts]
     notes: tuple[str, ...] = ()
     """What the paper leaves open and is chosen here, and what of the paper is not implemented."""
     guidance: str = ""
     """How samples are guided where the method is about that; {aligned} is the block."""
 
 
-def irepa(place: Place) -> Parts:
+def irepa(place: Scale) -> Parts:
     return _terms(_encoder(place, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
 
 
-def haste(place: Place) -> Parts:
+def haste(place: Scale) -> Parts:
     """The four blocks up to the aligned one, with the last four of the encoder's twelve."""
     stop = "stop:step=250000"
     attention = [
@@ -69,13 +69,13 @@ def haste(place: Place) -> Parts:
     return _terms(_encoder(place, schedule=stop), *attention)
 
 
-def reg(place: Place) -> Parts:
+def reg(place: Scale) -> Parts:
     target = f"{place.encoder}:part=all"
     term = AlignmentConfig(target=target, depth=place.aligned, projector=place.projector, name=place.encoder)
     return {**_terms(term), "streams": (StreamConfig(name="class", source=place.encoder, weight=0.03),)}
 
 
-def sra(place: Place) -> Parts:
+def sra(place: Scale) -> Parts:
     return _terms(
         AlignmentConfig(
             target=f"ema:depth={place.deep},earlier=0.2", depth=place.aligned, loss="smooth_l1:beta=0.05",
@@ -84,7 +84,7 @@ def sra(place: Place) -> Parts:
     )  # fmt: skip
 
 
-def sra_dts_as(place: Place) -> Parts:
+def sra_dts_as(place: Scale) -> Parts:
     return {
         **_terms(
             AlignmentConfig(
@@ -97,74 +97,74 @@ def sra_dts_as(place: Place) -> Parts:
     }  # fmt: skip
 
 
-def self_flow(place: Place) -> Parts:
+def self_flow(place: Scale) -> Parts:
     target = f"ema:depth={place.deep},cleanest=true"
     term = AlignmentConfig(target=target, depth=place.aligned, projector=place.projector, name="averaged")
     return {**_terms(term), "diffusion": DiffusionConfig(token_times=0.25)}
 
 
-def layersync(place: Place) -> Parts:
+def layersync(place: Scale) -> Parts:
     deep = 16 if place is XL else place.deep
     return _terms(
         AlignmentConfig(target=f"block:depth={deep}", depth=place.aligned, projector="none", weight=0.2, name="deeper")
     )
 
 
-def vae_repa(place: Place) -> Parts:
+def vae_repa(place: Scale) -> Parts:
     return _terms(AlignmentConfig(target="latent", depth=place.aligned, projector="mlp2"))
 
 
-def self_transcendence(place: Place) -> Parts:
+def self_transcendence(place: Scale) -> Parts:
     return _terms(
         AlignmentConfig(target="latent", depth=place.last // 3, loss="mse", projector=place.projector, times=(0.4, 0.7))
     )
 
 
-def dispersive(place: Place) -> Parts:
+def dispersive(place: Scale) -> Parts:
     return _terms(
         AlignmentConfig(target="none", depth=place.last // 4, loss="dispersive:temperature=0.5", projector="none")
     )
 
 
-def dispersive_last(place: Place) -> Parts:
+def dispersive_last(place: Scale) -> Parts:
     loss = "dispersive:temperature=1,scope=device"
     return _terms(AlignmentConfig(target="none", depth=place.last, loss=loss, projector="none", weight=0.25))
 
 
-def reed(place: Place) -> Parts:
+def reed(place: Scale) -> Parts:
     """50K of 400K steps of warm-up, an eighth."""
     steps = 125 if place is SMALL else 50_000
     return {**_terms(_encoder(place)), "denoising_schedule": f"warmup:steps={steps}"}
 
 
-def urepa(place: Place) -> Parts:
+def urepa(place: Scale) -> Parts:
     tokens = _encoder(place, resample="target", name="tokens")
     return _terms(tokens, _relations(place, "gram", 1.5, resample="target", projector_of="tokens"))
 
 
-def trd(place: Place) -> Parts:
+def trd(place: Scale) -> Parts:
     return _terms(_relations(place, "gram:norm=l1,margin=0.1", 0.5))
 
 
-def sara(place: Place) -> Parts:
+def sara(place: Scale) -> Parts:
     return _terms(_encoder(place, name="tokens"), _relations(place, "gram", 0.5, projector_of="tokens"))
 
 
-def internal_guidance(place: Place) -> Parts:
+def internal_guidance(place: Scale) -> Parts:
     return {"model": {"heads": (place.aligned,)}, "head_weight": 0.5}
 
 
-def contrastive(place: Place) -> Parts:
+def contrastive(place: Scale) -> Parts:
     return {"diffusion": DiffusionConfig(contrastive=0.05)}
 
 
-def tread(place: Place) -> Parts:
+def tread(place: Scale) -> Parts:
     """From behind the second block to before the last four, for half of the tokens."""
     blocks = (3, place.last - 4) if place.last > 6 else (2, 4)
     return {"model": {"route": blocks, "keep": 0.5}}
 
 
-def sprint(place: Place) -> Parts:
+def sprint(place: Scale) -> Parts:
     """All but the first and the last two blocks see one token of every 2 x 2."""
     route = {"route": (3, place.last - 2), "keep": 0.25, "keep_groups": 2, "merge": "fuse", "path_drop": 0.1}
     if place is not XL:
@@ -264,7 +264,7 @@ def method_recipes() -> dict[str, Recipe]:
     return full | {f"{SMALL.name}-{key}": _small(key) for key in METHODS if key not in _WITHOUT_ATTENTION}
 
 
-def _full(place: Place, key: str) -> Recipe:
+def _full(place: Scale, key: str) -> Recipe:
     """On ImageNet."""
     name, method, figures = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
@@ -292,7 +292,7 @@ def _small(key: str) -> Recipe:
     )
 
 
-def method_config(method: Method, place: Place, baseline: TrainConfig) -> TrainConfig:
+def method_config(method: Method, place: Scale, baseline: TrainConfig) -> TrainConfig:
     parts = method.parts(place)
     return baseline.override(**{**parts, "model": baseline.model.override(**parts.get("model", {}))})
 
@@ -301,13 +301,13 @@ def _terms(*terms: AlignmentConfig) -> Parts:
     return {"alignments": terms}
 
 
-def _encoder(place: Place, **settings: Any) -> AlignmentConfig:
+def _encoder(place: Scale, **settings: Any) -> AlignmentConfig:
     """REPA's term."""
     return AlignmentConfig(
         **{"target": place.encoder, "depth": place.aligned, "projector": place.projector, **settings}
     )
 
 
-def _relations(place: Place, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
+def _relations(place: Scale, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
     """The relations between tokens in place of the tokens."""
     return _encoder(place, loss=loss, weight=weight, name="relations", **settings)

@@ -14,7 +14,7 @@ import numpy as np
 from repa.analysis.collection import best
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.report.results import Accuracy
+from repa.report.results import BestProbe
 from repa.report.runs import RunRecord, is_number
 from repa.report.style import TEXT, frame, legend_label, line, new_figure, strong
 from repa.runs import layout
@@ -85,12 +85,12 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
     return [Analysis(each.kind, each.settings, best(each.rows, each.value)) for each in found.values() if each.rows]
 
 
-def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], Accuracy]:
+def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], BestProbe]:
     """(run, step) -> accuracy of the best block, as the paper's Acc.; where probes differ, that of the first."""
-    found: dict[tuple[str, int], Accuracy] = {}
+    found: dict[tuple[str, int], BestProbe] = {}
     for analysis in (each for each in analyses if each.kind == "probe"):
         for row in analysis.best:
-            found.setdefault((row["run"], row["step"]), Accuracy(100 * row["top1"], row["depth"], row["t"]))
+            found.setdefault((row["run"], row["step"]), BestProbe(100 * row["top1"], row["depth"], row["t"]))
     return found
 
 

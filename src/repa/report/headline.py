@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from repa.base.registry import parse_spec
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.speedups import Group, GroupSpeedup, Reached, Speedup, group_speedups, grouped, spread

@@ -15,12 +15,12 @@ from markupsafe import Markup, escape
 
 from repa.base import extras
 from repa.base.files import write_text
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.recipes.paper_tables import printed
 from repa.report.analyses import Analysis, accuracies, depth_figure, read_analyses
 from repa.report.curves import QUANTITIES, alignment_axis, curve_figure, logged, smoothing_window
 from repa.report.headline import verdict
-from repa.report.pictures import analysis_pictures, check_images, sample_pictures
+from repa.report.pictures import analysis_pictures, checked_images, sample_pictures
 from repa.report.results import has_seeds, shown, speedup_cells, without_paper, write_csv, write_markdown
 from repa.report.results import results as find_results
 from repa.report.runs import (
@@ -75,7 +75,7 @@ def write_report(
     """
     out = Path(out)
     if training_images is not None:
-        check_images(training_images, "training_images")
+        checked_images(training_images, "training_images")
     records, others = add_evaluations(read_runs(runs, names), results)
     analyses, groups, said = read_analyses(records), grouped(records), verdict(records)
     probed = accuracies(analyses)

@@ -19,7 +19,7 @@ from repa.base.images import decode_image
 from repa.report.curves import draw_curves
 from repa.report.runs import DISTANCE, Protocol, RunRecord, add_evaluations, common_protocol, distance_name, read_runs
 from repa.report.speedups import Group, group_indices, grouped
-from repa.report.style import TEXT, colour, new_figure, save_png
+from repa.report.style import TEXT, colour, new_figure, write_png
 from repa.report.text import count, figure
 from repa.runs import layout
 
@@ -123,7 +123,7 @@ def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
 
 def tile(images: np.ndarray) -> Tile:
     """uint8 (N, H, W, C) -> a tile of the first 16, rows of 4, with transparent gaps."""
-    images = check_images(images)[:MOST_IMAGES]
+    images = checked_images(images)[:MOST_IMAGES]
     canvas = tile_pixels(images)
     from PIL import Image
 
@@ -138,7 +138,7 @@ def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Sample]:
     from PIL import Image
 
     found = []
-    for index, image in enumerate(check_images(images)[:MOST_IMAGES]):
+    for index, image in enumerate(checked_images(images)[:MOST_IMAGES]):
         picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
         picture.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS), Image.Resampling.LANCZOS)
         found.append(Sample(_uri(picture), captions[index] if index < len(captions) else ""))
@@ -158,7 +158,7 @@ def tile_pixels(images: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def check_images(images: np.ndarray, what: str = "Images") -> np.ndarray:
+def checked_images(images: np.ndarray, what: str = "Images") -> np.ndarray:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise UserError(
@@ -173,7 +173,7 @@ def read_preview(run: RunRecord, step: int) -> np.ndarray:
     arrays = load_npz(path, "a preview", ("arr_0",), remedy="Remove it.", limit=MOST_BYTES)
     if "arr_0" not in arrays:
         raise UserError(f"{path} is damaged: it lacks the array arr_0. Remove it.")
-    return check_images(arrays["arr_0"], str(path))
+    return checked_images(arrays["arr_0"], str(path))
 
 
 def preview_classes(run: RunRecord, step: int) -> list[str]:
@@ -273,7 +273,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     axes = picture.add_axes((box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]))
     kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
     draw_curves(axes, records, kind, protocol=protocol)
-    return save_png(picture, out)
+    return write_png(picture, out)
 
 
 def _draw_row(

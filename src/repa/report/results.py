@@ -52,7 +52,7 @@ METRICS = {
 }
 
 
-class Accuracy(NamedTuple):
+class BestProbe(NamedTuple):
     """Of the linear probe of a run's best block, in per cent."""
 
     value: float
@@ -60,7 +60,7 @@ class Accuracy(NamedTuple):
     t: float
 
 
-Accuracies = Mapping[tuple[str, int], Accuracy]  # (name of the run, step)
+Accuracies = Mapping[tuple[str, int], BestProbe]  # (name of the run, step)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{text[len(opening) :]}'
 
 
-def save_png(picture: Figure, out: str | Path) -> Path:
+def write_png(picture: Figure, out: str | Path) -> Path:
     """Write a PNG, whole or not at all."""
     with atomic_path(out) as temporary:
         picture.savefig(temporary, format="png", dpi=DPI)

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from repa.base import faults
-from repa.base.units import duration
+from repa.base.reporting import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
 from repa.report.speedups import Speedup, baseline_of, speedup
 from repa.report.text import count, figure

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repa.base import dist, faults, files
 from repa.base.errors import UserError
-from repa.models.lora import merged
+from repa.models.lora import merged_weights
 from repa.runs import layout
 
 OF_TENSORS = "sha256"  # in the header of files by `save_checked`
@@ -254,7 +254,7 @@ def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int,
         before = layout.checkpoint_steps(run)
         try:
             found, state = _load_weights(run, weights, step)
-            return found, merged(state)
+            return found, merged_weights(state)
         except (UserError, OSError):
             if step is not None or layout.checkpoint_steps(run) == before:
                 raise

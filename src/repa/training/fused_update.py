@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BLOCK = 4096  # numbers of one program
 
 
-class Row(NamedTuple):
+class ParameterRow(NamedTuple):
     """What belongs to one parameter, all float32 and of one shape but the step."""
 
     parameter: Tensor
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def by_triton(
-    rows: Sequence[Row], skip: Tensor, grad_scale: Tensor, share: float, *, rate: float, betas: tuple[float, float],
+    rows: Sequence[ParameterRow], skip: Tensor, grad_scale: Tensor, share: float, *, rate: float, betas: tuple[float, float],
     eps: float, decay: float,
 ) -> None:  # fmt: skip
     """One launch for all rows. Everything that depends on the device's numbers is computed there: nothing waits."""

@@ -13,7 +13,7 @@ from repa.diffusion.config import DiffusionConfig
 from repa.models import Backbone, DiT, build
 from repa.models.config import ModelConfig
 from repa.models.exported import CONFIG, read_exported
-from repa.models.lora import merged
+from repa.models.lora import merged_weights
 from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
 from repa.runs.checkpoint import load_checkpoint, load_weights
@@ -131,7 +131,7 @@ def _of_run(run: Path) -> Start:
     where = str(run / layout.CONFIG)
     heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
     alignments = [AlignmentConfig.parse(values, where=where) for values in config.get("alignments", ())]
-    return Start(merged(checkpoint.ema), heads, _projectors(alignments, checkpoint.projectors))
+    return Start(merged_weights(checkpoint.ema), heads, _projectors(alignments, checkpoint.projectors))
 
 
 def _of_file(file: Path, kind: str, num_heads: int) -> Start:

@@ -7,7 +7,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from repa.alignment import AlignmentConfig
-from repa.alignment.targets import Need, merged, needs_of
+from repa.alignment.targets import Need, merged_needs, needs_of
 from repa.base.errors import UserError
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.base.registry import parse_spec
@@ -147,7 +147,7 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 def wanted_by(config: TrainConfig) -> tuple[Need, ...]:
     """All that a run wants of encoders."""
-    return merged([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
+    return merged_needs([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
 
 
 def _wanted_of(features: Features, need: Need) -> Features:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.alignment import SCHEDULES, Alignment
-from repa.alignment.targets import Need, Seen, merged
+from repa.alignment.targets import Need, Seen, merged_needs
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.rng import generator
@@ -45,8 +45,8 @@ class Draws(NamedTuple):
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        t = each(self.t, lambda x: x[part])
-        t_averaged = None if self.t_averaged is None else each(self.t_averaged, lambda x: x[part])
+        t = map_times(self.t, lambda x: x[part])
+        t_averaged = None if self.t_averaged is None else map_times(self.t_averaged, lambda x: x[part])
         keep = None if self.keep is None else self.keep[part]
         other = None if self.other is None else rows_of(self.other, part)
         visible = rows_of(self.visible or {}, part)
@@ -158,7 +158,7 @@ class Objective(nn.Module):
     def _before(self, part: Tensor, noise: Tensor, t: Times, rows: slice) -> Tensor:
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
-        times = self._times_of(each(t, lambda x: x.roll(1, 0)[rows]), part)
+        times = self._times_of(map_times(t, lambda x: x.roll(1, 0)[rows]), part)
         assert isinstance(self.process, Flow)  # as it is contrastive
         return self.process.velocity(before, noise.roll(1, 0)[rows], times)
 
@@ -276,7 +276,7 @@ class Objective(nn.Module):
     def needs(self, step: int) -> tuple[Need, ...]:
         """What this step wants of encoders: for streams, and for the terms with a weight that is not 0."""
         terms = [a.target.need for a in self.terms() if a.target.need and a.weight(step) != 0]
-        return merged([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
+        return merged_needs([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
     def trained_groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together.
@@ -328,7 +328,7 @@ class Objective(nn.Module):
         return grid.repeat_interleave(part.shape[2] // rows, 2).repeat_interleave(part.shape[3] // columns, 3)
 
 
-def each(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
+def map_times(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
     """The function of times (N,), or of both parts of two times an image."""
     return t.map(function) if isinstance(t, TwoTimes) else function(t)
 

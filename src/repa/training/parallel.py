@@ -96,7 +96,7 @@ def without_reduction(objective: nn.Module) -> contextlib.AbstractContextManager
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def gather(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = False) -> dict[str, Tensor]:
+def gather_whole(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = False) -> dict[str, Tensor]:
     """Those of the tensors that are `mine`, whole, on the CPU; all processes must ask for the same; `copy`: never views."""
     out = {}
     for name, tensor in tensors.items():
@@ -106,7 +106,7 @@ def gather(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = 
     return out
 
 
-def place(dealt: Dealt, like: Tensor) -> Tensor:
+def held_as(dealt: Dealt, like: Tensor) -> Tensor:
     """A tensor that one process has read, as this one holds it: its part, laid out as `like`; one of another shape is kept whole.
 
     All processes must ask at once.
@@ -125,4 +125,4 @@ def place(dealt: Dealt, like: Tensor) -> Tensor:
 def load(module: nn.Module, state: Mapping[str, Dealt]) -> None:
     """load_state_dict of whole tensors into a module that may be in parts."""
     own = module.state_dict()
-    module.load_state_dict({n: place(dealt, own[n]) if n in own else dealt.value for n, dealt in state.items()})
+    module.load_state_dict({n: held_as(dealt, own[n]) if n in own else dealt.value for n, dealt in state.items()})

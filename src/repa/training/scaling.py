@@ -34,7 +34,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSeconds:
     """Seconds of one training step on every GPU."""
 
     compute: float
@@ -55,7 +55,7 @@ class Step:
 def step(
     strategy: str, parameters: float, flops: float, images: float, machines: int, gpus: int,
     machine: Machine = Machine(), *, buckets: int = 14, blocks: int = 28,
-) -> Step:  # fmt: skip
+) -> StepSeconds:  # fmt: skip
     """Predict a step.
 
     Args:
@@ -81,7 +81,9 @@ def step(
         sent = parameters * (6 * ring + 8 * (machines - 1) / machines / gpus)
     hidden = min(into_forward, forward) + min(into_backward, backward)
     exposed = into_forward + into_backward - hidden + machine.contention * hidden
-    return Step(compute, into_forward + into_backward, exposed, TRAFFIC * parameters / divided / machine.memory, sent)
+    return StepSeconds(
+        compute, into_forward + into_backward, exposed, TRAFFIC * parameters / divided / machine.memory, sent
+    )
 
 
 def faster(parameters: float, flops: float, images: float, machines: int, gpus: int) -> str:
@@ -93,7 +95,7 @@ def faster(parameters: float, flops: float, images: float, machines: int, gpus: 
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointSeconds:
     """Seconds of writing and reading one, by as many processes as there are parts."""
 
     size: float
@@ -110,7 +112,7 @@ class Checkpoint:
 def checkpoint(
     parameters: float, machines: int, gpus: int, *, host: float = 4e9, disk: float = 1.5e9, shared: float = 10e9,
     links: float = Machine.links, network: float = 25e9,
-) -> Checkpoint:  # fmt: skip
+) -> CheckpointSeconds:  # fmt: skip
     """Of weights, one average and two moments in float32.
 
     Args:
@@ -125,4 +127,6 @@ def checkpoint(
     writers = min(machines * gpus, math.ceil(size / PART))
     moved, written = size / writers / host, max(size / writers / disk, size / shared)
     sent = size / (network if machines > 1 else links)
-    return Checkpoint(size, writers, size / links + moved, written, size / writers / disk, written + moved + sent)
+    return CheckpointSeconds(
+        size, writers, size / links + moved, written, size / writers / disk, written + moved + sent
+    )

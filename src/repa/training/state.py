@@ -24,7 +24,7 @@ from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
-from repa.training.parallel import gather, load, place, shard
+from repa.training.parallel import gather_whole, held_as, load, shard
 from repa.training.update import (
     EMA,
     Guard,
@@ -75,7 +75,7 @@ class TrainState:
         wanted: dict[str, set[str]] = {file: set() for file in files}
         for part, names in mine.items():
             wanted[layout.whole_name(part)].update(names)
-        whole = {file: gather(state, wanted[file], copy=copy) for file, state in files.items()}
+        whole = {file: gather_whole(state, wanted[file], copy=copy) for file, state in files.items()}
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
         return Share(self.step, counters, parts)
@@ -87,7 +87,7 @@ class TrainState:
         for width in self.config.ema_widths:
             average = self.averages[weights_name(width)].model
             parameters = {name: p for name, p in average.named_parameters() if name in trained}
-            averages[width] = gather(parameters, trained if dist.is_main() else ())
+            averages[width] = gather_whole(parameters, trained if dist.is_main() else ())
         dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
@@ -192,7 +192,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved:
         name, _, what = key.rpartition("/")
         tensors.setdefault(name, {})[what] = value
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {what: place(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
+    state = {i: {what: held_as(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

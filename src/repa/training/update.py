@@ -20,7 +20,7 @@ from repa.base.precision import resolved
 from repa.models.contract import Backbone
 from repa.runs.averaging import gamma_of, weights_name
 from repa.training.config import OptimizerConfig, TrainConfig
-from repa.training.fused_update import Row, by_triton
+from repa.training.fused_update import ParameterRow, by_triton
 from repa.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ REMEMBERED, ENOUGH = 100, 10  # rows of the median; rows before it says anything
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
-Share = Callable[[int], float]  # of the network in its average at step t = 1, 2, ...
+AverageShare = Callable[[int], float]  # of the network in its average at step t = 1, 2, ...
 
 
 def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
@@ -281,12 +281,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def constant(decay: float) -> Share:
+def constant(decay: float) -> AverageShare:
     """An exponential moving average: 1 - decay at every step."""
     return lambda t: 1.0 - decay
 
 
-def power(width: float) -> Share:
+def power(width: float) -> AverageShare:
     """1 - beta(t) with beta(t) = (1 - 1/t)^(gamma + 1): the profile t^gamma of relative width `width` (EDM2, arXiv 2312.02696)."""
     exponent = gamma_of(width) + 1.0
     return lambda t: 1.0 - (1.0 - 1.0 / t) ** exponent
@@ -295,7 +295,7 @@ def power(width: float) -> Share:
 class EMA:
     """A frozen copy of `model` that follows it: ema <- ema + share(t) * (model - ema)."""
 
-    def __init__(self, model: Backbone, share: Share):
+    def __init__(self, model: Backbone, share: AverageShare):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.share = share
         self._followed = model
@@ -335,7 +335,7 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
         state, average = optimizer.state[p], averages.get(p)
         parts = (p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"])
         weight, gradient, first, second, step = map(local, parts)
-        rows.append(Row(weight, gradient, first, second, step, None if average is None else local(average)))
+        rows.append(ParameterRow(weight, gradient, first, second, step, None if average is None else local(average)))
     scale = vars(optimizer).pop("grad_scale", torch.ones_like(skip))
     by_triton(
         rows, skip, scale, ema.share(t), rate=group["lr"], betas=group["betas"], eps=group["eps"],

@@ -1,4 +1,12 @@
-"""Numbers with units, for people."""
+"""What people are told while work goes on: how far it has come, and durations."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def duration(seconds: float) -> str:
