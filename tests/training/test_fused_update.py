@@ -52,7 +52,7 @@ def test_muon_is_refused():
 
 INTERPRETED = """
 import torch
-from repa.training.fused_update import BLOCK, Row, by_triton
+from repa.training.fused_update import BLOCK, ParameterRow, by_triton
 
 shapes = [(3,), (BLOCK,), (2, BLOCK // 2 + 5)]
 settings = dict(betas=(0.9, 0.95), eps=1e-8)
@@ -63,7 +63,7 @@ twins = [torch.nn.Parameter(p.detach().clone()) for p in weights]
 twin_averages = [None if x is None else x.clone() for x in averages]
 adamw = torch.optim.AdamW(twins, lr=0.03, weight_decay=0.1, fused=True, **settings)
 rows = [
-    Row(p.detach(), torch.empty_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()), average)
+    ParameterRow(p.detach(), torch.empty_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(()), average)
     for p, average in zip(weights, averages)
 ]
 for t, skipped in enumerate((0.0, 0.0, 1.0, 0.0)):

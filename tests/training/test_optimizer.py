@@ -15,8 +15,8 @@ from repa.models import build_model
 from repa.runs import read_metrics
 from repa.runs.checkpoint import Dealt
 from repa.training import Objective, OptimizerConfig, TrainConfig
-from repa.training.state import load_named_state, named_state
-from repa.training.update import build_optimizer, clip, learning_rate, set_learning_rate, step_unless
+from repa.training.state import build_optimizer, load_named_state, named_state
+from repa.training.update import clip, learning_rate, set_learning_rate, step_unless
 from tests.oracles.muon import orthogonalised
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())

@@ -2,23 +2,21 @@
 
 import html
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.losses import grid_side, resize_tokens
+from repa.alignment.given import Given, at_their_times, checked_grid, features_of, frames_as_images, side_of
+from repa.alignment.losses import resize_tokens
 from repa.base import dist
-from repa.base.errors import UserError, choices, nearest
+from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
-from repa.encoders.contract import Features
 from repa.models.taps import Eye, Grid, NamedBlock, Tokens, find_blocks, image_tokens, width_of
 
 WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
-Given = Tensor | Features | Mapping[str, Tensor | Features] | None
 
 
 def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "Aligner":
@@ -95,7 +93,7 @@ class Aligner(nn.Module):
         if text not in ("front", "behind"):
             raise UserError(f"Text tokens stand in 'front' or 'behind' those of the image, but text is {text!r}.")
         if grid is not None:
-            grid = _checked_grid(grid)
+            grid = checked_grid(grid)
         other = None
         if target not in ("features", "none"):
             (other,) = _one(find_blocks(net, target), target)
@@ -286,7 +284,7 @@ class Aligner(nn.Module):
         """(N,) of one term."""
         if term.tap.kind == "attention":
             student = self._attention(name, place, grid)
-            return _within(term, t, term.compare(student, self._given(name, features, "attention")))
+            return at_their_times(term, t, term.compare(student, features_of(name, features, "attention")))
         student, grid = self._tokens(name, place.block, place, grid)
         if term.config.measure_only:
             student = student.detach()
@@ -304,10 +302,10 @@ class Aligner(nn.Module):
         if place.other:
             target = self._tokens(name, place.other, place, grid).tokens.detach()
         elif term.config.target == "features":
-            target = self._given(name, features, "patches")
-        student, target, frames = _frames(place.block, student, target, grid)
+            target = features_of(name, features, "patches")
+        student, target, frames = frames_as_images(place.block, student, target, grid)
         if target is not None and target.shape[1] != student.shape[1] and term.config.resample == "student":
-            rows_columns = (grid[-2], grid[-1]) if grid else (_side(place.block, student.shape[1]),) * 2
+            rows_columns = (grid[-2], grid[-1]) if grid else (side_of(place.block, student.shape[1]),) * 2
             target = resize_tokens(target.float(), student.shape[1], rows_columns)
         loss_name = parse_spec(term.config.loss)[0]
         if target is not None and not place.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
@@ -319,7 +317,7 @@ class Aligner(nn.Module):
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
         loss = term.compare(student, target).unflatten(0, (-1, frames)).mean(1)  # (N,)
-        return _within(term, t, loss)
+        return at_their_times(term, t, loss)
 
     def _tokens(self, name: str, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
         record = self._eye.record
@@ -328,7 +326,7 @@ class Aligner(nn.Module):
                 f"Block {block} has not run since the last call of the aligner: run the network first. A network that was compiled "
                 "must be attached to before its first run."
             )
-        grid = _checked_grid(grid) if grid is not None else place.grid
+        grid = checked_grid(grid) if grid is not None else place.grid
         return image_tokens(
             record.passes[block],
             record.image,
@@ -351,96 +349,16 @@ class Aligner(nn.Module):
         cut = slice(logits.shape[-1] - number, None) if place.text == "front" else slice(number)
         return logits[..., cut, cut]
 
-    def _given(self, name: str, features: Given, part: str) -> Tensor:
-        """The features of a term among what the call was given."""
-        if isinstance(features, Mapping):
-            if name not in features:
-                raise UserError(
-                    f"The term {name!r} has no features: the call gives {', '.join(features) or 'none'}."
-                    f"{nearest(name, features)}"
-                )
-            features = features[name]
-        if isinstance(features, Features):
-            if part == "attention":
-                if not features.attention or len(features.attention) != 1:
-                    raise UserError(
-                        f"The term {name!r} needs the attention of one block: encoder(images, grid, attention=(9,))."
-                    )
-                return next(iter(features.attention.values()))
-            features = features.patches
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(
-                f"The term {name!r} needs features as tokens (N, M, F), of a video (N, frames, M, F), but was given {given}."
-            )
-        return features
 
+class _Place(NamedTuple):
+    """Where a term looks; see `Aligner.add`."""
 
-class _Place:
-    """Where a term looks."""
-
-    def __init__(
-        self, block: str, other: str | None, grid: Grid | None, output: int | str | None, text: str, width: int
-    ):
-        self.block, self.other, self.grid, self.output, self.text, self.width = block, other, grid, output, text, width
-
-
-def _frames(block: str, student: Tensor, target: Tensor | None, grid: Grid | None) -> tuple[Tensor, Tensor | None, int]:
-    """Frames of a video become images of their own: (N F, T, D), (N F, M, G) and F; 1 of images."""
-    if target is not None and len(target) != len(student):
-        raise UserError(
-            f"The network saw {len(student)} samples, but the features are of {len(target)}: give the features of the same images."
-        )
-    if target is not None and target.ndim == 3 and grid is not None and len(grid) == 3 and grid[0] > 1:
-        raise UserError(
-            f"Block {block} gives {grid[0]} frames of tokens, so that features must be (N, frames, M, F), but they are "
-            f"{tuple(target.shape)}."
-        )
-    if grid is None or len(grid) < 3:
-        if target is not None and target.ndim == 4:
-            raise UserError(
-                f"The features {tuple(target.shape)} are of a video, but block {block} gives tokens of images: give "
-                "grid=(frames, rows, columns)."
-            )
-        return student, target, 1
-    frames = grid[0]
-    if target is not None and target.ndim == 3:
-        target = target[:, None]
-    if target is not None and target.shape[1] != frames:  # autoencoders of video merge frames: so do the features
-        num, given, tokens, dim = target.shape
-        flat = target.float().permute(0, 2, 3, 1).reshape(num, tokens * dim, given)
-        merged = nn.functional.adaptive_avg_pool1d(flat, frames)
-        target = merged.reshape(num, tokens, dim, frames).permute(0, 3, 1, 2)
-    if target is not None:
-        target = target.flatten(0, 1)
-    return student.unflatten(1, (frames, -1)).flatten(0, 1), target, frames
-
-
-def _within(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
-    """The losses of images as they count at their times."""
-    if not term.looks_at_times:
-        return loss
-    if t is None:
-        raise UserError(
-            f"How much the term {term.config.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
-        )
-    return term.at_times(loss, t)
-
-
-def _checked_grid(grid: tuple[int, ...]) -> Grid:
-    grid = tuple(grid)
-    if len(grid) not in (2, 3) or not all(type(side) is int and side > 0 for side in grid):
-        raise UserError(f"A grid is (rows, columns) or (frames, rows, columns), but got {grid!r}.")
-    return grid
-
-
-def _side(block: str, num_tokens: int) -> int:
-    try:
-        return grid_side(num_tokens)
-    except UserError:
-        raise UserError(
-            f"Block {block} gives {num_tokens} tokens, whose grid is not known: give grid=(rows, columns)."
-        ) from None
+    block: str
+    other: str | None  # the block that is its target
+    grid: Grid | None
+    output: int | str | None
+    text: str
+    width: int  # of the tap, where a projector knows it; else 0
 
 
 def _one(found: list[NamedBlock], target: str) -> list[NamedBlock]:

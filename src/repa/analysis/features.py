@@ -20,6 +20,7 @@ from repa.analysis.spatial import (
 )
 from repa.base import files
 from repa.base.reporting import Progress
+from repa.base.weights import digest_of
 from repa.data import DataSet
 from repa.encoders import Features, VisionEncoder
 from repa.runs import LoadedRun, layout
@@ -108,21 +109,12 @@ def features_in(encoder: VisionEncoder, data: DataSet, grid: int) -> list[str]:
 def _identity_of_run(run: LoadedRun) -> dict[str, Any]:
     """The weights' checksum, not their file's name: a step may be trained again."""
     return {
-        "weights": run.weights_sha256 or _checksum(run.model),
+        "weights": run.weights_sha256 or digest_of(run.model.state_dict()),
         "model": layout.read_config(run.folder)["model"] if run.folder else {},
         "diffusion": run.diffusion.model_dump(mode="json"),
         "autoencoder": run.autoencoder.identity,
         "device": device_of(run).type,
     }
-
-
-def _checksum(model: torch.nn.Module) -> str:
-    """Of a network that was not read from a file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _facts(data: DataSet, indices: np.ndarray) -> dict[str, Any]:

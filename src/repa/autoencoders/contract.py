@@ -5,7 +5,6 @@ mean alone, of an autoencoder without a posterior.
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.base.precision import Float32Default
+from repa.base.weights import digest_of
 
 
 class Autoencoder(nn.Module):
@@ -131,7 +131,7 @@ class Autoencoder(nn.Module):
         Of the encoder alone: autoencoders that differ in the decoder only (sd-vae-ft-mse and -ema) share their latents.
         """
         weights = self.encoder_weights()
-        checksum = _digest(weights) if weights else None
+        checksum = digest_of(weights) if weights else None
         scale, shift = (list(v) if isinstance(v, Sequence) else v for v in (self.scale, self.shift))
         return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift, "stochastic": self.stochastic}
 
@@ -238,16 +238,6 @@ def require_same_autoencoder(recorded: object, autoencoder: Autoencoder, where: 
 def not_finite(x: Tensor) -> list[int]:
     """Rows of (N, ...) that hold NaN or infinity."""
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values: the same for every file format that holds them."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _describe(tensor: Tensor) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from repa.base import dist, faults, files
 from repa.base.errors import UserError
+from repa.base.weights import digest_of
 from repa.models.lora import merged_weights
 from repa.runs import layout
 
@@ -209,7 +209,7 @@ def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
 def save_checked(tensors: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file that holds a checksum of its tensors, for `load_checked`."""
     tensors = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
-    save_file(tensors, path, metadata={OF_TENSORS: _digest_of(tensors)})
+    save_file(tensors, path, metadata={OF_TENSORS: digest_of(tensors)})
 
 
 def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
@@ -217,18 +217,9 @@ def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
     with faults.reading(path, "a safetensors file", remedy), safe_open(path, "pt") as file:
         checksum = (file.metadata() or {}).get(OF_TENSORS)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if checksum != _digest_of(tensors):
+    if checksum != digest_of(tensors):
         raise UserError(f"{path} is damaged: its tensors are not the ones that were written. {remedy}")
     return tensors
-
-
-def _digest_of(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        x = tensors[name].contiguous()
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _tensor_files(state: Mapping[str, Any]) -> list[str]:

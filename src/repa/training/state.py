@@ -12,6 +12,7 @@ from repa.alignment import Alignment
 from repa.alignment.losses import looks_at_other_images
 from repa.base import dist, faults
 from repa.base.errors import UserError
+from repa.base.precision import resolved
 from repa.base.rng import fold
 from repa.conditions import Text
 from repa.models import Backbone, build
@@ -25,13 +26,7 @@ from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
 from repa.training.parallel import gather_whole, held_as, load, shard
-from repa.training.update import (
-    EMA,
-    Guard,
-    build_averages,
-    build_optimizer,
-    constant,
-)
+from repa.training.update import EMA, Guard, MuonAdamW, adamw, constant, power
 
 
 @dataclass
@@ -173,6 +168,30 @@ def build_state(
         shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
     optimizer = build_optimizer(objective, config)
     return TrainState(config, objective, ema, averages, optimizer, Guard(config.precision, device), frozen)
+
+
+def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of network and projectors.
+
+    Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
+    as gates, the embeddings, the final layer, the projectors and all vectors stay with AdamW.
+    """
+    settings = config.optimizer
+    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    if settings.name == "adamw":
+        return adamw([p for _, p in named], settings)
+    hidden = {id(p) for p in objective.model.matrices()}
+    matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
+    if not matrices:
+        raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
+    return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
+
+
+def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
+    """The averages that a configuration asks for in addition to the first, by the names of their files."""
+    shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
+    shares |= {weights_name(width): power(width) for width in config.ema_widths}
+    return {name: EMA(model, share) for name, share in shares.items()}
 
 
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from repa.base import dist
 from repa.base.errors import UserError
-from repa.base.precision import resolved
 from repa.models.contract import Backbone
-from repa.runs.averaging import gamma_of, weights_name
-from repa.training.config import OptimizerConfig, TrainConfig
+from repa.runs.averaging import gamma_of
+from repa.training.config import OptimizerConfig
 from repa.training.fused_update import ParameterRow, by_triton
-from repa.training.objective import Objective
 
 if TYPE_CHECKING:
     from repa.training.state import TrainState
@@ -170,24 +168,8 @@ def clip(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Paramete
     return [norm]
 
 
-def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of network and projectors.
-
-    Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
-    as gates, the embeddings, the final layer, the projectors and all vectors stay with AdamW.
-    """
-    settings = config.optimizer
-    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    if settings.name == "adamw":
-        return _adamw([p for _, p in named], settings)
-    hidden = {id(p) for p in objective.model.matrices()}
-    matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
-    if not matrices:
-        raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
-    return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
-
-
-def _adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW that can skip a step on the device."""
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
@@ -214,7 +196,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: OptimizerConfig, precision: str
     ):
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.adamw = _adamw(others, settings)
+        self.adamw = adamw(others, settings)
         muon = {"params": matrices, "lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         super().__init__([muon, *self.adamw.param_groups], {})
 
@@ -341,13 +323,6 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
         rows, skip, scale, ema.share(t), rate=group["lr"], betas=group["betas"], eps=group["eps"],
         decay=group["weight_decay"],
     )  # fmt: skip
-
-
-def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
-    """The averages that a configuration asks for in addition to the first, by the names of their files."""
-    shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
-    shares |= {weights_name(width): power(width) for width in config.ema_widths}
-    return {name: EMA(model, share) for name, share in shares.items()}
 
 
 def local(tensor: Tensor) -> Tensor:

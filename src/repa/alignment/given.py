@@ -1,0 +1,101 @@
+"""What a call of an aligner is given: features of its terms, grids of tokens, frames of videos, times."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from repa.alignment.alignment import Alignment
+from repa.base.errors import UserError, nearest
+from repa.encoders.contract import Features
+from repa.models.layers import grid_side
+from repa.models.taps import Grid
+
+Given = Tensor | Features | Mapping[str, Tensor | Features] | None
+
+
+def features_of(name: str, features: Given, part: Literal["patches", "attention"]) -> Tensor:
+    """The features of the term `name` among what a call was given."""
+    if isinstance(features, Mapping):
+        if name not in features:
+            raise UserError(
+                f"The term {name!r} has no features: the call gives {', '.join(features) or 'none'}."
+                f"{nearest(name, features)}"
+            )
+        features = features[name]
+    if isinstance(features, Features):
+        if part == "attention":
+            if not features.attention or len(features.attention) != 1:
+                raise UserError(
+                    f"The term {name!r} needs the attention of one block: encoder(images, grid, attention=(9,))."
+                )
+            return next(iter(features.attention.values()))
+        features = features.patches
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(
+            f"The term {name!r} needs features as tokens (N, M, F), of a video (N, frames, M, F), but was given {given}."
+        )
+    return features
+
+
+def frames_as_images(
+    block: str, student: Tensor, target: Tensor | None, grid: Grid | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Frames of a video become images of their own: (N F, T, D), (N F, M, G) and F; 1 of images."""
+    if target is not None and len(target) != len(student):
+        raise UserError(
+            f"The network saw {len(student)} samples, but the features are of {len(target)}: give the features of the same images."
+        )
+    if target is not None and target.ndim == 3 and grid is not None and len(grid) == 3 and grid[0] > 1:
+        raise UserError(
+            f"Block {block} gives {grid[0]} frames of tokens, so that features must be (N, frames, M, F), but they are "
+            f"{tuple(target.shape)}."
+        )
+    if grid is None or len(grid) < 3:
+        if target is not None and target.ndim == 4:
+            raise UserError(
+                f"The features {tuple(target.shape)} are of a video, but block {block} gives tokens of images: give "
+                "grid=(frames, rows, columns)."
+            )
+        return student, target, 1
+    frames = grid[0]
+    if target is not None and target.ndim == 3:
+        target = target[:, None]
+    if target is not None and target.shape[1] != frames:  # autoencoders of video merge frames: so do the features
+        num, given, tokens, dim = target.shape
+        flat = target.float().permute(0, 2, 3, 1).reshape(num, tokens * dim, given)
+        merged = nn.functional.adaptive_avg_pool1d(flat, frames)
+        target = merged.reshape(num, tokens, dim, frames).permute(0, 3, 1, 2)
+    if target is not None:
+        target = target.flatten(0, 1)
+    return student.unflatten(1, (frames, -1)).flatten(0, 1), target, frames
+
+
+def at_their_times(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
+    """The losses of images as they count at their times."""
+    if not term.looks_at_times:
+        return loss
+    if t is None:
+        raise UserError(
+            f"How much the term {term.config.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
+        )
+    return term.at_times(loss, t)
+
+
+def checked_grid(grid: tuple[int, ...]) -> Grid:
+    """The grid; raises UserError where it is none."""
+    grid = tuple(grid)
+    if len(grid) not in (2, 3) or not all(type(side) is int and side > 0 for side in grid):
+        raise UserError(f"A grid is (rows, columns) or (frames, rows, columns), but got {grid!r}.")
+    return grid
+
+
+def side_of(block: str, num_tokens: int) -> int:
+    """Of the square that the tokens of a block form; raises UserError where they form none."""
+    try:
+        return grid_side(num_tokens)
+    except UserError:
+        raise UserError(
+            f"Block {block} gives {num_tokens} tokens, whose grid is not known: give grid=(rows, columns)."
+        ) from None
