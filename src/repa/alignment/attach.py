@@ -14,7 +14,8 @@ from repa.alignment.losses import resize_tokens
 from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
-from repa.models.taps import Eye, Grid, NamedBlock, Tokens, find_blocks, image_tokens, width_of
+from repa.models.image_tokens import Tokens, image_tokens
+from repa.models.taps import Eye, Grid, NamedBlock, find_blocks, width_of
 
 WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
 
