@@ -1,21 +1,26 @@
 """Train one of the two small networks that come inside the package, on one CPU core; a kill loses two minutes at most.
 
-    python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 42
+    python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 46 --pooled 1 --across 0
+    python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 42 --rate 1e-3 \
+        --start src/repa/encoders/weights/tiny.safetensors --state build/tiny-2.pt
     python tools/train_tiny.py judge  --data cifar10-train.zip --test cifar10-test.zip --minutes 12
 
-`target` (the encoder `tiny`) sees no label: two augmented views of an image must agree, pooled and place by place.
+`target` (the encoder `tiny`) sees no label: two augmented views of an image must agree, pooled and place by place. Its second
+command continues from the weights of the first, with the places of more weight.
 `judge` (`tiny-judge`) is trained on the labels. The same command resumes from --state; learning rate and
 image size follow the processor time, so that other work on the machine changes nothing but how long it takes; --out is
 usable from the first checkpoint on.
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,15 +29,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from evaluate_tiny import pooled_features, probe, read_images, to_input
 from repa.base import files
 from repa.base.precision import autocast
+from repa.encoders import load_encoder
 from repa.encoders.convnet import SHAPES, ConvNet
 
 NAMES = {"target": "tiny", "judge": "tiny-judge"}
 OBJECTIVES = {
-    "target": "self-supervised: decoupled NT-Xent on pooled features + dense InfoNCE on matching tokens of two views",
+    "target": "self-supervised: tokens of two views agree at the same place, within and across images; pooled features too",
     "judge": "supervised: cross-entropy on the ten labels, label smoothing 0.1",
 }
 PRINT_SECONDS, CHECKPOINT_SECONDS = 15, 120
 BATCH = 256
+SIDES, SHARES = (24, 32, 40), (0.5, 0.4, 0.1)  # pixels of a batch's views; small ones are cheap
 
 
 # -------------------- augmentation, one batch at once
@@ -73,13 +80,16 @@ def jitter(images: Tensor, strength: float, grey: float) -> Tensor:
 
 
 class Target(nn.Module):
-    """Two views agree in pooled features and in tokens (SimCLR, decoupled loss of arXiv 2110.06848; no labels)."""
+    """Two views agree in tokens at the same place and in pooled features (SimCLR, decoupled loss of arXiv 2110.06848; no labels).
+
+    `pooled` and `across` weigh the agreement of pooled features and of tokens across images.
+    """
 
     peak, decay = 2e-3, 0.02
 
-    def __init__(self, net: ConvNet, dim: int):
+    def __init__(self, net: ConvNet, dim: int, pooled: float, across: float):
         super().__init__()
-        self.net = net
+        self.net, self.weights = net, (pooled, across)
         self.pooled = nn.Sequential(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
         self.dense = nn.Sequential(nn.Linear(dim, 192), nn.ReLU(), nn.Linear(192, 64))
 
@@ -90,7 +100,10 @@ class Target(nn.Module):
         pooled = F.normalize(self.pooled(tokens.mean(1)).float(), dim=1)
         dense = F.normalize(self.dense(tokens).float(), dim=2)
         first, second = dense.chunk(2)
-        return agree(pooled, 0.1) + 0.4 * agree_by_place(first, second, boxes[0], boxes[1], 0.2)
+        here, there, seen = places(first, second, boxes[0], boxes[1])
+        weight, across = self.weights
+        loss = weight * agree(pooled, 0.1) + 0.4 * agree_by_place(here, there, seen, 0.2)
+        return loss + across * agree_across(here, there, seen, 0.1) if across else loss
 
 
 def agree(z: Tensor, temperature: float) -> Tensor:
@@ -102,11 +115,8 @@ def agree(z: Tensor, temperature: float) -> Tensor:
     return logits.masked_fill(own, -torch.inf).logsumexp(1).mean() - positive.mean()
 
 
-def agree_by_place(a: Tensor, b: Tensor, box_a: Tensor, box_b: Tensor, temperature: float) -> Tensor:
-    """Within an image: tokens of view a (N, T, d) agree with view b at the same place, not at other places of a's grid.
-
-    Neighbours are no negatives, for they see much of the same pixels and should stay alike.
-    """
+def places(a: Tensor, b: Tensor, box_a: Tensor, box_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of view a (N, T, d), those of view b at the same places of the image (N, T, d), and which b sees (N, T)."""
     n, t, d = a.shape
     side = int(t**0.5)
     place = F.affine_grid(box_a, [n, d, side, side], align_corners=False)  # (N, side, side, 2), image coordinates
@@ -114,13 +124,35 @@ def agree_by_place(a: Tensor, b: Tensor, box_a: Tensor, box_b: Tensor, temperatu
     there = F.grid_sample(
         b.transpose(1, 2).reshape(n, d, side, side), place, padding_mode="border", align_corners=False
     )
-    there = F.normalize(there.flatten(2), dim=1)  # (N, d, T)
-    seen = (place.abs() <= 1).all(-1).flatten(1)  # (N, T)
+    there = F.normalize(there.flatten(2), dim=1).transpose(1, 2)  # (N, T, d)
+    return a, there, (place.abs() <= 1).all(-1).flatten(1)
+
+
+def agree_by_place(here: Tensor, there: Tensor, seen: Tensor, temperature: float) -> Tensor:
+    """Within an image: a token agrees with the other view at its place, not at other places of its grid.
+
+    Neighbours are no negatives, for they see much of the same pixels and should stay alike.
+    """
+    n, t, _ = here.shape
+    side = int(t**0.5)
     row, column = torch.arange(t) // side, torch.arange(t) % side
     near = ((row[:, None] - row).abs() <= 1) & ((column[:, None] - column).abs() <= 1)
     negative = seen[:, None, :] & ~(near & ~torch.eye(t, dtype=torch.bool))
-    logits = (torch.bmm(a, there) / temperature).masked_fill(~negative, -1e4)
+    logits = (torch.bmm(here, there.transpose(1, 2)) / temperature).masked_fill(~negative, -1e4)
     return F.cross_entropy(logits[seen], torch.arange(t).expand(n, t)[seen])
+
+
+def agree_across(here: Tensor, there: Tensor, seen: Tensor, temperature: float, num_places: int = 8) -> Tensor:
+    """Across images: a token agrees with the other view at its place, not with a token of another image (arXiv 2011.09157).
+
+    Of each image with a place that both views see, `num_places` are drawn; the k-th of all images are compared.
+    """
+    here, there, seen = (x[seen.any(1)] for x in (here, there, seen))
+    places = torch.multinomial(seen.float(), num_places, replacement=True)  # (N, K)
+    here, there = (torch.take_along_dim(x, places[..., None], 1).transpose(0, 1) for x in (here, there))  # (K, N, d)
+    logits = here @ there.transpose(1, 2) / temperature  # (K, N, N)
+    own = torch.arange(logits.shape[1]).expand(num_places, -1)
+    return 0.5 * (F.cross_entropy(logits.transpose(1, 2), own) + F.cross_entropy(logits, own))
 
 
 class Judge(nn.Module):
@@ -154,6 +186,33 @@ def add_norm(module: nn.Module) -> None:
             add_norm(child)
 
 
+@torch.no_grad()
+def unfold(net: ConvNet, shipped: ConvNet, images: Tensor) -> None:
+    """Give a network with normalisation the weights of a shipped one, whose output it then has in eval mode.
+
+    Each normalisation takes its statistics from the images, and scale and shift that undo them.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    sources = [m for m in shipped.modules() if isinstance(m, nn.Conv2d)]
+
+    def adopt(norm: nn.BatchNorm2d, bias: Tensor, output: Tensor) -> None:
+        variance, mean = torch.var_mean(output, (0, 2, 3))
+        state = {"running_mean": mean, "running_var": variance, "bias": mean + bias}
+        norm.load_state_dict(state | {"weight": (variance + norm.eps).sqrt()}, strict=False)
+
+    hooks = []
+    for conv, norm, source in zip(convolutions, norms, sources, strict=True):
+        assert source.bias is not None
+        conv.weight.copy_(source.weight)
+        bound = functools.partial(adopt, norm, source.bias)
+        hooks.append(conv.register_forward_hook(lambda _, inputs, output, bound=bound: bound(output)))
+    net.eval()(images)
+    net.train()
+    for hook in hooks:
+        hook.remove()
+
+
 def folded(net: ConvNet, name: str) -> ConvNet:
     """The network to ship: normalisation folded into the convolutions, weights rounded to fp16."""
     shipped = ConvNet(SHAPES[name]).eval()
@@ -183,11 +242,18 @@ def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor,
 class Training:
     """One model, its optimiser and its processor time, that before a restart too."""
 
-    def __init__(self, which: str, state: Path, seed: int):
+    def __init__(self, which: str, args: argparse.Namespace, images: Tensor):
+        state, seed = args.state, args.seed
         self.name, self.state, self.seconds, self.seen = NAMES[which], state, 0.0, 0
         net = ConvNet(SHAPES[self.name])
         add_norm(net)
-        model = Target(net, SHAPES[self.name].dim) if which == "target" else Judge(net, SHAPES[self.name].dim)
+        if args.start and not state.exists():
+            shipped = load_encoder(self.name, weights=args.start).net
+            assert isinstance(shipped, ConvNet)
+            unfold(net, shipped, to_input(images[:2000]))
+        dim = SHAPES[self.name].dim
+        model = Target(net, dim, args.pooled, args.across) if which == "target" else Judge(net, dim)
+        self.peak = args.rate or model.peak
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=model.decay, betas=(0.9, 0.98))
         if state.exists():
@@ -198,12 +264,13 @@ class Training:
         self.start = time.process_time() - self.seconds
         torch.manual_seed(seed + self.seen)
 
-    def step(self, images: Tensor, labels: Tensor, progress: float, small: float) -> float:
+    def step(self, images: Tensor, labels: Tensor, progress: float) -> float:
         rate = min(1, progress / 0.04 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.model.peak * rate
+            group["lr"] = self.peak * rate
+        side = SIDES[torch.multinomial(torch.tensor(SHARES), 1)]
         with autocast(torch.device("cpu"), "auto"):
-            loss = self.model(images, labels, side=24 if progress < small else 32)
+            loss = self.model(images, labels, side)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -220,11 +287,15 @@ class Training:
 def fit(training: Training, images: Tensor, labels: Tensor, args: argparse.Namespace) -> dict:
     """Train until the minutes of processor time are over; returns the facts for the weights' file."""
     budget, losses, printed, saved = 60 * args.minutes, [], (training.seconds, training.seen), training.seconds
-    facts: dict[str, str | int] = {"name": training.name, "objective": OBJECTIVES[args.which]}
+    facts: dict[str, str | float] = {"name": training.name, "objective": OBJECTIVES[args.which]}
     facts["data"] = "CIFAR-10 train, 50000 images (JPEG)"
+    if args.start:
+        facts["start"] = args.start_facts
+    if args.which == "target":
+        facts |= {"pooled": args.pooled, "across": args.across, "rate": training.peak}
     facts |= {"seed": args.seed, "torch": torch.__version__, "minutes": args.minutes, "batch": BATCH}
     for batch in batches(images, labels, args.seed + training.seen):
-        losses.append(training.step(*batch, min(1, training.seconds / budget), args.small))
+        losses.append(training.step(*batch, min(1, training.seconds / budget)))
         facts["epochs"] = f"{training.seen / len(images):.1f}"
         left = budget - training.seconds
         if left <= 0 or training.seconds - printed[0] > PRINT_SECONDS:
@@ -248,7 +319,10 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="zip of test images")
     parser.add_argument("--minutes", type=float, required=True, help="of processor time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", type=float, default=0.6, help="first part of the time, on 24-pixel views for speed")
+    parser.add_argument("--start", type=Path, help="weights to continue from, with a new schedule")
+    parser.add_argument("--rate", type=float, help="peak of the learning rate")
+    parser.add_argument("--pooled", type=float, default=0.3, help="target: weight of the agreement of pooled features")
+    parser.add_argument("--across", type=float, default=1.0, help="target: weight of tokens' agreement across images")
     parser.add_argument("--out", type=Path, help="default: the file inside the package")
     parser.add_argument("--state", type=Path, help="checkpoint; default build/<name>.pt")
     args = parser.parse_args()
@@ -256,10 +330,14 @@ def main() -> None:
     weights = Path(__file__).parents[1] / "src/repa/encoders/weights"
     args.out, args.state = args.out or weights / f"{name}.safetensors", args.state or Path(f"build/{name}.pt")
 
+    if args.start:
+        with safe_open(args.start, "pt") as opened:
+            args.start_facts = str(opened.metadata())
+
     torch.set_num_threads(1)
     train, test = read_images(args.data), read_images(args.test)
     torch.manual_seed(args.seed)
-    training = Training(args.which, args.state, args.seed)
+    training = Training(args.which, args, train[0])
     facts = fit(training, *train, args)
     net = folded(training.model.net, name)
     facts["linear_probe"] = f"{probe(net, train, test):.4f}"

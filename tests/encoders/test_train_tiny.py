@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from repa.encoders import load_encoder
 from repa.encoders.convnet import SHAPES, ConvNet
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -37,6 +38,34 @@ def test_folding_keeps_the_network(tool, name):
     with torch.no_grad():
         expected, shipped = net.eval()(images), tool.folded(net, name)(images)
     assert F.cosine_similarity(expected, shipped, dim=-1).min() > 0.9999
+
+
+def test_unfolding_and_folding_again_keeps_the_network(tool):
+    torch.manual_seed(0)
+    shipped, net = load_encoder("tiny").net, ConvNet(SHAPES["tiny"])
+    tool.add_norm(net)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        tool.unfold(net, shipped, torch.rand(8, 3, 32, 32) * 2 - 1)
+        assert net.training
+        torch.testing.assert_close(net.eval()(images), shipped(images), rtol=1e-4, atol=1e-4)
+        assert F.cosine_similarity(tool.folded(net, "tiny")(images), shipped(images), dim=-1).min() > 0.9999
+
+
+def test_agree_across_is_cross_entropy_over_images(tool):
+    """Tokens of an image are alike here, so that the places drawn do not matter; an image that the other view misses is left out."""
+    generator = torch.Generator().manual_seed(0)
+    here, there = (F.normalize(torch.randn(4, 1, 5, generator=generator), dim=2).expand(4, 6, 5) for _ in range(2))
+    seen = torch.rand(4, 6, generator=generator) < 0.5
+    seen[:, 0] = torch.tensor([True, True, False, True])
+    seen[2] = False
+    rows = [0, 1, 3]
+    logits = [[math.exp(float(here[i, 0] @ there[j, 0]) / 0.5) for j in rows] for i in rows]
+    expected = 0.0
+    for k in range(3):
+        column = sum(logits[i][k] for i in range(3))
+        expected -= math.log(logits[k][k] / sum(logits[k])) / 6 + math.log(logits[k][k] / column) / 6
+    assert float(tool.agree_across(here, there, seen, 0.5)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_agree_is_the_decoupled_contrastive_loss(tool):
@@ -70,10 +99,13 @@ def test_agree_by_place_follows_the_boxes(tool):
         waves = place[..., None] * torch.tensor([1.0, 2, 3])
         return F.normalize(torch.cat([waves.sin(), waves.cos()], -1).flatten(2), dim=-1)
 
-    right = tool.agree_by_place(tokens(boxes[0]), tokens(boxes[1]), *boxes, 0.02)
+    def loss(first, second):
+        return tool.agree_by_place(*tool.places(tokens(boxes[0]), tokens(boxes[1]), first, second), 0.02)
+
+    right = loss(*boxes)
     shift = torch.zeros(32, 2, 3)
     shift[:, 0, 2] = 0.3
-    wrong = tool.agree_by_place(tokens(boxes[0]), tokens(boxes[1]), boxes[0] + shift, boxes[1], 0.02)
+    wrong = loss(boxes[0] + shift, boxes[1])
     assert right < 0.5
     assert wrong > 2
 
