@@ -127,3 +127,14 @@ def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folde
     manifest = prepare(folder, tmp_path / "out", config)  # and is continued
     assert (manifest.features["tiny"].form, manifest.originals) == ("fp16", range(11))
     assert all(not finding.trouble for finding in check_models(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [((11,), "do not count"), ((-1, 12), "do not count"), ((5, 6), "not those its manifest counts")],
+)
+def test_counts_that_are_not_those_of_the_labels_are_found(counts, sentence, out):
+    path = out / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_counts": counts}))
+    with pytest.raises(UserError, match=sentence):
+        check_bytes(out)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
 from repa.models import DiT, constructor_arguments, load_exported, to_diffusers
@@ -35,6 +35,17 @@ def test_an_exported_network_is_the_same(exported):
     assert torch.equal(call(loaded, x_t, t, labels).prediction, call(model, x_t, t, labels).prediction)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, None])
+def test_weights_that_are_no_finite_numbers_are_refused(dtype, exported):
+    """Loading would convert integers, drop imaginary parts and keep NaN."""
+    folder, name = exported[0], "blocks.0.attn.qkv.weight"
+    state = load_file(folder / "model.safetensors")
+    state[name] = torch.full_like(state[name], torch.nan) if dtype is None else state[name].to(dtype)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=name):
+        load_exported(folder)
 
 
 def test_damaged_folders(exported, tmp_path):

@@ -60,6 +60,7 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
             f"{len(damaged)} of {len(records)} files in {folder} are not as they were written ({', '.join(damaged[:5])}): "
             "delete them and run the same `repa prepare` again, which makes them again."
         )
+    _ = open_data(folder).small_labels  # which are compared with the counts of the manifest
     return done
 
 

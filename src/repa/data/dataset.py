@@ -120,8 +120,8 @@ class DataSet:
             done += len(rows)
         if counts.tolist() != [copies * count for count in self.manifest.class_counts]:
             raise UserError(
-                f"The labels in {self.folder} are not those its manifest counts: `repa check {self.folder} --full` names "
-                "the files that changed."
+                f"The labels in {self.folder} are not those its manifest counts: `repa check {self.folder} --full` names the files "
+                "that changed. If it names none, manifest.json did: restore it from a copy, or prepare the data again."
             )
         return labels
 

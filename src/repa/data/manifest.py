@@ -111,6 +111,11 @@ class Manifest(Config):
             raise ValueError("its source has no name")
         if sum(shard.num for shard in self.shards) != self.num_images:
             raise ValueError(f"num_images is {self.num_images}, but its shards hold {sum(s.num for s in self.shards)}")
+        counts = self.class_counts
+        if len(counts) != len(self.class_names) or min(counts, default=0) < 0 or sum(counts) != len(self.originals):
+            raise ValueError(
+                f"class_counts do not count {len(self.originals):,} images of {len(self.class_names):,} classes"
+            )
         fields = self.fields
         for number, shard in enumerate(self.shards):
             if shard.num and {field: (f.dtype, f.shape[1:]) for field, f in shard.files.items()} != fields:

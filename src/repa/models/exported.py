@@ -13,6 +13,7 @@ from repa.base import faults, files
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.models.dit import DiT
+from repa.models.published import check_values
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # raised when an older reader would misunderstand the folder
@@ -124,6 +125,7 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         wanted = {key: value.shape for key, value in _on_meta(config["model"]).state_dict().items()}
     if {key: value.shape for key, value in state.items()} != wanted:
         raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")
+    check_values(state, str(folder / WEIGHTS))
     return config, state
 
 
