@@ -207,3 +207,9 @@ def test_a_careless_caller_of_the_cache(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose an empty folder"):
         FeatureCache.open(tmp_path / "file")
+
+
+def test_a_folder_that_another_process_has_just_begun_is_a_cache(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".cache.json.abcdefgh.tmp").touch()
+    assert FeatureCache.open(tmp_path).fill([0], lambda missing: torch.ones(1, 2, 3)).shape == (1, 2, 3)

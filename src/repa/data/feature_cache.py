@@ -78,7 +78,8 @@ class FeatureCache:
         identity = encoder.identity if isinstance(encoder, VisionEncoder) else encoder
         identity = json.loads(json.dumps(identity))  # as it comes back: a tuple is a list then
         cache = FeatureCache(folder, identity, dtype, limit)
-        foreign = not folder.is_dir() or any(folder.iterdir())
+        # a lock and what is half written are of a process that fills it now, or was killed before its first entry
+        foreign = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
         if folder.exists() and foreign and not (folder / FACTS).is_file():
             raise UserError(f"{folder} is neither prepared data nor a cache of features: choose an empty folder.")
         cache._refresh()
