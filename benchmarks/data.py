@@ -1,6 +1,7 @@
 """How fast images become shards, and shards become batches; beside it, what one file for each image gives.
 
     python benchmarks/data.py                     all of it: minutes, and about 2 GB under --work
+    python benchmarks/data.py --only loader
     python benchmarks/data.py --only loader memory
     python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     seconds: does it run?
 
@@ -15,6 +16,7 @@ prepare   `repa prepare` with nothing to compute (decode, crop, write), with an 
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -42,6 +44,7 @@ from repa.data.writing import ShardWriter
 
 LATENTS, TOKENS = (8, 32, 32), (256, 768)
 ENCODER = "dinov2-b"
+PICTURES = 64
 
 
 def manifest_of(num: int, shards: list[Shard], features: dict[str, FeatureField]) -> Manifest:
@@ -99,7 +102,7 @@ class OneFilePerImage(Dataset):
         self.pixels = pixels
         self.images, self.latents = (
             sorted(os.path.join(where, name) for where, _, names in os.walk(root / part) for name in names)
-            for part in ("images", "vae")
+            for part in ("png", "npy")
         )
 
     def __len__(self) -> int:
@@ -113,15 +116,17 @@ class OneFilePerImage(Dataset):
 
 
 def write_files(root: Path, num: int) -> None:
-    stream = np.random.default_rng(0)
+    """Few pictures, each many times: drawing and packing them would take longer than reading."""
+    stream, pngs = np.random.default_rng(0), []
+    for _ in range(PICTURES):
+        photograph(stream, 256, 256).save(packed := io.BytesIO(), format="png")
+        pngs.append(packed.getvalue())
     for index in range(num):
-        for part, end in (("images", "png"), ("vae", "npy")):
-            path = root / part / f"{index // 1000:05}" / f"{index:08}.{end}"
+        png, npy = (root / part / f"{index // 1000:05}" / f"{index:08}.{part}" for part in ("png", "npy"))
+        for path in (png, npy):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if end == "png":
-                photograph(stream, 256, 256).save(path)
-            else:
-                np.save(path, stream.random(LATENTS, np.float32))
+        png.write_bytes(pngs[index % PICTURES])
+        np.save(npy, stream.random(LATENTS, np.float32))
 
 
 def photograph(stream: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -332,7 +337,7 @@ def main() -> None:
     parser.add_argument("--decode-images", type=int, default=1000)
     parser.add_argument("--prepare-images", type=int, default=64, help="images through autoencoder and encoder")
     parser.add_argument("--tiny", action="store_true", help="with toy networks")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of the loader")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement of the loader")
     parser.add_argument("--rounds", type=int, default=3, help="of the loader; medians are shown")
     parser.add_argument("--work", type=Path, help="folder for temporary files")
     parser.add_argument("--json", type=Path, help="write the figures here too")
