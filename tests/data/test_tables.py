@@ -177,6 +177,9 @@ def test_what_the_hub_cannot_give_is_one_sentence(monkeypatch):
         open_source("hf:o/n")
     with pytest.raises(UserError, match=r"'spilt'.* 'split'"):
         open_source("hf:o/n:spilt=x")
+    for name in ("", ".", "../o", "/o/n", "o/n/m", "o /n"):
+        with pytest.raises(UserError, match="hf:OWNER/NAME"):
+            open_source(f"hf:{name}")
 
 
 def test_saved_splits_are_chosen(tmp_path):
