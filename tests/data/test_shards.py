@@ -112,6 +112,7 @@ def test_gather_does_not_read_whole_shards(tmp_path):
     def change(values):
         shard, num = values["shards"][0], 4096
         shard["num"] = values["num_images"] = num
+        values["class_counts"] = [num]
         record = {"file": "big-00000.npy", "dtype": "uint8", "shape": [num, 8192], "size": size, "sha256": "0" * 64}
         shard["files"] = {"images": record, "labels": {**record, "dtype": "uint8"}}
 

@@ -107,7 +107,7 @@ def test_it_learns(config, run_training, tmp_path):
     assert last["alignment"]["tiny@1"] < first["alignment"]["tiny@1"] - 0.2
     for row in rows:
         total = row["denoising"] + row["vb"] + 0.5 * row["alignment"]["tiny@1"]
-        assert row["loss"] == pytest.approx(total, rel=1e-5)
+        assert row["loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)  # the parts nearly cancel
 
 
 def test_six_steps_are_three_and_a_restart_and_three(config, run_training, tmp_path):
