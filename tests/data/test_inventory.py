@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -440,6 +441,10 @@ def test_the_files_of_a_webdataset_that_was_unpacked(ending, text, tmp_path):
         open_source(tmp_path / "x")
     subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "-C", tmp_path / "x", "."], check=True)
     assert classes(open_source(tmp_path / "x.tar")) == ["0", "1"]
+    if ending == "json":  # a zip is read in place, and tar packs a folder
+        archive = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "x")
+        with pytest.raises(UserError, match="unpack it to FOLDER, then pack it by .* -C FOLDER"):
+            open_source(archive)
 
 
 def test_a_tar_with_one_folder_around_the_classes(tmp_path):

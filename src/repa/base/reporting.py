@@ -1,4 +1,4 @@
-"""What people are told while work goes on: how far it has come, and durations."""
+"""Progress callbacks, and durations in words."""
 
 from collections.abc import Callable
 

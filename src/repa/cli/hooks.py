@@ -92,7 +92,6 @@ class Previews:
         def made(num: int) -> Iterator[Tensor]:
             """This process's share of images 0 ... num - 1, a batch at a time: only those that are drawn stay in memory."""
             mine = range(dist.rank(), num, dist.world())
-            # In batches, and only what is drawn is kept: thousands of scored samples need not fit into memory.
             for start in range(0, len(mine), BATCH):
                 indices = mine[start : start + BATCH]
                 batch = generate(loaded, self.sampling, indices)

@@ -19,9 +19,8 @@ from repa.data.reading import DecodedImages
 from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile, array_name, captions_name, fields_of
 
 Report = Callable[[int, int, str], None]  # done, total, note
-EncodedBatch = tuple[
-    Piece, DecodedImages, dict[str, np.ndarray]
-]  # a batch and what the models made of it: field -> rows
+# a batch and what the models made of it: field -> rows
+EncodedBatch = tuple[Piece, DecodedImages, dict[str, np.ndarray]]
 
 
 @dataclass

@@ -20,9 +20,8 @@ from repa.runs.checkpoint import Dealt
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
-BUCKET = (
-    200  # MB of gradients that DDP reduces at once: PyTorch's 25 are 110 reductions for SiT-XL/2, each with its latency
-)
+# MB of gradients that DDP reduces at once: PyTorch's 25 are 110 reductions for SiT-XL/2, each with its latency
+BUCKET = 200
 
 
 def shard(objective: Objective, averages: list[Backbone], device: torch.device, precision: str) -> None:
@@ -77,9 +76,8 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
                 bucket_cap_mb=BUCKET,
             )
     if config.compile:  # in place, so that names stay
-        by_block = config.compile_scope == "blocks" or dist.is_sharded(
-            next(objective.parameters())
-        )  # gathered by block
+        is_sharded = dist.is_sharded(next(objective.parameters()))  # FSDP gathers block by block
+        by_block = config.compile_scope == "blocks" or is_sharded
         if by_block:
             objective.model.compile_blocks()
         else:

@@ -327,4 +327,4 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if dist.is_sharded(tensor) else tensor

@@ -132,13 +132,15 @@ class FileSource(Source):
 
     def _require_no_labels_beside(self, where: str, beside: Sequence[str]) -> None:
         """The files that WebDataset packs with an image may hold its label, as 0001.cls does."""
+        is_file = Path(where).is_file()
+        unpacked, source = ("unpack it to FOLDER, then ", "FOLDER") if is_file else ("", where)
         for ending in dict.fromkeys(Path(path).suffix.lower() for path in beside):
             first = next(path for path in beside if path.lower().endswith(ending))
             if label_columns([ending.removeprefix("."), *(self._keys_of(first) if ending == ".json" else ())]):
                 raise UserError(
                     f"{where} has no folders of classes, but files such as {printable(first)} next to its images, which look like "
-                    f"labels: pack it by `tar --sort=name -cf images.tar -C {where} .` and give images.tar, in which they are "
-                    "read, or give --labels TABLE.csv:COLUMN, or --labels none for one class."
+                    f"labels: {unpacked}pack it by `tar --sort=name -cf images.tar -C {source} .` and give images.tar, in "
+                    "which they are read, or give --labels TABLE.csv:COLUMN, or --labels none for one class."
                 )
 
     def _keys_of(self, file: str) -> list[str]:

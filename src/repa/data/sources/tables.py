@@ -230,9 +230,8 @@ def open_hub(
             f"not be shared or continued: stream its parquet files, hf://datasets/{name}@refs/convert/parquet/"
             f"{config or 'default'}/{split}/{{0000..0009}}.parquet with the numbers that are there, or leave out streaming."
         )
-    if not re.fullmatch(
-        r"\w[\w.-]*(/\w[\w.-]*)?", name
-    ):  # `datasets` would take other words for a folder or a kind of file
+    # `datasets` would take any other text for a folder or a kind of file
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"'hf:{name}' names no data set of the hub: write hf:OWNER/NAME.")
     datasets = _library()
     table = _loading(lambda: datasets.load_dataset(name, config, split=split, revision=revision), f"hf:{name}")
