@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.data import open_source
-from repa.data.sources.contract import Strings, printable
+from repa.data.sources.contract import Strings
 from tests.data.conftest import pack
 from tests.oracles.data import noise_image
 
@@ -178,7 +178,7 @@ def test_compact_strings_are_a_list():
     assert compact[2:5] == texts[2:5]
     with pytest.raises(IndexError):
         compact[8]
-    assert printable("caf\udce9 🐞") == "caf\ufffd 🐞"
+    assert printable("caf\udce9 🐞") == "caf\\udce9 🐞"
     assert len(Strings([])) == 0
 
 

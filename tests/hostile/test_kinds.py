@@ -85,6 +85,59 @@ def test_control_characters_in_names_do_not_reach_the_terminal(pictures, random_
     assert "\x1b" not in outcome(["show", str(run)])[1]
 
 
+EVIL = "a\nlabels  from nowhere\tb\u202e|<i>"  # a class
+
+
+def named_by_folders(folder):
+    for name in (EVIL, "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.png").write_bytes(png())
+    return folder
+
+
+def named_by_a_table(folder):
+    named_by_folders(folder)
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[f"{EVIL}/x.png", EVIL], ["b/x.png", "b"]]}))
+    return folder
+
+
+def named_by_parquet(folder):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder.mkdir()
+    parquet.write_table(pa.table({"image": [png()] * 2, "label": [EVIL, "b"]}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+@pytest.mark.parametrize("made", [named_by_folders, named_by_a_table, named_by_parquet])
+def test_the_name_of_a_class_is_one_line(made, tmp_path):
+    code, said = outcome(["prepare", str(made(tmp_path / "images")), str(tmp_path / "o"), *PREPARE])
+    assert code == 0, said
+    assert sum("labels  " in line for line in said.splitlines() if not line.startswith("  classes")) == 1, said
+    (line,) = [line for line in said.splitlines() if line.startswith("  classes ")]
+    assert "a\\nlabels  from nowhere\\tb\\u202e|<i> 1, b 1" in line
+
+
+def test_names_in_a_manifest_and_a_run_of_a_stranger_are_one_line(random_run, data_folder, tmp_path):
+    data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
+    for path in (data / "manifest.json", run / layout.DATA):
+        values = json.loads(path.read_text())
+        values["class_names"][0] = values["source"]["name"] = EVIL
+        path.write_text(json.dumps(values))
+    said = outcome(["show", str(data)])[1]
+    assert "\nlabels" not in said
+    assert "\u202e" not in said
+    assert "\u202e" not in outcome(["sample", str(run), "--out", str(tmp_path / "s.npz"), "--labels", "z"])[1]
+    assert outcome(["report", str(run), "--out", str(tmp_path / "r.html")])[0] == 0
+    assert outcome(["export", str(run), str(tmp_path / "exported")])[0] == 0
+    for path in (tmp_path / "r.html", tmp_path / "r.md", tmp_path / "exported" / "README.md"):
+        text = path.read_text()
+        assert "\u202e" not in text
+        assert "|<i>" not in text, path
+    assert r"\\nlabels  from nowhere\\tb\\u202e\|\<i\>" in (tmp_path / "exported" / "README.md").read_text()
+
+
 def test_tars_of_names_without_end(tmp_path):
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 512

@@ -8,6 +8,8 @@ FITS = 120  # characters of a list of names in a sentence
 # C0, C1 and DEL move the cursor or colour the terminal; bidirectional controls and line separators reorder what is read; lone
 # surrogates stand for bytes that are not UTF-8
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+LINES = str.maketrans({"\n": "\\n", "\t": "\\t"})
+MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\|*_<>`[]"})
 
 
 class UserError(ValueError):
@@ -20,6 +22,16 @@ class UserError(ValueError):
 def escaped(text: str) -> str:
     r"""Text as a terminal may show it: control characters are written out (\\x1b), newlines and tabs stay."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def printable(name: str) -> str:
+    """A name from outside as part of a line, a cell or a manifest: newlines and tabs are written out too."""
+    return escaped(name).translate(LINES)
+
+
+def in_markdown(name: str) -> str:
+    """A name that Markdown shows as it is: it may hold a bar, a star or a tag."""
+    return printable(name).translate(MARKDOWN)
 
 
 def choices(given: object, allowed: Iterable[object], see: str = "") -> str:

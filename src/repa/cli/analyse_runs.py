@@ -72,7 +72,7 @@ def cknna(argv: list[str]) -> int:
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: cknna_of_run(run, data, config, bar))
     tables.write(out, tables.how(config.measure, given), rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
-    say(tables.text(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    say(*tables.text(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
     draw(rows, config.measure, f"{title} with {config.encoder}", out)
     return 0
 
@@ -86,7 +86,7 @@ def depth(argv: list[str]) -> int:
 
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: depth_effects(run, data, config, bar))
     tables.write(out, tables.how("depth", given), rows)
-    say(tables.text(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
+    say(*tables.text(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
     draw(rows, "change", "change of the prediction without the block", out)
     return 0
 
@@ -140,7 +140,7 @@ def probe(argv: list[str]) -> int:
     num_rates = len(config.learning_rates)
     if num_rates == 1:
         used.pop("lr")
-    say(tables.text(shown, used))
+    say(*tables.text(shown, used))
     if num_rates > 1:
         say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
     draw(shown, "top1", "top-1 accuracy", out)

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             say(summary(rows[-1]))
         if given.out:
             files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows})
-    say("\n" + table(figures) + "\n")
+    say("", *table(figures).split("\n"), "")
     now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
     advice = advise(now, [f for f in figures if f is not now])
     if not advice:

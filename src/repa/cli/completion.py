@@ -53,10 +53,10 @@ class CompletionArguments(Config):
 
 def main(argv: list[str]) -> int:
     if argv[:1] == [WORDS]:
-        say("\n".join(candidates(argv[1:] or [""])))
+        say(*candidates(argv[1:] or [""]))
         return 0
     given = options.parse(CompletionArguments, argv, verb="completion", about=ABOUT, positional=("shell",))
-    say(SCRIPTS[given.shell])
+    say(*SCRIPTS[given.shell].split("\n"))
     return 0
 
 

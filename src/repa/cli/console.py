@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from repa.base import launch
-from repa.base.errors import escaped
+from repa.base.errors import printable
 from repa.base.reporting import duration
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def speaks() -> bool:
     return launch.place(strict=False).rank == 0
 
 
-def say(text: str = "") -> None:
-    """A line from the main process only; control characters in names are written out."""
+def say(*lines: str) -> None:
+    """Lines from the main process only; control characters in names are written out."""
     if speaks():
-        print(escaped(text), flush=True)
+        print(*(map(printable, lines)), sep="\n", flush=True)
 
 
-def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
+def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
     """Rows under their headings, in columns. On a terminal the last column is wrapped to its width; a log keeps one line a row."""
     every = [row for rows in groups.values() for row in rows]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
@@ -57,14 +57,14 @@ def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
             )
             lines.append((before + "".join(parts[:1])).rstrip())
             lines += [" " * indent + part for part in parts[1:]]
-    return "\n".join(lines)
+    return lines
 
 
 class ProgressBar:
     """One task: call it with (done, total, note). Use as a context manager."""
 
     def __init__(self, what: str, unit: str):
-        self.what, self.unit = escaped(what).replace("\n", " "), unit
+        self.what, self.unit = printable(what), unit
         self.bar: Bar | None = None
         self.begin = self.said = time.perf_counter()
         # A resumed job's rate counts only the work of this process: else the time left would be far too short.
@@ -86,7 +86,7 @@ class ProgressBar:
         return self
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        note, now = escaped(note), time.perf_counter()
+        note, now = printable(note), time.perf_counter()
         # A smaller count is another pass. The clock restarts with it, because models were loaded or another
         # process worked before it.
         if self.first is None or done < self.first:
@@ -110,7 +110,7 @@ class ProgressBar:
 
     def within(self, what: str, done: int, total: int) -> None:
         """Work inside one unit of the task, such as the samples of a preview: next to the bar, or a line now and then."""
-        now, text = time.perf_counter(), escaped(f"{what} {done:,}/{total:,}")
+        now, text = time.perf_counter(), printable(f"{what} {done:,}/{total:,}")
         if self.bar:
             self.bar.update(self.task, note=text)
         elif speaks() and now - self.said >= LINE_EVERY:

@@ -83,11 +83,11 @@ def main(argv: list[str]) -> int:
     memory = given.memory or (0 if given.tflops else MEMORY[given.device])
     whose = "a device" if given.memory or given.tflops else f"one {given.device}"
     fits = fitting(found, memory, whose, given) if memory else []
-    say("\n".join(report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits)))
+    say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits))
     if note := about_passes(config, given.images):
-        say(f"\n{note}")
+        say("", note)
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
-    say("\n".join(sampling(found, passes_of(*asked), short_passes_of(*asked), given)))
+    say(*sampling(found, passes_of(*asked), short_passes_of(*asked), given))
     return 0
 
 

@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
     given = options.parse(ListArguments, argv, verb="list", about=ABOUT, positional=("kind",))
     every = kinds()
     if not given.kind:
-        say("\n".join(every))
+        say(*every)
     elif given.kind in every:
-        say(table(every[given.kind]()))
+        say(*table(every[given.kind]()))
     else:
         raise UserError(f"Unknown kind of name {given.kind!r}{choices(given.kind, every, 'repa list')}")
     return 0

@@ -25,6 +25,7 @@ ABOUT = (
 
 
 FEATURES, TEXT = "features:", "text"
+LONGEST_NAME = 60  # letters of a name that are shown
 CLASSES_SHOWN = 10  # with their counts; the manifest has all
 
 
@@ -196,17 +197,18 @@ def _tell(out: Path, manifest: Manifest | None) -> None:
 
 def inventory(manifest: Manifest) -> list[str]:
     """What was found: where labels came from, classes with their counts, and what was left out by kind."""
-    counts = dict(zip(manifest.class_names, manifest.class_counts, strict=True))
-    filled = {name: count for name, count in counts.items() if count}
+    counts = [(_short(name), count) for name, count in zip(manifest.class_names, manifest.class_counts, strict=True)]
+    filled = [(name, count) for name, count in counts if count]
     lines = []
     if manifest.inventory.labels_from:
         lines.append(f"labels      from {manifest.inventory.labels_from}")
-    shown = ", ".join(f"{name} {count:,}" for name, count in list(filled.items())[:CLASSES_SHOWN])
+    shown = ", ".join(f"{name} {count:,}" for name, count in filled[:CLASSES_SHOWN])
     more = f" and {len(filled) - CLASSES_SHOWN:,} more" if len(filled) > CLASSES_SHOWN else ""
-    least, most = min(filled.values()), max(filled.values())
+    numbers = [count for _, count in filled]
+    least, most = min(numbers), max(numbers)
     each = f"{least:,} to {most:,}" if least < most else f"{most:,}"
     lines.append(f"classes     {shown}{more}; {each} images each")
-    if empty := [name for name, count in counts.items() if not count]:
+    if empty := [name for name, count in counts if not count]:
         lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
     if (num := manifest.inventory.captioned) is not None:
         lines.append(
@@ -228,6 +230,10 @@ def _num_classes(manifest: Manifest) -> str:
     return f"{num:,} classes" if num > 1 else "1 class"
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
 def _some(names: Sequence[str], num: int = 5) -> str:
     more = f" and {len(names) - num} more in its manifest" if len(names) > num else ""
-    return ", ".join(str(name) for name in names[:num]) + more
+    return ", ".join(_short(str(name)) for name in names[:num]) + more

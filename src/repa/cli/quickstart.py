@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     prepare.start(source, data, config)
     _compute_reference(data, choice.changes["preview.features"])
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()] for n in RUNS]
-    say("\nBoth trainings side by side:")
+    say("", "Both trainings side by side:")
     if code := run_together(trainings):
         return code
     commands = [
@@ -171,7 +171,7 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
     )  # fmt: skip
     say()
     print_table(summary_table(runs))
-    say(f"\n{page}: open it in a browser. Whole quickstart: {duration(seconds)}.")
+    say("", f"{page}: open it in a browser. Whole quickstart: {duration(seconds)}.")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

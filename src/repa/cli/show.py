@@ -24,16 +24,16 @@ def main(argv: list[str]) -> int:
     given = options.parse(ShowArguments, argv, verb="show", about=ABOUT, positional=("name",))
     path = Path(given.name)
     if given.name in RECIPES:
-        say(as_comment(RECIPES[given.name].promise))
-        say(load_recipe(given.name).to_yaml())
+        say(*as_comment(RECIPES[given.name].promise).split("\n"))
+        say(*load_recipe(given.name).to_yaml().split("\n"))
     elif (path / layout.CONFIG).is_file():
         _show_run(path)
     elif (path / "manifest.json").is_file():
         from repa.data.manifest import Manifest
 
-        say(Manifest.open(path).describe())
+        say(*Manifest.open(path).describe())
     elif shown := _named(given.name):
-        say("\n\n".join(shown))
+        say(*"\n\n".join(shown).split("\n"))
     else:
         raise UserError(
             f"{given.name!r} is not a run folder, a data folder or a name that `repa list` knows."
@@ -90,7 +90,7 @@ def _model(name: str) -> str:
         ("cost", f"repa estimate {recipe} --model.name {name}"),
         ("train", f"repa train {recipe} --model.name {name} --data DATA --out RUN"),
     ]  # fmt: skip
-    return f"model {name}\n" + table({"": facts})
+    return "\n".join([f"model {name}", *table({"": facts})])
 
 
 def _encoder(name: str) -> str:
@@ -114,7 +114,7 @@ def _encoder(name: str) -> str:
         rows.append(("align to it", f"repa train RECIPE --alignments.0.target {name} ..."))
         rows.append(("store tokens", f"repa prepare SOURCE DATA --resolution 256 --features {name}"))
     rows.append(("more", "docs/encoders.md"))
-    return f"encoder {name}\n" + table({"": rows})
+    return "\n".join([f"encoder {name}", *table({"": rows})])
 
 
 def _whether_here(name: str) -> str:
@@ -139,4 +139,4 @@ def _show_run(run: Path) -> None:
     )
     size = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
     say(f"size on disk {files.size(size)}")
-    say((run / layout.CONFIG).read_text(encoding="utf-8"))
+    say(*(run / layout.CONFIG).read_text(encoding="utf-8").split("\n"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from repa.base import files, launch, lock
 from repa.base.config import Config
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.cli.console import speaks
 
 _held = contextlib.ExitStack()
@@ -16,25 +16,25 @@ _doing = ""  # the command that writes, for others
 Rows = Sequence[dict[str, Any]]
 
 
-def text(rows: Rows, columns: dict[str, str]) -> str:
-    """Aligned columns; `columns` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
+def text(rows: Rows, columns: dict[str, str]) -> list[str]:
+    """Lines of aligned columns; `columns` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
     titles = [title.partition("|")[0] for title in columns.values()]
     shown = [[_shown(row.get(key), title.partition("|")[2]) for key, title in columns.items()] for row in rows]
     widths = [max(len(line[i]) for line in [titles, *shown]) for i in range(len(titles))]
     left = [any(isinstance(row.get(key), str) for row in rows) for key in columns]
-    return "\n".join(
+    return [
         "  ".join(
             cell.ljust(width) if is_text else cell.rjust(width)
             for cell, width, is_text in zip(line, widths, left, strict=True)
         ).rstrip()
         for line in [titles, *shown]
-    )
+    ]
 
 
 def _shown(value: Any, form: str) -> str:
     if value is None:
         return "-"
-    return value if isinstance(value, str) else format(value, form)
+    return printable(value) if isinstance(value, str) else format(value, form)
 
 
 def how(what: str, given: Config) -> dict[str, Any]:

@@ -12,11 +12,11 @@ DATA/
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from repa.base import files
 from repa.base.config import Config
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.base.registry import Spec
 from repa.data.config import PrepareConfig
 from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile
@@ -90,7 +90,7 @@ class Manifest(Config):
     """How they were made."""
     num_images: int = Field(ge=1)
     """Images in all shards, flipped copies included."""
-    class_names: tuple[str, ...]
+    class_names: tuple[Annotated[str, AfterValidator(printable)], ...]
     """Names of the classes, in the order of the labels."""
     class_counts: tuple[int, ...]
     """Images of each class, flipped copies not counted."""
@@ -199,7 +199,7 @@ class Manifest(Config):
             )
         return cls.parse(values, where=str(path))
 
-    def describe(self) -> str:
+    def describe(self) -> list[str]:
         """A few lines for people."""
         size = sum(record.size for record in self.records)
         fields = [
@@ -221,4 +221,4 @@ class Manifest(Config):
             f"fields       {', '.join(fields)}{', captions' if any(s.captions for s in self.shards) else ''}",
             f"on disk      {files.size(size)} in {len(self.shards)} shards",
         ]
-        return "\n".join([*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])])
+        return [*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])]

@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from repa.base import extras
+from repa.base.errors import escaped
 from repa.base.files import write_text
 from repa.base.reporting import duration
 from repa.recipes.paper_tables import printed
@@ -123,6 +124,7 @@ def _environment() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source),
         autoescape=True,
+        finalize=_written_out,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -133,6 +135,11 @@ def _environment() -> Any:
         "distance_name": distance_name, "breakable": breakable,
     }  # fmt: skip
     return environment
+
+
+def _written_out(value: Any) -> Any:
+    """Texts on the page, without the characters that reorder what is read."""
+    return type(value)(escaped(value)) if isinstance(value, str) else value
 
 
 def breakable(name: str) -> Markup:

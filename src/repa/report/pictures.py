@@ -14,7 +14,7 @@ import numpy as np
 
 from repa.base import faults, files
 from repa.base.arrays import load_npz
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.base.images import decode_image
 from repa.report.curves import draw_curves
 from repa.report.runs import DISTANCE, Protocol, RunRecord, add_evaluations, common_protocol, distance_name, read_runs
@@ -185,7 +185,7 @@ def preview_classes(run: RunRecord, step: int) -> list[str]:
         return []
     if labels.ndim != 1 or labels.dtype.kind != "i":
         raise UserError(f"{path} is damaged: its labels are not a list of whole numbers. Remove it.")
-    return [str(names[label]) if 0 <= label < len(names) else "" for label in labels.tolist()]
+    return [printable(str(names[label])) if 0 <= label < len(names) else "" for label in labels.tolist()]
 
 
 def preview_prompts(run: RunRecord) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
 from repa.base import files
+from repa.base.errors import in_markdown
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.paper_tables import (
@@ -226,9 +227,9 @@ def write_markdown(
 ) -> None:  # fmt: skip
     """What the page says in words and tables."""
     parts = [
-        f"# {_plain(title)}",
-        f"**{_plain(verdict.sentence)}**",
-        "\n".join(f"- {_plain(n)}" for n in verdict.notes),
+        f"# {in_markdown(title)}",
+        f"**{in_markdown(verdict.sentence)}**",
+        "\n".join(f"- {in_markdown(n)}" for n in verdict.notes),
     ]
     for table in tables:
         heading = ["", "Iter.", *table.columns.values(), *(["runs"] if has_seeds(table) else [])]
@@ -237,7 +238,7 @@ def write_markdown(
              *([str(line.num_runs)] if has_seeds(table) else [])]
             for line in table.lines
         ]  # fmt: skip
-        parts += ["## Results", _plain(f"{how_made(table.protocol)}."), _markdown(heading, rows)]
+        parts += ["## Results", in_markdown(f"{how_made(table.protocol)}."), _markdown(heading, rows)]
     if speedups:
         cells = [speedup_cells(each) for each in speedups]
         parts += [
@@ -312,11 +313,4 @@ def _csv_row(table: Table, line: Line) -> dict[str, Any]:
 
 def _markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: a name may hold a bar, a star or a tag."""
-    for letter in "\\|*_<>`[]":
-        text = text.replace(letter, f"\\{letter}")
-    return text.replace("\n", " ")
+    return "\n".join("| " + " | ".join(in_markdown(cell) for cell in line) + " |" for line in lines)

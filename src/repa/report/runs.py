@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.base.files import read_json, read_object, well_formed
 from repa.runs import layout
 from repa.runs.log import read_metrics
@@ -148,7 +148,7 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
             f"{len(names)} names were given for {len(runs)} runs: give one name per run, in the same order."
         )
     named = names or _short_names([run.path if isinstance(run, RunRecord) else run for run in runs])
-    called = [well_formed(name) for name in named]  # fonts refuse what is not UTF-8
+    called = [printable(well_formed(name)) for name in named]  # fonts refuse what is not UTF-8
     records = [
         run if isinstance(run, RunRecord) else read_run(run, name) for run, name in zip(runs, called, strict=True)
     ]

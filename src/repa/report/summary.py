@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from repa.base import faults
+from repa.base.errors import printable
 from repa.base.reporting import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
 from repa.report.speedups import Speedup, baseline_of, speedup
@@ -159,7 +160,7 @@ def _describe(data: Mapping[str, Any]) -> dict[str, str]:
         facts["Resolution"] = f"{data['resolution']} × {data['resolution']} pixels"
     names = data.get("class_names") or []
     if names:
-        shown = ", ".join(str(name) for name in names[:12])
+        shown = ", ".join(printable(str(name)) for name in names[:12])
         facts["Classes"] = f"{len(names)}: {shown}{', …' if len(names) > 12 else ''}"
     for key, label in (("autoencoder", "Autoencoder"), ("features", "Alignment features")):
         if data.get(key):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from repa.base.errors import in_markdown
 from repa.diffusion import ImprovedDDPM
 
 LOAD = {
@@ -48,7 +49,7 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
         ("Network", "width {hidden_dim}, depth {depth}, {num_heads} heads, patch {patch_size}".format(**arguments)),
         ("Weights", f"exponential moving average after {facts['step']:,} steps"),
         ("Data", _data(facts)),
-        ("Latents", f"{_shape(arguments)} of the autoencoder `{facts['autoencoder']}`"),
+        ("Latents", f"{_shape(arguments)} of the autoencoder {facts['autoencoder']}"),
         ("Trained to predict", _prediction(facts["diffusion"])),
         ("Aligned to", _alignments(config.get("alignments", ()))),
         *([("Fine-tuned from", Path(config["init"]).name)] if config.get("init") else []),
@@ -60,7 +61,7 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
     time = f"integer timesteps 0 (nearly data) to {last} (noise)" if ddpm else "in [0, 1], 0 is data and 1 is noise"
     return "\n".join([
         "---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---", "",
-        f"# {name}, {facts['step']:,} steps", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), "",
+        f"# {name}, {facts['step']:,} steps", "", "| | |", "|---|---|", *(f"| {a} | {in_markdown(b)} |" for a, b in rows), "",
         load, "", f"`x_t` (N, {_shape(arguments)}) noised latents; `t` (N,) floats, {time}; `labels` (N,) int64, {labels}.", "",
     ])  # fmt: skip
 
@@ -74,7 +75,7 @@ def _name(model: Mapping[str, Any]) -> str:
 
 def _data(facts: Mapping[str, Any]) -> str:
     if not facts["source"]:
-        return f"not known: the weights were converted from `{facts['converted_from']}`"
+        return f"not known: the weights were converted from {facts['converted_from']}"
     return f"{facts['source'].get('name')}, {facts['num_images']:,} images of {len(facts['class_names'])} classes"
 
 
@@ -85,9 +86,9 @@ def _shape(arguments: Mapping[str, Any]) -> str:
 def _prediction(diffusion: Mapping[str, Any]) -> str:
     if diffusion["objective"] == "ddpm":
         return "noise and its learned variance, improved DDPM"
-    return f"{diffusion['prediction']} on the path `{diffusion['path']}`"
+    return f"{diffusion['prediction']} on the path {diffusion['path']}"
 
 
 def _alignments(alignments: Any) -> str:
     felt = [a for a in alignments if not a.get("measure_only")]
-    return ", ".join(f"`{a['target']}` at block {a['depth']}, weight {a['weight']}" for a in felt) or "nothing"
+    return ", ".join(f"{a['target']} at block {a['depth']}, weight {a['weight']}" for a in felt) or "nothing"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.base.files import read_object
 from repa.base.precision import Float32Default
 from repa.base.registry import parse_spec
@@ -209,7 +209,7 @@ def load_run(
     data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
     autoencoder = autoencoder or _autoencoder(run, config, autoencoder_weights, device)
     require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
-    names = tuple(map(str, data.get("class_names", ())))
+    names = tuple(printable(str(name)) for name in data.get("class_names", ()))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
         _label_dropout(run, config), _counts(run, data, len(names)), **_text(run, config, data),

@@ -173,11 +173,6 @@ class Strings(Sequence[str]):
         return self._letters[start:end].decode(errors="surrogatepass")
 
 
-def printable(name: str) -> str:
-    """File names that are not UTF-8 cannot be written into a manifest as they are."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", name)
-
-
 def read_image_file(path: Path, name: str = "") -> bytes:
     """The bytes of an image file of bounded size; raises UserError, which calls it `name`."""
     name = name or str(path)

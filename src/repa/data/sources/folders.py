@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from repa.base import faults, files
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.data.sources.contract import (
     CAPTION,
     CAPTIONS,
@@ -28,7 +28,6 @@ from repa.data.sources.contract import (
     labels_digest,
     no_classes,
     plain_text,
-    printable,
     read_image_file,
 )  # fmt: skip
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, from_file, rows_of_csv, rows_of_lines, table_columns

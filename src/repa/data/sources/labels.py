@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from repa.base.errors import UserError, nearest
-from repa.data.sources.contract import MEANINGS, Classes, no_classes, plain_text, printable, splits_among
+from repa.base.errors import UserError, nearest, printable
+from repa.data.sources.contract import MEANINGS, Classes, no_classes, plain_text, splits_among
 
 MAX_CLASSES = 1_000_000  # a label far beyond them is not a label, and would make as many names
 LABEL_COLUMNS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, printable
 from repa.data.remote import Fetcher
 from repa.data.sources.archives import Slices
 from repa.data.sources.contract import (
@@ -23,7 +23,6 @@ from repa.data.sources.contract import (
     is_remote,
     labels_digest,
     no_classes,
-    printable,
     require_one_split,
 )
 from repa.data.sources.label_files import from_file
