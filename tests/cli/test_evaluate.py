@@ -65,7 +65,7 @@ def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_pa
     [
         (
             ("--num-images", 9, "--out", "file/r.json"),
-            "r.json cannot be written (file: File exists): choose another place",
+            "r.json cannot be written: a part of this path is a file, not a folder. Choose another path.",
         ),
         (("--num-images", 9, "--out", "folder.json"), "folder.json cannot be written: it is a folder"),
         (("--num-images", 3), "need more than 3 images, but "),

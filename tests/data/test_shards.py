@@ -208,6 +208,6 @@ def test_broken_json_and_missing_data(out, tmp_path):
 
 
 def test_the_manifest_for_people(out):
-    lines = open_data(out).manifest.describe().splitlines()
+    lines = open_data(out).manifest.describe()
     assert "11 of 2 classes at 8 pixels" in lines[1]
     assert "images uint8 3x8x8" in lines[4]

@@ -235,6 +235,21 @@ def test_read_only(whole, mount, tmp_path):
     report("read-only disks", counts, wrong)
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/1/x", "WHOLE/r.yaml/x"])
+def test_places_that_take_no_files(place, whole):
+    place = place.replace("WHOLE", str(whole))
+    for verb, argv in VERBS.items():
+        before = argv(whole)
+        words = [word.replace(str(whole / "o"), place) for word in before]
+        if words != before:
+            code, said = outcome(words)
+            assert code == 2, (verb, said)
+            lines = said.splitlines()
+            assert len(lines) == 1, (verb, said)  # said before any work
+            assert lines[0].startswith(f"repa: {place}"), (verb, said)
+            assert "cannot be written: " in lines[0], (verb, said)
+
+
 @pytest.mark.slow
 def test_full_disks_under_every_verb(whole, mount, tmp_path):
     if not mount(tmp_path / "d", "-o", "size=24m"):

@@ -38,6 +38,8 @@ SYSTEM = {
     errno.EMFILE: ("too many files are open", "Raise the limit (`ulimit -n`), then run the same command again."),
     errno.ENFILE: ("too many files are open on this machine", "Close other programs, then run the same command again."),
     errno.ENOENT: ("there is no such file or folder", "Check the path; if it was removed meanwhile, run the command again."),
+    errno.EEXIST: ("a part of this path is a file, not a folder", "Choose another path."),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "Choose another path."),
     errno.ESHUTDOWN: ("the disk was taken away", f"Mount it again, then {AGAIN}."),
 }  # fmt: skip
 # a write or fsync on an open file knows no name: these tell a disk's state all the same, and no bug of ours raises them
@@ -77,6 +79,13 @@ def sentence_of(error: BaseException) -> str | None:
     if (number := _hidden_errno(error)) is not None:
         return _sentence(number, None)
     return _of_system(error) if isinstance(error, OSError) else None
+
+
+def why_no_place(error: OSError, folder: Path) -> str:
+    """Why no file can be made in a folder, and what to do."""
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):  # ENOENT: in /proc, where nothing can be made
+        return f"{folder} takes no new files. Choose another place."
+    return _what(error.errno, error.strerror or "it cannot be used")
 
 
 def is_of_disk(error: BaseException) -> bool:

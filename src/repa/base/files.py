@@ -219,16 +219,19 @@ def require_space(folder: str | Path, num_bytes: int, what: str) -> None:
         )
 
 
-def require_writable(path: str | Path) -> None:
-    """Refuse before work starts what could not be written after it: the folder of `path` is made, and tried."""
-    path = Path(path)
+def require_place(folder: Path, what: str | Path) -> None:
+    """Refuse before work starts where `what` could not be written after it: its folder is made, and tried."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.filename}: {error.strerror}): choose another place."
-        ) from None
+        raise UserError(f"{what} cannot be written: {faults.why_no_place(error, folder)}") from None
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse before work starts a file that could not be written after it."""
+    path = Path(path)
+    require_place(path.parent, path)
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder. Choose another name.")
 

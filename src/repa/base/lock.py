@@ -71,6 +71,7 @@ def alone(target: Path, doing: str) -> Iterator[None]:
         UserError: another process holds it; the sentence says which, where and since when.
     """
     path = lock_of(target)
+    files.require_place(path.parent, target)
     lock = take(path)
     if lock is None:
         raise UserError(
@@ -107,7 +108,7 @@ def shared(target: Path, doing: str) -> Iterator[None]:
     import fcntl  # absent on Windows, where the rest of the package may be imported
 
     path = lock_of(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.require_place(path.parent, target)
     handle = _share(path)
     if handle is None:
         raise UserError(

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     from repa.base import files, lock
     from repa.report import save_figure, write_report
 
+    if given.picture:
+        files.require_writable(given.picture)
     with lock.alone(out, "repa report"):
         files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
         write_report(

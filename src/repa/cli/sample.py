@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     from repa.base.precision import resolved
     from repa.runs import load_run
     from repa.sampling import about_classes, prepared, write_samples
-    from repa.sampling.folders import write_folders
+    from repa.sampling.folders import require_folders, write_folders
 
     device = dist.setup()
     step = None if given.checkpoint < 0 else given.checkpoint
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
     if given.folders and not given.out.endswith(".npz"):
         raise UserError("--folders lays out the images of an .npz: give --out a name such as samples.npz.")
+    if given.folders:
+        dist.on_main(lambda: require_folders(Path(given.folders)))
     if as_origin:
         say(as_origin)
     if note := about_classes(config.labels, run):

@@ -27,6 +27,13 @@ def write_pngs(parts: Iterable[np.ndarray], out: Path) -> None:
             save_png(image, temporary / f"{index:06d}.png")
 
 
+def require_folders(out: Path) -> None:
+    """Raises UserError where `write_folders` would not write."""
+    if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
+        raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
+    files.require_place(out, out)
+
+
 def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) -> None:
     """Lay the images of an .npz by `repa sample` out by prompt; the same call again writes the same.
 
@@ -38,8 +45,7 @@ def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) 
     Raises:
         UserError: the folder holds other things.
     """
-    if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
-        raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
+    require_folders(out)
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts.texts]
     if prompt_file.endswith(".jsonl"):  # scorers find there what they need besides the prompt
         lines = [line for line in Path(prompt_file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
