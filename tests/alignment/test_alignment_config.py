@@ -46,6 +46,8 @@ def test_defaults_are_the_papers():
         ({"weight": -0.5}, "setting 'weight' was given -0.5"),
         ({"weight": float("nan")}, "setting 'weight'"),
         ({"target": " "}, "needs a target"),
+        ({"target": "dinov2-b:part=attention,layer=nine", "tap": "attention"}, "the layer 'nine'"),
+        ({"target": "dinov2-b:part=attention,layer=0", "tap": "attention"}, "the layer 0"),
         ({"lambda": 1}, "unknown setting 'lambda'"),
     ],
 )
@@ -54,6 +56,15 @@ def test_mistakes_are_one_sentence(settings, message):
         parse(**settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_target_has_one_spelling_whatever_part_of_it_is_asked_for():
+    """Features are stored under the name of the registry: a term that asked for them by another would not find them."""
+    for part in ("", ":part=all", ":layer=9,part=attention"):
+        attention = {"tap": "attention", "projector": "none"} if "attention" in part else {}
+        config = parse(target=f"dinov2-vit-B{part}", **attention)
+        assert config.target == f"dinov2-b{part}"
+        assert config.encoder[0] == "dinov2-b"
 
 
 def test_name_tells_the_terms_apart():

@@ -97,14 +97,14 @@ def test_a_network_without_such_norms_is_refused():
 
 INTERPRETED = """
 import torch
-from repa.models.kernels import by_triton, modulated_norm_backward
+from repa.models.kernels import norm_backward_by_triton, modulated_norm_backward
 
 for num, tokens, width in ((2, 37, 24), (1, 16, 72), (3, 5, 1)):
     stream = torch.Generator().manual_seed(tokens)
     x = 2 + 3 * torch.randn(num, tokens, width, generator=stream)
     scale, gradient = torch.randn(num, 1, width, generator=stream), torch.randn(num, tokens, width, generator=stream)
     _, mean, rstd = torch.native_layer_norm(x, (width,), None, None, 1e-6)
-    found = by_triton(gradient, x, mean, rstd, scale)
+    found = norm_backward_by_triton(gradient, x, mean, rstd, scale)
     wanted = modulated_norm_backward(*(t.double() for t in (gradient, x, mean, rstd, scale)))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)

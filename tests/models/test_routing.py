@@ -6,7 +6,7 @@ import torch
 from repa.base.errors import UserError
 from repa.models import Condition, DiT, Tap, TwoTimes, build
 from repa.models.config import ModelConfig, Route
-from repa.models.routing import draw
+from repa.models.routing import draw_route
 
 SIZES = {"latent_size": 8, "latent_channels": 4, "hidden_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 KEEP = torch.tensor([[2, 4, 11], [15, 0, 6]])  # in any order
@@ -158,7 +158,7 @@ def test_recomputed_blocks_give_the_same_gradients():
 
 def test_draws_keep_the_same_share_of_every_image_and_group():
     stream = torch.Generator().manual_seed(0)
-    keep, dropped = draw(Route(2, 3, 0.25, 2, "fuse", 0.5), 400, (4, 6), stream)
+    keep, dropped = draw_route(Route(2, 3, 0.25, 2, "fuse", 0.5), 400, (4, 6), stream)
     assert keep.shape == (400, 6)
     assert (keep[:, 1:] > keep[:, :-1]).all()
     groups = keep // 12 * 3 + keep % 6 // 2  # 2 x 3 groups of a 4 x 6 grid
@@ -166,10 +166,10 @@ def test_draws_keep_the_same_share_of_every_image_and_group():
     counts = keep.flatten().bincount(minlength=24)
     assert (counts - 100).abs().max() < 40  # each token of a group is as likely
     assert 0.4 < dropped.double().mean() < 0.6
-    keep, dropped = draw(Route(2, 3, 0.5), 400, (4, 6), stream)
+    keep, dropped = draw_route(Route(2, 3, 0.5), 400, (4, 6), stream)
     assert (keep.shape, dropped) == ((400, 12), None)
     assert keep.flatten().bincount(minlength=24).double().std() < 20
-    assert draw(Route(2, 3), 4, (4, 6), stream) == (None, None)
+    assert draw_route(Route(2, 3), 4, (4, 6), stream) == (None, None)
 
 
 def test_the_plain_network_is_the_default_and_refuses_tokens_to_keep():

@@ -10,11 +10,10 @@ from torch import Tensor
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import looks_at_other_images, resize_tokens
-from repa.alignment.projectors import looks_at_condition
 from repa.alignment.targets import Seen, Target, build_target
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
-from repa.base.registry import parse_spec
+from repa.base.registry import declared, parse_spec
 from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 
 
@@ -60,15 +59,16 @@ class Alignment(nn.Module):
         self.target, self.prefix_tokens = target or Target(), prefix_tokens
         self.tap = Tap(config.depth, config.tap)
         projector = PROJECTORS.build(config.projector)
-        self.looks_at_condition = looks_at_condition(projector)
+        self.looks_at_condition = bool(declared(projector, "sees_condition"))
         classes = (num_classes,) if self.looks_at_condition else ()
         self.loss = LOSSES.build(config.loss)
-        relations = getattr(getattr(self.loss, "func", self.loss), "compares_relations", False)
+        # Relations between tokens have no width, so a tap without a projector is compared as wide as it is.
+        relations = declared(self.loss, "compares_relations")
         width = hidden_dim if relations and config.projector == "none" else feature_dim or hidden_dim
         self.projector = projector(hidden_dim, width, grid, *classes)
-        self._sharing: list[
-            Alignment
-        ] = []  # another term whose projector is used; a list, so that it is not a submodule of this one
+        # Another term whose projector is used. In a list, so that it is no submodule of this one: its weights would be counted
+        # and saved twice.
+        self._sharing: list[Alignment] = []
         if not isinstance(self.projector, nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
@@ -122,16 +122,20 @@ class Alignment(nn.Module):
         return (self.tap, *self.target.own)
 
     @property
+    def _projector(self) -> nn.Module:
+        return self._sharing[0].projector if self._sharing else self.projector
+
+    @property
     def masked(self) -> float | None:
         """Share of the tap's tokens that its projector is not to see in training; None: it masks none."""
-        projector = self._sharing[0].projector if self._sharing else self.projector
-        return getattr(projector, "masked", None) if self.looks_at_condition else None
+        return getattr(self._projector, "masked", None) if self.looks_at_condition else None
 
     def forward(self, seen: Seen) -> Tensor:
         """Eq. 8, per image, (N,): lower is better. Gradients reach the tap and the projector, never the target."""
         student, target = seen.output.taps[self.tap], self.target(seen)
         if self.tap.kind == "hidden" and not self.target.prefix:
             student = student[:, self.prefix_tokens :]
+        # The projector learns and the network does not notice: its weights stay those of a run without the term, to the bit.
         if self.config.measure_only:
             student = student.detach()
         beside = Beside(seen.t, seen.condition, seen.visible.get(self.key)) if self.looks_at_condition else None
@@ -146,6 +150,7 @@ class Alignment(nn.Module):
     def at_times(self, loss: Tensor, t: Times) -> Tensor:
         """The losses (N,) of images at times t, as they count there."""
         low, high = self.config.times
+        # An image has one loss: of its tokens' times the mean counts.
         t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
         return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
 
@@ -172,13 +177,17 @@ class Alignment(nn.Module):
                 "are x.flatten(2).transpose(1, 2)."
             )
         projected = self.project(student, beside)  # (N, T, F)
-        with no_autocast(student.device):  # norms and logits need float32
+        # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
+        with no_autocast(student.device):
             projected = _precise(projected)
             if target is None:
                 return self.loss(projected, None)
             self._check_width(target)
+            # Detached also where the target is a block of this network: it must not move towards what it is to teach.
             projected, matched = self._match(projected, _precise(target.detach()), kept)
-            matched = self.token_norm(matched)  # of all of the image's tokens, whichever are kept
+            # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
+            # image's tokens, so that a target does not depend on which of them are kept in this step.
+            matched = self.token_norm(matched)
             if kept is not None:
                 assert self.grid is not None  # a network that keeps tokens has told it
                 prefix = matched.shape[1] - self.grid[0] * self.grid[1]
@@ -204,18 +213,22 @@ class Alignment(nn.Module):
         """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
         if self.config.pool:
             student = student.mean(1, keepdim=True)  # (N, 1, D)
-        projector = self._sharing[0].projector if self._sharing else self.projector
         if not self.looks_at_condition:
-            return projector(student)
+            return self._projector(student)
         if beside is None:
             raise UserError(
                 f"The projector {self.config.projector!r} looks at times and condition: give compare them as Beside(t, condition)."
             )
-        return projector(student, *beside)
+        return self._projector(student, *beside)
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""
         return self.config.weight * self.schedule(step)
+
+    def untouched(self) -> Tensor:
+        """Zero, for a step in which the term does not count, with every parameter in the graph: DDP waits for the gradient of each."""
+        parameters = [p.sum() for p in self.parameters()]
+        return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())
 
     def _kept(
         self, student: Tensor, target: Tensor | None, kept: Tensor | None
@@ -226,6 +239,7 @@ class Alignment(nn.Module):
         """
         if kept is None or self.tap.kind == "attention":
             return student, target, None
+        # Tokens in front of the grid always go through the route. Only the number tells where the tap was: K or T.
         front = self.prefix_tokens if self.target.prefix else 0
         routed = student.shape[1] == front + kept.shape[1]
         if target is None or not (self.target.own and target.shape[1] == kept.shape[1]):

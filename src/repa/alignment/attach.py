@@ -97,8 +97,11 @@ class Aligner(nn.Module):
             grid = checked_grid(grid)
         other = None
         if target not in ("features", "none"):
-            (other,) = _one(find_blocks(net, target), target)
-            target = "none"
+            others = find_blocks(net, target)
+            if len(others) != 1:
+                raise UserError(f"A target is one block, but {target!r} fits {len(others)}.")
+            # A block is a target of the aligner's own, which the term is handed: to its configuration there is none.
+            (other,), target = others, "none"
         settings.setdefault("loss", "attention_ce" if tap == "attention" else "gram")
         unprojected = tap == "attention" or other or parse_spec(settings["loss"])[0] in WITHOUT_WIDTH
         settings.setdefault("projector", "none" if unprojected else "mlp")
@@ -120,6 +123,7 @@ class Aligner(nn.Module):
                     f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
                     "or conv."
                 )
+            # Beside the block, wherever a large network keeps it.
             weight = next(each.module.parameters(), None)
             self.terms[config.module] = term.to(None if weight is None else weight.device)
             self._places[config.key] = _Place(each.name, other and other.name, grid, output, text, width)
@@ -176,12 +180,13 @@ class Aligner(nn.Module):
         for name, place in self._places.items():
             term = self._term(name)
             weight = term.weight(self.steps)
-            if weight == 0:  # its parameters stay in the graph: DDP waits for the gradient of each
-                total = total + sum(0.0 * p.sum() for p in term.parameters())
+            if weight == 0:
+                total = total + term.untouched()
                 continue
             loss = self._loss(name, term, place, features, t, grid)
             self.values[name] = loss.detach().mean()
             total = total + weight * loss.mean()
+        # Forgotten: the next call must not see this pass again, and its activations would stay in memory until then.
         self._eye.record.begin(None)
         return total if isinstance(total, Tensor) else torch.tensor(total)
 
@@ -200,13 +205,14 @@ class Aligner(nn.Module):
 
     def taps(self) -> dict[str, Tensor]:
         """Term -> tokens (N, T, D) of the network's last pass, for analysis, or as features of another network's aligner."""
-        return {name: self._tokens(name, place.block, place, None).tokens for name, place in self._places.items()}
+        return {name: self._tokens(place.block, place, None).tokens for name, place in self._places.items()}
 
     def step(self) -> None:
         """An optimiser step is done: schedules move on."""
         self.steps += 1
         for name in self._places:
             schedule = self._term(name).schedule
+            # The mean of all processes: a schedule that stopped in one of them alone would part their gradients.
             if hasattr(schedule, "watches") and schedule.watches(self.steps) and name in self.values:
                 schedule.observe(self.steps, float(dist.mean_over(self.values[name])))
 
@@ -235,36 +241,28 @@ class Aligner(nn.Module):
         self.steps = steps
 
     def extra_repr(self) -> str:
-        lines = []
-        for name, place in self._places.items():
-            config = self._term(name).config
-            against = place.other or config.target
-            lines.append(
-                f"{name}: {config.tap} of {self._eye.kind}, {config.loss} against {against}, weight {config.weight}"
-            )
-        return "\n".join(lines)
+        terms = [(name, self._term(name).config, self._against(name)) for name in self._places]
+        return "\n".join(
+            f"{name}: {config.tap} of {self._eye.kind}, {config.loss} against {against}, weight {config.weight}"
+            for name, config, against in terms
+        )
 
     def _repr_html_(self) -> str:
         """A table for notebooks: each term, where it looks, its weight now and its last loss."""
         rows = []
         for name, place in self._places.items():
             config, value = self._term(name).config, self.values.get(name)
-            against = place.other or config.target
-            cells = (
-                name,
-                place.block,
-                config.tap,
-                config.loss,
-                against,
-                f"{self.weight(name):g}",
-                "" if value is None else f"{value:.4f}",
-            )
+            weight, last = f"{self.weight(name):g}", "" if value is None else f"{value:.4f}"
+            cells = (name, place.block, config.tap, config.loss, self._against(name), weight, last)
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-        head = "".join(
-            f"<th>{title}</th>" for title in ("term", "block", "tap", "loss", "against", "weight", "last loss")
-        )
+        titles = ("term", "block", "tap", "loss", "against", "weight", "last loss")
+        head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<p>Aligner of {html.escape(self._eye.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
+
+    def _against(self, name: str) -> str:
+        """The target of a term, by name."""
+        return self._places[name].other or self._term(name).config.target
 
     def _term(self, name: str) -> Alignment:
         if name not in self._places:
@@ -284,9 +282,9 @@ class Aligner(nn.Module):
     ) -> Tensor:
         """(N,) of one term."""
         if term.tap.kind == "attention":
-            student = self._attention(name, place, grid)
+            student = self._attention(place, grid)
             return at_their_times(term, t, term.compare(student, features_of(name, features, "attention")))
-        student, grid = self._tokens(name, place.block, place, grid)
+        student, grid = self._tokens(place.block, place, grid)
         if term.config.measure_only:
             student = student.detach()
         elif torch.is_grad_enabled() and not student.requires_grad:
@@ -301,7 +299,7 @@ class Aligner(nn.Module):
             )
         target: Tensor | None = None
         if place.other:
-            target = self._tokens(name, place.other, place, grid).tokens.detach()
+            target = self._tokens(place.other, place, grid).tokens.detach()
         elif term.config.target == "features":
             target = features_of(name, features, "patches")
         student, target, frames = frames_as_images(place.block, student, target, grid)
@@ -314,13 +312,14 @@ class Aligner(nn.Module):
                 f"Without a projector the loss {loss_name!r} needs tokens of one width, but block {place.block} gives "
                 f"{student.shape[2]} and the target has {target.shape[2]}: take projector='mlp', or loss='gram'."
             )
+        # A network in half precision without autocast gives taps that a projector in float32 cannot multiply.
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
         loss = term.compare(student, target).unflatten(0, (-1, frames)).mean(1)  # (N,)
         return at_their_times(term, t, loss)
 
-    def _tokens(self, name: str, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
+    def _tokens(self, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
         record = self._eye.record
         if block not in record.passes:
             raise UserError(
@@ -328,17 +327,10 @@ class Aligner(nn.Module):
                 "must be attached to before its first run."
             )
         grid = checked_grid(grid) if grid is not None else place.grid
-        return image_tokens(
-            record.passes[block],
-            record.image,
-            self._eye.patch,
-            where=block,
-            grid=grid,
-            output=place.output,
-            text=place.text,
-        )
+        seen, patch = record.passes[block], self._eye.patch
+        return image_tokens(seen, record.image, patch, where=block, grid=grid, output=place.output, text=place.text)
 
-    def _attention(self, name: str, place: "_Place", grid: tuple[int, ...] | None) -> Tensor:
+    def _attention(self, place: "_Place", grid: tuple[int, ...] | None) -> Tensor:
         """Logits (N, h, T, T) between the tokens of the image."""
         logits = self._eye.record.attention.get(place.block)
         if logits is None:
@@ -346,7 +338,7 @@ class Aligner(nn.Module):
                 f"No self-attention of block {place.block} was seen: it must run before the aligner is called, call PyTorch's "
                 "scaled_dot_product_attention, and not be compiled. Otherwise take tap='hidden'."
             )
-        number = self._tokens(name, place.block, place, grid).tokens.shape[1]
+        number = self._tokens(place.block, place, grid).tokens.shape[1]
         cut = slice(logits.shape[-1] - number, None) if place.text == "front" else slice(number)
         return logits[..., cut, cut]
 
@@ -360,9 +352,3 @@ class _Place(NamedTuple):
     output: int | str | None
     text: str
     width: int  # of the tap, where a projector knows it; else 0
-
-
-def _one(found: list[NamedBlock], target: str) -> list[NamedBlock]:
-    if len(found) != 1:
-        raise UserError(f"A target is one block, but {target!r} fits {len(found)}.")
-    return found

@@ -8,7 +8,7 @@ from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS,
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
-from repa.encoders import ENCODERS
+from repa.encoders import ENCODERS, canonical
 
 PARTS = ("part", "layer")  # settings of a target that is an encoder: which of its features
 
@@ -84,9 +84,9 @@ class AlignmentConfig(Config):
         name, _ = parse_spec(value)
         if name in TARGETS.table or _is_private_target(name):
             return TARGETS.check(value)
-        encoder, _ = _encoder_of(value)
-        checked = ENCODERS.check(encoder)
-        return checked if encoder == value else value
+        ENCODERS.check(_encoder_of(value)[0])
+        # One spelling from here on: features are stored and computed under it.
+        return canonical(value)
 
     @field_validator("times")
     @classmethod
@@ -98,13 +98,18 @@ class AlignmentConfig(Config):
     @field_validator("schedule")
     @classmethod
     def _schedule(cls, value: str) -> str:
-        if parse_spec(value)[0] in SCHEDULES.table:  # ours are plain Python: an impossible value is found here
+        # Ours are plain Python, so an impossible value is found by a call; to try a private one would import its module here.
+        if parse_spec(value)[0] in SCHEDULES.table:
             SCHEDULES.build(value)(0)
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         encoder, settings = self.encoder
+        if type(layer := settings.get("layer", 1)) is not int or layer < 1:
+            raise UserError(
+                f"the target {self.target!r} names the layer {layer!r}: give a block of its encoder, counted from 1, as layer=9."
+            )
         if encoder and (settings.get("part") == "attention") != (self.tap == "attention"):
             raise UserError(
                 f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "

@@ -62,7 +62,8 @@ def frames_as_images(
     frames = grid[0]
     if target is not None and target.ndim == 3:
         target = target[:, None]
-    if target is not None and target.shape[1] != frames:  # autoencoders of video merge frames: so do the features
+    # Autoencoders of video merge frames, so the features are averaged over the frames that one latent stands for.
+    if target is not None and target.shape[1] != frames:
         num, given, tokens, dim = target.shape
         flat = target.float().permute(0, 2, 3, 1).reshape(num, tokens * dim, given)
         merged = nn.functional.adaptive_avg_pool1d(flat, frames)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repa.base import dist
 from repa.base.errors import UserError
+from repa.base.registry import declared
 from repa.models.layers import grid_side
 
 
@@ -39,8 +40,8 @@ def compares_relations(loss: Callable) -> Callable:
 
 def looks_at_other_images(loss: Callable) -> bool:
     """Whether a loss, with its settings bound, declares it (see `compares_images`)."""
-    declared = getattr(getattr(loss, "func", loss), "compares_images", False)
-    return declared(**getattr(loss, "keywords", {})) if callable(declared) else bool(declared)
+    always = declared(loss, "compares_images")
+    return always(**getattr(loss, "keywords", {})) if callable(always) else bool(always)
 
 
 def cosine(student: Tensor, target: Tensor, *, axis: str = "channels") -> Tensor:
@@ -119,6 +120,7 @@ def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 
         raise UserError(f"The loss 'gram' needs a margin of at least 0, but got {margin!r}.")
     own, wanted = _unit(student), _unit(target)  # (N, T, F), (N, T, G)
     if scope == "batch":
+        # With gradient, unlike in nt_xent: here the student's tokens stand on both sides of a pair.
         all_own, all_wanted = (dist.gather_with_gradient(x).flatten(0, 1) for x in (own, wanted))  # (M T, F)
         difference = own @ all_own.T - wanted @ all_wanted.T  # (N, T, M T)
     else:
@@ -144,9 +146,8 @@ def crepa(
     (N, frames * P, F) twice, frame by frame -> (N,). With `normalize` the weights of a frame sum to 1; the paper's do not.
     """
     _positive("crepa", "temperature", temperature)
-    if not (type(frames) is type(distance) is int and frames >= 1 and distance >= 0) or student.shape[1] % max(
-        frames, 1
-    ):
+    possible = type(frames) is type(distance) is int and frames >= 1 and distance >= 0
+    if not possible or student.shape[1] % frames:
         raise UserError(
             f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens and a distance >= 0, but got "
             f"{frames!r} and {distance!r}."
@@ -199,14 +200,16 @@ def dispersive(
     own = student.flatten(1)  # (N, T D)
     own = F.normalize(own, dim=1) if normalize else own * own.shape[1] ** -0.5
     others = dist.gather_with_gradient(own) if scope == "global" else own  # (M, T D)
-    others = others - others.mean(0)  # distances stay, and their squares lose fewer digits below
+    # Centred: distances stay what they are, and the difference of squares below loses fewer digits.
+    others = others - others.mean(0)
     squares = others.square().sum(1)  # (M,)
-    distances = (squares[:, None] + squares - 2 * others @ others.T).clamp_min(0)  # (M, M); the clamp is for rounding
+    # A product in place of (M, M, T D) differences, which no memory holds; rounding may take a distance of 0 below it.
+    distances = (squares[:, None] + squares - 2 * others @ others.T).clamp_min(0)  # (M, M)
     return (-distances / temperature).exp().mean().log().expand(len(student))
 
 
 def _unit(x: Tensor, dim: int = -1) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=1e-12)
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
 
 
 def _positive(loss: str, name: str, value: float) -> None:
@@ -231,6 +234,7 @@ def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None 
     new = grid or (grid_side(num_tokens),) * 2
     old = grid_like(tokens.shape[1], new)
     image = tokens.transpose(1, 2).unflatten(2, old)  # (N, F, rows, columns)
+    # Both have one ratio of sides, so rows decide. Bilinear alone would leave out tokens of a grid that is twice as large.
     if new < old:
         image = F.interpolate(image, size=new, mode="area")
     else:

@@ -27,11 +27,6 @@ def sees_condition(projector: Callable) -> Callable:
     return projector
 
 
-def looks_at_condition(projector: Callable) -> bool:
-    """Whether a projector, with its settings bound, declares it (see `sees_condition`)."""
-    return bool(getattr(getattr(projector, "func", projector), "sees_condition", False))
-
-
 def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: int = 2048) -> nn.Sequential:
     """The paper's projector: three linear layers with SiLU between.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repa.alignment import TARGETS
 from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
 from repa.encoders.contract import Features
@@ -43,6 +44,11 @@ class Need(NamedTuple):
     encoder: str
     pooled: bool = False
     attention: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, encoder: str, part: str = "patches", layer: int = 0) -> "Need":
+        """What the settings of a target ask of its encoder."""
+        return cls(encoder, part == "all", (layer,) if layer else ())
 
 
 def merged_needs(needs: Iterable[Need]) -> tuple[Need, ...]:
@@ -101,9 +107,10 @@ class EncoderTarget(Target):
             )
         self.encoder, self.part, self.layer = encoder, part, layer
         self.dim, self.prefix = dim, part == "all"
-        self.need = Need(encoder, part == "all", (layer,) if layer else ())
+        self.need = Need.of(encoder, part, layer)
+        # Logits have the shape of the tap's, and no projector that a width would be for.
         if part == "attention":
-            self.dim = 0  # logits have the shape of the tap's, and no projector
+            self.dim = 0
 
     def __call__(self, seen: Seen) -> Tensor:
         return self.of(seen.features[self.encoder])
@@ -118,7 +125,7 @@ class EncoderTarget(Target):
                 raise UserError(
                     f"The encoder {self.encoder} has no vector for the whole image, which part=all compares with: take part=patches."
                 )
-            # stored features are float16, which the autocast of a CPU cannot join
+            # Stored features are float16, which the autocast of a CPU cannot join.
             return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
         return features.patches
 
@@ -171,6 +178,7 @@ class TextTarget(Target):
         tokens = seen.given.text.float()  # (N, S, E)
         if seen.given.text_mask is None:
             return tokens.mean(1, keepdim=True)
+        # Padding is zero and not a word: the mean is over the tokens that there are, and an empty caption has none.
         there = seen.given.text_mask[..., None].float()  # (N, S, 1)
         return (tokens * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
 
@@ -212,6 +220,7 @@ def run(model: Backbone, tap: Tap, *, path: str, depth: int, step: int = -1, sca
     """
     if not (isinstance(scale, (int, float)) and scale >= 0):
         raise UserError(f"The target run needs a scale of at least 0, but got {scale!r}.")
+    # In the averaged network's place: both are another network's answer to the same images, and a run looks at one of them.
     target = AveragedTarget(model.checked(Tap(depth, tap.kind)), model, 0.0, False)
     target.run, target.scale = str(path), float(scale)
     return target
@@ -238,19 +247,12 @@ def none(model: Backbone, tap: Tap) -> Target:
 
 def needs_of(alignments: Iterable[AlignmentConfig]) -> tuple[Need, ...]:
     """What terms want of encoders, known before there is a network."""
-    found = []
-    for config in alignments:
-        encoder, settings = config.encoder
-        if encoder:
-            layer = settings.get("layer")
-            found.append(Need(encoder, settings.get("part") == "all", (layer,) if layer else ()))
-    return merged_needs(found)
+    encoders = (config.encoder for config in alignments)
+    return merged_needs(Need.of(encoder, **settings) for encoder, settings in encoders if encoder)
 
 
 def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Target:
     """The target that a term names; `dims`: encoder -> width of its patches."""
-    from repa.alignment import TARGETS
-
     encoder, settings = config.encoder
     if encoder:
         return EncoderTarget(encoder, dims[encoder], **settings)

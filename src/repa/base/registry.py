@@ -169,6 +169,11 @@ class Registry:
                 raise UserError(f"The {self.kind} {spec!r} has no setting {key!r}{choices(key, sorted(allowed))}")
 
 
+def declared(component: Any, name: str) -> Any:
+    """What a function or class says of itself by an attribute, with its settings bound or not; None where it says nothing."""
+    return getattr(getattr(component, "func", component), name, None)
+
+
 def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
     """What makes a text of a configuration a spec: `loss: Annotated[str, Spec(LOSSES)]`. `also`: other texts that are allowed."""
 

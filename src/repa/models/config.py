@@ -20,12 +20,8 @@ class Dimensions(NamedTuple):
     patch_size: int
 
 
-SIZES = {
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}  # hidden_dim, depth, num_heads
+# hidden_dim, depth, num_heads
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PATCH_SIZES = (1, 2, 4, 8)
 FAMILIES = {"SiT": False, "DiT": True}  # does the network also predict the variance (learn_sigma)?
 JIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}  # arXiv 2511.13720, table 9
@@ -75,6 +71,7 @@ def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: in
         )
 
 
+# Here and not in routing.py: that imports torch, which checking a configuration must not need.
 class Route(NamedTuple):
     """Which blocks see a share of the tokens, which share, and how the others come back. Blocks count from 1.
 
@@ -127,13 +124,12 @@ class Route(NamedTuple):
 
     def num_kept(self, grid: tuple[int, int]) -> int:
         """K, the number of an image's tokens that are kept in training."""
+        # Rounded for one group and then multiplied: every group keeps the same number, so the images of a batch stack.
         groups = (grid[0] // self.groups) * (grid[1] // self.groups) if self.groups else 1
         return groups * round(self.keep * (grid[0] * grid[1] // groups))
 
 
 ROUTING = ("keep", "keep_groups", "merge", "path_drop")  # fields that say how, in the order of Route
-
-
 TEXT_BACKBONES = ("mmdit",)
 
 
@@ -206,6 +202,7 @@ class ModelConfig(Config):
                 f"rotary turns pairs of channels by row and by column, so the width of a head must be a multiple of 4, but "
                 f"hidden_dim {hidden_dim} over num_heads {num_heads} gives {hidden_dim // num_heads}: choose others."
             )
+        # The network checks these too, when it is built; a configuration is refused before that, without torch.
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
                 raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")

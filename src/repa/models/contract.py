@@ -36,6 +36,7 @@ class Condition(NamedTuple):
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
         """This condition where `keep` (N,) is true, `other` elsewhere."""
+        # By torch.where and not by indexing, whose result has a size that the host would have to wait for.
         return self._with(other, lambda own, others: torch.where(keep.reshape(-1, *[1] * (own.ndim - 1)), own, others))
 
     def cat(self, other: "Condition") -> "Condition":
@@ -179,8 +180,6 @@ class Backbone(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compile each block by itself, in place: one graph for all that are alike, made in seconds.
 
-        The blocks of a route see fewer tokens: a graph of their own is faster than one of any number of tokens.
-
         Raises:
             UserError: the network cannot be compiled.
         """
@@ -195,6 +194,7 @@ class Backbone(nn.Module, ABC):
         if not self.compiles:
             raise UserError(f"{type(self).__name__} cannot be compiled in one graph: turn compile off.")
 
+    # Shapes alone, which the host knows: a check of values would wait for the device in every step.
     def check(self, state: State, taps: tuple[Tap, ...]) -> None:
         """Raises UserError unless the state has this network's shapes, and every tap is a block, counted from 1."""
         for name, shape in self.state_shapes.items():

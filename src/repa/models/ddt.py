@@ -110,7 +110,7 @@ class DDT(Backbone):
             raise UserError(
                 f"The head must be some of the {depth} blocks, but head_depth is {head_depth}: choose fewer."
             )
-        if outside := [depth for depth in heads if not 1 <= depth <= self.encoder_depth]:
+        if outside := [head for head in heads if not 1 <= head <= self.encoder_depth]:
             raise UserError(
                 f"heads names block {outside[0]}, but the encoder has blocks 1 to {self.encoder_depth}: choose one of them."
             )
@@ -207,6 +207,7 @@ class DDT(Backbone):
             if copies is not None:
                 tokens = torch.cat([vector[:, None] + copies, tokens], dim=1)  # (N, S + T, D)
         rotation = None if self.rotation is None else self.rotation(self.front)
+        # Blocks without adaLN are given it too, and leave it unread.
         modulation = self._modulation(F.silu(time + label))
         seen: dict[Tap, Tensor] = {}
         heads: dict[int, Tensor] = {}
@@ -232,6 +233,7 @@ class DDT(Backbone):
 
     def _modulation(self, vector: Tensor) -> Tensor:
         """What the linear layers of adaLN are given."""
+        # RAE's modulations begin with a SiLU, and its code hands them what went through one already: its weights expect both.
         return F.silu(vector) if self.silu_twice else vector
 
     def _block(

@@ -25,7 +25,7 @@ FACTS = "repa.json"  # what repa knows of a network and diffusers has no place f
 MOST_TOKENS = 256**2  # of a network that is read; images of 4,096 pixels have so many
 MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
 
-# every block of diffusers embeds time and label again, with the same weights
+# Every block of diffusers embeds time and label again, with the same weights.
 EMBEDDINGS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
@@ -84,6 +84,7 @@ def to_diffusers(
     out = {theirs: state[ours] for ours, theirs in _parameters(OUTSIDE, state)}
     for block in range(arguments["depth"]):
         ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
+        # Copies, also of the three parts of qkv below: safetensors writes no tensors that share memory.
         out |= {f"{theirs}norm1.emb.{b}": state[a].clone() for a, b in _parameters(EMBEDDINGS, state)}
         out |= {theirs + b: state[ours + a] for a, b in _parameters(IN_BLOCK, state, prefix=ours)}
         for kind in ("weight", "bias"):
@@ -108,27 +109,24 @@ def from_diffusers(
         raise UserError(
             f"This is no DiTTransformer2DModel of diffusers: its configuration needs numbers as {', '.join(kinds)}."
         )
-    if config.get("norm_eps", 1e-5) != NORM_EPS:
-        raise UserError(
-            f"This DiT has norm_eps {config.get('norm_eps', 1e-5)}, but repa's has {NORM_EPS}: it cannot be converted."
-        )
+    # Where it is absent, diffusers takes its own default, which is not DiT's.
+    if (eps := config.get("norm_eps", 1e-5)) != NORM_EPS:
+        raise UserError(f"This DiT has norm_eps {eps}, but repa's has {NORM_EPS}: it cannot be converted.")
     heads, side = config["num_attention_heads"], config["sample_size"] // config["patch_size"]
+    # config.json may come from anyone, and the table of positions below is as large as it says.
     if not 1 <= side**2 <= MOST_TOKENS:
         raise UserError(
             f"A sample_size of {config['sample_size']} in patches of {config['patch_size']} gives {side**2:,} tokens: a DiT has 1 to "
             f"{MOST_TOKENS:,}."
         )
     first = "transformer_blocks.0.norm1.emb."
-    pairs = [(ours, theirs) for theirs, ours in _parameters({b: a for a, b in OUTSIDE.items()}, state)]
-    pairs += [
-        (ours, first + theirs) for theirs, ours in _parameters({b: a for a, b in EMBEDDINGS.items()}, state, first)
-    ]
+    pairs = [(ours, theirs) for theirs, ours in _parameters(_inverse(OUTSIDE), state)]
+    pairs += [(ours, first + theirs) for theirs, ours in _parameters(_inverse(EMBEDDINGS), state, first)]
     try:
         own = {ours: state[theirs] for ours, theirs in pairs}
         for block in range(config["num_layers"]):
             ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
-            back = _parameters({b: a for a, b in IN_BLOCK.items()}, state, theirs)
-            own |= {ours + a: state[theirs + b] for b, a in back}
+            own |= {ours + a: state[theirs + b] for b, a in _parameters(_inverse(IN_BLOCK), state, theirs)}
             for kind in ("weight", "bias"):
                 own[f"{ours}attn.qkv.{kind}"] = torch.cat([state[f"{theirs}attn1.to_{n}.{kind}"] for n in "qkv"])
             for embedding in (name.removeprefix(first) for name in state if name.startswith(first)):
@@ -154,8 +152,12 @@ def exact_times(transformer: Any) -> Any:
     return transformer
 
 
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
 def _parameters(table: Mapping[str, str], state: Mapping[str, Tensor], prefix: str = "") -> list[tuple[str, str]]:
-    """(our name, their name) of the weight and, where there is one, the bias of every layer in `table`."""
+    """(name, other name) of the weight and, where there is one, the bias of every layer in `table`."""
     return [
         (f"{ours}.{kind}", f"{theirs}.{kind}")
         for ours, theirs in table.items()

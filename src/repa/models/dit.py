@@ -105,6 +105,7 @@ class DiT(OnHub):
         self.patch_overlap = patch_overlap
         patch_features = (patch_size + 2 * patch_overlap) ** 2 * latent_channels * (2 if learn_sigma else 1)
 
+        # A formula, but in state dicts: released checkpoints hold it, and it tells the grid of one.
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid) if rotary else None
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
@@ -120,7 +121,8 @@ class DiT(OnHub):
             self.route.check(depth, heads, self.grid)
             self.router = Router(self.route, hidden_dim, len(streams))
         # The depths of heads obey the same rules as taps, so the same check reports a wrong one at build time.
-        self.check({name: torch.empty(1, *shape) for name, shape in self.state_shapes.items()}, tuple(map(Tap, heads)))
+        for depth_of_head in heads:
+            self.checked(Tap(depth_of_head))
         self.initialise()
 
     def initialise(self) -> None:
@@ -162,6 +164,7 @@ class DiT(OnHub):
         # Each stream puts its token in front of those before it: taken backwards, they end up in their order.
         for name, stream in reversed([*self.streams.items()]):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
+        # SiLU once for all blocks: each begins its modulation by the same one.
         silu_c, mask = self._conditioning(t, condition.labels)
         rotation = None if self.rotation is None else self.rotation(self.prefix_tokens)  # (P + T, D / h) twice
         context = Context(silu_c, mask, rotation)

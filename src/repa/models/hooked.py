@@ -169,6 +169,7 @@ def _predict(net: nn.Module, state: State, t: Tensor, condition: Condition) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
+# Not `taps.Record`: that is shared by copies of a network, while an average must be tapped apart from what it averages.
 class _Record:
     """What the hooks of one network have seen in this pass."""
 

@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.models.contract import Backbone
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 class OnHub(Backbone):
     """What users of `transformers` and `diffusers` know, for DiT."""
 
-    heads: nn.ModuleDict
     separate_times: bool
     patch_overlap: int
 
@@ -33,6 +30,7 @@ class OnHub(Backbone):
         Raises:
             UserError: there is no such folder or repository, or it holds another kind of network.
         """
+        # Imported here: it builds a DiT, which is made of this class.
         from repa.models.exported import CONFIG, WEIGHTS, load_exported
 
         folder = Path(name)
@@ -81,11 +79,5 @@ class OnHub(Backbone):
         block = self.blocks[0]
         assert isinstance(block, Block)
         read = constructor_arguments(self.state_dict(), block.attn.num_heads, self.patch_overlap)
-        others = {
-            "latent_size": list(self.state_shapes["x"][1:]),
-            "streams": {name: shape[0] for name, shape in self.state_shapes.items() if name != "x"},
-            "heads": [int(depth) for depth in self.heads],
-            "separate_times": self.separate_times,
-            "patch_overlap": self.patch_overlap,
-        }
-        return {**read, **others}
+        # What leaves no trace in a state dict: the sides of a grid that is no square, and who may look at whom.
+        return {**read, "latent_size": list(self.state_shapes["x"][1:]), "separate_times": self.separate_times}

@@ -90,7 +90,8 @@ def image_tokens(
         return Tokens(tensor.flatten(2).transpose(1, 2), found)
     number = tensor.shape[1]
     own = grid or image_grid(image, patch, number)
-    wanted = math.prod(own) if own else _packed(image, seen, number)
+    # Where nothing tells how many are the image's, all are.
+    wanted = math.prod(own) if own else _packed(image) or number
     if wanted > number:
         raise UserError(
             f"Block {where} gives {number} tokens, which are fewer than the {_times(own) if own else wanted} of the image: name "
@@ -101,21 +102,22 @@ def image_tokens(
     return Tokens(tensor, own)
 
 
-def _packed(image: tuple[int, ...] | None, seen: Pass, number: int) -> int:
-    """How many of `number` tokens are the image's, where no grid is known: as many as went in."""
-    if image is not None and len(image) == 3:
-        return image[1]
-    return number
+def _packed(image: tuple[int, ...] | None) -> int | None:
+    """How many tokens are the image's, of an input (N, T, C) that is packed already: as many as went in."""
+    return image[1] if image is not None and len(image) == 3 else None
 
 
 def _of_image(options: dict, seen: Pass, image: tuple[int, ...] | None, patch: Grid | None, grid: Grid | None) -> dict:
+    """The tensors among several that can be the image's; one, where that is clear."""
+
     def number(tensor: Tensor) -> int:
         return math.prod(tensor.shape[2:]) if tensor.ndim > 3 else tensor.shape[1]
 
     def wanted(tensor: Tensor) -> int | None:
         own = grid or image_grid(image, patch, number(tensor))
-        return math.prod(own) if own else image[1] if image is not None and len(image) == 3 else None
+        return math.prod(own) if own else _packed(image)
 
+    # By their number first. A text may have as many tokens as the image: then the shape that the block was given decides.
     fitting = {key: tensor for key, tensor in options.items() if number(tensor) == wanted(tensor)}
     if len(fitting) == 1:
         return fitting

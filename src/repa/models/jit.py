@@ -117,13 +117,12 @@ class JiT(Backbone):
         label = self.y_embedder(condition.labels)  # (N, D)
         silu_c = F.silu(self.t_embedder(t) + label)
         seen: dict[Tap, Tensor] = {}
-        front = 0  # class tokens that are in front of the grid
+        front, rotation = 0, self.rotation()  # class tokens that are in front of the grid
         for depth, block in enumerate(self.blocks, start=1):
             if self.in_context_posemb is not None and depth == self.class_tokens_from + 1:
-                front = self.class_tokens
+                front, rotation = self.class_tokens, self.rotation(self.class_tokens)
                 x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
             tapped = Tap(depth, "attention") in taps
-            rotation = self.rotation(front)
             x, logits = self.run(block, x, silu_c, None, tapped, rotation)
             if tapped:
                 seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
@@ -222,6 +221,7 @@ class MaskedAdapter(nn.Module):
     def forward(self, hidden: Tensor, t: Tensor, condition: Condition, visible: Tensor | None = None) -> Tensor:
         x = hidden  # (N, T, D)
         if visible is not None:
+            # The token in the type of the taps: a parameter in float32 would widen all of them.
             x = torch.where(visible[..., None], hidden, self.mask_token.to(hidden.dtype))
         label = self.y_embedder(condition.labels)
         silu_c = F.silu(self.t_embedder(t) + label)

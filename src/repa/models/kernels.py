@@ -36,12 +36,16 @@ class _ModulatedNorm(torch.autograd.Function):
         return *modulated_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None
 
 
+# A custom operator and no plain function: torch.compile takes it as one piece instead of looking into a Triton launch.
 @torch.library.custom_op("repa::modulated_norm_backward", mutates_args=())
 def modulated_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale) from that of the output: with z = LayerNorm(x) and d = gradient * (1 + scale),
-    rstd * (d - mean_D(d) - z * mean_D(d z)), sum_T(gradient), sum_T(gradient z). The twin in plain PyTorch."""
+    """Gradients of (x, shift, scale) from that of the output. The twin in plain PyTorch.
+
+    With z = LayerNorm(x) and d = gradient * (1 + scale) they are rstd * (d - mean_D(d) - z * mean_D(d z)), sum_T(gradient) and
+    sum_T(gradient z).
+    """
     # Computed again from x: keeping it from the forward pass costs more memory than this costs time.
     normed = (x - mean) * rstd
     d = gradient * (1 + scale)
@@ -55,7 +59,9 @@ def _(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor) ->
 
 
 @modulated_norm_backward.register_kernel("cuda")
-def by_triton(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward_by_triton(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the kernel: each program takes ROWS tokens of an image; the sums over tokens are added up at the end."""
     num, tokens, width = x.shape
     x, mean, rstd, scale = (t.contiguous() for t in (x, mean, rstd, scale))
@@ -66,14 +72,14 @@ def by_triton(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Te
     of_shift, of_scale = (torch.empty(num, parts, width, device=x.device, dtype=torch.float32) for _ in range(2))
     # Triton needs ranges of a power of two; the mask leaves the surplus columns out.
     padded = 1 << (width - 1).bit_length()
-    kernel()[(num, parts)](
+    norm_kernel()[(num, parts)](
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS=ROWS, PADDED=padded
     )
     return of_x, of_shift.sum(1, keepdim=True).to(scale), of_scale.sum(1, keepdim=True).to(scale)
 
 
 @functools.cache
-def kernel() -> "JITFunction":
+def norm_kernel() -> "JITFunction":
     """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
     import triton
     import triton.language as tl
@@ -91,10 +97,12 @@ def kernel() -> "JITFunction":
         scale_sum = tl.zeros([PADDED], dtype=tl.float32)
         for i in range(ROWS):
             token = part * ROWS + i
-            live = column < tl.where(token < tokens, width, 0)  # nothing of rows behind the last token
+            # The last program of an image may reach beyond its last token: those rows are masked whole.
+            live = column < tl.where(token < tokens, width, 0)
             row = image.to(tl.int64) * tokens + token
             g = tl.load(gradient + row * width + column, mask=live, other=0).to(tl.float32)
-            m = tl.load(mean + row + 0 * column, mask=live, other=0).to(tl.float32)  # one number, in every lane
+            # One number for the row, loaded in every lane: so the same mask holds for it.
+            m = tl.load(mean + row + 0 * column, mask=live, other=0).to(tl.float32)
             r = tl.load(rstd + row + 0 * column, mask=live, other=0).to(tl.float32)
             z = tl.load(x + row * width + column, mask=live, other=0).to(tl.float32)
             z = tl.where(live, (z - m) * r, 0.0)

@@ -38,7 +38,8 @@ def xavier_linears(module: nn.Module) -> None:
 
 def xavier_patches(conv: nn.Conv2d) -> None:
     """The same for the linear layer that a convolution over patches is."""
-    nn.init.xavier_uniform_(conv.weight.flatten(1))  # a view, so in place
+    # Flattened, as the fans of the linear layer are meant and not those of a convolution; a view, so in place.
+    nn.init.xavier_uniform_(conv.weight.flatten(1))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 
@@ -53,6 +54,7 @@ def normal_matrices(*modules: nn.Module) -> None:
 
 def adaln_zero(network: nn.Module) -> None:
     """Blocks start as the identity and every prediction as zero."""
+    # Last of all initialisers: the layers that it zeroes are linear, and those before it fill every linear layer.
     for name, parameter in network.named_parameters():
         if name.endswith(("adaLN_modulation.1.weight", ".linear.weight")):
             nn.init.zeros_(parameter)
@@ -79,8 +81,11 @@ def timestep_frequencies(dim: int, max_period: float = MAX_PERIOD) -> Tensor:
 
 
 class BlockOptions(NamedTuple):
-    """What a block is made of: DiT's by default. LightningDiT, RAE and JiT have norm rms, mlp swiglu and rotary positions
-    (which a network hands to its blocks), JiT and DDT also qk_norm rms, and DDT no bias."""
+    """What a block is made of: DiT's by default.
+
+    LightningDiT, RAE and JiT have norm rms, mlp swiglu and rotary positions (which a network hands to its blocks), JiT and DDT
+    also qk_norm rms, and DDT no bias.
+    """
 
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm without weights, or RMSNorm with one a channel
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -105,6 +110,7 @@ def query_norm(kind: str, head_dim: int) -> nn.Module:
     """Of queries or keys: "none", "layer" or "rms" of BlockOptions."""
     if kind == "none":
         return nn.Identity()
+    # LayerNorm with weights and PyTorch's eps, as in the attention of timm that the code of SiT and REPA takes.
     return RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(head_dim)
 
 
@@ -142,6 +148,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         with no_autocast(t.device):
             angles = t[..., None] * self.frequencies  # (..., 128)
+            # Cosines first, as DiT's released weights expect; its positions have the sines first.
             features = torch.cat([angles.cos(), angles.sin()], dim=-1)
             return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
 
@@ -154,7 +161,8 @@ class FourierTimes(nn.Module):
     def __init__(self, dim: int, num_features: int = 512):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.register_buffer("W", torch.randn(num_features // 2))  # in checkpoints: no formula gives it again
+        # In checkpoints, unlike the frequencies of the sinusoid: no formula gives random numbers again.
+        self.register_buffer("W", torch.randn(num_features // 2))
 
     def forward(self, t: Tensor) -> Tensor:
         with no_autocast(t.device):
@@ -196,10 +204,9 @@ class Rotation(nn.Module):
         axes = [torch.arange(side) * (extent / max(side - 1, 1) if extent else 1.0) for side in grid]
         row, column = ((axis[:, None] * rates).repeat_interleave(2, dim=1) for axis in axes)  # (side, d / 2) each
         rows, columns = grid
-        angles = torch.cat(
-            [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1
-        )  # (rows, columns, d)
-        # kept in checkpoints, as the fixed positions are: nothing else there tells that a network has them
+        # (rows, columns, d)
+        angles = torch.cat([row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1)
+        # Kept in checkpoints, as the fixed positions are: nothing else there tells that a network has them.
         self.register_buffer("cos", angles.flatten(0, 1).cos().float())  # (T, d)
         self.register_buffer("sin", angles.flatten(0, 1).sin().float())
 
@@ -232,14 +239,19 @@ class Attention(nn.Module):
         tapped: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, logits): `mask` (N, T, T) bool is True where a token may look; logits (N, h, T, T) when `tapped`;
-        `rotation` is the cosines and sines of the places of the tokens."""
+        """(output (N, T, D), logits (N, h, T, T) when `tapped`).
+
+        Args:
+            mask: (N, T, T) bool, True where a token may look.
+            rotation: cosines and sines of the places of the tokens.
+        """
         q, k, v = by_head(self.qkv(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves a norm, and a rotation, in float32
-        # the fused kernels keep no logits: a tapped block pays for one more product of queries and keys
+        # Autocast leaves a norm, and a rotation, in float32; the fused kernels need one type for all three.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        # The fused kernels keep no logits: a tapped block pays for one more product of queries and keys.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2)), logits  # (N, T, D)
 
@@ -262,7 +274,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     mask = None if mask is None else mask[:, None]  # the same for every head
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         heads = q.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # copies by rows: matmul would copy keys column by column
+        # Flattened, which copies by rows: matmul on four axes would copy the keys column by column.
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         logits = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).unflatten(0, heads)  # (N, h, T, T)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
@@ -293,7 +306,8 @@ def gelu(x: Tensor) -> Tensor:
     Compiled for a CPU as x * sigmoid(...), the same function: its tanh takes twice the time (`python benchmarks/besides.py`).
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # what is between two roundings stays in registers
+        # In float32 at no cost: compiled into one loop, what is between two roundings stays in registers.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(GELU_SLOPE * wide * (1 + GELU_CUBIC * wide * wide))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
@@ -303,6 +317,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, bias: bool = True):
         super().__init__()
+        # Three matrices of two thirds of the width have as many parameters as GELU's two.
         narrow = int(hidden * 2 / 3)
         self.w12 = nn.Linear(dim, 2 * narrow, bias=bias)
         self.w3 = nn.Linear(narrow, dim, bias=bias)
@@ -338,7 +353,8 @@ Conditioning = Tensor | Chosen  # SiLU of time and label: (N, D), (N, T, D), or 
 def modulations(layer: nn.Module, silu_c: Conditioning, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
     """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) or Chosen -> (N, T, D) each."""
     if isinstance(silu_c, Chosen):
-        first, second = layer(silu_c.both).to(x.dtype).split(1, dim=1)  # two products an image, not one for each token
+        # Two products an image and a choice, where (N, T, D) would take one for each token.
+        first, second = layer(silu_c.both).to(x.dtype).split(1, dim=1)
         return torch.where(silu_c.second, second, first).chunk(chunks, dim=2)
     out = layer(silu_c).to(x.dtype)
     return (out if out.ndim == 3 else out.unsqueeze(1)).chunk(chunks, dim=2)
@@ -381,6 +397,7 @@ class Block(nn.Module):
             attention, logits = self.attn(self.norm1(x), mask, tapped, rotation)
             x = x + attention
             return x + self.mlp(self.norm2(x)), logits
+        # The order of the six in the rows of DiT's released weights.
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
             self.adaLN_modulation, silu_c, x, 6
         )
@@ -389,7 +406,8 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_mlp, self.mlp(self._modulated(self.norm2, x, shift_mlp, scale_mlp))), logits
 
     def _modulated(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if self.fused_norm and scale.shape[1] == 1:  # a shift for every token has no sums to fuse
+        # A shift for every token has no sum over tokens in its gradient, which is what the kernel fuses.
+        if self.fused_norm and scale.shape[1] == 1:
             return modulated_norm(x, shift, scale, NORM_EPS)
         return modulate(norm(x), shift, scale)
 
@@ -450,10 +468,10 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: 
     if overlap:
         q = p + 2 * overlap
         patches = tokens.unflatten(2, (q, q, -1)).permute(0, 4, 2, 3, 1).flatten(1, 3)  # (N, C * q * q, T)
-        patches = patches.to(
-            torch.promote_types(patches.dtype, torch.float32)
-        )  # bfloat16 would round every partial sum
+        # bfloat16 would round every partial sum.
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
         return F.fold(patches, (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
+    # Channels last within a patch, as in DiT, SiT, REG and JiT; the released code of DDT and SPRINT has them first.
     x = tokens.reshape(n, *grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, grid[0] * p, grid[1] * p)
 

@@ -84,6 +84,7 @@ class MMDiT(Backbone):
         self.state_shapes = {"x": (latent_channels, height, width)}
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
+        # In checkpoints, so that a sampler needs no text encoder to guide away from "no text".
         self.register_buffer("null_text", torch.zeros(text_shape))
         self.register_buffer("null_mask", torch.ones(text_shape[0], dtype=torch.bool))
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
@@ -103,6 +104,7 @@ class MMDiT(Backbone):
 
     def null(self, like: Condition) -> Condition:
         num = len(like.labels)
+        # Without a mask where the text has none: the two are joined in one batch, so both need the same parts.
         needed = like.text is None or like.text_mask is not None
         mask = self.null_mask.expand(num, -1) if needed else None
         return like._replace(text=self.null_text.expand(num, -1, -1), text_mask=mask)
@@ -143,7 +145,8 @@ class MMDiT(Backbone):
         text = self.context_embedder(condition.text)  # (N, S, D)
         silu_c = F.silu(self.t_embedder(t))
         mask = None
-        if condition.text_mask is not None:  # nobody looks at text that is not there
+        # Only as keys: queries of padding may compute what they like, because nobody looks at the result.
+        if condition.text_mask is not None:
             mask = F.pad(condition.text_mask, (0, image.shape[1]), value=True)[:, None]  # (N, 1, S + T)
         seen: dict[Tap, Tensor] = {}
         for depth, block in enumerate(self.blocks, start=1):
@@ -210,6 +213,7 @@ class JointBlock(nn.Module):
         of_image, rest_image = self.image.before(image, silu_c)
         q, k, v = by_head(torch.cat([of_text, of_image], dim=1), self.num_heads)  # each (N, h, S + T, D/h)
         num = text.shape[1]
+        # Of image tokens with each other, before the softmax that they share with the text: a target has no text.
         logits = (q[:, :, num:] * q.shape[-1] ** -0.5) @ k[:, :, num:].transpose(-1, -2) if tapped else None
         attention = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (N, S + T, D)
         image = self.image.after(image, attention[:, num:], rest_image)

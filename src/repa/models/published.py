@@ -26,11 +26,11 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_c
 AVERAGE = {"ema", "shadow", "average", "averaged", "avg", "swa", "polyak"}  # words in the names of averages
 RAW = {"online", "raw", "live"}  # words that say the opposite, as in ema.online_model
 OPTIMIZER = {"opt", "optim", "optimizer", "exp"}  # exp_avg
-SWIGLU = "blocks.0.mlp.w3.weight"
 COUNTER = "n_averaged"  # next to the weights of torch's AveragedModel
 DEEPEST = 6  # dictionaries within each other, in which weights are looked for
-
-FUSION = "router.fuse.weight"  # of a network that was trained with the merge fuse
+# Tensors by which a state dict shows what the network was built with.
+SWIGLU, FUSION = "blocks.0.mlp.w3.weight", "router.fuse.weight"
+STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.(\d+)\.linear\.bias")
 
 
 class Weights(NamedTuple):
@@ -39,9 +39,6 @@ class Weights(NamedTuple):
     name: str  # its place there, without wrappers: "ema", "state_dict.model"; empty for the file itself
     tensors: Mapping[str, Tensor]
     averaged: bool
-
-
-STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.(\d+)\.linear\.bias")
 
 
 class Published(NamedTuple):
@@ -172,6 +169,7 @@ def not_plain(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 def _mlp_width(state: Mapping[str, Tensor]) -> int:
     """Hidden width of the MLPs; SwiGLU's matrices have two thirds of it, rounded down."""
     if SWIGLU in state:
+        # Upwards: `SwiGLU` rounds down, so this width gives the same matrices again.
         return math.ceil(state[SWIGLU].shape[1] * 3 / 2)
     return state["blocks.0.mlp.fc1.weight"].shape[0]
 
@@ -232,6 +230,7 @@ def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weig
         also = f", next to the raw weights {beside.name or 'of the file'!r}" if beside else ""
         return averages[0], beside, f"{averages[0].name or 'the average of the file'!r} was taken{also}"
     assert raw is not None  # without averages, it was asked for above
+    # A file may name an average and hold none of it (ema: None): without a word the raw weights would pass for it.
     empty = next(
         (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
         None,
@@ -244,6 +243,7 @@ def _choose(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weig
 
 def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int, ...] = ()) -> Iterator[Weights]:
     """Every set of weights: where the anchor is, in nested dictionaries, or in one with prefixes, as averages are kept."""
+    # What anyone may have written can hold itself, or be nested without end.
     if not isinstance(content, Mapping) or id(content) in ancestors or len(above) > DEEPEST:
         return
     named = {key: value for key, value in content.items() if isinstance(key, str)}
@@ -251,7 +251,8 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
     counted = tensors.pop(COUNTER, None) is not None
     prefixes = {key.removesuffix(ANCHOR) for key in tensors if f".{key}".endswith(f".{ANCHOR}")}
     found: list[tuple[str, Weights]] = []
-    for prefix in sorted(prefixes, key=len, reverse=True):  # an inner one first, which takes its tensors with it
+    # The longest first: "model." also begins the names of "model.ema.", which must have taken its tensors by then.
+    for prefix in sorted(prefixes, key=len, reverse=True):
         own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
         name = ".".join(filter(None, [*above, prefix.removesuffix(".")]))
         words = _words(name)
@@ -274,7 +275,8 @@ def _without_dots(rest: StateDict, prefix: str, raw: Mapping[str, Tensor], above
     heads = {key.partition(".")[0] for key in rest}
     for head in sorted(head for head in heads if _words(head) & AVERAGE):
         found = {key.removeprefix(f"{head}."): value for key, value in rest.items() if key.startswith(f"{head}.")}
-        for cut in range(prefix.count(".") + 1):  # it averages the network, or a module around it
+        # It averages the network, or a module around it: then names begin further out.
+        for cut in range(prefix.count(".") + 1):
             inner = prefix.split(".", cut)[-1]
             names = {(inner + key).replace(".", ""): key for key in raw}
             if (inner + ANCHOR).replace(".", "") in found:
@@ -312,8 +314,10 @@ def check_keys(state: StateDict, where: str, kind: str) -> None:
     problem = ""
     try:
         arguments = constructor_arguments(state, num_heads=1)
-        if arguments["depth"] > len(state):  # before a network is built of as many blocks as a name claims
+        # Before a network is built of as many blocks as a name in the file claims.
+        if arguments["depth"] > len(state):
             raise ValueError(f"{arguments['depth']} blocks in {len(state)} tensors")
+        # Only the norms of queries and keys have a shape that depends on the number of heads.
         if arguments["qk_norm"] != "none":
             arguments["num_heads"] = arguments["hidden_dim"] // state["blocks.0.attn.q_norm.weight"].shape[0]
         with torch.device("meta"):

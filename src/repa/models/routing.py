@@ -25,7 +25,9 @@ class Context(NamedTuple):
     """Cosines and sines of the places, (P + T, D / h) each."""
 
 
-def draw(route: Route, num: int, grid: tuple[int, int], stream: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+def draw_route(
+    route: Route, num: int, grid: tuple[int, int], stream: torch.Generator
+) -> tuple[Tensor | None, Tensor | None]:
     """For `num` images, on the generator's device: ids of the kept tokens (num, K), ascending, and whose path is dropped (num,).
 
     None where nothing is left out, and where nothing can be dropped.
@@ -45,7 +47,7 @@ def draw(route: Route, num: int, grid: tuple[int, int], stream: torch.Generator)
 
 
 def placeholder(route: Route | None, num: int, grid: tuple[int, int]) -> Tensor | None:
-    """Ids (num, K) as `draw` gives them in shape, all 0, where only the arithmetic counts."""
+    """Ids (num, K) as `draw_route` gives them in shape, all 0, where only the arithmetic counts."""
     if route is None or route.keep == 1:
         return None
     return torch.zeros(num, route.num_kept(grid), dtype=torch.int64)
@@ -73,7 +75,7 @@ class Router(nn.Module):
         super().__init__()
         self.route, self.prefix_tokens = route, prefix_tokens
         self.fuse = nn.Linear(2 * dim, dim) if route.merge == "fuse" else None
-        # learned, where the released code keeps its random numbers
+        # Learned, where the released code keeps its random numbers.
         self.mask_token = nn.Parameter(torch.zeros(dim)) if route.merge == "fuse" else None
 
     def initialise(self) -> None:

@@ -239,6 +239,7 @@ def _called(net: nn.Module) -> list[nn.Module]:
             net = net.module
         elif (compiled := getattr(net, "_orig_mod", None)) is not None:
             net = compiled
+        # peft's, known by its method: to ask for the class would import the package.
         elif (base := getattr(net, "get_base_model", None)) is not None:
             found.append(net)
             net = base()

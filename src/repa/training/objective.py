@@ -19,7 +19,7 @@ from repa.diffusion.config import DiffusionConfig
 from repa.diffusion.flow import Flow
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
-from repa.models.routing import draw
+from repa.models.routing import draw_route
 from repa.training.config import StreamConfig
 
 
@@ -137,9 +137,9 @@ class Objective(nn.Module):
         averaged, visible = self._averaged_times(t, stream), self._visible(num, step, x.device)
         keep, path = None, None
         if self.model.route:
-            keep, path = draw(
-                self.model.route, num, self.model.grid, generator(self.seed, "route", step, device=x.device)
-            )
+            # From a stream apart: a run with a route, and one without, draw the same times and noise.
+            route = generator(self.seed, "route", step, device=x.device)
+            keep, path = draw_route(self.model.route, num, self.model.grid, route)
         draws = Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path).rows(rows)
         if not self.process.contrastive:
             return draws
@@ -246,7 +246,7 @@ class Objective(nn.Module):
         seen = Seen(output, features, averaged, clean, draws.t, condition, given, draws.visible or {})
         for alignment, scale in zip(self.terms(), lambdas, strict=True):
             if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
-                total = total + _untouched(alignment)
+                total = total + alignment.untouched()
                 continue
             loss = alignment(seen)  # (N,), Eq. 8
             total = total + scale * loss  # Eq. 9
@@ -341,9 +341,3 @@ def _pixel(vector: Tensor) -> Tensor:
 def rows_of(state: State, part: slice) -> State:
     """Some of the samples."""
     return {name: value[part] for name, value in state.items()}
-
-
-def _untouched(module: nn.Module) -> Tensor:
-    """Zero, with every parameter in the graph: DDP waits for the gradient of each."""
-    parameters = [p.sum() for p in module.parameters()]
-    return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())
