@@ -132,6 +132,21 @@ def test_the_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(st
     assert fetched.count("moments-00001.npy") == 1
 
 
+def test_a_copy_that_another_process_evicts_while_it_is_looked_for_is_fetched_again(tmp_path, monkeypatch):
+    """Keys that begin with other digits have another lock."""
+    cache, fetched = remote.FileCache(tmp_path, limit=100), []
+
+    def fetch(path):
+        path.write_bytes(b"shard")
+        fetched.append(path)
+
+    path = cache.path("00", "shard", fetch)
+    monkeypatch.setattr(os, "utime", lambda used, real=os.utime: (path.unlink(missing_ok=True), real(used)))
+    assert cache.path("00", "shard", fetch) == path
+    assert path.read_bytes() == b"shard"
+    assert len(fetched) == 2
+
+
 def test_a_store_that_refuses_now_and_then_is_asked_again(store, monkeypatch):
     kind, attempts = fsspec.implementations.memory.MemoryFileSystem, []
     real = kind.get_file

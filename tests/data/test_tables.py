@@ -39,6 +39,16 @@ def test_plain_columns_without_hugging_face(tmp_path):
     np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[0])
 
 
+def test_sound_is_not_taken_for_the_image(tmp_path):
+    """Its cells have the type of images: only what `datasets` writes beside it tells them apart."""
+    features = datasets.Features({"sound": datasets.Audio(decode=False), "picture": datasets.Image(decode=False)})
+    cells = {name: [{"bytes": data, "path": None} for data in BYTES] for name in features}
+    table = pyarrow.table(cells, features.arrow_schema)
+    parquet.write_table(table, tmp_path / "p.parquet")
+    for source in (open_source(tmp_path / "p.parquet"), open_source(datasets.Dataset(table))):
+        np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[4])
+
+
 def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
     source = open_source(as_parquet(tmp_path, pictures()))
     read = []

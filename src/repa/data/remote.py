@@ -1,4 +1,4 @@
-"""Files that lie elsewhere: fetched when they are needed, into a cache of bounded size on the local disk.
+"""Remote files: fetched when they are needed, into a cache of bounded size on the local disk.
 
 Cached shards of prepared data are named by their checksum: one that is there is right, whichever data set or process asks for it.
 Processes on one machine share the cache.
@@ -25,22 +25,22 @@ from repa.data.stored_files import StoredFile
 
 Result = TypeVar("Result")
 
-LIMIT = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
+LIMIT_VARIABLE = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
 DEFAULT_LIMIT = 100.0
-FETCHERS = 4  # threads; one rarely fills the line to an object store
+FETCHERS = 4  # threads; an object store sends to one connection more slowly than the network could
 PAUSES = (1.0, 4.0)  # seconds before another try: stores refuse a request now and then
 CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it names a place that fsspec reaches, and no local path."""
+    """Whether it is a URL, which fsspec reads, and no local path."""
     return "://" in str(path)
 
 
 class FileCache:
     """FOLDER/KEY/NAME, where KEY is a checksum in hexadecimal digits. What was used longest ago is removed first.
 
-    A copy that is open while another process removes it stays readable until it is closed.
+    A copy that is open while another process removes it can be read until it is closed.
 
     Args:
         folder: where to.
@@ -51,17 +51,23 @@ class FileCache:
         self.folder, self.limit = folder, limit
 
     def path(self, key: str, name: str, fetch: Callable[[Path], None], size: int | None = None) -> Path:
-        """The copy, made by `fetch` when it is not there (or not of `size` bytes). Others wait, instead of fetching it too."""
+        """The copy, made by `fetch` when it is not there or not of `size` bytes. Other processes that want it wait."""
         path = self.folder / key / name
-        # one thread of one process at a time, for this key and those few that begin with the same digits
+        # one thread of one process at a time, for this key and those few that begin with the same digits: a lock for each
+        # key would leave a file for every shard that was ever read
         with lock.held(self.folder / "locks" / key[:2]):
-            if not path.is_file() or size not in (None, path.stat().st_size):
-                for left in path.parent.glob(f".{name}.*.tmp"):  # by a process that was killed: the lock is ours
-                    left.unlink()
-                with files.atomic_path(path) as temporary:
-                    fetch(temporary)
-                self._evict(keep=path)
-            os.utime(path)  # used now: evicted last
+            # used now, so evicted last: most disks are mounted without times of access. An eviction for a key under another
+            # lock may remove the file between these lines, and then it is fetched again
+            with contextlib.suppress(FileNotFoundError):
+                if size in (None, path.stat().st_size):
+                    os.utime(path)
+                    return path
+            for left in path.parent.glob(f".{name}.*.tmp"):  # by a process that was killed: the lock is ours
+                left.unlink()
+            with files.atomic_path(path) as temporary:
+                fetch(temporary)
+                os.utime(temporary)
+            self._evict(keep=path)
         return path
 
     def _evict(self, keep: Path) -> None:
@@ -99,7 +105,7 @@ class RemoteFiles:
         self.cache = FileCache(self.folder, self.limit)
 
     def manifest(self) -> Manifest:
-        """Read and check the manifest, at every call again."""
+        """Fetch and check the manifest, at every call: nothing in the cache tells whether it has changed."""
         data = self._try(MANIFEST, lambda place: self.fs.cat_file(place))
         folder = self.folder / "manifests" / hashlib.sha256(data).hexdigest()
         files.write_bytes(folder / MANIFEST, data)
@@ -107,7 +113,8 @@ class RemoteFiles:
 
     def path(self, record: StoredFile) -> Path:
         """Where a file lies here, fetched and compared with its checksum when it was not here yet. Thread-safe."""
-        if not re.fullmatch("[0-9a-f]{64}", record.sha256):  # it becomes the name of a folder
+        # it becomes the name of a folder, and whoever made the manifest must not choose one outside of the cache
+        if not re.fullmatch("[0-9a-f]{64}", record.sha256):
             raise UserError(
                 f"The manifest of {self.url} is damaged: the checksum of {record.file} is {record.sha256!r}."
             )
@@ -123,7 +130,7 @@ class RemoteFiles:
         """Raises UserError unless the cache may hold so much at once."""
         if num_bytes > self.limit:
             raise UserError(
-                f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT} allows {self.limit / 1e9:.1f}: "
+                f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT_VARIABLE} allows {self.limit / 1e9:.1f}: "
                 "raise it, or prepare the data with a smaller --shard-size."
             )
 
@@ -160,32 +167,30 @@ class FetchAhead:
         wanted = {record.sha256: record for record in records}
         for checksum, record in wanted.items():
             if checksum not in self._asked:
-                self._pool.submit(self.stream.path, record)  # an error is met again, and raised, by who reads it
+                # its result is dropped: whoever reads the file asks again, and meets the error if there was one
+                self._pool.submit(self.stream.path, record)
         self._asked = set(wanted)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Fetcher:
-    """Copies of the shards of a source, at most `limit` bytes besides the newest file."""
+def fetch_shard(url: str, limit: int) -> Path:
+    """The copy of a shard of a source at a URL, or of the output of `pipe:COMMAND`; made now if it is not there.
 
-    def __init__(self, limit: int):
-        self.cache = FileCache(files.cache_folder() / "sources" / "shards", limit)
+    Args:
+        limit: bytes of all such copies that stay, besides the newest one.
 
-    def local(self, url: str) -> Path:
-        """The copy of a URL or of the output of `pipe:COMMAND`, made now if it is not there.
+    Raises:
+        UserError: the URL cannot be read, or the command fails.
+    """
+    cache = FileCache(files.cache_folder() / "sources" / "shards", limit)
+    key = hashlib.sha256(url.encode()).hexdigest()
+    command = url.removeprefix("pipe:")
+    return cache.path(key, "shard", lambda path: _copy(url, path) if command == url else _run(command, path))
 
-        Raises:
-            UserError: the URL cannot be read, or the command fails.
-        """
-        key = hashlib.sha256(url.encode()).hexdigest()
-        return self.cache.path(key, "shard", lambda temporary: _fetch(url, temporary))
 
-
-def _fetch(url: str, path: Path) -> None:
-    if url.startswith("pipe:"):
-        return _run(url.removeprefix("pipe:"), path)
+def _copy(url: str, path: Path) -> None:
     import fsspec
 
     try:
@@ -197,11 +202,11 @@ def _fetch(url: str, path: Path) -> None:
         if is_of_disk(error) or (isinstance(error, OSError) and error.filename == str(path)):
             raise  # the disk here, which atomic_path explains
         raise UserError(f"{url} cannot be fetched: {type(error).__name__}: {error}.") from error
-    return None
 
 
 def _run(command: str, path: Path) -> None:
-    """The output of a shell command, as WebDataset has it; its messages are shown when it fails."""
+    """The output of a shell command, as in the library webdataset; its messages are shown when it fails."""
+    # a file, because a pipe that nobody reads stops a command after 64 KiB of messages
     with open(path, "wb") as target, tempfile.TemporaryFile() as messages:
         code = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=target, stderr=messages).returncode
         messages.seek(0)
@@ -211,13 +216,13 @@ def _run(command: str, path: Path) -> None:
 
 
 def _limit() -> float:
-    text = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
     try:
         limit = float(text)
     except ValueError:
         limit = 0.0
     if not 0 < limit < float("inf"):
         raise UserError(
-            f"The environment variable {LIMIT} is {text!r}: it is the size of the cache in GB, such as 200."
+            f"The environment variable {LIMIT_VARIABLE} is {text!r}: it is the size of the cache in GB, such as 200."
         )
     return limit * 1e9

@@ -1,5 +1,6 @@
-"""Images in a zip file, and reading of parts of files. Nothing is ever unpacked to disk."""
+"""Images in a zip file, and slices of files. Nothing is unpacked to disk."""
 
+import bisect
 import itertools
 import os
 import struct
@@ -11,14 +12,15 @@ import numpy as np
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.data.sources.contract import CAPTION, EXTENSIONS, MAX_FILE_SIZE, Strings, hidden, leads_out
+from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, MAX_FILE_SIZE, Strings, is_hidden, leads_out
 from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
 
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of which no more is unpacked than asked for
+# all that zip programs write unless told otherwise; `Members.read` bounds what each of these unpacks to
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
 
-FACTS = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
+MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
 
 
 class Slices:
@@ -30,6 +32,7 @@ class Slices:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`; raises EOFError when the file ends before."""
+        # pread has no position that another thread or a forked process could move
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) < size:
             raise EOFError(f"the file ends {size - len(data):,} bytes too early")
@@ -43,14 +46,15 @@ class Members:
     """The wanted members of a zip in a few arrays: the objects of the zipfile module take many times their memory."""
 
     def __init__(self, path: Path, members: list[zipfile.ZipInfo]):
-        members = sorted(members, key=plain_name)
-        self.names = Strings(map(plain_name, members))
+        members = sorted(members, key=member_path)
+        self.names = Strings(map(member_path, members))
         facts = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
-        self._facts = np.array(facts, FACTS)
+        self._facts = np.array(facts, MEMBER)
         self._slices = Slices(path)
 
     def locate(self, index: int) -> int:
         """Where the data of a member begins."""
+        # the directory at the end does not tell: the local header may have another extra field than its copy there
         offset = int(self._facts[index]["offset"])
         signature, name, extra = LOCAL_HEADER.unpack(self._slices.read(offset, LOCAL_HEADER.size))
         if signature != b"PK\x03\x04":
@@ -61,19 +65,16 @@ class Members:
         """The bytes of a member, never more than it declares; raises OSError, EOFError, BadZipFile or zlib.error."""
         _, packed, size, crc, method = self._facts[index].item()
         data = self._slices.read(self.locate(index), packed)
-        if method == zipfile.ZIP_DEFLATED:
+        if method == zipfile.ZIP_DEFLATED:  # zlib takes a size of 0 for no bound
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size) if size else b""
         if len(data) != size or zlib.crc32(data) != crc:
             raise zipfile.BadZipFile("Bad CRC")
         return data
 
     def find(self, name: str) -> int | None:
-        """The place of a member by its name: a binary search, as the names are sorted."""
-        low, high = 0, len(self.names)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.names[middle] < name else (low, middle)
-        return low if low < len(self.names) and self.names[low] == name else None
+        """The place of a member by its name."""
+        place = bisect.bisect_left(self.names, name)  # they are sorted
+        return place if place < len(self.names) and self.names[place] == name else None
 
 
 class ZipSource(FileSource):
@@ -83,18 +84,20 @@ class ZipSource(FileSource):
         self.path = path
         with open_zip(path) as archive:
             members = archive.infolist()
+        # before any is left out: an archive that holds one harmful member is refused whole
         for member in members:
             _require_safe(path, member)
         wanted = [member for member in members if _is_wanted(member)]
-        if len(set(map(plain_name, wanted))) < len(wanted):
-            names = sorted(map(plain_name, wanted))
+        # zip allows it, and programs differ in which of the two they unpack
+        if len(set(map(member_path, wanted))) < len(wanted):
+            names = sorted(map(member_path, wanted))
             twice = next(a for a, b in itertools.pairwise(names) if a == b)
             raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
         self._members = Members(path, wanted)
-        plain = [m for m in members if not any(map(hidden, plain_name(m).split("/")))]
-        found = {plain_name(m): m.CRC for m in plain if not plain_name(m).endswith("/")}
-        folders = [plain_name(m).partition("/")[0] for m in plain if "/" in plain_name(m)]
-        super().__init__(str(path), found, labels, folders=folders, junk=len(members) - len(plain))
+        visible = [m for m in members if not any(map(is_hidden, member_path(m).split("/")))]
+        found = {member_path(m): m.CRC for m in visible if not member_path(m).endswith("/")}
+        folders = [member_path(m).partition("/")[0] for m in visible if "/" in member_path(m)]
+        super().__init__(str(path), found, labels, folders=folders, junk=len(members) - len(visible))
 
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)
@@ -106,7 +109,7 @@ class ZipSource(FileSource):
         return self.read(name, name) if self._members.find(name) is not None else None
 
 
-def plain_name(member: zipfile.ZipInfo) -> str:
+def member_path(member: zipfile.ZipInfo) -> str:
     """The path of a member; some programs of Windows write it with the wrong slash."""
     return member.filename.replace("\\", "/")
 
@@ -118,14 +121,15 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    name = plain_name(member)
-    if member.is_dir() or any(hidden(part) for part in name.split("/")):
+    name = member_path(member)
+    if member.is_dir() or any(is_hidden(part) for part in name.split("/")):
         return False
-    return name.lower().endswith((*EXTENSIONS, CAPTION, *TABLES, ".json"))
+    return name.lower().endswith((*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json"))
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
     """Refuse archives made to do harm, before anything of them is read."""
+    # zipfile cuts `filename` at a null byte, so that it may look harmless
     name = member.orig_filename.replace("\\", "/")
     if leads_out(name):
         raise UserError(
@@ -139,5 +143,5 @@ def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
         )
     if member.flag_bits & 1:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
-    if member.compress_type not in METHODS:
+    if member.compress_type not in ZIP_METHODS:
         raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")

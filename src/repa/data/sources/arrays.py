@@ -1,4 +1,4 @@
-"""Images as plain numbers: .npy, .npz with their labels, and the binary version of CIFAR-10 and CIFAR-100."""
+"""Images in arrays: .npy, .npz with their labels, and the binary version of CIFAR-10 and CIFAR-100."""
 
 import hashlib
 import os
@@ -16,18 +16,18 @@ from repa.data.sources.archives import Members, open_zip
 from repa.data.sources.contract import Classes, Source, labels_digest, no_classes
 from repa.data.sources.labels import classes_of, named
 
-IMAGES = ("images", "image", "arr_0", "x", "x_train", "data")
-LABELS = ("labels", "label", "arr_1", "y", "y_train", "targets")
+IMAGE_KEYS = ("images", "image", "arr_0", "x", "x_train", "data")
+LABEL_KEYS = ("labels", "label", "arr_1", "y", "y_train", "targets")
 MAX_UNPACKED = 1 << 32  # bytes of a compressed array, which is held in memory whole
 CHANNELS = (1, 3)
 WHOLE = 1 << 30  # bytes of a file whose checksum covers all of it: about a second at every start
 PIECES, PIECE = 64, 1 << 20  # of a larger one, where all of it could take minutes
-SIDE = 32
-PIXELS = 3 * SIDE * SIDE  # red, green, blue planes, rows from the top
-TEN = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
-HUNDRED = {"train": ("train.bin",), "test": ("test.bin",)}
-NAMES = {"ten": "batches.meta.txt", "fine": "fine_label_names.txt", "coarse": "coarse_label_names.txt"}
-NUM_CLASSES = {"ten": 10, "fine": 100, "coarse": 20}
+CIFAR_SIDE = 32
+CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE  # red, green, blue planes, rows from the top
+CIFAR_10 = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
+CIFAR_100 = {"train": ("train.bin",), "test": ("test.bin",)}
+CIFAR_NAMES = {"ten": "batches.meta.txt", "fine": "fine_label_names.txt", "coarse": "coarse_label_names.txt"}
+CIFAR_CLASSES = {"ten": 10, "fine": 100, "coarse": 20}
 
 
 class ArraySource(Source):
@@ -42,8 +42,8 @@ class ArraySource(Source):
         Args:
             path: an .npy or .npz file.
             labels: "" for the array of labels in the .npz, "none", or an .npy file.
-            image: key of the images in the .npz; one of IMAGES when empty.
-            label: key of the labels; one of LABELS when empty.
+            image: key of the images in the .npz; one of IMAGE_KEYS when empty.
+            label: key of the labels; one of LABEL_KEYS when empty.
         """
         self.path = path
         self._images = self._open(str(image))
@@ -74,7 +74,7 @@ class ArraySource(Source):
                 raise UserError(f"{self.path} is one array and has no key {image!r}: leave out the setting 'image'.")
             return load_array(self.path)
         archive = _Npz(self.path)
-        self._key = archive.choose(image, IMAGES, "images")
+        self._key = archive.choose(image, IMAGE_KEYS, "images")
         return archive.array(self._key)
 
     def _require_images(self, images: np.ndarray) -> None:
@@ -87,7 +87,7 @@ class ArraySource(Source):
     def _classes(self, labels: str, key: str) -> Classes:
         num = len(self._images)
         if labels == "none":
-            return no_classes(num)
+            return self._one_class(num)
         if labels.endswith(".npy"):
             self.labels_from = labels
             return self._checked(load_array(Path(labels)), labels)
@@ -98,17 +98,17 @@ class ArraySource(Source):
         if self.path.suffix.lower() == ".npy":
             return no_classes(num)
         archive = _Npz(self.path)
-        if not key and not any(name in archive.names for name in LABELS):
+        if not key and not any(name in archive.names for name in LABEL_KEYS):
             if others := [
                 name for name in archive.names if any(word in name.lower() for word in ("label", "class", "target"))
             ]:
                 raise UserError(
-                    f"{self.path} has no array called {' or '.join(LABELS[:3])}, but {', '.join(others)}: name the one as "
+                    f"{self.path} has no array called {' or '.join(LABEL_KEYS[:3])}, but {', '.join(others)}: name the one as "
                     f"{self.path}:label={others[0]}, or give --labels none for one class."
                 )
             self.left_out = self._others(archive)
             return no_classes(num)
-        key = archive.choose(key, LABELS, "labels")
+        key = archive.choose(key, LABEL_KEYS, "labels")
         self.left_out = self._others(archive, key)
         self.labels_from = f"the array {key!r}"
         return self._checked(archive.array(key), f"{key!r} of {self.path}")
@@ -126,7 +126,8 @@ class ArraySource(Source):
         return classes_of(labels.reshape(num).tolist(), self.name, where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": None}  # opened again: an array must not travel to every process
+        # pickle copies the content of a memory map, and each worker would hold all images: it is opened there again
+        return {**self.__dict__, "_images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -156,6 +157,7 @@ class _Npz:
 
     def __init__(self, path: Path):
         self.path = path
+        # np.load of an .npz has no memory map: it reads a member whole, and a single image would cost the data set
         with open_zip(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
         self._members = Members(path, members)
@@ -177,7 +179,9 @@ class _Npz:
         index = self._members.find(f"{name}.npy")
         assert index is not None
         with faults.reading(f"{name!r} of {self.path}", "an array"):
-            if method == zipfile.ZIP_STORED and not flags & 1:
+            if (
+                method == zipfile.ZIP_STORED and not flags & 1
+            ):  # not packed and not encrypted: the array lies there as it is
                 return _unpickled(lambda: self._map(index, size))
             if size > MAX_UNPACKED:
                 raise ValueError(
@@ -188,7 +192,7 @@ class _Npz:
                 return _unpickled(lambda: archive[name])
 
     def _map(self, index: int, size: int) -> np.ndarray:
-        """An array that lies in the archive as it is."""
+        """A memory map of a member that is neither packed nor encrypted."""
         start = self._members.locate(index)
         with open(self.path, "rb") as file:
             file.seek(start)
@@ -198,6 +202,7 @@ class _Npz:
             offset = file.tell()
         if dtype.hasobject:
             raise ValueError("Object arrays")
+        # in Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
         num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
         if offset - start + num_bytes != size or offset + num_bytes > os.path.getsize(self.path):
             raise ValueError("it is cut short")
@@ -206,7 +211,7 @@ class _Npz:
 
 
 def _fingerprint(path: Path) -> str:
-    """A checksum of a file, or of the size and of PIECES evenly spaced parts of one beyond WHOLE bytes."""
+    """A checksum of a file, or of the size and of PIECES evenly spaced slices of one beyond WHOLE bytes."""
     size = path.stat().st_size
     if size <= WHOLE:
         return files.sha256(path)
@@ -221,12 +226,14 @@ def _fingerprint(path: Path) -> str:
 def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
     """Whether channels are the last axis; told by their number."""
     if len(shape) == 3:
+        # (N, H, W) of grey images; but a colour image that was saved alone has three axes too
         if shape[2] in (3, 4) or shape[0] == 3:
             raise UserError(
                 f"{path} holds one array of shape {shape}, which is a single colour image or {shape[0]} grey ones of {shape[1]} x "
                 f"{shape[2]} pixels: save images as (N, H, W, C), with C = 1 for grey."
             )
         return True
+    # a guess would turn images of 3 x H x 3 on their sides, and nothing later would tell
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
     if first == last:
         raise UserError(
@@ -243,7 +250,7 @@ def is_cifar(folder: Path) -> bool:
             f"{folder} is CIFAR's Python version, whose pickles can run any program when they are read: "
             "take the binary version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz), and unpack it."
         )
-    return any((folder / name).is_file() for names in (*TEN.values(), *HUNDRED.values()) for name in names)
+    return any((folder / name).is_file() for names in (*CIFAR_10.values(), *CIFAR_100.values()) for name in names)
 
 
 class CifarSource(Source):
@@ -257,26 +264,24 @@ class CifarSource(Source):
             split: train or test.
             label: of CIFAR-100, the 100 fine or the 20 coarse classes.
         """
-        for key, value, allowed in (("split", split, TEN), ("label", label, ("fine", "coarse"))):
+        for key, value, allowed in (("split", split, CIFAR_10), ("label", label, ("fine", "coarse"))):
             if value not in allowed:
                 raise UserError(f"{folder}:{key} was given {value!r}{choices(value, allowed)}")
-        ten = any((folder / name).is_file() for names in TEN.values() for name in names)
+        ten = any((folder / name).is_file() for names in CIFAR_10.values() for name in names)
         if ten and label != "fine":
             raise UserError(f"{folder} is CIFAR-10, which has one kind of label: leave out label={label}.")
         kind = "ten" if ten else label
-        self.paths = [folder / name for name in (TEN if ten else HUNDRED)[split]]
+        self.paths = [folder / name for name in (CIFAR_10 if ten else CIFAR_100)[split]]
         self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
         self._records = [self._map(path) for path in self.paths]
         self._ends = np.cumsum([len(records) for records in self._records])
         column = 1 if kind == "fine" else 0
         numbers = np.concatenate([records[:, column] for records in self._records]).astype(np.int64)
         if labels == "none":
-            classes, self.labels_from = no_classes(len(numbers)), "--labels none: one class"
+            classes = self._one_class(len(numbers))
         else:
             classes = named(numbers, _class_names(folder, kind), self.name, str(folder))
-            self.labels_from = (
-                f"the {kind} classes of CIFAR-100" if kind in ("fine", "coarse") else "the classes of CIFAR-10"
-            )
+            self.labels_from = "the classes of CIFAR-10" if ten else f"the {kind} classes of CIFAR-100"
         self.labels, self.class_names = classes
         self.identity = {
             "name": folder.name,
@@ -292,7 +297,7 @@ class CifarSource(Source):
 
     def decode(self, index: int) -> Image.Image:
         file, record = self._find(index)
-        pixels = self._records[file][record, self._head :].reshape(3, SIDE, SIDE)
+        pixels = self._records[file][record, self._head :].reshape(3, CIFAR_SIDE, CIFAR_SIDE)
         return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -301,7 +306,7 @@ class CifarSource(Source):
 
     def _map(self, path: Path) -> np.ndarray:
         """(n, head + 3072) uint8."""
-        length = self._head + PIXELS
+        length = self._head + CIFAR_PIXELS
         if not path.is_file():
             raise UserError(f"{path} is missing: unpack the whole archive of CIFAR's binary version.")
         if not (size := path.stat().st_size) or size % length:
@@ -320,12 +325,12 @@ class CifarSource(Source):
 
 def _class_names(folder: Path, kind: str) -> list[str]:
     """The names of the classes; their numbers where the file of names is missing."""
-    path = folder / NAMES[kind]
+    path = folder / CIFAR_NAMES[kind]
     if not path.is_file():
-        return [str(number) for number in range(NUM_CLASSES[kind])]
+        return [str(number) for number in range(CIFAR_CLASSES[kind])]
     names = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    if len(names) != NUM_CLASSES[kind]:
+    if len(names) != CIFAR_CLASSES[kind]:
         raise UserError(
-            f"{path} holds {len(names)} names, but there are {NUM_CLASSES[kind]} classes: download it again."
+            f"{path} holds {len(names)} names, but there are {CIFAR_CLASSES[kind]} classes: download it again."
         )
     return names

@@ -1,4 +1,4 @@
-"""What a source of images is, and what the names of its files say: several by one name, parts of a data set, junk."""
+"""The contract of a source of images, and what file names mean: patterns, splits of a data set, junk of a system."""
 
 import glob
 import hashlib
@@ -21,21 +21,24 @@ from repa.base.images import adm_centre_crop, decode_image, image_endings
 ONE_CLASS = "all"
 EXTENSIONS = image_endings()
 """Endings of the formats that `base.images` decodes; other files are counted and left out."""
+# a file is in memory whole while it is decoded, in every worker at a time
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
+# all images would take a pass over the data at every start; these few notice that pictures were replaced
 SAMPLED = 64  # images of a source whose bytes are part of its identity
-CAPTIONS = ("caption", "captions", "text")  # columns of texts
-CAPTION = ".txt"  # a text next to an image, with the same name
+CAPTION_COLUMNS = ("caption", "captions", "text")  # columns of texts
+CAPTION_ENDING = ".txt"  # a text next to an image, with the same name
 MAX_FILES = 1_000_000
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or words
+# of macOS, the disks of Synology and QNAP, Windows, ext4 and Python: none of them begins with a dot
 JUNK = (
     "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
     "thumbs.db", "desktop.ini", "__pycache__",
 )  # fmt: skip
-MEANINGS = {
+SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test", "holdout": "test",
 }  # fmt: skip
-"""Names of parts of one data set, which are not classes."""
+"""Names of splits of a data set, which are not classes -> the split."""
 
 
 class Classes(NamedTuple):
@@ -69,7 +72,7 @@ class Source(ABC):
     has_captions: bool = False
     """Whether any image may have one."""
     labels_from: str = "nothing label-like: one class"
-    """Where the labels came from, for the inventory."""
+    """Where the labels came from, as `repa prepare` reports it."""
     left_out: Mapping[str, int] = MappingProxyType({})
     """What of the source is not taken, and how often: "files .txt2" -> 3."""
     moments_shape: tuple[int, ...] | None = None
@@ -120,10 +123,15 @@ class Source(ABC):
         """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
         return None
 
+    def _one_class(self, num: int) -> Classes:
+        """One class for all `num` images, because the user asked for it."""
+        self.labels_from = "--labels none: one class"
+        return no_classes(num)
+
     def _sampled_digest(self, num: int, *, strict: bool = False) -> str:
         """A checksum of the contents of SAMPLED images at equal distances: names and sizes may stay when pictures change.
 
-        One that cannot be read is refused if `strict`, and otherwise when it is decoded.
+        One that cannot be read raises UserError if `strict`; else it counts as empty, and decoding it raises the error.
         """
         digest = hashlib.sha256()
         for index in sorted({round(k * (num - 1) / (SAMPLED - 1)) for k in range(SAMPLED)}):
@@ -146,6 +154,7 @@ class Strings(Sequence[str]):
     """Many short texts in two arrays: 8 bytes and its letters for each, where a list of str takes 50 more."""
 
     def __init__(self, texts: Iterable[str]):
+        # Python gives a file name that is not UTF-8 as halves of surrogate pairs, which must come back as they were
         encoded = [text.encode(errors="surrogatepass") for text in texts]
         self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         self._letters = b"".join(encoded)
@@ -191,29 +200,31 @@ def require_image_size(size: int, name: str) -> None:
         raise UserError(f"{name} has {files.size(size)}, more than an image may have ({limit}): remove it.")
 
 
-def caption_lines(data: bytes, name: str) -> tuple[str, ...]:
+def caption_lines(data: bytes) -> tuple[str, ...]:
     """The captions in a text file, one a line; none of a text that is not UTF-8, which does not lose the image."""
     try:
+        # editors of Windows begin a text with a mark of its byte order, which would be a part of the first caption
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:
         return ()
 
 
 def caption_values(value: Any) -> tuple[str, ...]:
-    """A caption, or a list of them, as they lie in a .json or a column; none where they are anything but texts."""
+    """The captions in a value of a .json or a column, a text or a list of texts; () for anything else."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
         return ()
     return tuple(text for text in values if text)
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's images."""
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden or made by the system, and so not the user's."""
     return name.startswith(".") or name.lower() in JUNK
 
 
 def leads_out(name: str) -> bool:
     """Whether a path of an archive would leave the folder it is unpacked to."""
+    # checked for every system on each: an archive that is refused here must not be harmful elsewhere
     name = name.replace("\\", "/")
     return name.startswith("/") or re.match(r"[A-Za-z]:", name) is not None or ".." in name.split("/")
 
@@ -224,7 +235,7 @@ def is_remote(name: str) -> bool:
 
 
 def expand(spec: str) -> list[str]:
-    """The files that a name stands for: braces first, as a shell does, then * ? [] for files on this machine.
+    """The files that a name stands for: braces are expanded first, as in a shell, then * ? [] for files on this machine.
 
     Raises:
         UserError: a range that goes down, more than MAX_FILES, or a pattern that no file matches.
@@ -234,11 +245,22 @@ def expand(spec: str) -> list[str]:
         return names
     found: list[str] = []
     for name in names:
+        # a file may have a bracket in its name, which glob would not match with itself
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not matches:
             raise UserError(f"There is no file {name!r}{'' if name == spec else f', of {spec!r}'}: give its path.")
         found += matches
     return found
+
+
+def stem_of(shard: str) -> str:
+    """The name of a file without folder and ending; of a URL also without its query."""
+    return Path(shard.partition("?")[0]).stem
+
+
+def named_by_first(shards: Sequence[str]) -> str:
+    """What to call several files in a message."""
+    return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
 
 
 def is_pattern(spec: str) -> bool:
@@ -259,6 +281,7 @@ def _braces(spec: str) -> list[str]:
         raise UserError(f"{spec!r} has the range {match.group()}: it goes up, over at most {MAX_FILES:,} files.")
     names = []
     for option in options:
+        # counted at every level: a few braces of a thousand names each would fill the memory before they are all known
         names += _braces(spec[: match.start()] + option + spec[match.end() :])
         if len(names) > MAX_FILES:
             raise UserError(f"{spec!r} stands for more than {MAX_FILES:,} files: give fewer at a time.")
@@ -267,24 +290,23 @@ def _braces(spec: str) -> list[str]:
 
 def splits_among(names: Iterable[str]) -> list[str]:
     """Those of the names that look like splits, sorted: the bare words, and where two differ also train2017 and seg_test."""
-    found = {name: meaning for name in names if (meaning := _meaning(name))}
+    found = {name: meaning for name in names if (meaning := _split_of(name))}
     if len(set(found.values())) > 1:
         return sorted(found)
-    return sorted(name for name in found if name.lower() in MEANINGS)
+    # alone, a class may be called test_tube or dev_board: only the bare word is a split then
+    return sorted(name for name in found if name.lower() in SPLITS)
 
 
-def _meaning(name: str) -> str:
+def _split_of(name: str) -> str:
     words = re.split("[^a-z]+", name.lower())
-    return next((MEANINGS[word] for word in words if word in MEANINGS), "")
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 def require_one_split(files: Sequence[str]) -> None:
     """Raises UserError for shards of several splits, which would become one set in silence."""
-    stems = [Path(file.partition("?")[0]).stem for file in files]
-    meanings = {stem: _meaning(stem) for stem in stems}
-    if len(found := sorted({meaning for meaning in meanings.values() if meaning})) > 1:
-        first = next(file for file, stem in zip(files, stems, strict=True) if meanings[stem])
-        others = ", ".join(sorted(stem for stem in meanings if meanings[stem])[:4])
+    splits = {file: split for file in files if (split := _split_of(stem_of(file)))}
+    if len(found := sorted(set(splits.values()))) > 1:
+        first, others = next(iter(splits)), ", ".join(sorted(set(map(stem_of, splits)))[:4])
         raise UserError(
             f"{Path(first).parent} holds several splits ({', '.join(found)}: {others}): give the files of one, such as {first}."
         )

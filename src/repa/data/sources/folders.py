@@ -1,4 +1,4 @@
-"""Images as files: what folders and zips share, folders, and the images of COCO's annotation files of captions."""
+"""Images as files: what folders and zips share; folders; the images and captions of COCO's annotation files."""
 
 import collections
 import hashlib
@@ -15,8 +15,8 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.errors import UserError, printable
 from repa.data.sources.contract import (
-    CAPTION,
-    CAPTIONS,
+    CAPTION_COLUMNS,
+    CAPTION_ENDING,
     EXTENSIONS,
     ONE_CLASS,
     Classes,
@@ -24,9 +24,8 @@ from repa.data.sources.contract import (
     Strings,
     caption_lines,
     caption_values,
-    hidden,
+    is_hidden,
     labels_digest,
-    no_classes,
     plain_text,
     read_image_file,
 )  # fmt: skip
@@ -58,8 +57,9 @@ class FileSource(Source):
                 f"{where} holds no images{there and f', but {there}'}: files named {' '.join(EXTENSIONS)} are looked for, "
                 "at any depth."
             )
-        texts = {path for path in found if path.lower().endswith(CAPTION)}
+        texts = {path for path in found if path.lower().endswith(CAPTION_ENDING)}
         others = found.keys() - {*texts, *paths, LISTING, *METADATA}
+        # a .txt is a caption beside its image, and may be a table of labels where it is not
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
         self.left_out = count_others(others, set(folders) - tops if tops else (), junk)
@@ -70,6 +70,7 @@ class FileSource(Source):
         self.has_captions = bool(self._texts or self._written)
         if unused := len(texts) - len(set(self._texts.values())):
             self.left_out["texts of no image"] = unused
+        # paths and sizes, not times: a copy of the folder is the same source
         listing = "\n".join(f"{path} {found[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
@@ -85,8 +86,7 @@ class FileSource(Source):
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""
         if labels == "none":
-            self.labels_from = "--labels none: one class"
-            return no_classes(len(paths))
+            return self._one_class(len(paths))
         if labels.partition(":")[0] == "folders":
             return None
         if labels:
@@ -102,18 +102,20 @@ class FileSource(Source):
     def _require_nothing_label_like(
         self, where: str, paths: Sequence[str], unknown: Sequence[str], *, is_one: bool
     ) -> None:
-        """Before folders become classes, or all images one: refuse where a file looks like the labels, and name the choice.
+        """Refuse where a file looks like labels, and name the choice, before folders become classes or all images one class.
 
         Args:
             unknown: files that are neither images nor their captions; those next to images or in folders above are looked at.
             is_one: all images are of one class. Else only a table that names images and their labels is one too many.
         """
+        # images in one class by mistake train without an error, and only the samples tell, days later
         stems, above = set(map(_stem, paths)), {""}
         for folder in {path.rpartition("/")[0] for path in paths}:
             parts = folder.split("/")
             above.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
         if is_one:
             self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
+        # a table of labels lies above the images; one anywhere else belongs to something else, such as an annotation tool
         tables = sorted(path for path in unknown if path.rpartition("/")[0] in above and _stem(path) not in stems)
         for file in tables[:MOST_TABLES]:
             if not (columns := self._columns_of_labels(file, is_one)):
@@ -150,7 +152,7 @@ class FileSource(Source):
         return list(values) if isinstance(values, dict) else []
 
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
-        """Columns of a file that could be labels; [""] for a file that only its name tells of; [] for none."""
+        """Columns of a file that could be labels; [""] where its name alone looks like labels; [] for none."""
         columns = table_columns(file, lambda name: self.read(name, name))
         if found := label_columns(columns):
             return found if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
@@ -188,7 +190,7 @@ class FileSource(Source):
         written: dict[str, tuple[str, ...]] = {}
         try:
             for row in (row for _, rows in self._metadata() for row in rows):
-                if texts := next((t for key in CAPTIONS if (t := caption_values(row.get(key)))), ()):
+                if texts := next((t for key in CAPTION_COLUMNS if (t := caption_values(row.get(key)))), ()):
                     path = plain_text(str(row.get("file_name", "")))
                     written[path] = (*written.get(path, ()), *texts)
         except UserError:
@@ -205,7 +207,7 @@ class FileSource(Source):
         name = self._texts.get(self.paths[index])
         if name is None:
             return self._written.get(plain_text(self.paths[index]), ())
-        return caption_lines(self.read(name, printable(name)), printable(name))
+        return caption_lines(self.read(name, printable(name)))
 
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
@@ -226,6 +228,7 @@ def count_others(paths: Iterable[str], empty_folders: Iterable[str], junk: int) 
         f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
     )
     empty = sorted(empty_folders)
+    # the endings and folders are of whoever packed the source: a bound keeps them from filling the manifest
     named = {f"folder without images: {printable(name)[:60]}": 1 for name in empty[:20]}
     return {
         **dict(endings.most_common(20)),
@@ -242,7 +245,7 @@ class FolderSource(FileSource):
         self.root = root
         junk: list[str] = []
         found = scan(root, ("",), junk)
-        folders = [e.name for e in os.scandir(root) if e.is_dir() and not hidden(e.name)]
+        folders = [e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)]
         super().__init__(str(root), found, labels, folders=folders, junk=len(junk))
 
     def read(self, path: str, name: str) -> bytes:
@@ -262,14 +265,15 @@ def _walk(
     folder: Path | str, endings: tuple[str, ...], above: frozenset[str], junk: list[str]
 ) -> Iterator[os.DirEntry]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that holds it
+    # a link to a folder above it would be walked without end; two links to one folder are no cycle, and both are walked
+    if real in above:
         return
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     for entry in entries:
-        if hidden(entry.name):
+        if is_hidden(entry.name):
             junk.append(entry.path)
         elif entry.is_dir():
             yield from _walk(entry.path, endings, above | {real}, junk)
@@ -300,10 +304,6 @@ class CocoSource(Source):
     labels_from = "nothing: captions have no classes"
 
     def __init__(self, annotations: Path, *, images: str = ""):
-        if annotations.stat().st_size > files.MOST_JSON:
-            raise UserError(
-                f"{annotations} is larger than {files.size(files.MOST_JSON)}: give an annotation file of captions."
-            )
         values = files.read_object(annotations, images=list, annotations=list)
         self.folder = _folder_of_images(annotations, images)
         with faults.reading(annotations, "COCO's annotations of captions"):
@@ -314,6 +314,7 @@ class CocoSource(Source):
         if not names:
             raise UserError(f"{annotations} names no image: give an annotation file of captions.")
         self._names = Strings(names.values())
+        # as JSON in one array: as lists of texts the 600,000 captions would take several times the memory
         self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
         self.class_names, self.labels = [ONE_CLASS], np.zeros(len(names), np.int64)
         digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
@@ -331,6 +332,7 @@ class CocoSource(Source):
 
 
 def _folder_of_images(annotations: Path, images: str) -> Path:
+    # COCO unpacks to annotations/captions_val2014.json and val2014/ side by side
     split = annotations.stem.rpartition("_")[2]
     found = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
     folder = next((path for path in found if path.is_dir()), None)

@@ -28,7 +28,8 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     Raises:
         UserError: the file cannot be read, or does not give a label to exactly the images of the source.
     """
-    path, _, column = spec, "", ""
+    path, column = spec, ""
+    # the path itself may hold a colon, as drives and buckets do
     if not Path(spec).is_file() and ":" in spec:
         path, _, column = spec.rpartition(":")
     suffix = Path(path).suffix.lower()
@@ -47,12 +48,11 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
 
 def _read_table(path: Path, column: str) -> tuple[list[str], list[Any]]:
     """The column of paths, and the column asked for."""
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, column)
-    if path.suffix.lower() == ".jsonl":
-        return _read_lines(path, column)
-    if path.suffix.lower() == ".txt":
-        return _read_words(path, column)
+    read = {".parquet": _read_parquet, ".jsonl": _read_lines, ".txt": _read_words}
+    return read.get(path.suffix.lower(), _read_csv)(path, column)
+
+
+def _read_csv(path: Path, column: str) -> tuple[list[str], list[Any]]:
     with faults.reading(path, "a table", "Save it as comma-separated UTF-8."):
         columns, reader = _csv(path.read_bytes(), str(path))
         key = _columns(path, columns, column)
@@ -69,27 +69,29 @@ def rows_of_csv(data: bytes, name: str) -> list[dict[str, Any]]:
 
 
 def _csv(data: bytes, name: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    """Columns and rows of a table between commas, semicolons or tabs, whichever its first line has most of."""
+    """Columns and rows of a table whose columns stand between commas, semicolons or tabs."""
     text = data.decode("utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text.partition("\n")[0]))
     columns = list(reader.fieldnames or ())
+    # DictReader would keep the last of two in silence
     if twice := next((column for column in columns if column and columns.count(column) > 1), None):
         raise UserError(f"{name} has the column {twice!r} twice: rename one of them.")
     return columns, reader
 
 
 def _delimiter(head: str) -> str:
-    """What stands between the columns of a table, by its first line."""
-    return max(",;\t", key=head.count) if any(mark in head for mark in ",;\t") else ","
+    # csv.Sniffer guesses from the frequencies of all characters, and takes a letter for a table of one column
+    return max(",;\t", key=head.count)  # the first of them, a comma, where there is none
 
 
-def words_of(text: str) -> tuple[list[str], list[list[str]]]:
+def rows_of_words(text: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a table of words between spaces, as CelebA's list_attr_celeba.txt and identity_CelebA.txt are.
 
     A first line that is one number counts the images. A line with a word less than the others names the columns but that of
     the images; where there is none, the columns are the image and, of two, "label".
     """
     lines = [line.split() for line in text.splitlines() if line.strip()]
+    # list_attr_celeba.txt begins with "202599"
     if lines and len(lines[0]) == 1 and lines[0][0].isdecimal():
         lines = lines[1:]
     if len(lines) > 1 and len(lines[0]) == len(lines[1]) - 1:
@@ -102,7 +104,7 @@ def words_of(text: str) -> tuple[list[str], list[list[str]]]:
 
 def _read_words(path: Path, column: str) -> tuple[list[str], list[Any]]:
     with faults.reading(path, "a table of words in UTF-8"):
-        columns, rows = words_of(path.read_text(encoding="utf-8-sig"))
+        columns, rows = rows_of_words(path.read_text(encoding="utf-8-sig"))
     key = _columns(path, columns, column)
     for line, row in enumerate(rows, start=1):
         if len(row) != len(columns):
@@ -127,7 +129,7 @@ def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
     head = text.partition("\n")[0].strip()
     if suffix != ".txt":
         return head.split(_delimiter(head))
-    columns, rows = words_of(text)
+    columns, rows = rows_of_words(text)
     return columns if rows and rows[0][0].lower().endswith(EXTENSIONS) else []  # else it is a text for people
 
 

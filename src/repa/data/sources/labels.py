@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from repa.base.errors import UserError, nearest, printable
-from repa.data.sources.contract import MEANINGS, Classes, no_classes, plain_text, splits_among
+from repa.data.sources.contract import SPLITS, Classes, no_classes, plain_text, splits_among
 
-MAX_CLASSES = 1_000_000  # a label far beyond them is not a label, and would make as many names
+# a larger label is an id or a time, and would make as many names and rows of the embedding as it counts
+MAX_CLASSES = 1_000_000
 LABEL_COLUMNS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
     "y",
@@ -39,10 +40,12 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
     """
     values = [plain_text(value) if isinstance(value, str) else value for value in values]
     for index, value in enumerate(values):
+        # NaN, which is no number equal to itself, is how pandas writes a missing label
         if value is None or value == "" or value != value:
             raise UserError(
                 f"{name_of(index)} has no label in {where}: give one to every image, or set labels to 'none'."
             )
+        # True is an int of Python, but a column of booleans is an attribute, whose classes have no order
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
         if isinstance(value, bool) or not (whole or isinstance(value, (int, np.integer, str))):
             raise UserError(
@@ -53,17 +56,16 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
         if set(numbers) == {-1, 1}:
             return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"])
         return _numbered(numbers, name_of, where)
-    texts = [str(value) for value in values]
-    names = in_order(set(texts))
+    return classes_by_name([str(value) for value in values])
+
+
+def classes_by_name(texts: Sequence[str]) -> Classes:
+    """The classes of images from the name of each one's class. Names that are all numbers are sorted by value, others as texts."""
+    # at most 15 digits, which a float holds exactly: a longer one would compare as equal to its neighbour
+    numbers = all(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]+)?", name) for name in set(texts))
+    names = sorted(set(texts), key=lambda name: (float(name) if numbers else 0.0, name))
     position = {name: label for label, name in enumerate(names)}
     return Classes(np.array([position[text] for text in texts], np.int64), [printable(name) for name in names])
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes: numbers by value, other texts as texts."""
-    names = list(names)
-    numbers = all(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]+)?", name) for name in names)
-    return sorted(names, key=lambda name: (float(name) if numbers else 0.0, name))
 
 
 def _is_whole(value: Any) -> bool:
@@ -82,13 +84,7 @@ def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) 
 
 def _short(label: int) -> str:
     """A number to show; Python refuses to write out one of thousands of digits."""
-    return (
-        str(label)
-        if abs(label) < 10**20
-        else f"{label:.0e}"
-        if abs(label) < 10**300
-        else "a number of hundreds of digits"
-    )
+    return str(label) if abs(label) < 10**20 else "a number of more than 20 digits"
 
 
 def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:
@@ -104,7 +100,7 @@ def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str
 
 
 def label_columns(there: Iterable[str]) -> list[str]:
-    """Those that are called as labels usually are, the likeliest first."""
+    """Those of the columns that are called as labels usually are, the likeliest first."""
     there = list(there)
     lower = {name.lower(): name for name in there}
     return [lower[name] for name in LABEL_COLUMNS if name in lower]
@@ -135,10 +131,12 @@ def by_name(pairs: Iterable[Sequence[Any]], names: Sequence[str], where: str) ->
     table: dict[str, Any] = {}
     for path, value in pairs:
         name = _plain_path(str(path))
-        if name in table and table[name] != value:  # else one row for each caption
+        # the same label again is no mistake: a table of captions has a row for each of them
+        if name in table and table[name] != value:
             raise UserError(f"{where} names {printable(name)!r} twice: give every image one label.")
         table[name] = value
     names = [plain_text(name) for name in names]
+    # a table that was made inside the one folder of images writes paths from there
     if not any(name in table for name in names) and (above := os.path.commonpath([*map(os.path.dirname, names)])):
         names = [name.removeprefix(f"{above}/") for name in names]
     values = []
@@ -165,7 +163,7 @@ def _plain_path(name: str) -> str:
 
 
 def _near(table: Mapping[str, Any], name: str) -> list[str]:
-    """A few names worth comparing with: comparing with a million takes minutes."""
+    """A few names to compare a misspelt one with: `nearest` on a million takes minutes."""
     base = name.rpartition("/")[2]
     first = next(iter(table), None)
     return [str(key) for key in table if str(key).rpartition("/")[2] == base][:5] or ([str(first)] if first else [])
@@ -202,23 +200,17 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
                 "folder of its class, or give --labels none for one class."
             )
         folders.append(plain_text("/".join(parts) if level == 0 else parts[-1] if level is None else parts[level - 1]))
-    names = in_order(set(folders))
-    position = {name: label for label, name in enumerate(names)}
-    classes = Classes(np.array([position[folder] for folder in folders], np.int64), [printable(name) for name in names])
-    which = (
-        "the whole path of each image's folder"
-        if level == 0
-        else "the folder of each image"
-        if level is None
-        else "the first folder of each path"
-        if level == 1
-        else (f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
-    )
+    named_levels = {
+        0: "the whole path of each image's folder",
+        None: "the folder of each image",
+        1: "the first folder of each path",
+    }
+    which = named_levels.get(level, f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
     deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
     if deeper and not labels:
         shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
         which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"
-    return classes, which
+    return classes_by_name(folders), which
 
 
 def _level(labels: str) -> int | None:
@@ -233,6 +225,7 @@ def _level(labels: str) -> int | None:
 
 def _around(where: str, paths: Sequence[str]) -> str:
     """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
+    # train/cat/1.png and val/cat/1.png would become the classes train and val, and a set that holds its own validation
     tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
     splits = splits_among(tops)
     nested = all(path.count("/") > 1 for path in paths)
@@ -245,8 +238,9 @@ def _around(where: str, paths: Sequence[str]) -> str:
         )
     if len(tops) > 1 or not nested or tops == {""}:
         return ""
+    # a single folder may be the class of all images or hold the classes: its name decides, or the user
     (top,) = tops
-    if top.lower() in (*MEANINGS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
+    if top.lower() in (*SPLITS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
         return top
     inner = sorted({path.split("/")[1] for path in paths})
     raise UserError(

@@ -1,4 +1,4 @@
-"""Where images come from: what each kind of source looks like, and which class reads it."""
+"""Opening a source by its name: what each kind looks like, and which class reads it."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
-from repa.data.sources.contract import EXTENSIONS, Source, expand, hidden, is_pattern, is_remote
+from repa.data.sources.contract import EXTENSIONS, Source, expand, is_hidden, is_pattern, is_remote
 from repa.data.sources.folders import CocoSource, FolderSource
 from repa.data.sources.parquet import ParquetSource
 from repa.data.sources.photographs import PhotographSource
@@ -17,7 +17,9 @@ from repa.data.sources.reference_layout import ReferenceSource, is_reference
 from repa.data.sources.tables import open_arrow, open_hub, open_saved, open_table
 from repa.data.sources.webdataset import WebDataset
 
+# a path may hold colons itself, as URLs do: settings are what ends a name and reads like key=value,key=value
 SETTINGS = re.compile(r"(.+?):([a-z_]+=[^,]*(?:,[a-z_]+=[^,]*)*)")
+# a shell command may end in something like that too, so only the known keys end it
 PIPE_SETTINGS = re.compile(
     r"(pipe:.+):((?:image|label|caption|cache)=[^,\s]*(?:,(?:image|label|caption|cache)=[^,\s]*)*)"
 )
@@ -59,6 +61,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{spec!r} names the built-in photographs, and here is a folder of that name: write ./{spec} for it."
         )
+    # a file of exactly this name is meant as it is, whatever it looks like
     pattern = PIPE_SETTINGS if spec.startswith("pipe:") else SETTINGS
     match = None if Path(spec).exists() else pattern.fullmatch(spec)
     return (match[1], parse_spec(f"source:{match[2]}")[1]) if match else (spec, {})
@@ -80,6 +83,7 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
 
 
 def _folder_kind(path: Path, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
+    # from the most particular to the most general: every one of these is also a folder with files in it
     if is_reference(path):
         _require_own(labels, str(path))
         return (lambda: ReferenceSource(path, labels)), ()
@@ -121,10 +125,11 @@ def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str
 
 def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
     """The shards of a folder; raises UserError when it also holds images, so one of the two would be left out."""
-    shards = sorted(str(path) for path in paths if not hidden(path.name) and path.name != "metadata.parquet")
+    # metadata.parquet is a table of labels beside images (`imagefolder`), not images itself
+    shards = sorted(str(path) for path in paths if not is_hidden(path.name) and path.name != "metadata.parquet")
     data = {Path(shard).parent for shard in shards}
     for path in folder.iterdir() if shards else ():
-        if not hidden(path.name) and (path.suffix.lower() in EXTENSIONS or (path.is_dir() and path not in data)):
+        if not is_hidden(path.name) and (path.suffix.lower() in EXTENSIONS or (path.is_dir() and path not in data)):
             raise UserError(
                 f"{folder} holds both shards ({Path(shards[0]).name}) and {path.name}: give the shards as "
                 f"{Path(shards[0]).parent}/*{Path(shards[0]).suffix}, or move them out of the folder."

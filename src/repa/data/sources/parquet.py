@@ -12,8 +12,8 @@ import numpy as np
 
 from repa.base import extras, files
 from repa.base.errors import UserError
-from repa.data.sources.contract import is_remote, require_one_split
-from repa.data.sources.tables import Column, TableSource
+from repa.data.sources.contract import is_remote, named_by_first, require_one_split
+from repa.data.sources.tables import TableSource, columns_of
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
 GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart
@@ -35,14 +35,14 @@ class ParquetSource(TableSource):
         self.shards = list(shards)
         require_one_split(self.shards)
         self._start()
-        where = self.shards[0] if len(self.shards) == 1 else f"{self.shards[0]} and {len(self.shards) - 1} more"
-        self._choose(where, _columns_of(self._open(0).schema_arrow), labels, columns)
+        where = named_by_first(self.shards)
+        self._choose(where, columns_of(self._open(0).schema_arrow), labels, columns)
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
         self._identify(
-            where, int(self._rows[-1]), lambda: [value for shard in range(len(groups)) for value in self._read_labels(shard)],
-            json.dumps([size for shard in groups for size in shard]), is_here=not any(map(is_remote, self.shards)),
+            where, int(self._rows[-1]), labels, lambda: [value for shard in range(len(groups)) for value in self._read_labels(shard)],
+            json.dumps([size for shard in groups for size in shard]), is_local=not any(map(is_remote, self.shards)),
         )  # fmt: skip
 
     def name(self, index: int) -> str:
@@ -58,7 +58,7 @@ class ParquetSource(TableSource):
     def _groups(self, shard: int) -> list[tuple[int, int]]:
         """Rows and bytes of the images of each row group."""
         opened = self._open(shard)
-        if (names := _columns_of(opened.schema_arrow)) != _columns_of(self._open(0).schema_arrow):
+        if (names := columns_of(opened.schema_arrow)) != columns_of(self._open(0).schema_arrow):
             raise UserError(
                 f"{self.shards[shard]} has other columns ({', '.join(names)}) than {self.shards[0]}: give files of one table."
             )
@@ -84,13 +84,13 @@ class ParquetSource(TableSource):
 
     def _column(self, column: str, group: int) -> Any:
         """One column of a row group; the last GROUPS_KEPT of each column are kept."""
-        with self._lock:  # one reads, the others want the same group
+        # one thread reads, as the others want the same group; and a file of pyarrow has one position for all of them
+        with self._lock:
             kept = self._kept[column]
             if group not in kept:
                 shard, number = self._group[group]
-                table = self._reading(
-                    shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False)
-                )  # threads of pyarrow do not survive a fork
+                # threads of pyarrow do not survive a fork: in a worker the read would wait for them without end
+                table = self._reading(shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False))
                 kept[group] = table.column(0)
                 while len(kept) > GROUPS_KEPT:
                     kept.popitem(last=False)
@@ -131,49 +131,9 @@ def _open(where: str) -> Any:
     lib, parquet = (extras.need(f"pyarrow.{name}", f"The file {where}") for name in ("lib", "parquet"))
     try:
         if not is_remote(where):
-            return parquet.ParquetFile(where, memory_map=True)
+            return parquet.ParquetFile(where, memory_map=True)  # pages are shared by the workers
         import fsspec
 
         return parquet.ParquetFile(fsspec.open(where, "rb").open())
     except (lib.ArrowException, OSError, ImportError, ValueError) as error:
         raise UserError(f"{where} cannot be read as a parquet file: {error}.") from error
-
-
-def _columns_of(schema: Any) -> dict[str, Column]:
-    """What the columns hold, by their types and by what Hugging Face writes with them."""
-    from pyarrow import types
-
-    said = _features_of(schema.metadata or {})
-    columns = {}
-    for field in schema:
-        feature = said.get(field.name)
-        feature = feature if isinstance(feature, dict) else {}
-        binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
-        if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
-            columns[field.name] = Column("image")
-        elif feature.get("_type") == "ClassLabel":
-            names = feature.get("names")
-            columns[field.name] = Column("class", tuple(map(str, names)) if isinstance(names, list) else ())
-        elif types.is_string(field.type) or types.is_large_string(field.type) or _lists_texts(field.type):
-            columns[field.name] = Column("text")
-        else:
-            columns[field.name] = Column("other")
-    return columns
-
-
-def _lists_texts(kind: Any) -> bool:
-    from pyarrow import types
-
-    listed = types.is_list(kind) or types.is_large_list(kind)
-    return listed and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
-
-
-def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """What Hugging Face writes about columns; nothing where it is not what that library writes, since the types say enough."""
-    try:
-        value = json.loads(metadata.get(b"huggingface", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    for key in ("info", "features"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}

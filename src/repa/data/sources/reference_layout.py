@@ -17,15 +17,13 @@ from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.sources.contract import Source, labels_digest, no_classes
+from repa.data.sources.contract import Source, labels_digest
 from repa.data.sources.folders import LISTING, FolderSource, scan
 from repa.data.sources.labels import from_listing
 
 IMAGES, MOMENTS = "images", "vae-sd"
 IMAGE_PREFIX, MOMENTS_PREFIX = "img", "img-mean-std-"
-
-
-SAME = 0.05  # of the size of the means, as root mean square: arithmetic differs by less, another autoencoder by more
+LARGEST_DIFFERENCE = 0.05  # of the means, relative: arithmetic differs by less, another autoencoder by more
 
 
 def require_autoencoder(source: Source, config: PrepareConfig) -> None:
@@ -56,14 +54,15 @@ def require_same_moments(stored: np.ndarray, ours: np.ndarray, spec: str) -> Non
         )
     mean, other = (x[:, : x.shape[1] // 2].astype(np.float64) for x in (stored, ours))
     error = float(np.sqrt(((mean - other) ** 2).mean() / (other**2).mean()))
-    if not error <= SAME:
+    if not error <= LARGEST_DIFFERENCE:  # so that NaN is refused too
         raise UserError(
-            f"The stored means differ from what {spec} makes of the same images by {error:.0%} (up to {SAME:.0%} is "
+            f"The stored means differ from what {spec} makes of the same images by {error:.0%} (up to {LARGEST_DIFFERENCE:.0%} is "
             "arithmetic): they are of another autoencoder, or paired with other images."
         )
 
 
 def is_reference(folder: Path) -> bool:
+    """Whether a folder was written by REPA's preprocessing."""
     return (folder / IMAGES).is_dir() and (folder / MOMENTS).is_dir()
 
 
@@ -87,7 +86,7 @@ class ReferenceSource(Source):
         found = scan(root / MOMENTS, (".npy",))
         self._moments = self._paired(sorted(found))
         self.side = self._images.decode(0).width
-        self.moments_shape = self.moments(0).shape
+        self.moments_shape = self.moments(0).shape  # which every later call compares with
         _, height, width = self.moments_shape
         if height != width or self.side % height:
             raise UserError(
@@ -98,7 +97,7 @@ class ReferenceSource(Source):
         self._require_agreement(classes.labels)
         self.labels_from = f"{MOMENTS}/{LISTING}"
         if labels == "none":
-            classes, self.labels_from = no_classes(len(classes.labels)), "--labels none: one class"
+            classes = self._one_class(len(classes.labels))
         self.labels, self.class_names = classes
         self.identity = {
             **self._images.identity,
@@ -130,9 +129,7 @@ class ReferenceSource(Source):
         if array.dtype != np.float32 or array.ndim != 3 or array.shape[0] % 2 or 0 in array.shape:
             raise UserError(f"{path} holds {array.dtype} {array.shape}: moments are float32 (2C, h, w).")
         if self.moments_shape not in (None, array.shape):
-            raise UserError(
-                f"{path} holds {array.shape}, but the first of its kind {self.moments_shape}: encode it again."
-            )
+            raise UserError(f"{path} holds {array.shape}, but other images have {self.moments_shape}: encode it again.")
         if not np.isfinite(array).all():
             raise UserError(f"{path} holds numbers that are not finite: encode it again.")
         if (array[array.shape[0] // 2 :] < 0).any():
@@ -144,6 +141,7 @@ class ReferenceSource(Source):
 
     def _paired(self, moments: Sequence[str]) -> list[str]:
         """The moments of each image, by the number in the names."""
+        # REPA's own loader indexes two sorted lists: one missing file gives all that follow the moments of other images
         images = {_number(path, IMAGE_PREFIX): path for path in self._images.paths}
         latents = {_number(path, MOMENTS_PREFIX): path for path in moments}
         for there, missing, what, where in ((images, latents, "moments", MOMENTS), (latents, images, "image", IMAGES)):

@@ -1,10 +1,11 @@
-"""Tables with a column of images: which columns are read, and the data sets of the library `datasets`, which maps them into memory.
+"""Tables with a column of images: which columns are read, and the data sets of the library `datasets`.
 
-Those come from the hub, from `save_to_disk`, or as .arrow files; parquet files are read by row groups (parquet.py).
+Those come from the hub, from `save_to_disk`, or as .arrow files, and are memory-mapped; parquet.py reads parquet files.
 """
 
 import functools
 import hashlib
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,12 @@ import numpy as np
 from repa.base import extras
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import (
-    CAPTIONS,
+    CAPTION_COLUMNS,
     Classes,
     Source,
     caption_values,
     labels_digest,
+    named_by_first,
     no_classes,
     read_image_file,
     require_image_size,
@@ -46,7 +48,7 @@ class Columns(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def choose(
+def choose_columns(
     where: str, columns: Mapping[str, Column], labels: str, *, image: str = "", label: str = "", caption: str = ""
 ) -> Columns:
     """The columns asked for; else the one that holds images, the one of classes (or called "label"), and captions.
@@ -63,8 +65,9 @@ def choose(
         raise UserError(
             f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
         )
+    # some tables store their texts as bytes too, under the usual names
     binary = [name for name, column in columns.items() if column.kind == "image"]
-    image = image or _only(where, [name for name in binary if name not in CAPTIONS] or binary, columns, "image")
+    image = image or _only(where, [name for name in binary if name not in CAPTION_COLUMNS] or binary, columns, "image")
     if columns[image].kind != "image":
         raise UserError(f"The column {image!r} of {where} does not hold the bytes of images: it has {_list(columns)}.")
     if not label and labels != "none":
@@ -73,7 +76,7 @@ def choose(
         found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
         label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
     if not caption:
-        texts = (name for name in CAPTIONS if name in columns and name != label and columns[name].kind == "text")
+        texts = (name for name in CAPTION_COLUMNS if name in columns and name != label and columns[name].kind == "text")
         caption = next(texts, "")
     names = columns[label].class_names if label else ()
     return Columns(image, "" if labels == "none" else label, caption, names)
@@ -100,6 +103,7 @@ def classes_of_column(chosen: Columns, values: Sequence[Any], name_of: Any, wher
     for index, value in enumerate(values):
         if value is None:
             raise UserError(f"{name_of(index)} has no label in {where}: give it one, or set labels to 'none'.")
+        # -1 is how `datasets` writes that the labels of a test split are secret; `named` refuses it with a sentence
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
             raise UserError(
                 f"{name_of(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is the "
@@ -124,32 +128,39 @@ class TableSource(Source):
     def _choose(self, where: str, columns: Mapping[str, Column], labels: str, asked: Mapping[str, Any]) -> None:
         """Decide which columns are read; `asked` has those that are named, by key."""
         # settings are read as Python values where they can be; names of columns are texts
-        self._columns = chosen = choose(where, columns, labels, **{key: str(name) for key, name in asked.items()})
+        self._columns = chosen = choose_columns(
+            where, columns, labels, **{key: str(name) for key, name in asked.items()}
+        )
         self.has_captions = bool(chosen.caption)
-        if labels == "none":
-            self.labels_from = "--labels none: one class"
-        elif chosen.label:
+        self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
+        if chosen.label:
             self.labels_from = f"the column {chosen.label!r}"
-        else:
-            self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
         self.left_out = {  # what is called as captions are, and holds something else
             f"column {name!r}, which holds no texts": 1
-            for name in CAPTIONS
+            for name in CAPTION_COLUMNS
             if name in columns and name not in (chosen.label, chosen.caption) and columns[name].kind != "text"
         }
 
     def _identify(
-        self, where: str, num: int, values: Callable[[], Sequence[Any]], facts: str, *, is_here: bool
+        self, where: str, num: int, labels: str, values: Callable[[], Sequence[Any]], facts: str, *, is_local: bool
     ) -> None:
-        """Set classes and identity. Args: `values` of the column of labels; `facts` that tell equal images from others;
-        `is_here`: contents that would have to be fetched are known by the facts alone."""
+        """Set classes and identity of `num` rows.
+
+        Args:
+            values: gives the column of labels.
+            facts: sizes that tell equal images from others.
+            is_local: whether some images are read for the identity too; remote ones would have to be fetched.
+        """
         if not num:
             raise UserError(f"{where} holds no rows: give a file or split with images.")
-        classes = (
-            classes_of_column(self._columns, values(), self.name, where) if self._columns.label else no_classes(num)
-        )
+        if labels == "none":
+            classes = self._one_class(num)
+        elif self._columns.label:
+            classes = classes_of_column(self._columns, values(), self.name, where)
+        else:
+            classes = no_classes(num)
         self.labels, self.class_names = classes
-        sampled = self._sampled_digest(num) if is_here else ""
+        sampled = self._sampled_digest(num) if is_local else ""
         self.identity = {
             "name": Path(where).name if "://" in where or not where.startswith("hf:") else where,
             "num_images": num,
@@ -181,12 +192,15 @@ class DatasetSource(TableSource):
         """
         datasets = _library()
         self._where = where
-        self._choose(where, _columns_of(table), labels, columns)
+        # as arrow, with what `datasets` writes beside it, so that its tables and parquet files are told apart by one rule
+        self._choose(where, columns_of(table.features.arrow_schema), labels, columns)
         image, caption = self._columns.image, self._columns.caption
+        # a table for each column: reading a row of a whole table decodes all its columns
         self._tables = {image: table.select_columns([image]).cast_column(image, datasets.Image(decode=False))}
         if caption:
             self._tables[caption] = table.select_columns([caption])
-        self._identify(where, len(table), lambda: table[self._columns.label][:], _lengths(table, image), is_here=True)
+        facts = _lengths(table, image)
+        self._identify(where, len(table), labels, lambda: table[self._columns.label][:], facts, is_local=True)
 
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"
@@ -194,7 +208,7 @@ class DatasetSource(TableSource):
     def contents(self, index: int) -> bytes:
         cell = self._cell(self._columns.image, index)
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-            return read_image_file(Path(cell["path"]), self.name(index))  # next to the table, as in `imagefolder`
+            return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as in `imagefolder`
         return image_bytes(cell, self.name(index))
 
     def _cell(self, column: str, index: int) -> Any:
@@ -256,7 +270,7 @@ def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> Datas
     """The .arrow files of `datasets`, one after the other."""
     datasets = _library()
     tables = [_loading(functools.partial(datasets.Dataset.from_file, shard), shard) for shard in shards]
-    where = shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
+    where = named_by_first(shards)
     table = _loading(lambda: datasets.concatenate_datasets(tables), where)
     return DatasetSource(table, where, labels, **columns)
 
@@ -273,26 +287,45 @@ def _loading(load: Callable[[], Any], where: str) -> Any:
         raise UserError(f"{where} cannot be loaded: {first.rstrip('.')}.") from error
 
 
-def _columns_of(table: Any) -> dict[str, Column]:
-    import datasets
+def columns_of(schema: Any) -> dict[str, Column]:
+    """Columns of an arrow schema: what they hold, by their types and by what `datasets` writes with them."""
+    from pyarrow import types
 
+    features = _features_of(schema.metadata or {})
     columns = {}
-    for name, feature in table.features.items():
-        struct = isinstance(feature, dict) and "bytes" in feature
-        if struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary"):
-            columns[name] = Column("image")
-        elif isinstance(feature, datasets.ClassLabel):
-            columns[name] = Column("class", tuple(feature.names or ()))
-        elif getattr(feature, "dtype", "") in ("string", "large_string") or _lists_texts(feature):
-            columns[name] = Column("text")
+    for field in schema:
+        feature = features.get(field.name)
+        feature = feature if isinstance(feature, dict) else {}
+        binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
+        if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
+            # sound and video lie in columns of the same type
+            columns[field.name] = Column("image" if feature.get("_type", "Image") in ("Image", "Value") else "other")
+        elif feature.get("_type") == "ClassLabel":
+            names = feature.get("names")
+            columns[field.name] = Column("class", tuple(map(str, names)) if isinstance(names, list) else ())
+        elif types.is_string(field.type) or types.is_large_string(field.type) or _lists_texts(field.type):
+            columns[field.name] = Column("text")
         else:
-            columns[name] = Column("other")
+            columns[field.name] = Column("other")
     return columns
 
 
-def _lists_texts(feature: Any) -> bool:
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-    return getattr(inner, "dtype", "") in ("string", "large_string")
+def _lists_texts(kind: Any) -> bool:
+    from pyarrow import types
+
+    listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return listed and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+
+
+def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    """What `datasets` writes about columns; {} where it is not what that library writes, since the types say enough."""
+    try:
+        value = json.loads(metadata.get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    for key in ("info", "features"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _lengths(table: Any, image: str) -> str:

@@ -15,11 +15,11 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.data.sources.archives import Slices
-from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, hidden, leads_out
+from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, is_hidden, leads_out
 
-FORMAT = 3  # of the files in the cache
+INDEX_VERSION = 3  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
-NONE = (0, -1)  # a part that a sample does not have
+ABSENT = (0, -1)  # a part that a sample does not have
 
 
 class Index(NamedTuple):
@@ -52,6 +52,7 @@ def index_of(path: Path, name: str, *, version: str, image: str, label: str) -> 
     cached = cached_path(version, image, label)
     if not cached.is_file():
         index = _scan(path, name, image, label)
+        # a file that is open, as np.savez gives a path the ending .npz
         with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
             text = json.dumps([index.keys, index.labels, index.others]).encode()
             np.savez(file, text=np.frombuffer(text, np.uint8), parts=index.parts, size=index.size)
@@ -61,12 +62,12 @@ def index_of(path: Path, name: str, *, version: str, image: str, label: str) -> 
 
 def cached_path(version: str, image: str, label: str) -> Path:
     """Where the index of a shard is kept."""
-    key = hashlib.sha256(json.dumps([FORMAT, version, image, label]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, version, image, label]).encode()).hexdigest()[:32]
     return files.cache_folder() / "sources" / "indices" / f"{key}.npz"
 
 
 def load_index(path: Path) -> Index:
-    """An index from the cache."""
+    """An index from the cache; UserError for one that is damaged."""
     again = "Delete it, and it is made again."
     arrays = load_npz(path, "the index of a shard", remedy=again)
     with faults.reading(path, "the index of a shard", again):
@@ -87,18 +88,18 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
         names = {what: f"{dotted}.{what}" for what in ("txt", "json", "cls")} if dotted else {}
         text, meta, cls = (
-            members.get(names.get(what, what), members.get(what, NONE)) for what in ("txt", "json", "cls")
+            members.get(names.get(what, what), members.get(what, ABSENT)) for what in ("txt", "json", "cls")
         )
-        cls = members.get(label.lower(), NONE) if cls is NONE else cls  # some call the file 0001.label
+        cls = members.get(label.lower(), ABSENT) if cls is ABSENT else cls  # some call the file 0001.label
         others.update(end for end, part in members.items() if part not in (found, text, meta, cls))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
-        if cls is not NONE:
+        if cls is not ABSENT:
             labels.append(_text(slices.read(*cls), f"{key}.cls in {name}").strip() or None)
-        elif meta is not NONE:
+        elif meta is not ABSENT:
             said = f"{key}.json in {name}"
-            labels.append(_label(read_json(slices.read(*meta), said).get(label), said))
+            labels.append(_label(json_object(slices.read(*meta), said).get(label), said))
         else:
             labels.append(None)
         keys.append(key)
@@ -120,6 +121,7 @@ def _samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, 
         if this != key:
             if key is not None:
                 yield key, members
+            # `tar` without --sort=name may part the files of a sample, whose image would lose its label
             if this in seen:
                 raise UserError(f"{name} holds the sample {this!r} twice: pack it again with every sample once.")
             key, members = this, {}
@@ -141,8 +143,9 @@ def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
                     f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "
                     "pack it again without that path."
                 )
-            if member.isdir() or any(hidden(part) for part in _plain(member.name).split("/")):
+            if member.isdir() or any(is_hidden(part) for part in _plain(member.name).split("/")):
                 continue
+            # a link could lead to any file of this machine; the bytes of a sparse file do not lie in one piece
             if not member.isreg() or member.issparse():
                 raise UserError(
                     f"{member.name} in {name} is not a plain file (but a link, a device or a sparse file): pack the shard "
@@ -194,7 +197,7 @@ def _text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
 
 
-def read_json(data: bytes, name: str) -> dict[str, Any]:
+def json_object(data: bytes, name: str) -> dict[str, Any]:
     """The object in a .json of a sample; raises UserError when it is none."""
     with faults.reading(name, "JSON"):
         value = json.loads(data, object_pairs_hook=files.once)

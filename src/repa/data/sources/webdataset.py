@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from repa.base.errors import UserError, printable
-from repa.data.remote import Fetcher
+from repa.data.remote import fetch_shard
 from repa.data.sources.archives import Slices
 from repa.data.sources.contract import (
     Classes,
@@ -24,13 +24,14 @@ from repa.data.sources.contract import (
     labels_digest,
     no_classes,
     require_one_split,
+    stem_of,
 )
 from repa.data.sources.label_files import from_file
-from repa.data.sources.labels import classes_of, from_folders, in_order, label_columns
-from repa.data.sources.tar_index import Index, cached_path, index_of, load_index, read_json
+from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
+from repa.data.sources.tar_index import Index, cached_path, index_of, json_object, load_index
 
-MAX_OPEN = 16  # shards open at a time: rows are read in order
-IMAGE, TEXT, JSON = range(3)
+MAX_OPEN_SHARDS = 16  # shards open at a time: rows are read in order
+IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
 
 
 class WebDataset(Source):
@@ -64,7 +65,7 @@ class WebDataset(Source):
             raise UserError(f"cache was given {cache!r}: it is the size of the cache of shards in GiB, more than 0.")
         self.shards = list(shards)
         self._caption = str(caption)
-        self._fetch = Fetcher(int(cache * 2**30))
+        self._cache_limit = int(cache * 2**30)
         indices = [self._index(shard, str(image), str(label)) for shard in self.shards]
         self._sizes = [index.size for index in indices]
         self._ends = np.cumsum([len(index.keys) for index in indices])
@@ -76,7 +77,7 @@ class WebDataset(Source):
         self.left_out_endings = list(others)
         self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        self._forget()
+        self._close()
         classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
         self.labels, self.class_names = classes
         self.identity = {
@@ -86,7 +87,7 @@ class WebDataset(Source):
             "sha256": self._digest(),
             "labels_sha256": labels_digest(classes),
         }
-        self._forget()  # what was read for the identity is not kept open
+        self._close()  # the shards that were read for the identity: a worker opens its own
 
     def name(self, index: int) -> str:
         return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
@@ -96,19 +97,21 @@ class WebDataset(Source):
 
     def captions(self, index: int) -> tuple[str, ...]:
         if self._parts[index, TEXT, 1] >= 0:
-            return caption_lines(self._read(index, TEXT), self.name(index))
+            return caption_lines(self._read(index, TEXT))
         if self._parts[index, JSON, 1] < 0:
             return ()
-        value = read_json(self._read(index, JSON), self.name(index)).get(self._caption)
+        value = json_object(self._read(index, JSON), self.name(index)).get(self._caption)
         return caption_values(value)
 
     def _classes(self, labels: str, written: list[str | None], label: str) -> Classes:
         if labels == "none":
-            self.labels_from = "--labels none: one class"
-            return no_classes(len(self.keys))
+            return self._one_class(len(self.keys))
         if labels == "tars":
             self.labels_from = "the name of each tar"
-            return self._of_tars()
+            per_shard = np.diff(self._ends, prepend=0).tolist()
+            return classes_by_name(
+                [stem_of(s) for s, num in zip(self.shards, per_shard, strict=True) for _ in range(num)]
+            )
         if labels.partition(":")[0] == "folders":
             classes, self.labels_from = from_folders(self._shard_name(0), self.keys, labels)
             return classes
@@ -122,19 +125,12 @@ class WebDataset(Source):
         self._require_nothing_label_like()
         return no_classes(len(self.keys))
 
-    def _of_tars(self) -> Classes:
-        stems = [Path(name.partition("?")[0]).stem for name in self.shards]
-        names = in_order(set(stems))
-        position = {name: label for label, name in enumerate(names)}
-        per_shard = np.diff([0, *self._ends])
-        return Classes(np.repeat([position[stem] for stem in stems], per_shard).astype(np.int64), names)
-
     def _require_nothing_label_like(self) -> None:
-        """Without .cls and labels in .json: refuse where something else looks like labels, and name the choice."""
+        """Refuse where something but .cls and .json looks like labels, and name the choice."""
         where = Path(self.shards[0]).parent
         if (self._parts[:, JSON, 1] >= 0).any():
             first = int(np.argmax(self._parts[:, JSON, 1] >= 0))
-            if found := label_columns(read_json(self._read(first, JSON), self.name(first))):
+            if found := label_columns(json_object(self._read(first, JSON), self.name(first))):
                 raise UserError(
                     f"The .json of {self.name(first)} has no 'label', but {', '.join(found)}: name the one as "
                     f"{self.shards[0]}:label={found[0]}, or give --labels none for one class."
@@ -159,13 +155,16 @@ class WebDataset(Source):
 
     def _index(self, shard: str, image: str, label: str) -> Index:
         if is_remote(shard):
+            # its index is enough to open a source of a terabyte again: a shard is copied when an image of it is read
             cached = cached_path(shard, image, label)
-            if cached.is_file():  # the shard itself is not needed until an image of it is
+            if cached.is_file():
                 return load_index(cached)
-            return index_of(self._fetch.local(shard), shard, version=shard, image=image, label=label)
+            path = fetch_shard(shard, self._cache_limit)
+            return index_of(path, shard, version=shard, image=image, label=label)
         path = Path(shard)
         if not path.is_file():
             raise UserError(f"There is no shard {shard!r}: give its path.")
+        # a checksum would read the shard, which the index is there to avoid
         stat = path.stat()
         version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         return index_of(path, shard, version=version, image=image, label=label)
@@ -192,7 +191,8 @@ class WebDataset(Source):
 
     def _open_shard(self, shard: int) -> Slices:
         where = self.shards[shard]
-        path = self._fetch.local(where) if is_remote(where) else Path(where)
+        path = fetch_shard(where, self._cache_limit) if is_remote(where) else Path(where)
+        # offsets of an index into another file would give parts of images, or of anything else
         if (size := os.path.getsize(path)) != self._sizes[shard]:
             raise UserError(
                 f"{where} has {size:,} bytes, but had {self._sizes[shard]:,} when its index was made: it changed. "
@@ -200,20 +200,20 @@ class WebDataset(Source):
             )
         return Slices(path)
 
-    def _forget(self) -> None:
-        self._open = functools.lru_cache(MAX_OPEN)(self._open_shard)
+    def _close(self) -> None:
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._close()
 
 
 def _numbered(shards: Sequence[str]) -> bool:
     """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar?"""
-    stems = [Path(shard.partition("?")[0]).stem for shard in shards]
+    stems = list(map(stem_of, shards))
     matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
     if len(matches) < len(stems):
         return False
