@@ -8,7 +8,11 @@ import pytest
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.analyse_runs import CknnaArguments
+from repa.cli.analyse_encoders import EncodersArguments
+from repa.cli.analyse_pictures import PicturesArguments
+from repa.cli.analyse_runs import CknnaArguments, ProbeArguments
+from repa.cli.bench import BenchArguments
+from repa.cli.check import CheckArguments
 from repa.cli.evaluate import EvaluateArguments
 from repa.cli.prepare import PrepareArguments
 from repa.cli.report import ReportArguments
@@ -264,14 +268,94 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
         (
             evaluate,
             ("s.npz", "--reference", "r", "--prompts", "p.txt"),
-            "prompts have no effect without one of the metrics",
+            "prompts has no effect without one of the metrics",
         ),
         (evaluate, ("s.npz", "--reference", "r", "--clip-weights", "w"), "clip_weights has no effect"),
         (train, ("--text-weights", "w"), "reads no text"),
         (train, ("--preview.num-scored", "1"), "needs two samples"),
-        (cknna, ("r", "--data", "d", "--measure", "cka", "--variant", "platonic"), "of the measure cknna"),
+        (
+            cknna,
+            ("r", "--data", "d", "--measure", "cka", "--variant", "platonic"),
+            "variant has no effect without measure cknna",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_refused(parse, words, sentence):
     with pytest.raises(UserError, match=sentence):
         parse(*words)
+
+
+VERBS = {
+    "bench": (BenchArguments, ("recipe",)),
+    "check": (CheckArguments, ("data",)),
+    "encoders": (EncodersArguments, ("data",)),
+    "evaluate": (EvaluateArguments, ("samples",)),
+    "pictures": (PicturesArguments, ("run",)),
+    "prepare": (PrepareArguments, ("source", "out")),
+    "probe": (ProbeArguments, ("runs...",)),
+}
+IDLE = [
+    # how the command begins, an option that it does not read, why
+    ("bench r --data d", "--token-width 8", "with data"),
+    ("check d", "--feature-weights tiny=w", "without full"),
+    ("check d", "--num-images 64", "without full"),
+    ("encoders d --encoders tiny", "--neighbours 3", "with one encoder"),
+    ("evaluate s.npz --reference r --metrics fid", "--clip clip-b", "without one of the metrics clip_score"),
+    ("evaluate s.npz --reference r --metrics fid", "--clip clip-l", "without one of the metrics clip_score"),
+    ("evaluate s.npz --reference r --metrics fid", "--neighbours float16", "without one of the metrics precision"),
+    ("evaluate s.npz --reference r", "--sampler heun", "here: s.npz is no run folder"),
+    ("evaluate s.npz --reference r", "--weights ema", "here: s.npz is no run folder"),
+    ("pictures r --data d --images 1 2", "--num-images 2", "with images"),
+    ("pictures r --data d --encoders", "--encoder-weights tiny=w", "without encoders"),
+    ("prepare d --remove images", "--resolution 16", "with remove"),
+    ("prepare d --only text --text tiny-text", "--resolution 16", "without a source"),
+    ("prepare d --only features:tiny", "--flip", "without a source"),
+    ("prepare d --only features:tiny", "--skip-bad", "without a source"),
+    ("probe tiny --data d", "--depths 1", "without a run folder"),
+    ("probe tiny --data d", "--times 0.5", "without a run folder"),
+    ("probe tiny --data d", "--weights model", "without a run folder"),
+    ("probe tiny --data d", "--checkpoints 5", "without a run folder"),
+    ("train", "--head-weight 0.1", "without model.heads"),
+    ("train", "--compile-scope step", "without compile"),
+    ("train", "--model.separate-times", "without diffusion.token_times"),
+    ("train", "--model.keep-groups 0", "without route"),
+    ("train", "--diffusion.sigma-min 0.1", "without prediction data"),
+    ("train --preview.every 0 --preview.num-scored 0", "--preview.sampler heun", "without preview.every"),
+    ("train --preview.every 0 --preview.score-every 5", "--preview.num-images 4", "without preview.every"),
+    ("train --preview.num-scored 0", "--preview.features tiny", "without preview.num_scored"),
+    ("train", "--preview.decoder-weights w", "without preview.decoder"),
+    ("train --alignments.1.target tiny --alignments.1.depth 3 --alignments.1.projector-of tiny@2", "--alignments.1.projector linear",
+     "with projector_of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("begin", "option", "why"), IDLE)
+def test_an_option_that_nothing_reads_is_refused_by_one_sentence(begin, option, why):
+    verb, *words = begin.split()
+
+    def parse(*more):
+        if verb == "train":
+            return train(*words, *more, recipe="quickstart-repa")
+        cls, positional = VERBS[verb]
+        return options.parse(cls, [*words, *more], verb=verb, about="", positional=positional)
+
+    parse()
+    with pytest.raises(UserError) as refused:
+        parse(*option.split())
+    name = option.split()[0].removeprefix("--").replace("-", "_")
+    assert str(refused.value).startswith(f"{name} has no effect {why}")
+    assert str(refused.value).endswith(": leave it out.")
+
+
+def test_what_makes_an_option_count_may_stand_anywhere():
+    assert train("--compile-scope", "step", "--compile").compile_scope == "step"
+    assert train("--head-weight", "0.1", "--model.heads", "2").head_weight == 0.1
+    probe = options.parse(
+        ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"], verb="", about="",
+        positional=("runs...",),
+    )  # fmt: skip
+    assert probe.encoders == ["tiny"]
+
+
+def test_a_recipe_may_hold_what_a_command_makes_idle():
+    assert train("--preview.every", "0", "--preview.num-scored", "0").preview.features == "tiny-judge"

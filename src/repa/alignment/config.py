@@ -127,6 +127,9 @@ class AlignmentConfig(Config):
             raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")
         return self
 
+    def idle(self) -> dict[str, str]:
+        return {"projector": "with projector_of, which takes another's"} if self.projector_of else {}
+
 
 def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:
     """See `AlignmentConfig.encoder`."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from repa.base.config import Config
+from repa.base.config import Config, refuse_idle
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
@@ -62,11 +62,11 @@ class SimilarityConfig(HiddenConfig):
 
     @model_validator(mode="after")
     def _of_cknna(self) -> Self:
-        if self.measure != "cknna" and (self.variant != "paper" or self.neighbours != 10):
-            raise ValueError(
-                f"variant and neighbours are of the measure cknna, but it is {self.measure}: leave them out"
-            )
+        refuse_idle(self.idle(), self.changed)
         return self
+
+    def idle(self) -> dict[str, str]:
+        return dict.fromkeys(("neighbours", "variant") if self.measure != "cknna" else (), "without measure cknna")
 
 
 class DepthConfig(HiddenConfig):
@@ -129,6 +129,12 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     def _pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
         check_pairs(pairs)
         return pairs
+
+    def idle(self) -> dict[str, str]:
+        one = len(self.encoders) == 1
+        return dict.fromkeys(
+            ("neighbours", "variant") if one else (), "with one encoder, which is compared with no other"
+        )
 
     def weights_of(self, encoder: str) -> str | None:
         return weights_for(encoder, self.encoder_weights)

@@ -42,6 +42,23 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    @property
+    def changed(self) -> list[str]:
+        """Names of the settings that are not their defaults."""
+        return [name for name, info in type(self).model_fields.items() if getattr(self, name) != info.get_default()]
+
+    def idle(self) -> dict[str, str]:
+        """Settings that nothing reads as the others are: dotted name -> why, as in "without compile"."""
+        parts = {name: getattr(self, name) for name in type(self).model_fields}
+        lists = {
+            f"{name}.{i}": item
+            for name, value in parts.items()
+            if isinstance(value, tuple)
+            for i, item in enumerate(value)
+        }
+        nested = {name: part for name, part in (parts | lists).items() if isinstance(part, Config)}
+        return {f"{above}.{name}": why for above, part in nested.items() for name, why in part.idle().items()}
+
     def override(self, **changes: Any) -> Self:
         """A validated copy with some fields changed (model_copy would skip the checks)."""
         return type(self).parse({**self.model_dump(), **changes})
@@ -83,6 +100,13 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def refuse_idle(idle: dict[str, str], given: Iterable[str]) -> None:
+    """UserError for the first of the settings that were given and that nothing reads."""
+    for name in given:
+        if why := idle.get(name):
+            raise UserError(f"{name} has no effect {why}: leave it out.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class PicturesArguments(Config):
     out: str = ""
     """Name of the .png; empty: analysis/pictures.png in the run."""
 
+    def idle(self) -> dict[str, str]:
+        of_encoders = {} if self.encoders else {"encoder_weights": "without encoders"}
+        return of_encoders | ({"num_images": "with images, which name the rows"} if self.images else {})
+
     @field_validator("encoders")
     @classmethod
     def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:

@@ -58,6 +58,17 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
     encoder_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
+    @property
+    def encoders(self) -> list[str]:
+        """What is named in place of runs."""
+        return [name for name in self.runs if not Path(name).is_dir()]
+
+    def idle(self) -> dict[str, str]:
+        of_runs = ("depths", "times", "weights", "checkpoints", "autoencoder_weights")
+        if self.runs and len(self.encoders) == len(self.runs):
+            return dict.fromkeys(of_runs, "without a run folder")
+        return {} if self.encoders else {"encoder_weights": "without an encoder named in place of a run"}
+
 
 def cknna(argv: list[str]) -> int:
     given = options.parse(CknnaArguments, argv, verb="analyse cknna", about=ABOUT_CKNNA, positional=("runs...",))
@@ -97,8 +108,7 @@ def probe(argv: list[str]) -> int:
     check_pairs(given.encoder_weights)
     if not given.runs:
         raise UserError("`repa analyse probe` needs a run folder or an encoder: see `repa analyse probe --help`.")
-    encoders = [name for name in given.runs if not Path(name).is_dir()]
-    for name in encoders:
+    for name in (encoders := given.encoders):
         if "/" in name:
             raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")
         ENCODERS.check(name)

@@ -44,6 +44,9 @@ class BenchArguments(Config):
     trace: str = ""
     """File (.json.gz) for the timeline of two of the recipe's own steps, for ui.perfetto.dev; empty writes none."""
 
+    def idle(self) -> dict[str, str]:
+        return {"token_width": "with data, whose tokens have a width"} if self.data else {}
+
 
 def main(argv: list[str]) -> int:
     given = options.parse(BenchArguments, argv, verb="bench", about=ABOUT, positional=("recipe",))

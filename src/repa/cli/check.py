@@ -6,7 +6,6 @@ from pydantic import Field
 
 from repa.base import files
 from repa.base.config import Config
-from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
 
@@ -28,11 +27,13 @@ class CheckArguments(Config):
     feature_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
+    def idle(self) -> dict[str, str]:
+        whole = ("num_images", "autoencoder_weights", "feature_weights")
+        return dict.fromkeys(() if self.full else whole, "without full, which reads and encodes again")
+
 
 def main(argv: list[str]) -> int:
     given = options.parse(CheckArguments, argv, verb="check", about=ABOUT, positional=("data",))
-    if not given.full and (unused := sorted(given.model_fields_set - {"data", "full"})):
-        raise UserError(f"{unused[0]} is for --full, which reads and encodes again: give both, or neither.")
     from repa.data import open_data
 
     manifest = open_data(given.data).manifest

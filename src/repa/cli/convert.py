@@ -6,8 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from repa.autoencoders import AUTOENCODER, AUTOENCODERS
-from repa.base.config import Config
-from repa.base.errors import UserError
+from repa.base.config import Config, refuse_idle
 from repa.cli import options
 from repa.cli.console import say
 from repa.training.config import TrainConfig
@@ -16,6 +15,9 @@ ABOUT = (
     "Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export` or a DiT of diffusers. "
     "`repa sample` and `repa analyse` work on it, and `repa train --init` starts from it."
 )
+
+
+OF_CHECKPOINTS = ("kind", "model", "targets", "depth", "weights", "path")  # options that tell what a folder records
 
 
 class Network(Config):
@@ -57,10 +59,13 @@ def main(argv: list[str]) -> int:
     source, run = Path(given.checkpoint), Path(given.run)
     if source.is_dir() and is_diffusers(source):
         imported = read_diffusers(source)
+        known = ["autoencoder"] if "autoencoder" in imported.settings else []
+        unread = dict.fromkeys((*OF_CHECKPOINTS, *known), f"on {source}, a folder of diffusers, which records it")
+        refuse_idle(unread, sorted(given.model_fields_set))
         settings = {**autoencoder, **imported.settings}
     elif source.is_dir():
-        if ignored := sorted(given.model_fields_set - {"checkpoint", "run", "autoencoder_weights"}):
-            raise UserError(f"An exported folder such as {source} records its {ignored[0]}: leave the option out.")
+        unread = dict.fromkeys((*OF_CHECKPOINTS, "autoencoder"), f"on {source}, an exported folder, which records it")
+        refuse_idle(unread, sorted(given.model_fields_set))
         imported = read_export(source)
         settings = {"autoencoder_weights": given.autoencoder_weights, **imported.settings}
     else:
@@ -74,6 +79,8 @@ def main(argv: list[str]) -> int:
             weights=given.weights,
         )
         settings = {**autoencoder, **imported.settings}
+        if not imported.settings["alignments"]:
+            refuse_idle({"depth": "without targets"}, sorted(given.model_fields_set))
     config = TrainConfig.parse(settings, where=str(source))
     write_run(run, config, imported.checkpoint, source.name, imported.kind)
     step, dims = imported.checkpoint.step, config.model.dims()

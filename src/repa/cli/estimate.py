@@ -53,6 +53,10 @@ class EstimateArguments(TrainConfig):
     sample_guidance: Guidances = ("cfg:scale=1.8,high=0.7",)
     """Guidances of the samples; a guided step costs two passes of the network."""
 
+    def idle(self) -> dict[str, str]:
+        of_device = {"device": "with tflops, which stands for it"} if self.tflops else {}
+        return super().idle() | of_device
+
     @field_validator("device")
     @classmethod
     def _known(cls, name: str) -> str:

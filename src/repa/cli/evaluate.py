@@ -43,6 +43,16 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     autoencoder_weights: str = ""
     """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
 
+    @property
+    def is_run(self) -> bool:
+        """Are samples to be made of a run?"""
+        return (Path(self.samples) / layout.CONFIG).is_file()
+
+    def idle(self) -> dict[str, str]:
+        own = {*EvaluateConfig.model_fields, "samples", "reference", "out"}
+        of_run = [name for name in type(self).model_fields if name not in own]
+        return super().idle() | dict.fromkeys(() if self.is_run else of_run, f"here: {self.samples} is no run folder")
+
 
 class ReferenceArguments(ReferenceConfig):
     data: str
@@ -59,8 +69,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"Results are written as .json, but --out is {given.out}: give a name such as results.json.")
     if given.samples.endswith(".npz") and Path(given.out) == Path(given.samples).with_suffix(".json"):
         raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
-    is_run = (Path(given.samples) / layout.CONFIG).is_file()
-    _check(given, is_run)
+    is_run = given.is_run
+    _check(given)
     if given.out or is_run:
         files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
     written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
@@ -83,9 +93,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check(given: EvaluateArguments, is_run: bool) -> None:
-    """Options of sampling are for run folders, and those need a number."""
-    if is_run and not given.num_images:
+def _check(given: EvaluateArguments) -> None:
+    """Samples of a run folder need a number, and a run folder is no reference."""
+    if given.is_run and not given.num_images:
         raise UserError(
             f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
         )
@@ -93,17 +103,6 @@ def _check(given: EvaluateArguments, is_run: bool) -> None:
         raise UserError(
             f"--reference {given.reference} is a run folder: give the data that it was trained on, or an .npz."
         )
-    if is_run:
-        return
-    of_run = {*SampleConfig.model_fields, "num_images", "weights", "checkpoint", "autoencoder_weights"} - set(
-        EvaluateConfig.model_fields
-    )
-    fields = EvaluateArguments.model_fields
-    for name in sorted(of_run):
-        if getattr(given, name) != fields[name].default:
-            raise UserError(
-                f"--{name.replace('_', '-')} says how to sample a run folder, but {given.samples} is none: leave it out."
-            )
 
 
 def _place(given: EvaluateArguments, results: dict[str, Any]) -> Path:

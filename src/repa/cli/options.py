@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel
 
-from repa.base.config import Config
+from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -64,7 +64,9 @@ def parse(
             raise UserError(
                 f"`repa {verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {verb} --help`."
             )
-    return cls.parse(start)
+    given = cls.parse(start)
+    refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
+    return given
 
 
 def first(cls: type[Config], argv: list[str], verb: str, name: str) -> str | None:

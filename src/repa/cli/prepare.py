@@ -62,15 +62,6 @@ class PrepareArguments(PrepareConfig):
             for form in values.get("feature_forms", ())
             for text in ([form] if "=" in form or not old else [f"{name}={form}" for name in new or named or known])
         ]
-        text = values.get("text", stored.get("text"))
-        for name, is_used, other in (
-            ("text_weights", text, "text"),
-            ("text_form", text, "text"),
-            ("grid", known or new, "features"),
-            ("feature_forms", known or new, "features"),
-        ):
-            if name in values and not is_used:
-                raise UserError(f"{name} has no effect without {other}: give both, or neither.")
         return {
             **stored,
             **values,
@@ -78,6 +69,21 @@ class PrepareArguments(PrepareConfig):
             "feature_forms": [*stored.get("feature_forms", ()), *forms],
             "feature_weights": [*values.get("feature_weights", ()), *stored.get("feature_weights", ())],
         }
+
+    def idle(self) -> dict[str, str]:
+        removing = {"source", "out", "remove"}
+        if self.remove:
+            return dict.fromkeys(type(self).model_fields.keys() - removing, "with remove")
+        unread = {} if self.text else dict.fromkeys(("text_weights", "text_form"), "without text")
+        unread |= (
+            {} if self.features else dict.fromkeys(("grid", "feature_forms", "feature_weights"), "without features")
+        )
+        if not self.out:
+            read = {*removing, "only", "text", "text_weights", "text_form", "feature_weights", "feature_forms"}
+            unread |= dict.fromkeys(
+                type(self).model_fields.keys() - read, "without a source: what is added is made of what is stored"
+            )
+        return unread
 
 
 def main(argv: list[str]) -> int:

@@ -152,6 +152,11 @@ class DiffusionConfig(Config):
                 "as SiT (on its path vp uniform:low=0.00001)."
             )
 
+    def idle(self) -> dict[str, str]:
+        if (self.prediction, self.loss_weight) == ("data", "velocity"):
+            return {}
+        return {"sigma_min": "without prediction data and loss_weight velocity"}
+
     def for_latents(self, shape: Sequence[int]) -> Self:
         """With the shift that `auto` stands for with latents of this shape (C, H, W)."""
         if self.shift != "auto":

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from repa.base.config import Config
+from repa.base.config import Config, refuse_idle
 from repa.base.errors import choices
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
@@ -16,6 +16,7 @@ Metric = Literal[
 OF_INCEPTION: tuple[Metric, ...] = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
 OF_CAPTIONS: tuple[Metric, ...] = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
+OF_NEIGHBOURS: tuple[Metric, ...] = ("precision", "recall")
 OF_CLIP: tuple[Metric, ...] = ("clip_score", "clip_agreement")
 ASIDE = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
 
@@ -66,15 +67,21 @@ class EvaluateConfig(FeaturesConfig):
                 raise ValueError(
                     f"metrics {name!r} is not measured in the features of {self.features}{choices(name, allowed)}"
                 )
-        if self.prompts and not set(OF_CAPTIONS) & set(self.wanted):
-            raise ValueError(
-                f"prompts have no effect without one of the metrics {', '.join(OF_CAPTIONS)}: give both, or neither"
-            )
-        if self.clip_weights and not set(OF_CLIP) & set(self.wanted):
-            raise ValueError(
-                f"clip_weights has no effect without the metrics {' or '.join(OF_CLIP)}: give both, or neither"
-            )
+        refuse_idle(self.idle(), self.changed)
         return self
+
+    def idle(self) -> dict[str, str]:
+        unread = {
+            name: f"without {'one of ' * (len(metrics) > 1)}the metrics {', '.join(metrics)}"
+            for names, metrics in (
+                (("prompts",), OF_CAPTIONS),
+                (("clip", "clip_weights"), OF_CLIP),
+                (("neighbours",), OF_NEIGHBOURS),
+            )
+            for name in names
+            if not set(metrics) & set(self.wanted)
+        }
+        return super().idle() | unread
 
     @property
     def wanted(self) -> tuple[Metric, ...]:

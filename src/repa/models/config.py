@@ -214,6 +214,9 @@ class ModelConfig(Config):
             )
         return self
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.route else dict.fromkeys(ROUTING, "without route")
+
     @property
     def routing(self) -> Route | None:
         """How tokens are routed around blocks; None: they are not."""

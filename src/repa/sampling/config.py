@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
-from repa.base.config import Config
+from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError
 from repa.base.registry import Spec, parse_spec
 from repa.diffusion import SAMPLERS
@@ -85,16 +85,18 @@ class SampleConfig(Config):
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
         if "autoguidance" in asked and not self.weak:
             raise UserError("The guidance autoguidance needs a weaker network: give its run folder as --weak RUN.")
+        refuse_idle(self.idle(), self.changed)
+        return self
+
+    def idle(self) -> dict[str, str]:
+        asked = [parse_spec(spec)[0] for spec in self.guidance]
         of_others = (
             (("weak", "weak_weights", "weak_checkpoint"), "autoguidance" in asked, "guidance autoguidance"),
             (("guide_image", "guide_weights"), "representation" in asked, "guidance representation"),
             (("decoder_weights",), bool(self.decoder), "decoder"),
         )
-        for names, is_used, other in of_others:
-            for name in names:
-                if not is_used and getattr(self, name) != type(self).model_fields[name].default:
-                    raise UserError(f"{name} has no effect without {other}: give both, or neither.")
-        return self
+        unread = {name: f"without {other}" for names, is_used, other in of_others for name in names if not is_used}
+        return super().idle() | unread
 
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:
         """Of a converted run: what nobody set is as its own code samples. Also a sentence that says so, or an empty one."""

@@ -89,6 +89,14 @@ class PreviewConfig(Config):
             )
         return self
 
+    def idle(self) -> dict[str, str]:
+        scoring = {name: "without preview.num_scored" for name in ("metrics", "features") if not self.scored_every}
+        if not (self.every or self.scored_every):
+            switches = {"every", "score_every", *([] if self.num_scored else ["num_scored"])}  # which may be turned off
+            return dict.fromkeys(type(self).model_fields.keys() - switches, "without preview.every")
+        drawing = {} if self.every else {"num_images": "without preview.every"}
+        return scoring | drawing | ({} if self.decoder else {"decoder_weights": "without preview.decoder"})
+
     @property
     def scored_every(self) -> int:
         """Steps between measurements; 0: there are none."""
@@ -253,6 +261,14 @@ class TrainConfig(Config):
             self._check_lora()
         self._check_step()
         return self
+
+    def idle(self) -> dict[str, str]:
+        unread = (
+            ("head_weight", not self.model.heads, "without model.heads"),
+            ("compile_scope", not self.compile, "without compile"),
+            ("model.separate_times", not self.diffusion.token_times, "without diffusion.token_times"),
+        )
+        return super().idle() | {name: why for name, is_idle, why in unread if is_idle}
 
     def _check_lora(self) -> None:
         if not self.init:
