@@ -42,7 +42,7 @@ def test_data_without_captions(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda text: text.replace("[", "{", 1), r"Line 1 of captions-00000\.jsonl in .* is damaged"),
+        (lambda text: text.replace("[", "{", 1), r"captions-00000\.jsonl is damaged in line 1"),
         (lambda text: text.replace("\n", " ", 1), r"holds the captions of 2 images, but its shard has 3"),
     ],
 )

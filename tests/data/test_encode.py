@@ -332,7 +332,7 @@ def test_a_disk_too_small_is_refused_before_work(folder, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
     prepare(folder, tmp_path / "whole", SMALL)
-    append, calls = writing._Array.append, []
+    append, calls = writing._GrowingArray.append, []
 
     def full(self, rows):
         calls.append(rows)
@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
         append(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing._Array, "append", full)
+        patch.setattr(writing._GrowingArray, "append", full)
         with pytest.raises(UserError, match="the disk is full"):
             prepare(folder, tmp_path / "out", SMALL)
     assert not list((tmp_path / "out").glob(".*"))

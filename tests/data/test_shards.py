@@ -88,7 +88,7 @@ def test_gather_takes_any_rows_in_any_order(out):
 
 def test_gather_opens_only_what_it_needs_and_few_at_a_time(out, monkeypatch):
     monkeypatch.setattr("repa.data.reader.MAX_OPEN", 2)
-    reader = ShardReader(out, Manifest.open(out))
+    reader = ShardReader(out, Manifest.open(out).shards)
     rows = reader.gather("labels", np.arange(11)[::-1])
     assert rows.tolist() == [1] * 4 + [0] * 7
     info = reader._open.cache_info()

@@ -1,4 +1,4 @@
-"""The texts that came with the images, and their stored tokens, by the image that a caption belongs to.
+"""Captions and their stored tokens, by image.
 
 Tokens lie in separate files of a shard, with a row for each caption instead of each image: `text` (S, E), `text_mask` (S,) and
 `text_scale` (S,). Row 0 is the empty text. `text_rows` has, for each image, the first row of its captions and their number;
@@ -21,7 +21,7 @@ from repa.conditions import Text
 from repa.data.manifest import Manifest
 from repa.data.packing import unpack
 from repa.data.reader import ShardReader
-from repa.data.stored_files import ArrayFile, Shard, TextFile
+from repa.data.stored_files import ArrayFile, Shard, TextFile, damaged
 
 MAX_KEPT = 64  # shards whose lines stay in memory
 
@@ -34,15 +34,16 @@ class Captions:
         self._kept = functools.lru_cache(MAX_KEPT)(self._lines)
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
-        """Those of images `indices` (n,), in that order; () for an image without.
+        """The captions of images `indices` (n,), in that order; () for an image without any.
 
         Raises UserError when a file of captions cannot be read.
         """
         indices = self.reader.checked(indices)
+        # shard by shard: a file of captions is read whole, as its lines have no places of their own
         shards = np.searchsorted(self.reader.ends, indices, side="right")
         found: list[tuple[str, ...]] = [()] * len(indices)
         for shard in np.unique(shards).tolist():
-            if (record := self.reader.manifest.shards[shard].captions) is None:
+            if (record := self.reader.shards[shard].captions) is None:
                 continue
             lines, where = self._kept(shard), Path(self.reader.folder, record.file)
             for place in np.flatnonzero(shards == shard).tolist():
@@ -51,9 +52,9 @@ class Captions:
         return found
 
     def _lines(self, shard: int) -> list[bytes]:
-        planned = self.reader.manifest.shards[shard]
-        assert planned.captions is not None  # of data with captions
-        return lines_of(self.reader.path(planned.captions), planned.num)
+        stored = self.reader.shards[shard]
+        assert stored.captions is not None  # `gather` asks for such shards alone
+        return lines_of(self.reader.path(stored.captions), stored.num)
 
 
 def lines_of(path: Path, num: int) -> list[bytes]:
@@ -63,29 +64,23 @@ def lines_of(path: Path, num: int) -> list[bytes]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if len(lines) != num:
-        raise UserError(
-            f"{path} holds the captions of {len(lines):,} images, but its shard has {num:,}: delete it and run "
-            "the same `repa prepare` again, which makes it again."
-        )
+        raise UserError(damaged(path, f"holds the captions of {len(lines):,} images, but its shard has {num:,}"))
     return lines
 
 
 def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
-    """The captions in a line; `row` and `path` are for messages."""
+    """The captions in a line; `row` and `path` are for messages. Raises UserError for a line that is damaged."""
     try:
         texts = json.loads(line)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("it is not a list of texts")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"Line {row + 1} of {path.name} in {path.parent} is damaged ({error}): delete the file "
-            "and run the same `repa prepare` again, which makes it again."
-        ) from None
+    except (ValueError, RecursionError) as error:  # thousands of brackets end Python's recursion
+        raise UserError(damaged(path, f"is damaged in line {row + 1} ({error})")) from None
     return tuple(map(files.well_formed, texts))
 
 
 class StoredText(NamedTuple):
-    """Tokens of n captions as they are stored."""
+    """Tokens of n captions, as stored."""
 
     tokens: Tensor  # (n, S, E) float16 or int8
     scale: Tensor | None  # (n, S) float32, of int8
@@ -95,7 +90,7 @@ class StoredText(NamedTuple):
         return StoredText._make(None if part is None else move(part) for part in self)
 
     def text(self) -> Text:
-        """float32 tokens and their mask, where the stored ones are."""
+        """float32 tokens and their mask, on the device of the stored ones."""
         return Text(unpack(self.tokens, self.scale), None if self.mask is None else self.mask.bool())
 
 
@@ -112,14 +107,14 @@ class TextReader:
     ):
         assert manifest.text is not None
         self.folder, self.facts, self.num_originals = folder, manifest.text, len(manifest.originals)
-        shards = [shard for shard in manifest.shards if shard.text]
-        fields = manifest.text.fields
-        of_captions = [field for field in fields if field != "text_rows"]
-        self.rows = ShardReader(folder, _view(shards, ["text_rows"], fields), fetch)
-        self.tokens = ShardReader(folder, _view(shards, of_captions, fields), fetch)
+        # a ShardReader has as many rows in all its files: those with a row for each image, and for each caption, are apart
+        stored = [dict(shard.text) for shard in manifest.shards if shard.text]
+        rows = [files.pop("text_rows") for files in stored]
+        self.rows = ShardReader(folder, [Shard(num=f.shape[0], files={"text_rows": f}) for f in rows], fetch)
+        self.tokens = ShardReader(folder, [Shard(num=f["text"].shape[0], files=f) for f in stored], fetch)
 
     def gather(self, indices: Sequence[int] | np.ndarray, keys: Sequence[int] | None = None) -> StoredText:
-        """One caption each of the images `indices` (n,): number key modulo how many there are; the first without `keys`.
+        """The tokens of one caption of each image of `indices` (n,): of number key % how many it has; without `keys` of the first.
 
         Raises UserError when a file cannot be read, or names captions that are not there.
         """
@@ -127,6 +122,7 @@ class TextReader:
         first, count = self.rows.gather("text_rows", indices).T
         shards = np.searchsorted(self.rows.ends, indices, side="right")
         nums = self.tokens.ends[shards] - self.tokens.starts[shards]
+        # a damaged file must not give an image the caption of another; written so that no sum of two numbers overflows
         if (bad := (first < 0) | (count < 1) | (first > nums) | (count > nums - first)).any():
             raise UserError(
                 f"{self.folder} is damaged: image {indices[bad][0]} has captions {first[bad][0]} to {(first + count)[bad][0]} of "
@@ -142,23 +138,3 @@ class TextReader:
     def _gather(self, rows: np.ndarray) -> StoredText:
         parts = {field: torch.from_numpy(self.tokens.gather(field, rows)) for field in self.tokens.fields}
         return StoredText(parts["text"], parts.get("text_scale"), parts.get("text_mask"))
-
-
-class _View(NamedTuple):
-    """A manifest to a ShardReader, of files that have other rows than images."""
-
-    shards: list[Shard]
-    fields: dict[str, tuple[str, tuple[int, ...]]]
-    records: list[ArrayFile]
-    num_images: int
-
-
-def _view(shards: Sequence[Shard], names: Sequence[str], fields: dict[str, tuple[str, tuple[int, ...]]]) -> _View:
-    parts = [{name: shard.text[name] for name in names} for shard in shards]
-    nums = [files[names[0]].shape[0] for files in parts]
-    return _View(
-        [Shard(num=num, files=files) for num, files in zip(nums, parts, strict=True)],
-        {name: fields[name] for name in names},
-        [file for files in parts for file in files.values()],
-        sum(nums),
-    )

@@ -1,4 +1,4 @@
-"""Is a prepared folder what its manifest says: the bytes that were written, and what its models make of its images."""
+"""Checks of a prepared folder: its bytes against their checksums, its stored tokens and moments against the models."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,21 +19,18 @@ from repa.data.packing import read_basis, unpack
 from repa.data.reading import DecodedImages
 from repa.data.stored_files import BASE, TEXT
 
-TOLERANCE = {
-    "fp32": 0.01,
-    "bf16": 0.05,
-    "fp16": 0.02,
-}  # relative: other devices and kernels stay below, other weights do not
+# relative: the same weights on other devices and kernels stay below, other weights do not
+TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.02}
 
 
 class Finding(NamedTuple):
-    """What one model makes of a sample of the images, against what is stored of it."""
+    """How one model's output for a sample of the images compares with what is stored."""
 
     field: str
     error: float | None
     """Root mean square of the difference over that of the stored values; None when it could not be found."""
     trouble: str
-    """Why not, or what is wrong; empty when all is well."""
+    """What is wrong, or why it could not be compared; empty when all is well."""
 
 
 def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | None = None) -> int:
@@ -60,7 +57,8 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
             f"{len(damaged)} of {len(records)} files in {folder} are not as they were written ({', '.join(damaged[:5])}): "
             "delete them and run the same `repa prepare` again, which makes them again."
         )
-    _ = open_data(folder).small_labels  # which are compared with the counts of the manifest
+    # the manifest has no checksum of its own: its counts are compared with the labels when these are read
+    _ = open_data(folder).small_labels
     return done
 
 
@@ -77,8 +75,8 @@ def check_models(
     Args:
         folder: a finished folder that holds images.
         num: how many images, at equal distances.
-        autoencoder_weights: where they lie now; None looks where `prepare` found them.
-        feature_weights: where they lie now; () looks where `prepare` found them.
+        autoencoder_weights: path; None takes that of `prepare`.
+        feature_weights: pairs ENCODER=PATH; without one, the path of `prepare`.
         device: where the models run.
 
     Raises:
@@ -114,6 +112,7 @@ def _compare(
             model.use_basis(load_npy(Path(data.folder, stated.file), "a basis of tokens"), stated.sha256)
     except UserError as error:
         return Finding(field, None, f"not encoded again: {error}")
+    # before any image: with other weights the difference says nothing, and the reason is known
     for key, value in (facts.identity if facts else manifest.autoencoder).items():
         if model.identity.get(key) != value:
             return Finding(field, None, f"made by {key} {value!r}, but here is {model.identity.get(key)!r}")
@@ -126,6 +125,7 @@ def _compare(
         basis = read_basis(data.folder, tokens) if tokens else None
         before = {key: data.gather(key, rows) for key in (field, f"scale.{name}") if key in fresh}
         stored, again = (_unpacked(fields, field, f"scale.{name}", basis) for fields in (before, fresh))
+    # tokens alone: pooled features come out of the same pass, and nothing but the same weights makes the same tokens
     distance = float((stored - again).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
     limit = TOLERANCE[config.precision]
     trouble = "" if distance <= limit else f"differs by {distance:.2g} from what is stored, more than {limit:g}"

@@ -1,4 +1,4 @@
-"""What `repa prepare` makes of a source of images."""
+"""The configuration of `repa prepare`."""
 
 import re
 from pathlib import Path
@@ -71,6 +71,7 @@ class PrepareConfig(Config):
     @field_validator("features")
     @classmethod
     def _known_encoders(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        # compared as written out: a short name and its long one are one encoder, whose files would overwrite each other
         for spec in specs:
             if specs.count(spec) > 1:
                 raise ValueError(f"features name {spec!r} twice: name each encoder once")
@@ -89,7 +90,8 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _forms_belong(self) -> Self:
-        """Written out as one ENCODER=FORM for each encoder whose tokens are not fp16, in the order of the features."""
+        """Write the forms as one ENCODER=FORM for each encoder whose tokens are not fp16, in the order of the features."""
+        # one spelling for what is the same: configurations are compared when an interrupted call continues
         forms: dict[str, str] = {}
         for text in self.feature_forms:
             encoder, _, form = text.rpartition("=")
@@ -103,15 +105,15 @@ class PrepareConfig(Config):
                     f"feature_forms names {encoder!r}, but the features asked for are "
                     f"{', '.join(self.features) or 'none'}: name the same encoder in both"
                 )
-            forms |= (
-                {canonical(encoder): form} if encoder else {spec: form for spec in self.features if spec not in forms}
-            )
+            for spec in (canonical(encoder),) if encoder else self.features:
+                forms[spec] = form if encoder else forms.get(spec, form)
         written = tuple(f"{spec}={forms[spec]}" for spec in self.features if forms.get(spec, "fp16") != "fp16")
         object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
         return self
 
     @model_validator(mode="after")
     def _files_differ(self) -> Self:
+        # characters that a file name cannot hold become "_", so that two specs may meet in one name
         names = [array_name(part, 0) for part in (BASE, *self.features)]
         for spec, name in zip(self.features, names[1:], strict=True):
             if names.count(name) > 1:

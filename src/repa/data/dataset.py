@@ -1,4 +1,4 @@
-"""A prepared folder, here or on an object store: what it holds, its rows, and the weights that made them."""
+"""A prepared folder, local or on an object store: what it holds, its rows, and the weights that made them."""
 
 import functools
 from collections.abc import Sequence
@@ -10,24 +10,29 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.base.files import sha256
 from repa.data.captions import Captions, TextReader
 from repa.data.manifest import FeatureField, Manifest, TextField
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
+from repa.data.stored_files import damaged
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
 
+# a byte an image instead of a read of 8 bytes at another place of another file for each image of each batch
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
 LABELS_CHUNK = 1 << 16  # that are read at a time
 
 
 class DataSet:
-    """What a prepared folder holds, and its rows. `stream` is where its shards come from when they are not here."""
+    """What a prepared folder holds, and its rows. `stream` gives its files when it is remote."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, stream: RemoteFiles | None = None):
         self.folder, self.manifest, self.stream = folder, manifest, stream
-        self.reader = ShardReader(folder, manifest, stream.path if stream else None)
+        if not stream:
+            manifest.require_intact(folder)
+        self.reader = ShardReader(folder, manifest.shards, stream.path if stream else None)
         self._captions = Captions(self.reader)
 
     def __len__(self) -> int:
@@ -102,8 +107,8 @@ class DataSet:
 
     @functools.cached_property
     def small_labels(self) -> np.ndarray | None:
-        """(N,) in the smallest type that holds the classes. None of data that lie elsewhere, whose labels would all have
-        to be fetched, and of so many images that they take more than LABELS_IN_MEMORY.
+        """(N,) in the smallest type that holds the classes. None for remote data, whose labels would all have to be
+        fetched, and for so many images that they take more than LABELS_IN_MEMORY.
 
         Raises UserError when they are not what the manifest counts.
         """
@@ -113,8 +118,9 @@ class DataSet:
         labels, counts = np.empty(self.num_images, dtype), np.zeros(self.num_classes, np.int64)
         copies, done = self.num_images // len(self.originals), 0
         for rows in self.reader.batches("labels", LABELS_CHUNK):
+            # before the conversion: 256 becomes 0 in a byte, and bincount ends at a negative number with another error
             if rows.min() < 0 or rows.max() >= self.num_classes:
-                break  # before the conversion, which would hide it
+                break
             labels[done : done + len(rows)] = rows
             counts += np.bincount(rows, minlength=self.num_classes)
             done += len(rows)
@@ -135,6 +141,7 @@ class DataSet:
 
     @property
     def has_captions(self) -> bool:
+        """Whether any image may have one."""
         return any(shard.captions for shard in self.manifest.shards)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
@@ -143,24 +150,26 @@ class DataSet:
 
     @property
     def text(self) -> TextField | None:
-        """Facts of the stored tokens of the captions; None: there are none."""
+        """Facts of the stored tokens of the captions, or None."""
         return self.manifest.text
 
     @functools.cached_property
     def texts(self) -> TextReader:
-        """Those tokens."""
+        """The stored tokens of the captions."""
         return TextReader(self.folder, self.manifest, self.stream.path if self.stream else None)
 
     def basis(self, encoder: str, device: torch.device | str) -> Tensor | None:
-        """What `packing.unpack` needs for stored tokens that are coordinates; None for others."""
+        """What `packing.unpack` needs for tokens stored as coordinates, (1 + K, D); None for others."""
         facts = self.features[encoder]
         if facts.basis is None:
             return None
         return read_basis(self.reader.path(facts.basis).parent, facts, device)
 
     def check(self) -> None:
-        """Compare every byte with its checksum; raises UserError."""
-        self.reader.check()
+        """Compare the bytes of every file with its checksum; raises UserError, which names the first that changed."""
+        for record in self.manifest.records:
+            if sha256(path := self.reader.path(record)) != record.sha256:
+                raise UserError(damaged(path, "has other bytes than when it was written"))
 
     def summary(self) -> dict[str, Any]:
         """What identifies the data of a run; features may be added later without changing it."""
@@ -185,25 +194,25 @@ def open_data(path: str | Path) -> DataSet:
     return DataSet(Path(path), Manifest.open(path))
 
 
-# Local weights that `prepare` was given are used again by whoever works with its folder. A folder may come from anyone: a path in
-# it is followed only where the checksum of what lies there is the recorded one, and all that is read there are tensors, never code.
+# Local weights that `prepare` was given are used again by commands that work with its folder. A folder may come from anyone:
+# a path in it is followed only where the file has the recorded checksum, and only tensors are read there, never code.
 
 
 def autoencoder_weights(data: DataSet, given: str) -> str:
-    """What was given, else what `prepare` was given and still lies there; "" takes the hub's."""
+    """Path of the autoencoder's weights: the one given, else that of `prepare` if it exists; "" takes the hub's."""
     recorded = data.manifest.config.autoencoder_weights
     return given or (recorded if data.manifest.autoencoder.get("sha256") and Path(recorded).exists() else "")
 
 
 def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) -> tuple[str, ...]:
-    """Pairs ENCODER=PATH: those given, then those that `prepare` was given, of `encoders` whose weights still lie there."""
+    """Pairs ENCODER=PATH: those given, then for other `encoders` those of `prepare` that still exist."""
     named = {canonical(pair.rpartition("=")[0]) for pair in given}
     found = {spec: encoder_weights(data, spec) for spec in encoders if canonical(spec) not in named}
     return (*given, *(f"{spec}={path}" for spec, path in found.items() if path))
 
 
 def encoder_weights(data: DataSet, spec: str) -> str | None:
-    """Where the weights lie that an encoder's stored features were made by, or None."""
+    """Path of the local weights that made an encoder's stored features, or None."""
     recorded = data.manifest.config.weights_of(spec)
     return recorded if recorded and _checksum(data, spec) and Path(recorded).exists() else None
 
@@ -211,7 +220,7 @@ def encoder_weights(data: DataSet, spec: str) -> str | None:
 def load_encoder_of(
     data: DataSet, spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> VisionEncoder:
-    """As `load_encoder`; without `weights`, those that `prepare` was given, which must still be the same."""
+    """As `load_encoder`; without `weights`, those that `prepare` was given, which must have the recorded checksum."""
     if weights:
         return load_encoder(spec, weights=weights, device=device)
     encoder = load_encoder(spec, weights=encoder_weights(data, spec), device=device)

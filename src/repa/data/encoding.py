@@ -1,4 +1,4 @@
-"""What models make of a batch: the fields of shards."""
+"""The models of a preparation: a batch of images or captions in, the fields of shards out."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,20 +18,20 @@ from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
 from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import PARTS
-from repa.data.packing import as_half, pack, principal_basis
-from repa.data.progress import Piece, Planned
-from repa.data.reading import DecodedImages, Read, spread
+from repa.data.packing import pack, principal_basis, to_float16
+from repa.data.progress import Piece, PlannedShard
+from repa.data.reading import DecodedImages, Read, sample_pieces
 from repa.data.sources.reference_layout import require_same_moments
 from repa.data.stored_files import BASE, TEXT, basis_name
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 
-COMPARED = 4  # images whose moments are made again, to see that what comes with a source is of this autoencoder
+COMPARED = 4  # images whose moments are made again, to see that those of a source are of this autoencoder
 SAMPLE = 1024  # images that principal components are computed from: 262,144 tokens of a 16 x 16 grid
 
 
 class BaseFields:
-    """Labels, and what the network learns to make: images, moments, or both.
+    """Labels, and what the network is trained on: images, moments, or both.
 
     Attributes:
         identity: the model that makes them.
@@ -66,11 +66,11 @@ class BaseFields:
         if self.config.store_images:
             fields["images"] = images.pixels
         if self.model.stores_moments:
-            fields["moments"] = as_half(self._moments(images), self.config.autoencoder).cpu().numpy()
+            fields["moments"] = to_float16(self._moments(images), self.config.autoencoder).cpu().numpy()
         return fields
 
     def _moments(self, images: DecodedImages) -> Tensor:
-        """(n, M, h, w): made now, or those that come with the images, of which the first are compared."""
+        """(n, M, h, w): computed, or those that come with the images, the first of which are compared with computed ones."""
         if images.moments is None:
             return self._encode(images.pixels)
         if not self._compared:
@@ -112,7 +112,7 @@ class FeatureFields:
         }
 
     def features(self, pixels: np.ndarray) -> Features:
-        """What the encoder sees, in the precision asked for."""
+        """The encoder's features of uint8 images (n, 3, R, R), in the precision asked for."""
         with autocast(self.device, self.config.precision):
             return self.model(torch.from_numpy(pixels).to(self.device), self.grid)
 
@@ -121,17 +121,18 @@ class FeatureFields:
         self.basis = torch.from_numpy(basis).to(self.device)
         self.identity["basis"] = checksum
 
-    def use_stored_basis(self, out: Path, read: Read, shards: Sequence[Planned]) -> None:
-        """Use the basis in `out`; computed and stored there by the first process that needs it, where it is not there yet."""
+    def use_stored_basis(self, out: Path, read: Read, shards: Sequence[PlannedShard]) -> None:
+        """Use the basis in `out`; the first process that needs it computes and stores it."""
         path = out / basis_name(self.spec)
+        # all processes must use the same directions, to the bit: the others wait for the file of the first
         with lock.held(out / PARTS / f"{path.name}.lock"):
             if not path.is_file():
                 save_npy(path, principal_basis(self._sample(read, shards), self.num_directions))
         self.use_basis(load_npy(path, "a basis of tokens", "Delete it, and it is computed again."), sha256(path))
 
-    def _sample(self, read: Read, shards: Sequence[Planned]) -> Iterable[Tensor]:
-        """Tokens (n, T, D) of images from all over the source."""
-        images = (images.pixels for _, images in read(spread(shards, SAMPLE)) if len(images.labels))
+    def _sample(self, read: Read, shards: Sequence[PlannedShard]) -> Iterable[Tensor]:
+        """Tokens (n, T, D) of images at equal distances over the source."""
+        images = (images.pixels for _, images in read(sample_pieces(shards, SAMPLE)) if len(images.labels))
         for batch in iter(lambda: list(itertools.islice(images, self.config.batch_size)), []):
             yield self.features(np.concatenate(batch)).patches
 
@@ -141,7 +142,7 @@ class FeatureFields:
         stored = pack(features.patches, self.form, self.basis, made_by=self.spec)  # (n, T, D or K), (n, T)
         fields = {f"{name}.{self.spec}": x.cpu().numpy() for name, x in stored.items()}
         if features.pooled is not None:
-            fields[f"pooled.{self.spec}"] = as_half(features.pooled, self.spec).cpu().numpy()  # (n, D)
+            fields[f"pooled.{self.spec}"] = to_float16(features.pooled, self.spec).cpu().numpy()  # (n, D)
         return fields
 
 
@@ -163,6 +164,7 @@ class TextFields:
 
     def encode(self, images: DecodedImages) -> dict[str, np.ndarray]:
         """Field -> rows: one for each text, and of `text_rows` (n, 2), the first row of an image's captions and how many."""
+        # the empty text is row 0 of every shard, so that a shard can be read alone
         is_first = images.texts_before == 0
         counts = np.array([len(captions) for captions in images.captions], np.int64)
         first = images.texts_before + is_first + counts.cumsum() - counts
@@ -194,9 +196,10 @@ def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields
 def encode(
     item: tuple[Piece, DecodedImages], models: Mapping[str, Fields], skip_bad: bool
 ) -> tuple[Piece, DecodedImages, dict[str, np.ndarray]]:
-    """What the models make of a batch, beside it: field -> rows, of the parts that this process makes."""
+    """A batch with its fields: field -> rows, of the parts that this process makes of it."""
     piece, images = item
     fields: dict[str, np.ndarray] = {}
+    # a shard with an image that cannot be read will be refused at its end: encoding the rest of it is for nothing
     if len(images.labels) and (skip_bad or not images.bad):
         for name in piece.parts:
             fields |= models[name].encode(images)

@@ -1,4 +1,4 @@
-"""Features by key, for your own loader: those that `repa prepare` stored, or a folder that fills as training goes.
+"""Features by key, for your own loader: those that `repa prepare` stored, or a folder that is filled during training.
 
 FOLDER/
   cache.json                    which encoder, shape and type of one entry
@@ -29,7 +29,7 @@ from repa.data.packing import unpack
 from repa.encoders.contract import VisionEncoder
 
 STORED = ("F16", "BF16", "F32")  # as safetensors calls them
-FACTS = "cache.json"
+CACHE_FILE = "cache.json"
 GIB = 1 << 30
 
 
@@ -39,8 +39,8 @@ class FeatureCache:
         cache = FeatureCache.open("features", encoder)
         features = cache.fill(paths, lambda missing: encoder(images[missing], grid=16).patches)
 
-    What is added stays; when `limit` is reached, nothing more is stored, as data that is read in epochs would push out what
-    comes next. Processes share a folder: each sees what others added.
+    What is added stays. When `limit` is reached, nothing more is stored: data is read in epochs, so removing the oldest entry
+    would remove the one that is needed next. Processes share a folder: each finds what others added.
     """
 
     def __init__(self, folder: Path, identity: Any, dtype: str, limit: float):
@@ -48,7 +48,7 @@ class FeatureCache:
         self.shape: tuple[int, ...] | None = None
         self._places: dict[str, list[tuple[str, int, str]]] = {}  # key -> (file, row, checksum)
         self._sizes: dict[str, int] = {}
-        self._told = False
+        self._warned = False
 
     @staticmethod
     def open(
@@ -62,8 +62,8 @@ class FeatureCache:
 
         Args:
             folder: of `repa prepare`: keys are then the numbers of images, 0, 1, ...; or of a cache.
-            encoder: whose features: of a prepared folder a name, where it has several; of a cache the encoder, or any text
-                that names it: features of another are refused.
+            encoder: for a prepared folder with several encoders, the name of one; for a cache, the encoder or any text that
+                identifies it: a cache of another encoder is refused.
             dtype: how entries are stored, fp16, bf16 or fp32.
             limit: bytes on the disk.
 
@@ -78,9 +78,9 @@ class FeatureCache:
         identity = encoder.identity if isinstance(encoder, VisionEncoder) else encoder
         identity = json.loads(json.dumps(identity))  # as it comes back: a tuple is a list then
         cache = FeatureCache(folder, identity, dtype, limit)
-        # a lock and what is half written are of a process that fills it now, or was killed before its first entry
+        # files that begin with a dot, a lock and half-written ones, are of a process that fills it now or was killed
         foreign = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
-        if folder.exists() and foreign and not (folder / FACTS).is_file():
+        if folder.exists() and foreign and not (folder / CACHE_FILE).is_file():
             raise UserError(f"{folder} is neither prepared data nor a cache of features: choose an empty folder.")
         cache._refresh()
         return cache
@@ -114,8 +114,9 @@ class FeatureCache:
 
     def find(self, keys: Sequence[Hashable]) -> list[Tensor | None]:
         """Each entry, float32 (M, F), or None where there is no whole one."""
+        # the folder is read only for a key that is not known: another process may have added it
         if any(str(key) not in self._places for key in keys):
-            self._refresh()  # another process may have added it
+            self._refresh()
         return [self._read(str(key)) for key in keys]
 
     def fill(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
@@ -131,6 +132,7 @@ class FeatureCache:
             if len(new) != len(missing):
                 raise UserError(f"compute was asked for the features of {len(missing)} images, but gave {len(new)}.")
             self.add([keys[position] for position in missing], new)
+            # rounded as the stored ones are, so that the first epoch sees the numbers of all others
             for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
                 found[position] = entry
         whole = [entry for entry in found if entry is not None]
@@ -148,6 +150,7 @@ class FeatureCache:
             raise UserError(
                 f"{len(names)} keys do not fit features of shape {tuple(stored.shape)}: give (N, M, F) of N keys."
             )
+        # after the conversion, as values beyond 65,504 become infinite in float16
         if not stored.isfinite().all():
             raise UserError(
                 f"Features are not finite as {self.dtype}: check the encoder, or open the cache with dtype='fp32'."
@@ -159,25 +162,26 @@ class FeatureCache:
             shape = tuple(stored.shape[1:])
             if self.shape is None:
                 facts = {"encoder": self.identity, "dtype": self.dtype, "shape": shape}
-                files.write_json(self.folder / FACTS, facts)
+                files.write_json(self.folder / CACHE_FILE, facts)
                 self.shape = shape
             if shape != self.shape:
                 raise UserError(
                     f"{self.folder} holds features {self.shape}, but was given {shape}: take another folder."
                 )
+            # one file a batch, whose name nobody else chooses: nothing that is read by another process is ever changed
             header = {"keys": json.dumps(names), "checksums": json.dumps([_checksum(row) for row in stored])}
             content = save({"features": stored}, metadata=header)
             if sum(self._sizes.values()) + len(content) > self.limit:
-                self._say_full()
+                self._warn_full()
                 return False
             path = self.folder / f"{uuid.uuid4().hex}.safetensors"
             files.write_bytes(path, content)
-            self._take(path)
+            self._add_file(path)
         return True
 
     def _refresh(self) -> None:
-        """Learn of files that are new."""
-        path = self.folder / FACTS
+        """Read cache.json, if that has not happened, and the headers of files that are new."""
+        path = self.folder / CACHE_FILE
         if self.shape is None and path.is_file():
             facts = files.read_object(path, dtype=str, shape=list)
             if facts.get("encoder") != self.identity and self.identity is not None:
@@ -191,13 +195,13 @@ class FeatureCache:
         if self.shape is not None:
             for file in sorted(self.folder.glob("[0-9a-f]*.safetensors")):
                 if file.name not in self._sizes:
-                    self._take(file)
+                    self._add_file(file)
 
-    def _take(self, path: Path) -> None:
-        """Enter the keys of a file. Files of others and damaged ones are skipped; their features are computed again."""
+    def _add_file(self, path: Path) -> None:
+        """Add the keys of a file. One that is damaged or does not fit is skipped; its features are computed again."""
         self._sizes[path.name] = 0
         try:
-            faults.require_plain(path)  # a pipe would be waited for
+            faults.require_plain(path)  # opening a named pipe would wait for a writer without end
             self._sizes[path.name] = path.stat().st_size
             with safe_open(path, "pt") as file:
                 header, entries = file.metadata() or {}, file.get_slice("features")
@@ -221,15 +225,16 @@ class FeatureCache:
                     entry = file.get_slice("features")[row]
             except (SafetensorError, OSError):
                 entry = None
+            # a damaged disk, or a file that was changed since its header was read: the entry is computed again
             if entry is not None and _checksum(entry) == checksum and entry.isfinite().all():
                 return entry.float()
             places.remove(place)
         self._places.pop(name, None)
         return None
 
-    def _say_full(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_full(self) -> None:
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{self.folder} is full ({files.size(self.limit)}): features of further images are computed each time. Raise limit.",
                 stacklevel=4,
@@ -237,7 +242,7 @@ class FeatureCache:
 
 
 class PreparedFeatures:
-    """Stored tokens of prepared data: keys are the numbers of images, in the order of the source."""
+    """Stored tokens of prepared data by the numbers of images, 0, 1, ..., in the order of the source."""
 
     def __init__(self, data: DataSet, encoder: str | None):
         names = list(data.features)

@@ -1,4 +1,4 @@
-"""The manifest of a folder: made of its finished parts, and without fields that are no longer wanted."""
+"""The manifest of a folder: written when all parts are finished, and again when a field is removed."""
 
 import contextlib
 import math
@@ -20,7 +20,8 @@ from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, array_name, bas
 
 
 def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
-    """Make the manifest of all parts and forget them; None while some are unfinished. Any process may call it."""
+    """Write the manifest and remove parts/; None while some parts are unfinished. Any process may call it."""
+    # several may be the last at the same time: one writes, and the others find the same manifest
     with lock.held(out / PARTS / "finish.lock"):
         now = started(out) or settings  # others may have asked for more encoders meanwhile
         progress = FinishedParts(out)
@@ -32,14 +33,16 @@ def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
         if any(len(there) < len(asked) for there, asked in zip(parts, found, strict=True)):
             return None
         manifest = _assemble(out, now, parts)
+        # the manifest before parts/ goes: a kill in between leaves both, and the next call removes parts/
         if manifest != progress.manifest:
             manifest.save(out)
-        forget(out)
+        remove_parts(out)
     return manifest
 
 
-def forget(out: Path) -> None:
-    """Remove parts/, which goes at once, and what killed processes left of the folder's own files."""
+def remove_parts(out: Path) -> None:
+    """Remove parts/ and what killed processes left half written of the manifest and the bases."""
+    # renamed first: a kill during the removal must not leave a folder with a part of its records
     with contextlib.suppress(FileNotFoundError):
         os.rename(out / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=out))
     for path in out.glob(f".{PARTS}.*.tmp"):
@@ -60,6 +63,7 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         first = first or (shard if shards[-1].num else None)
     if first is None:
         raise UserError(f"No image of {settings.source['name']} can be used; the first is {shards[0].skipped[0]}.")
+    # counted from the files, not from the source, whose images may have been left out
     counts = np.zeros(len(settings.class_names), np.int64)
     for made in shards:
         if made.num and not made.flipped:
@@ -114,9 +118,9 @@ def _record_of(path: Path) -> ArrayFile:
 
 
 def remove(out: str | Path, name: str) -> Manifest | None:
-    """Delete a field of a folder, or the wish for it; nothing else changes.
+    """Delete a field of a folder, or the request for it; nothing else changes.
 
-    The manifest forgets the field before its files go, so a kill leaves a whole folder; the same call then deletes the
+    The manifest loses the field before its files go, so a kill leaves a complete folder; the same call then deletes the
     rest. Runs that need the field can no longer use the folder.
 
     Args:
@@ -166,6 +170,7 @@ def _remove(out: Path, name: str) -> Manifest | None:
         text = None if name == TEXT else manifest.text
         manifest = manifest.override(config=config, features=features, text=text, shards=shards)
         manifest.save(out)
+    # the folder may be unfinished, or finished and growing: parts/ would bring the field back
     if (out / PARTS).is_dir():
         before.override(config=config).save(out)
         for path in (out / PARTS).glob(f"{array_name(spec, 0).removesuffix('00000.npy')}*.json"):
@@ -174,8 +179,8 @@ def _remove(out: Path, name: str) -> Manifest | None:
         path.unlink()
     if name.startswith("features:"):
         (out / basis_name(spec)).unlink(missing_ok=True)
-    if manifest and set(config.features) <= set(manifest.features):  # nothing is wanted any more
-        forget(out)
+    if manifest and set(config.features) <= set(manifest.features):  # nothing is left to make
+        remove_parts(out)
     return manifest
 
 
@@ -200,6 +205,6 @@ def _without_features(before: Settings, spec: str) -> PrepareConfig:
 
 
 def _array_files(out: Path, *fields: str) -> list[Path]:
-    """The shards' files of fields, whether a manifest names them or not."""
+    """The shards' files of fields, also those that no manifest names: a killed removal left them."""
     names = "|".join(re.escape(plain_name(field)) for field in fields)
     return [path for path in out.glob("*.npy") if re.fullmatch(rf"(?:{names})-\d+\.npy", path.name)]

@@ -1,4 +1,4 @@
-"""Batches for training: which images a step sees is a function of (seed, step) alone; and work done ahead by threads."""
+"""Batches for training, read ahead by threads: which images a step sees is a function of (seed, step) alone."""
 
 import contextlib
 import functools
@@ -20,12 +20,12 @@ from repa.data.dataset import DataSet
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
 from repa.data.remote import FetchAhead
+from repa.data.stored_files import ArrayFile, Shard
 from repa.encoders.contract import Features
 
 DEPTH = 4  # batches that are read ahead
 READERS = 2  # threads: a read is mostly the system's copy, in which another thread can go on
 BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -97,13 +97,15 @@ class Loader:
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
-        self.fields(0)  # refuses what the data does not hold
+        self.fields(0)  # raises the error here, and not in a thread at the first step
         self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(self.num_images, seed)
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
+            # the shards of this window and of the next, or the second would push out the first while it is read
             data.stream.require_room(2 * WINDOW * self._largest_shard())
         self._labels = data.small_labels
         self._length = min(BLOCK, self.num_images)
+        # the steps that are read ahead may lie in as many blocks, each with its neighbour
         self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
         self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -132,9 +134,10 @@ class Loader:
                 )
             facts = self.stored[name]
             fields.append(f"features.{name}")
-            fields += [f"scale.{name}"] * facts.form.endswith("int8") + [f"pooled.{name}"] * (
-                self.pooled and facts.pooled
-            )
+            if facts.form.endswith("int8"):
+                fields.append(f"scale.{name}")
+            if self.pooled and facts.pooled:
+                fields.append(f"pooled.{name}")
         return fields
 
     def batch(self, step: int) -> Batch:
@@ -162,26 +165,21 @@ class Loader:
         return np.concatenate([self.order.rows(int(e), places[epochs == e]) for e in np.unique(epochs)])
 
     def _fetching(self, steps: Iterator[int], fetcher: FetchAhead) -> Iterator[int]:
-        """The steps, each after its shards and those that follow were asked for."""
+        """The steps; before each its shards and those of the next window are asked for."""
         for step in steps:
             epoch, place = divmod(step * self.batch_size, self.num_images)
             shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
-            fetcher.want(shard.files[field] for shard in shards if shard.files for field in self.fields(step))
-            fetcher.want(file for shard in shards for file in (shard.text.values() if self.text == "tokens" else ()))
+            fetcher.want(file for shard in shards for file in self._needed(shard, step))
             yield step
 
     def _largest_shard(self) -> int:
-        """Bytes of the fields of one shard."""
-        fields = self.fields(0)
-        texts = {
-            id(s): sum(file.size for file in s.text.values()) * (self.text == "tokens")
-            for s in self.data.manifest.shards
-        }
-        return max(
-            sum(shard.files[f].size for f in fields) + texts[id(shard)]
-            for shard in self.data.manifest.shards
-            if shard.num
-        )
+        """Bytes of what is read of the largest shard."""
+        return max(sum(file.size for file in self._needed(shard, 0)) for shard in self.data.manifest.shards)
+
+    def _needed(self, shard: Shard, step: int) -> list[ArrayFile]:
+        """The files of a shard that a step reads; none of an empty one."""
+        fields = [shard.files[field] for field in self.fields(step)] if shard.num else []
+        return fields + list(shard.text.values() if self.text == "tokens" else ())
 
     def _read(self, step: int) -> _Rows:
         indices, fields = self.indices(step), {}
@@ -199,6 +197,7 @@ class Loader:
         if self._side is None:
             text = text and text.to(lambda rows: rows.to(self.device))
             return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions)
+        # on a stream of its own the copy runs beside the computation of another step; the event tells when it is through
         with torch.cuda.stream(self._side):
             fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
             text = text and text.to(lambda rows: rows.pin_memory().to(self.device, non_blocking=True))
@@ -216,12 +215,13 @@ class Loader:
         return None, [texts[key % len(texts)] if texts else "" for texts, key in captions]
 
     def _finish(self, rows: _Rows) -> Batch:
-        """Tokens out of their stored form, on the device."""
+        """The batch, on the device, with its tokens as numbers whatever the form they are stored in."""
         if rows.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(rows.copied)
             for tensor in rows.tensors:
-                tensor.record_stream(current)  # or its memory would be given to the next copy while it is still read
+                # the allocator knows only the stream it was made on, and would give its memory to the next copy too early
+                tensor.record_stream(current)
         features, fields = {}, rows.fields
         for name in rows.names:
             patches = fields[f"features.{name}"]
@@ -244,11 +244,13 @@ def ahead(
 
     An exception of `function` is raised where its result would have come. Closing the iterator stops the threads.
     """
+    # a pool's own map would take all items at once, and here they are endless
     items = iter(items)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead", initializer=on_start)
     try:
         pending = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
         while pending:
+            # the next is submitted before this one is handed out, so that the threads work while the caller does
             result = pending.popleft().result()
             pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
             yield result

@@ -9,6 +9,7 @@ DATA/
   parts/                      only while work is unfinished: settings.json, a record for each finished part
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,13 +20,13 @@ from repa.base.config import Config
 from repa.base.errors import UserError, printable
 from repa.base.registry import Spec
 from repa.data.config import PrepareConfig
-from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile
+from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, StoredFile, TextFile, damaged
 from repa.encoders import ENCODERS
 
 VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "parts"
-SETTINGS = "settings.json"
+SETTINGS_FILE = "settings.json"
 
 
 class FeatureField(Config):
@@ -111,6 +112,7 @@ class Manifest(Config):
             raise ValueError("its source has no name")
         if sum(shard.num for shard in self.shards) != self.num_images:
             raise ValueError(f"num_images is {self.num_images}, but its shards hold {sum(s.num for s in self.shards)}")
+        # whoever reads a folder indexes by these numbers: they are checked here once, not wherever they are used
         counts = self.class_counts
         if len(counts) != len(self.class_names) or min(counts, default=0) < 0 or sum(counts) != len(self.originals):
             raise ValueError(
@@ -160,9 +162,17 @@ class Manifest(Config):
         bases = [facts.basis for facts in self.features.values() if facts.basis]
         return [*(record for shard in self.shards for record in shard.records), *bases]
 
+    def require_intact(self, folder: str | Path, records: Iterable[StoredFile] | None = None) -> None:
+        """Raises UserError for a file (of `records`, else of all) that is missing or of another size; bytes are not read."""
+        for record in self.records if records is None else records:
+            if not record.intact(Path(folder)):
+                raise UserError(
+                    damaged(Path(folder, record.file), "is missing or has another size than when it was written")
+                )
+
     @property
     def originals(self) -> range:
-        """The rows that are no flipped copies: what counts, metrics and references are made of."""
+        """The rows that are not flipped copies: class counts, metrics and references use only these."""
         return range(sum(shard.num for shard in self.shards if not shard.flipped))
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from repa.base.rng import fold
 
 ROUNDS = 12  # with 8, pairs of the smallest sets are not equally likely yet
+# more mixes better and needs more cache: two windows of shards are on the disk at a time
 WINDOW = 16  # shards
 
 
@@ -20,6 +21,7 @@ def permute(places: np.ndarray, num: int, key: int) -> np.ndarray:
     A Feistel network (Luby and Rackoff, 1988) permutes the smallest power of two that holds num; what falls outside goes through
     it again until it is inside (cycle walking: Black and Rogaway, 2002), less than twice on average.
     """
+    # two bits at least: each half of the network needs one
     bits = max(2, (num - 1).bit_length())
     low = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
@@ -32,6 +34,7 @@ def permute(places: np.ndarray, num: int, key: int) -> np.ndarray:
             right = right ^ (_hash(left + b) & low_mask)
         return left << low | right
 
+    # unsigned, whose overflow in `_hash` and in the sums of keys is defined, and whose shifts bring in zeros
     x = scramble(np.asarray(places).astype(np.uint64))
     while len(outside := np.flatnonzero(x >= num)):
         x[outside] = scramble(x[outside])
@@ -61,7 +64,7 @@ class GlobalShuffle:
         return permute(places, self.num, fold(self.seed, "epoch", epoch))
 
     def shards_from(self, epoch: int, place: int) -> list[int]:
-        """Shards worth fetching when `place` is read, most urgent first; none, as any may be next."""
+        """Shards worth fetching when `place` is read, most urgent first: none here, as any may be next."""
         return []
 
 
@@ -82,12 +85,14 @@ class WindowShuffle:
         self._plan = functools.lru_cache(2)(self._planned)  # a batch may need the end of one epoch and the next's start
 
     def rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Images at `places` (n,) of an epoch, (n,) int64."""
         shards, ends, window_ends = self._plan(epoch)
         out = np.empty(len(places), np.int64)
         windows = np.searchsorted(window_ends, places, side="right")
         for window in np.unique(windows):
             here = windows == window
             start = window_ends[window - 1] if window else 0
+            # within the window alone: a permutation of its places, so every image comes once an epoch
             key = fold(self.seed, "epoch", epoch, "window", int(window))
             mixed = start + permute(places[here] - start, int(window_ends[window] - start), key)
             position = np.searchsorted(ends, mixed, side="right")  # in the order of the shards
@@ -96,7 +101,7 @@ class WindowShuffle:
         return out
 
     def shards_from(self, epoch: int, place: int) -> list[int]:
-        """Those of the window of `place` and of the next one."""
+        """The shards of the window of `place` and of the next one, which may be the first of the next epoch."""
         shards, _, window_ends = self._plan(epoch)
         first = int(np.searchsorted(window_ends, place, side="right")) * self.window
         wanted = shards[first : first + 2 * self.window].tolist()

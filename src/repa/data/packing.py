@@ -1,4 +1,4 @@
-"""Stored forms of tokens: halves, bytes with one scale a token, coordinates in a basis of principal directions.
+"""Stored forms of tokens: float16, int8 with a scale for each token, coordinates in a basis of principal directions.
 
     fp16         the tokens
     int8         q = round(x / s), s = max|x| / 127 of each token; x' = q s
@@ -24,9 +24,10 @@ from repa.data.manifest import FeatureField
 LARGEST = 127  # of int8; -128 is not used, so that the codes are symmetric
 
 
-def as_half(x: Tensor, made_by: str) -> Tensor:
+def to_float16(x: Tensor, made_by: str) -> Tensor:
     """The values in float16; raises UserError where it cannot hold them, such as infinity."""
     half = x.half()
+    # float16 ends at 65,504: infinity would be stored in silence, and make every loss of that image NaN
     if not torch.isfinite(half).all():
         raise UserError(
             f"{made_by} gave values that float16 cannot hold: leave it out here, it can run while training."
@@ -50,12 +51,14 @@ def pack(tokens: Tensor, form: str, basis: Tensor | None = None, *, made_by: str
     if num_directions:
         assert basis is not None, form
         assert basis.shape == (1 + num_directions, x.shape[-1]), (form, basis.shape)
+        # the encoder's autocast would make this product in bfloat16, whose 8 bits are fewer than those that are stored
         with torch.autocast(x.device.type, enabled=False):
             x = (x - basis[0]) @ basis[1:].T  # (n, T, K)
-    half = as_half(x, made_by)
+    half = to_float16(x, made_by)  # also before int8, so that values which are not finite are refused there too
     if dtype == "fp16":
         return {"features": half}
     scale = x.abs().amax(-1) / LARGEST  # (n, T)
+    # a token of zeros has the scale 0: the smallest float in its place divides 0 to 0, not to NaN
     codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-LARGEST, LARGEST)
     return {"features": codes.to(torch.int8), "scale": scale}
 
@@ -101,6 +104,8 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
     Raises:
         UserError: K above D.
     """
+    # sums of the first and second powers: tokens are looked at once, and only D x D numbers stay. In float64, as the
+    # covariance is a difference of two sums that are nearly equal where the mean is large
     count, total, square = 0, torch.zeros(()), torch.zeros(())
     for tokens in batches:
         x = tokens.flatten(0, 1).double()  # (n T, D)
@@ -108,11 +113,12 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
     assert count, "no tokens to find directions of"
     mean = total / count
     if num_directions > len(mean):
-        raise UserError(f"has tokens of {len(mean)} numbers, fewer than {num_directions} directions: ask for fewer.")
+        raise UserError(
+            f"These are tokens of {len(mean)} numbers, fewer than {num_directions} directions: ask for fewer."
+        )
     covariance = square / count - torch.outer(mean, mean)
     _, vectors = torch.linalg.eigh(covariance.cpu())  # in ascending order
     directions = vectors.flip(1)[:, :num_directions].T  # (K, D)
+    # an eigenvector has no sign of its own, and libraries differ in the one they give: the largest entry is made positive
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return (
-        torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()
-    )  # the sign of each is fixed by its largest entry
+    return torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()

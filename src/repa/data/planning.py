@@ -1,4 +1,4 @@
-"""What a preparation would make, how large it gets and how long it takes, from a short measurement. Writes nothing."""
+"""What a preparation would make, its size and its time, from a short measurement. Writes nothing."""
 
 import contextlib
 import random
@@ -13,8 +13,8 @@ import torch
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
-from repa.data.progress import FinishedParts, Planned, Settings, agree, chosen_parts, plan_shards
-from repa.data.reading import DecodedImages, FromSource, spread
+from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, merge_settings, plan_shards
+from repa.data.reading import DecodedImages, FromSource, sample_pieces
 from repa.data.sources.opening import open_source
 from repa.data.sources.reference_layout import require_autoencoder
 from repa.data.stored_files import TEXT
@@ -22,7 +22,7 @@ from repa.data.stored_files import TEXT
 
 @dataclass(frozen=True)
 class Plan:
-    """A preparation on paper."""
+    """What a preparation would make, and its rates."""
 
     source: str
     num_images: int
@@ -31,7 +31,7 @@ class Plan:
     """1, or 2 with flipped ones."""
     num_shards: int
     num_todo: int
-    """Images that some part is missing of."""
+    """Images of which some part is missing."""
     sizes: dict[str, int]
     """Field -> bytes of all images together."""
     rates: dict[str, float]
@@ -78,11 +78,12 @@ def make_plan(
     images = open_source(source, labels=config.labels)
     require_autoencoder(images, config)
     asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
-    config = agree(out, asked).config
+    config = merge_settings(out, asked).config
     chosen = [name for name in chosen_parts(only, config) if name != TEXT]
     models = {name: load_model(name, config, device) for name in chosen}
     for model in models.values():
-        if isinstance(model, FeatureFields) and model.num_directions:  # any basis takes as long
+        # any basis takes as long as the right one, which would cost a pass over a sample of the images
+        if isinstance(model, FeatureFields) and model.num_directions:
             model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
     shards = plan_shards(len(images), config.shard_size, config.flip)
     progress = FinishedParts(out)
@@ -102,18 +103,19 @@ def make_plan(
 
 
 def _measure(
-    read: FromSource, models: dict[str, Fields], shards: Sequence[Planned], batch_size: int, seconds: float
+    read: FromSource, models: dict[str, Fields], shards: Sequence[PlannedShard], batch_size: int, seconds: float
 ) -> dict[str, float]:
     """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
-    pieces = spread(shards, sum(len(shard.rows) for shard in shards))
-    random.Random(0).shuffle(pieces)  # a sorted source may begin with its smallest images
+    # shuffled: a sorted source may begin with its smallest images
+    pieces = sample_pieces(shards, sum(len(shard.rows) for shard in shards))
+    random.Random(0).shuffle(pieces)
     budget = seconds / (1 + len(models))
     kept: list[DecodedImages] = []
     with contextlib.closing(read(pieces)) as stream:
         decoded, begin = 0, time.perf_counter()
         for _, images in stream:
-            if not decoded:
-                begin = time.perf_counter()  # the workers have started
+            if not decoded:  # the clock starts with the first image: starting the workers takes seconds, once
+                begin = time.perf_counter()
             decoded += 1
             kept += [images] if len(kept) < batch_size and len(images.labels) else []
             if (spent := time.perf_counter() - begin) > budget:
@@ -123,7 +125,7 @@ def _measure(
     rates = {"decode": max(decoded - 1, 1) / spent}
     batch = DecodedImages(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
     for name, model in models.items():
-        model.encode(batch)  # the first is slow: kernels are chosen
+        model.encode(batch)  # not measured: the first call chooses kernels and allocates memory
         num, begin = 0, time.perf_counter()
         while num == 0 or (num < len(pieces) and time.perf_counter() - begin < budget):
             model.encode(batch)

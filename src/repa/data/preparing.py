@@ -14,10 +14,19 @@ from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model
-from repa.data.finishing import finish, forget
+from repa.data.finishing import finish, remove_parts
 from repa.data.loader import ahead
 from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
-from repa.data.progress import Claims, FinishedParts, Planned, Settings, agree, chosen_parts, plan_shards, started
+from repa.data.progress import (
+    Claims,
+    FinishedParts,
+    PlannedShard,
+    Settings,
+    chosen_parts,
+    merge_settings,
+    plan_shards,
+    started,
+)
 from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, FromShards, FromSource, Read
 from repa.data.sources.opening import open_source
@@ -30,12 +39,12 @@ ATTEMPTS = 3
 
 
 class Execution(TypedDict, total=False):
-    """How a call runs: alone, on the CPU and silently unless it says otherwise."""
+    """How a call runs; by default one process, on the CPU, without reports."""
 
     rank: int
-    """This process among those that share the work: it makes shard k for k modulo `world` equal to `rank`."""
+    """Number of this process: it makes shard k where k modulo `world` is `rank`."""
     world: int
-    """How many there are."""
+    """Processes that share the work."""
     progress: Report | None
     """Called after every batch with (done, total, note): images of this process, and the bytes written."""
     device: torch.device | str
@@ -54,7 +63,7 @@ class Job:
 
     out: Path
     settings: Settings
-    shards: Sequence[Planned]
+    shards: Sequence[PlannedShard]
     parts: Sequence[str]
     read: Read
     rank: int = 0
@@ -76,9 +85,9 @@ def prepare(
     The same call continues after an interruption, adds encoders that are new in config.features, makes again what is
     missing, and does nothing when all is there.
 
-    Processes share the work without meeting: process `rank` of `world` makes every world-th shard and leaves, and the
-    last to finish writes the manifest; to all others None is returned. Equal calls on one folder at the same time
-    share it too, on file systems with locks. What a lost process leaves undone is done by the next call.
+    Processes share the work without messages: process `rank` of `world` makes every world-th shard and returns, and the
+    last to finish writes the manifest; all others return None. Equal calls on one folder at the same time share it too,
+    on file systems with locks. What a killed process leaves unfinished is done by the next call.
 
     Args:
         source: what `open_source` takes.
@@ -96,7 +105,9 @@ def prepare(
     shards = plan_shards(len(images), config.shard_size, config.flip)
     names = tuple(images.class_names)
     with lock.shared(out, "repa prepare"):
-        settings = agree(out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory))
+        settings = merge_settings(
+            out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory)
+        )
         config = settings.config
         chosen = chosen_parts(only, config)
         if TEXT in chosen and not images.has_captions:
@@ -104,7 +115,7 @@ def prepare(
         parts = [name for name in chosen if name != TEXT]
         read = FromSource(images, config.resolution, config.num_workers)
         manifest = _run(Job(out, settings, shards, parts, read, **execution)) if parts else None
-        if TEXT in chosen:  # captions come with the images, so after them
+        if TEXT in chosen:  # made from the captions that the other parts have stored
             manifest = _run(_of_captions(out, settings, len(shards), execution))
         return manifest
 
@@ -142,11 +153,11 @@ def add_features(
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
             config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights))
-        settings = agree(out, Settings.of(manifest, config))
-        reader = ShardReader(out, manifest, only=("images", "labels"))
-        shards = [
-            Planned(range(int(end) - s.num, int(end))) for end, s in zip(reader.ends, manifest.shards, strict=True)
-        ]
+        settings = merge_settings(out, Settings.of(manifest, config))
+        # other files may be missing, because they are about to be made again
+        manifest.require_intact(out, [s.files[name] for s in manifest.shards if s.num for name in ("images", "labels")])
+        reader = ShardReader(out, manifest.shards)
+        shards = [PlannedShard(range(*ends)) for ends in zip(reader.starts.tolist(), reader.ends.tolist(), strict=True)]
         return _run(Job(out, settings, shards, [spec], FromShards(reader), **execution))
 
 
@@ -180,26 +191,27 @@ def add_text(
         config = before.override(**text, text_weights=weights or before.text_weights)
         if not config.text:
             raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-        settings = agree(out, Settings.of(manifest, config))
+        settings = merge_settings(out, Settings.of(manifest, config))
         return _run(_of_captions(out, settings, len(manifest.shards), execution))
 
 
 def _of_captions(out: Path, settings: Settings, num_shards: int, execution: Execution) -> Job:
-    """Captions are read back from the folder, so that their tokens depend on its files and the text encoder alone."""
+    """The job of encoding captions: they are read from the folder, so tokens depend on its files and the text encoder alone."""
     progress, shards = FinishedParts(out), []
     found = {k: part.shard for k in range(num_shards) if (part := progress.part(k, BASE))}
     for k in range(num_shards):
         has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
-        shards.append(Planned(range(found[k].num if has_texts else 0), is_ready=k in found))
+        shards.append(PlannedShard(range(found[k].num if has_texts else 0), is_ready=k in found))
     return Job(out, settings, shards, [TEXT], FromCaptions(out, found), **execution)
 
 
 def _run(job: Job) -> Manifest | None:
-    """Finish this process's share; then the manifest, if that was the last one. None: others have work left."""
+    """Make this process's share, then the manifest if everything is finished; None while others have work left."""
+    # each attempt finds what is finished and makes the rest, so that it may be made again at any point
     for _ in range(ATTEMPTS):
         try:
             return _attempt(job)
-        except (FileNotFoundError, FileExistsError):  # parts/, which another process has just removed: all is finished
+        except (FileNotFoundError, FileExistsError):  # of parts/, which another process removed because all is finished
             if not (job.out / MANIFEST).is_file():
                 raise
     return _attempt(job)
@@ -209,14 +221,16 @@ def _attempt(job: Job) -> Manifest | None:
     out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), FinishedParts(job.out)
     device = torch.device(job.device)
     missing = {k: [name for name in job.parts if progress.part(k, name) is None] for k in range(num_shards)}
-    lost = progress.lost_bases(job.parts)
+    lost = progress.missing_bases(job.parts)
     if progress.manifest and not lost and not any(missing.values()) and set(job.parts) <= progress.manifest.parts:
-        if (out / PARTS).is_dir():  # left by a kill, or another process adds an encoder
+        # parts/ was left by a kill, or another process adds an encoder: `finish` tells which
+        if (out / PARTS).is_dir():
             return finish(out, job.settings, num_shards) or progress.manifest
-        forget(out)
+        remove_parts(out)
         return progress.manifest
     share = range(job.rank, num_shards, job.world)
     mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
+    # models are loaded before the first image, and only those that are used: what is wrong with weights is said at once
     needed = {*lost, *itertools.chain(*mine.values())}
     models = {name: load_model(name, config, device) for name in job.parts if name in needed}
     progress.require_same_models({name: model.identity for name, model in models.items()}, num_shards)
@@ -226,10 +240,11 @@ def _attempt(job: Job) -> Manifest | None:
     job.settings.save(out)
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
-            model.use_stored_basis(out, job.read, job.shards)  # which is part of what identifies the model
+            # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's
+            model.use_stored_basis(out, job.read, job.shards)
             progress.require_same_models({name: model.identity}, num_shards)
 
-    # workers read ahead, one thread encodes, this one writes
+    # a pipeline of three: workers read, one thread encodes, this one writes, so that the device waits for none of the others
     total, claims = sum(nums[k] for k in share), Claims(out, mine, {name: m.identity for name, m in models.items()})
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
     made = functools.partial(encode, models=models, skip_bad=config.skip_bad)

@@ -2,7 +2,7 @@
 
 A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
 its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
-Processes meet only in these files: none waits for another but while a basis is computed or a manifest written. Free of torch.
+Processes share only these files: one waits for another only while a basis is computed or a manifest is written. Free of torch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from repa.base import files, lock
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
 from repa.data.config import PrepareConfig
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS, Inventory, Manifest
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest
 from repa.data.stored_files import BASE, TEXT, Shard, array_name, captions_name, fields_of
 
-FREE = (
+# weights are compared by their checksums and labels by that of the source: a copy elsewhere is the same
+MAY_CHANGE = (
     "batch_size", "num_workers", "skip_bad", "labels", "autoencoder_weights", "feature_weights", "text_weights",
-)  # may change: weights are compared by checksum, labels by the source's  # fmt: skip
-
-READABLE = 100  # characters: of longer differences (a thousand class names) only the field is named
+)  # fmt: skip
+MOST_SHOWN = 100  # characters: of longer differences (a thousand class names) only the field is named
 
 
 class Settings(Config):
@@ -35,17 +35,17 @@ class Settings(Config):
     config: PrepareConfig
     """How it is prepared."""
     inventory: Inventory = Inventory()
-    """What was found in the source; of no consequence to the work."""
+    """What was found in the source, for reports."""
 
     @classmethod
     def of(cls, manifest: Manifest, config: PrepareConfig) -> Self:
-        """What a folder was made from, with another configuration."""
+        """The settings of a finished folder, with another configuration."""
         names, inventory = manifest.class_names, manifest.inventory
         return cls(source=manifest.source, class_names=names, config=config, inventory=inventory)
 
     def save(self, out: Path) -> None:
-        """Write down what is asked, before any work."""
-        files.write_json(out / PARTS / SETTINGS, self.model_dump(mode="json"))
+        """Write parts/settings.json, before any work."""
+        files.write_json(out / PARTS / SETTINGS_FILE, self.model_dump(mode="json"))
 
 
 class Part(Config):
@@ -57,15 +57,16 @@ class Part(Config):
     """The model that made them."""
 
 
-def agree(out: Path, asked: Settings) -> Settings:
-    """What to prepare in `out`: what is asked, plus encoders that were asked for before.
+def merge_settings(out: Path, asked: Settings) -> Settings:
+    """What to prepare in `out`: what is asked, plus encoders and the text encoder that were asked for before.
 
-    Refuses a folder that holds other things, or data of another source or configuration.
+    Raises UserError for a folder that holds other things, or data of another source or configuration.
     """
     before = started(out)
     if before is None:
         return asked
     old, new = before.config, asked.config
+    # not by `difference`: each call names only its own encoders, so that the two lists of forms differ without a conflict
     both = [name for name in new.features if name in old.features]
     lines = [
         f"config.feature_forms of {name}: {old.form_of(name)} -> {new.form_of(name)}"
@@ -78,10 +79,10 @@ def agree(out: Path, asked: Settings) -> Settings:
         new = new.override(text=old.text, text_form=old.text_form, text_weights=new.text_weights or old.text_weights)
     new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))
     added = () if old.text else ("text", "text_form")
-    same = {name: getattr(new, name) for name in (*FREE, *added, "features", "feature_forms")}
+    same = {name: getattr(new, name) for name in (*MAY_CHANGE, *added, "features", "feature_forms")}
     asked = asked.override(config=new)
     was = before.override(config=old.override(**same), inventory=asked.inventory)
-    lines += [line if len(line) <= READABLE else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
+    lines += [line if len(line) <= MOST_SHOWN else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
     if lines:
         raise UserError(
             f"{out} holds data of another source or configuration ({'; '.join(lines[:5])}): "
@@ -91,7 +92,7 @@ def agree(out: Path, asked: Settings) -> Settings:
 
 
 def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
-    """The parts that `only` names; all of them when it is empty."""
+    """The parts that `only` names, or all; raises UserError for a name that is not one of `config`'s."""
     features, text = [f"features:{spec}" for spec in config.features], [TEXT] if config.text else []
     allowed = [BASE, *features, *text]
     for name in only:
@@ -101,8 +102,8 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
 
 
 def started(out: Path) -> Settings | None:
-    """What `out` was started with; None when it is new."""
-    settings = out / PARTS / SETTINGS
+    """The settings that `out` was begun with; None when it is new; UserError when it holds other things."""
+    settings = out / PARTS / SETTINGS_FILE
     if (values := _read_record(settings)) is not None:
         return Settings.parse(values, where=str(settings))
     if (out / MANIFEST).is_file():
@@ -115,7 +116,8 @@ def started(out: Path) -> Settings | None:
 
 
 def _read_record(path: Path) -> Any:
-    """A file of parts/; None when it is not there, or another process has just finished and removed it."""
+    """A file of parts/; None when it is not there."""
+    # another process may finish the folder, and remove parts/, between the look and the reading
     try:
         return files.read_json(path) if path.is_file() else None
     except UserError:
@@ -124,12 +126,12 @@ def _read_record(path: Path) -> Any:
         return None
 
 
-class Planned(NamedTuple):
+class PlannedShard(NamedTuple):
     """A shard to be made: rows of the source, or of the stored images."""
 
     rows: range
     flipped: bool = False
-    is_ready: bool = True  # False: another process has not stored yet what this one is made from
+    is_ready: bool = True  # False: what it is made from is not stored yet, by another process
 
 
 class Piece(NamedTuple):
@@ -141,10 +143,10 @@ class Piece(NamedTuple):
     parts: tuple[str, ...] = ()  # that are made of it
 
 
-def plan_shards(num_images: int, size: int, flip: bool) -> list[Planned]:
-    """Shards of `size` images; with `flip` a second copy of them all behind."""
+def plan_shards(num_images: int, size: int, flip: bool) -> list[PlannedShard]:
+    """Shards of `size` images; with `flip` mirrored copies of all of them follow."""
     ranges = [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
-    return [Planned(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
+    return [PlannedShard(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
 
 
 class FinishedParts:
@@ -156,6 +158,7 @@ class FinishedParts:
 
     def part(self, shard: int, name: str) -> Part | None:
         """The record of a finished part whose files are all there, else None."""
+        # parts/ first: where both are there, it is what was made again since the manifest was written
         path = self._path(shard, name)
         if (values := _read_record(path)) is not None:
             part: Part | None = Part.parse(values, where=str(path))
@@ -176,7 +179,7 @@ class FinishedParts:
         shard_of = whole.override(files=mine, captions=whole.captions if name == BASE else None, text={})
         return Part(shard=shard_of, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)
 
-    def lost_bases(self, names: Iterable[str]) -> list[str]:
+    def missing_bases(self, names: Iterable[str]) -> list[str]:
         """Encoders whose tokens are there, but not the basis that they are coordinates in: it is computed again."""
         stored = self.manifest.features if self.manifest else {}
         return [n for n in names if n in stored and (basis := stored[n].basis) and not basis.intact(self.out)]
@@ -195,8 +198,9 @@ class FinishedParts:
         files.write_json(self._path(shard, name), part.model_dump(mode="json"))
 
     def claim(self, shard: int, name: str) -> BaseFileLock | None:
-        """Lock a part for this process; None when another is at it. What a killed one left of it is removed."""
+        """Lock a part for this process; None when another makes it. Files that a killed one left half written are removed."""
         handle = lock.take(self._path(shard, name, ".lock"))
+        # only under the lock: without it the half-written file may be of a process that is still writing
         if handle is not None:
             names = [array_name(field, shard) for field in fields_of(name)]
             for file in [*names, *([captions_name(shard)] if name == BASE else [])]:
@@ -221,17 +225,19 @@ class Claims:
         self.out, self.wanted, self.identities = out, wanted, identities
         self._held: dict[tuple[int, str], BaseFileLock] = {}
 
-    def pieces(self, shards: Sequence[Planned], size: int, passed: Callable[[int], None]) -> Iterator[Piece]:
+    def pieces(self, shards: Sequence[PlannedShard], size: int, passed: Callable[[int], None]) -> Iterator[Piece]:
         """Pieces of `size` images of the shards that can be claimed, each claimed as its first piece is asked for.
 
-        `passed` is called with the number of images that another process has made meanwhile, or is at.
+        `passed` is called with the number of images of a shard that another process has made meanwhile or makes now.
         """
         progress = FinishedParts(self.out)
         for k, names in self.wanted.items():
             taken = {name: handle for name in names if (handle := progress.claim(k, name)) is not None}
-            if not (self.out / PARTS / SETTINGS).is_file():  # others have finished everything meanwhile
+            # others may have finished everything and removed parts/, whose records are in the manifest then
+            if not (self.out / PARTS / SETTINGS_FILE).is_file():
                 progress = FinishedParts(self.out)
-            for name in [name for name in taken if progress.part(k, name) is not None]:  # by another process, since
+            # asked again under the lock: another process may have finished the part and given its lock back since
+            for name in [name for name in taken if progress.part(k, name) is not None]:
                 lock.release(taken.pop(name))
             self._held.update({(k, name): handle for name, handle in taken.items()})
             rows = shards[k].rows
@@ -247,6 +253,7 @@ class Claims:
     def finish(self, shard: int, parts: Mapping[str, Part]) -> None:
         """Record the finished parts of a shard, and give them back."""
         for name, part in parts.items():
+            # the record before the lock is given back, or another process would make the part again
             FinishedParts(self.out).save(shard, name, part)
             lock.release(self._held.pop((shard, name)))
 

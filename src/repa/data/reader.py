@@ -9,70 +9,43 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from repa.base import files
 from repa.base.errors import UserError
-from repa.data.stored_files import ArrayFile, Shard, TextFile
+from repa.data.stored_files import ArrayFile, Shard, TextFile, damaged
 
-MAX_OPEN = 60_000  # files, each with a descriptor; a shuffled batch reads almost all there are
+# a shuffled batch reads almost all files there are: with fewer, each batch would open and close them
+MAX_OPEN = 60_000  # files, each with a descriptor
 SPARE = 500  # descriptors that are left to the rest of the process
 HEADER = 4096  # bytes that hold the header of any array of ours
 
 
-class Described(Protocol):
-    """What a ShardReader asks of a manifest."""
-
-    @property
-    def shards(self) -> Sequence[Shard]: ...
-
-    @property
-    def fields(self) -> Mapping[str, tuple[str, tuple[int, ...]]]: ...
-
-    @property
-    def records(self) -> Sequence[ArrayFile | TextFile]: ...
-
-    @property
-    def num_images(self) -> int: ...
-
-
 class ShardReader:
-    """Rows of any field by their index in the data set; sizes are checked on opening, bytes by `check`. Thread-safe.
+    """Rows of any field by their index in the data set. Thread-safe.
 
     Args:
         folder: where the shards are, or what to call that place in messages when `fetch` is given.
-        manifest: what it holds.
-        fetch: gives the local path of a file that lies elsewhere; None reads `folder` itself.
-        only: fields that will be read: other files may be missing, because they are about to be made again. None: all files.
+        shards: what it holds, in order; some may be empty.
+        fetch: gives the local path of a remote file; None reads `folder` itself.
     """
 
     def __init__(
-        self, folder: str | Path, manifest: Described, fetch: Callable[[ArrayFile | TextFile], Path] | None = None,
-        only: Sequence[str] | None = None,
-    ):  # fmt: skip
-        self.folder, self.manifest = folder, manifest
-        self.fields = {field: facts for field, facts in manifest.fields.items() if only is None or field in only}
-        nums = np.array([shard.num for shard in manifest.shards])
+        self, folder: str | Path, shards: Sequence[Shard], fetch: Callable[[ArrayFile | TextFile], Path] | None = None
+    ):
+        self.folder, self.shards = folder, shards
+        files = next((shard.files for shard in shards if shard.num), {})  # an empty shard has none
+        self.fields = {field: (file.dtype, file.shape[1:]) for field, file in files.items()}
+        nums = np.array([shard.num for shard in shards])
         self.ends = nums.cumsum()  # index in the data set of the end of each shard
         self.starts = self.ends - nums
-        if fetch is None:
-            needed = manifest.records
-            if only is not None:
-                needed = [shard.files[field] for shard in manifest.shards for field in only if shard.num]
-            for record in needed:
-                if not record.intact(Path(folder)):
-                    raise UserError(
-                        _damaged(Path(folder, record.file), "is missing or has another size than when it was written")
-                    )
         self.path = fetch or (lambda record: Path(folder, record.file))
-        self._open = functools.lru_cache(_descriptors(len(manifest.records)))(self._opened)
+        self._open = functools.lru_cache(_descriptors(len(shards) * len(self.fields)))(self._opened)
 
     def __len__(self) -> int:
-        return self.manifest.num_images
+        return int(self.ends[-1])
 
     def gather(self, field: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `indices` (n,) of a field, in that order and contiguous: (n, ...). Each shard is read in file order.
@@ -107,6 +80,7 @@ class ShardReader:
 
     def _fill(self, buffer: memoryview, field: str, indices: np.ndarray) -> None:
         """Read in the order of the files; rows that follow each other in the file and in the result are one read."""
+        # stable, so that an image that is asked for twice keeps the order of its places, and runs stay runs
         order = np.argsort(indices, kind="stable")
         rows = indices[order]
         shards = np.searchsorted(self.ends, rows, side="right")
@@ -115,13 +89,14 @@ class ShardReader:
         nums = np.append(first[1:], len(rows)) - first
         size = len(buffer) // len(indices)
         numbers, which = np.unique(shards[first], return_inverse=True)
-        arrays = [
-            self._open(shard, field) for shard in numbers.tolist()
-        ]  # held, so none is closed before its last read
+        # held by this list until the last read: another thread may push an array out of the cache, which closes it
+        arrays = [self._open(shard, field) for shard in numbers.tolist()]
         starts = np.array([array.start for array in arrays]) - self.starts[numbers] * size
         positions, places = starts[which] + rows[first] * size, order[first] * size
         runs = zip(which.tolist(), positions.tolist(), places.tolist(), (places + nums * size).tolist(), strict=True)
-        preadv, handles = os.preadv, [array.handle for array in arrays]  # the loop below is most of the loader's time
+        # preadv has no position that another thread could move, and fills the result itself; names are looked up once, as the
+        # loop below is most of the loader's time
+        preadv, handles = os.preadv, [array.handle for array in arrays]
         for array, position, begin, end in runs:
             if (num := preadv(handles[array], (buffer[begin:end],), position)) < end - begin:
                 arrays[array].read_rest(buffer[begin:end], position, num)
@@ -131,19 +106,12 @@ class ShardReader:
         for start in range(0, len(self), size):
             yield self.gather(field, np.arange(start, min(start + size, len(self))))
 
-    def check(self) -> None:
-        """Compare every file's bytes with its checksum; raises UserError that names the first that changed."""
-        for record in self.manifest.records:
-            path = self.path(record)
-            if files.sha256(path) != record.sha256:
-                raise UserError(_damaged(path, "has other bytes than when it was written"))
-
-    def _opened(self, shard: int, field: str) -> "_Array":
-        record = self.manifest.shards[shard].files[field]
-        return _Array(self.path(record), record)
+    def _opened(self, shard: int, field: str) -> "_OpenArray":
+        record = self.shards[shard].files[field]
+        return _OpenArray(self.path(record), record)
 
 
-class _Array:
+class _OpenArray:
     """An open .npy file. Whoever reads holds it, so one that leaves the cache of open files is closed after its last read."""
 
     def __init__(self, path: Path, record: ArrayFile):
@@ -152,14 +120,14 @@ class _Array:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
             self.handle, start = self.file.fileno(), self.file.read(HEADER)
         except OSError as error:
-            raise UserError(_damaged(path, f"cannot be opened ({error.strerror})")) from error
+            raise UserError(damaged(path, f"cannot be opened ({error.strerror})")) from error
         if start[:8] != np.lib.format.magic(1, 0):
-            raise UserError(_damaged(path, "is no .npy file of version 1.0"))
+            raise UserError(damaged(path, "is no .npy file of version 1.0"))
         self.start = 10 + int.from_bytes(start[8:10], "little")
         # compared as text, because Python 3.11 must not evaluate it in several threads at a time (its issue 106905)
-        header, wanted = start[10 : self.start].strip().decode("latin1"), _header(record)
+        header, wanted = start[10 : self.start].strip().decode("latin1"), _header_of(record)
         if header != wanted:
-            raise UserError(_damaged(path, f"holds {header}, not {wanted}"))
+            raise UserError(damaged(path, f"holds {header}, not {wanted}"))
 
     def read_rest(self, buffer: memoryview, position: int, num: int) -> None:
         """Fill what a read of `num` bytes from `position` of the file has left of `buffer`."""
@@ -168,7 +136,7 @@ class _Array:
             if not buffer:
                 return
             num = os.preadv(self.handle, (buffer,), position)
-        raise UserError(_damaged(self.path, "has become shorter while it was read"))
+        raise UserError(damaged(self.path, "has become shorter while it was read"))
 
 
 def _descriptors(num: int) -> int:
@@ -182,11 +150,7 @@ def _descriptors(num: int) -> int:
     return max(min(wanted, max(soft - SPARE, soft // 4)), 1)
 
 
-def _header(record: ArrayFile) -> str:
+def _header_of(record: ArrayFile) -> str:
     """What an .npy file says of its array."""
     descr = np.lib.format.dtype_to_descr(np.dtype(record.dtype))
     return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {record.shape!r}, }}"
-
-
-def _damaged(path: Path, what: str) -> str:
-    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it again."

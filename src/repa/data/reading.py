@@ -1,5 +1,4 @@
-"""Batches for the encoders: images decoded and cropped from a source by worker processes, or images and captions read back from
-shards."""
+"""Batches for the encoders: images decoded and cropped from a source by worker processes, or read from shards; captions too."""
 
 import contextlib
 import functools
@@ -17,7 +16,7 @@ from repa.base.errors import UserError
 from repa.base.launch import die_with_parent
 from repa.data.captions import lines_of, texts_of
 from repa.data.loader import ahead
-from repa.data.progress import Piece, Planned
+from repa.data.progress import Piece, PlannedShard
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source
 from repa.data.stored_files import Shard
@@ -40,26 +39,30 @@ Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, DecodedImages], None, 
 
 
 def most_workers() -> int:
-    """Processes beyond which this machine only runs out of memory: each holds 150 MB, and a source far away keeps 16 a core busy."""
+    """Worker processes that this machine takes at most."""
+    # each holds 150 MB; those that wait for a remote source need no core, so 16 a core may be right
     return max(32, 16 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
 class FromSource(Dataset):
-    """Decodes pieces in worker processes: Python runs one thread at a time between Pillow's calls, and the models need
-    theirs. Batches come through pipes, since shared memory is 64 MB in many containers."""
+    """Decodes pieces in worker processes.
+
+    Threads would not do: Python runs one at a time between Pillow's calls, and the models need theirs. Batches come as
+    NumPy arrays through pipes, since PyTorch moves tensors through shared memory, which is 64 MB in many containers.
+    """
 
     source: Source
     resolution: int
     num_workers: int
 
     def __call__(self, pieces: Iterable[Piece]) -> Generator[tuple[Piece, DecodedImages], None, None]:
-        """Pieces are taken from `pieces` a few ahead, in this process; workers exist before the first is."""
+        """The images of each piece, in order. Pieces are taken a few ahead, in this process, after the workers have started."""
         if self.num_workers > most_workers():
             raise UserError(
                 f"num_workers was given {self.num_workers:,}, but this machine takes at most {most_workers()}: give fewer."
             )
-        with warnings.catch_warnings():  # of more workers than cores, which is right where the source is far away
+        with warnings.catch_warnings():  # of more workers than cores, which is right for a remote source
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 self, batch_size=None, sampler=pieces, num_workers=self.num_workers, collate_fn=tuple,  # an item is a batch
@@ -74,20 +77,22 @@ class FromSource(Dataset):
     def __getitem__(self, piece: Piece) -> tuple[Piece, DecodedImages | UserError]:
         try:
             return piece, self.decode(piece)
-        except UserError as error:  # the loader would wrap it in a traceback of the worker
+        except UserError as error:  # returned, as the loader would raise it with a traceback of the worker in its text
             return piece, error
 
     def decode(self, piece: Piece) -> DecodedImages:
+        """The images of a piece, those that cannot be read by name."""
         source, pixels, given, kept, bad = self.source, [], [], [], []
         for index in piece.rows:
             try:
                 image = np.asarray(source.image(index, self.resolution))
                 moments = source.moments(index) if source.moments_shape else None
-                pixels.append(image)
-                given.append(moments)
-                kept.append(index)
             except UserError as error:
                 bad.append((source.name(index), str(error)))
+                continue
+            pixels.append(image)
+            given.append(moments)
+            kept.append(index)
         captions = [_captions(source, index) for index in kept] if source.has_captions else []
         if not kept:
             return DecodedImages(
@@ -97,9 +102,9 @@ class FromSource(Dataset):
         if piece.flipped:
             batch = batch[:, :, ::-1]
         batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-        of_originals = [row for row in given if row is not None]
-        moments = np.stack(of_originals) if source.moments_shape and not piece.flipped else None
-        return DecodedImages(batch, source.labels[kept], captions, bad, moments)
+        # mirrored images have other moments than mirrored ones of the originals: they are encoded
+        stored = [row for row in given if row is not None and not piece.flipped]
+        return DecodedImages(batch, source.labels[kept], captions, bad, np.stack(stored) if stored else None)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ class FromCaptions:
                 piece,
                 DecodedImages(np.empty((num, 0), np.uint8), np.zeros(num, np.int64), texts, [], texts_before=before),
             )
-            before += (before == 0) + sum(map(len, texts))  # the first text of a shard is the empty one
+            # the first text of a shard is the empty one, which its first piece brings
+            before += (before == 0) + sum(map(len, texts))
 
     def _read(self, shard: int) -> list[tuple[str, ...]]:
         stored = self.shards[shard]
@@ -147,7 +153,7 @@ class FromCaptions:
         return [texts_of(line, row, path) for row, line in enumerate(lines_of(path, stored.num))]
 
 
-def spread(shards: Sequence[Planned], num: int) -> list[Piece]:
+def sample_pieces(shards: Sequence[PlannedShard], num: int) -> list[Piece]:
     """About `num` images at equal distances over all shards, each a piece: a sample of every class of a sorted source."""
     ends = np.cumsum([len(shard.rows) for shard in shards])
     places = np.unique(np.linspace(0, ends[-1] - 1, min(num, int(ends[-1]))).astype(np.int64))
@@ -160,7 +166,8 @@ def spread(shards: Sequence[Planned], num: int) -> list[Piece]:
 
 
 def _captions(source: Source, index: int) -> tuple[str, ...]:
-    """None where they cannot be read, which does not lose the image: the inventory counts images with captions."""
+    """The captions of an image; () where they cannot be read."""
+    # which does not lose the image: the manifest counts how many have captions
     try:
         return source.captions(index)
     except UserError:

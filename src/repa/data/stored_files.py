@@ -1,4 +1,4 @@
-"""Files of shards: what they are called, and what a manifest knows of each, so that it can tell whether it is still the same."""
+"""Files of shards: their names, and what a manifest records of each to tell whether it has changed."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -9,7 +9,7 @@ from repa.base.config import Config
 
 STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
 BASE, TEXT = "base", "text"
-"""What is made at a time of each shard, as `--only` names it: base, text, and each encoder by its name."""
+"""Two parts of a shard; the others are encoders, by their names. A part is made at a time, and `--only` chooses some."""
 
 
 def fields_of(part: str) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def fields_of(part: str) -> tuple[str, ...]:
 
 
 def plain_name(field: str) -> str:
-    """'features.tiny:seed=1' -> 'features.tiny_seed_1': plain on every system."""
+    """'features.tiny:seed=1' -> 'features.tiny_seed_1': a file name that every system takes."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
 
 
@@ -40,6 +40,11 @@ def basis_name(encoder: str) -> str:
     return f"{plain_name(f'basis.{encoder}')}.npy"
 
 
+def damaged(path: Path, what: str) -> str:
+    """The message for a damaged file of a prepared folder."""
+    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it again."
+
+
 class StoredFile(Config):
     """A file of the folder, and how to tell whether it is still the same."""
 
@@ -55,7 +60,8 @@ class StoredFile(Config):
     @field_validator("file")
     @classmethod
     def _plain(cls, name: str) -> str:
-        """A manifest may come from anyone: it must not make us open files elsewhere."""
+        """A manifest may come from anyone: it must not lead outside its folder."""
+        # a colon separates a drive or a stream of Windows; the suffix keeps manifest.json and the like from being named
         if not name.endswith(cls.suffix) or any(part in name for part in ("/", "\\", "\0", ":")):
             raise ValueError(f"{name!r} is not the plain name of a {cls.suffix} file in this folder")
         return name

@@ -14,7 +14,7 @@ import numpy as np
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.data.progress import Claims, Part, Piece, Planned
+from repa.data.progress import Claims, Part, Piece, PlannedShard
 from repa.data.reading import DecodedImages
 from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile, array_name, captions_name, fields_of
 
@@ -25,7 +25,7 @@ EncodedBatch = tuple[Piece, DecodedImages, dict[str, np.ndarray]]
 
 @dataclass
 class Counter:
-    """Images of this process that are done, and bytes that are written, told to `report`."""
+    """Counts images of this process that are done and bytes that are written, and calls `report` with them."""
 
     report: Report | None
     total: int
@@ -38,18 +38,19 @@ class Counter:
             self.report(self.done, self.total, f"{files.size(self.num_bytes)} written")
 
     def skip(self, images: int) -> None:
-        """Images that another process has done meanwhile, or is at."""
+        """Count images that another process has made meanwhile or makes now."""
         self.done += images
 
 
 def write_shards(
-    encoded: Iterable[EncodedBatch], shards: Sequence[Planned], claims: Claims, counter: Counter, *, skip_bad: bool
+    encoded: Iterable[EncodedBatch], shards: Sequence[PlannedShard], claims: Claims, counter: Counter, *, skip_bad: bool
 ) -> None:
     """Write batches into shard after shard, and a record for each finished part.
 
     Raises:
         UserError: images cannot be read and are not to be left out (`skip_bad`), or the disk is full.
     """
+    # batches come in the order of the shards, so that one is open at a time
     for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
         bad: list[tuple[str, str]] = []
         with ShardWriter(claims.out, k, expected=len(shards[k].rows)) as writer:
@@ -58,8 +59,13 @@ def write_shards(
                 if fields:
                     writer.append(fields, images.captions if BASE in names else ())
                 counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
+            # at the end of the shard, so that the count is that of all its images; inside the block, so that no file appears
             if bad and not skip_bad:
-                raise UserError(_refusal(bad, shards[k].rows))
+                rows = shards[k].rows
+                raise UserError(
+                    f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
+                    f"{bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
+                )
         captions, records = writer.captions(), writer.records()
         parts = {}
         for name in names:
@@ -71,13 +77,6 @@ def write_shards(
             )  # fmt: skip
             parts[name] = Part(shard=shard, identity=claims.identities[name])
         claims.finish(k, parts)
-
-
-def _refusal(bad: Sequence[tuple[str, str]], rows: range) -> str:
-    return (
-        f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. "
-        f"The first: {bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
-    )
 
 
 class ShardWriter:
@@ -92,18 +91,18 @@ class ShardWriter:
     def __init__(self, folder: Path, shard: int, expected: int = 0):
         self.folder, self.shard, self.expected = folder, shard, expected
         self._stack = contextlib.ExitStack()
-        self._arrays: dict[str, _Array] = {}
+        self._arrays: dict[str, _GrowingArray] = {}
         self._captions: list[str] = []
-        self.num_bytes = 0
 
     def append(self, fields: dict[str, np.ndarray], captions: Sequence[tuple[str, ...]] = ()) -> None:
         """Add one batch: field -> array (n, ...), and the captions of each image if it has a field for them."""
         for field, rows in fields.items():
             if field not in self._arrays:
                 path = self._stack.enter_context(files.atomic_path(self.folder / array_name(field, self.shard)))
-                self._arrays[field] = self._stack.enter_context(contextlib.closing(_Array(path, rows, self.expected)))
+                self._arrays[field] = self._stack.enter_context(
+                    contextlib.closing(_GrowingArray(path, rows, self.expected))
+                )
             self._arrays[field].append(rows)
-            self.num_bytes += rows.nbytes
         self._captions += [json.dumps(texts, ensure_ascii=False) + "\n" for texts in captions]
 
     def __enter__(self) -> "ShardWriter":
@@ -124,12 +123,13 @@ class ShardWriter:
         if not self._captions:
             return None
         path = self.folder / captions_name(self.shard)
+        # a caption may hold half of a surrogate pair, which JSON can write and UTF-8 cannot
         data = "".join(self._captions).encode(errors="replace")
         files.write_bytes(path, data)
         return TextFile(file=path.name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-class _Array:
+class _GrowingArray:
     """An .npy file that grows; its length goes into the header when it closes.
 
     Plain writes: on a full disk they raise, where a memory map would crash the process.
@@ -141,6 +141,7 @@ class _Array:
         self.num, self.expected = 0, expected
         self._header(expected)
         self.start = self.file.tell()
+        # begun with the header that the file will have if no image is left out; else `record` reads the file again
         self.digest = hashlib.sha256(_header(self.dtype, (expected, *self.row)))
 
     def append(self, rows: np.ndarray) -> None:

@@ -108,7 +108,7 @@ class FileSource(Source):
             unknown: files that are neither images nor their captions; those next to images or in folders above are looked at.
             is_one: all images are of one class. Else only a table that names images and their labels is one too many.
         """
-        # images in one class by mistake train without an error, and only the samples tell, days later
+        # images in one class by mistake train without an error, and only its samples tell
         stems, above = set(map(_stem, paths)), {""}
         for folder in {path.rpartition("/")[0] for path in paths}:
             parts = folder.split("/")

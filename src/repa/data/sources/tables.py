@@ -65,7 +65,7 @@ def choose_columns(
         raise UserError(
             f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
         )
-    # some tables store their texts as bytes too, under the usual names
+    # texts may be stored as bytes too: a column that is called as captions are is the last choice
     binary = [name for name, column in columns.items() if column.kind == "image"]
     image = image or _only(where, [name for name in binary if name not in CAPTION_COLUMNS] or binary, columns, "image")
     if columns[image].kind != "image":
