@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from repa.training.update import EMA, constant
+from repa.training.update import EMA, exponential
 
 DECAY = 0.9999
 
@@ -32,7 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     stream = torch.Generator().manual_seed(0)
     model = Weights(args.num, stream)
-    ours, released, exact = EMA(cast(Any, model), constant(DECAY)), model.w.detach().clone(), model.w.detach().double()
+    ours = EMA(cast(Any, model), exponential(DECAY))
+    released, exact = model.w.detach().clone(), model.w.detach().double()
     never = torch.zeros(())
     for t in range(1, args.steps + 1):
         model.w.add_(args.step_size * torch.randn(args.num, generator=stream))

@@ -26,7 +26,7 @@ from repa.performance.batches import BatchSource
 from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
 from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
-from repa.training.attention import measured
+from repa.training.attention import kernel_seconds
 from train_step import configuration, source_of, teacher_folder
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         return
     results.part("products", 10, lambda: found.update(products=shape_rates(config, device)))
     results.part("fp8 products", 10, lambda: found.update(fp8_products=fp8_rates(config, device)))
-    results.part("attention", 10, lambda: found.update(attention=measured(shape, torch.bfloat16, device)))
+    results.part("attention", 10, lambda: found.update(attention=kernel_seconds(shape, torch.bfloat16, device)))
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         teacher_folder(Path(folder), args.width, args.layers)

@@ -5,7 +5,7 @@ import torch
 
 from repa.models.config import ModelConfig
 from repa.training import TrainConfig, attention
-from repa.training.attention import KERNELS, fastest_kernels, measured, shape_of
+from repa.training.attention import KERNELS, attention_shape, fastest_kernels, kernel_seconds
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="SiT-XL/2", latent_size=32, latent_channels=4)
@@ -13,19 +13,19 @@ MODEL = ModelConfig(name="SiT-XL/2", latent_size=32, latent_channels=4)
 
 def test_the_shape_is_that_of_a_micro_batch_of_one_process():
     config = TrainConfig(model=MODEL, batch_size=256)
-    assert shape_of(config, 1) == (256, 16, 256, 72)
-    assert shape_of(config.override(accumulate=2), 8) == (16, 16, 256, 72)
+    assert attention_shape(config, 1) == (256, 16, 256, 72)
+    assert attention_shape(config.override(accumulate=2), 8) == (16, 16, 256, 72)
 
 
 def test_kernels_that_run_here_are_timed_fastest_first():
-    found = measured((2, 3, 16, 8), torch.float32, CPU)
+    found = kernel_seconds((2, 3, 16, 8), torch.float32, CPU)
     assert {"flash", "math"} <= found.keys() <= KERNELS.keys()  # those that a CPU has
     assert list(found.values()) == sorted(found.values())
     assert min(found.values()) > 0
 
 
 def test_nothing_is_measured_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(attention, "measured", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(attention, "kernel_seconds", lambda *a: pytest.fail("measured"))
     with fastest_kernels(TrainConfig(model=MODEL), 1, CPU) as found:
         assert found == {}
 
@@ -34,7 +34,7 @@ def test_on_cuda_the_order_is_that_of_the_measurement_until_the_end(monkeypatch)
     """Without a GPU: the measurement is made up, and what PyTorch is told is read back."""
     order = torch._C._get_sdp_priority_order
     before = order()
-    monkeypatch.setattr(attention, "measured", lambda *a: {"cudnn": 1.0, "flash": 2.0})
+    monkeypatch.setattr(attention, "kernel_seconds", lambda *a: {"cudnn": 1.0, "flash": 2.0})
     with fastest_kernels(TrainConfig(model=MODEL, precision="bf16"), 1, torch.device("cuda")) as found:
         assert list(found) == ["cudnn", "flash"]
         wanted = [int(KERNELS[name]) for name in ("cudnn", "flash", "efficient", "math")]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from repa.runs.averaging import gamma_of
-from repa.training.update import EMA, constant, power
+from repa.training.update import EMA, exponential, power_function
 from tests.oracles import averaging as oracle
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())
@@ -24,14 +24,14 @@ def followed(share, num: int) -> torch.Tensor:
 
 
 def test_a_constant_decay_weights_geometrically():
-    weights = followed(constant(0.9), 20)
+    weights = followed(exponential(0.9), 20)
     wanted = [0.9**20, *(0.1 * 0.9 ** (20 - s) for s in range(1, 21))]
     torch.testing.assert_close(weights, torch.tensor(wanted, dtype=torch.float64), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
 def test_a_power_function_average_is_its_profile(width):
-    weights = followed(power(width), 40)
+    weights = followed(power_function(width), 40)
     wanted = torch.from_numpy(oracle.profile_of_steps(40, gamma_of(width)))
     assert weights[0] == 0  # the initialisation leaves no trace
     torch.testing.assert_close(weights[1:], wanted, atol=1e-6, rtol=1e-4)
@@ -40,7 +40,7 @@ def test_a_power_function_average_is_its_profile(width):
 def test_a_skipped_step_leaves_no_trace():
     torch.manual_seed(0)
     model = nn.Linear(7, 5)
-    ema = EMA(model, constant(0.3))
+    ema = EMA(model, exponential(0.3))
     model.weight.data.normal_()
     ema.update(1, GOOD)
     before = [p.clone() for p in ema.model.parameters()]
@@ -54,7 +54,7 @@ def test_a_skipped_step_leaves_no_trace():
 def test_frozen_parameters_stay():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    ema = EMA(model, constant(0.5))
+    ema = EMA(model, exponential(0.5))
     before = model.bias.detach().clone()
     model.bias.data.add_(1)
     ema.update(1, GOOD)

@@ -52,7 +52,7 @@ def test_muon_is_refused():
 
 INTERPRETED = """
 import torch
-from repa.training.fused_update import BLOCK, ParameterRow, by_triton
+from repa.training.fused_update import BLOCK, ParameterRow, update_by_triton
 
 shapes = [(3,), (BLOCK,), (2, BLOCK // 2 + 5)]
 settings = dict(betas=(0.9, 0.95), eps=1e-8)
@@ -74,7 +74,7 @@ for t, skipped in enumerate((0.0, 0.0, 1.0, 0.0)):
             row.gradient.view(-1)[0] = float("nan")
         twin.grad = row.gradient.clone()
     before = [x.clone() for row in rows for x in row if x is not None and x is not row.gradient]
-    by_triton(rows, skip, scale, share, rate=0.03, decay=0.1, **settings)
+    update_by_triton(rows, skip, scale, share, rate=0.03, decay=0.1, **settings)
     adamw.found_inf, adamw.grad_scale = skip, scale
     adamw.step()
     with torch.no_grad():

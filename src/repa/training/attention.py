@@ -23,7 +23,7 @@ KERNELS = {
 ROUNDS = 5
 
 
-def shape_of(config: TrainConfig, world: int) -> tuple[int, int, int, int]:
+def attention_shape(config: TrainConfig, world: int) -> tuple[int, int, int, int]:
     """(N, heads, T, width of a head) of the network's attention in one micro-batch of one process."""
     dims = config.model.dims()
     tokens = (config.model.latent_size // dims.patch_size) ** 2 + len(config.streams)
@@ -31,7 +31,7 @@ def shape_of(config: TrainConfig, world: int) -> tuple[int, int, int, int]:
     return num, dims.num_heads, tokens, dims.hidden_dim // dims.num_heads
 
 
-def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def kernel_seconds(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Seconds of forward and backward by name of KERNELS, the median of ROUNDS, the fastest first; those that refuse are left out.
 
     Queries, keys and values are views of one tensor, as the network has them.
@@ -40,9 +40,11 @@ def measured(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch
     qkv = torch.randn(num, tokens, 3 * heads * width, device=device, dtype=dtype, requires_grad=True)
     found = {}
     for name, backend in KERNELS.items():
-        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):  # "No available kernel"
+        # A kernel that cannot take this shape or type says so by an error, and is left out.
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
             once = functools.partial(_forward_and_backward, qkv, heads)
-            seconds = [timed(once, device) for _ in range(ROUNDS + 1)][1:]  # the first loads and builds the kernel
+            # The first call loads and builds the kernel: it is not counted.
+            seconds = [timed(once, device) for _ in range(ROUNDS + 1)][1:]
             found[name] = statistics.median(seconds)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -54,11 +56,12 @@ def _forward_and_backward(qkv: torch.Tensor, heads: int) -> None:
 
 @contextlib.contextmanager
 def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> Iterator[Mapping[str, float]]:
-    """Attention prefers the kernels in the order that `measured` finds, within the block; nothing is changed but on CUDA."""
+    """Attention prefers the kernels in the order that `kernel_seconds` finds, within the block; nothing is changed but on CUDA."""
     if device.type != "cuda":
         yield {}
         return
-    found = measured(shape_of(config, world), DTYPES[config.precision], device)
-    rest = [name for name in KERNELS if name not in found]  # for masks and widths that the first do not take
+    found = kernel_seconds(attention_shape(config, world), DTYPES[config.precision], device)
+    # The others follow, for calls with a mask or another width: without them such a call would find no kernel.
+    rest = [name for name in KERNELS if name not in found]
     with sdpa_kernel([KERNELS[name] for name in (*found, *rest)], set_priority=True):
         yield found

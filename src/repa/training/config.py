@@ -224,6 +224,7 @@ class TrainConfig(Config):
                 raise ValueError(
                     f"alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
                 )
+        # The key names the projector in checkpoints and the curve in logs.
         keys = [a.key for a in self.alignments]
         for key in keys:
             if keys.count(key) > 1:
@@ -317,6 +318,7 @@ class TrainConfig(Config):
 def _other_pass(target: str) -> tuple:
     """What a target "ema:..." or "run:..." says of the pass that it looks at; only blocks of one pass may differ."""
     name, settings = parse_spec(target)
+    # Defaults filled in: "ema:depth=4" and "ema:depth=8,earlier=0.0" look at one pass.
     defaults: dict[str, dict[str, Any]] = {
         "ema": {"earlier": 0.0, "cleanest": False},
         "run": {"path": "", "step": -1, "scale": 30.0},

@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = rounded(gradient, GRADIENT)
-        # the second factor must be laid out column by column, the first row by row
+        # The second factor must be laid out column by column, the first row by row.
         of_x = multiplied(g8, w8.t().contiguous().t(), g_scale, w_scale)  # (M, N) @ (N, K)
         of_weight = multiplied(g8.t().contiguous(), x8.t().contiguous().t(), g_scale, x_scale)  # (N, M) @ (M, K)
         return of_x.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1])
@@ -49,6 +49,7 @@ class _Product(torch.autograd.Function):
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x in 8 bits, and the float32 scale that multiplies it back; the largest number lands on the largest there is."""
+    # A tensor of zeros, as a gradient may be at the start, would divide by zero.
     scale = x.detach().abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
@@ -81,6 +82,7 @@ def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
                 continue
             if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
                 continue
+            # The class changes in place: parameters, hooks and names in state dicts stay those of the plain layer.
             layer.__class__ = Float8Linear
             found.append(f"blocks.{number}.{name}")
     if not found:

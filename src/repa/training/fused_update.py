@@ -32,28 +32,32 @@ class ParameterRow(NamedTuple):
     """None: nothing follows it."""
 
 
-def by_triton(
+def update_by_triton(
     rows: Sequence[ParameterRow], skip: Tensor, grad_scale: Tensor, share: float, *, rate: float, betas: tuple[float, float],
     eps: float, decay: float,
 ) -> None:  # fmt: skip
     """One launch for all rows. Everything that depends on the device's numbers is computed there: nothing waits."""
+    # A skipped step is none: the bias corrections below count the steps that changed a parameter.
     steps = [row.step for row in rows]
     torch._foreach_add_(steps, [1.0 - skip] * len(steps))
     beta1, beta2 = betas
+    # In float64: in the first steps 1 - beta2^t is the difference of two numbers that float32 hardly tells apart.
     done = torch.stack(steps).double()
     of_each = torch.stack([rate / (1 - beta1**done), (1 - beta2**done).rsqrt()], 1).float()  # (rows, 2)
     keep = torch.full_like(skip, 1 - rate * decay)
     of_all = torch.stack([keep, 1 / grad_scale, 1 - skip, torch.full_like(skip, share)])
     tensors = [(row.parameter, row.gradient, row.first, row.second, row.average) for row in rows]
+    # A launch takes no list of tensors, so their addresses are data: one launch then serves hundreds of parameters.
     addresses = torch.tensor([[0 if x is None else x.data_ptr() for x in row] for row in tensors])  # (rows, 5)
     if skip.device.type == "cuda":
         addresses = addresses.pin_memory().to(skip.device, non_blocking=True)
     sizes, owner, start = programs(tuple(row.parameter.numel() for row in rows), skip.device)
-    kernel()[(len(owner),)](
+    update_kernel()[(len(owner),)](
         addresses, sizes, owner, start, of_each, of_all, 1 - beta1, 1 - beta2, beta2, eps, BLOCK=BLOCK
     )
 
 
+# One entry: a run has one list of parameters, whose shapes never change.
 @functools.lru_cache(maxsize=1)
 def programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers of each row; of each program the row that it works on, and where in it it begins."""
@@ -65,7 +69,7 @@ def programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
 
 
 @functools.cache
-def kernel() -> "JITFunction":
+def update_kernel() -> "JITFunction":
     """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
     import triton
     import triton.language as tl

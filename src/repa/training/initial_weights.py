@@ -66,12 +66,14 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     start, own = _read(source, num_heads), objective.model.state_dict()
     _check_sizes(source, start, objective.model, num_heads)
     state = dict(start.state)
+    # Classes of other data mean something else. The null row means the same everywhere, and guidance rests on it.
     if state[LABELS].shape != own[LABELS].shape:
         state[LABELS] = own[LABELS].clone()
         state[LABELS][-1] = start.state[LABELS][-1]
     state |= {name: own[name] for name in POSITIONS if name in own and state[name].shape != own[name].shape}
     objective.model.load_state_dict(state)
     for alignment in objective.terms():
+        # The key holds target and depth: another block's states would not fit a projector that was trained for this one.
         new = start.projectors.get((alignment.config.key, alignment.config.projector))
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:
@@ -97,6 +99,7 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
             raise UserError(
                 f"The target run {run} has the {name} {theirs}, but this run has {own}: both need the same."
             )
+    # Its taps are compared at the same noised images: under another path they would not be what it was trained to see.
     for name in ("objective", "path"):
         if (theirs := getattr(diffusion, name)) != (own := getattr(config.diffusion, name)):
             raise UserError(

@@ -56,9 +56,11 @@ class EncoderFeatures:
             for need in missing
         }
         for name, encoder in self.encoders.items():
-            require_same_encoder(data, name, encoder)  # what is computed goes with what is stored
+            # Patches may be read while attention is computed: both must be by the same weights.
+            require_same_encoder(data, name, encoder)
             if config.precision in HALF:
                 encoder.round_weights(DTYPES[config.precision])
+            # The network in it, not the encoder: what surrounds it copies images to the device and checks their shape.
             if config.compile:
                 encoder.net.compile()
         self.dims = {name: data.features[name].dim for name in self.cached} | {
@@ -82,7 +84,7 @@ class EncoderFeatures:
                 for need in needs
                 if need.encoder not in self.cached
             }
-        # copies made outside are ordinary tensors, which the alignment may save for its backward
+        # Copies made outside are ordinary tensors, which the alignment may save for its backward.
         fresh = {
             need.encoder: _wanted_of(computed[need.encoder], need).map(torch.clone)
             for need in needs
@@ -99,7 +101,8 @@ class EncoderFeatures:
         for batch, features, computed in one_ahead(started) if self.stream else started:
             if computed is not None:
                 torch.cuda.current_stream(self.device).wait_event(computed)
-            if not checked:  # once, as this waits for the device; later the guards skip a step that is not finite
+            # Once, as this waits for the device; later the guards skip a step that is not finite.
+            if not checked:
                 checked = True
                 for name, found in features.items():
                     self._require_finite(name, found)
@@ -123,11 +126,14 @@ class EncoderFeatures:
         if self.stream is None or not self._computes(needs):
             return batch, self(batch, needs), None
         main = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(main)  # the images must have arrived
+        # The images are copied to the device on the main stream, and must have arrived.
+        self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             features = self(batch, needs)
         assert batch.images is not None  # which the encoders just saw
-        batch.images.record_stream(self.stream)  # no memory is reused before the other stream is done with it
+        # The allocator knows the stream that a tensor was made on alone: told of the other, it does not hand its memory out
+        # again before both are done with it.
+        batch.images.record_stream(self.stream)
         for found in features.values():
             for x in (found.patches, found.pooled, *(found.attention or {}).values()):
                 if x is not None:

@@ -52,7 +52,7 @@ class TrainingLog:
         self.since_step = state.step
         self.restart()
         state.seconds += elapsed
-        # every process sees the same averaged gradients, so all stop here or none, without asking each other
+        # Every process sees the same averaged gradients, so all stop here or none, without asking each other.
         if state.guard.stuck(config.max_skipped_steps):
             with dist.together():
                 steps_saved = layout.checkpoint_steps(self.run)
@@ -75,6 +75,7 @@ class TrainingLog:
 def _means(losses: Losses) -> dict[str, float]:
     """Loss and terms, means over the global batch, as Python numbers."""
     names = ["loss", *losses.terms]
+    # Stacked, so that all terms cost one reduction and one wait for the device.
     means = torch.stack([losses.total.mean(), *(term.mean() for term in losses.terms.values())])
     return dict(zip(names, dist.mean_over(means).tolist(), strict=True))
 

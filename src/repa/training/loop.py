@@ -91,9 +91,10 @@ def train(
             )
         autoencoder, loader = _sources(state, data, encoders, texts, device)
         hooks = make_hooks(state.config, autoencoder)
+        # Stored moments need scale and shift alone, and only previews decode.
         if data.has_moments and not hooks:
             autoencoder.release_networks()
-        # TF32 for the float32 products that remain in half precision; fp32 means float32, also after another run in this process
+        # TF32 for the float32 products that remain in half precision. fp32 means float32, also after another run in this process.
         torch.set_float32_matmul_precision("highest" if state.config.precision == "fp32" else "high")
         return _train(state, run, encoders, texts, autoencoder, loader, hooks, progress, say)
 
@@ -103,7 +104,8 @@ def _continued(
 ) -> tuple[TrainState, EncoderFeatures, TextConditions]:
     """The run as its newest checkpoint left it, or at step 0, in a folder that is this run's; every mismatch is reported."""
     begun = dist.on_main(lambda: as_begun(config, run, device))
-    config = begun.applied(config)  # each process keeps its own, so that those that differ are found
+    # Applied to each process's own configuration, so that those that were given another command are found below.
+    config = begun.applied(config)
     with dist.together():
         config = resolve(config, data, device)
         require_equal_parts(config.batch_size, dist.world(), config.accumulate)
@@ -112,10 +114,12 @@ def _continued(
         texts = TextConditions(config, data, device)
         config = texts.completed(with_streams(config, encoders.dims))
         config = config.override(parallel=strategy(config, device))
+    # Built before the folder is claimed: a configuration that no network can be built of must leave no run behind.
     state = build_state(config, encoders.dims, device, is_new_run=is_new, empty_text=texts.empty)
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     state.resume(run)
     require_agreement(run, config, data, state.step)
+    # A complete run is left as it is; else what a kill left half written goes, and snapshots of steps to be done again.
     if state.step < config.num_steps:
         dist.on_main(lambda: layout.tidy(run))
         dist.on_main(lambda: drop_snapshots(run, state.step))
@@ -163,6 +167,7 @@ def _train(
             norms = update(state, groups)
             objective.observe(state.step, losses)
 
+            # A signal reaches one process, and its clock is its own: what they decide together, they ask each other.
             stop = time_is_up = False
             if not dist.active() or state.step % ASK_EVERY == 0:
                 time_is_up = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
@@ -170,6 +175,7 @@ def _train(
                 if config.async_save:
                     writer.settle(device)
             last = state.step == config.num_steps
+            # Row, previews, checkpoint, in this order: a kill in between repeats what it cut short, as nothing claims it was done.
             hooks_due = [hook for hook in hooks if _due(hook.every, state.step) or last]
             save_due = (
                 last or stop or time_is_up or _due(config.save_every, state.step) or _due(config.keep_every, state.step)
@@ -190,6 +196,7 @@ def _train(
             if last or stop:
                 writer.wait()
                 break
+            # Previews and checkpoints take no part in the rate of training.
             if hooks_due or save_due or snapshot_due:
                 training_log.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
@@ -209,7 +216,7 @@ def backward(
     """
     objective, config, device = state.objective, state.config, clean["x"].device
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
-    # what a term reads in addition to the trained network; outside of DDP and torch.compile
+    # What a term reads in addition to the trained network; outside of DDP and torch.compile, which know the trained one alone.
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
     parts = [(clean, condition, features, draws)]
     if config.accumulate > 1:
@@ -223,6 +230,7 @@ def backward(
                 averaged = None if network is None else objective.averaged(network, clean, condition, draws)
                 losses = module(clean, condition, features, draws, weights, averaged)
             state.guard.scaled(losses.total.mean() / config.accumulate).backward()
+        # Detached, or the graphs of all parts would be alive at once.
         found.append(Losses(losses.total.detach(), losses.terms))
     return Losses(
         torch.cat([losses.total for losses in found]),
@@ -247,6 +255,7 @@ def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Te
         moments = autoencoder.encode(batch.images)
     if not autoencoder.stochastic:
         return autoencoder.sample(moments)
+    # Drawn for the global batch, of which each process takes its rows: the number of processes changes nothing.
     num, shape = len(moments), (autoencoder.channels, *moments.shape[2:])
     stream = generator(seed, "posterior", step, device=moments.device)
     noise = torch.randn((dist.world() * num, *shape), generator=stream, device=moments.device)

@@ -81,6 +81,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.denoising_schedule = SCHEDULES.build(denoising_schedule)
+        # Such a schedule stops a term for good, and a run without its denoising loss trains nothing.
         if hasattr(self.denoising_schedule, "watches"):
             raise UserError(
                 f"The denoising loss has no schedule {denoising_schedule!r}, which watches a term: choose warmup."
@@ -127,6 +128,7 @@ class Objective(nn.Module):
         x = clean["x"]
         rows = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
+        # One generator, so the order of the draws is part of what a seed means: further ones come behind.
         stream = generator(self.seed, "objective", step, device=x.device)
         drawn = self.process.draw_times(num, stream, x.device)
         noise = {"x": torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)}
@@ -171,6 +173,7 @@ class Objective(nn.Module):
             return t
         rows, columns = self.model.grid
         second = self.process.draw_times(len(t), stream, t.device)
+        # Ranks of random numbers: exactly the same share of every image, in one call.
         scores = torch.rand((len(t), rows * columns), generator=stream, device=t.device)
         first = scores.argsort(1).argsort(1) < round(self.token_times * rows * columns)  # (N, T)
         return TwoTimes(torch.stack([t, second], 1), ~first)
@@ -189,6 +192,7 @@ class Objective(nn.Module):
 
     def weights(self, step: int, device: torch.device) -> Tensor:
         """(1 + A,): of the denoising losses, and lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
+        # A tensor and no floats: a compiled objective would be compiled again for every new weight of a schedule.
         found = [self.denoising_schedule(step), *(a.weight(step) for a in self.terms())]
         return torch.stack([torch.full((), weight, device=device) for weight in found])
 
@@ -198,6 +202,7 @@ class Objective(nn.Module):
         assert draws.t_averaged is not None  # a term asks for it
         state, time = self._noised(clean, draws.noise, draws.t_averaged), self._network_time(draws.t_averaged)
         target, taps = self.averaging[0], self.averaged_taps
+        # The average sees what the network sees, labels dropped alike; another run's network is asked with all labels.
         if not target.run:
             return network(state, time, self._condition(condition, draws), taps)
         output = network(state, time, condition, taps)
@@ -232,6 +237,7 @@ class Objective(nn.Module):
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
         time = self._network_time(draws.t)
         given, condition = condition, self._condition(condition, draws)
+        # Handed over only where there is one: networks without a route, among them those of others, do not take it.
         path = {} if draws.path_dropped is None else {"path_dropped": draws.path_dropped}
         output = self.model(state, time, condition, self.taps, draws.keep, **path)
 
@@ -245,7 +251,8 @@ class Objective(nn.Module):
         total = of_denoising * total
         seen = Seen(output, features, averaged, clean, draws.t, condition, given, draws.visible or {})
         for alignment, scale in zip(self.terms(), lambdas, strict=True):
-            if not alignment.target.ready(seen):  # its weight is 0 at this step, so nobody asked its encoder
+            # Its weight is 0 at this step, so nobody asked its encoder.
+            if not alignment.target.ready(seen):
                 total = total + alignment.untouched()
                 continue
             loss = alignment(seen)  # (N,), Eq. 8

@@ -20,7 +20,7 @@ from repa.runs.checkpoint import Dealt
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
-# MB of gradients that DDP reduces at once: PyTorch's 25 are 110 reductions for SiT-XL/2, each with its latency
+# MB of gradients that DDP reduces at once: PyTorch's 25 are 110 reductions for SiT-XL/2, each with its latency.
 BUCKET = 200
 
 
@@ -37,16 +37,17 @@ def shard(objective: Objective, averages: list[Backbone], device: torch.device, 
 
     mesh = _mesh(device)
     half = torch.bfloat16 if precision == "bf16" else None
-    # the residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products
+    # The residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
     for block in objective.model.blocks:
-        # gathered once a step: the backward finds the weights of the forward, which in bf16 are the smallest thing there
+        # Gathered once a step: the backward finds the weights of the forward, which in bf16 are the smallest thing there.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for average in averages:  # run only where a term looks at the averaged network, block by block then
+    # An average runs only where a term looks at the averaged network, and then block by block.
+    for average in averages:
         for block in average.blocks:
             fully_shard(block, mesh=mesh)
-        # a root keeps its parameters whole after a forward, for the backward; an average has none, and is updated in parts
+        # A root keeps its parameters whole after a forward, for the backward; an average has none, and is updated in parts.
         fully_shard(average, mesh=mesh, reshard_after_forward=True)
 
 
@@ -66,7 +67,7 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
     module: nn.Module = objective
     if dist.active() and config.parallel == "ddp":
         with warnings.catch_warnings():
-            # newer releases warn of a second name of broadcast_buffers, which older ones do not know
+            # Newer releases warn of a second name of broadcast_buffers, which older ones do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             module = DistributedDataParallel(
                 objective,
@@ -75,7 +76,8 @@ def running(objective: Objective, config: TrainConfig, device: torch.device) -> 
                 broadcast_buffers=False,  # all of them are constants
                 bucket_cap_mb=BUCKET,
             )
-    if config.compile:  # in place, so that names stay
+    # In place, by `compile` of the module and not torch.compile(module): a wrapper would change the names in checkpoints.
+    if config.compile:
         is_sharded = dist.is_sharded(next(objective.parameters()))  # FSDP gathers block by block
         by_block = config.compile_scope == "blocks" or is_sharded
         if by_block:
@@ -98,7 +100,8 @@ def gather_whole(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: b
     """Those of the tensors that are `mine`, whole, on the CPU; all processes must ask for the same; `copy`: never views."""
     out = {}
     for name, tensor in tensors.items():
-        full = dist.full_tensor(tensor.detach())  # one at a time, so that a device never holds the whole network twice
+        # One at a time, so that a device never holds the whole network twice.
+        full = dist.full_tensor(tensor.detach())
         if name in mine:
             out[name] = full.to("cpu", copy=copy)
     return out
@@ -110,6 +113,7 @@ def held_as(dealt: Dealt, like: Tensor) -> Tensor:
     All processes must ask at once.
     """
     value, owner = dealt
+    # Read once and sent, not read by all: a shared file system is slower than the links between processes.
     whole = value.to(like.device) if dist.rank() == owner else torch.empty_like(value, device=like.device)
     if dist.active():
         td.broadcast(whole, owner)

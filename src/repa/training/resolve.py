@@ -42,6 +42,7 @@ def strategy(config: TrainConfig, device: torch.device) -> str:
         return config.parallel
     if device.type != "cuda" or not dist.active() or config.optimizer.name == "muon":
         return "ddp"
+    # The same arithmetic in every process, of the same configuration: none need ask the others.
     cost = model_cost(config.model, token_times=config.diffusion.token_times > 0)
     sides = (1, *mesh_sides(dist.world(), launch.place(strict=False).local_world))[-2:]
     return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
@@ -95,9 +96,8 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
             f"{data.latent_size}: choose a model whose patch divides it, or another --resolution in `repa prepare`."
         )
     sampler, _ = parse_spec(config.preview.sampler)
-    if (
-        config.preview.every or config.preview.scored_every
-    ) and sampler in DDPM_SAMPLERS:  # an impossible number of steps is reported now
+    # An impossible number of steps is reported now and not by the first preview, hours later.
+    if (config.preview.every or config.preview.scored_every) and sampler in DDPM_SAMPLERS:
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     alignments = [term.override(target=_pinned(term.target)) for term in config.alignments]
     encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
@@ -179,7 +179,8 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
             "choose another --out, or give the data it was started with."
         )
-    files.write_json(run / layout.DATA, summary)  # first, so that a folder with a configuration has its data too
+    # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_ours`).
+    files.write_json(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
 
 
@@ -206,6 +207,7 @@ def require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) 
     of_all = dist.gather_objects({name: hashlib.sha256(text.encode()).hexdigest() for name, text in mine.items()})
     different = [name for name in mine if len({each[name] for each in of_all}) > 1]
     if different:
+        # All know of the difference by the hashes, so all come to this second gathering.
         steps = ", ".join(map(str, dist.gather_objects(step)))
         raise dist.SharedError(
             f"The processes disagree about {', '.join(different)} (their steps: {steps}): give all of them the same command, and "

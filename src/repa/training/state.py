@@ -26,7 +26,7 @@ from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
 from repa.training.parallel import gather_whole, held_as, load, shard
-from repa.training.update import EMA, Guard, MuonAdamW, adamw, constant, power
+from repa.training.update import EMA, Guard, MuonAdamW, adamw, exponential, power_function
 
 
 @dataclass
@@ -78,6 +78,7 @@ class TrainState:
     def keep_snapshot(self, run: Path) -> None:
         """The averages of ema_widths as they are now, for `repa ema`; every process must ask."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        # Of what is trained alone: `repa ema` takes the rest, such as positions, from a checkpoint.
         averages = {}
         for width in self.config.ema_widths:
             average = self.averages[weights_name(width)].model
@@ -99,6 +100,7 @@ class TrainState:
                 f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
             )
         folder = layout.checkpoint_folder(run, step)
+        # Whole by their checksums, the tensors can only be of another configuration: an error here is the folder's.
         with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
             load(self.model, files[layout.MODEL_FILE])
             load(self.ema.model, files[layout.EMA_FILE])
@@ -134,6 +136,9 @@ def build_state(
     Network and projectors are initialised from streams of their own: a run with another alignment, or none, starts from
     the same network.
     """
+    # The order below matters: initial weights, then LoRA, then the averages, which copy both; after them what changes how the
+    # network computes and not what it is; sharding next to last, as what is sharded cannot be copied; last the optimizer, which
+    # must hold the parameters that sharding has put in place.
     with seeded(config.seed, "model"):
         model = build(config.model)
     model.checkpoint_activations = config.checkpoint_activations
@@ -158,11 +163,15 @@ def build_state(
     if config.lora.rank:
         with seeded(config.seed, "lora"):
             use_lora(objective.model, config.lora.rank)
-    ema, averages = EMA(objective.model, constant(config.ema_decay)), build_averages(objective.model, config)
+    ema = EMA(objective.model, exponential(config.ema_decay))
+    shares_of = {f"ema-{decay:g}": exponential(decay) for decay in config.ema_decays}
+    shares_of |= {weights_name(width): power_function(width) for width in config.ema_widths}
+    averages = {name: EMA(objective.model, share) for name, share in shares_of.items()}
     fused = [block.fuse_norm() for block in model.blocks if config.fused_norm and isinstance(block, Block)]
     if config.fused_norm and not any(fused):
         raise UserError("fused_norm is for blocks with LayerNorm and adaLN, and this network has none: leave it out.")
-    if config.fp8:  # not the averages, which are sampled from
+    # Not the averages: they are sampled from, in the precision of the sampler.
+    if config.fp8:
         use_fp8(objective.model, config.precision, device)
     if config.parallel == "fsdp" and dist.active():
         shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
@@ -187,13 +196,6 @@ def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Op
     return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
 
 
-def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
-    """The averages that a configuration asks for in addition to the first, by the names of their files."""
-    shares = {f"ema-{decay:g}": constant(decay) for decay in config.ema_decays}
-    shares |= {weights_name(width): power(width) for width in config.ema_widths}
-    return {name: EMA(model, share) for name, share in shares.items()}
-
-
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """An optimizer's tensors by the parameters they belong to, "PARAMETER/WHAT"; its settings are the configuration's."""
     return {
@@ -210,6 +212,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved:
     for key, value in saved.items():
         name, _, what = key.rpartition("/")
         tensors.setdefault(name, {})[what] = value
+    # load_state_dict knows parameters by their number alone, in the order of the groups.
     order = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {what: held_as(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -19,14 +19,14 @@ from repa.base.errors import UserError
 from repa.models.contract import Backbone
 from repa.runs.averaging import gamma_of
 from repa.training.config import OptimizerConfig
-from repa.training.fused_update import ParameterRow, by_triton
+from repa.training.fused_update import ParameterRow, update_by_triton
 
 if TYPE_CHECKING:
     from repa.training.state import TrainState
 
 SPIKE = 10.0  # times the running median
 REMEMBERED, ENOUGH = 100, 10  # rows of the median; rows before it says anything
-# the rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
+# The rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -38,6 +38,8 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
 
     Where a norm is not finite nothing changes but its count.
     """
+    # The loss scale comes out before anything looks at the size of gradients; the guard judges the norms that clipping found
+    # anyway; and the averages follow last, by the weights of this step.
     settings = state.config.optimizer
     state.guard.unscale(state.objective.parameters())
     norms = clip(state.optimizer, groups, settings.max_grad_norm)
@@ -50,6 +52,7 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
     else:
         step_unless(skip, state.optimizer)
         state.ema.update(state.step, skip)
+    # None and not zeros: the next backward writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
     for average in state.averages.values():
         average.update(state.step, skip)
@@ -68,7 +71,8 @@ class Guard:
 
     def __init__(self, precision: str, device: torch.device):
         self.scales = precision == "fp16"
-        # skipped steps in all and in a row; largest finite norm since the last row; loss scale and good steps since it changed
+        # On the device, as what is decided on them: skipped steps in all and in a row, the largest finite norm since the last
+        # row, good steps since the loss scale changed, and that scale.
         self.skipped, self.in_row, self.largest, self.good = (torch.zeros((), device=device) for _ in range(4))
         self.scale = torch.full((), FIRST_SCALE if self.scales else 1.0, device=device)
         self._reported = 0.0
@@ -83,7 +87,8 @@ class Guard:
         """Take the loss scale out of the gradients, before they are clipped."""
         if self.scales:
             gradients = [local(p.grad) for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self.scale)  # exact: the scale is a power of two
+            # Exact, because the scale is a power of two.
+            torch._foreach_mul_(gradients, 1.0 / self.scale)
 
     @torch.no_grad()
     def check(self, norms: Sequence[Tensor]) -> Tensor:
@@ -91,6 +96,7 @@ class Guard:
         finite = torch.isfinite(torch.stack(list(norms)))
         skip = 1.0 - finite.all().float()
         self.skipped = self.skipped + skip
+        # Arithmetic in place of branches: a branch would wait for the device in every step.
         self.in_row = (self.in_row + 1.0) * skip
         self.largest = torch.where(finite[0], torch.maximum(self.largest, norms[0]), self.largest)
         if self.scales:
@@ -163,6 +169,7 @@ def clip(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Paramete
     """
     if len(groups) > 1 or not isinstance(optimizer, torch.optim.AdamW):
         return [dist.full_tensor(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
+    # Sharded gradients give a sharded norm, which is whole only once all processes have added their parts.
     norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
     vars(optimizer)["grad_scale"] = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
     return [norm]
@@ -204,7 +211,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
         muon, adamw = self.param_groups
         skip: Tensor | None = getattr(self, "found_inf", None)
-        # set again, because load_state_dict replaces them
+        # Set again in each step, because load_state_dict replaces them.
         self.adamw.state, self.adamw.param_groups = self.state, [adamw]
         vars(self.adamw)["found_inf"] = skip
         self.adamw.step()
@@ -217,8 +224,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momentum = self.state[p]["momentum_buffer"]
+        # In a skipped step the momentum is averaged with itself: multiplied by 0, a gradient that is NaN would stay NaN.
         if skip is not None:
-            grad = torch.where(skip > 0, momentum, grad)  # its own mean with itself
+            grad = torch.where(skip > 0, momentum, grad)
         momentum.lerp_(grad, 1 - self.MOMENTUM)
         direction = orthogonalised(grad.lerp(momentum, self.MOMENTUM), self.dtype)
         moved = (p * (1 - rate * decay)).add_(direction, alpha=-rate * (0.2 * math.sqrt(max(p.shape))))
@@ -227,8 +235,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix with its singular values put near 1, between about 0.7 and 1.2: five Newton-Schulz steps, as Muon takes them."""
+    # The Gram matrix of the shorter side is the smaller one.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
+    # The iteration converges for singular values up to 1, and the largest is at most the Frobenius norm.
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -241,9 +251,10 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
     Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
     """
-    vars(optimizer)["found_inf"] = skip  # the protocol of torch.amp.GradScaler with fused optimizers
+    # The protocol between torch.amp.GradScaler and fused optimizers: attributes, which serve one step and are no state.
+    vars(optimizer)["found_inf"] = skip
     optimizer.step()
-    for name in ("found_inf", "grad_scale"):  # no part of its state
+    for name in ("found_inf", "grad_scale"):
         vars(optimizer).pop(name, None)
 
 
@@ -263,12 +274,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def constant(decay: float) -> AverageShare:
+def exponential(decay: float) -> AverageShare:
     """An exponential moving average: 1 - decay at every step."""
     return lambda t: 1.0 - decay
 
 
-def power(width: float) -> AverageShare:
+def power_function(width: float) -> AverageShare:
     """1 - beta(t) with beta(t) = (1 - 1/t)^(gamma + 1): the profile t^gamma of relative width `width` (EDM2, arXiv 2312.02696)."""
     exponent = gamma_of(width) + 1.0
     return lambda t: 1.0 - (1.0 - 1.0 / t) ** exponent
@@ -293,7 +304,8 @@ class EMA:
     def update(self, t: int, skip: Tensor) -> None:
         """Follow the weights after step t. Nothing changes, bit for bit, where `skip` (a float on the device) is 1."""
         averages, followed = ([local(p) for p in side] for side in self.pairs)
-        share = self.share(t) * (1.0 - skip)  # a tensor, so that nothing waits for `skip`; CUDA then runs a kernel each
+        # A tensor, so that nothing waits for `skip`; the price on CUDA is a kernel for each parameter.
+        share = self.share(t) * (1.0 - skip)
         torch._foreach_lerp_(averages, followed, [share] * len(averages))
 
 
@@ -305,9 +317,9 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
     """
     (group,) = optimizer.param_groups
     averages = dict(zip(*reversed(ema.pairs), strict=True))
-    whole = all(p.grad is not None and optimizer.state[p] for p in group["params"]) and averages.keys() <= {
-        *group["params"]
-    }
+    has_all = all(p.grad is not None and optimizer.state[p] for p in group["params"])
+    # What is averaged and not optimised would be left behind by the kernel, which goes through the optimizer's parameters.
+    whole = has_all and averages.keys() <= {*group["params"]}
     if skip.device.type != "cuda" or not whole:
         step_unless(skip, optimizer)
         ema.update(t, skip)
@@ -319,7 +331,7 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
         weight, gradient, first, second, step = map(local, parts)
         rows.append(ParameterRow(weight, gradient, first, second, step, None if average is None else local(average)))
     scale = vars(optimizer).pop("grad_scale", torch.ones_like(skip))
-    by_triton(
+    update_by_triton(
         rows, skip, scale, ema.share(t), rate=group["lr"], betas=group["betas"], eps=group["eps"],
         decay=group["weight_decay"],
     )  # fmt: skip
