@@ -1,3 +1,4 @@
+import sys
 import textwrap
 
 import pytest
@@ -42,6 +43,27 @@ def test_a_setting_that_must_be_given_is_asked_for_when_the_configuration_is_rea
     for read in (registry.check, registry.build):
         with pytest.raises(UserError, match="block:depth="):
             read("block")
+
+
+class Scaled:
+    def __init__(self, factor, *, offset=0.0, **others):
+        self.factor, self.offset = factor, offset
+
+    def __call__(self, x):
+        return self.factor * x + self.offset
+
+
+def test_settings_of_classes_are_checked_before_they_are_called(monkeypatch):
+    """A table's and private ones alike: Python's own TypeError would be a traceback."""
+    monkeypatch.setitem(sys.modules, "mylab", sys.modules[__name__])
+    monkeypatch.setattr(Scaled, "__module__", "mylab")
+    for table, name in ((Registry("thing", {"scaled": f"{__name__}:Scaled"}), "scaled"),
+                        (Registry("thing", {}, base="callable"), "mylab.Scaled")):  # fmt: skip
+        assert table.build(f"{name}:factor=2,offset=1")(3) == 7
+        with pytest.raises(UserError, match="needs factor"):
+            table.build(name)
+        with pytest.raises(UserError, match="no setting 'ofset'"):
+            table.build(f"{name}:factor=2,ofset=1")
 
 
 def test_private_code_by_dotted_name():

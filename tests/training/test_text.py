@@ -139,14 +139,14 @@ def test_previews_are_of_captions_and_the_report_shows_them(captioned_data, conf
     preview = config.preview.override(every=3, num_images=4, num_steps=2, num_scored=6, features="tiny")
     run, data = tmp_path / "run", open_data(captioned_data / "stored")
     start(config.override(preview=preview), data.folder, run, make_hooks=preview_hooks(run, data, CPU))
-    prompts = json.loads(layout.preview_prompts(run).read_text())
+    prompts = json.loads(layout.prompts_file(run).read_text())
     assert prompts == [next(iter(texts), "") for texts in data.captions([0, 7, 15, 23])]
     page = write_report([run], tmp_path / "page.html").read_text()
     assert page.count("<figcaption>a dark picture</figcaption>") == 3
-    layout.preview_prompts(run).write_text('["<b>bold", "' + 1000 * "x" + '"]')
+    layout.prompts_file(run).write_text('["<b>bold", "' + 1000 * "x" + '"]')
     page = write_report([run], tmp_path / "page.html").read_text()
     assert "<figcaption>&lt;b&gt;bold</figcaption>" in page
     assert 301 * "x" not in page
-    layout.preview_prompts(run).write_text("{}")
+    layout.prompts_file(run).write_text("{}")
     with pytest.raises(UserError, match=r"prompts\.json"):
         write_report([run], tmp_path / "page.html")

@@ -49,4 +49,4 @@ def _steps_of(run: Path, asked: Sequence[int], most: int) -> Sequence[int]:
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
     if missing := [step for step in asked if step not in steps]:
         raise UserError(f"{run} has no checkpoint of step {missing[0]}: there are {', '.join(map(str, steps))}.")
-    return asked or layout.evenly(steps, most)
+    return asked or layout.evenly_spaced(steps, most)

@@ -21,6 +21,7 @@ def load_npz(
         UserError: missing, damaged, holding Python objects, or unpacking to more than `limit` bytes.
     """
     with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
+        # Sizes are in the zip's directory: a bomb is refused before anything of it is unpacked.
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
         if (size := sum(member.file_size for member in members)) > limit:

@@ -68,7 +68,8 @@ class _Loader(yaml.SafeLoader):
     """YAML without its surprises: a key given twice and an alias are refused, and an integer is decimal or refused."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+        # A few lines of aliases to aliases can stand for gigabytes.
+        if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line + 1
             raise yaml.YAMLError(f"line {line}: write the value out instead of the alias")
         return super().compose_node(parent, index)
@@ -89,6 +90,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody means here; thousands of digits would take quadratic time.
     text = node.value
     if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
         line = node.start_mark.line + 1

@@ -19,6 +19,7 @@ def synchronise(device: torch.device) -> None:
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds until what `run` asked of the device is done."""
+    # What was asked of the device before must not be counted as time of this.
     synchronise(device)
     begin = time.perf_counter()
     run()
@@ -51,7 +52,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process held at most: of the device's memory on CUDA, of the machine's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # absent on Windows, where nothing here is tested
+    # Absent on Windows, where the rest of the package may be imported.
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
-# of collectives of tensors, to which processes come together; what may take longer goes through a `Mailbox`
+# Of collectives of tensors, to which processes come together; what may take longer goes through a `Mailbox`.
 TIMEOUT = timedelta(minutes=15)
 _mailbox: Mailbox | None = None
 Value = TypeVar("Value")
@@ -54,8 +54,8 @@ def setup() -> torch.device:
     """Join the process group (NCCL, or gloo) when torchrun started several processes; returns this process's device."""
     device = own_device()
     if launch.place().world > 1 and not td.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics are reduced on the CPU
-        _join(backend)
+        # Gloo beside NCCL: statistics of samples are float64 on the CPU, and are reduced there.
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -74,6 +74,7 @@ def _join(backend: str) -> None:
     note.start()
     deadline = time.monotonic() + 60 * minutes
     try:
+        # Presence is noted in the store before init_process_group, which waits without saying for whom.
         store, rank, world = next(td.rendezvous("env://", here.rank, here.world, timeout=timedelta(minutes=minutes)))
         store = td.PrefixStore("repa", store)
         store.set(f"here/{rank}", "1")
@@ -91,7 +92,7 @@ def _join(backend: str) -> None:
         ) from error
     finally:
         note.cancel()
-    # gloo connects processes when they first talk, not each with each at the start; on CUDA it serves statistics alone
+    # Gloo connects processes when they first talk, not each with each at the start; on CUDA it serves statistics alone.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
@@ -108,7 +109,8 @@ def teardown() -> None:
     global _mailbox
     if td.is_available() and td.is_initialized():
         gc.collect()
-        barrier()  # however late one is; then all at once, as the store ends with the main process
+        # First however late one is; then, by the group's own barrier, all at once, as the store ends with the main process.
+        barrier()
         td.barrier()
         td.destroy_process_group()
         _mailbox = None
@@ -158,7 +160,8 @@ def mean_over(x: Tensor) -> Tensor:
 
 def is_sharded(x: Tensor) -> TypeGuard["DTensor"]:
     """Whether each process holds a part of this tensor."""
-    return hasattr(x, "full_tensor")  # to import DTensor takes a second, which a command in one process need not wait
+    # By its method: to import DTensor takes a second, which a command in one process need not wait.
+    return hasattr(x, "full_tensor")
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -181,6 +184,7 @@ class _GatherWithGradient(torch.autograd.Function):
         ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
         return gather(x)
 
+    # Every process computes a loss of all rows, so a row's gradient is the sum of what all of them ask of it.
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return sum_over(gradient.contiguous())[ctx.rows]
@@ -205,6 +209,7 @@ def on_main(function: Callable[[], Value]) -> Value:
     """What `function` returns in the main process, on every process. Its UserError is raised by all: none waits for ever."""
     if not active():
         return function()
+    # A bug of repa is raised by the main process alone, with its traceback; the others end when the launcher ends them.
     value = sentence = None
     if is_main():
         try:
@@ -219,7 +224,7 @@ def on_main(function: Callable[[], Value]) -> Value:
 
 
 @contextlib.contextmanager
-def alone(target: Path, doing: str) -> Iterator[None]:
+def locked(target: Path, doing: str) -> Iterator[None]:
     """`lock.alone`, held by the main process for all; a refusal is raised by all."""
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(lock.alone(target, doing)))

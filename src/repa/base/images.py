@@ -12,11 +12,11 @@ from torch import Tensor
 from repa.base import files
 from repa.base.errors import UserError
 
-# None of these hands a file to another program, as EPS does to Ghostscript; which a Pillow has depends on its build
+# None of these hands a file to another program, as EPS does to Ghostscript; which a Pillow has depends on its build.
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "SGI", "QOI",
 )  # fmt: skip
-# Programs that make pictures write long texts into the file, compressed; Pillow's limit of 1 MiB would refuse the pictures
+# Programs that make pictures write long texts into the file, compressed; Pillow's limit of 1 MiB would refuse the pictures.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
@@ -41,7 +41,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         image = open_image(io.BytesIO(data))
-        if image.width * image.height <= MAX_PIXELS:  # known from the header, before anything is decoded
+        # Known from the header, before anything is decoded.
+        if image.width * image.height <= MAX_PIXELS:
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             image.load()
             return _to_rgb(_upright(image), sixteen)
@@ -49,9 +50,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         pass  # refused below
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is not a readable image: its bytes are of no known format.") from None
-    except (
-        Exception
-    ) as error:  # Pillow answers damaged bytes with OSError, SyntaxError, ValueError, struct.error, KeyError, ...
+    # Pillow answers damaged bytes with OSError, SyntaxError, ValueError, struct.error, KeyError, ...
+    except Exception as error:
         raise UserError(f"{name} is not a readable image: {error or type(error).__name__}.") from error
     raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels, which is refused: shrink it or remove it.")
 
@@ -73,9 +73,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
     if sixteen:
         pixels = np.asarray(image)
-        bits = (
-            12 if pixels.max() < 1 << 12 else 16
-        )  # no file says so; as 16 bits a picture would lie in the lowest 16 of 256 levels
+        # No file says that it has 12 bits; read as 16 a picture would lie in the lowest 16 of 256 levels.
+        bits = 12 if pixels.max() < 1 << 12 else 16
         return Image.fromarray((pixels >> bits - 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(
@@ -97,9 +96,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(
-            source
-        ):  # most cameras: nothing to do, and not a grey level changes
+        # Of most cameras: nothing to do, and not a grey level changes.
+        if "sRGB" in ImageCms.getProfileDescription(source):
             return image.convert("RGB")
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
         assert converted is not None  # as it is not in place
@@ -110,6 +108,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The crop of ADM, DiT, SiT and REPA: halve by box filter, bicubic to the short side, cut the middle."""
+    # ADM's code does by hand what Pillow's reducing_gap does now. Other steps give other pixels, and references are of these.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -135,7 +134,8 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> np.nda
         columns: images in a row; about a square when None.
         padding: white pixels between images, none at the rim.
     """
-    _require_uint8(images, 4)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"Images are uint8 (N, 3, H, W), but got {images.dtype} {tuple(images.shape)}.")
     num, channels, height, width = images.shape
     columns = min(columns or int(np.ceil(np.sqrt(num))), num)
     rows = -(-num // columns)
@@ -156,9 +156,3 @@ def encode_png(image: np.ndarray) -> bytes:
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write uint8 (H, W, 3) as a PNG file, whole or not at all."""
     files.write_bytes(path, encode_png(image))
-
-
-def _require_uint8(images: Tensor, ndim: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != ndim or images.shape[-3] != 3:
-        wanted = "(N, 3, H, W)" if ndim == 4 else "(3, H, W)"
-        raise ValueError(f"Images are uint8 {wanted}, but got {images.dtype} {tuple(images.shape)}.")

@@ -14,7 +14,7 @@ from repa.base.errors import UserError
 JOIN = "REPA_JOIN_MINUTES"  # environment variable: how long processes wait for each other at the start
 JOIN_MINUTES = 10.0
 PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
-# of glibc's malloc.h, and the largest threshold in bytes that glibc takes
+# Of glibc's malloc.h, and the largest threshold in bytes that glibc takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 32 * 2**20
 NEVER = 2**31 - 1
@@ -94,13 +94,16 @@ def die_with_parent(parent: int, _: object = None) -> None:
     """End this worker when the process `parent` that started it ends, however that ends; called first in each worker."""
     import multiprocessing
 
-    if sys.platform == "linux" and os.getppid() == parent:  # a fork server may stand between, whose end says nothing
+    # The kernel's signal tells of the direct parent alone. A fork server may stand between, whose end says nothing: for that,
+    # and for other systems, a thread watches the pipe below.
+    if sys.platform == "linux" and os.getppid() == parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         above = multiprocessing.parent_process()
         assert above is not None  # this process was started by another
-        above.join()  # a pipe that closes with it, also when that was before this line
+        # A pipe that closes with it: seen also when it ended before this line.
+        above.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -113,6 +116,7 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
 
     def remember(number: int, _: object) -> None:
         caught.append(signal.Signals(number))
+        # The first asks to stop after this step; a second one is meant now.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:

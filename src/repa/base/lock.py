@@ -22,7 +22,7 @@ TRIES = 20  # to share a lock, in a second
 def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     """Lock a file; None when another process has it. `release` gives it back, and so does the end of the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # taken by one thread, given back by another; a soft lock, a file that is there or not, would outlive a killed holder
+    # Taken by one thread, given back by another; a soft lock, a file that is there or not, would outlive a killed holder.
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=-1 if wait else 0)
@@ -82,11 +82,12 @@ def alone(target: Path, doing: str) -> Iterator[None]:
     place = Path(os.path.abspath(target))  # "." has no name
     files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
     try:
-        with contextlib.suppress(OSError):  # a record for others; the lock holds without it
+        # A record for others; the lock holds without it, on a full disk too.
+        with contextlib.suppress(OSError):
             path.write_text(json.dumps(_record(doing)), encoding="utf-8")
         yield
     finally:
-        # removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again
+        # Removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again.
         with contextlib.suppress(OSError):
             path.unlink()
         release(lock)
@@ -120,7 +121,8 @@ def shared(target: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while others share it
+            # The last one removes the file: to lock it alone fails while others share it.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         os.close(handle)
 
@@ -141,7 +143,8 @@ def _share(path: Path) -> int | None:
                 raise
             time.sleep(1 / TRIES)
             continue
-        if os.fstat(handle).st_nlink:  # else the last holder has just removed it
+        # Opened and then removed by the last holder: a lock on a file without a name would keep nobody out.
+        if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)
     return None

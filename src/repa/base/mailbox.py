@@ -43,6 +43,7 @@ class Mailbox:
             return value
         self.store.wait([key], self.patience)
         found = pickle.loads(self.store.get(key))  # of a process of this run
+        # Counted, so that the main process waits for one key and not for one of every process.
         if self.store.add(read, 1) == self.world - 1:
             self.store.set(done, "")
         return found

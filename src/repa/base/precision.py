@@ -9,6 +9,8 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = ("bf16", "fp16")  # precisions whose matrix products are autocast; weights, norms and losses stay float32
+WORTH = 1.25  # times as fast that products in bf16 must be on a CPU: casts take some of it back
+SIDE, REPEATS = 512, 5  # of the matrices that are multiplied to see it; the best of so many
 
 
 class Float32Default(contextlib.ContextDecorator):
@@ -25,12 +27,9 @@ class Float32Default(contextlib.ContextDecorator):
         return Float32Default()
 
 
-WORTH = 1.25  # times as fast that products in bf16 must be on a CPU: casts take some of it back
-SIDE, REPEATS = 512, 5  # of the matrices that are multiplied to see it; the best of so many
-
-
 def best_precision(device: torch.device) -> str:
     """ "bf16" where products are faster in it, else "fp32": on CUDA by what the hardware says, on a CPU by trying."""
+    # Emulated bf16, which older GPUs offer, is slower than float32.
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
@@ -43,7 +42,8 @@ def product_seconds(dtype: torch.dtype) -> float:
     """Of processor time, for a square product on the CPU: what other programs do meanwhile does not count. Once a process."""
     x, found = torch.ones(SIDE, SIDE, device="cpu").to(dtype), []
     with no_autocast(x.device), torch.no_grad():
-        for _ in range(REPEATS + 1):  # the first prepares the kernel
+        # The first one prepares the kernel, and is not counted.
+        for _ in range(REPEATS + 1):
             begin = time.process_time()
             x @ x
             found.append(time.process_time() - begin)

@@ -111,13 +111,11 @@ class Registry:
 
     def build(self, spec: str) -> Any:
         """The object a spec names: a function with its settings bound, or an instance of a class."""
-        name, settings = parse_spec(spec)
+        _, settings = parse_spec(spec)
         component = self.load(spec)
+        self._check_settings(spec, settings, *_settings_of(component))
         if inspect.isclass(component):
-            if name not in self.table:
-                self._check_settings(spec, settings, set(inspect.signature(component).parameters), set())
             return component(**settings)
-        self._check_settings(spec, settings, *_keyword_only(component))
         return functools.partial(component, **settings) if settings else component
 
     def load(self, spec: str) -> Any:
@@ -192,27 +190,29 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
         raise UserError(f"{error} Also allowed: {one_of(others)}.{nearest(text, also)}") from None
 
 
-def _keyword_only(function: Any) -> tuple[set[str], set[str]]:
-    """What a spec may set, and what it must: positional arguments are given by the caller."""
-    parameters = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+def _settings_of(component: Any) -> tuple[set[str], set[str]]:
+    """What a spec may set of an imported function or class, and what it must."""
+    # What is positional of a function is given by its caller; of a class nothing is, as the registry itself builds it.
+    kinds = [inspect.Parameter.KEYWORD_ONLY, *[inspect.Parameter.POSITIONAL_OR_KEYWORD] * inspect.isclass(component)]
+    parameters = [p for p in inspect.signature(component).parameters.values() if p.kind in kinds]
     return {p.name for p in parameters}, {p.name for p in parameters if p.default is inspect.Parameter.empty}
 
 
+# From the source and not by inspect.signature, which needs the module and with it torch: a configuration is checked before that.
 @functools.cache
 def _keyword_settings(target: str) -> tuple[set[str], set[str]]:
-    """Names of the keyword settings of `module:attr`, read from its source: a configuration is checked without importing torch."""
+    """`_settings_of` what a table names as `module:attr`, read without an import."""
     node = _definition(target)
+    if isinstance(node, ast.ClassDef):
+        init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+        node = init[0] if init else node
+    named: dict[str, ast.expr | None]
     if isinstance(node, ast.FunctionDef):
-        return _settings_of(node)
-    init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-    # a dataclass has no written __init__
-    fields = {
-        f.target.id: f.value for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
-    }
-    own = set(fields), {name for name, default in fields.items() if default is None}
-    return _settings_of(init[0]) if init else own
+        named = {a.arg: default for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)}
+    else:  # a dataclass has no written __init__
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+        named = {f.target.id: f.value for f in fields if isinstance(f.target, ast.Name)}
+    return set(named), {name for name, default in named.items() if default is None}
 
 
 def _definition(target: str) -> ast.ClassDef | ast.FunctionDef:
@@ -224,10 +224,3 @@ def _definition(target: str) -> ast.ClassDef | ast.FunctionDef:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == attr:
             return node
     raise AssertionError(f"registry points to {target}, which does not exist")
-
-
-def _settings_of(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
-    """Keyword-only arguments, and those without a default: what is positional is given by the caller, not by a spec string."""
-    each = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    required = {argument.arg for argument, default in each if default is None}
-    return {argument.arg for argument in function.args.kwonlyargs}, required

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+WORD = 0xFFFFFFFF  # the lower 32 bits of an int64
+
 
 def fold(seed: int, *keys: int | str) -> int:
     """A 63-bit seed for the stream named by `keys`; distinct keys give independent streams."""
@@ -33,7 +35,8 @@ class SampleStreams:
 
     def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._on = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
+        # Apple's GPUs have no float64, in which normal numbers are computed.
+        self._on = torch.device("cpu") if self.device.type == "mps" else self.device
         keys = torch.tensor([fold(seed, "sample", int(index)) for index in indices], dtype=torch.int64)
         self._keys = keys.to(self._on)[:, None]  # (N, 1)
         self._draws = 0
@@ -62,25 +65,25 @@ class SampleStreams:
         return philox((place, draw, zero, zero), (self._keys & WORD, self._keys >> 32 & WORD))
 
 
-WORD = 0xFFFFFFFF
-
-
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
     """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four words of a counter, two of a key.
 
     All are int64 that hold 32-bit words without a sign; so are the four words that come back.
     """
     (a, b, c, d), (k, m) = counter, key
+    # Multipliers and increments are the paper's. Products of int64 wrap as those of unsigned 64 bits, which torch lacks: the sign
+    # bit is a bit like the others.
     for i in range(rounds):
         if i:
             k, m = k + 0x9E3779B9 & WORD, m + 0xBB67AE85 & WORD
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # 64 bits, whose sign bit is a bit like the others
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
         a, b, c, d = (q >> 32 & WORD) ^ b ^ k, q & WORD, (p >> 32 & WORD) ^ d ^ m, p & WORD
     return a, b, c, d
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two words of 32 bits -> two standard normal numbers, float32 computed in float64; none is beyond 6.7."""
+    # Plus 1, so that the logarithm is never of 0.
     radius = (-2 * torch.log((a.double() + 1) * 2.0**-32)).sqrt_()
     angle = b.double() * (2.0**-31 * math.pi)
     return (radius * angle.cos()).float(), (radius * angle.sin()).float()

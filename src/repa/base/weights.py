@@ -67,6 +67,7 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
             _check_records(archive, path, remedy)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
+        # Mapped: what is not used of a training checkpoint, such as its optimizer, is never read into memory.
         return _unpickled(path, mmap=True)
 
 
@@ -158,7 +159,8 @@ def _tensors_of(archive: zipfile.ZipFile) -> Iterator[tuple[str, Stored]]:
             yield name, value
             continue
         inside = value.state if isinstance(value, Inert) else value
-        if isinstance(inside, dict) and id(inside) not in seen:  # a tree of strangers may contain itself
+        # A tree of strangers may contain itself.
+        if isinstance(inside, dict) and id(inside) not in seen:
             seen.add(id(inside))
             waiting += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(inside.items())]
 

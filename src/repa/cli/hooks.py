@@ -187,7 +187,7 @@ def _save(
         return
     images = torch.stack([image for _, image in sorted(rows, key=lambda row: row[0])])
     if prompts:
-        files.write_json(layout.preview_prompts(run), prompts.texts_of(range(len(images))))
+        files.write_json(layout.prompts_file(run), prompts.texts_of(range(len(images))))
     with files.atomic_path(layout.preview(run, step, ".npz")) as temporary, open(temporary, "wb") as file:
         labels = {"labels": np.resize(np.array(classes, np.int64), len(images))} if classes else {}
         np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)  # type: ignore[arg-type]  # no allow_pickle

@@ -190,7 +190,7 @@ def preview_classes(run: RunRecord, step: int) -> list[str]:
 
 def preview_prompts(run: RunRecord) -> list[str]:
     """The prompts that the samples of every step are of; none of a run without prompts."""
-    path = layout.preview_prompts(run.path)
+    path = layout.prompts_file(run.path)
     texts = files.read_json(path) if path.is_file() else []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path} is damaged: it must hold a list of texts. Remove it.")
@@ -199,7 +199,7 @@ def preview_prompts(run: RunRecord) -> list[str]:
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
     """The steps of the sample grid: at most 6, evenly chosen from all that have previews, first and last among them."""
-    return layout.evenly(sorted({step for run in runs for step in layout.preview_steps(run.path)}), MOST_COLUMNS)
+    return layout.evenly_spaced(sorted({step for run in runs for step in layout.preview_steps(run.path)}), MOST_COLUMNS)
 
 
 def has_preview(run: RunRecord, step: int) -> bool:

@@ -121,7 +121,7 @@ def _table(
     for number, group in enumerate(groups):
         mine = _lines_of(group, number, protocol, accuracies)
         if thin and len(mine) > MOST_STEPS:
-            mine, is_thinned = layout.evenly(mine, MOST_STEPS), True
+            mine, is_thinned = layout.evenly_spaced(mine, MOST_STEPS), True
         lines += mine
         if mine:
             lines += _of_paper(group, number, protocol)

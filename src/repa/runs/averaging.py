@@ -45,7 +45,8 @@ def mixture(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
     """Coefficients (S,) that make the stored profiles come closest to the wanted one in the least squares."""
     products = np.array([[inner(a, b) for b in stored] for a in stored])
     target = np.array([inner(a, wanted) for a in stored])
-    scale = 1.0 / np.sqrt(np.diag(products))  # profiles of length 1: the steps span decades
+    # Profiles of length 1: the steps span decades, and so would the entries of the matrix.
+    scale = 1.0 / np.sqrt(np.diag(products))
     solution = np.linalg.lstsq(products * np.outer(scale, scale), target * scale, rcond=None)[0]
     return solution * scale
 
@@ -67,7 +68,7 @@ def drop_snapshots(run: Path, step: int) -> None:
     for later in layout.snapshot_steps(run):
         if later > step:
             folder = layout.snapshot_folder(run, later)
-            # out of the way first; what somebody has open on NFS cannot go, and the next snapshot tries again
+            # Out of the way first; what somebody has open on NFS cannot go, and the next snapshot tries again.
             hidden = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
             folder.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
@@ -93,6 +94,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
         raise UserError(f"{run} has no snapshot of step {step}: there are {', '.join(map(str, steps))}.")
     paths = [path for s in steps if s <= step for path in sorted(layout.snapshot_folder(run, s).glob("*.safetensors"))]
     profiles = [(float(path.parent.name), gamma_of(float(path.stem.rpartition("-")[2]))) for path in paths]
+    # Coefficients of neighbouring snapshots are large and of opposite signs: float64, or their sum would lose digits.
     total: dict[str, Tensor] = {}
     for path, share in zip(paths, mixture(profiles, (float(step), gamma_of(width))), strict=True):
         for name, value in load_checked(path, f"Remove {path.parent} to average without it.").items():
@@ -103,7 +105,8 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
 def write_average(run: Path, width: float, step: int | None = None) -> tuple[int, str]:
     """Write what `reconstruct` gives next to the checkpoints; returns its step and the name that `load_run` knows it by."""
     step, parameters = reconstruct(run, width, step)
-    _, state = load_weights(run, "ema")  # for what is not trained, such as positions
+    # Snapshots hold what is trained; positions and the like come from a checkpoint.
+    _, state = load_weights(run, "ema")
     name = weights_name(width)
     with files.atomic_path(layout.average_file(run, step, name)) as temporary:
         save_checked({**state, **parameters}, temporary)

@@ -87,7 +87,8 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
         total, begin = max(1, sum(tensors.values())), 0
         most = min(num, -(-total // PART))
         parts: dict[int, list[str]] = {}
-        for name, size in tensors.items():  # to the part in which it begins
+        # A tensor goes whole to the part in which it begins, so that any one file can be read alone.
+        for name, size in tensors.items():
             parts.setdefault(min(begin * most // total, most - 1), []).append(name)
             begin += size
         for number, names in enumerate(parts.values() or [[]]):
@@ -95,6 +96,7 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
             pieces.append((sum(tensors[name] for name in names), piece, names))
     written: list[dict[str, list[str]]] = [{} for _ in range(num)]
     load = [0] * num
+    # The largest first, each to whoever has the least: no process ends with much more than its share.
     for size, piece, names in sorted(pieces, key=lambda piece: -piece[0]):
         least = load.index(min(load))
         written[least][piece] = names
@@ -145,9 +147,8 @@ def _remove(folder: Path) -> None:
     try:
         folder.rename(hidden)
         shutil.rmtree(hidden)
-    except (
-        OSError
-    ) as error:  # a file that somebody has open on NFS, a folder without permission: no reason to stop training
+    # A file that somebody has open on NFS, a folder without permission: no reason to stop training.
+    except OSError as error:
         warnings.warn(
             f"{folder} cannot be removed now ({error.strerror}): the next checkpoint tries again.", stacklevel=2
         )
@@ -164,7 +165,8 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
             return None
         step = steps[-1]
     folder, state = _whole(run, step)
-    tensors = {file: _read_parts(folder, file) for file in _tensor_files(state)}
+    names = dict.fromkeys(layout.whole_name(name) for name in state["sha256"] if name.endswith(layout.WEIGHTS))
+    tensors = {file: _read_parts(folder, file) for file in names}
     model, ema, projectors, optimizer = (tensors.pop(name, {}) for name in KNOWN)
     averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
     return Checkpoint(state["step"], model, ema, projectors, optimizer, state["counters"], averages)
@@ -179,6 +181,7 @@ def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Deal
     if not steps:
         return None
     (step,) = steps
+    # The run folder may lie on each machine's own disk: only processes that see the main one's checkpoint read parts of it.
     folder, state = layout.checkpoint_folder(run, step), dist.on_main(lambda: _state(run, step))
     sees = dist.gather_objects(dist.is_main() or _is_state(folder, state))
     readers = [rank for rank, can in enumerate(sees) if can]
@@ -188,6 +191,7 @@ def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Deal
         mine = [name for name in names if owners[name] == dist.rank()]
         _require_whole(run, folder, state, mine)
         read = {name: _read(folder / name) for name in mine}
+    # Names, types and shapes for those that have not read them: on the meta device they weigh nothing on the way.
     outlines = dist.gather_objects(
         {name: {key: x.to("meta") for key, x in tensors.items()} for name, tensors in read.items()}
     )
@@ -220,10 +224,6 @@ def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
     if checksum != digest_of(tensors):
         raise UserError(f"{path} is damaged: its tensors are not the ones that were written. {remedy}")
     return tensors
-
-
-def _tensor_files(state: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(layout.whole_name(name) for name in state["sha256"] if name.endswith(layout.WEIGHTS)))
 
 
 def _read_parts(folder: Path, file: str) -> dict[str, Tensor]:
@@ -260,6 +260,7 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
     paths = layout.checkpoint_folder(run, step).glob(f"*{layout.WEIGHTS}")
     names = {layout.whole_name(path.name).removesuffix(layout.WEIGHTS) for path in paths}
     names -= {Path(layout.PROJECTORS_FILE).stem, Path(layout.OPTIMIZER_FILE).stem}
+    # A checkpoint's own average comes before one by `repa ema` of the same name; without a step, the newest of these.
     if weights not in names and made and wanted in (None, *made):
         step = made[-1] if wanted is None else wanted
         return step, load_checked(layout.average_file(run, step, weights), f"Make it again by `repa ema {run}`.")
@@ -270,7 +271,8 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
         )
     folder, _ = _whole(run, step, only=weights + layout.WEIGHTS)
     state = _read_parts(folder, weights + layout.WEIGHTS)
-    if not state:  # of a converted run
+    # A converted run has an empty file in place of the weights that its source lacked.
+    if not state:
         raise UserError(
             f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
         )
@@ -306,7 +308,8 @@ def _read_state(folder: Path, step: int) -> dict[str, Any]:
     state = files.read_object(path, step=int, counters=dict, sha256=dict)
     if state.get(OWN) != _digest(state) or state["step"] != step:
         raise UserError(f"{path} is damaged: it is not what was written.")
-    if any(Path(name).name != name for name in state["sha256"]):  # a checkpoint from elsewhere opens no file elsewhere
+    # A checkpoint from elsewhere opens no file elsewhere.
+    if any(Path(name).name != name for name in state["sha256"]):
         raise UserError(f"{path} is refused: it names files outside of its folder.")
     return state
 

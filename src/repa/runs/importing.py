@@ -194,6 +194,7 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
         targets = named.split(",")
     if not targets:
         return []
+    # The released projector, and nothing else, is what the projector mlp builds.
     layers = {f"{index}.{layer}.{kind}" for index in indices for layer in (0, 2, 4) for kind in ("weight", "bias")}
     if published.projectors.keys() != layers:
         raise UserError(f"{where} has projectors that are not the three linear layers of REPA: leave --targets out.")
@@ -214,7 +215,8 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
             "target": canonical(target),
             "depth": depth,
             "projector": f"mlp:width={published.projectors[f'{index}.0.weight'].shape[0]}",
-            "weight": weight / len(indices),  # REPA averages over encoders, and we sum
+            # REPA averages over encoders, and terms of a run are summed.
+            "weight": weight / len(indices),
         }
         for index, target in zip(indices, targets, strict=True)
     ]

@@ -54,9 +54,8 @@ STATE_FILE = "state.json"  # step, counters and the checksum of every other file
 # What the code of a converted run's origin does in its sampling script, as settings of `repa sample`; channels: those that
 # its cfg guides. The run records its kind, a key of this table.
 SAMPLING: dict[str, dict[str, Any]] = {
-    "repa": {
-        "sampler": "euler_maruyama:diffusion=2t"
-    },  # on every path; ours is 2sigma, the same on the linear one alone
+    # On every path; ours is 2sigma, the same on the linear one alone.
+    "repa": {"sampler": "euler_maruyama:diffusion=2t"},
     "sit": {"sampler": "euler_maruyama:diffusion=2sigma", "channels": 3},
     "dit": {"sampler": "ddpm", "channels": 3},
 }
@@ -127,7 +126,7 @@ def preview(run: Path, step: int, suffix: str) -> Path:
     return run / SAMPLES / f"{step_name(step)}{suffix}"
 
 
-def preview_prompts(run: Path) -> Path:
+def prompts_file(run: Path) -> Path:
     """Of which texts the previews are, a JSON list in their order; of a run that was trained on captions."""
     return run / SAMPLES / "prompts.json"
 
@@ -137,7 +136,7 @@ def preview_steps(run: Path) -> list[int]:
     return sorted(int(p.stem) for p in folder.glob("*.npz") if _is_step(p.stem)) if folder.is_dir() else []
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
+def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of them, evenly spaced, the first and the last among them; of one only the last."""
     if len(items) <= most:
         return list(items)
@@ -150,7 +149,8 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.")
     values = read_yaml(path)
-    for name, kind in SECTIONS.items():  # whoever reads plain values relies on these
+    # Whoever reads plain values relies on these types, and a folder may come from anyone.
+    for name, kind in SECTIONS.items():
         value = values.get(name, kind())
         if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
             raise UserError(f"{path} is damaged: its {name!r} is {str(value)[:80]!r}, which no run has.")

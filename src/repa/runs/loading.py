@@ -150,7 +150,8 @@ class LoadedRun:
         """The network's predictions by name, for N samples of a condition; `null` in place of the network's own "none"."""
         weak = None if self.weak is None else self.weak.predictions(condition)
         condition = self.model.completed(condition)
-        sharing = None if self.sharing is None else self.sharing.anew()
+        # A fresh one for each sampling: what the encoder found for one batch is of no use to the next.
+        sharing = None if self.sharing is None else self.sharing.fresh()
         return Predictions(
             self.model, self.process.network_time, condition, self.layout, weak, self.guide, null, sharing
         )
@@ -252,6 +253,7 @@ def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.de
     spec, recorded = config["autoencoder"], config["autoencoder_weights"]
     with contents_of(run / layout.CONFIG):
         AUTOENCODERS.check(spec)
+    # A relative path may be meant from another folder; an absolute one that is gone was moved, which a refusal must say.
     moved = bool(recorded) and Path(recorded).is_absolute() and not Path(recorded).exists()
     try:
         return load_autoencoder(spec, weights=given or ("" if moved else recorded) or None, device=device)

@@ -23,10 +23,12 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
+            # Only the last line can have been cut by a kill: any other was followed by a whole one.
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number}: it is no JSON. Remove that line.") from None
         else:
-            if isinstance(row, dict) and isinstance(row.get("step"), int):  # of a foreign file; ours holds nothing else
+            # Ours holds nothing else, but the folder may come from elsewhere.
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
 
 
@@ -88,6 +90,7 @@ def _appended(path: Path) -> TextIO:
     """A text file to add lines to; a link in a run from elsewhere would lead out of it."""
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, which is not followed: remove it.")
+    # Line by line: a kill leaves whole rows behind, and whoever watches the file sees them at once.
     return path.open("a", buffering=1, encoding="utf-8")
 
 
@@ -109,8 +112,9 @@ class WeightsAndBiases:
             raise UserError(
                 f"Weights & Biases cannot be used ({reason}): run `wandb login`, set WANDB_MODE=offline, or leave out --wandb."
             ) from None
+        # Its own counter cannot go back; ours does, when steps after the last checkpoint are done again.
         self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")  # its own counter cannot go back after a kill, ours does
+        self.run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **values})

@@ -40,8 +40,8 @@ class Sharing:
         """The evaluations, for a record."""
         return sorted(self.evaluations or ())
 
-    def anew(self) -> "Sharing":
-        """For another walk of the sampler."""
+    def fresh(self) -> "Sharing":
+        """For another sampling; one that only collects `guides` goes on collecting."""
         return Sharing(self.evaluations) if self.evaluations is not None else self
 
     def __call__(self, model: DDT, state: State, t: Tensor, condition: Condition, num: int) -> Output:
@@ -112,6 +112,7 @@ class Predictions:
         """One pass of the network over the batch of each branch."""
         conditions = [self.condition if branch == CONDITIONAL else self._null() for branch in branches]
         num = len(branches)
+        # One doubled batch and not two passes: on a GPU small batches cost as much as twice their size.
         state = self.layout.unpack(torch.cat([x_t] * num) if num > 1 else x_t)
         times = self.network_time(torch.cat([t] * num) if num > 1 else t)
         condition = conditions[0] if num == 1 else conditions[0].cat(conditions[1])
@@ -142,7 +143,7 @@ class Predictions:
         """Of the guide's loss of the conditional pass, by x_t: a pass forward and one back."""
         if self.guide is None:
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
-        # copies made outside of inference mode are ordinary tensors, which autograd may keep
+        # Copies made outside of inference mode are ordinary tensors, which autograd may keep.
         with torch.inference_mode(False), torch.enable_grad():
             x_t, t = x_t.clone().requires_grad_(), t.clone()
             condition = self.condition.map(torch.clone)

@@ -107,12 +107,14 @@ class Writer:
         assert self.folder is not None
         state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": dict(sorted(checksums.items()))}
         write_state(self.folder, state)
+        # Only with state.json in it does the folder get its name: until then no reader takes it for a checkpoint.
         self.opened.close()
         remove_older(self.run, self.keep, self.keep_every)
 
     def _abandon(self) -> None:
         self.folder = None
-        with contextlib.suppress(Exception):  # the error that is under way is the one to see
+        # Told of the error, the folder's context removes it; what goes wrong in that must not hide the error under way.
+        with contextlib.suppress(Exception):
             self.opened.__exit__(*sys.exc_info())
 
     def __enter__(self) -> Self:

@@ -168,7 +168,7 @@ def write_samples(
             f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
             "samples.npz, or samples for a folder."
         )
-    with dist.alone(out, "repa sample"):
+    with dist.locked(out, "repa sample"):
         beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
         dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
         return _write_samples(run, config, num, out, progress, count, callback)

@@ -77,7 +77,7 @@ def train(
     Raises:
         UserError: another process trains this run, or processes that should share the work were given different work.
     """
-    with dist.alone(run, "repa train"):
+    with dist.locked(run, "repa train"):
         state, encoders, texts = _continued(config, data, run, device)
         if state.step >= state.config.num_steps:
             say(f"{run} is complete: {state.step:,} of {state.config.num_steps:,} steps.")
