@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
 from repa.encoders.families import FAMILIES
-from repa.encoders.originals import settings_of
+from repa.encoders.originals import network_settings
 from tests.oracles import bicubic, vit
 
 NATIVE, PATCH, WIDTH, HEADS = 5, 14, 128, 2
@@ -183,7 +183,7 @@ def test_the_small_moco_has_heads_of_32():
         "blocks.0.mlp.fc1.weight": torch.empty(1536, 384)
     }
     for size, heads in (("s", 12), ("b", 6)):
-        assert settings_of(state, FAMILIES["mocov3"].original_of(size))["num_attention_heads"] == heads
+        assert network_settings(state, FAMILIES["mocov3"].original_of(size))["num_attention_heads"] == heads
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
-AUTOENCODER = (
-    "sd-vae-ft-ema"  # of the paper: its encoder is also that of sd-vae-ft-mse, its decoder made the published figures
-)
+# Of the paper: its encoder is also that of sd-vae-ft-mse, its decoder made the published figures.
+AUTOENCODER = "sd-vae-ft-ema"
 
 # each entry is a function of `weights` (None, a folder or a hub name) that returns an Autoencoder
 AUTOENCODERS = Registry(

@@ -53,7 +53,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.name, self.channels, self.factor, self.space = name, channels, factor, space
         self.scale, self.shift = scale, shift
-        for buffer, value in (("_scale", scale), ("_shift", shift)):  # buffers: on the device before the first step
+        # Buffers, so that they go to the device with the rest and no step copies them there.
+        for buffer, value in (("_scale", scale), ("_shift", shift)):
             tensor = torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # (1 or C, 1, 1)
             assert len(tensor) in (1, channels), f"{len(tensor)} values for {channels} channels"
             self.register_buffer(buffer, tensor, persistent=False)
@@ -122,7 +123,8 @@ class Autoencoder(nn.Module):
                 f"The autoencoder {self.name!r} decodes image {bad[0]} of {len(images)} to values that are not finite: check its "
                 "weights and the latents."
             )
-        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)  # + 128 = + 127.5 and 0.5 to round
+        # The conversion cuts off, so + 128 is + 127.5 for the range and + 0.5 to round.
+        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

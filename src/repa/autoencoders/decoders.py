@@ -84,6 +84,7 @@ def check_decoder(decoder: Autoencoder, autoencoder: Autoencoder) -> None:
             f"{names}: {autoencoder.channels} channels at 1/{autoencoder.factor} of the size against {decoder.channels} "
             f"at 1/{decoder.factor}; choose a decoder of the same latents."
         )
+    # An empty name is a space that nobody named, of which nothing can be said.
     known = decoder.space and autoencoder.space
     if known and decoder.space != autoencoder.space:
         raise UserError(

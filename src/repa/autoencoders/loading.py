@@ -36,8 +36,9 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         inside = Path(source) / subfolder
         source, subfolder = inside if inside.is_dir() else source, ""
     where = {"local_files_only": local, "subfolder": subfolder or None}
-    # many are stored in half precision: what is computed must not depend on that, nor on the machine
-    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # False: needs no accelerate, prints no notice
+    # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option for
+    # little memory diffusers needs no accelerate, and prints no notice that it is absent.
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
         config = diffusers.AutoencoderKL.load_config(str(source), **where)
         trust.require_plain_model(config, f"config.json of {source}")
@@ -49,11 +50,13 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         )
     except UserError:
         raise
-    except Exception as error:  # of whichever library reads a part of it
+    # Several libraries read a part of it, each with errors of its own.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error
+    # diffusers only warns, and leaves missing tensors random.
     strays = [*report["missing_keys"], *report["unexpected_keys"]]
-    if strays:  # diffusers only warns, and leaves missing tensors random
+    if strays:
         reason = f"its weights do not fit, for example {strays[0]!r}"
         raise UserError(_not_loaded(name, source, subfolder, local, reason))
     return model

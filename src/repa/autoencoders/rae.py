@@ -30,7 +30,7 @@ class RepresentationAutoencoder(DeterministicAutoencoder):
             space=space,
         )
         self.vae, self.resolution = vae, vae.decoder_image_size
-        # diffusers multiplies by the scale itself, where the contract does: here it is 1
+        # diffusers would multiply by the scale too, and the contract does: there it is set to 1.
         vae.register_to_config(scaling_factor=1.0)
 
     def encoded(self, x: Tensor) -> Tensor:

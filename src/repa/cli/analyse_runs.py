@@ -73,7 +73,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
 def cknna(argv: list[str]) -> int:
     given = options.parse(CknnaArguments, argv, verb="analyse cknna", about=ABOUT_CKNNA, positional=("runs...",))
     config = options.part(SimilarityConfig, given)
-    # another variant is another number: never under the same name
+    # Another variant is another number: never under the same name.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
     checkpoints = asked_for(given, "cknna")
     name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
@@ -83,8 +83,8 @@ def cknna(argv: list[str]) -> int:
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: cknna_of_run(run, data, config, bar))
     tables.write(out, tables.how(config.measure, given), rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
-    say(*tables.text(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
-    draw(rows, config.measure, f"{title} with {config.encoder}", out)
+    say(*tables.aligned(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    draw_curves(rows, config.measure, f"{title} with {config.encoder}", out)
     return 0
 
 
@@ -97,8 +97,8 @@ def depth(argv: list[str]) -> int:
 
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: depth_effects(run, data, config, bar))
     tables.write(out, tables.how("depth", given), rows)
-    say(*tables.text(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
-    draw(rows, "change", "change of the prediction without the block", out)
+    say(*tables.aligned(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
+    draw_curves(rows, "change", "change of the prediction without the block", out)
     return 0
 
 
@@ -144,16 +144,17 @@ def probe(argv: list[str]) -> int:
             )  # fmt: skip
         rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
     tables.write(out, tables.how("probe", given), rows)
+    # One line for each place: the rates are a grid over which a head is chosen, and only files hold them all.
     shown = best(rows, "top1")
     columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f", "lr": "lr|g"}
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
     num_rates = len(config.learning_rates)
     if num_rates == 1:
         used.pop("lr")
-    say(*tables.text(shown, used))
+    say(*tables.aligned(shown, used))
     if num_rates > 1:
         say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
-    draw(shown, "top1", "top-1 accuracy", out)
+    draw_curves(shown, "top1", "top-1 accuracy", out)
     return 0
 
 
@@ -178,7 +179,8 @@ def rows_of_each(checkpoints: list[RunCheckpoint], given: NetworksArguments, row
     return rows
 
 
-def draw(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
+def draw_curves(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
+    """A curve over depths next to the rows; rows of encoders alone have no depth and no picture."""
     if not speaks():
         return
     if any(row["depth"] is not None for row in rows):

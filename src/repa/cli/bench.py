@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
         open_data(given.data)  # a wrong folder is reported before anything is measured
     for path in filter(None, (given.out, given.trace)):
         files.require_writable(path)
+    # The recipe's own step decides what is advised; the others are measured to compare it with.
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)

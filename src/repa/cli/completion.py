@@ -109,7 +109,7 @@ def _of_word(name: str) -> Iterable[str]:
     from repa.recipes import RECIPES
 
     named: dict[str, Callable[[], Iterable[str]]] = {
-        "recipe": lambda: RECIPES, "kind": listing.kinds, "name": show.names
+        "recipe": lambda: RECIPES, "kind": listing.kinds, "name": show.shown_names
     }  # fmt: skip
     return named[name]() if name in named else ()
 

@@ -53,7 +53,8 @@ class ConvertArguments(Config):
 def main(argv: list[str]) -> int:
     given = options.parse(ConvertArguments, argv, verb="convert", about=ABOUT, positional=("checkpoint", "run"))
     autoencoder = {"autoencoder": given.autoencoder, "autoencoder_weights": given.autoencoder_weights}
-    AUTOENCODERS.check(given.autoencoder)  # a misspelt name is answered before a large file is read
+    # A misspelt name is answered before a large file is read.
+    AUTOENCODERS.check(given.autoencoder)
     from repa.runs.importing import is_diffusers, read_checkpoint, read_diffusers, read_export, write_run
 
     source, run = Path(given.checkpoint), Path(given.run)
@@ -70,14 +71,9 @@ def main(argv: list[str]) -> int:
         settings = {"autoencoder_weights": given.autoencoder_weights, **imported.settings}
     else:
         imported = read_checkpoint(
-            source,
-            given.kind,
-            num_heads=given.model.num_heads,
-            targets=given.targets,
-            depth=given.depth,
-            path=given.path,
+            source, given.kind, num_heads=given.model.num_heads, targets=given.targets, depth=given.depth, path=given.path,
             weights=given.weights,
-        )
+        )  # fmt: skip
         settings = {**autoencoder, **imported.settings}
         if not imported.settings["alignments"]:
             refuse_idle({"depth": "without targets"}, sorted(given.model_fields_set))

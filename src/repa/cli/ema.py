@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    layout.read_config(Path(given.run))  # before a lock makes a folder of a name that was mistyped
+    # Before a lock makes a folder of a name that was mistyped.
+    layout.read_config(Path(given.run))
     averages = Path(given.run) / layout.AVERAGES
     with lock.alone(averages, "repa ema"):
         for folder in averages.glob("*"):

@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(name) if name else None
     given = options.parse(EstimateArguments, argv, verb="estimate", about=ABOUT, positional=("recipe",), values=recipe)
     config = options.part(TrainConfig, given)
+    # A run takes it from its data, and there are none yet.
     if not config.autoencoder:
         config = config.override(autoencoder=AUTOENCODER)
     peak = given.tflops or PEAKS[given.device]

@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     if given.out or is_run:
         files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
     written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
+    # The main process locks for all. The others are not in a group yet: it is joined once torch is imported.
     mine = written if launch.place().rank == 0 else None
     with lock.alone(mine, "repa evaluate") if mine else contextlib.nullcontext():
         if mine and not given.out:
@@ -108,6 +109,7 @@ def _check(given: EvaluateArguments) -> None:
 def _place(given: EvaluateArguments, results: dict[str, Any]) -> Path:
     """In the run's folder; the same measurement again replaces its file."""
     measured = [results["made"], results["reference"], results["encoder"], results["arithmetic"], [*results["metrics"]]]
+    # Named by what was measured: another reference or encoder is another file, the same one replaces its own.
     digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
     step = layout.step_name(results["made"]["step"])
     return Path(given.samples) / layout.EVALUATIONS / f"{step}-{given.weights}-{digest}.json"
@@ -159,6 +161,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         bar = bars.of(f"sampling {given.samples}")
         bar(0, num)
+        # Batches in turn: all processes are done with the same number of them, give or take one.
         for start in range(dist.rank() * size, num, dist.world() * size):
             indices = range(start, min(start + size, num))
             samples = generate(run, sampling, indices)

@@ -110,17 +110,9 @@ class Previews:
         with state.whole_average() as model:
             names = tuple(self.data.class_names)
             loaded = LoadedRun(
-                model,
-                self.config.diffusion,
-                self.autoencoder,
-                state.step,
-                "ema",
-                names,
-                label_dropout=self.config.label_dropout,
-                class_counts=tuple(self.data.manifest.class_counts),
-                text=self.config.text,
-                prompts=self.prompts,
-            )
+                model, self.config.diffusion, self.autoencoder, state.step, "ema", names, label_dropout=self.config.label_dropout,
+                class_counts=tuple(self.data.manifest.class_counts), text=self.config.text, prompts=self.prompts,
+            )  # fmt: skip
             images = made(max(num_drawn, num_scored))
             if scored:
                 found = evaluate(_first(images, num_scored), self.extractor, self.reference, self.metrics)
@@ -131,7 +123,8 @@ class Previews:
                     "num_samples": num_scored,
                 }
                 values |= {"reference": Path(self.data.folder).name, "reference_sha256": self.reference_sha256}
-            for _ in images:  # that are drawn and not measured
+            # Samples are made as they are asked for: here those that are drawn and not measured.
+            for _ in images:
                 pass
         if drawn:
             classes = () if self.prompts else drawn_classes(self.sampling.labels, loaded)
@@ -173,6 +166,7 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
         text = data.texts.gather(rows).text()
     else:
         text = load_text_encoder(config.text, weights=config.text_weights or None, device=device)(texts)
+    # On the CPU between previews: the tokens of a thousand prompts are memory that training needs.
     text = text.map(lambda x: x.cpu())
     return Prompts(texts, lambda numbers: text.map(lambda x: x[torch.tensor(numbers)].to(device)))
 

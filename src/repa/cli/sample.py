@@ -21,7 +21,8 @@ class SampleArguments(SampleConfig):
     """run folder"""
     out: str
     """Name of an .npz, such as samples.npz; a name without an ending makes a folder of PNG files."""
-    num_images: int = Field(64, ge=1)  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
+    # Not `num`: torchrun takes --num for an abbreviation of its own --numa-binding.
+    num_images: int = Field(64, ge=1)
     """Number of images."""
     folders: str = ""
     """Also write a folder of PNGs for each prompt, as GenEval's scorer and others read them; empty writes none."""
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> int:
     if note := about_classes(config.labels, run):
         say(note)
     if resolved(config.precision, device) != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that are not in half precision, on CUDA
+        # TF32 for the products that are not in half precision, as in training; fp32 means float32.
+        torch.set_float32_matmul_precision("high")
     if given.compile:
         run.model.compile_blocks()
     calls: list[tuple[int, int]] = []  # of the network per image, images

@@ -37,13 +37,13 @@ def main(argv: list[str]) -> int:
     else:
         raise UserError(
             f"{given.name!r} is not a run folder, a data folder or a name that `repa list` knows."
-            f"{nearest(given.name, names())}"
+            f"{nearest(given.name, shown_names())}"
         )
     return 0
 
 
-def names() -> list[str]:
-    """Everything that can be shown by name."""
+def shown_names() -> list[str]:
+    """Everything that can be shown by name, each once: a loss and a schedule may share one."""
     from repa.models.config import model_names
 
     return list(dict.fromkeys([*RECIPES, *model_names(), *(name for each in registries().values() for name in each)]))

@@ -53,14 +53,16 @@ def _failure(processes: Sequence[BaseProcess]) -> int:
 def _stop(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.pid is not None and process.exitcode is None:
-            process.terminate()  # SIGTERM, which `repa train` answers after the step
+            # SIGTERM, which `repa train` answers with a checkpoint after its step.
+            process.terminate()
 
 
 def _run(parent: int, threads: int, words: list[str]) -> None:
     launch.die_with_parent(parent)
     # Set before torch is imported below, which reads it once.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    console.draw_no_bars()  # two bars would overwrite each other
+    # Two bars on one terminal would overwrite each other.
+    console.draw_no_bars()
     sys.argv[1:] = words
     from repa.cli.main import main
 

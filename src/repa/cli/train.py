@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv))
-    return 130 if stopped_by == signal.SIGINT else 0  # SIGTERM is not a failure: the checkpoint is written
+    # SIGTERM is how schedulers end a job: the checkpoint is written, which is no failure.
+    return 130 if stopped_by == signal.SIGINT else 0
 
 
 def _again(argv: list[str]) -> str:
@@ -57,9 +58,8 @@ def _again(argv: list[str]) -> str:
 
 def about_passes(config: TrainConfig, num_images: int) -> str:
     """A note where the steps are many for so few images; else nothing."""
-    steps = (
-        config.num_steps if not config.epochs else min(config.num_steps, config.epochs * num_images / config.batch_size)
-    )
+    of_epochs = config.epochs * num_images / config.batch_size
+    steps = min(config.num_steps, of_epochs) if config.epochs else config.num_steps
     passes = steps * config.batch_size / num_images
     if passes <= MANY_PASSES:
         return ""
@@ -84,13 +84,15 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
     device = dist.setup()
     with dist.together():
         data = open_data(data_folder)
-        if data.num_bytes <= CHECKED_AT_START and not data.stream:  # what is streamed is checked on arrival
+        # What is streamed is checked as it arrives.
+        if data.num_bytes <= CHECKED_AT_START and not data.stream:
             data.check()
     if note := about_passes(config, data.num_images):
         say(note)
     with ProgressBar(run.name, "steps") as bar:
 
         def progress(state: "TrainState") -> None:
+            # Numbers of the last logged row: to read newer ones would wait for the device.
             values = state.metrics
             note = (
                 f"denoising loss {values['denoising']:.4f}, {values['images_per_second']:.0f} images/s"
@@ -99,15 +101,8 @@ def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str 
             )
             bar(state.step, config.num_steps, note)
 
-        finished = train(
-            config,
-            data,
-            run,
-            device=device,
-            make_hooks=preview_hooks(run, data, device, bar.within, say),
-            progress=progress,
-            say=say,
-        )
+        hooks = preview_hooks(run, data, device, bar.within, say)
+        finished = train(config, data, run, device=device, make_hooks=hooks, progress=progress, say=say)
     if finished.interrupted is not None:
         name, step = finished.interrupted.name, finished.step
         say(

@@ -11,10 +11,10 @@ TEXT_ENCODERS = Registry(
     "text encoder",
     {
         "tiny-text": "repa.conditions.words:load_words",
-        **dict.fromkeys(families.names(), "repa.conditions.hub:load_hub"),
+        **dict.fromkeys(families.text_encoder_names(), "repa.conditions.hub:load_hub"),
     },
     listing="text-encoders",
-    facts={name: families.about(name) for name in families.names()},
+    facts={name: families.about(name) for name in families.text_encoder_names()},
 )
 
 if TYPE_CHECKING:

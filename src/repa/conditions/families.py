@@ -6,7 +6,7 @@ from typing import NamedTuple
 from repa.base.errors import UserError, choices
 
 
-class Family(NamedTuple):
+class TextFamily(NamedTuple):
     """What the members of a family have in common."""
 
     model: str
@@ -22,38 +22,40 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "clip": Family(
+    "clip": TextFamily(
         "CLIPTextModel", ("clip", "clip_text_model"),
         {"b": "openai/clip-vit-base-patch32", "l": "openai/clip-vit-large-patch14", "h": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
         num_tokens=77, masked=False,
     ),
-    "t5": Family(
+    "t5": TextFamily(
         "T5EncoderModel", ("t5",),
         {size: f"google/t5-v1_1-{name}" for size, name in
          {"s": "small", "b": "base", "l": "large", "xl": "xl", "xxl": "xxl"}.items()},
         num_tokens=120, masked=True,
     ),
-    "qwen3": Family(
+    "qwen3": TextFamily(
         "Qwen3Model", ("qwen3",), {size: f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b")},
         num_tokens=120, masked=True,
     ),
 }  # fmt: skip
 
 
-def names() -> list[str]:
+def text_encoder_names() -> list[str]:
     """clip-b, clip-l, ..., t5-xxl, qwen3-0.6b, ..."""
     return [f"{stem}-{size}" for stem, family in FAMILIES.items() for size in family.hub]
 
 
-def family_of(name: str) -> tuple[Family, str]:
+def text_family_of(name: str) -> tuple[TextFamily, str]:
     """'clip-l' -> (the family, 'l')."""
     stem, _, size = name.partition("-")
     if stem not in FAMILIES or size not in FAMILIES[stem].hub:
-        raise UserError(f"Unknown text encoder {name!r}{choices(name, names(), 'repa list text-encoders')}")
+        raise UserError(
+            f"Unknown text encoder {name!r}{choices(name, text_encoder_names(), 'repa list text-encoders')}"
+        )
     return FAMILIES[stem], size
 
 
 def about(name: str) -> str:
     """Its repository and the tokens of a text, in a line."""
-    family, size = family_of(name)
+    family, size = text_family_of(name)
     return f"{family.hub[size]}, {family.num_tokens} tokens a text"

@@ -10,7 +10,7 @@ import torch
 from repa.base import extras, faults, files, trust
 from repa.base.errors import UserError
 from repa.conditions.contract import Text, TextEncoder
-from repa.conditions.families import Family, family_of
+from repa.conditions.families import TextFamily, text_family_of
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,7 +50,8 @@ class HubText(TextEncoder):
                 f"The tokenizer of {self.name} gives token {largest}, but its network knows {known}: take another folder."
             )
         ids, mask = rows["input_ids"].to(device), rows["attention_mask"].to(device).bool()  # (N, S)
-        mask[:, 0] = True  # some tokenizers give no token for "", and a text needs one
+        # Some tokenizers give no token for "", and a text needs one: attention over nothing is NaN.
+        mask[:, 0] = True
         seen = {"attention_mask": mask.long()} if self.masked else {}
         if not self.layer:
             hidden = self.net(input_ids=ids, **seen).last_hidden_state
@@ -58,7 +59,8 @@ class HubText(TextEncoder):
             hidden = self.net(input_ids=ids, output_hidden_states=True, **seen).hidden_states[self.layer]
         if not self.masked:
             return Text(hidden, None)
-        return Text(hidden * mask[..., None], mask)  # what stands at padding depends on the machine's kernels
+        # What stands at padding depends on the machine's kernels: zeros are stored alike everywhere.
+        return Text(hidden * mask[..., None], mask)
 
 
 def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0) -> HubText:
@@ -71,7 +73,7 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
     Raises:
         UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
     """
-    family, folder = locate(name, weights)
+    family, folder = locate_text_encoder(name, weights)
     net, num_tokens = read_network(name, family.model, folder), tokens or family.num_tokens
     blocks = net.config.num_hidden_layers
     if type(layer) is not int or not 0 <= layer <= blocks:
@@ -92,9 +94,9 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
     )
 
 
-def locate(name: str, weights: Path | None) -> tuple[Family, Path]:
+def locate_text_encoder(name: str, weights: Path | None) -> tuple[TextFamily, Path]:
     """The family of an encoder, and the checked folder of its weights and tokenizer: see `load_hub`."""
-    family, size = family_of(name)
+    family, size = text_family_of(name)
     folder = weights or _found(name, family.hub[size])
     _check_folder(name, family, folder)
     return family, folder
@@ -109,6 +111,7 @@ def _found(name: str, hub: str) -> Path:
     if shelf.exists():
         return shelf
     wanted = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER]
+    # The cache first, and without the network: an interrupted download leaves a snapshot that lacks its weights.
     try:
         found = Path(snapshot_download(hub, allow_patterns=wanted, local_files_only=True))
         if any((found / file).is_file() for file in WEIGHTS):
@@ -127,7 +130,7 @@ def _found(name: str, hub: str) -> Path:
         ) from error
 
 
-def _check_folder(name: str, family: Family, folder: Path) -> None:
+def _check_folder(name: str, family: TextFamily, folder: Path) -> None:
     """Raises UserError unless it holds a configuration, weights and a tokenizer, of a model of this family."""
     for wanted in ((CONFIG,), WEIGHTS, TOKENIZER):
         if not any((folder / file).is_file() for file in wanted):
@@ -135,7 +138,8 @@ def _check_folder(name: str, family: Family, folder: Path) -> None:
                 f"{folder} holds no {wanted[0]}: the text encoder {name} needs a folder as on the hub, with {CONFIG}, weights and "
                 "a tokenizer."
             )
-    if (folder / ADAPTER).exists():  # transformers would read the network that it names, wherever that lies
+    # transformers would read the network that an adapter names, wherever that lies.
+    if (folder / ADAPTER).exists():
         raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
     config = files.read_object(folder / CONFIG)
     trust.require_plain_model(config, folder / CONFIG)
@@ -155,9 +159,11 @@ def read_network(name: str, model: str, folder: Path) -> Any:
             )
     except UserError:
         raise
-    except Exception as error:  # of whichever library reads a part of it
+    # Several libraries read a part of it, each with errors of its own.
+    except Exception as error:
         raise UserError(f"{folder} does not fit its {CONFIG}: {str(error).partition(chr(10))[0]}") from error
-    if report["missing_keys"]:  # transformers would leave these at random values
+    # transformers would leave these at random values, with a warning.
+    if report["missing_keys"]:
         raise UserError(
             f"{folder} lacks weights of the text encoder {name}, for example {min(report['missing_keys'])}."
         )
@@ -174,9 +180,8 @@ def read_tokenizer(name: str, folder: Path) -> Any:
             )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # tokenizers raises nothing more special; ImportError: a kind which needs a package of its own
+    # tokenizers raises nothing more special; ImportError comes from kinds that need a further package.
+    except Exception as error:
         raise UserError(
             f"The tokenizer in {folder} cannot be read ({str(error).partition(chr(10))[0]}): give a folder with tokenizer.json."
         ) from error

@@ -16,6 +16,7 @@ from repa.conditions.contract import Text, TextEncoder
 
 WORD = re.compile(r"\w+")
 BEGIN = ""  # in front of every text, so that no text has no token
+POSITION = 0.3  # size of the positions relative to words of unit variance: word order counts for less than the words
 
 
 class WordHashes(TextEncoder):
@@ -49,9 +50,6 @@ class WordHashes(TextEncoder):
         return Text((tokens + self.positions) * mask[..., None], mask)
 
 
-POSITION = 0.3  # size of the positions relative to words of unit variance: word order counts for less than the words
-
-
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, in their order."""
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
@@ -77,13 +75,8 @@ def load_words(name: str, weights: Path | None, *, tokens: int = 16, width: int 
     """
     if weights is not None:
         raise UserError(f"The text encoder {name} has no weights, but got {weights}: leave them out.")
-    if (
-        type(tokens) is not int
-        or not 1 <= tokens <= 512
-        or type(width) is not int
-        or not 2 <= width <= 4096
-        or width % 2
-    ):
+    possible = type(tokens) is type(width) is int and 1 <= tokens <= 512 and 2 <= width <= 4096
+    if not possible or width % 2:
         raise UserError(
             f"{name} takes tokens from 1 to 512 and an even width from 2 to 4096, but got {tokens} and {width}."
         )

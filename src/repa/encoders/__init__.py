@@ -14,10 +14,10 @@ ENCODERS = EncoderRegistry(
         "tiny": "repa.encoders.tiny:load_tiny",
         "tiny-judge": "repa.encoders.tiny:load_tiny",
         "lite0": "repa.encoders.lite:load_lite",
-        **dict.fromkeys(families.names(), "repa.encoders.vit:load_vit"),
+        **dict.fromkeys(families.encoder_names(), "repa.encoders.vit:load_vit"),
     },
     listing="encoders",
-    facts={name: facts_of(name).about for name in (*PACKAGED, *families.names())},
+    facts={name: facts_of(name).about for name in (*PACKAGED, *families.encoder_names())},
 )
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def locate(name: str, family: Family, size: str, weights: Path | None) -> Path:
+def locate_weights(name: str, family: Family, size: str, weights: Path | None) -> Path:
     """What was given, else what is on this machine, else the hub's, which is fetched."""
     if found := weights or on_this_machine(name, family, size):
         return found
@@ -92,8 +92,9 @@ def download(name: str, hub: str, by_hand: str) -> Path:
     try:
         try:
             return both(WEIGHTS)
+        # An EntryNotFoundError too, but it says that there is no network, not that the repository has no such file.
         except LocalEntryNotFoundError:
-            raise  # no network
+            raise
         except EntryNotFoundError:
             return both(PICKLED)
     except GatedRepoError as error:

@@ -81,6 +81,7 @@ class VisionEncoder(nn.Module):
         weights = next(self.net.parameters())
         # Images travel as uint8, a quarter of the bytes of float32, and become floats on the device.
         pixels = self.prepare(images.to(weights.device).float() / 255, grid * self.patch_size)
+        # Prepared in float32 and rounded once: resizing in half precision would round every step of it.
         pixels = pixels.to(weights.dtype)
         return self.extract_attention(pixels, grid, attention) if attention else self.extract(pixels, grid)
 

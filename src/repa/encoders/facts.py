@@ -54,14 +54,7 @@ def facts_of(name: str) -> Facts:
     original = family.original_of(size)
     weights = family.hub[size] or (f"{original.file}, fetched by hand" if original else "")
     colours = f"normalised per channel ({family.colours.name})"
+    licence = family.licences.get(size, family.licence)
     return Facts(
-        family.about,
-        SIZES[size][0],
-        family.patch,
-        GRID * family.patch,
-        GRID,
-        colours,
-        family.licences.get(size, family.licence),
-        weights,
-        "encoders",
+        family.about, SIZES[size][0], family.patch, GRID * family.patch, GRID, colours, licence, weights, "encoders"
     )

