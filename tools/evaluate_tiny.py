@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repa.analysis import linear_probe, local_distance_similarity
 from repa.encoders import load_encoder
-from repa.encoders.convnet import SHAPES, ConvNet
+from repa.encoders.tiny import SHAPES, ConvNet
 
 Labelled = tuple[Tensor, Tensor]
 

@@ -30,7 +30,7 @@ from evaluate_tiny import pooled_features, probe, read_images, to_input
 from repa.base import files
 from repa.base.precision import autocast
 from repa.encoders import load_encoder
-from repa.encoders.convnet import SHAPES, ConvNet
+from repa.encoders.tiny import SHAPES, ConvNet
 
 NAMES = {"target": "tiny", "judge": "tiny-judge"}
 OBJECTIVES = {

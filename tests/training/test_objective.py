@@ -53,7 +53,7 @@ def test_total_is_equation_9_written_out():
         label = 3 if draws.dropped[n] else int(labels[n])
         output = call(objective.model, x_t[None], torch.tensor([t]), torch.tensor([label]), (2,))
         error = output.prediction[0] - (draws.noise["x"][n] - x[n])
-        denoising = sum(float(e) ** 2 for e in error.flatten()) / error.numel()
+        denoising = sum(float(e) ** 2 for e in error.detach().flatten()) / error.numel()
         projected = objective.alignments["tiny@2"].projector(output.hidden[2])[0]
         similarity = 0.0
         for z, y in zip(projected, features["tiny"].patches[n], strict=True):

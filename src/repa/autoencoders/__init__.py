@@ -22,13 +22,13 @@ AUTOENCODERS = Registry(
         "e2e-va-vae": "repa.autoencoders.kl:e2e_va_vae",
         "tiny-vae": "repa.autoencoders.kl:tiny_vae",  # inside the package
         "kl": "repa.autoencoders.kl:kl",  # any other: kl:hub=owner/name,subfolder=vae
-        "dc-ae-f32": "repa.autoencoders.dc:dc_ae_f32",
-        "rae-dinov2-b": "repa.autoencoders.rae:rae_dinov2_b",
-        "rae": "repa.autoencoders.rae:rae",  # any other: rae:hub=owner/name
-        "taesd": "repa.autoencoders.taesd:taesd",
-        "taesdxl": "repa.autoencoders.taesd:taesdxl",
-        "taesd3": "repa.autoencoders.taesd:taesd3",
-        "taef1": "repa.autoencoders.taesd:taef1",
+        "dc-ae-f32": "repa.autoencoders.deterministic:dc_ae_f32",
+        "rae-dinov2-b": "repa.autoencoders.deterministic:rae_dinov2_b",
+        "rae": "repa.autoencoders.deterministic:rae",  # any other: rae:hub=owner/name
+        "taesd": "repa.autoencoders.deterministic:taesd",
+        "taesdxl": "repa.autoencoders.deterministic:taesdxl",
+        "taesd3": "repa.autoencoders.deterministic:taesd3",
+        "taef1": "repa.autoencoders.deterministic:taef1",
     },
     base="repa.autoencoders.contract:Autoencoder",
     listing="autoencoders",

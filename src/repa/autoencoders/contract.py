@@ -244,24 +244,3 @@ def not_finite(x: Tensor) -> list[int]:
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-class DeterministicAutoencoder(Autoencoder):
-    """One of diffusers' without a posterior: `encoded` gives the mean, and the standard deviation is 0."""
-
-    stochastic = False
-    vae: Any
-
-    def encoded(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] -> unscaled latents (N, C, h, w)."""
-        raise NotImplementedError
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.encoded(x)
-        return mean, torch.zeros_like(mean)
-
-    def images(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z).sample
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.vae.state_dict().items() if k.startswith("encoder.")}

@@ -49,11 +49,7 @@ class DecodedBy(Autoencoder):
 
 
 def load_decoder(
-    spec: str,
-    autoencoder: Autoencoder,
-    *,
-    weights: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    spec: str, autoencoder: Autoencoder, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:
     """`autoencoder` with the decoder of the one that `spec` names, for example "taesd" where "sd-vae-ft-ema" is too slow.
 

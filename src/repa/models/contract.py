@@ -129,12 +129,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        state: State,
-        t: Times,
-        condition: Condition,
-        taps: tuple[Tap, ...] = (),
-        keep: Tensor | None = None,
+        self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
         """Predict from the noised state.
 
@@ -204,6 +199,14 @@ class Backbone(nn.Module, ABC):
                 raise UserError(f"This model takes {name!r} of shape (N, {wanted}), but got {found}.")
         for tap in taps:
             self.checked(tap)
+
+    def one_time(self, t: Times, keep: Tensor | None) -> Tensor:
+        """The times (N,) themselves; raises UserError where tokens have different times, or some are left out."""
+        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
+            raise UserError(
+                f"{type(self).__name__} takes one time per sample and all tokens: leave token times and routing out."
+            )
+        return t
 
     def checked(self, tap: Tap) -> Tap:
         """The tap itself; raises UserError when there is no such block."""

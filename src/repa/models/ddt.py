@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError, choices
 from repa.models.config import ModelConfig, check_dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     INIT_STD,
     Block,
@@ -178,12 +178,7 @@ class DDT(Backbone):
         return tap
 
     def forward(
-        self,
-        state: State,
-        t: Times,
-        condition: Condition,
-        taps: tuple[Tap, ...] = (),
-        keep: Tensor | None = None,
+        self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`. t is in [0, 1], and `keep` is not for this network.
 
@@ -191,9 +186,7 @@ class DDT(Backbone):
             UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
-            raise UserError("A DDT takes one time per sample and all tokens: leave token times and routing out.")
-        encoded = self.encode(state, t, condition, taps)
+        encoded = self.encode(state, self.one_time(t, keep), condition, taps)
         return self.decode(state, encoded, taps)
 
     def encode(self, state: State, t: Tensor, condition: Condition, taps: tuple[Tap, ...] = ()) -> Encoded:

@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.models.conventions import (
-    FIRST_TIME_LAYER,
-    for_frequencies_of_diffusers,
-    from_frequencies_of_diffusers,
-)
+from repa.models.conventions import FIRST_TIME_LAYER, for_frequencies_of_diffusers, from_frequencies_of_diffusers
 from repa.models.layers import NORM_EPS, sincos_positions
 from repa.models.published import constructor_arguments, not_plain
 

@@ -23,48 +23,30 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Arguments(Config):
-    """Those of DiT as a file tells them, which anyone may have written."""
+    """Those of `DiT`, where their meaning stands, as a file tells them: it may come from anyone."""
 
     latent_size: Side | tuple[Side, Side]
-    """Side of the latent, or height and width."""
     latent_channels: Side
-    """Its channels."""
     patch_size: int = Field(ge=1, le=1_024)
-    """Side of a patch."""
     hidden_dim: Side
-    """Width of the tokens."""
     depth: int = Field(ge=1, le=1_000)
-    """Number of blocks."""
     num_heads: Side
-    """Attention heads."""
     num_classes: int = Field(ge=0, le=10_000_000)
-    """Classes without the null class."""
     mlp_ratio: float = Field(4.0, gt=0, le=64)
-    """Width of the MLPs by that of the tokens."""
     learn_sigma: bool = False
-    """Whether the network predicts a variance too."""
     norm: Literal["layer", "rms"] = "layer"
-    """What adaLN modulates."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """The MLP of a block."""
     qk_norm: Literal["none", "layer", "rms"] = "none"
-    """Norm of queries and keys."""
     bias: bool = True
-    """Whether queries, keys, values and MLPs have biases."""
     rotary: bool = False
-    """Whether queries and keys are turned by their place."""
     streams: dict[str, Side] = Field(default_factory=dict)
-    """Name and width of the vectors of streams."""
     heads: tuple[Side, ...] = ()
-    """Blocks that also predict x."""
     separate_times: bool = False
-    """Whether tokens attend to those of their own time only."""
     patch_overlap: int = Field(0, ge=0, le=1_024)
-    """Pixels of its neighbours that a patch sees on each side."""
+    # As models.config.Route.
     route: (
         tuple[Side, Side, Fraction, Annotated[int, Field(ge=0, le=1_024)], Literal["identity", "fuse"], Fraction] | None
     ) = None
-    """Blocks that see a share of the tokens, as models.routing.Route."""
 
     def require_size_of(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError, before a network is built, for one with more blocks or tokens than the weights can have."""

@@ -78,12 +78,7 @@ class Hooked(Backbone):
             raise UserError("The blocks of a hooked network are not computed again: turn checkpoint_activations off.")
 
     def forward(
-        self,
-        state: State,
-        t: Times,
-        condition: Condition,
-        taps: tuple[Tap, ...] = (),
-        keep: Tensor | None = None,
+        self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`.
 

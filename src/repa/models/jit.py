@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     INIT_STD,
     Block,
@@ -98,12 +98,7 @@ class JiT(Backbone):
         return matrices_of(self.blocks)
 
     def forward(
-        self,
-        state: State,
-        t: Times,
-        condition: Condition,
-        taps: tuple[Tap, ...] = (),
-        keep: Tensor | None = None,
+        self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`. `keep` is not for this network.
 
@@ -111,8 +106,7 @@ class JiT(Backbone):
             UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
-            raise UserError("JiT takes one time per sample and all tokens: leave token times and routing out.")
+        t = self.one_time(t, keep)
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
         label = self.y_embedder(condition.labels)  # (N, D)
         silu_c = F.silu(self.t_embedder(t) + label)

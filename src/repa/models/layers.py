@@ -233,11 +233,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        tapped: bool = False,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, mask: Tensor | None = None, tapped: bool = False, rotation: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(output (N, T, D), logits (N, h, T, T) when `tapped`).
 

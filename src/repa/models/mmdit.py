@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig, check_dimensions
-from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
+from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     MLP,
     FinalLayer,
@@ -121,12 +121,7 @@ class MMDiT(Backbone):
         return matrices_of(self.blocks)
 
     def forward(
-        self,
-        state: State,
-        t: Times,
-        condition: Condition,
-        taps: tuple[Tap, ...] = (),
-        keep: Tensor | None = None,
+        self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`. t goes to the sinusoid as it is, in [0, 1].
 
@@ -134,8 +129,7 @@ class MMDiT(Backbone):
             UserError: other shapes, no text, a tap is not a block, or a time per token or tokens to keep are given.
         """
         self.check(state, taps)
-        if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
-            raise UserError("MMDiT takes one time per sample and all tokens: leave token times and routing out.")
+        t = self.one_time(t, keep)
         if condition.text is None or tuple(condition.text.shape[1:]) != self.text_shape:
             found = "none" if condition.text is None else tuple(condition.text.shape)
             raise UserError(
