@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
 from repa.models import DiT, constructor_arguments, load_exported, to_diffusers
-from repa.models.conventions import for_frequencies_of_diffusers
-from repa.models.diffusers_export import exact_times
+from repa.models.diffusers_export import exact_times, for_frequencies_of_diffusers
 from repa.models.exported import save_exported
 from tests.calls import call
 

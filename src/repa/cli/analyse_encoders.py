@@ -39,11 +39,13 @@ def encoders(argv: list[str]) -> int:
     with Bars() as bars:
         shown, heads = bars.of(f"encoders on {given.data}"), bars.of("their heads", "epochs")
         found = compare_encoders(data, config, val=val, device=device, progress=shown, heads_progress=heads)
-    say(*tables.aligned(found.encoders, COLUMNS))
+    say(*tables.in_columns(found.encoders, COLUMNS))
     if len(config.encoders) > 1:
         say("", f"CKNNA ({config.variant}, k = {config.neighbours}) to each other")
         say(
-            *tables.aligned(found.matrix(), {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}})
+            *tables.in_columns(
+                found.matrix(), {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}
+            )
         )
     if out is not None:
         tables.write(out, {**tables.how("encoders", given), "device": str(device)}, found.rows())

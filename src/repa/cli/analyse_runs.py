@@ -83,8 +83,8 @@ def cknna(argv: list[str]) -> int:
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: cknna_of_run(run, data, config, bar))
     tables.write(out, tables.how(config.measure, given), rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
-    say(*tables.aligned(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
-    draw_curves(rows, config.measure, f"{title} with {config.encoder}", out)
+    say(*tables.in_columns(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    draw_depths(rows, config.measure, f"{title} with {config.encoder}", out)
     return 0
 
 
@@ -97,8 +97,8 @@ def depth(argv: list[str]) -> int:
 
     rows = rows_of_each(checkpoints, given, lambda run, data, bar: depth_effects(run, data, config, bar))
     tables.write(out, tables.how("depth", given), rows)
-    say(*tables.aligned(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
-    draw_curves(rows, "change", "change of the prediction without the block", out)
+    say(*tables.in_columns(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
+    draw_depths(rows, "change", "change of the prediction without the block", out)
     return 0
 
 
@@ -151,10 +151,10 @@ def probe(argv: list[str]) -> int:
     num_rates = len(config.learning_rates)
     if num_rates == 1:
         used.pop("lr")
-    say(*tables.aligned(shown, used))
+    say(*tables.in_columns(shown, used))
     if num_rates > 1:
         say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
-    draw_curves(shown, "top1", "top-1 accuracy", out)
+    draw_depths(shown, "top1", "top-1 accuracy", out)
     return 0
 
 
@@ -179,7 +179,7 @@ def rows_of_each(checkpoints: list[RunCheckpoint], given: NetworksArguments, row
     return rows
 
 
-def draw_curves(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
+def draw_depths(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> None:
     """A curve over depths next to the rows; rows of encoders alone have no depth and no picture."""
     if not speaks():
         return

@@ -16,7 +16,7 @@ _doing = ""  # the command that writes, for others
 Rows = Sequence[dict[str, Any]]
 
 
-def aligned(rows: Rows, columns: dict[str, str]) -> list[str]:
+def in_columns(rows: Rows, columns: dict[str, str]) -> list[str]:
     """Lines of aligned columns; `columns` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
     titles = [title.partition("|")[0] for title in columns.values()]
     shown = [[_shown(row.get(key), title.partition("|")[2]) for key, title in columns.items()] for row in rows]

@@ -42,7 +42,7 @@ class WordHashes(TextEncoder):
         tokens = torch.zeros(len(texts), self.num_tokens, self.dim)
         mask = torch.zeros(len(texts), self.num_tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
-            words = [BEGIN, *words_of(text)][: self.num_tokens]
+            words = [BEGIN, *split_words(text)][: self.num_tokens]
             tokens[row, : len(words)] = torch.stack([self._vector(word) for word in words])
             mask[row, : len(words)] = True
         device = self.positions.device
@@ -50,7 +50,7 @@ class WordHashes(TextEncoder):
         return Text((tokens + self.positions) * mask[..., None], mask)
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words of a text in lower case, in their order."""
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 

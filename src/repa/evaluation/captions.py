@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from repa.base.errors import UserError
 from repa.conditions.hub import locate_text_encoder, read_network, read_tokenizer
-from repa.conditions.words import words_of
+from repa.conditions.words import split_words
 from repa.evaluation.images import gather_rows
 
 MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
@@ -54,7 +54,7 @@ class CaptionAgreement:
     """
 
     def __init__(self, features: Tensor, captions: Sequence[tuple[str, ...]], prompts: Sequence[str]):
-        told = [set().union(*map(words_of, texts)) if texts else set() for texts in captions]
+        told = [set().union(*map(split_words, texts)) if texts else set() for texts in captions]
         counts = Counter(word for words in told for word in words)
         useful = [word for word, num in counts.most_common() if RARE * len(told) <= num <= COMMON * len(told)]
         self.vocabulary = sorted(useful[:MOST_WORDS])
@@ -92,7 +92,7 @@ class CaptionAgreement:
 
     def _distinct(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The distinct sets of words that prompts have (P, V), and of each prompt the number of its own (N,)."""
-        return torch.unique(self._present([set(words_of(text)) for text in prompts]), dim=0, return_inverse=True)
+        return torch.unique(self._present([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
 
 
 class ClipScore:

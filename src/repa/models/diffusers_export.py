@@ -5,6 +5,7 @@ The architecture is the same but for the sinusoid of the time, whose frequencies
 integer timesteps of DDPM it cannot be: there the reader sets `downscale_freq_shift = 0` (see exact_times).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.models.conventions import FIRST_TIME_LAYER, for_frequencies_of_diffusers, from_frequencies_of_diffusers
 from repa.models.layers import NORM_EPS, sincos_positions
-from repa.models.published import constructor_arguments, not_plain
+from repa.models.published import FIRST_TIME_LAYER, constructor_arguments, not_plain
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
 FACTS = "repa.json"  # what repa knows of a network and diffusers has no place for: objective, autoencoder, step
 MOST_TOKENS = 256**2  # of a network that is read; images of 4,096 pixels have so many
+STENCIL = 8  # neighbouring frequencies that stand for one between them: off by less than 1e-7 for t in [0, 1]
 MLP_RATIO = 4  # the only one that DiTTransformer2DModel builds
 
 # Every block of diffusers embeds time and label again, with the same weights.
@@ -160,3 +161,34 @@ def _parameters(table: Mapping[str, str], state: Mapping[str, Tensor], prefix: s
         for kind in ("weight", "bias")
         if f"{prefix}{ours}.{kind}" in state
     ]
+
+
+def for_frequencies_of_diffusers(weight: Tensor) -> Tensor:
+    """The W' that gives on the frequencies of diffusers' DiT what W gives on ours, for t in [0, 1] and no other t.
+
+    Ours (and DiT's) are 10000^(-k/F), those of diffusers 10000^(-k/(F-1)), k = 0 ... F-1. While f t <= 1,
+    cos(f t) and sin(f t) are so smooth in log f that interpolation between neighbouring frequencies is exact to float32.
+    """
+    num = weight.shape[1] // 2
+    return _on_other_frequencies(weight, [k * (num - 1) / num for k in range(num)])
+
+
+def from_frequencies_of_diffusers(weight: Tensor) -> Tensor:
+    """The way back, as exact: the W that gives on our frequencies what W' gives on those of diffusers, for t in [0, 1]."""
+    num = weight.shape[1] // 2
+    return _on_other_frequencies(weight, [k * num / max(num - 1, 1) for k in range(num)])
+
+
+def _on_other_frequencies(weight: Tensor, places: list[float]) -> Tensor:
+    """W for features at the whole numbers 0, 1, ... in place of `places`, both counted along the logarithm of the frequency."""
+    num = len(places)
+    weights = torch.zeros(num, num, dtype=torch.float64)  # row: a frequency of W, column: one of the result
+    size = min(STENCIL, num)
+    for k, place in enumerate(places):
+        # Near the ends of the table the stencil is shifted inward, because there are no frequencies beyond it.
+        first = min(max(math.floor(place) - size // 2 + 1, 0), num - size)
+        nodes = range(first, first + size)
+        for node in nodes:  # Lagrange
+            weights[k, node] = math.prod((place - other) / (node - other) for other in nodes if other != node)
+    on_cos, on_sin = weight.double().chunk(2, dim=1)
+    return torch.cat([on_cos @ weights, on_sin @ weights], dim=1).to(weight.dtype)

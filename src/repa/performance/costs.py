@@ -11,7 +11,7 @@ from repa.autoencoders.contract import load_autoencoder
 from repa.base import extras
 from repa.base.errors import UserError
 from repa.encoders.contract import VisionEncoder
-from repa.encoders.families import SIZES, family_of, names
+from repa.encoders.families import SIZES, encoder_names, family_of
 from repa.encoders.loading import canonical, load_encoder
 from repa.encoders.vit import ViTEncoder
 from repa.models.cost import Cost, cost_of
@@ -51,7 +51,9 @@ def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> Enc
         UserError: it cannot be loaded.
     """
     spec = canonical(spec)
-    encoder = (_encoder_outline(spec, grid) if spec in names() else load_encoder(spec, weights=weights)).to("meta")
+    encoder = (_encoder_outline(spec, grid) if spec in encoder_names() else load_encoder(spec, weights=weights)).to(
+        "meta"
+    )
     side = grid * encoder.patch_size
     pixels = torch.empty(1, 3, side, side, device="meta", dtype=next(encoder.net.parameters()).dtype)
     return EncoderCost(encoder.dim, cost_of(encoder.net, lambda: encoder.extract(pixels, grid).patches))

@@ -61,7 +61,7 @@ def rae(size: str) -> TrainConfig:
     )
 
 
-class Family(NamedTuple):
+class PaperNetwork(NamedTuple):
     """A network of a paper in the sizes that are here."""
 
     title: str
@@ -80,7 +80,7 @@ _OF_B = (
 )
 _STARTS = "Blocks start as the identity (adaLN-Zero) and matrices by Xavier, as in DiT; the released code leaves some at PyTorch's default."
 FAMILIES = {
-    "lightningdit": Family(
+    "lightningdit": PaperNetwork(
         "LightningDiT on VA-VAE", "2501.01423", "latents.md", lightningdit,
         {"lightningdit-b1": ("B", "LightningDiT-B/1"), "lightningdit-xl1": ("XL", "LightningDiT-XL/1")},
         "--sampler euler:shift=3.3333 --steps 250 --guidance cfg:scale=10,high=0.89,channels=3",
@@ -92,7 +92,7 @@ FAMILIES = {
             _OF_B,
         ),
     ),
-    "ddt": Family(
+    "ddt": PaperNetwork(
         "DDT", "2504.05741", "ddt.md", ddt,
         {"ddt-b2": ("B", "DDT-B/2"), "ddt-xl2": ("XL", "DDT-XL/2")},
         "--sampler euler --steps 250 --guidance cfg:scale=2,high=0.7",
@@ -104,7 +104,7 @@ FAMILIES = {
             _STARTS,
         ),
     ),
-    "rae": Family(
+    "rae": PaperNetwork(
         "DiT^DH on RAE", "2510.11690", "latents.md", rae,
         {"rae-dh-s": ("S", "DiT-DH-S"), "rae-dh-b": ("B", "DiT-DH-B"), "rae-dh-xl": ("XL", "DiT-DH-XL")},
         "--sampler euler --steps 50 --labels balanced",
