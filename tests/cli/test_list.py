@@ -7,7 +7,7 @@ import pytest
 from repa.base.errors import FITS, choices
 from repa.cli import main
 from repa.cli.list import registries
-from repa.cli.show import names
+from repa.cli.show import shown_names
 from repa.encoders import ENCODERS, load_encoder
 from repa.encoders.facts import GRID, PACKAGED, facts_of
 
@@ -73,10 +73,10 @@ def test_one_name_of_two_kinds_shows_both(printed):
 
 
 def test_every_listed_name_can_be_shown(printed):
-    for name in names():
+    for name in shown_names():
         assert printed("show", name).strip(), name
-    assert "dinov2-b" in names()
-    assert set(ENCODERS) < set(names())
+    assert "dinov2-b" in shown_names()
+    assert set(ENCODERS) < set(shown_names())
 
 
 def test_on_a_terminal_rows_are_wrapped_to_its_width(monkeypatch, printed):
