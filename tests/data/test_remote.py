@@ -164,6 +164,25 @@ def test_a_store_that_refuses_now_and_then_is_asked_again(store, monkeypatch):
         open_data("memory://data").gather("labels", [0])
 
 
+def test_shards_are_fetched_ahead_and_asked_for_once(store, fetched, monkeypatch):
+    """All shards are in the first window, so that every step wants the same."""
+    asked, path = [], remote.RemoteFiles.path
+
+    def watched(self, record):
+        if threading.current_thread().name.startswith("ahead-fetch"):
+            asked.append(record.file)
+        return path(self, record)
+
+    monkeypatch.setattr(remote.RemoteFiles, "path", watched)
+    stream = Loader(open_data("memory://data"), batch_size=6, seed=4).iterate()
+    for _ in range(10):
+        next(stream)
+    stream.close()
+    assert sorted(asked) == sorted(
+        f"{field}-{k:05d}.npy" for field in ("labels", "moments") for k in (0, 1, 3, 4, 5, 6)
+    )
+
+
 def test_batches_are_the_same_for_any_number_of_processes_and_from_any_step(store, folder, monkeypatch):
     monkeypatch.setattr("repa.data.order.WindowShuffle.__init__.__defaults__", (2,))
     data = open_data("memory://data")

@@ -39,7 +39,7 @@ class Captions:
         Raises UserError when a file of captions cannot be read.
         """
         indices = self.reader.checked(indices)
-        # shard by shard: a file of captions is read whole, as its lines have no places of their own
+        # shard by shard: the lines of a file of captions differ in length, so it is read from its start
         shards = np.searchsorted(self.reader.ends, indices, side="right")
         found: list[tuple[str, ...]] = [()] * len(indices)
         for shard in np.unique(shards).tolist():

@@ -89,11 +89,11 @@ class DataSet:
 
     @property
     def latent_channels(self) -> int:
-        """Channels C of what the network sees: half of the moments (mean and deviation), all of those that are means alone, or
+        """Channels C of what the network sees: half of the moments (mean and deviation), all of those that are only means, or
         those of the pixels when no moments are stored."""
         _, shape = self.manifest.fields["moments" if self.has_moments else "images"]
-        halves = self.has_moments and self.manifest.autoencoder.get("stochastic", True)
-        return shape[0] // 2 if halves else shape[0]
+        has_deviations = self.has_moments and self.manifest.autoencoder.get("stochastic", True)
+        return shape[0] // 2 if has_deviations else shape[0]
 
     @property
     def latent_size(self) -> int:

@@ -41,12 +41,12 @@ def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
 
 
 def remove_parts(out: Path) -> None:
-    """Remove parts/ and what killed processes left half written of the manifest and the bases."""
+    """Remove parts/ and incomplete files of the manifest and the bases, which killed processes left."""
     # renamed first: a kill during the removal must not leave a folder with a part of its records
     with contextlib.suppress(FileNotFoundError):
         os.rename(out / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=out))
     for path in out.glob(f".{PARTS}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)  # another process may be at it
+        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
     for pattern in (f".{MANIFEST}.*.tmp", ".basis.*.tmp"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ class Loader:
 
     Position p of the sequence is place p % N of epoch p // N; step s takes positions s*B to (s+1)*B - 1, and process r of W
     the r-th of W equal parts. So any number of processes sees the same order, and resuming needs the step alone. Data
-    that is fetched from elsewhere is shuffled shard by shard (`order.WindowShuffle`), other data as a whole.
+    that is remote is shuffled shard by shard (`order.WindowShuffle`), local data over all images.
 
     Args:
         data: an opened data set.

@@ -81,7 +81,7 @@ def unpack(features: Tensor, scale: Tensor | None = None, basis: Tensor | None =
 
 
 def read_basis(folder: str | Path, facts: FeatureField, device: torch.device | str = "cpu") -> Tensor | None:
-    """The mean and the directions of an encoder's stored tokens, float32 (1 + K, D); None where they are stored whole."""
+    """The mean and the directions of an encoder's stored tokens, float32 (1 + K, D); None where tokens are not stored as coordinates."""
     if facts.basis is None:
         return None
     path = Path(folder) / facts.basis.file

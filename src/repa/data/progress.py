@@ -170,14 +170,14 @@ class FinishedParts:
         manifest = self.manifest
         if manifest is None or shard >= len(manifest.shards):
             return None
-        whole = manifest.shards[shard]
+        stored = manifest.shards[shard]
         if name == TEXT and manifest.text:
-            return Part(shard=whole.override(files={}, captions=None, skipped=()), identity=manifest.text.identity)
+            return Part(shard=stored.override(files={}, captions=None, skipped=()), identity=manifest.text.identity)
         if name not in (BASE, *manifest.features):
             return None
-        mine = {field: file for field, file in whole.files.items() if field in fields_of(name)}
-        shard_of = whole.override(files=mine, captions=whole.captions if name == BASE else None, text={})
-        return Part(shard=shard_of, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)
+        own = {field: file for field, file in stored.files.items() if field in fields_of(name)}
+        part = stored.override(files=own, captions=stored.captions if name == BASE else None, text={})
+        return Part(shard=part, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)
 
     def missing_bases(self, names: Iterable[str]) -> list[str]:
         """Encoders whose tokens are there, but not the basis that they are coordinates in: it is computed again."""
@@ -198,9 +198,9 @@ class FinishedParts:
         files.write_json(self._path(shard, name), part.model_dump(mode="json"))
 
     def claim(self, shard: int, name: str) -> BaseFileLock | None:
-        """Lock a part for this process; None when another makes it. Files that a killed one left half written are removed."""
+        """Lock a part for this process; None when another makes it. Files that a killed one left incomplete are removed."""
         handle = lock.take(self._path(shard, name, ".lock"))
-        # only under the lock: without it the half-written file may be of a process that is still writing
+        # only under the lock: without it an incomplete file may be of a process that is still writing
         if handle is not None:
             names = [array_name(field, shard) for field in fields_of(name)]
             for file in [*names, *([captions_name(shard)] if name == BASE else [])]:

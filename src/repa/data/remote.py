@@ -112,7 +112,7 @@ class RemoteFiles:
         return Manifest.open(folder)
 
     def path(self, record: StoredFile) -> Path:
-        """Where a file lies here, fetched and compared with its checksum when it was not here yet. Thread-safe."""
+        """The local copy of a file; one that is fetched now is compared with its checksum. Thread-safe."""
         # it becomes the name of a folder, and whoever made the manifest must not choose one outside of the cache
         if not re.fullmatch("[0-9a-f]{64}", record.sha256):
             raise UserError(
@@ -163,7 +163,7 @@ class FetchAhead:
         self._asked: set[str] = set()
 
     def want(self, records: Iterable[StoredFile]) -> None:
-        """Fetch these, in this order, those that were asked for just before left out."""
+        """Fetch these files, in this order, but for those of the call before."""
         wanted = {record.sha256: record for record in records}
         for checksum, record in wanted.items():
             if checksum not in self._asked:

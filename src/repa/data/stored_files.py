@@ -36,7 +36,7 @@ def captions_name(shard: int) -> str:
 
 
 def basis_name(encoder: str) -> str:
-    """Where the mean and the principal components of an encoder's tokens lie."""
+    """The file of the mean and the principal components of an encoder's tokens."""
     return f"{plain_name(f'basis.{encoder}')}.npy"
 
 

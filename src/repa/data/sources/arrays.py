@@ -121,7 +121,7 @@ class ArraySource(Source):
         if labels.shape not in ((num,), (num, 1)) or labels.dtype.kind not in "iufU":
             raise UserError(
                 f"{where} is {labels.dtype} {labels.shape}, but a whole number or text for each of the {num:,} images "
-                f"is wanted: ({num},)."
+                f"is needed: ({num},)."
             )
         return classes_of(labels.reshape(num).tolist(), self.name, where)
 
@@ -179,9 +179,7 @@ class _Npz:
         index = self._members.find(f"{name}.npy")
         assert index is not None
         with faults.reading(f"{name!r} of {self.path}", "an array"):
-            if (
-                method == zipfile.ZIP_STORED and not flags & 1
-            ):  # not packed and not encrypted: the array lies there as it is
+            if method == zipfile.ZIP_STORED and not flags & 1:  # the array lies there as it is
                 return _unpickled(lambda: self._map(index, size))
             if size > MAX_UNPACKED:
                 raise ValueError(

@@ -30,7 +30,7 @@ from repa.data.sources.contract import (
     read_image_file,
 )  # fmt: skip
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, from_file, rows_of_csv, rows_of_lines, table_columns
-from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns
+from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
 
 JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
@@ -115,7 +115,7 @@ class FileSource(Source):
             above.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
         if is_one:
             self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
-        # a table of labels lies above the images; one anywhere else belongs to something else, such as an annotation tool
+        # a table of labels is beside or above the images; a table in another folder is not theirs
         tables = sorted(path for path in unknown if path.rpartition("/")[0] in above and _stem(path) not in stems)
         for file in tables[:MOST_TABLES]:
             if not (columns := self._columns_of_labels(file, is_one)):
@@ -191,7 +191,7 @@ class FileSource(Source):
         try:
             for row in (row for _, rows in self._metadata() for row in rows):
                 if texts := next((t for key in CAPTION_COLUMNS if (t := caption_values(row.get(key)))), ()):
-                    path = plain_text(str(row.get("file_name", "")))
+                    path = plain_path(str(row.get("file_name", "")))
                     written[path] = (*written.get(path, ()), *texts)
         except UserError:
             return {}
@@ -344,7 +344,7 @@ def _folder_of_images(annotations: Path, images: str) -> Path:
 
 
 def _plain_file_name(name: str) -> str:
-    """A name in the folder of images: whoever made the file must not make us read elsewhere."""
+    """A name in the folder of images; ValueError for a path, as the file may come from anyone."""
     if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise ValueError(f"file_name {name!r:.80} is not the plain name of a file")
     name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write

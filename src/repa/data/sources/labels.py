@@ -130,7 +130,7 @@ def by_name(pairs: Iterable[Sequence[Any]], names: Sequence[str], where: str) ->
     """
     table: dict[str, Any] = {}
     for path, value in pairs:
-        name = _plain_path(str(path))
+        name = plain_path(str(path))
         # the same label again is no mistake: a table of captions has a row for each of them
         if name in table and table[name] != value:
             raise UserError(f"{where} names {printable(name)!r} twice: give every image one label.")
@@ -157,7 +157,7 @@ def by_name(pairs: Iterable[Sequence[Any]], names: Sequence[str], where: str) ->
     return classes_of(values, lambda index: printable(names[index]), where)
 
 
-def _plain_path(name: str) -> str:
+def plain_path(name: str) -> str:
     """A path of a table as sources write theirs: './cat\\a.png' -> 'cat/a.png'."""
     return plain_text(name).replace("\\", "/").removeprefix("./")
 

@@ -90,8 +90,8 @@ class ReferenceSource(Source):
         _, height, width = self.moments_shape
         if height != width or self.side % height:
             raise UserError(
-                f"{self._moments[0]} has moments of {height} x {width} for images of {self.side} pixels: square ones, a "
-                "whole number of times smaller, are wanted."
+                f"{self._moments[0]} has moments of {height} x {width} for images of {self.side} pixels: they must be "
+                "square and a whole number of times smaller. Encode the images again."
             )
         classes = from_listing(files.read_json(listing), self._moments, str(listing))
         self._require_agreement(classes.labels)

@@ -125,11 +125,11 @@ def image_bytes(cell: Any, name: str) -> bytes:
 class TableSource(Source):
     """Rows with a column of images. Kinds implement `name` and `_cell`."""
 
-    def _choose(self, where: str, columns: Mapping[str, Column], labels: str, asked: Mapping[str, Any]) -> None:
-        """Decide which columns are read; `asked` has those that are named, by key."""
+    def _choose(self, where: str, columns: Mapping[str, Column], labels: str, named: Mapping[str, Any]) -> None:
+        """Decide which columns are read. `named`: image, label, caption -> the column that the user named."""
         # settings are read as Python values where they can be; names of columns are texts
         self._columns = chosen = choose_columns(
-            where, columns, labels, **{key: str(name) for key, name in asked.items()}
+            where, columns, labels, **{key: str(name) for key, name in named.items()}
         )
         self.has_captions = bool(chosen.caption)
         self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
@@ -298,7 +298,7 @@ def columns_of(schema: Any) -> dict[str, Column]:
         feature = feature if isinstance(feature, dict) else {}
         binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
         if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
-            # sound and video lie in columns of the same type
+            # sound and video are stored in columns of the same type
             columns[field.name] = Column("image" if feature.get("_type", "Image") in ("Image", "Value") else "other")
         elif feature.get("_type") == "ClassLabel":
             names = feature.get("names")

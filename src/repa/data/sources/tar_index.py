@@ -1,4 +1,4 @@
-"""What lies where in a tar shard: read once, kept in the cache folder."""
+"""The index of a tar shard: the offsets of its samples, read once and kept in the cache folder."""
 
 import collections
 import hashlib
@@ -98,8 +98,8 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         if cls is not ABSENT:
             labels.append(_text(slices.read(*cls), f"{key}.cls in {name}").strip() or None)
         elif meta is not ABSENT:
-            said = f"{key}.json in {name}"
-            labels.append(_label(json_object(slices.read(*meta), said).get(label), said))
+            where = f"{key}.json in {name}"
+            labels.append(_label(json_object(slices.read(*meta), where).get(label), where))
         else:
             labels.append(None)
         keys.append(key)

@@ -35,7 +35,7 @@ IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
 
 
 class WebDataset(Source):
-    """Samples in the order of the shards. Shards elsewhere (URLs, `pipe:`) are copied here as they are needed.
+    """Samples in the order of the shards. Remote shards (URLs, `pipe:`) are copied to the cache when they are needed.
 
     Every shard is read once when the source is opened first, for an index that is kept in the cache folder. The label
     of a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
@@ -59,7 +59,7 @@ class WebDataset(Source):
             image: extension of the image of a sample that holds several.
             label: key of the label in the .json.
             caption: key of the caption in the .json.
-            cache: GiB of copies of shards that lie elsewhere to keep.
+            cache: GiB of copies of remote shards to keep.
         """
         if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not cache > 0:
             raise UserError(f"cache was given {cache!r}: it is the size of the cache of shards in GiB, more than 0.")
@@ -196,7 +196,7 @@ class WebDataset(Source):
         if (size := os.path.getsize(path)) != self._sizes[shard]:
             raise UserError(
                 f"{where} has {size:,} bytes, but had {self._sizes[shard]:,} when its index was made: it changed. "
-                "Start again; for a shard that lies elsewhere, empty the folder sources/ of the cache first."
+                "Start again; for a remote shard, empty the folder sources/ of the cache first."
             )
         return Slices(path)
 
