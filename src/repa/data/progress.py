@@ -223,6 +223,7 @@ class Claims:
 
     def __init__(self, out: Path, wanted: Mapping[int, Sequence[str]], identities: Mapping[str, dict[str, Any]]):
         self.out, self.wanted, self.identities = out, wanted, identities
+        self._progress = FinishedParts(out)
         self._held: dict[tuple[int, str], BaseFileLock] = {}
 
     def pieces(self, shards: Sequence[PlannedShard], size: int, passed: Callable[[int], None]) -> Iterator[Piece]:
@@ -230,20 +231,19 @@ class Claims:
 
         `passed` is called with the number of images of a shard that another process has made meanwhile or makes now.
         """
-        progress = FinishedParts(self.out)
         for k, names in self.wanted.items():
-            taken = {name: handle for name in names if (handle := progress.claim(k, name)) is not None}
+            taken = {name: handle for name in names if (handle := self._progress.claim(k, name)) is not None}
             # others may have finished everything and removed parts/, whose records are in the manifest then
             if not (self.out / PARTS / SETTINGS_FILE).is_file():
-                progress = FinishedParts(self.out)
+                self._progress = FinishedParts(self.out)
             # asked again under the lock: another process may have finished the part and given its lock back since
-            for name in [name for name in taken if progress.part(k, name) is not None]:
+            for name in [name for name in taken if self._progress.part(k, name) is not None]:
                 lock.release(taken.pop(name))
             self._held.update({(k, name): handle for name, handle in taken.items()})
             rows = shards[k].rows
             if taken and not rows:  # a shard without images needs no model
                 for name in taken:
-                    progress.save(k, name, Part(shard=Shard(num=0), identity=self.identities[name]))
+                    self._progress.save(k, name, Part(shard=Shard(num=0), identity=self.identities[name]))
             if taken and rows:
                 for at in range(0, len(rows), size):
                     yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(taken))
@@ -254,7 +254,7 @@ class Claims:
         """Record the finished parts of a shard, and give them back."""
         for name, part in parts.items():
             # the record before the lock is given back, or another process would make the part again
-            FinishedParts(self.out).save(shard, name, part)
+            self._progress.save(shard, name, part)
             lock.release(self._held.pop((shard, name)))
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import io
+import json
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -215,6 +216,15 @@ def caption_values(value: Any) -> tuple[str, ...]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
         return ()
     return tuple(text for text in values if text)
+
+
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """The object that a JSON file holds; raises UserError when it holds something else."""
+    with faults.reading(name, "JSON"):
+        value = json.loads(data, object_pairs_hook=files.once)
+    if not isinstance(value, dict):
+        raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
+    return value
 
 
 def is_hidden(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Images as files: what folders and zips share; folders; the images and captions of COCO's annotation files."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from repa.data.sources.contract import (
     caption_lines,
     caption_values,
     is_hidden,
+    json_object,
     labels_digest,
     plain_text,
     read_image_file,
@@ -93,10 +95,10 @@ class FileSource(Source):
             self.labels_from = labels
             return from_file(labels, paths)
         if (data := self.read_root(LISTING)) is not None:
-            with faults.reading(f"{LISTING} of {where}", "JSON"):
+            self.labels_from, name = LISTING, f"{LISTING} of {where}"
+            with faults.reading(name, "JSON"):
                 listing = json.loads(data, object_pairs_hook=files.once)
-            self.labels_from = LISTING
-            return from_listing(listing, paths, f"{LISTING} of {where}")
+            return from_listing(listing, paths, name)
         return self._from_metadata(where, paths)
 
     def _require_nothing_label_like(
@@ -137,19 +139,15 @@ class FileSource(Source):
         unpacked, source = ("unpack it to FOLDER, then ", "FOLDER") if is_file else ("", where)
         for ending in dict.fromkeys(Path(path).suffix.lower() for path in beside):
             first = next(path for path in beside if path.lower().endswith(ending))
-            if label_columns([ending.removeprefix("."), *(self._keys_of(first) if ending == ".json" else ())]):
+            keys: dict[str, Any] = {}
+            with contextlib.suppress(UserError):  # a .json of another kind says nothing about labels
+                keys = json_object(self.read(first, first), first) if ending == ".json" else {}
+            if label_columns([ending.removeprefix("."), *keys]):
                 raise UserError(
                     f"{where} has no folders of classes, but files such as {printable(first)} next to its images, which look like "
                     f"labels: {unpacked}pack it by `tar --sort=name -cf images.tar -C {source} .` and give images.tar, in "
                     "which they are read, or give --labels TABLE.csv:COLUMN, or --labels none for one class."
                 )
-
-    def _keys_of(self, file: str) -> list[str]:
-        try:
-            values = json.loads(self.read(file, file))
-        except (UserError, ValueError, RecursionError):
-            return []
-        return list(values) if isinstance(values, dict) else []
 
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
         """Columns of a file that could be labels; [""] where its name alone looks like labels; [] for none."""

@@ -15,7 +15,7 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.data.sources.archives import Slices
-from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, is_hidden, leads_out
+from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, is_hidden, json_object, leads_out
 
 INDEX_VERSION = 3  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
@@ -195,15 +195,6 @@ def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: s
 def _text(data: bytes, name: str) -> str:
     with faults.reading(name, "UTF-8 text"):
         return data.decode("utf-8-sig")
-
-
-def json_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object in a .json of a sample; raises UserError when it is none."""
-    with faults.reading(name, "JSON"):
-        value = json.loads(data, object_pairs_hook=files.once)
-    if not isinstance(value, dict):
-        raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
-    return value
 
 
 def _label(value: Any, name: str) -> str | None:

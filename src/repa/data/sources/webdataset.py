@@ -21,6 +21,7 @@ from repa.data.sources.contract import (
     caption_lines,
     caption_values,
     is_remote,
+    json_object,
     labels_digest,
     no_classes,
     require_one_split,
@@ -28,7 +29,7 @@ from repa.data.sources.contract import (
 )
 from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
-from repa.data.sources.tar_index import Index, cached_path, index_of, json_object, load_index
+from repa.data.sources.tar_index import Index, cached_path, index_of, load_index
 
 MAX_OPEN_SHARDS = 16  # shards open at a time: rows are read in order
 IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
