@@ -7,7 +7,6 @@ from pydantic import Field, field_validator
 
 from repa.analysis.checkpoints import checkpoints_of
 from repa.analysis.config import FOLDER, HiddenConfig
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
 from repa.cli.console import ProgressBar, say, speaks
@@ -23,7 +22,7 @@ ABOUT_PROGRESS = "Samples of several checkpoints and runs from the same noise an
 MOST_CHECKPOINTS = 6
 
 
-class PicturesArguments(Config):
+class PicturesArguments(options.CheckpointOfRun):
     run: str
     """run folder"""
     data: str
@@ -42,12 +41,6 @@ class PicturesArguments(Config):
     """How many images."""
     seed: int = 0
     """Seed of the noise."""
-    weights: str = "ema"
-    """Averaged weights (ema), the raw ones (model), or another average by its name."""
-    autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
-    checkpoint: int = -1
-    """Step of the checkpoint; -1 takes the newest."""
     out: str = ""
     """Name of the .png; empty: analysis/pictures.png in the run."""
 
@@ -66,17 +59,13 @@ class PicturesArguments(Config):
         return HiddenConfig.parse({"times": times}).times
 
 
-class ProgressArguments(SampleConfig):
+class ProgressArguments(options.WeightsOfRun, SampleConfig):
     runs: tuple[str, ...] = ()
     """run folders"""
     checkpoints: tuple[int, ...] = ()
     """Steps of checkpoints; empty takes up to six of each run, evenly spaced, the newest among them."""
     num_images: int = Field(8, ge=1, le=64)
     """Images in a row."""
-    weights: str = "ema"
-    """Averaged weights (ema), the raw ones (model), or another average by its name."""
-    autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     out: str = ""
     """Name of the .png; empty: analysis/progress.png in the first run."""
 
@@ -84,7 +73,7 @@ class ProgressArguments(SampleConfig):
 def pictures(argv: list[str]) -> int:
     given = options.parse(PicturesArguments, argv, verb="analyse pictures", about=ABOUT_PICTURES, positional=("run",))
     check_pairs(given.encoder_weights)
-    (checkpoint,) = checkpoints_of([given.run], [given.checkpoint] if given.checkpoint >= 0 else [])
+    (checkpoint,) = checkpoints_of([given.run], [] if given.step is None else [given.step])
     out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from repa.analysis.checkpoints import RunCheckpoint, checkpoints_of
 from repa.analysis.config import FOLDER, DepthConfig, ImagesConfig, ProbeConfig, SimilarityConfig
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options, tables
 from repa.cli.console import Bars, ProgressBar, say, speaks
@@ -29,17 +28,13 @@ ABOUT_PROBE = (
 )
 
 
-class NetworksArguments(Config):
+class NetworksArguments(options.WeightsOfRun):
     runs: tuple[str, ...] = ()
     """run folders"""
     data: str
     """Folder of prepared data."""
-    weights: str = "ema"
-    """Averaged weights (ema), the raw ones (model), or another average by its name."""
     checkpoints: tuple[int, ...] = ()
     """Steps of checkpoints; empty takes the newest."""
-    autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     out: str = ""
     """Name of the .json. The .csv and .png are written next to it. Empty: in the folder analysis of the first run."""
 

@@ -27,7 +27,7 @@ ABOUT_REFERENCE = (
 )
 
 
-class EvaluateArguments(SampleConfig, EvaluateConfig):
+class EvaluateArguments(options.CheckpointOfRun, SampleConfig, EvaluateConfig):
     samples: str
     """.npz, folder or zip of samples, or a run folder"""
     reference: str
@@ -36,12 +36,6 @@ class EvaluateArguments(SampleConfig, EvaluateConfig):
     """Name of a .json for the results; empty prints them, and keeps those of a run in its folder, for its report."""
     num_images: int = Field(0, ge=0)
     """Samples to make of a run folder."""
-    weights: str = "ema"
-    """Averaged weights of the run (ema), the raw ones (model), or another average by its name."""
-    checkpoint: int = Field(-1, ge=-1)
-    """Step of the run's checkpoint; -1 takes the newest."""
-    autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
 
     @property
     def is_run(self) -> bool:
@@ -142,9 +136,8 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     if as_origin:
         say(as_origin)
     config, sampling = options.part(EvaluateConfig, given), options.part(SampleConfig, given)
-    step = None if given.checkpoint < 0 else given.checkpoint
     run = load_run(
-        given.samples, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device
+        given.samples, given.weights, step=given.step, autoencoder_weights=given.autoencoder_weights, device=device
     )
     run = prepared(run, sampling, device)
     run.diffusion.check_sampler(sampling.sampler)

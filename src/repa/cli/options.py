@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Annotated, Any, TypeGuard, TypeVar, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError, nearest
@@ -21,6 +21,27 @@ C = TypeVar("C", bound=Config)
 HELP = ("-h", "--help")
 PROBE = "--what-does-it-take"  # in place of all arguments: `parse` answers with Probed
 TRUTHS = ("true", "false", "yes", "no", "on", "off")  # after a switch; another word is not its value
+
+
+class WeightsOfRun(Config):
+    """Options of verbs that read runs."""
+
+    weights: str = "ema"
+    """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
+    autoencoder_weights: str = ""
+    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
+
+
+class CheckpointOfRun(WeightsOfRun):
+    """Options of verbs that read one checkpoint."""
+
+    checkpoint: int = Field(-1, ge=-1)
+    """Step of the checkpoint; -1 takes the newest."""
+
+    @property
+    def step(self) -> int | None:
+        """As the rooms take it: None is the newest."""
+        return None if self.checkpoint < 0 else self.checkpoint
 
 
 class Probed(Exception):

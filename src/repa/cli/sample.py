@@ -16,7 +16,7 @@ ABOUT = (
 )
 
 
-class SampleArguments(SampleConfig):
+class SampleArguments(options.CheckpointOfRun, SampleConfig):
     run: str
     """run folder"""
     out: str
@@ -26,12 +26,6 @@ class SampleArguments(SampleConfig):
     """Number of images."""
     folders: str = ""
     """Also write a folder of PNGs for each prompt, as GenEval's scorer and others read them; empty writes none."""
-    weights: str = "ema"
-    """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
-    checkpoint: int = Field(-1, ge=-1)
-    """Step of the checkpoint; -1 takes the newest."""
-    autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
     compile: bool = False
     """Compile the network with torch.compile: up to minutes at the start, which pays off for many images; pixels may differ by one."""
 
@@ -49,8 +43,9 @@ def main(argv: list[str]) -> int:
     from repa.sampling.folders import require_folders, write_folders
 
     device = dist.setup()
-    step = None if given.checkpoint < 0 else given.checkpoint
-    run = load_run(given.run, given.weights, step=step, autoencoder_weights=given.autoencoder_weights, device=device)
+    run = load_run(
+        given.run, given.weights, step=given.step, autoencoder_weights=given.autoencoder_weights, device=device
+    )
     run = prepared(run, config, device)
     if given.folders and run.prompts is None:
         raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
