@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.errors import UserError
 from repa.base.precision import autocast
 from repa.data.reader import ShardReader
 from repa.encoders import load_encoder
@@ -110,6 +111,20 @@ def test_every_batch_comes_with_the_tokens_of_its_own_step():
     for batch, features in pairs:
         if features:
             torch.testing.assert_close(features["tiny"].patches, encoders(batch, encoders.wanted)["tiny"].patches)
+
+
+def test_features_that_are_not_finite_are_refused_at_the_step_that_first_wants_them():
+    """With a weight that warms up from 0 that is not the first step."""
+    data = Synthetic({}, 4)
+    config = configuration()
+    encoders = EncoderFeatures(config, data, CPU)
+    with torch.no_grad():
+        next(encoders.encoders["tiny"].net.parameters()).fill_(float("nan"))
+    batches = (data.batch(config, CPU, 16) for _ in range(3))
+    steps = encoders.iterate(batches, 0, lambda step: encoders.wanted if step else ())
+    assert next(steps)[1] == {}
+    with pytest.raises(UserError, match="'tiny', computed now, are not finite"):
+        next(steps)
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 5])

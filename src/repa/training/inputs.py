@@ -96,16 +96,16 @@ class EncoderFeatures:
         self, batches: Iterable[Batch], step: int, wanted: Wanted
     ) -> Iterator[tuple[Batch, dict[str, Features]]]:
         """Each batch of the steps `step`, `step` + 1, ... with the features that its step needs."""
-        checked = False
+        checked: set[str] = set()
         started = (self._start(batch, wanted(number)) for number, batch in enumerate(batches, step))
         for batch, features, computed in one_ahead(started) if self.stream else started:
             if computed is not None:
                 torch.cuda.current_stream(self.device).wait_event(computed)
-            # Once, as this waits for the device; later the guards skip a step that is not finite.
-            if not checked:
-                checked = True
-                for name, found in features.items():
-                    self._require_finite(name, found)
+            # Once for each encoder, as this waits for the device; later the guards skip a step that is not finite. An encoder
+            # whose weight warms up from 0 comes later than the first step.
+            for name in sorted(features.keys() - checked):
+                self._require_finite(name, features[name])
+            checked |= features.keys()
             yield batch, features
 
     def _require_finite(self, name: str, features: Features) -> None:
