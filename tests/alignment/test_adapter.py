@@ -96,5 +96,5 @@ def test_where_it_does_not_fit_a_sentence_says_so():
     with pytest.raises(UserError, match="part=patches"):
         objective({**TERM, "target": "tiny:part=all"}, streams={"class": 5})
     term = Alignment(AlignmentConfig(**TERM), 16, 5, (4, 4), num_classes=3)
-    with pytest.raises(UserError, match="Beside"):
+    with pytest.raises(UserError, match="ProjectorContext"):
         term.compare(torch.zeros(2, 16, 16), torch.zeros(2, 16, 5))

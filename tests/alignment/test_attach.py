@@ -116,7 +116,7 @@ def test_attention_is_that_of_the_network():
     expected = model(state, t, condition, (Tap(2, "attention"),)).taps[Tap(2, "attention")]
     aligner = repa.attach(model, "blocks.1", tap="attention", loss="attention_ce:heads=2")
     model(state, t, condition)
-    (logits,) = aligner._eye.record.attention.values()
+    (logits,) = aligner._watcher.record.attention.values()
     torch.testing.assert_close(logits, expected)
     target = torch.randn(3, 2, 4, 4)
     wanted = -(target.softmax(-1) * expected.log_softmax(-1)).sum(-1).mean((1, 2)).mean()

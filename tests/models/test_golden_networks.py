@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repa.alignment import Alignment, AlignmentConfig, Beside
+from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
 from repa.models import DDT, Condition, DiT, Tap
 from repa.models.jit import JiT
 from tests import golden
@@ -110,9 +110,9 @@ def test_adapter_of_pixelrepa():
     assert fill(adapter, case, lambda name: name.replace("projection_layer.mlp", "projection")) == {"mask_token"}
     with torch.no_grad():
         adapter.mask_token.copy_(golden.tensor(case["inputs"]["mask_token"]))
-    beside = Beside(t, condition, torch.tensor(case["inputs"]["keep_mask"], dtype=torch.bool))
-    golden.check(term.project(hidden, beside), case["expected"]["pred"], TOLERANCE)
-    loss = term.compare(hidden, golden.tensor(case["inputs"]["z"]), beside=beside)
+    context = ProjectorContext(t, condition, torch.tensor(case["inputs"]["keep_mask"], dtype=torch.bool))
+    golden.check(term.project(hidden, context), case["expected"]["pred"], TOLERANCE)
+    loss = term.compare(hidden, golden.tensor(case["inputs"]["z"]), context=context)
     assert 1 + float(loss.detach().mean()) == pytest.approx(case["expected"]["loss"], rel=TOLERANCE)
 
 

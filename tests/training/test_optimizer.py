@@ -13,7 +13,7 @@ from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import read_metrics
-from repa.runs.checkpoint import Dealt
+from repa.runs.checkpoint import OwnedTensor
 from repa.training import Objective, OptimizerConfig, TrainConfig
 from repa.training.state import build_optimizer, load_named_state, named_state
 from repa.training.update import clip, learning_rate, set_learning_rate, step_unless
@@ -193,7 +193,7 @@ def test_four_steps_are_two_and_a_restart_and_two(name):
     saved = {key: value.clone() for key, value in named_state(first, halves).items()}
     again, second = make(name)
     again.load_state_dict(halves.state_dict())
-    load_named_state(second, again, {key: Dealt(value, 0) for key, value in saved.items()})
+    load_named_state(second, again, {key: OwnedTensor(value, 0) for key, value in saved.items()})
     for seed in (3, 4):
         for each, other in ((whole, optimizer), (again, second)):
             gradients(each, seed)

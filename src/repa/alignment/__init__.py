@@ -74,7 +74,7 @@ TIME_WEIGHTS = Registry(
 
 if TYPE_CHECKING:
     from repa.alignment.alignment import Alignment as Alignment
-    from repa.alignment.alignment import Beside as Beside
+    from repa.alignment.alignment import ProjectorContext as ProjectorContext
     from repa.alignment.attach import Aligner as Aligner
     from repa.alignment.attach import attach as attach
     from repa.alignment.config import AlignmentConfig as AlignmentConfig

@@ -17,7 +17,7 @@ from repa.base.registry import declared, parse_spec
 from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 
 
-class Beside(NamedTuple):
+class ProjectorContext(NamedTuple):
     """What a projector that reads the condition gets in addition to the tokens."""
 
     t: Times
@@ -138,8 +138,10 @@ class Alignment(nn.Module):
         # The projector learns and the network does not notice: its weights stay those of a run without the term, to the bit.
         if self.config.measure_only:
             student = student.detach()
-        beside = Beside(seen.t, seen.condition, seen.visible.get(self.key)) if self.looks_at_condition else None
-        loss = self.compare(*self._kept(student, target, seen.output.kept), beside)
+        context = (
+            ProjectorContext(seen.t, seen.condition, seen.visible.get(self.key)) if self.looks_at_condition else None
+        )
+        loss = self.compare(*self._kept(student, target, seen.output.kept), context)
         return self.at_times(loss, seen.t) if self.looks_at_times else loss
 
     @property
@@ -155,12 +157,16 @@ class Alignment(nn.Module):
         return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
 
     def compare(
-        self, student: Tensor, target: Tensor | None, kept: Tensor | None = None, beside: Beside | None = None
+        self,
+        student: Tensor,
+        target: Tensor | None,
+        kept: Tensor | None = None,
+        context: ProjectorContext | None = None,
     ) -> Tensor:
         """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
 
         Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
-        `kept` (N, K): the student has these tokens of its grid alone, where a network routes tokens. `beside`: for a projector
+        `kept` (N, K): the student has these tokens of its grid alone, where a network routes tokens. `context`: for a projector
         that looks at the condition.
 
         Raises:
@@ -176,7 +182,7 @@ class Alignment(nn.Module):
                 f"An alignment compares tokens (N, T, D) with those of as many images, but got {given}: tokens of a map (N, D, H, W) "
                 "are x.flatten(2).transpose(1, 2)."
             )
-        projected = self.project(student, beside)  # (N, T, F)
+        projected = self.project(student, context)  # (N, T, F)
         # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
         with no_autocast(student.device):
             projected = _precise(projected)
@@ -209,17 +215,17 @@ class Alignment(nn.Module):
             )
         self.projector, self._sharing = nn.Identity(), [other]
 
-    def project(self, student: Tensor, beside: Beside | None = None) -> Tensor:
+    def project(self, student: Tensor, context: ProjectorContext | None = None) -> Tensor:
         """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
         if self.config.pool:
             student = student.mean(1, keepdim=True)  # (N, 1, D)
         if not self.looks_at_condition:
             return self._projector(student)
-        if beside is None:
+        if context is None:
             raise UserError(
-                f"The projector {self.config.projector!r} looks at times and condition: give compare them as Beside(t, condition)."
+                f"The projector {self.config.projector!r} looks at times and condition: give compare a ProjectorContext(t, condition)."
             )
-        return self._projector(student, *beside)
+        return self._projector(student, *context)
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""

@@ -15,7 +15,7 @@ from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
 from repa.models.image_tokens import Tokens, image_tokens
-from repa.models.taps import Eye, Grid, NamedBlock, find_blocks, width_of
+from repa.models.taps import Grid, NamedBlock, Watcher, find_blocks, width_of
 
 WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
 
@@ -61,7 +61,7 @@ class Aligner(nn.Module):
         self.terms = nn.ModuleDict()
         self.values: dict[str, Tensor] = {}
         self.steps = 0
-        self._eye = Eye(net)
+        self._watcher = Watcher(net)
         self._places: dict[str, _Place] = {}
 
     def add(
@@ -90,7 +90,7 @@ class Aligner(nn.Module):
             text: where text tokens stand in a sequence with the image's, "front" or "behind".
             settings: fields of `AlignmentConfig`: loss, weight, schedule, projector, token_norm, times, name, measure_only.
         """
-        net = self._eye.net
+        net = self._watcher.net
         if text not in ("front", "behind"):
             raise UserError(f"Text tokens stand in 'front' or 'behind' those of the image, but text is {text!r}.")
         if grid is not None:
@@ -127,9 +127,9 @@ class Aligner(nn.Module):
             weight = next(each.module.parameters(), None)
             self.terms[config.module] = term.to(None if weight is None else weight.device)
             self._places[config.key] = _Place(each.name, other and other.name, grid, output, text, width)
-            self._eye.watch(each, attention=tap == "attention")
+            self._watcher.watch(each, attention=tap == "attention")
             if other:
-                self._eye.watch(other)
+                self._watcher.watch(other)
         return self
 
     def _width(
@@ -142,7 +142,7 @@ class Aligner(nn.Module):
             raise UserError(
                 f"The projector {config.projector!r} needs the width of the features: attach(net, {block.name!r}, features=768)."
             )
-        width = given or width_of(self._eye.net, block)
+        width = given or width_of(self._watcher.net, block)
         if width is None:
             raise UserError(
                 f"How wide the tokens of {block.name} are is not known: give hidden_dim=..., their number of channels."
@@ -187,7 +187,7 @@ class Aligner(nn.Module):
             self.values[name] = loss.detach().mean()
             total = total + weight * loss.mean()
         # Forgotten: the next call must not see this pass again, and its activations would stay in memory until then.
-        self._eye.record.begin(None)
+        self._watcher.record.begin(None)
         return total if isinstance(total, Tensor) else torch.tensor(total)
 
     def loss(self, features: Given = None, **more: Any) -> Tensor:
@@ -218,7 +218,7 @@ class Aligner(nn.Module):
 
     def detach(self) -> None:
         """Take the hooks out of the network, which is then as before."""
-        self._eye.close()
+        self._watcher.close()
         self._places.clear()
 
     def get_extra_state(self) -> Tensor:
@@ -243,7 +243,7 @@ class Aligner(nn.Module):
     def extra_repr(self) -> str:
         terms = [(name, self._term(name).config, self._against(name)) for name in self._places]
         return "\n".join(
-            f"{name}: {config.tap} of {self._eye.kind}, {config.loss} against {against}, weight {config.weight}"
+            f"{name}: {config.tap} of {self._watcher.kind}, {config.loss} against {against}, weight {config.weight}"
             for name, config, against in terms
         )
 
@@ -258,7 +258,7 @@ class Aligner(nn.Module):
         titles = ("term", "block", "tap", "loss", "against", "weight", "last loss")
         head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<p>Aligner of {html.escape(self._eye.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
+        return f"<p>Aligner of {html.escape(self._watcher.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
 
     def _against(self, name: str) -> str:
         """The target of a term, by name."""
@@ -320,19 +320,19 @@ class Aligner(nn.Module):
         return at_their_times(term, t, loss)
 
     def _tokens(self, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
-        record = self._eye.record
+        record = self._watcher.record
         if block not in record.passes:
             raise UserError(
                 f"Block {block} has not run since the last call of the aligner: run the network first. A network that was compiled "
                 "must be attached to before its first run."
             )
         grid = checked_grid(grid) if grid is not None else place.grid
-        seen, patch = record.passes[block], self._eye.patch
+        seen, patch = record.passes[block], self._watcher.patch
         return image_tokens(seen, record.image, patch, where=block, grid=grid, output=place.output, text=place.text)
 
     def _attention(self, place: "_Place", grid: tuple[int, ...] | None) -> Tensor:
         """Logits (N, h, T, T) between the tokens of the image."""
-        logits = self._eye.record.attention.get(place.block)
+        logits = self._watcher.record.attention.get(place.block)
         if logits is None:
             raise UserError(
                 f"No self-attention of block {place.block} was seen: it must run before the aligner is called, call PyTorch's "

@@ -20,7 +20,6 @@ from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
     BlockOptions,
-    Chosen,
     Conditioning,
     FinalLayer,
     LabelEmbedding,
@@ -28,6 +27,7 @@ from repa.models.layers import (
     Rotation,
     Stream,
     TimestepEmbedding,
+    TwoConditions,
     adaln_zero,
     matrices_of,
     normal_matrices,
@@ -227,7 +227,7 @@ class DiT(OnHub):
         values, which = t if isinstance(t, TwoTimes) else (t, t)  # (N, 2 or T), (N, T)
         mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
         silu_c = F.silu(self.t_embedder(values) + label[:, None])  # (N, 2 or T, D)
-        return Chosen(silu_c, which[..., None]) if isinstance(t, TwoTimes) else silu_c, mask
+        return TwoConditions(silu_c, which[..., None]) if isinstance(t, TwoTimes) else silu_c, mask
 
 
 def build_model(name: str, **overrides: Any) -> Backbone:

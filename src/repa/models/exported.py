@@ -104,13 +104,9 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     with faults.reading(where, "the description of a DiT"):
         arguments.require_size_of(state)
         # Shapes are compared on the meta device, before a second copy of the weights exists.
-        wanted = {key: value.shape for key, value in _on_meta(config["model"]).state_dict().items()}
+        with torch.device("meta"):
+            wanted = {key: value.shape for key, value in DiT(**config["model"]).state_dict().items()}
     if {key: value.shape for key, value in state.items()} != wanted:
         raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")
     check_values(state, str(folder / WEIGHTS))
     return config, state
-
-
-def _on_meta(arguments: Mapping[str, Any]) -> DiT:
-    with torch.device("meta"):
-        return DiT(**arguments)

@@ -2,7 +2,7 @@
 
 Autograd's own backward reads gradient and normalised tokens again for each of three sums, and keeps the normalised tokens of
 every norm until then. Here they are computed again from the tokens, of which only mean and deviation are kept. Chosen by
-`use_kernels`; off by default, as nobody has timed it on a GPU yet.
+`fused_norm`; off by default, as nobody has timed it on a GPU yet.
 
 N batch, T tokens, D width.
 """

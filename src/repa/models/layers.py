@@ -336,19 +336,19 @@ def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, 1 + scale)
 
 
-class Chosen(NamedTuple):
+class TwoConditions(NamedTuple):
     """SiLU of two conditions an image, and which of them each token has."""
 
     both: Tensor  # (N, 2, D)
     second: Tensor  # (N, T, 1) bool
 
 
-Conditioning = Tensor | Chosen  # SiLU of time and label: (N, D), (N, T, D), or two an image
+Conditioning = Tensor | TwoConditions  # SiLU of time and label: (N, D), (N, T, D), or two an image
 
 
 def modulations(layer: nn.Module, silu_c: Conditioning, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) or Chosen -> (N, T, D) each."""
-    if isinstance(silu_c, Chosen):
+    """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) or TwoConditions -> (N, T, D) each."""
+    if isinstance(silu_c, TwoConditions):
         # Two products an image and a choice, where (N, T, D) would take one for each token.
         first, second = layer(silu_c.both).to(x.dtype).split(1, dim=1)
         return torch.where(silu_c.second, second, first).chunk(chunks, dim=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repa.models.config import Route
-from repa.models.layers import Chosen, Conditioning
+from repa.models.layers import Conditioning, TwoConditions
 
 MASK_STD = 0.02
 
@@ -89,7 +89,7 @@ class Router(nn.Module):
     def take_context(self, context: Context, keep: Tensor) -> Context:
         """What blocks are given for the tokens that `take` gives."""
         silu_c, mask, rotation = context
-        if isinstance(silu_c, Chosen):
+        if isinstance(silu_c, TwoConditions):
             silu_c = silu_c._replace(second=self.take(silu_c.second, keep))  # (N, K, 1)
         elif silu_c.ndim == 3:
             silu_c = self.take(silu_c, keep)  # (N, K, D)

@@ -111,7 +111,7 @@ class Record:
         return Record, ()
 
 
-class Eye:
+class Watcher:
     """Watches blocks of one network.
 
     Args:
@@ -128,9 +128,9 @@ class Eye:
             self._keep(module.register_forward_pre_hook(_Begin(self.first, self.record), with_kwargs=True))
 
     def __reduce__(self) -> tuple:
-        return _blind, (self.first, self.kind, self.patch)
+        return _unattached, (self.first, self.kind, self.patch)
 
-    def __deepcopy__(self, memo: dict) -> "Eye":
+    def __deepcopy__(self, memo: dict) -> "Watcher":
         return self
 
     @property
@@ -159,11 +159,17 @@ class Eye:
         self.record.handles.append(handle)
 
 
-def _blind(first: str, kind: str, patch: Grid | None) -> Eye:
-    """An eye that was pickled sees nothing until it is attached again."""
-    eye = object.__new__(Eye)
-    eye.record, eye.first, eye.kind, eye.patch, eye._net = Record(), first, kind, patch, lambda: None
-    return eye
+def _unattached(first: str, kind: str, patch: Grid | None) -> Watcher:
+    """A watcher that was pickled sees nothing until it is attached again."""
+    watcher = object.__new__(Watcher)
+    watcher.record, watcher.first, watcher.kind, watcher.patch, watcher._net = (
+        Record(),
+        first,
+        kind,
+        patch,
+        lambda: None,
+    )
+    return watcher
 
 
 class _Begin:

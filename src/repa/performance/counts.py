@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from repa.alignment import Alignment, AlignmentConfig, Beside
+from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
 from repa.alignment.targets import build_target
 from repa.base.precision import autocast
 from repa.base.registry import parse_spec
@@ -142,10 +142,10 @@ def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
     student = tap[:, model.prefix_tokens :]
     num = len(student)
     target = None if term.config.target == "none" else torch.randn(*student.shape[:2], term.feature_dim)
-    beside = Beside(
+    context = ProjectorContext(
         torch.rand(num), Condition(torch.zeros(num, dtype=torch.int64)), torch.ones(student.shape[:2]).bool()
     )
-    return term.compare(student, target, beside=beside)
+    return term.compare(student, target, context=context)
 
 
 def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:

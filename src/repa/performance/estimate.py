@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from repa.alignment import Alignment, Beside
+from repa.alignment import Alignment, ProjectorContext
 from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 from repa.data.config import split_format
@@ -222,8 +222,8 @@ def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
                 continue
             tokens = tokens_at(model.route, alignment.depth, model.grid)
             hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
-            beside = Beside(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
-        cost = cost_of(term, functools.partial(term.project, hidden, beside))
+            context = ProjectorContext(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
+        cost = cost_of(term, functools.partial(term.project, hidden, context))
         if alignment.projector_of:
             cost = cost._replace(parameters=0)
         total = Cost(*map(sum, zip(total, cost, strict=True)))

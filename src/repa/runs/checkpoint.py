@@ -69,7 +69,7 @@ class Share(NamedTuple):
         return self.tensors
 
 
-class Dealt(NamedTuple):
+class OwnedTensor(NamedTuple):
     """A tensor of a checkpoint that one of several processes has read; in the others `value` says shape and type alone."""
 
     value: Tensor
@@ -172,7 +172,7 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
     return Checkpoint(state["step"], model, ema, projectors, optimizer, state["counters"], averages)
 
 
-def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Dealt]]] | None:
+def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, OwnedTensor]]] | None:
     """Step, counters and tensors by file of the newest checkpoint; None when the run has none. All processes must ask.
 
     Each file or part of one is read, and compared with its checksum, by one process of those that see the folder.
@@ -195,10 +195,10 @@ def load_dealt(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Deal
     outlines = dist.gather_objects(
         {name: {key: x.to("meta") for key, x in tensors.items()} for name, tensors in read.items()}
     )
-    found: dict[str, dict[str, Dealt]] = {}
+    found: dict[str, dict[str, OwnedTensor]] = {}
     for name, owner in owners.items():
         tensors = read.get(name, outlines[owner][name])
-        found.setdefault(layout.whole_name(name), {}).update({key: Dealt(x, owner) for key, x in tensors.items()})
+        found.setdefault(layout.whole_name(name), {}).update({key: OwnedTensor(x, owner) for key, x in tensors.items()})
     return step, state["counters"], found
 
 

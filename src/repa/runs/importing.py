@@ -72,7 +72,9 @@ def read_checkpoint(
     indices = {key.partition(".")[0] for key in published.projectors}
     projectors = {}
     if alignments:
-        modules = dict(zip(sorted(indices, key=int), (_module(a) for a in alignments), strict=True))
+        # As `AlignmentConfig.module` names them: this room reads plain values, and does not know that class.
+        names = [f"{a['target']}@{a['depth']}".replace(".", "_") for a in alignments]
+        modules = dict(zip(sorted(indices, key=int), names, strict=True))
         for key, value in published.projectors.items():
             index, _, rest = key.partition(".")
             projectors[f"{modules[index]}.projector.{rest}"] = value
@@ -220,8 +222,3 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
         }
         for index, target in zip(indices, targets, strict=True)
     ]
-
-
-def _module(alignment: Mapping[str, Any]) -> str:
-    """What the projector of an alignment is called in a checkpoint (`AlignmentConfig.module`)."""
-    return f"{alignment['target']}@{alignment['depth']}".replace(".", "_")

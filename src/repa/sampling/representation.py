@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa.alignment import Alignment, AlignmentConfig, Beside
+from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
 from repa.alignment.targets import EncoderTarget
 from repa.base import files
 from repa.base.errors import UserError
@@ -59,7 +59,9 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         student = output.taps[alignment.tap]
         if not alignment.target.prefix:
             student = student[:, alignment.prefix_tokens :]
-        return alignment.compare(student, target.expand(len(student), -1, -1), beside=Beside(t, condition))  # (N,)
+        return alignment.compare(
+            student, target.expand(len(student), -1, -1), context=ProjectorContext(t, condition)
+        )  # (N,)
 
     return Guide((alignment.tap,), loss, files.sha256(path))
 

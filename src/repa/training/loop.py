@@ -30,8 +30,8 @@ from repa.training.log import TrainingLog
 from repa.training.objective import Draws, Losses, rows_of
 from repa.training.parallel import running, without_reduction
 from repa.training.resolve import (
-    as_begun,
     claim_folder,
+    first_choices,
     require_agreement,
     require_equal_parts,
     resolve,
@@ -103,9 +103,9 @@ def _continued(
     config: TrainConfig, data: DataSet, run: Path, device: torch.device
 ) -> tuple[TrainState, EncoderFeatures, TextConditions]:
     """The run as its newest checkpoint left it, or at step 0, in a folder that is this run's; every mismatch is reported."""
-    begun = dist.on_main(lambda: as_begun(config, run, device))
+    first = dist.on_main(lambda: first_choices(config, run, device))
     # Applied to each process's own configuration, so that those that were given another command are found below.
-    config = begun.applied(config)
+    config = first.applied(config)
     with dist.together():
         config = resolve(config, data, device)
         require_equal_parts(config.batch_size, dist.world(), config.accumulate)

@@ -271,7 +271,7 @@ class Objective(nn.Module):
         """What those schedules know, by the key of the term."""
         return {key: schedule.state() for key, schedule in self.watching.items()}
 
-    def take_up(self, observed: Mapping[str, Mapping[str, float]]) -> None:
+    def load_observed(self, observed: Mapping[str, Mapping[str, float]]) -> None:
         """The way back, from a checkpoint."""
         for key, schedule in self.watching.items():
             schedule.load(observed[key])

@@ -11,12 +11,12 @@ from collections.abc import Container, Mapping
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from repa.base import dist, launch
 from repa.models import Backbone
-from repa.runs.checkpoint import Dealt
+from repa.runs.checkpoint import OwnedTensor
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
@@ -35,7 +35,8 @@ def shard(objective: Objective, averages: list[Backbone], device: torch.device, 
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second that only FSDP needs
 
-    mesh = _mesh(device)
+    sides = mesh_sides(dist.world(), launch.place(strict=False).local_world)
+    mesh = init_device_mesh(device.type, sides, mesh_dim_names=("replicate", "shard")[-len(sides) :])
     half = torch.bfloat16 if precision == "bf16" else None
     # The residual stream stays float32, so the inputs of a block are not cast: autocast casts those of its products.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
@@ -49,11 +50,6 @@ def shard(objective: Objective, averages: list[Backbone], device: torch.device, 
             fully_shard(block, mesh=mesh)
         # A root keeps its parameters whole after a forward, for the backward; an average has none, and is updated in parts.
         fully_shard(average, mesh=mesh, reshard_after_forward=True)
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    sides = mesh_sides(dist.world(), launch.place(strict=False).local_world)
-    return init_device_mesh(device.type, sides, mesh_dim_names=("replicate", "shard")[-len(sides) :])
 
 
 def mesh_sides(world: int, local_world: int) -> tuple[int, ...]:
@@ -107,12 +103,12 @@ def gather_whole(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: b
     return out
 
 
-def held_as(dealt: Dealt, like: Tensor) -> Tensor:
+def placed_like(owned: OwnedTensor, like: Tensor) -> Tensor:
     """A tensor that one process has read, as this one holds it: its part, laid out as `like`; one of another shape is kept whole.
 
     All processes must ask at once.
     """
-    value, owner = dealt
+    value, owner = owned
     # Read once and sent, not read by all: a shared file system is slower than the links between processes.
     whole = value.to(like.device) if dist.rank() == owner else torch.empty_like(value, device=like.device)
     if dist.active():
@@ -124,7 +120,7 @@ def held_as(dealt: Dealt, like: Tensor) -> Tensor:
     return whole
 
 
-def load(module: nn.Module, state: Mapping[str, Dealt]) -> None:
+def load(module: nn.Module, state: Mapping[str, OwnedTensor]) -> None:
     """load_state_dict of whole tensors into a module that may be in parts."""
     own = module.state_dict()
-    module.load_state_dict({n: held_as(dealt, own[n]) if n in own else dealt.value for n, dealt in state.items()})
+    module.load_state_dict({n: placed_like(owned, own[n]) if n in own else owned.value for n, owned in state.items()})

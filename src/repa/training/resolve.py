@@ -48,7 +48,7 @@ def strategy(config: TrainConfig, device: torch.device) -> str:
     return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
 
 
-class Begun(NamedTuple):
+class FirstChoices(NamedTuple):
     """What is left to the moment, as it was when the run began: the same command may find otherwise now."""
 
     precision: str
@@ -62,13 +62,13 @@ class Begun(NamedTuple):
         return config.override(precision=precision, alignments=alignments)
 
 
-def as_begun(config: TrainConfig, run: Path, device: torch.device) -> Begun:
+def first_choices(config: TrainConfig, run: Path, device: torch.device) -> FirstChoices:
     """Looked up by the main process for all, because a CPU is timed for "auto"."""
     if not (path := run / layout.CONFIG).is_file():
-        return Begun(resolved(config.precision, device), {})
+        return FirstChoices(resolved(config.precision, device), {})
     before = TrainConfig.load(path)
     pinned = {term.target.rpartition(",step=")[0]: term.target for term in before.alignments}
-    return Begun(before.precision, pinned)
+    return FirstChoices(before.precision, pinned)
 
 
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:

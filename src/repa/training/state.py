@@ -20,12 +20,12 @@ from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
-from repa.runs.checkpoint import Dealt, Share, load_dealt, shares
+from repa.runs.checkpoint import OwnedTensor, Share, load_owned, shares
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
-from repa.training.parallel import gather_whole, held_as, load, shard
+from repa.training.parallel import gather_whole, load, placed_like, shard
 from repa.training.update import EMA, Guard, MuonAdamW, adamw, exponential, power_function
 
 
@@ -91,7 +91,7 @@ class TrainState:
 
         Each process reads a part of it and deals that out tensor by tensor; all must ask.
         """
-        if (found := load_dealt(run)) is None:
+        if (found := load_owned(run)) is None:
             return
         step, counters, files = found
         if not files.get(layout.OPTIMIZER_FILE):
@@ -109,7 +109,7 @@ class TrainState:
             load(self.objective.alignments, files[layout.PROJECTORS_FILE])
             load_named_state(self.optimizer, self.objective, files[layout.OPTIMIZER_FILE])
             self.guard.load(counters)
-            self.objective.take_up(counters.get("schedules", {}))
+            self.objective.load_observed(counters.get("schedules", {}))
             self.step, self.seconds = step, counters["seconds"]
 
     @contextlib.contextmanager
@@ -205,16 +205,16 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
     }
 
 
-def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Dealt]) -> None:
+def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, OwnedTensor]) -> None:
     """The way back: whole tensors into an optimizer whose parameters may be in parts."""
     names = {p: name for name, p in module.named_parameters()}
-    tensors: dict[str, dict[str, Dealt]] = {}
+    tensors: dict[str, dict[str, OwnedTensor]] = {}
     for key, value in saved.items():
         name, _, what = key.rpartition("/")
         tensors.setdefault(name, {})[what] = value
     # load_state_dict knows parameters by their number alone, in the order of the groups.
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {what: held_as(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
+    state = {i: {what: placed_like(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
