@@ -34,10 +34,10 @@ def test_the_published_shape_shrinks_32_times():
     """Five halvings of mit-han-lab's configuration (diffusers' defaults), without its weights: on the meta device."""
     from diffusers import AutoencoderDC
 
-    from repa.autoencoders.deterministic import DeepCompressionAutoencoder
+    from repa.autoencoders.deterministic import DeterministicAutoencoder
 
     with torch.device("meta"):
-        autoencoder = DeepCompressionAutoencoder("dc-ae-f32", AutoencoderDC(scaling_factor=0.3189))
+        autoencoder = DeterministicAutoencoder("dc-ae-f32", AutoencoderDC(scaling_factor=0.3189))
         assert (autoencoder.channels, autoencoder.factor) == (32, 32)
         mean, std = autoencoder.moments(torch.zeros(1, 3, 512, 256))
         assert mean.shape == std.shape == (1, 32, 16, 8)

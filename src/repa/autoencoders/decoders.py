@@ -16,13 +16,9 @@ class DecodedBy(Autoencoder):
     def __init__(self, autoencoder: Autoencoder, decoder: Autoencoder):
         check_decoder(decoder, autoencoder)
         super().__init__(
-            autoencoder.name,
-            channels=autoencoder.channels,
-            factor=autoencoder.factor,
-            scale=autoencoder.scale,
-            shift=autoencoder.shift,
-            space=autoencoder.space,
-        )
+            autoencoder.name, channels=autoencoder.channels, factor=autoencoder.factor, scale=autoencoder.scale,
+            shift=autoencoder.shift, space=autoencoder.space,
+        )  # fmt: skip
         self.stochastic, self.stores_moments = autoencoder.stochastic, autoencoder.stores_moments
         self.distilled, self.resolution = autoencoder.distilled, autoencoder.resolution
         self.autoencoder, self.decoder = autoencoder, decoder

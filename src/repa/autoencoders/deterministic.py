@@ -21,17 +21,21 @@ STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")  #
 
 
 class DeterministicAutoencoder(Autoencoder):
-    """One of diffusers' without a posterior: `encoded` gives the mean, and the standard deviation is 0."""
+    """One of diffusers' without a posterior: its encoder gives the latents at once, and the standard deviation is 0."""
 
     stochastic = False
-    vae: Any
 
-    def encoded(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] -> unscaled latents (N, C, h, w)."""
-        raise NotImplementedError
+    def __init__(self, name: str, vae: Any, space: str = "", *, channels: int = 0, factor: int = 0):
+        config = vae.config
+        super().__init__(
+            name, channels=channels or config.latent_channels, factor=factor or 2 ** (len(config.encoder_block_out_channels) - 1),
+            scale=config.scaling_factor, shift=config.get("shift_factor") or 0.0, space=space,
+        )  # fmt: skip
+        self.vae = vae
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.encoded(x)
+        # By place: diffusers calls the one field `latent` in one class and `latents` in another.
+        mean = self.vae.encode(x)[0]
         return mean, torch.zeros_like(mean)
 
     def images(self, z: Tensor) -> Tensor:
@@ -41,50 +45,16 @@ class DeterministicAutoencoder(Autoencoder):
         return {k: v for k, v in self.vae.state_dict().items() if k.startswith("encoder.")}
 
 
-class DeepCompressionAutoencoder(DeterministicAutoencoder):
-    """A diffusers AutoencoderDC: deterministic, so the standard deviation is 0."""
-
-    def __init__(self, name: str, vae: Any, space: str = ""):
-        config = vae.config
-        super().__init__(
-            name,
-            channels=config.latent_channels,
-            factor=2 ** (len(config.encoder_block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=0.0,
-            space=space,
-        )
-        self.vae = vae
-
-    def encoded(self, x: Tensor) -> Tensor:
-        return self.vae.encode(x).latent
-
-
-def dc_ae_f32(weights: str | Path | None) -> DeepCompressionAutoencoder:
+def dc_ae_f32(weights: str | Path | None) -> DeterministicAutoencoder:
     """DC-AE trained on ImageNet: 32 channels at a 32nd of the size; 512 pixels become 16 x 16 latents."""
     source = weights or "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"
-    return DeepCompressionAutoencoder("dc-ae-f32", load_diffusers("AutoencoderDC", "dc-ae-f32", source), "dc-ae-f32")
+    return DeterministicAutoencoder("dc-ae-f32", load_diffusers("AutoencoderDC", "dc-ae-f32", source), "dc-ae-f32")
 
 
 class TinyAutoencoder(DeterministicAutoencoder):
-    """A diffusers AutoencoderTiny: its encoder gives the latents of models at once, so the standard deviation is 0."""
+    """A diffusers AutoencoderTiny, which gives the scaled latents that the larger autoencoder gives."""
 
     distilled = True
-
-    def __init__(self, name: str, vae: Any, space: str = ""):
-        config = vae.config
-        super().__init__(
-            name,
-            channels=config.latent_channels,
-            factor=2 ** (len(config.encoder_block_out_channels) - 1),
-            scale=config.scaling_factor,
-            shift=config.shift_factor,
-            space=space,
-        )
-        self.vae = vae
-
-    def encoded(self, x: Tensor) -> Tensor:
-        return self.vae.encode(x).latents
 
 
 def taesd(weights: str | Path | None) -> TinyAutoencoder:
@@ -116,21 +86,13 @@ class RepresentationAutoencoder(DeterministicAutoencoder):
     """A diffusers AutoencoderRAE; it works on pixels in [0, 1]. Latents come normalised, so scale and shift are its own."""
 
     def __init__(self, name: str, vae: Any, space: str = ""):
-        config = vae.config
-        super().__init__(
-            name,
-            channels=config.encoder_hidden_size,
-            factor=config.patch_size,
-            scale=config.scaling_factor,
-            shift=0.0,
-            space=space,
-        )
-        self.vae, self.resolution = vae, vae.decoder_image_size
+        super().__init__(name, vae, space, channels=vae.config.encoder_hidden_size, factor=vae.config.patch_size)
+        self.resolution = vae.decoder_image_size
         # diffusers would multiply by the scale too, and the contract does: there it is set to 1.
         vae.register_to_config(scaling_factor=1.0)
 
-    def encoded(self, x: Tensor) -> Tensor:
-        return self.vae.encode((x + 1) / 2).latent
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().moments((x + 1) / 2)
 
     def images(self, z: Tensor) -> Tensor:
         return 2 * super().images(z) - 1

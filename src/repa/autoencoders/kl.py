@@ -20,13 +20,9 @@ class KLAutoencoder(Autoencoder):
 
     def __init__(self, name: str, vae: Any, space: str = ""):
         scale, shift = _scale_and_shift(name, vae.config)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
         super().__init__(
-            name,
-            channels=vae.config.latent_channels,
-            factor=2 ** (len(vae.config.block_out_channels) - 1),
-            scale=scale,
-            shift=shift,
-            space=space,
+            name, channels=vae.config.latent_channels, factor=factor, scale=scale, shift=shift, space=space
         )
         self.vae = vae
 

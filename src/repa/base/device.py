@@ -13,6 +13,7 @@ PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is t
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until what was asked of a GPU is done; a CPU has done it already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -11,6 +11,8 @@ from repa.models.taps import Grid, Pass
 
 
 class Tokens(NamedTuple):
+    """Those of the image, and how they lie."""
+
     tokens: Tensor
     """(N, T, D), row-major."""
     grid: Grid | None

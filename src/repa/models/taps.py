@@ -23,6 +23,8 @@ Grid = tuple[int, ...]  # (rows, columns), or (frames, rows, columns) of a video
 
 
 class NamedBlock(NamedTuple):
+    """A module, and its name in the network without the parts that wrappers add."""
+
     name: str
     module: nn.Module
 
@@ -100,6 +102,7 @@ class Record:
         self.handles: list[Any] = []
 
     def begin(self, image: tuple[int, ...] | None) -> None:
+        """Forget the pass before, as another one begins on an input of this shape."""
         self.image = image
         self.passes.clear()
         self.attention.clear()
@@ -141,6 +144,7 @@ class Watcher:
         return net
 
     def watch(self, block: NamedBlock, *, attention: bool = False) -> None:
+        """Record what a block gives in each pass from now on, and with `attention` the logits of its first self-attention."""
         if attention:
             watcher = _Attention(block.name, self.record)
             self._keep(block.module.register_forward_pre_hook(watcher.enter))

@@ -124,6 +124,8 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
+    """Its event files, in the run's folder `tensorboard/`."""
+
     def __init__(self, writer: Any):
         self.writer = writer
 

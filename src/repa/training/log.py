@@ -42,6 +42,7 @@ class TrainingLog:
         self.since, self.since_step = time.perf_counter(), state.step
 
     def restart(self) -> None:
+        """What was done since the last row is not training."""
         self.since = time.perf_counter()
 
     def write(self, losses: Losses, norm: Tensor) -> None:

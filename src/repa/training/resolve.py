@@ -57,6 +57,7 @@ class FirstChoices(NamedTuple):
     """Of a run in training, without its step -> with it."""
 
     def applied(self, config: TrainConfig) -> TrainConfig:
+        """A configuration with these choices where it leaves them open."""
         alignments = [term.override(target=self.targets.get(term.target, term.target)) for term in config.alignments]
         precision = self.precision if config.precision == "auto" else config.precision
         return config.override(precision=precision, alignments=alignments)
