@@ -120,8 +120,8 @@ def test_encoders(data_folder, tmp_path, capsys):
 
 
 def test_pictures_and_progress(random_run, data_folder, tmp_path, capsys):
-    words = ["analyse", "pictures", str(random_run), "--data", str(data_folder), "--num-images", "3", "--depths", "2"]
-    assert run([*words, "--out", "a.png"]) == 0
+    words = ["analyse", "pictures", str(random_run), "--data", str(data_folder), "--depths", "2"]
+    assert run([*words, "--num-images", "3", "--out", "a.png"]) == 0
     assert run([*words, "--encoders", "--times", "0", "--images", "0", "39", "5", "--out", "b.png"]) == 0
     wide, narrow = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     assert wide.shape[1] > narrow.shape[1]  # image, tiny, block 2 twice; image, block 2
