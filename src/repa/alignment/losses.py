@@ -234,7 +234,7 @@ def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None 
     new = grid or (grid_side(num_tokens),) * 2
     old = grid_like(tokens.shape[1], new)
     image = tokens.transpose(1, 2).unflatten(2, old)  # (N, F, rows, columns)
-    # Both have one ratio of sides, so rows decide. Bilinear alone would leave out tokens of a grid that is twice as large.
+    # Both have one ratio of sides, so rows decide. Bilinear leaves out tokens of a grid more than twice as large.
     if new < old:
         image = F.interpolate(image, size=new, mode="area")
     else:

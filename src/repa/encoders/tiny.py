@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images
-        # No activation in front of the first stage: its input are pixels, half of which are negative.
+        # No activation in front of the first stage: its input is pixels, half of them negative.
         for index, stage in enumerate(self.stages):
             x = stage(F.relu(x) if index else x)  # (N, width, H / strides, W / strides)
         tokens = self.head(F.relu(x)).flatten(2).transpose(1, 2)  # (N, h*w, dim)
