@@ -5,9 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
-# pip compiles on one core; where Python may write no bytecode, each process would compile all that it imports.
-# A few packages carry files for other versions of Python, which fail and are never imported.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# pip would compile every file on one core; Python compiles what is imported, on its first import, and may keep it here
+export PYTHONDONTWRITEBYTECODE :=
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: quickstart test test-slow lint docs clean
@@ -34,12 +33,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) -e ".[quickstart]"
-	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e ".[dev]"
-	$(COMPILE)
 	touch $@
 
 docs: $(VENV)/installed-dev

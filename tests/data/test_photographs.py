@@ -98,6 +98,21 @@ def test_sides_places_and_mirroring_follow_their_distributions(monkeypatch):
     assert set(mirrored) == {Image.Transpose.FLIP_LEFT_RIGHT}
 
 
+def test_the_smallest_crop_is_a_setting():
+    wide, default = (open_source(f"photographs:num=40{more}") for more in (",smallest=1.0", ""))
+    for index in range(40):
+        whole = load_photographs()[wide.class_names[index % 20]].resize((16, 16), Image.Resampling.BICUBIC)
+        found = np.asarray(wide.image(index, 16))
+        assert any(np.array_equal(found, side) for side in (np.asarray(whole), np.asarray(whole)[:, ::-1]))
+    shares = [photographs.crop_of(index, 0, 256, 0.8).share for index in range(400)]
+    assert 0.8 <= min(shares) < 0.81
+    assert 0.99 < max(shares) < 1
+    assert wide.identity != default.identity
+    for value in ("1", "0.05", "1.5", "half", "nan"):
+        with pytest.raises(UserError, match="smallest"):
+            open_source(f"photographs:smallest={value}")
+
+
 def test_captions_say_what_is_seen():
     plain, told = (open_source(f"photographs:num=400,seed=2{more}") for more in ("", ",captions=true"))
     assert plain.captions(3) == ()

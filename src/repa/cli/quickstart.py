@@ -32,6 +32,7 @@ PHOTOGRAPHS = "photographs"
 RESOLUTION = 32  # pixels, of the photographs
 GRID = 8  # side of the token grid of both sizes, for the target's features
 NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their features are computed for the distances
+SMALLEST = 0.8  # side of the smallest crops over the photograph's: of smaller ones a short training shows only texture
 
 
 class QuickstartArguments(Config):
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     is_own = given.source != PHOTOGRAPHS
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
-    source = given.source if is_own else f"{PHOTOGRAPHS}:num={NUM_CROPS}"
+    source = given.source if is_own else f"{PHOTOGRAPHS}:num={NUM_CROPS},smallest={SMALLEST}"
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
     choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)

@@ -72,7 +72,7 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
     path = Path(name)
     if name == "photographs":
         _require_own(labels, name)
-        return (lambda **s: PhotographSource(labels, **s)), ("num", "seed", "captions")
+        return (lambda **s: PhotographSource(labels, **s)), ("num", "seed", "smallest", "captions")
     if name.startswith("hf:"):
         return (lambda **s: open_hub(name[3:], labels, **s)), ("config", "split", "revision", *COLUMNS, "streaming")
     if path.is_dir():

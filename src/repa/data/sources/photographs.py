@@ -20,7 +20,7 @@ LIGHTS = {
     "": (1.0, 0.0),
     "bright": (0.4, 255.0),
 }  # word -> share of the contrast that stays, and towards what
-SHARES = (0.6, 1.0)  # side of a crop over the photograph's: large enough to tell what it shows
+SMALLEST = 0.6  # side of the smallest crops over the photograph's: large enough to tell what it shows
 
 
 @functools.cache
@@ -48,23 +48,23 @@ class Crop(NamedTuple):
     mirrored: bool
 
 
-def crop_of(index: int, seed: int, width: int) -> Crop:
-    """Crop `index` of a photograph of `width` pixels, a function of (seed, index) alone: share and place are uniform."""
+def crop_of(index: int, seed: int, width: int, smallest: float = SMALLEST) -> Crop:
+    """Crop `index` of a photograph of `width` pixels, a function of (seed, index, smallest): share and place are uniform."""
     rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
-    share = rng.uniform(*SHARES)
+    share = rng.uniform(smallest, 1.0)
     left, top = rng.uniform(0, width - share * width, size=2)
     return Crop(share, left, top, rng.random() < 0.5)
 
 
-def photograph_crop(index: int, resolution: int, seed: int) -> Image.Image:
-    """Crop `index`, RGB, of photograph index % 20: a function of (seed, index, resolution) alone.
+def photograph_crop(index: int, resolution: int, seed: int, smallest: float = SMALLEST) -> Image.Image:
+    """Crop `index`, RGB, of photograph index % 20: a function of the arguments alone.
 
-    The side is uniform between 60 % and 100 % of the photograph's, the place uniform; bicubic with antialiasing; mirrored
+    The side is uniform between `smallest` times the photograph's and all of it, the place uniform; bicubic with antialiasing; mirrored
     with probability 1/2. The same index shows the same crop at every resolution.
     """
     photographs = list(load_photographs().values())
     photograph = photographs[index % len(photographs)]
-    crop = crop_of(index, seed, photograph.width)
+    crop = crop_of(index, seed, photograph.width, smallest)
     side = crop.share * photograph.width
     box = (crop.left, crop.top, crop.left + side, crop.top + side)
     image = photograph.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
@@ -109,13 +109,15 @@ class PhotographSource(Source):
 
     labels_from = "the photographs: each is a class"
 
-    def __init__(self, labels: str = "", *, num: int = 10_000, seed: int = 0, captions: bool = False):
+    def __init__(self, labels: str = "", *, num: int = 10_000, seed: int = 0, smallest: float = SMALLEST, captions: bool = False):
         if type(captions) is not bool:
             raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
-        self.seed, self.has_captions = seed, captions
+        if type(smallest) is not float or not 0.1 <= smallest <= 1:
+            raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.0.")
+        self.seed, self.smallest, self.has_captions = seed, smallest, captions
         self._names = self.class_names = list(load_photographs())
         self.labels = np.arange(num, dtype=np.int64) % len(self._names)
         self.identity = {"name": "photographs", "num_images": num, "seed": seed, "sha256": checksum()}
@@ -124,6 +126,7 @@ class PhotographSource(Source):
             self.labels_from = "--labels none: one class"
             self.identity["labels_sha256"] = labels_digest(classes)
         self.identity |= {"captions": True} if captions else {}
+        self.identity |= {"smallest": smallest} if smallest != SMALLEST else {}
 
     def name(self, index: int) -> str:
         return f"photograph {index}"
@@ -132,12 +135,12 @@ class PhotographSource(Source):
         return load_photographs()[self._names[index % len(self._names)]]
 
     def image(self, index: int, resolution: int) -> Image.Image:
-        image = photograph_crop(index, resolution, self.seed)
+        image = photograph_crop(index, resolution, self.seed, self.smallest)
         return lit(image, light_of(index, self.seed)) if self.has_captions else image
 
     def captions(self, index: int) -> tuple[str, ...]:
         if not self.has_captions:
             return ()
         name = self._names[index % len(self._names)]
-        close = crop_of(index, self.seed, load_photographs()[name].width).share < CLOSE
+        close = crop_of(index, self.seed, load_photographs()[name].width, self.smallest).share < CLOSE
         return captions_of(name, light_of(index, self.seed), close)
