@@ -109,7 +109,9 @@ class PhotographSource(Source):
 
     labels_from = "the photographs: each is a class"
 
-    def __init__(self, labels: str = "", *, num: int = 10_000, seed: int = 0, smallest: float = SMALLEST, captions: bool = False):
+    def __init__(
+        self, labels: str = "", *, num: int = 10_000, seed: int = 0, smallest: float = SMALLEST, captions: bool = False
+    ):
         if type(captions) is not bool:
             raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
