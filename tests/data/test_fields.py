@@ -233,6 +233,14 @@ def test_a_removal_that_was_killed_is_continued(folder, tmp_path, plain, monkeyp
     assert content(plain.folder) == content(tmp_path / "out")
 
 
+def test_the_records_of_an_encoder_whose_name_begins_alike_stay(folder, tmp_path, fakes):
+    config = FULL.override(features=("tiny", "tiny-judge"))
+    prepare(folder, tmp_path / "out", config, only=("features:tiny", "features:tiny-judge"))
+    remove(tmp_path / "out", "features:tiny")
+    records = {path.name.rpartition("-")[0] for path in (tmp_path / "out" / "parts").glob("*-*.json")}
+    assert records == {"tiny-judge"}
+
+
 def test_an_encoder_that_was_asked_for_in_vain_can_be_given_up(folder, tmp_path, fakes, monkeypatch):
     """Its weights cannot be had: without it the folder is whole again."""
     prepare(folder, tmp_path / "whole", FULL)

@@ -73,14 +73,13 @@ class DataSet:
         """The spec of the autoencoder that it was prepared with."""
         return self.manifest.config.autoencoder
 
-    # asked for every batch, and the fields of a manifest are built again each time
-    @functools.cached_property
+    @property
     def has_images(self) -> bool:
-        return "images" in self.manifest.fields
+        return "images" in self.reader.fields
 
-    @functools.cached_property
+    @property
     def has_moments(self) -> bool:
-        return "moments" in self.manifest.fields
+        return "moments" in self.reader.fields
 
     @property
     def features(self) -> dict[str, FeatureField]:
@@ -91,14 +90,14 @@ class DataSet:
     def latent_channels(self) -> int:
         """Channels C of what the network sees: half of the moments (mean and deviation), all of those that are only means, or
         those of the pixels when no moments are stored."""
-        _, shape = self.manifest.fields["moments" if self.has_moments else "images"]
+        _, shape = self.reader.fields["moments" if self.has_moments else "images"]
         has_deviations = self.has_moments and self.manifest.autoencoder.get("stochastic", True)
         return shape[0] // 2 if has_deviations else shape[0]
 
     @property
     def latent_size(self) -> int:
         """Side of what the network sees."""
-        return self.manifest.fields["moments" if self.has_moments else "images"][1][-1]
+        return self.reader.fields["moments" if self.has_moments else "images"][1][-1]
 
     @property
     def labels(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from repa.base.errors import UserError, choices
 from repa.data.config import PrepareConfig, split_format
 from repa.data.manifest import MANIFEST, PARTS, FeatureField, Manifest, TextField
 from repa.data.progress import FinishedParts, Part, Settings, started
-from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, array_name, basis_name, fields_of, plain_name
+from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, basis_name, fields_of, plain_name
 
 
 def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
@@ -147,9 +147,11 @@ def _remove(out: Path, name: str) -> Manifest | None:
     gone: tuple[str, ...]
     if name == "images":
         config, gone = _without_images(out, manifest), ("images",)
-    elif name == TEXT and (before.config.text or _array_files(out, *fields_of(TEXT))):
+    elif name == TEXT and (before.config.text or _numbered_files(out, "npy", *fields_of(TEXT))):
         config, gone = before.config.override(text="", text_weights="", text_form="fp16"), fields_of(TEXT)
-    elif name.startswith("features:") and (spec in before.config.features or _array_files(out, *fields_of(spec))):
+    elif name.startswith("features:") and (
+        spec in before.config.features or _numbered_files(out, "npy", *fields_of(spec))
+    ):
         config, gone = _without_features(before, spec), fields_of(spec)
     else:
         stored = [
@@ -173,9 +175,9 @@ def _remove(out: Path, name: str) -> Manifest | None:
     # the folder may be unfinished, or finished and growing: parts/ would bring the field back
     if (out / PARTS).is_dir():
         before.override(config=config).save(out)
-        for path in (out / PARTS).glob(f"{array_name(spec, 0).removesuffix('00000.npy')}*.json"):
+        for path in _numbered_files(out / PARTS, "json", spec):
             path.unlink()
-    for path in _array_files(out, *gone):
+    for path in _numbered_files(out, "npy", *gone):
         path.unlink()
     if name.startswith("features:"):
         (out / basis_name(spec)).unlink(missing_ok=True)
@@ -204,7 +206,8 @@ def _without_features(before: Settings, spec: str) -> PrepareConfig:
     )
 
 
-def _array_files(out: Path, *fields: str) -> list[Path]:
-    """The shards' files of fields, also those that no manifest names: a killed removal left them."""
-    names = "|".join(re.escape(plain_name(field)) for field in fields)
-    return [path for path in out.glob("*.npy") if re.fullmatch(rf"(?:{names})-\d+\.npy", path.name)]
+def _numbered_files(folder: Path, ending: str, *names: str) -> list[Path]:
+    """The files NAME-NUMBER.ENDING of fields or parts, also those that no manifest names: a killed removal left them."""
+    # not by a pattern such as tiny-*, which takes the files of tiny-judge too
+    either = "|".join(re.escape(plain_name(name)) for name in names)
+    return [path for path in folder.iterdir() if re.fullmatch(rf"(?:{either})-\d+\.{ending}", path.name)]

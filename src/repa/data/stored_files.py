@@ -9,7 +9,7 @@ from repa.base.config import Config
 
 STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
 BASE, TEXT = "base", "text"
-"""Two parts of a shard; the others are encoders, by their names. A part is made at a time, and `--only` chooses some."""
+"""Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
 
 
 def fields_of(part: str) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ class _Npz:
 
     def __init__(self, path: Path):
         self.path = path
-        # np.load of an .npz has no memory map: it reads a member whole, and a single image would cost the data set
+        # np.load of an .npz has no memory map: it would read all images to give one
         with open_zip(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
         self._members = Members(path, members)

@@ -204,7 +204,7 @@ def require_image_size(size: int, name: str) -> None:
 def caption_lines(data: bytes) -> tuple[str, ...]:
     """The captions in a text file, one a line; none of a text that is not UTF-8, which does not lose the image."""
     try:
-        # editors of Windows begin a text with a mark of its byte order, which would be a part of the first caption
+        # editors of Windows begin a text with a byte order mark, which would be a part of the first caption
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:
         return ()
