@@ -43,7 +43,9 @@ TINY = ["--num-images", "6", "--steps", "2", "--sampler", "euler", "--batch-size
 
 
 @pytest.fixture(scope="module")
-def commands(image_folder, data_folder, random_run, tiny_config, tmp_path_factory) -> dict[str, Command]:
+def commands(
+    image_folder, data_folder, captioned_data, random_run, tiny_config, tmp_path_factory
+) -> dict[str, Command]:
     root = tmp_path_factory.mktemp("given")
     recipe = root / "tiny.yaml"
     recipe.write_text(
@@ -58,6 +60,16 @@ def commands(image_folder, data_folder, random_run, tiny_config, tmp_path_factor
             lambda out: ["prepare", image_folder, out / "data", "--resolution", "16", "--features", "tiny",
                          "--shard-size", "10", "--num-workers", "1"],
             ("data/*.npy", "data/manifest.json"),
+        ),
+        "prepare --text": Command(
+            lambda out: ["prepare", captioned_data / "source", out / "data", "--resolution", "16", "--text",
+                         "tiny-text:tokens=4,width=8", "--shard-size", "10", "--num-workers", "0"],
+            ("data/*.npy", "data/*.jsonl", "data/manifest.json"),
+        ),
+        "prepare --only text": Command(
+            lambda out: ["prepare", copied(captioned_data / "plain", out / "data"), "--only", "text", "--text",
+                         "tiny-text:tokens=4,width=8"],
+            ("data/*.npy", "data/*.jsonl", "data/manifest.json"),
         ),
         "train": Command(lambda out: [*train, "--out", out / "run"], checkpoints),
         "train --async-save": Command(lambda out: [*train, "--out", out / "run", "--async-save", "true"], checkpoints),
@@ -74,6 +86,13 @@ def commands(image_folder, data_folder, random_run, tiny_config, tmp_path_factor
         ),
         "export": Command(lambda out: ["export", random_run, out / "model"], ("model/*",)),
     }  # fmt: skip
+
+
+def copied(source: Path, out: Path) -> Path:
+    """The folder that a command works on: whole before it begins, and left as it is when it is run again."""
+    if not out.exists():
+        shutil.copytree(source, out)
+    return out
 
 
 def content(out: Path, command: Command) -> dict[str, str]:
@@ -193,7 +212,17 @@ def kill_and_finish(command: Command, out: Path, wanted: dict[str, str], seconds
     return code != 0
 
 
-NAMES = ("prepare", "train", "train --async-save", "sample", "evaluate", "probe", "export")
+NAMES = (
+    "prepare",
+    "prepare --text",
+    "prepare --only text",
+    "train",
+    "train --async-save",
+    "sample",
+    "evaluate",
+    "probe",
+    "export",
+)
 
 
 def campaign(command: Command, tmp_path: Path, kills: int) -> tuple[int, int]:

@@ -115,6 +115,39 @@ def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_fo
         assert layout.checkpoint_steps(out / name)[-1] == last < 1_000_000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_after_a_checkpoint_it_continues_bit_for_bit(small_recipes, image_folder, tmp_path):
+    """SIGKILL, which reaches the program alone: both trainings die with it."""
+    command = ["quickstart", "--source", str(image_folder), "--num-steps", "12", "--out"]
+    assert run([*command, str(tmp_path / "whole")]) == 0
+    words = [*command, str(tmp_path / "killed")]
+    code = f"from repa.cli import main, quickstart; quickstart.RUNS = {quickstart.RUNS!r}; main.run({words!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    trainings = [tmp_path / "killed" / name for name in quickstart.RUNS]
+    while not all(layout.checkpoint_steps(training) for training in trainings):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert min(layout.checkpoint_steps(training)[-1] for training in trainings) < 12
+    while run(words) == 2:  # a training dies up to a second later, and has its lock
+        time.sleep(0.2)
+    for name in quickstart.RUNS:
+        mine, yours = (layout.checkpoint_folder(tmp_path / where / name, 12) for where in ("whole", "killed"))
+        assert {p.name: p.read_bytes() for p in mine.glob("*.safetensors")} == {
+            p.name: p.read_bytes() for p in yours.glob("*.safetensors")
+        }
+        rows = [
+            {key: row[key] for key in ("step", "denoising", "frechet_distance") if key in row}
+            for where in ("whole", "killed")
+            for row in read_metrics(tmp_path / where / name)
+        ]
+        assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+
+
 def test_where_one_command_fails_its_exit_code_is_that_of_all(capfd):
     assert run_together([["show", "quickstart"], ["show", "quickstrat"]]) == 2
     assert (

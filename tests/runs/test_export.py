@@ -172,3 +172,14 @@ def test_a_dit_of_diffusers_itself_becomes_a_run(tmp_path, capsys):
     theirs.save_pretrained(tmp_path / "other")
     assert repa(["convert", str(tmp_path / "other"), str(tmp_path / "run2")]) == 2
     assert "a different embedding of time and label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "name"), [("safetensors", "model"), ("diffusers", "diffusion_pytorch_model")])
+def test_one_other_bit_of_an_export_is_noticed(form, name, random_run, tmp_path, capsys):
+    export(random_run, tmp_path / "out", "--format", form)
+    path = tmp_path / "out" / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # of a mantissa: every number stays finite
+    path.write_bytes(data)
+    assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
+    assert f"{path} is damaged: its numbers are not the ones that were exported" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Two processes write a checkpoint together, in parts; one process or two read it, and a kill amid the writing loses nothing."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from repa.data import open_data
 from repa.report.summary import num_parameters
 from repa.runs import checkpoint, layout, load_checkpoint, writer
 from repa.runs.checkpoint import load_weights, shares, weights_checksum
+from repa.runs.export import export_run
 from repa.training import train
 from repa.training.resolve import resolve
 from repa.training.state import build_state
@@ -148,6 +150,21 @@ def test_a_process_killed_while_it_writes_costs_the_steps_since_the_checkpoint_b
     assert two(config.override(async_save=True), data_folder, run, tmp_path / "second") == [0, 0]
     assert sorted(path.name for path in (run / layout.CHECKPOINTS).iterdir()) == ["0000005", "0000010"]
     assert_same(contents(run, 10), contents(whole, 10))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_an_export_of_parts_holds_the_bits_of_the_whole(form, whole, tmp_path):
+    alone = shutil.copytree(whole, tmp_path / "alone")
+    shutil.rmtree(layout.checkpoint_folder(alone, 10))
+    checkpoint.save_checkpoint(alone, load_checkpoint(whole, 10))
+    assert len(layout.part_files(layout.checkpoint_folder(whole, 10), "ema.safetensors")) == 2
+    assert len(layout.part_files(layout.checkpoint_folder(alone, 10), "ema.safetensors")) == 1
+    made = {}
+    for run in (whole, alone):
+        out = tmp_path / f"{run.name} exported"
+        assert export_run(run, out, form) == 10
+        made[run] = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert made[whole] == made[alone]
 
 
 def test_a_part_with_another_bit_or_none_is_named(whole, config, data_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Pictures in and out: any image file to RGB, the ADM crop, tensors, grids, PNG."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ FORMATS = (
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from half of that on
 
 
 def image_endings() -> tuple[str, ...]:

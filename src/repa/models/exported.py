@@ -12,10 +12,12 @@ from torch import Tensor
 from repa.base import faults, files
 from repa.base.config import Config
 from repa.base.errors import UserError
+from repa.base.weights import digest_of
 from repa.models.dit import DiT
 from repa.models.published import check_values
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CHECKSUM = "sha256"  # of the weights, see `digest_of`
 FORMAT = 1  # raised when an older reader would misunderstand the folder
 
 Side = Annotated[int, Field(ge=1, le=65_536)]
@@ -67,7 +69,7 @@ def save_exported(
     folder: Path, state: Mapping[str, Tensor], arguments: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
     """Write weights and configuration: `arguments` are those of DiT, `facts` whatever else a reader should know."""
-    config = {"library": "repa", "format": FORMAT, "model": dict(arguments), **facts}
+    config = {"library": "repa", "format": FORMAT, "model": dict(arguments), **facts, CHECKSUM: digest_of(state)}
     files.write_json(folder / CONFIG, config)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
 
@@ -109,4 +111,11 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     if {key: value.shape for key, value in state.items()} != wanted:
         raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")
     check_values(state, str(folder / WEIGHTS))
+    require_digest(config, state, folder / WEIGHTS)
     return config, state
+
+
+def require_digest(facts: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) -> None:
+    """Raises UserError for weights that are not those of which `facts`, where they do, hold the checksum."""
+    if facts.get(CHECKSUM, digest := digest_of(state)) != digest:
+        raise UserError(f"{file} is damaged: its numbers are not the ones that were exported. Restore it from a copy.")

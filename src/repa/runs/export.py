@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from repa.base import files, lock
 from repa.base.errors import UserError, choices, in_markdown
+from repa.base.weights import digest_of
 from repa.diffusion import ImprovedDDPM
 from repa.diffusion.config import DiffusionConfig
 from repa.models import constructor_arguments, diffusers_export
 from repa.models.config import ModelConfig
-from repa.models.exported import save_exported
+from repa.models.exported import CHECKSUM, save_exported
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights
 from repa.runs.layout import kind_of
@@ -81,7 +82,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
             unit_times = facts["diffusion"]["objective"] != "ddpm"
             theirs, tensors = diffusers_export.to_diffusers(state, num_heads, unit_times=unit_times)
             files.write_json(temporary / diffusers_export.CONFIG, theirs)
-            files.write_json(temporary / diffusers_export.FACTS, facts)
+            files.write_json(temporary / diffusers_export.FACTS, {**facts, CHECKSUM: digest_of(tensors)})
             save_file(tensors, temporary / diffusers_export.WEIGHTS, {"format": "pt"})
         files.write_text(temporary / "README.md", card(form, arguments, facts, config))
     return step

@@ -16,7 +16,7 @@ from repa.base.errors import UserError
 from repa.encoders import canonical
 from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
-from repa.models.exported import CONFIG, read_exported
+from repa.models.exported import CONFIG, read_exported, require_digest
 from repa.models.published import Published, check_keys, check_values, constructor_arguments, read_published
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, save_checkpoint
@@ -128,6 +128,7 @@ def read_diffusers(folder: Path) -> Imported:
         )
         check_keys(own, str(folder), "diffusers")
         check_values(own, str(folder))
+        require_digest(facts, state, folder / diffusers_export.WEIGHTS)
         model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
     settings: dict[str, Any] = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
     checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repa.base import files
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, nearest, one_of
 from repa.base.rng import SampleStreams
 from repa.conditions import load_text_encoder
 from repa.conditions.loading import prompts_in
@@ -55,6 +55,9 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
     for part in parts:
         number = int(part.removeprefix("#")) if NUMBER.fullmatch(part) else -1
         label = by_name.get(part, number)
+        if run.class_names.count(part) > 1:
+            numbers = [f"#{number}" for number, name in enumerate(run.class_names) if name == part]
+            raise UserError(f"{len(numbers)} classes are named {part}: write {one_of(numbers)}.")
         if not 0 <= label < run.model.num_classes:
             known = f", such as {', '.join(run.class_names[:5])}" if run.class_names else ""
             raise UserError(

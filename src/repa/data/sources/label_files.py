@@ -72,7 +72,8 @@ def _csv(data: bytes, name: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
     """Columns and rows of a table whose columns stand between commas, semicolons or tabs."""
     text = data.decode("utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text.partition("\n")[0]))
-    columns = list(reader.fieldnames or ())
+    columns = [column.strip() for column in reader.fieldnames or ()]  # "file_name, label"
+    reader.fieldnames = columns
     # DictReader would keep the last of two in silence
     if twice := next((column for column in columns if column and columns.count(column) > 1), None):
         raise UserError(f"{name} has the column {twice!r} twice: rename one of them.")
@@ -128,7 +129,7 @@ def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
         return []
     head = text.partition("\n")[0].strip()
     if suffix != ".txt":
-        return head.split(_delimiter(head))
+        return [column.strip() for column in next(csv.reader([head], delimiter=_delimiter(head)), [])]
     columns, rows = rows_of_words(text)
     return columns if rows and rows[0][0].lower().endswith(EXTENSIONS) else []  # else it is a text for people
 
@@ -157,7 +158,7 @@ def _read_parquet(path: Path, column: str) -> tuple[list[str], list[Any]]:
         key = _columns(path, parquet.read_schema(path).names, column)
         table = parquet.read_table(path, columns=[key, column])
     except (lib.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as a parquet file: {error}.") from error
+        raise UserError(f"{path} cannot be read as a parquet file: {str(error).rstrip('.')}.") from error
     return table.column(key).to_pylist(), table.column(column).to_pylist()
 
 

@@ -49,14 +49,23 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
         if isinstance(value, bool) or not (whole or isinstance(value, (int, np.integer, str))):
             raise UserError(
-                f"The label of {name_of(index)} in {where} is {value!r}: a label is a whole number or the name of a class."
+                f"The label of {name_of(index)} in {where} is {value!r}: a label is a whole number or the name of a class. "
+                "Convert the labels, or set them to 'none'."
             )
     if all(_is_whole(value) for value in values):
         numbers = [int(value.partition(".")[0]) if isinstance(value, str) else int(value) for value in values]
         if set(numbers) == {-1, 1}:
             return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"])
         return _numbered(numbers, name_of, where)
-    return classes_by_name([str(value) for value in values])
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) < len(values):
+        number = next(value for value in values if not isinstance(value, str))
+        name = next(text for text in texts if not _is_whole(text))
+        raise UserError(
+            f"The labels in {where} are numbers such as {number} and names such as {printable(name)!r}: write numbers for all, or "
+            "names for all."
+        )
+    return classes_by_name(texts)
 
 
 def classes_by_name(texts: Sequence[str]) -> Classes:

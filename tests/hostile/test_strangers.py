@@ -1,0 +1,211 @@
+"""What strangers call images, archives and tables: taken as a person would take it, or refused in one sentence that says why."""
+
+import io
+import json
+import struct
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repa.base.errors import UserError
+from repa.base.images import decode_image
+from repa.data import open_source
+from repa.data.sources.labels import classes_of
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png(value: int = 99) -> bytes:
+    return encoded(Image.new("RGB", (8, 8), (value, value, value)))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    head = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def transparent_palette() -> bytes:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0] + [0] * 762)
+    return encoded(image, transparency=1)
+
+
+def animated(form: str) -> bytes:
+    frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (48, 150, 250)]
+    return encoded(frames[0], form, save_all=True, append_images=frames[1:])
+
+
+PICTURES = {
+    "16-bit grey": (encoded(Image.fromarray(np.full((8, 8), 0xC800, np.uint16))), (200, 200, 200)),
+    "16-bit colour": (png_of(8, 8, 16, 8 * (b"\0" + 8 * struct.pack(">HHH", 0xEA00, 0x7500, 0x0300))), (234, 117, 3)),
+    "CMYK JPEG": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
+    "palette with transparency": (transparent_palette(), (255, 255, 255)),
+    "all transparent": (encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), (255, 255, 255)),
+    "animated GIF": (animated("GIF"), (48, 0, 0)),
+    "animated WebP": (animated("WEBP"), (48, 0, 0)),
+    "a BMP": (encoded(Image.new("RGB", (8, 8), (1, 2, 3)), "BMP"), (1, 2, 3)),
+    "one bit": (encoded(Image.new("1", (8, 8), 1)), (255, 255, 255)),
+    "one pixel": (encoded(Image.new("RGB", (1, 1), (7, 8, 9))), (7, 8, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_have_the_colours_that_viewers_show(kind):
+    data, wanted = PICTURES[kind]
+    found = np.asarray(decode_image(data, "x.jpg")).reshape(-1, 3).mean(0)
+    assert np.abs(found - wanted).max() <= 2  # JPEG and WebP round
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (png_of(60_000, 60_000, 8, b""), "more than 178,956,970 pixels"),
+        (b"", "no known format"),
+        (b"<html>404</html>", "no known format"),
+        (png()[:50], "not a readable image"),
+        (encoded(Image.new("F", (8, 8)), "TIFF"), "whose range is unknown"),
+    ],
+)
+def test_what_is_no_picture_says_why(data, why):
+    with pytest.raises(UserError, match=why) as refused:
+        decode_image(data, "a.png")
+    assert str(refused.value).startswith("a.png ")
+
+
+def packed(path, *entries, **options):
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:  # of a name given twice
+        for name, data in entries:
+            with archive.open(name, "w", **options) as file:
+                file.write(data)
+    return path
+
+
+WHOLE = (("a/1.png", png(1)), ("a/2.png", png(2)), ("b/1.png", png(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("../x.png", "leads out of the archive"),
+        ("/etc/x.png", "leads out of the archive"),
+        ("C:\\x.png", "leads out of the archive"),
+        ("a\\..\\..\\x.png", "leads out of the archive"),
+        ("a/1.png", "twice"),
+    ],
+)
+def test_archives_with_paths_that_no_one_packs(name, why, tmp_path):
+    with pytest.raises(UserError, match=why):
+        open_source(str(packed(tmp_path / "x.zip", *WHOLE, (name, png()))))
+
+
+def test_an_archive_of_a_mac_and_one_of_zip64(tmp_path):
+    junk = (("__MACOSX/a/._1.png", b"x"), ("a/.DS_Store", b"x"))
+    for path in (
+        packed(tmp_path / "mac.zip", *WHOLE, *junk),
+        packed(tmp_path / "zip64.zip", *WHOLE, force_zip64=True),
+    ):
+        source = open_source(str(path))
+        assert (source.class_names, source.labels.tolist()) == (["a", "b"], [0, 0, 1])
+
+
+def test_a_link_in_an_archive_shows_no_file_of_this_machine(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(77))
+    link = zipfile.ZipInfo("a/link.png")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    source = open_source(str(packed(tmp_path / "x.zip", *WHOLE, (link, str(secret).encode()))))
+    index = [source.name(i) for i in range(len(source))].index("a/link.png")
+    with pytest.raises(UserError, match="link.png is not a readable image"):
+        source.decode(index)
+
+
+def test_an_encrypted_archive(tmp_path):
+    data = bytearray(packed(tmp_path / "x.zip", *WHOLE).read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = -1
+        while (start := data.find(signature, start + 1)) >= 0:
+            data[start + flags] |= 1
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(UserError, match="is encrypted: pack the archive again without a password"):
+        open_source(str(tmp_path / "x.zip"))
+
+
+def labelled(folder, file, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(png(index))
+    (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metadata.csv", "\ufefffile_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n"),
+        ("metadata.csv", "file_name, label\r\n0.png, cat\r\n1.png, dog \r\n2.png,cat\r\n"),
+        ("metadata.csv", '"file_name";"label"\n"0.png";"cat"\n"1.png";"dog"\n"2.png";"cat"\n'),
+        ("metadata.jsonl", "\ufeff" + "".join(
+            json.dumps({"file_name": f"{n}.png", "label": name}) + "\n" for n, name in enumerate(("cat", "dog", "cat"))
+        )),
+    ],
+)  # fmt: skip
+def test_tables_as_people_write_them(file, text, tmp_path):
+    source = open_source(labelled(tmp_path / "x", file, text))
+    assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [0, 1, 0])
+    assert file in source.labels_from
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("metadata.csv", "file_name,label\n0.png,1\n1.png\n2.png,1\n", "1.png has no label"),
+        ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n", "2.png has no label"),
+        ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n2.png,1\n../../x,1\n", "1 images that are not in the source"),
+        ("metadata.csv", "file_name,label,label\n0.png,1,2\n1.png,2,1\n2.png,1,1\n", "has the column 'label' twice"),
+        ("metadata.csv", "file_name,label\n0.png,ä\n1.png,2\n2.png,1\n".encode("latin-1"), "Save it as comma-separated UTF-8"),
+        ("metadata.csv", f"file_name,label\n0.png,{'x' * 200_000}\n1.png,2\n2.png,1\n", "field limit"),
+        ("metadata.jsonl", '{"file_name": "0.png", "label": 1}\n{"file_name": "1.png"}\n{"file_name": "2.png", "label": 0}',
+         "1.png has no label"),
+        ("metadata.jsonl", '{"file_name": "0.png", "label": 1}\n{"file_na', "cannot be read as JSON"),
+        ("metadata.jsonl", "".join(f'{{"file_name": "{n}.png", "label": {v}}}\n' for n, v in enumerate((1, '"cat"', 0))),
+         "numbers such as 1 and names such as 'cat'"),
+    ],
+)  # fmt: skip
+def test_tables_that_do_not_say_one_thing(file, text, why, tmp_path):
+    with pytest.raises(UserError, match=why):
+        open_source(labelled(tmp_path / "x", file, text))
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "labels"),
+    [
+        ([0.0, 2.0, 1.0], ["0", "1", "2"], [0, 2, 1]),
+        ([1, 2, 3], ["0", "1", "2", "3"], [1, 2, 3]),
+        ([-1, 1, 1], ["-1", "1"], [0, 1, 1]),
+        (["10", "9", "9"], [str(n) for n in range(11)], [10, 9, 9]),
+        (["727", "A320", "727"], ["727", "A320"], [0, 1, 0]),
+    ],
+)
+def test_labels_keep_their_numbers_and_names(values, names, labels):
+    found = classes_of(values, str, "x")
+    assert (found.names, found.labels.tolist()) == (names, labels)
+
+
+@pytest.mark.parametrize(
+    "values", [[0, None, 1], [0.5, 1], [float("nan"), 1], [True, False], [-1, 0, 1], [0, 2**40], [[0], [1]], [1, "cat"]]
+)
+def test_labels_that_are_none(values):
+    with pytest.raises(UserError):
+        classes_of(values, str, "x")
