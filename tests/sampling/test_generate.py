@@ -25,6 +25,7 @@ from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, samples, write_samples
 from repa.sampling.behind import OneBehind
+from repa.sampling.conditions import classes_named
 from tests.calls import call
 
 ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1, precision="fp32")
@@ -191,6 +192,13 @@ def test_labels_that_are_none(labels):
 def test_classes_that_nobody_knows(labels, run):
     with pytest.raises(UserError, match="does not exist"):
         generate(run, ODE.override(labels=labels), range(2))
+
+
+def test_a_name_of_two_classes_is_refused_and_their_numbers_are_told(run):
+    twins = replace(run, class_names=("crane", "crane"), class_counts=(1, 1))
+    with pytest.raises(UserError, match="2 classes are named crane: write #0 or #1"):
+        classes_named("crane", twins)
+    assert classes_named("#1", twins) == [("#1", 1)]
 
 
 def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
