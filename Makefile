@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 # pip would compile every file on one core; Python compiles what is imported, on its first import, and may keep it here
 export PYTHONDONTWRITEBYTECODE :=
-TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist worksteal
 
 .PHONY: quickstart test test-slow lint docs clean
 

@@ -22,9 +22,11 @@ from repa.cli.main import run
 from repa.runs import layout, read_metrics
 from repa.training import TrainConfig
 
-SMALL = shlex.split(
+WITHOUT_PREVIEWS = shlex.split(
     "--model.hidden-dim 32 --model.depth 2 --model.num-heads 2 --alignments.0.depth 1 --alignments.0.projector mlp:width=16 "
-    "--batch-size 8 --num-steps 6 --log-every 1 --save-every 3 --precision fp32 "
+    "--batch-size 8 --num-steps 6 --log-every 1 --save-every 3 --precision fp32"
+)
+SMALL = WITHOUT_PREVIEWS + shlex.split(
     "--preview.every 3 --preview.num-images 4 --preview.num-scored 20 --preview.num-steps 3"
 )
 
@@ -181,7 +183,7 @@ def test_list(kind, name, capsys):
 )
 def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, house, tmp_path, capsys):
     run_folder = tmp_path / "r"
-    argv = ["train", "quickstart-repa", "--data", str(house / "data"), "--out", str(run_folder), *SMALL]
+    argv = ["train", "quickstart-repa", "--data", str(house / "data"), "--out", str(run_folder), *WITHOUT_PREVIEWS]
     argv += ["--preview.every", "0", "--num-steps", "150", "--save-every", "1000"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(repa.__file__).parents[1])}
     with subprocess.Popen([sys.executable, "-m", "repa", *argv], env=environment, text=True,
