@@ -195,8 +195,16 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
 
 
 @pytest.mark.parametrize(
-    "names", [("adapter", "jit"), ("two times", "tread"), ("shared", "pool", "warmup"), ("sprint", "reg"), ("ddt", "latent")]
-)  # fmt: skip
+    "names",
+    [
+        ("two times", "tread"),
+        ("sprint", "reg"),
+        *(
+            pytest.param(names, marks=pytest.mark.slow)
+            for names in (("adapter", "jit"), ("shared", "pool", "warmup"), ("ddt", "latent"))
+        ),
+    ],
+)
 def test_one_graph_gives_the_same(names):
     torch.compiler.reset()
     (wanted, gradients, _), (found, compiled, _) = (one_step(together(*names), compiled=c) for c in (False, True))
