@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.nn as nn
-from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
-from repa.models.layers import grid_side
+from repa.models.layers import TokenConvolution
 
 Module = TypeVar("Module", bound=nn.Module)
 Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
@@ -69,24 +68,6 @@ def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: int = 
     if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
         raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
     return _initialise(TokenConvolution(hidden_dim, feature_dim, kernel, grid))
-
-
-class TokenConvolution(nn.Module):
-    """A convolution over the grid of tokens, which keeps its size: (N, T, D) -> (N, T, F).
-
-    Args:
-        grid: (rows, columns); None: a square.
-    """
-
-    def __init__(self, dim: int, features: int, kernel: int, grid: tuple[int, int] | None):
-        super().__init__()
-        self.grid = grid
-        self.conv = nn.Conv2d(dim, features, kernel, padding=kernel // 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        grid = self.grid or (grid_side(tokens.shape[1]),) * 2
-        image = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
-        return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
 
 
 @sees_condition

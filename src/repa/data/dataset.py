@@ -73,11 +73,12 @@ class DataSet:
         """The spec of the autoencoder that it was prepared with."""
         return self.manifest.config.autoencoder
 
-    @property
+    # asked for every batch
+    @functools.cached_property
     def has_images(self) -> bool:
         return "images" in self.reader.fields
 
-    @property
+    @functools.cached_property
     def has_moments(self) -> bool:
         return "moments" in self.reader.fields
 

@@ -481,3 +481,21 @@ def grid_side(num_tokens: int) -> int:
             "without class or register tokens."
         )
     return side
+
+
+class TokenConvolution(nn.Module):
+    """A convolution over the grid of tokens, which keeps its size: (N, T, D) -> (N, T, F).
+
+    Args:
+        grid: (rows, columns); None: a square.
+    """
+
+    def __init__(self, dim: int, features: int, kernel: int, grid: tuple[int, int] | None):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(dim, features, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        grid = self.grid or (grid_side(tokens.shape[1]),) * 2
+        image = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
+        return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
