@@ -131,3 +131,18 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_of_a_command_spin_briefly(given, spins, random_run):
+    """As OpenMP itself tells when torch loads it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    command = [sys.executable, "-m", "repa", "show", str(random_run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = [line.split(" = ")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not told:
+        pytest.skip("another OpenMP than GNU's")
+    assert told == [f"'{spins}'"]

@@ -18,6 +18,7 @@ PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 32 * 2**20
 NEVER = 2**31 - 1
+SPINS = "2000"  # tens of microseconds: as long as threads with a core each differ in small operators
 PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
@@ -140,3 +141,14 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def spin_briefly() -> None:
+    """Let a thread of GNU's OpenMP sleep when others take long; to be called before torch is imported.
+
+    By default a thread that waits for the others spins for milliseconds. Beside another program that has one of the cores, it
+    takes the processor from the very thread that it waits for. `benchmarks/waiting.py` measures both. What OMP_WAIT_POLICY or
+    GOMP_SPINCOUNT say already stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -11,7 +11,7 @@ from repa import __version__
 from repa.base import launch, trust
 from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
-from repa.base.launch import keep_freed_memory
+from repa.base.launch import keep_freed_memory, spin_briefly
 from repa.cli.retries import told_once
 
 VERBS = {
@@ -141,6 +141,7 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     keep_freed_memory()
+    spin_briefly()
     told_once()
     threading.excepthook = _in_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
