@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from repa.base import files
+from repa.cli.quickstart import crops
 from repa.evaluation import EvaluateConfig, evaluate_file
 from repa.recipes import load_recipe
 from repa.report.speedups import first_reached
@@ -85,7 +86,7 @@ def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--source", default="photographs:num=4000,smallest=0.8", help="default: the quickstart's")
+    parser.add_argument("--source", default=crops(), help="default: the quickstart's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")

@@ -2,7 +2,7 @@
 
     python benchmarks/waiting.py
 
-In turn, a process each: OpenMP's threads spin for milliseconds while they wait for each other (its default), briefly
+In turn, a process each: OpenMP's threads spin 300,000 times before they sleep (its default), briefly
 (`repa.base.launch.spin_briefly`), or not at all. The operators are those of the quickstart's network: products of a few hundred rows.
 """
 

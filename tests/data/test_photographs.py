@@ -99,7 +99,7 @@ def test_sides_places_and_mirroring_follow_their_distributions(monkeypatch):
 
 
 def test_the_smallest_crop_is_a_setting():
-    wide, default = (open_source(f"photographs:num=40{more}") for more in (",smallest=1.0", ""))
+    wide, default = (open_source(f"photographs:num=40{more}") for more in (",smallest=1", ""))
     for index in range(40):
         whole = load_photographs()[wide.class_names[index % 20]].resize((16, 16), Image.Resampling.BICUBIC)
         found = np.asarray(wide.image(index, 16))
@@ -108,7 +108,7 @@ def test_the_smallest_crop_is_a_setting():
     assert 0.8 <= min(shares) < 0.81
     assert 0.99 < max(shares) < 1
     assert wide.identity != default.identity
-    for value in ("1", "0.05", "1.5", "half", "nan"):
+    for value in ("0", "0.05", "1.5", "half", "nan", "true"):
         with pytest.raises(UserError, match="smallest"):
             open_source(f"photographs:smallest={value}")
 

@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 32 * 2**20
 NEVER = 2**31 - 1
-SPINS = "2000"  # tens of microseconds: as long as threads with a core each differ in small operators
+SPINS = "2000"  # of 300,000 by default; on free cores it costs nothing, as benchmarks/waiting.py shows
 PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
@@ -146,7 +146,7 @@ def keep_freed_memory() -> bool:
 def spin_briefly() -> None:
     """Let a thread of GNU's OpenMP sleep when others take long; to be called before torch is imported.
 
-    By default a thread that waits for the others spins for milliseconds. Beside another program that has one of the cores, it
+    By default a thread that waits for the others spins 300,000 times before it sleeps. Beside another program that has one of the cores, it
     takes the processor from the very thread that it waits for. `benchmarks/waiting.py` measures both. What OMP_WAIT_POLICY or
     GOMP_SPINCOUNT say already stays.
     """

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     is_own = given.source != PHOTOGRAPHS
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
-    source = given.source if is_own else f"{PHOTOGRAPHS}:num={NUM_CROPS},smallest={SMALLEST}"
+    source = given.source if is_own else crops()
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
     choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)
@@ -89,6 +89,11 @@ def main(argv: list[str]) -> int:
         say("The same with your own images, a folder or zip of 20 to 100,000 (folders inside are classes):")
         say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
     return 0
+
+
+def crops() -> str:
+    """The source of the quickstart's own images."""
+    return f"{PHOTOGRAPHS}:num={NUM_CROPS},smallest={SMALLEST}"
 
 
 def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:

@@ -230,7 +230,7 @@ def _attempt(job: Job) -> Manifest | None:
         return progress.manifest
     share = range(job.rank, num_shards, job.world)
     mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
-    # models are loaded before the first image, and only those that are used: what is wrong with weights is said at once
+    # Models are loaded before the first image, so that wrong weights are reported at once, and only those that are used.
     needed = {*lost, *itertools.chain(*mine.values())}
     models = {name: load_model(name, config, device) for name in job.parts if name in needed}
     progress.require_same_models({name: model.identity for name, model in models.items()}, num_shards)

@@ -136,4 +136,4 @@ def _open(where: str) -> Any:
 
         return parquet.ParquetFile(fsspec.open(where, "rb").open())
     except (lib.ArrowException, OSError, ImportError, ValueError) as error:
-        raise UserError(f"{where} cannot be read as a parquet file: {str(error).rstrip(chr(46))}.") from error
+        raise UserError(f"{where} cannot be read as a parquet file: {str(error).rstrip('.')}.") from error

@@ -117,8 +117,8 @@ class PhotographSource(Source):
         for key, value, least in (("num", num, 1), ("seed", seed, 0)):
             if type(value) is not int or value < least:
                 raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
-        if type(smallest) is not float or not 0.1 <= smallest <= 1:
-            raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.0.")
+        if type(smallest) not in (int, float) or not 0.1 <= smallest <= 1:
+            raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.")
         self.seed, self.smallest, self.has_captions = seed, smallest, captions
         self._names = self.class_names = list(load_photographs())
         self.labels = np.arange(num, dtype=np.int64) % len(self._names)

@@ -192,7 +192,7 @@ class DatasetSource(TableSource):
         """
         datasets = _library()
         self._where = where
-        # as arrow, with what `datasets` writes beside it, so that its tables and parquet files are told apart by one rule
+        # as arrow, with what `datasets` writes beside it, so that one rule serves its tables and parquet files
         self._choose(where, columns_of(table.features.arrow_schema), labels, columns)
         image, caption = self._columns.image, self._columns.caption
         # a table for each column: reading a row of a whole table decodes all its columns
