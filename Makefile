@@ -40,7 +40,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 docs: $(VENV)/installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -79,20 +80,25 @@ def first_line(path: Path) -> str:
 
 
 def options_page() -> str:
-    """Every field of what `repa train` and `repa prepare` take, with its sentence."""
+    """Every field of what `repa train` and `repa prepare` take, with its sentence: one table for each group of options."""
     from repa.data.config import PrepareConfig
     from repa.training.config import TrainConfig
 
     lines = [
         "# Options",
         "",
-        "Made from the configuration classes. `repa VERB --help` prints them with the recipe's values.",
+        "<style>td:first-child code { white-space: nowrap; }</style>",  # browsers break an option after its hyphens
         "",
+        "Made from the configuration classes. `repa train RECIPE --help` prints them with the recipe's values.",
     ]
     for verb, cls in (("train", TrainConfig), ("prepare", PrepareConfig)):
-        lines += [f"## repa {verb}", "", "| option | default | meaning |", "|---|---|---|"]
-        lines += [f"| `--{flag}` | {cell(default)} | {about} |" for flag, default, about in fields(cls)]
-        lines.append("")
+        lines += ["", f"## repa {verb}"]
+        groups = defaultdict(list)
+        for flag, default, about in fields(cls):
+            groups[flag.partition(".")[0] if "." in flag else ""].append(f"| `--{flag}` | {cell(default)} | {about} |")
+        for group in sorted(groups, key=bool):  # options of no group first
+            heading = ["", f"### {group}"] if group else []
+            lines += [*heading, "", "| option | default | meaning |", "|---|---|---|", *groups[group]]
     return "\n".join(lines)
 
 
