@@ -1,7 +1,9 @@
 """Checkpoint files of strangers: what is read, what is refused, and in which words."""
 
 import argparse
+import contextlib
 import pathlib
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -104,3 +106,62 @@ def test_a_hostile_tree_runs_nothing(tree, tmp_path):
     else:
         with pytest.raises(UserError, match="cannot be read as a checkpoint"):
             read_weights(path)
+
+
+def packed(source, path, method=zipfile.ZIP_STORED, **changed):
+    """An archive of torch.save, packed again with other bytes for some of its records."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(path, "w", method) as out:
+        for name in archive.namelist():
+            record = name.partition("/")[2]
+            out.writestr(name, changed.get(record, archive.read(name)))
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Weights as a training script saves them: a state dict with its versions, and two tensors of one record."""
+    shared = torch.arange(1000.0)
+    state = {**nn.Linear(3, 3).state_dict(), "shared": shared, "part": shared[10:20]}
+    state["eight"] = torch.ones(5).to(torch.float8_e4m3fn)
+    torch.save({"net": nn.Linear(2, 2).state_dict(), "ema": state}, tmp_path / "whole.pt")
+    return tmp_path / "whole.pt"
+
+
+def test_an_archive_that_was_packed_again_is_read(saved, tmp_path):
+    found = read_weights(packed(saved, tmp_path / "again.pt"))
+    wanted = torch.load(saved)["ema"]
+    assert found["ema"].keys() == wanted.keys()
+    assert all(torch.equal(found["ema"][key].float(), wanted[key].float()) for key in wanted)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_archive_that_was_packed_with_compression_is_refused(method, saved, tmp_path):
+    # torch would map the compressed bytes, and take them for the numbers
+    with pytest.raises(UserError, match="is compressed, which torch.save never does"):
+        read_weights(packed(saved, tmp_path / "again.pt", method))
+
+
+def test_a_record_that_is_too_short_is_refused(saved, tmp_path):
+    # torch would go on with the bytes of the next record
+    with pytest.raises(UserError, match="the record data/0 has 5 bytes where 16 belong"):
+        read_weights(packed(saved, tmp_path / "again.pt", **{"data/0": b"short"}))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        b"\x80\x02X\x01\x00\x00\x00ar\xff\xff\xff\xff.",  # remembered under the largest number
+        b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00.",  # 64 GiB of zeros
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f",  # a text without end
+    ],
+)
+@pytest.mark.parametrize("script", [True, False])
+def test_a_tree_that_asks_for_memory_gets_none(script, tree, saved, tmp_path):
+    with zipfile.ZipFile(packed(saved, tmp_path / "bomb.pt", **{"data.pkl": tree}), "a") as archive:
+        if script:
+            archive.writestr("whole/constants.pkl", b"")
+    tracemalloc.start()
+    with contextlib.suppress(UserError):
+        read_weights(tmp_path / "bomb.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

@@ -119,6 +119,28 @@ def test_the_path_is_the_one_that_the_file_tells(kind, said, path, tmp_path):
     assert given.settings["diffusion"] == {"path": "linear"}
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"path_type": []}, {"path_type": {}}, {"path_type": 3}, {"prediction": [1]}, {"encoder_depth": []}, {"encoder_depth": -1},
+        {"encoder_depth": 10**9}, {"encoder_depth": "1"}, {"proj_coeff": "x"}, {"proj_coeff": float("nan")}, {"proj_coeff": -1.0},
+        {"proj_coeff": 10**400}, {"enc_type": "os.system"}, {"enc_type": "../.."}, {"enc_type": ","},
+    ],
+)  # fmt: skip
+def test_arguments_that_lie_are_one_sentence(lie, tmp_path, capsys):
+    content = {**released.random_state(), **released.projectors(number=1)}
+    told = {"enc_type": "tiny", "encoder_depth": 1, "proj_coeff": 0.5, **lie}
+    assert convert(released.repa_training(content, **told), tmp_path)[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("repa: ")
+
+
+@pytest.mark.parametrize("steps", [-1, 10**30, True, "7", float("inf")])
+def test_steps_that_no_training_has_are_not_taken(steps, tmp_path):
+    code, run = convert({"ema": released.random_state(), "steps": steps}, tmp_path)
+    assert (code, layout.checkpoint_steps(run)) == (0, [0])
+
+
 def test_the_weight_is_shared_by_the_encoders(tmp_path):
     """REPA averages its alignment loss over encoders; ours is a sum."""
     content = {**released.random_state(), **released.projectors(number=2)}

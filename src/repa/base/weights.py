@@ -6,6 +6,7 @@ here, with `Inert` in the place of every class, and the code is left alone.
 """
 
 import argparse
+import contextlib
 import hashlib
 import pathlib
 import pickle
@@ -14,7 +15,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
             _check_records(archive, path, remedy)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
+            _require_mappable(archive, path)
         # Mapped: what is not used of a training checkpoint, such as its optimizer, is never read into memory.
         return _unpickled(path, mmap=True)
 
@@ -88,6 +90,9 @@ def _unpickled(path: Path, mmap: bool) -> Any:
 def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
     """UserError at the first record whose bytes are not those of its checksum, by the name of its tensor."""
     for info in archive.infolist():
+        # Nothing here reads what is compressed, such as the code of TorchScript: it is not unpacked either.
+        if info.compress_type != zipfile.ZIP_STORED:
+            continue
         try:
             with archive.open(info) as record:
                 while record.read(CHUNK):
@@ -100,6 +105,27 @@ def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
                 name = None
             what = f"the tensor {name!r}" if name else f"the record {info.filename!r}"
             raise UserError(f"{path} is damaged: {what} does not match its checksum. {remedy}") from error
+
+
+def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:
+    """UserError for an archive whose records torch would map wrongly: it takes their bytes as they lie in the file, unasked.
+
+    A compressed record would give the tensor other numbers, and of one that is too short the next record's.
+    """
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise UserError(
+                f"{path} is refused: its record {info.filename!r} is compressed, which torch.save never does. Unpack the archive, "
+                "and pack it again without compression."
+            )
+    with archive.open(_stored(archive, "data.pkl")) as file:
+        tree = _Tree(file)
+        # What is no tree of torch.save is torch's to tell.
+        with contextlib.suppress(Exception):
+            tree.load()
+    for key, num_bytes in tree.num_bytes.items():
+        if (found := _stored(archive, f"data/{key}").file_size) < num_bytes:
+            raise ValueError(f"the record data/{key} has {found:,} bytes where {num_bytes:,} belong")
 
 
 class Inert:
@@ -134,18 +160,36 @@ class Stored:
         return flat.as_strided(self.size, self.stride, self.offset)
 
 
-class _Tree(pickle.Unpickler):
-    """The pickled tree of an archive without any class of it: none is imported, so none can run."""
+class Attributed(dict):
+    """Stands for OrderedDict, to which a state dict's versions are pickled as an attribute."""
+
+
+class _Tree(pickle._Unpickler):
+    """The pickled tree of an archive without any class of it: none is imported, so none can run.
+
+    Python's own reader and not C's, which gives a list 16 bytes for every number below one that a few bytes of a file name.
+    """
+
+    # What this opcode claims is allocated before it is read, and no tree of torch has it.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self.num_bytes: dict[str, int] = {}  # of each record, as the tensors in it need them
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return Stored
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return Attributed
         return STORAGES.get(name, Inert) if module == "torch" else Inert
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        _, dtype, key, *_ = pid  # ("storage", type, key, device, number of values)
+        _, dtype, key, _, num = pid  # ("storage", type, key, device, number of values)
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 1  # of a storage without a type num counts bytes
+        self.num_bytes[key] = max(self.num_bytes.get(key, 0), num * size)
         return key, dtype
 
 

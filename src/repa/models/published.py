@@ -23,6 +23,7 @@ from repa.models.dit import DiT
 from repa.models.layers import timestep_frequencies
 
 KINDS = ("repa", "sit", "dit")
+MOST_STEPS = 10**12  # of a network that was trained
 FIRST_TIME_LAYER = "t_embedder.mlp.0.weight"
 # Tensors by which a state dict shows what the network was built with.
 SWIGLU, FUSION = "blocks.0.mlp.w3.weight", "router.fuse.weight"
@@ -226,7 +227,7 @@ def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[St
 def _steps(content: Mapping[str, Any]) -> int | None:
     """Steps of training, by the names that training scripts give them."""
     counts = (content.get(name) for name in ("steps", "step", "global_step", "train_steps", "iteration"))
-    return next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n >= 0), None)
+    return next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_STEPS), None)
 
 
 def _modern_block_names(state: StateDict) -> StateDict:

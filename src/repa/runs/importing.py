@@ -3,6 +3,7 @@
 The settings of a run are plain values here, named as in config.yaml: whoever writes them has checked them.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,12 @@ from repa.encoders import canonical
 from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
 from repa.models.exported import CONFIG, read_exported, require_digest
-from repa.models.published import Published, check_keys, check_values, constructor_arguments, read_published
+from repa.models.published import MOST_STEPS, Published, check_keys, check_values, constructor_arguments, read_published
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, save_checkpoint
 from repa.runs.layout import write_origin
 
 PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
-MOST_STEPS = 10**12  # of a network that was trained
 MLP_RATIO = 4  # the only one that a run's configuration knows
 # names of the paths in the settings of REPA and SiT
 PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP": "trigonometric", "VP": "vp"}
@@ -184,7 +184,7 @@ def _path(settings: Mapping[str, Any], where: str) -> str:
     if (prediction := settings.get("prediction", "v")) not in ("v", "velocity"):
         raise UserError(f"{where} predicts {prediction!r}: only networks that predict velocity can be converted.")
     name = settings.get("path_type", "linear")
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise UserError(f"{where} was trained on an unknown path {name!r}: give --path linear, trigonometric or vp.")
     return PATHS[name]
 
@@ -206,13 +206,13 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
             f"{where} has {len(indices)} projectors, but {len(targets)} encoders are named ({', '.join(targets)})."
         )
     depth = depth or published.settings.get("encoder_depth") or 0
-    if not depth:
+    if not isinstance(depth, int) or depth < 1:
         raise UserError(
             f"{where} does not tell after which block its projectors stand: give --depth, 8 for the released REPA."
         )
     weight = published.settings.get("proj_coeff", PROJ_COEFF)
-    if not isinstance(weight, int | float):
-        raise UserError(f"{where} has an alignment weight that is not a number, {weight!r}: leave --targets out.")
+    if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
+        raise UserError(f"{where} has the alignment weight {weight!r:.80}, which no REPA has: take another checkpoint.")
     return [
         {
             "target": canonical(target),
