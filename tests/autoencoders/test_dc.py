@@ -34,7 +34,7 @@ def test_the_published_shape_shrinks_32_times():
     """Five halvings of mit-han-lab's configuration (diffusers' defaults), without its weights: on the meta device."""
     from diffusers import AutoencoderDC
 
-    from repa.autoencoders.deterministic import DeterministicAutoencoder
+    from repa.autoencoders.released import DeterministicAutoencoder
 
     with torch.device("meta"):
         autoencoder = DeterministicAutoencoder("dc-ae-f32", AutoencoderDC(scaling_factor=0.3189))

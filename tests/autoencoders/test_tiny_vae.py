@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from repa.autoencoders import load_autoencoder
-from repa.autoencoders.kl import PACKAGED
+from repa.autoencoders import PACKAGED, load_autoencoder
 from repa.cli.main import run
 from repa.data.sources.photographs import photograph_crop
 

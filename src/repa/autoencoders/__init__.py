@@ -1,6 +1,7 @@
 """Pixels <-> latents behind one contract; scale and shift of the latents are known only in here."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from repa.base.lazy import exports
 from repa.base.registry import Registry
@@ -8,30 +9,64 @@ from repa.base.registry import Registry
 # Of the paper: its encoder is also that of sd-vae-ft-mse, its decoder made the published figures.
 AUTOENCODER = "sd-vae-ft-ema"
 
-# each entry is a function of `weights` (None, a folder or a hub name) that returns an Autoencoder
+
+class Released(NamedTuple):
+    """An autoencoder of diffusers as its authors published it."""
+
+    kind: str  # class of diffusers
+    hub: str  # owner/name, or a folder inside the package
+    space: str  # of its latents: autoencoders of one space can decode each other's
+    about: str
+    subfolder: str = ""
+
+
+PACKAGED = Path(__file__).parent / "weights" / "tiny-vae"  # written by tools/train_tiny_vae.py
+_KL, _TINY = "AutoencoderKL", "AutoencoderTiny"
+_SD3, _FLUX = "stabilityai/stable-diffusion-3-medium-diffusers", "black-forest-labs/FLUX.1-dev"
+_DC, _RAE = "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"
+RELEASED = {
+    "sd-vae-ft-mse": Released(_KL, "stabilityai/sd-vae-ft-mse", "sd",
+        "Stable Diffusion's autoencoder, decoder fine-tuned for MSE: what REPA encodes ImageNet with."),
+    "sd-vae-ft-ema": Released(_KL, "stabilityai/sd-vae-ft-ema", "sd",
+        "The encoder of sd-vae-ft-mse, decoder fine-tuned by EMA: what REPA decodes its samples with."),
+    "sdxl-vae": Released(_KL, "stabilityai/sdxl-vae", "sdxl",
+        "Stable Diffusion XL's autoencoder: 4 channels, but not those of Stable Diffusion."),
+    "sd3-vae": Released(_KL, _SD3, "sd3",
+        "Stable Diffusion 3's autoencoder: 16 channels, with a shift.", "vae"),
+    "flux-vae": Released(_KL, _FLUX, "flux",
+        "FLUX.1's autoencoder: 16 channels, with a shift; not those of Stable Diffusion 3.", "vae"),
+    "va-vae": Released(_KL, "REPA-E/vavae-hf", "va-vae",
+        "VA-VAE, aligned to DINOv2-L: 32 channels at a 16th of the size, normalised channel by channel."),
+    "e2e-va-vae": Released(_KL, "REPA-E/e2e-vavae-hf", "e2e-va-vae",
+        "VA-VAE as REPA-E trained it further, together with a network."),
+    "tiny-vae": Released(_KL, str(PACKAGED), "",
+        "An autoencoder inside the package, for tests and lessons offline: factor 4, 4 channels (docs/tiny-encoder.md)."),
+    "dc-ae-f32": Released("AutoencoderDC", _DC, "dc-ae-f32",
+        "DC-AE trained on ImageNet: 32 channels at a 32nd of the size; 512 pixels become 16 x 16 latents."),
+    "rae-dinov2-b": Released("AutoencoderRAE", _RAE, "rae-dinov2-b",
+        "The representation autoencoder of DINOv2-B with registers: 768 channels at a 16th of the size, 16 x 16 of images of 256 pixels."),
+    "taesd": Released(_TINY, "madebyollin/taesd", "sd",
+        "Small and fast, for the latents of sd-vae-ft-mse and sd-vae-ft-ema."),
+    "taesdxl": Released(_TINY, "madebyollin/taesdxl", "sdxl",
+        "Small and fast, for the latents of sdxl-vae."),
+    "taesd3": Released(_TINY, "madebyollin/taesd3", "sd3",
+        "Small and fast, for the latents of sd3-vae."),
+    "taef1": Released(_TINY, "madebyollin/taef1", "flux",
+        "Small and fast, for the latents of flux-vae."),
+}  # fmt: skip
+
+# each entry is a function of the name and `weights` (None, a folder or a hub name) that returns an Autoencoder
 AUTOENCODERS = Registry(
     "autoencoder",
     {
         "pixels": "repa.autoencoders.contract:pixels",
-        "sd-vae-ft-mse": "repa.autoencoders.kl:sd_vae_ft_mse",
-        "sd-vae-ft-ema": "repa.autoencoders.kl:sd_vae_ft_ema",
-        "sdxl-vae": "repa.autoencoders.kl:sdxl_vae",
-        "sd3-vae": "repa.autoencoders.kl:sd3_vae",
-        "flux-vae": "repa.autoencoders.kl:flux_vae",
-        "va-vae": "repa.autoencoders.kl:va_vae",
-        "e2e-va-vae": "repa.autoencoders.kl:e2e_va_vae",
-        "tiny-vae": "repa.autoencoders.kl:tiny_vae",  # inside the package
-        "kl": "repa.autoencoders.kl:kl",  # any other: kl:hub=owner/name,subfolder=vae
-        "dc-ae-f32": "repa.autoencoders.deterministic:dc_ae_f32",
-        "rae-dinov2-b": "repa.autoencoders.deterministic:rae_dinov2_b",
-        "rae": "repa.autoencoders.deterministic:rae",  # any other: rae:hub=owner/name
-        "taesd": "repa.autoencoders.deterministic:taesd",
-        "taesdxl": "repa.autoencoders.deterministic:taesdxl",
-        "taesd3": "repa.autoencoders.deterministic:taesd3",
-        "taef1": "repa.autoencoders.deterministic:taef1",
+        **dict.fromkeys(RELEASED, "repa.autoencoders.released:load_released"),
+        "kl": "repa.autoencoders.released:kl",  # any other: kl:hub=owner/name,subfolder=vae
+        "rae": "repa.autoencoders.released:rae",  # any other: rae:hub=owner/name
     },
     base="repa.autoencoders.contract:Autoencoder",
     listing="autoencoders",
+    facts={name: released.about for name, released in RELEASED.items()},
 )
 
 if TYPE_CHECKING:

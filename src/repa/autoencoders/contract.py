@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.base.precision import Float32Default
+from repa.base.registry import parse_spec
 from repa.base.weights import digest_of
 
 
@@ -189,11 +190,11 @@ class Pixels(Autoencoder):
         return z
 
 
-def pixels(weights: str | Path | None) -> Pixels:
+def pixels(name: str, weights: str | Path | None) -> Pixels:
     """No autoencoder: the network learns the pixels themselves."""
     if weights is not None:
-        raise UserError(f"The autoencoder 'pixels' has no weights, but got {weights}: leave them out.")
-    return Pixels("pixels")
+        raise UserError(f"The autoencoder {name!r} has no weights, but got {weights}: leave them out.")
+    return Pixels(name)
 
 
 @Float32Default()
@@ -203,7 +204,7 @@ def load_autoencoder(
     """The autoencoder that a spec names, frozen, on a device.
 
     Args:
-        spec: a name of AUTOENCODERS, or the dotted name of an Autoencoder of your own or of a function of `weights`.
+        spec: a name of AUTOENCODERS, or the dotted name of an Autoencoder of your own, or of function(name, weights) -> Autoencoder.
         weights: folder (as diffusers saves it) or hub name to load from; None for the name's own hub repository.
         device: where it computes.
 
@@ -218,7 +219,7 @@ def load_autoencoder(
             raise UserError(f"The autoencoder {spec!r} takes no weights, but got {weights}: leave them out.")
         autoencoder = component
     else:
-        autoencoder = component(weights)
+        autoencoder = component(parse_spec(spec)[0], weights)
         if not isinstance(autoencoder, Autoencoder):
             raise UserError(
                 f"The autoencoder {spec!r} must be a repa.autoencoders.Autoencoder, but {type(autoencoder).__name__} came back: "

@@ -1,0 +1,244 @@
+"""Autoencoders of diffusers, from the hub or from a folder; which are known by name is a table in `repa.autoencoders`.
+
+* AutoencoderKL (Rombach et al., arXiv 2112.10752): a Gaussian posterior.
+* AutoencoderDC (Chen et al., arXiv 2410.10733): deep compression, 32 pixels to a latent.
+* AutoencoderTiny (TAESD): small and fast, distilled from a larger autoencoder, whose place it takes.
+* AutoencoderRAE (Zheng et al., arXiv 2510.11690): the latents are the tokens of a frozen encoder, one a patch, normalised by the
+  mean and deviation of each channel at each place. These statistics lie in the weights, and so do the encoder, the decoder and
+  the one image size that they are made for.
+
+Channels, factor, scale and shift are those of the weights' own config.json; none of them is written here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repa.autoencoders import RELEASED
+from repa.autoencoders.contract import Autoencoder
+from repa.base import extras, trust
+from repa.base.errors import UserError
+
+STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")  # what a RAE's encoder does not tell
+
+
+class KLAutoencoder(Autoencoder):
+    """A diffusers AutoencoderKL."""
+
+    def __init__(self, name: str, vae: Any, space: str = ""):
+        config = vae.config
+        scale, shift = _scale_and_shift(name, config)
+        factor = 2 ** (len(config.block_out_channels) - 1)  # every level but the first halves the sides
+        super().__init__(name, channels=config.latent_channels, factor=factor, scale=scale, shift=shift, space=space)
+        self.vae = vae
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.std
+
+    def images(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+
+
+class DeterministicAutoencoder(Autoencoder):
+    """One of diffusers' without a posterior: its encoder gives the latents at once, and the standard deviation is 0."""
+
+    stochastic = False
+
+    def __init__(self, name: str, vae: Any, space: str = "", *, channels: int = 0, factor: int = 0):
+        config = vae.config
+        super().__init__(
+            name, channels=channels or config.latent_channels, factor=factor or 2 ** (len(config.encoder_block_out_channels) - 1),
+            scale=config.scaling_factor, shift=config.get("shift_factor") or 0.0, space=space,
+        )  # fmt: skip
+        self.vae = vae
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # By place: diffusers calls the one field `latent` in one class and `latents` in another.
+        mean = self.vae.encode(x)[0]
+        return mean, torch.zeros_like(mean)
+
+    def images(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.vae.state_dict().items() if k.startswith("encoder.") or k in STATISTICS}
+
+
+class TinyAutoencoder(DeterministicAutoencoder):
+    """A diffusers AutoencoderTiny, which gives the scaled latents that the larger autoencoder gives."""
+
+    distilled = True
+
+
+class RepresentationAutoencoder(DeterministicAutoencoder):
+    """A diffusers AutoencoderRAE; it works on pixels in [0, 1]. Latents come normalised, so scale and shift are its own."""
+
+    def __init__(self, name: str, vae: Any, space: str = ""):
+        super().__init__(name, vae, space, channels=vae.config.encoder_hidden_size, factor=vae.config.patch_size)
+        self.resolution = vae.decoder_image_size
+        # diffusers would multiply by the scale too, and the contract does: there it is set to 1.
+        vae.register_to_config(scaling_factor=1.0)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().moments((x + 1) / 2)
+
+    def images(self, z: Tensor) -> Tensor:
+        return 2 * super().images(z) - 1
+
+
+CLASSES: dict[str, type[KLAutoencoder] | type[DeterministicAutoencoder]] = {
+    "AutoencoderKL": KLAutoencoder,
+    "AutoencoderDC": DeterministicAutoencoder,
+    "AutoencoderTiny": TinyAutoencoder,
+    "AutoencoderRAE": RepresentationAutoencoder,
+}
+
+
+def load_released(name: str, weights: str | Path | None) -> Autoencoder:
+    """The autoencoder `name` of RELEASED, from `weights` or from its place on the hub."""
+    released = RELEASED[name]
+    return _load(released.kind, name, weights or released.hub, released.subfolder, released.space)
+
+
+def kl(name: str, weights: str | Path | None, *, hub: str = "", subfolder: str = "") -> Autoencoder:
+    """Any other AutoencoderKL, by its name on the hub or from a folder.
+
+    Args:
+        hub: owner/name of its repository.
+        subfolder: where it lies in the repository or folder; "vae" in a whole pipeline.
+    """
+    return _load_any(
+        "AutoencoderKL", name, weights, {"hub": hub, "subfolder": subfolder}, "hub=owner/name,subfolder=vae"
+    )
+
+
+def rae(name: str, weights: str | Path | None, *, hub: str = "") -> Autoencoder:
+    """Any other AutoencoderRAE, by its name on the hub or from a folder.
+
+    Args:
+        hub: owner/name of its repository.
+    """
+    return _load_any("AutoencoderRAE", name, weights, {"hub": hub}, "hub=owner/name")
+
+
+def _load_any(kind: str, name: str, weights: str | Path | None, given: dict[str, str], example: str) -> Autoencoder:
+    if not (weights or given["hub"]):
+        raise UserError(
+            f"The autoencoder {name!r} needs weights: a folder that diffusers saved, or a name on the hub as in '{name}:{example}'."
+        )
+    settings = ",".join(f"{key}={value}" for key, value in given.items() if value)
+    spec = f"{name}:{settings}" if settings else name
+    return _load(kind, spec, weights or str(given["hub"]), str(given.get("subfolder", "")))
+
+
+def _load(kind: str, name: str, source: str | Path, subfolder: str = "", space: str = "") -> Autoencoder:
+    vae = load_diffusers(kind, name, source, subfolder)
+    if not isinstance(vae.config.scaling_factor, int | float):
+        raise UserError(
+            f"The config.json of {source} has the scaling_factor {vae.config.scaling_factor!r:.80}, which is not a number: correct it."
+        )
+    return CLASSES[kind](name, vae, space)
+
+
+def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
+    """Of a configuration: one number for all channels, or the mean and deviation of each, as diffusers' pipelines do.
+
+    Those of SDXL: (z - latents_mean) * scaling_factor / latents_std; those of SD3: (z - shift_factor) * scaling_factor.
+    """
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None and std is None:
+        return config.scaling_factor, config.shift_factor or 0.0
+    if mean is None or std is None or config.shift_factor:
+        raise UserError(
+            f"The config.json of the autoencoder {name!r} must give latents_mean and latents_std together and no "
+            f"shift_factor, but gives {mean}, {std} and {config.shift_factor}: correct it."
+        )
+    if not len(mean) == len(std) == config.latent_channels or min(std) <= 0:
+        raise UserError(
+            f"The config.json of the autoencoder {name!r} must give a latents_mean and a positive latents_std for each of "
+            f"its {config.latent_channels} channels, but gives {mean} and {std}: correct it."
+        )
+    return tuple(config.scaling_factor / deviation for deviation in std), tuple(mean)
+
+
+def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = "") -> Any:
+    """The model of diffusers' class `kind`, in float32, whole or not at all.
+
+    Args:
+        kind: a class of diffusers, such as "AutoencoderKL".
+        name: what to call it in messages.
+        source: a local folder or the name of a hub repository.
+        subfolder: where it lies in `source`; a local folder may also be that subfolder itself.
+
+    Raises:
+        UserError: no such folder or repository, a damaged file, a model of another class, tensors that do not fit.
+    """
+    diffusers = _diffusers()
+    if not hasattr(diffusers, kind):
+        raise UserError(
+            f"The autoencoder {name!r} is diffusers' {kind}, which diffusers {diffusers.__version__} does not have: install a newer one."
+        )
+    local = Path(source).is_dir()
+    if not local and (Path(source).is_absolute() or str(source).startswith(".")):  # which no name on the hub is
+        raise UserError(
+            f"The autoencoder {name!r} cannot be loaded: there is no folder {source}. Give one with config.json and "
+            "diffusion_pytorch_model.safetensors as --autoencoder-weights FOLDER."
+        )
+    if local:
+        inside = Path(source) / subfolder
+        source, subfolder = inside if inside.is_dir() else source, ""
+    where = {"local_files_only": local, "subfolder": subfolder or None}
+    # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option for
+    # little memory diffusers needs no accelerate, and prints no notice that it is absent.
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    try:
+        config = diffusers.AutoencoderKL.load_config(str(source), **where)
+        # Before the model is built: some keys of a config.json make diffusers fetch code.
+        trust.require_plain_model(config, f"config.json of {source}")
+        found = config.get("_class_name", kind)
+        if found != kind:
+            raise UserError(f"The autoencoder {name!r} is a {kind}, but {source} holds a {found}: name other weights.")
+        load = getattr(diffusers, kind).from_pretrained
+        model, report = load(str(source), output_loading_info=True, **where, **options)
+    except UserError:
+        raise
+    # Several libraries read a part of it, each with errors of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error
+    # diffusers only warns, and leaves missing tensors random.
+    strays = [*report["missing_keys"], *report["unexpected_keys"]]
+    if strays:
+        reason = f"its weights do not fit, for example {strays[0]!r}"
+        raise UserError(_not_loaded(name, source, subfolder, local, reason))
+    return model
+
+
+def _diffusers() -> Any:
+    diffusers = extras.need("diffusers", "An autoencoder of latents")
+    try:
+        diffusers.AutoencoderKL  # noqa: B018  the import proper: diffusers is lazy
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"diffusers cannot be imported ({reason}): remove a torchvision built for another torch."
+        ) from error
+    return diffusers
+
+
+def _not_loaded(name: str, source: str | Path, subfolder: str, local: bool, reason: str) -> str:
+    if local:
+        return f"The autoencoder {name!r} cannot be loaded from the folder {source}: {reason}."
+    return (
+        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor on the hub of "
+        f"Hugging Face or in its cache. Where there is a network, accept its licence if it asks for that, download "
+        f"config.json and diffusion_pytorch_model.safetensors{f' of its folder {subfolder}' if subfolder else ''}, "
+        f"and give that folder as --autoencoder-weights FOLDER. "
+        f"(The hub's client said: {reason})"
+    )
