@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, Denoiser, ImprovedDDPM, count_calls, guided, in_timesteps
+from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, CountedCalls, Denoiser, ImprovedDDPM, guided, in_timesteps
 from tests.calls import passes
 from tests.oracles import ddpm as oracle
 
@@ -201,7 +201,7 @@ def test_guidance_follows_dit_and_its_interval_is_in_our_time():
     predict = guided(
         passes(in_timesteps(network), torch.tensor([1, 2]), 0), [GUIDANCES.build("cfg:scale=3,high=0.5,channels=1")]
     )
-    calls = count_calls(predict)
+    calls = CountedCalls(predict)
     model = Denoiser(calls, PATHS.build("vp"), "noise", dtype=torch.float64)
     output = model.output(noise(2, 2, 1, 1), PROCESS.time(10))
     assert output[:, :, 0, 0].tolist() == [[3, 1, 1, 1], [6, 2, 2, 2]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import PATHS, PREDICTIONS, Denoiser, count_calls, interpolate
+from repa.diffusion import PATHS, PREDICTIONS, CountedCalls, Denoiser, interpolate
 from repa.diffusion.predictions import convert
 
 LINEAR = PATHS.build("linear")
@@ -38,7 +38,7 @@ def test_a_perfect_network_of_any_kind_gives_velocity_score_and_data(name, predi
 
 
 def test_each_method_calls_the_network_once():
-    calls = count_calls(lambda x, t: x)
+    calls = CountedCalls(lambda x, t: x)
     denoiser, x = Denoiser(calls, LINEAR), torch.ones(2, 1, 2, 2)
     for number, method in enumerate(
         (denoiser.velocity, denoiser.velocity_and_score, denoiser.data, denoiser.output), 1
@@ -71,7 +71,7 @@ def test_a_network_that_wants_the_float_gets_it():
     spy = Spy(torch.zeros(2, 1, 1, 1))
     spy.takes_float_time = True
     x = torch.zeros(2, 1, 1, 1)
-    for network in (spy, count_calls(spy)):
+    for network in (spy, CountedCalls(spy)):
         Denoiser(network, LINEAR).velocity(x, 0.3)
         Denoiser(network, LINEAR).velocity(x, torch.tensor(0.25))
         assert [t for _, t in spy.seen[-2:]] == [0.3, 0.25]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, Denoiser, convert, count_calls, guided
+from repa.diffusion import GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, CountedCalls, Denoiser, convert, guided
 from tests.calls import passes
 from tests.golden import check, load, tensor
 from tests.oracles import samplers as oracle
@@ -134,7 +134,7 @@ def test_dopri5_solves_to_tolerance_and_stays_between_data_and_noise(path):
         return gaussian_velocity(path)(x, t)
 
     x = noise(4, 1, 2, 2)
-    calls = count_calls(predict)
+    calls = CountedCalls(predict)
     got = SAMPLERS.build("dopri5:rtol=1e-7,atol=1e-7")(gaussian(path, calls), x, 20)
     torch.testing.assert_close(got, MEAN + STD * x, rtol=0, atol=1e-5)
     assert min(times) >= 0
@@ -164,7 +164,7 @@ def test_dopri5_without_torchdiffeq_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(("name", "nfe"), [("euler", 7), ("heun", 13), ("euler_maruyama", 7)])
 def test_network_evaluations_are_exactly_the_algorithms(name, nfe):
-    calls = count_calls(gaussian_velocity("linear"))
+    calls = CountedCalls(gaussian_velocity("linear"))
     SAMPLERS.build(name)(gaussian("linear", calls), noise(2, 1, 2, 2), 7)
     assert calls.calls == nfe
 

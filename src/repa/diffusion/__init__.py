@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from repa.diffusion.config import latent_shift as latent_shift
     from repa.diffusion.ddpm import ImprovedDDPM as ImprovedDDPM
     from repa.diffusion.ddpm import in_timesteps as in_timesteps
+    from repa.diffusion.denoiser import CountedCalls as CountedCalls
     from repa.diffusion.denoiser import Denoiser as Denoiser
-    from repa.diffusion.denoiser import count_calls as count_calls
+    from repa.diffusion.denoiser import Layout as Layout
     from repa.diffusion.flow import Coefficients as Coefficients
     from repa.diffusion.flow import Interpolant as Interpolant
     from repa.diffusion.flow import interpolate as interpolate
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     from repa.diffusion.samplers import Step as Step
     from repa.diffusion.samplers import ode_grid as ode_grid
     from repa.diffusion.samplers import sde_grid as sde_grid
-    from repa.diffusion.state import Layout as Layout
 else:
     __getattr__, __dir__, __all__ = exports(
         __name__, local=("DDPM_SAMPLERS", "GUIDANCES", "PATHS", "PREDICTIONS", "SAMPLERS", "TIMESTEPS")

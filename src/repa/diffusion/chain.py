@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from repa.diffusion.denoiser import per_sample
+from repa.diffusion.denoiser import Layout, per_sample
 from repa.diffusion.guidance import CONDITIONAL, NULL, Guidance
-from repa.diffusion.state import Layout
 
 HEAD = "head@"  # of the conditional pass; those of the null pass are "null/head@..."
 Evaluate = Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tensor]]
@@ -69,10 +68,8 @@ def guided(
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
         # Guidance may be on for some samples and off for others: each group of equal times is mixed by itself.
-        made, of_sample = (
-            torch.empty_like(predictions[CONDITIONAL]),
-            torch.as_tensor(t, device=x_t.device).expand(len(x_t)),
-        )
+        made = torch.empty_like(predictions[CONDITIONAL])
+        of_sample = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         for moment in moments:
             rows = of_sample == moment  # (N,)
             made[rows] = _mixed(chain, layout, {n: p[rows] for n, p in predictions.items()}, x_t.shape[1], moment)

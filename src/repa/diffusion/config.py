@@ -20,6 +20,13 @@ def check_prediction(prediction: str) -> str:
     return prediction
 
 
+def check_numbers(what: str, **settings: object) -> None:
+    """UserError unless all are finite numbers: settings come from spec strings, where `std=one` is text and `std=true` a bool."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"The setting {name!r} of the {what} must be a number, but got {value!r}.")
+
+
 def written(specs: tuple[str, ...]) -> tuple[str, ...]:
     """Guidances in one way of writing, so that records compare: defaults left out, and those that change nothing, as of scale 1."""
     found = []
@@ -64,8 +71,7 @@ def check_path_trained(guidances: Iterable[str], path_drop: float | None) -> Non
 
 def check_shift(shift: float) -> float:
     """The shift itself. Code with t = 1 at the data writes the inverse number; refusing it here catches the commonest mix-up."""
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not math.isfinite(shift):
-        raise UserError(f"A time shift must be a number, but got {shift!r}.")
+    check_numbers("time shift", shift=shift)
     if shift < 1:
         inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
         raise UserError(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.diffusion.config import check_numbers
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.flow import DiscreteVariancePreserving, check_numbers
+from repa.diffusion.flow import DiscreteVariancePreserving
 from repa.diffusion.samplers import Callback, RandnLike, Step, to_state
 
 NUM_TIMESTEPS = 1000

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion import PATHS, TIMESTEPS
-from repa.diffusion.config import DiffusionConfig, check_prediction
+from repa.diffusion.config import DiffusionConfig, check_numbers, check_prediction
 from repa.diffusion.predictions import SIGMA_MIN, convert, noise_to_score
 
 
@@ -155,13 +155,6 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
 def at_least_float32(t: Tensor) -> Tensor:
     """Half precision has no business in a time: bfloat16 cannot tell 0.996 from 1."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def check_numbers(what: str, **settings: float) -> None:
-    """Settings come from spec strings, where `std=one` is text."""
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"The setting {name!r} of the {what} must be a number, but got {value!r}.")
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:

@@ -4,11 +4,11 @@ Four extrapolate from a worse prediction through the better one, other + scale (
 other is; the last follows a gradient. `chain.py` evaluates what they need and applies them in order.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from repa.base.errors import UserError
+from repa.diffusion.config import check_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,10 @@ class Guidance(Protocol):
 
 
 class Extrapolation:
-    """other + scale (conditional - other) while low <= t <= high; elsewhere the conditional prediction."""
+    """other + scale (conditional - other) while low <= t <= high; elsewhere the conditional prediction.
+
+    Every subclass lists its settings in full: the registry reads them off its source, so that a spec is checked without an import.
+    """
 
     kind: ClassVar[str]
     scale: float
@@ -39,11 +42,7 @@ class Extrapolation:
     high: float
 
     def __post_init__(self) -> None:
-        for name in ("scale", "low", "high"):
-            value = getattr(self, name)
-            # bool is an int in Python: scale=true in a spec would otherwise count as 1.
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"The guidance {self.kind} needs a number as {name}, but got {value!r}.")
+        check_numbers(f"guidance {self.kind}", scale=self.scale, low=self.low, high=self.high)
         if self.scale < 0:
             raise UserError(f"The scale of the guidance {self.kind} cannot be negative, but got {self.scale:g}.")
         if not 0 <= self.low <= self.high <= 1:
@@ -94,9 +93,10 @@ class ClassifierFree(Extrapolation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 0:
+        check_numbers("guidance cfg", channels=self.channels, streams=0 if self.streams is None else self.streams)
+        if not isinstance(self.channels, int) or self.channels < 0:
             raise UserError(f"The guidance cfg needs a number of channels of at least 0, but got {self.channels!r}.")
-        if self.streams is not None and (not isinstance(self.streams, int | float) or self.streams < 0):
+        if self.streams is not None and self.streams < 0:
             raise UserError(f"The guidance cfg needs a scale of streams of at least 0, but got {self.streams!r}.")
 
     @property
@@ -130,7 +130,8 @@ class Internal(Extrapolation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.head, bool) or not isinstance(self.head, int) or self.head < 1:
+        check_numbers("guidance internal", head=self.head)
+        if not isinstance(self.head, int) or self.head < 1:
             raise UserError(f"The guidance internal needs the number of a block as head, but got {self.head!r}.")
 
     @property

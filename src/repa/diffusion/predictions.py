@@ -36,11 +36,6 @@ def velocity_to_noise(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tenso
     return (c.alpha * velocity - c.d_alpha * x_t) / c.determinant
 
 
-def velocity_to_score(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
-    """Eq. 7/20."""
-    return noise_to_score(velocity_to_noise(velocity, x_t, c), x_t, c)
-
-
 def noise_to_data(noise: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
     """Eq. 1 solved for the data: (x_t - sigma noise) / alpha."""
     c = c.like(x_t)
@@ -69,39 +64,18 @@ def data_to_velocity(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: fl
     return (c.d_sigma * x_t - c.determinant * data) / c.sigma.clamp(min=sigma_min)
 
 
-def data_to_score(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float = SIGMA_MIN) -> Tensor:
-    """Eq. 6, the noise from `data_to_noise`."""
-    return noise_to_score(data_to_noise(data, x_t, c, sigma_min), x_t, c)
-
-
 def score_to_noise(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
     """Eq. 6 solved for the noise: -sigma score."""
     return -c.like(x_t).sigma.clamp(min=SIGMA_MIN) * score
 
 
-def score_to_data(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
-    """The data of `score_to_noise`."""
-    return noise_to_data(score_to_noise(score, x_t, c), x_t, c)
-
-
-def score_to_velocity(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
-    """Eq. 3 from the noise of `score_to_noise`."""
-    return noise_to_velocity(score_to_noise(score, x_t, c), x_t, c)
-
-
-CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
+CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {  # those of the score go by way of the noise
     ("velocity", "data"): velocity_to_data,
     ("velocity", "noise"): velocity_to_noise,
-    ("velocity", "score"): velocity_to_score,
     ("noise", "data"): noise_to_data,
     ("noise", "velocity"): noise_to_velocity,
-    ("noise", "score"): noise_to_score,
     ("data", "noise"): data_to_noise,
     ("data", "velocity"): data_to_velocity,
-    ("data", "score"): data_to_score,
-    ("score", "noise"): score_to_noise,
-    ("score", "data"): score_to_data,
-    ("score", "velocity"): score_to_velocity,
 }
 
 
@@ -114,6 +88,9 @@ def convert(
     """
     if given == wanted:
         return output
-    if given == "data":
-        return CONVERSIONS[given, wanted](output, x_t, c, sigma_min)
-    return CONVERSIONS[given, wanted](output, x_t, c)
+    if given == "score":
+        return convert(score_to_noise(output, x_t, c), x_t, c, "noise", wanted)
+    if wanted == "score":  # Eq. 7/20 where a velocity is given
+        return noise_to_score(convert(output, x_t, c, given, "noise", sigma_min), x_t, c)
+    held = {"sigma_min": sigma_min} if given == "data" else {}
+    return CONVERSIONS[given, wanted](output, x_t, c, **held)

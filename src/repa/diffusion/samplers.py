@@ -1,7 +1,7 @@
 """Samplers from noise (t = 1) to data (t = 0): sampler(denoiser, noise, num_steps, randn_like, callback, *, settings) -> latents.
 
 Each sees one Denoiser. The state is float64 (float32 on MPS, which has no float64) and returns in noise's dtype; times
-are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `count_calls` counts them.
+are Python floats; the network calls per sample (NFE) are exactly what each docstring says, `CountedCalls` counts them.
 `noise` is (N, C, H, W), or (N, F) for a state of several parts; `randn_like` draws whatever noise the sampler needs, in the
 state's dtype; `callback`, where there is one, is called at every step. Grids are shifted in time as the network was trained (the
 denoiser's shift), unless the setting `shift` says otherwise. Settings that make no sense (no steps, a shift below 1, ...)
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from repa.base import extras
 from repa.base.errors import UserError, choices
-from repa.diffusion.config import check_shift
+from repa.diffusion.config import check_numbers, check_shift
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.flow import check_numbers, time_shift
+from repa.diffusion.flow import time_shift
 from repa.diffusion.predictions import velocity_to_data
 
 RandnLike = Callable[[Tensor], Tensor]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.diffusion import Layout
 from repa.diffusion.chain import HEAD
 from repa.diffusion.guidance import CONDITIONAL, NULL
-from repa.diffusion.state import Layout
 from repa.models import DDT, Backbone, Condition, Output, State, Tap
 from repa.models.ddt import Encoded
 
