@@ -7,8 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from repa.cli.main import run
-from repa.performance import fitting
-from repa.performance.devices import MEMORY, PEAKS
+from repa.performance import MEMORY, PEAKS, fitting
 
 SMALL = [
     "estimate",

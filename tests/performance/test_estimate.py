@@ -110,12 +110,12 @@ def test_autoencoder_against_a_counter_on_a_real_one():
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
     )  # fmt: skip
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        vae.encoder(torch.randn(1, 3, 32, 32))
+        vae.encode(torch.randn(1, 3, 32, 32))
     found = autoencoder_cost("sd-vae-ft-mse", 32)
     assert found.cost.forward == counter.get_total_flops()
     assert found.cost.parameters == sum(p.numel() for p in vae.parameters()) == 83_653_863
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        vae.decoder(torch.randn(1, 4, 4, 4))
+        vae.decode(torch.randn(1, 4, 4, 4))
     assert found.decoding == counter.get_total_flops()
     assert (found.channels, found.factor) == (4, 8)
     assert autoencoder_cost("sd3-vae", 32).channels == 16

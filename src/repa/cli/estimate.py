@@ -12,7 +12,7 @@ from repa.cli import options
 from repa.cli.console import say
 from repa.cli.train import about_passes
 from repa.diffusion.config import Guidances
-from repa.performance.devices import MEMORY, PEAKS
+from repa.performance import MEMORY, PEAKS
 from repa.recipes import load_recipe
 from repa.recipes.paper_tables import IMAGES as IMAGENET
 from repa.training.config import TrainConfig

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from repa.autoencoders.contract import load_autoencoder
+from repa.autoencoders import RELEASED
+from repa.autoencoders.contract import Autoencoder, load_autoencoder
+from repa.autoencoders.released import CLASSES
 from repa.base import extras
-from repa.base.errors import UserError
 from repa.encoders.contract import VisionEncoder
 from repa.encoders.families import SIZES, encoder_names, family_of
 from repa.encoders.loading import canonical, load_encoder
@@ -23,6 +23,7 @@ _KL: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * len(_LEVELS),
     "layers_per_block": 2,
 }
+_SD = {**_KL, "latent_channels": 4}
 _WIDE = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 _DEEP: dict[str, Any] = {  # 69.8 million parameters
     "block_out_channels": (128, 128, 256, 256, 512),
@@ -51,10 +52,8 @@ def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> Enc
         UserError: it cannot be loaded.
     """
     spec = canonical(spec)
-    encoder = (_encoder_outline(spec, grid) if spec in encoder_names() else load_encoder(spec, weights=weights)).to(
-        "meta"
-    )
-    side = grid * encoder.patch_size
+    encoder = _encoder_outline(spec, grid) if spec in encoder_names() else load_encoder(spec, weights=weights)
+    encoder, side = encoder.to("meta"), grid * encoder.patch_size  # on meta shapes are computed, and no numbers
     pixels = torch.empty(1, 3, side, side, device="meta", dtype=next(encoder.net.parameters()).dtype)
     return EncoderCost(encoder.dim, cost_of(encoder.net, lambda: encoder.extract(pixels, grid).patches))
 
@@ -75,24 +74,14 @@ def _encoder_outline(spec: str, grid: int) -> VisionEncoder:
     return ViTEncoder(net, family, spec, Path(spec))
 
 
-class Shape(NamedTuple):
-    """A class of diffusers and its arguments; its latents."""
-
-    kind: str
-    arguments: dict[str, Any]
-    channels: int
-    factor: int = 8
-
-
-SHAPES: dict[str, Shape] = {
-    **dict.fromkeys(
-        ("sd-vae-ft-mse", "sd-vae-ft-ema", "sdxl-vae"), Shape("AutoencoderKL", {**_KL, "latent_channels": 4}, 4)
-    ),
-    **dict.fromkeys(("sd3-vae", "flux-vae"), Shape("AutoencoderKL", _WIDE, 16)),
-    **dict.fromkeys(("taesd", "taesdxl"), Shape("AutoencoderTiny", {"latent_channels": 4}, 4)),
-    **dict.fromkeys(("taesd3", "taef1"), Shape("AutoencoderTiny", {"latent_channels": 16}, 16)),
-    **dict.fromkeys(("va-vae", "e2e-va-vae"), Shape("AutoencoderKL", _DEEP, 32, 16)),
-    "rae-dinov2-b": Shape("AutoencoderRAE", _VIT_XL, 768, 16),
+# Arguments of the diffusers classes of released autoencoders, from their config.json.
+SHAPES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("sd-vae-ft-mse", "sd-vae-ft-ema", "sdxl-vae"), _SD),
+    **dict.fromkeys(("sd3-vae", "flux-vae"), _WIDE),
+    **{name: {"latent_channels": 4} for name in ("taesd", "taesdxl")},
+    **{name: {"latent_channels": 16} for name in ("taesd3", "taef1")},
+    **dict.fromkeys(("va-vae", "e2e-va-vae"), _DEEP),
+    "rae-dinov2-b": _VIT_XL,
 }
 
 
@@ -109,53 +98,28 @@ class AutoencoderCost(NamedTuple):
     """FLOPs of the decoder."""
 
 
+@functools.cache  # a comparison of networks asks for the same autoencoder again and again
 def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = None) -> AutoencoderCost:
     """What encoding an image of `resolution` pixels costs, and decoding it.
 
     Raises:
-        UserError: its shape is known from its weights alone, and they are not available.
+        UserError: a resolution that it does not take; its shape is known from its weights alone, and they are not available.
     """
-    if spec in SHAPES and weights is None:
-        return _outlined_cost(spec, resolution)
-    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
-    autoencoder = load_autoencoder(spec, weights=weights).to("meta")
+    outlined = spec in SHAPES and weights is None
+    autoencoder = (_autoencoder_outline(spec) if outlined else load_autoencoder(spec, weights=weights)).to("meta")
     autoencoder.check_resolution(resolution, resolution)
-    if resolution % autoencoder.factor:
-        raise UserError(
-            f"resolution is {resolution}, but {spec} shrinks images {autoencoder.factor} times: choose a multiple."
-        )
-    cost = cost_of(autoencoder, lambda: autoencoder.moments(pixels)[0])
     side = resolution // autoencoder.factor
+    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     latents = torch.empty(1, autoencoder.channels, side, side, device="meta")
+    cost = cost_of(autoencoder, lambda: autoencoder.moments(pixels)[0])
     decoding = cost_of(autoencoder, lambda: autoencoder.images(latents)).forward
     stores, stored = autoencoder.stores_moments, autoencoder.stored_channels
     return AutoencoderCost(autoencoder.channels, autoencoder.factor, stores, stored, cost, decoding)
 
 
-@functools.cache  # a comparison of networks asks for the same autoencoder again and again
-def _outlined_cost(spec: str, resolution: int) -> AutoencoderCost:
-    """Of an autoencoder whose shape is in the table."""
-    shape = SHAPES[spec]
-    vae, side = _autoencoder_outline(shape), resolution // shape.factor
-    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
-    latents = torch.empty(1, shape.channels, side, side, device="meta")
-    cost = cost_of(vae, lambda: _encoded(shape.kind, vae, pixels))
-    decoding = cost_of(vae, lambda: _decoded(shape.kind, vae, latents)).forward
-    stored = shape.channels * (2 if shape.kind == "AutoencoderKL" else 1)
-    return AutoencoderCost(shape.channels, shape.factor, True, stored, cost, decoding)
-
-
-def _autoencoder_outline(shape: Shape) -> nn.Module:
-    """A model of diffusers on the meta device."""
+def _autoencoder_outline(spec: str) -> Autoencoder:
+    """A released autoencoder on the meta device."""
     diffusers = extras.need("diffusers", "The cost of an autoencoder")
+    kind = RELEASED[spec].kind
     with torch.device("meta"):
-        return getattr(diffusers, shape.kind)(**shape.arguments).requires_grad_(False)
-
-
-def _encoded(kind: str, vae: Any, pixels: Tensor) -> Tensor:
-    """Without the parts after the encoder that are not matrix products."""
-    return vae.encode(pixels).latent if kind == "AutoencoderRAE" else vae.encoder(pixels)
-
-
-def _decoded(kind: str, vae: Any, latents: Tensor) -> Tensor:
-    return vae.decode(latents).sample if kind == "AutoencoderRAE" else vae.decoder(latents)
+        return CLASSES[kind](spec, getattr(diffusers, kind)(**SHAPES[spec])).requires_grad_(False)
