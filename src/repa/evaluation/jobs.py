@@ -22,7 +22,7 @@ from repa.evaluation.images import DataImages, Images, open_images
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
 from repa.evaluation.reference import Reference, kept_reference, subset_of
 from repa.evaluation.reference_files import ReferenceFile, checksum_of, load_reference, open_reference, write_reference
-from repa.metrics.score import SPLIT_SIZE
+from repa.metrics.statistics import SPLIT_SIZE
 
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from repa.metrics.manifold import PrecisionRecall as PrecisionRecall
     from repa.metrics.manifold import precision_recall as precision_recall
     from repa.metrics.manifold import precision_recall_in_half as precision_recall_in_half
-    from repa.metrics.score import RunningScore as RunningScore
-    from repa.metrics.score import inception_score as inception_score
+    from repa.metrics.statistics import RunningScore as RunningScore
     from repa.metrics.statistics import Statistics as Statistics
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -20,6 +20,7 @@ def frechet_distance(
     Raises:
         UserError: shapes do not fit, or a value is not finite.
     """
+    # On the CPU: MPS has no float64, and the last digits shall not depend on the device.
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).cpu().double() for x in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not (sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape)):
         raise UserError(
@@ -32,7 +33,7 @@ def frechet_distance(
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (D, D), sigma1^(1/2)
     trace = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
-    return max(distance.item(), 0.0)
+    return max(distance.item(), 0.0)  # of a set with itself rounding may leave less than 0
 
 
 def kernel_distance(
@@ -66,13 +67,9 @@ def kernel_distance(
     generator = rng.generator(seed, "kernel_distance")
     total = 0.0
     for _ in range(num_subsets):
-        x, y = (
-            features[torch.randperm(len(features), generator=generator)[:subset_size].to(features.device)]
-            .cpu()
-            .double()
-            for features in (reference, samples)
-        )
-        total += _squared_mmd(x, y, degree)
+        # From a CPU generator: the subsets are the same wherever the features lie.
+        x, y = (f[torch.randperm(len(f), generator=generator)[:subset_size].to(f.device)] for f in (reference, samples))
+        total += _squared_mmd(x.cpu().double(), y.cpu().double(), degree)
     return total / num_subsets
 
 

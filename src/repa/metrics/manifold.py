@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019): which share of one set lies on the other's manifold."""
 
 from collections.abc import Callable, Iterable
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, islice, product
 from typing import NamedTuple
 
 import torch
@@ -46,9 +46,9 @@ def precision_recall(
     rank, world = (dist.rank(), dist.world()) if over_processes else (0, 1)
     with exact_float32(reference.device):
         reach_reference, reach_samples = (_reach(features, k, rank, world) for features in (reference, samples))
-        pairs = _share(product(_blocks(reference, BLOCK), _blocks(samples, BLOCK)), rank, world)
+        pairs = islice(product(_blocks(reference, BLOCK), _blocks(samples, BLOCK)), rank, None, world)
         covered, real = _within(reference, samples, reach_reference, reach_samples, pairs, _squared_distances)
-    if world > 1:
+    if world > 1:  # gloo has no "or": within reach in one process is within reach
         covered, real = dist.sum_over(covered.int()) > 0, dist.sum_over(real.int()) > 0
     return PrecisionRecall(real.double().mean().item(), covered.double().mean().item())
 
@@ -105,7 +105,8 @@ def check_sets(reference: Tensor, samples: Tensor, k: int) -> None:
 def _reach(features: Tensor, k: int, rank: int, world: int) -> Tensor:
     """Squared distance of each feature to its k-th neighbour: (N, D) -> (N,)."""
     nearest = features.new_full((len(features), k), torch.inf)
-    for rows, columns in _share(combinations_with_replacement(_blocks(features, BLOCK), 2), rank, world):
+    # Pairs of blocks on and above the diagonal: a distance below it is one above.
+    for rows, columns in islice(combinations_with_replacement(_blocks(features, BLOCK), 2), rank, None, world):
         distances = _squared_distances(features[rows], features[columns])  # (n, m)
         if rows == columns:
             distances.fill_diagonal_(torch.inf)  # itself
@@ -127,18 +128,14 @@ def _blocks(features: Tensor, size: int) -> list[slice]:
     return [slice(start, min(start + size, len(features))) for start in range(0, len(features), size)]
 
 
-def _share(pairs: Iterable[tuple[slice, slice]], rank: int, world: int) -> list[tuple[slice, slice]]:
-    return list(pairs)[rank::world]
-
-
 def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
-    """(n, D), (m, D) -> (n, m)."""
+    """|u|^2 - 2 u.v + |v|^2, a little too small: (n, D), (m, D) -> (n, m)."""
     squares_u, squares_v = ((1 - SLACK) * x.square().sum(1) for x in (u, v))
     return torch.addmm(squares_v, u, v.T, alpha=-2).add_(squares_u[:, None]).clamp_(min=0)
 
 
 def _reach_in_half(features: Tensor, k: int) -> Tensor:
-    """(N, D) -> (N,)."""
+    """Distance to the (k + 1)-th nearest, itself counted: (N, D) -> (N,). Rounded distances are not symmetric: none is shared."""
     reach = []
     for rows in _blocks(features, ADM_BLOCK):
         few = [_smallest(_distances_in_half(features[rows], features[c]), k + 1) for c in _blocks(features, ADM_BLOCK)]
@@ -153,6 +150,7 @@ def _smallest(distances: Tensor, num: int) -> Tensor:
 def _distances_in_half(u: Tensor, v: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m) float32 that holds float16 values, or float32 ones where any of those overflowed."""
     rounded = _expand(_round(u), _round(v), _round)
+    # The evaluator computes a whole block again in float32 when one of its distances passes 65,504.
     return rounded if rounded.isfinite().all() else _expand(u, v, lambda x: x)
 
 

@@ -1,15 +1,12 @@
-"""Mean and covariance of a stream of features in fixed memory, over batches and processes."""
+"""Sums over a stream of features in fixed memory, over batches and processes: mean and covariance, and the inception score."""
 
-from pathlib import Path
-from typing import Self
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base import dist, files
-from repa.base.arrays import load_npz
+from repa.base import dist
 from repa.base.errors import UserError
+
+SPLIT_SIZE = 5000  # consecutive images, the ADM evaluator's
 
 
 class Statistics:
@@ -34,7 +31,7 @@ class Statistics:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
 
     def update(self, features: Tensor) -> None:
-        """Take in a batch (N, D).
+        """Take in a batch (n, D).
 
         Raises:
             UserError: the features have another width, or are not all finite.
@@ -46,22 +43,20 @@ class Statistics:
             )
         if not features.isfinite().all():
             raise UserError(
-                "A feature is NaN or infinite, so no statistics can be had: check the images and the weights."
+                "A feature is NaN or infinite, so there are no statistics: check the images and the weights."
             )
         if len(features) == 0:
             return
         features = features.detach().to(self.device).double()
         if self.count == 0:
             self._start(features.shape[1])
-        mean = features.mean(0)
-        centred = features - mean
+        mean, total = features.mean(0), self.count + len(features)
+        centred, shift = features - mean, mean - self._mean
         self._scatter.addmm_(centred.T, centred)  # in place: D * D numbers are more than a batch is
-        self._move(len(features), mean)
-
-    def merge(self, other: "Statistics") -> None:
-        """Take in everything that `other` has seen."""
-        if other.count:
-            self._join(other.count, other._mean.to(self.device), other._scatter.to(self.device))
+        # The batch's scatter is about its own mean: what the two means differ by is added, weighted by both counts.
+        self._scatter.addr_(shift, shift, alpha=self.count * len(features) / total)
+        self._mean += shift * (len(features) / total)
+        self.count = total
 
     def reduce(self) -> None:
         """Make every process hold the statistics of all; each may have seen any number of features, also none."""
@@ -70,27 +65,12 @@ class Statistics:
         total, num_with, dims = dist.sum_over(facts).tolist()
         if total == 0:
             return
-        if not has:
+        if not has:  # collectives need equal shapes: D is learned from those that have seen a feature
             self._start(round(dims / num_with))
         mean = dist.sum_over(self._mean * (self.count / total))
         shift = self._mean - mean
         self._scatter = dist.sum_over(self._scatter + self.count * torch.outer(shift, shift))
         self._mean, self.count = mean, round(total)
-
-    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if self.count == 0:
-            self._start(len(mean))
-        assert len(self._mean) == len(mean), "statistics of different features"
-        self._scatter += scatter
-        self._move(count, mean)
-
-    def _move(self, count: int, mean: Tensor) -> None:
-        """Count features whose scatter about their own mean is in already."""
-        total = self.count + count
-        shift = mean - self._mean
-        self._scatter.addr_(shift, shift, alpha=self.count * count / total)
-        self._mean += shift * (count / total)
-        self.count = total
 
     @property
     def mean(self) -> Tensor:
@@ -108,32 +88,50 @@ class Statistics:
         if self.count < count:
             raise UserError(f"The {what} needs at least {count} feature vectors, but only {self.count} were given.")
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """mu (D,), sigma (D, D), count: the names of the ADM evaluator's reference files."""
-        return {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy(), "count": np.array(self.count)}
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, np.ndarray]) -> Self:
-        """What `state_dict` gave, on the CPU; other keys are ignored."""
-        statistics = cls()
-        statistics.count = int(state["count"])
-        statistics._mean = torch.from_numpy(np.asarray(state["mu"], np.float64).copy())
-        statistics._scatter = torch.from_numpy(np.asarray(state["sigma"], np.float64)) * (statistics.count - 1)
-        return statistics
+class RunningScore:
+    """Inception score (Salimans et al. 2016): exp of the mean KL(p(class | image) || p(class)), averaged over splits.
 
-    def save(self, path: str | Path) -> None:
-        """Write mu, sigma and count as .npz; an interrupted write leaves what was there."""
-        state = self.state_dict()
-        with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, mu=state["mu"], sigma=state["sigma"], count=state["count"])
+    Split s holds the images s * size to (s + 1) * size - 1, the last the rest: the order of the images matters, because each
+    split has its own p(class). The mean of KL(p_i || m) over a split of n images is (1/n) sum_i sum_c p_ic log p_ic -
+    sum_c m_c log m_c, where m is the mean of p_i: two sums are enough, and those of several processes add up.
+    """
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises UserError when it is missing or damaged. Nothing in the file is executed."""
-        state = load_npz(path, "statistics")
-        if missing := {"mu", "sigma", "count"} - state.keys():
-            raise UserError(
-                f"{path} holds {', '.join(sorted(state)) or 'nothing'}, but statistics need mu, sigma and count: "
-                f"{', '.join(sorted(missing))} missing."
-            )
-        return cls.from_state_dict(state)
+    def __init__(self, size: int = SPLIT_SIZE):
+        self.size = size
+        self._splits: dict[int, Tensor] = {}  # split -> count, sum of p log p, and p of each class: (2 + K,), float64
+
+    def update(self, logits: Tensor, indices: Tensor) -> None:
+        """Take in the logits (n, K) of the images `indices` (n,), Inception's without their bias as by the ADM evaluator.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        if not logits.isfinite().all():
+            raise UserError("A logit is NaN or infinite, so there is no inception score: check images and weights.")
+        log_p = logits.detach().cpu().double().log_softmax(1)  # (n, K)
+        p = log_p.exp()
+        rows = torch.cat([torch.ones(len(p), 1, dtype=p.dtype), (p * log_p).sum(1, keepdim=True), p], 1)  # (n, 2 + K)
+        splits = indices.cpu() // self.size
+        for split in splits.unique().tolist():
+            self._splits[split] = self._splits.get(split, 0) + rows[splits == split].sum(0)
+
+    def reduce(self) -> None:
+        """Make every process hold the sums of all; each may have seen any images, also none."""
+        parts = dist.gather_objects(self._splits)
+        self._splits = {}
+        for part in parts:
+            for split, sums in part.items():
+                self._splits[split] = self._splits.get(split, 0) + sums
+
+    @property
+    def value(self) -> float:
+        """The score, at least 1; raises UserError when there was no image."""
+        if not self._splits:
+            raise UserError("The inception score needs at least one image, but none was given.")
+        scores = []
+        for sums in self._splits.values():
+            negentropy, marginal = sums[1] / sums[0], sums[2:] / sums[0]  # mean of sum_c p log p; p(class), (K,)
+            # xlogy: a class that no image has counts as 0 log 0 = 0
+            scores.append((negentropy - torch.special.xlogy(marginal, marginal).sum()).exp())
+        return torch.stack(scores).mean().item()
