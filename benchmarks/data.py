@@ -38,8 +38,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from repa.base.images import adm_centre_crop, decode_image
 from repa.data import Loader, Manifest, PrepareConfig, open_data, prepare
+from repa.data.config import array_name
 from repa.data.manifest import FeatureField
-from repa.data.stored_files import ArrayFile, Shard, array_name
+from repa.data.stored_files import ArrayFile, Shard
 from repa.data.writing import ShardWriter
 
 LATENTS, TOKENS = (8, 32, 32), (256, 768)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa.base import files
+from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
 from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, writing
 from repa.data.planning import make_plan
-from repa.data.progress import FinishedParts
+from repa.data.progress import record_path
 from tests.data.conftest import all_rows, content, pack, spoil
 
 SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
@@ -383,7 +383,7 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fake
     to_parent, from_child = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        taken = FinishedParts(out).claim(1, "base")
+        taken = lock.take(record_path(out, 1, "base").with_suffix(".lock"))
         assert taken is not None  # and kept: what is let go of gives its lock back
         os.write(from_child[1], b"x")
         os.read(to_parent[0], 1)

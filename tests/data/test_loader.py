@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from repa.base import files
+from repa.base.ahead import by_threads
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.data import Loader, PrepareConfig, open_data, prepare
-from repa.data.loader import ahead
 from repa.data.manifest import FeatureField
 from repa.data.order import permute
 from repa.data.packing import pack
@@ -159,12 +159,12 @@ def test_ahead_keeps_order_and_stays_a_few_items_ahead():
         started.append(x)
         return x * x
 
-    stream = ahead(square, itertools.count(), depth=3, workers=2)
+    stream = by_threads(square, itertools.count(), depth=3, workers=2)
     assert [next(stream) for _ in range(10)] == [x * x for x in range(10)]
     stream.close()
     assert len(started) <= 13
-    assert list(ahead(square, [], depth=3)) == []
-    assert list(ahead(square, [7], depth=3)) == [49]
+    assert list(by_threads(square, [], depth=3)) == []
+    assert list(by_threads(square, [7], depth=3)) == [49]
 
 
 def test_mistakes_are_said(data, folder, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.data import Manifest, PrepareConfig, ShardReader, open_data, prepare
+from repa.data.config import array_name
 from repa.data.manifest import MANIFEST
-from repa.data.stored_files import array_name
 from repa.data.writing import ShardWriter
 from tests.data.conftest import all_rows
 

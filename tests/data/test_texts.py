@@ -8,9 +8,8 @@ import torch
 
 from repa.base.errors import UserError
 from repa.conditions import load_text_encoder, words
-from repa.data import PrepareConfig, add_text, check_bytes, check_models, open_data, prepare, remove
+from repa.data import PrepareConfig, add_text, check_bytes, check_models, open_data, prepare, preparing, remove
 from repa.data.manifest import Manifest
-from repa.data.progress import Claims
 from tests.data.conftest import content
 
 TINY = "tiny-text:tokens=5,width=8"
@@ -64,15 +63,15 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
     before = content(out)
     assert open_data(out).text is None
 
-    real, calls = Claims.finish, []
+    real, calls = preparing.write_shard, []
 
-    def stops(*arguments):
+    def stops(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(Claims, "finish", stops)
+    monkeypatch.setattr(preparing, "write_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         add_text(out, TINY)
     assert open_data(out).text is None  # the old manifest holds until all is there

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from repa.data import DataSet, Manifest, PrepareConfig, open_data
-from repa.data.stored_files import ArrayFile, Shard, array_name
+from repa.data.config import array_name
+from repa.data.stored_files import ArrayFile, Shard
 from repa.data.writing import ShardWriter
 
 SIDE, CHANNELS = 4, 2

@@ -11,13 +11,12 @@ from torch import Tensor
 from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
-from repa.data.config import PrepareConfig
+from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.dataset import DataSet, open_data
 from repa.data.encoding import FeatureFields, load_model
 from repa.data.manifest import Manifest
 from repa.data.packing import read_basis, unpack
 from repa.data.reading import DecodedImages
-from repa.data.stored_files import BASE, TEXT
 
 # relative: the same weights on other devices and kernels stay below, other weights do not
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.02}

@@ -1,4 +1,4 @@
-"""The configuration of `repa prepare`."""
+"""The configuration of `repa prepare`, and the names of the parts and files that it makes."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,11 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.conditions import TEXT_ENCODERS
-from repa.data.stored_files import BASE, array_name
 from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import check_pairs, weights_for
+
+BASE, TEXT = "base", "text"
+"""Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
 
 
 class PrepareConfig(Config):
@@ -129,6 +131,16 @@ class PrepareConfig(Config):
     def weights_of(self, encoder: str) -> str | None:
         """The local folder or file given for an encoder, or None."""
         return weights_for(encoder, self.feature_weights)
+
+
+def plain_name(field: str) -> str:
+    """'features.tiny:seed=1' -> 'features.tiny_seed_1': a file name that every system takes."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
+
+
+def array_name(field: str, shard: int) -> str:
+    """'features.tiny:seed=1', 3 -> 'features.tiny_seed_1-00003.npy'."""
+    return f"{plain_name(field)}-{shard:05d}.npy"
 
 
 def split_format(form: str) -> tuple[int, str]:

@@ -16,13 +16,13 @@ from repa.base.errors import UserError
 from repa.base.files import sha256
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
-from repa.data.config import PrepareConfig, split_format
+from repa.data.config import BASE, TEXT, PrepareConfig, split_format
 from repa.data.manifest import PARTS
 from repa.data.packing import pack, principal_basis, to_float16
 from repa.data.progress import Piece, PlannedShard
 from repa.data.reading import DecodedImages, Read, sample_pieces
 from repa.data.sources.reference_layout import require_same_moments
-from repa.data.stored_files import BASE, TEXT, basis_name
+from repa.data.stored_files import basis_name
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 

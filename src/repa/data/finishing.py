@@ -1,11 +1,7 @@
 """The manifest of a folder: written when all parts are finished, and again when a field is removed."""
 
-import contextlib
 import math
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,46 +9,15 @@ import numpy as np
 from repa.base import files, lock
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError, choices
-from repa.data.config import PrepareConfig, split_format
-from repa.data.manifest import MANIFEST, PARTS, FeatureField, Manifest, TextField
+from repa.data.config import BASE, TEXT, PrepareConfig, plain_name, split_format
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, FeatureField, Manifest, TextField, remove_parts
 from repa.data.progress import FinishedParts, Part, Settings, started
-from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, basis_name, fields_of, plain_name
+from repa.data.stored_files import ArrayFile, Shard, basis_name, fields_of
 
 
-def finish(out: Path, settings: Settings, num_shards: int) -> Manifest | None:
-    """Write the manifest and remove parts/; None while some parts are unfinished. Any process may call it."""
-    # several may be the last at the same time: one writes, and the others find the same manifest
-    with lock.held(out / PARTS / "finish.lock"):
-        now = started(out) or settings  # others may have asked for more encoders meanwhile
-        progress = FinishedParts(out)
-        stored = progress.manifest.features if progress.manifest else ()
-        encoders = dict.fromkeys([*now.config.features, *settings.config.features, *stored])
-        names = (BASE, *encoders, *([TEXT] if now.config.text or settings.config.text else []))
-        found = [{name: progress.part(k, name) for name in names} for k in range(num_shards)]
-        parts = [{name: part for name, part in shard.items() if part is not None} for shard in found]
-        if any(len(there) < len(asked) for there, asked in zip(parts, found, strict=True)):
-            return None
-        manifest = _assemble(out, now, parts)
-        # the manifest before parts/ goes: a kill in between leaves both, and the next call removes parts/
-        if manifest != progress.manifest:
-            manifest.save(out)
-        remove_parts(out)
-    return manifest
-
-
-def remove_parts(out: Path) -> None:
-    """Remove parts/ and incomplete files of the manifest and the bases, which killed processes left."""
-    # renamed first: a kill during the removal must not leave a folder with a part of its records
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(out / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=out))
-    for path in out.glob(f".{PARTS}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
-    for pattern in (f".{MANIFEST}.*.tmp", ".basis.*.tmp"):
-        for path in out.glob(pattern):
-            path.unlink(missing_ok=True)
-
-
-def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Manifest:
+def finish(finished: FinishedParts) -> Manifest:
+    """Write the manifest of a folder of which every part is finished, and remove parts/. One process at a time may call it."""
+    out, settings, parts = finished.out, finished.settings, finished.parts
     shards, first = [], None
     for number, shard in enumerate(parts):
         nums = {part.shard.num for name, part in shard.items() if name != TEXT}
@@ -69,7 +34,7 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         if made.num and not made.flipped:
             counts += np.bincount(load_npy(out / made.files["labels"].file, "labels"), minlength=len(counts))
     encoders = [name for name in first if name not in (BASE, TEXT)]
-    return Manifest(
+    manifest = Manifest(
         source=settings.source,
         config=settings.config,
         num_images=sum(shard.num for shard in shards),
@@ -81,6 +46,11 @@ def _assemble(out: Path, settings: Settings, parts: list[dict[str, Part]]) -> Ma
         text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
         shards=tuple(shards),
     )
+    # the manifest before parts/ goes: a kill in between leaves both, and the next call removes parts/
+    if manifest != finished.manifest:
+        manifest.save(out)
+    remove_parts(out)
+    return manifest
 
 
 def _text_facts(form: str, part: Part) -> TextField:
@@ -174,7 +144,7 @@ def _remove(out: Path, name: str) -> Manifest | None:
         manifest.save(out)
     # the folder may be unfinished, or finished and growing: parts/ would bring the field back
     if (out / PARTS).is_dir():
-        before.override(config=config).save(out)
+        files.write_json(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
         for path in _numbered_files(out / PARTS, "json", spec):
             path.unlink()
     for path in _numbered_files(out, "npy", *gone):

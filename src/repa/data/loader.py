@@ -3,15 +3,14 @@
 import contextlib
 import functools
 import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repa.base.ahead import by_threads
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
@@ -26,9 +25,6 @@ from repa.encoders.contract import Features
 DEPTH = 4  # batches that are read ahead
 READERS = 2  # threads: a read is mostly the system's copy, in which another thread can go on
 BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Batch(NamedTuple):
@@ -153,7 +149,7 @@ class Loader:
             )
             steps = self._fetching(itertools.count(start_step), fetcher) if fetcher else itertools.count(start_step)
             stream = stack.enter_context(
-                contextlib.closing(ahead(self._read, steps, DEPTH, READERS, on_start=on_start))
+                contextlib.closing(by_threads(self._read, steps, DEPTH, READERS, on_start=on_start))
             )
             for rows in stream:
                 yield self._finish(rows)
@@ -231,28 +227,3 @@ class Loader:
             features[name] = Features(patches, pooled)
         text = rows.text and rows.text.text()
         return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features, text, rows.captions)
-
-
-def ahead(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    depth: int,
-    workers: int = 1,
-    on_start: Callable[[], Any] | None = None,
-) -> Generator[Result, None, None]:
-    """Like map(function, items), in order, with up to `depth` results made ahead by threads.
-
-    An exception of `function` is raised where its result would have come. Closing the iterator stops the threads.
-    """
-    # a pool's own map would take all items at once, and here they are endless
-    items = iter(items)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead", initializer=on_start)
-    try:
-        pending = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
-        while pending:
-            # the next is submitted before this one is handed out, so that the threads work while the caller does
-            result = pending.popleft().result()
-            pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -9,6 +9,10 @@ DATA/
   parts/                      only while work is unfinished: settings.json, a record for each finished part
 """
 
+import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,8 +23,8 @@ from repa.base import files
 from repa.base.config import Config
 from repa.base.errors import UserError, printable
 from repa.base.registry import Spec
-from repa.data.config import PrepareConfig
-from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, StoredFile, TextFile, damaged
+from repa.data.config import BASE, TEXT, PrepareConfig
+from repa.data.stored_files import ArrayFile, Shard, StoredFile, TextFile, damaged
 from repa.encoders import ENCODERS
 
 VERSION = 1
@@ -232,3 +236,15 @@ class Manifest(Config):
             f"on disk      {files.size(size)} in {len(self.shards)} shards",
         ]
         return [*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])]
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove parts/ of a complete folder, and incomplete files of the manifest and the bases, which killed processes left."""
+    # renamed first: a kill during the removal must not leave a folder with a part of its records
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=folder))
+    for path in folder.glob(f".{PARTS}.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
+    for pattern in (f".{MANIFEST}.*.tmp", ".basis.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

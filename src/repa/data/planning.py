@@ -1,7 +1,7 @@
 """What a preparation would make, its size and its time, from a short measurement. Writes nothing."""
 
 import contextlib
-import random
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from repa.base.ahead import by_processes
 from repa.base.errors import UserError
-from repa.data.config import PrepareConfig
+from repa.data.config import TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
-from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, merge_settings, plan_shards
-from repa.data.reading import DecodedImages, FromSource, sample_pieces
+from repa.data.order import permute
+from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, plan_shards
+from repa.data.reading import DecodedImages, Read, from_source, pieces_at
 from repa.data.sources.opening import open_source
-from repa.data.sources.reference_layout import require_autoencoder
-from repa.data.stored_files import TEXT
 
 
 @dataclass(frozen=True)
@@ -76,42 +76,43 @@ def make_plan(
     """
     out, device = Path(out), torch.device(device)
     images = open_source(source, labels=config.labels)
-    require_autoencoder(images, config)
+    images.require_fit(config)
     asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
-    config = merge_settings(out, asked).config
+    shards = plan_shards(len(images), config.shard_size, config.flip)
+    finished = FinishedParts(out, asked, len(shards))
+    config = finished.settings.config
     chosen = [name for name in chosen_parts(only, config) if name != TEXT]
     models = {name: load_model(name, config, device) for name in chosen}
     for model in models.values():
         # any basis takes as long as the right one, which would cost a pass over a sample of the images
         if isinstance(model, FeatureFields) and model.num_directions:
             model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
-    shards = plan_shards(len(images), config.shard_size, config.flip)
-    progress = FinishedParts(out)
-    todo = sum(len(s.rows) for k, s in enumerate(shards) if any(progress.part(k, n) is None for n in models))
+    there = zip(shards, finished.parts, strict=True)
     rows = sum(len(shard.rows) for shard in shards)
-    read = FromSource(images, config.resolution, config.num_workers)
+    made = functools.partial(from_source, images, config.resolution)
+    read = functools.partial(by_processes, made, num_workers=config.num_workers)
     return Plan(
         source=images.identity["name"],
         num_images=len(images),
         num_classes=len(images.class_names),
         num_copies=1 + config.flip,
         num_shards=len(shards),
-        num_todo=todo,
+        num_todo=sum(len(shard.rows) for shard, parts in there if not models.keys() <= parts.keys()),
         sizes={field: size * rows for model in models.values() for field, size in model.sizes.items()},
         rates=_measure(read, models, shards, config.batch_size, seconds),
     )
 
 
 def _measure(
-    read: FromSource, models: dict[str, Fields], shards: Sequence[PlannedShard], batch_size: int, seconds: float
+    read: Read, models: dict[str, Fields], shards: Sequence[PlannedShard], batch_size: int, seconds: float
 ) -> dict[str, float]:
     """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
     # shuffled: a sorted source may begin with its smallest images
-    pieces = sample_pieces(shards, sum(len(shard.rows) for shard in shards))
-    random.Random(0).shuffle(pieces)
+    total = sum(len(shard.rows) for shard in shards)
+    places = (int(permute(np.array([place]), total, key=0)[0]) for place in range(total))
     budget = seconds / (1 + len(models))
     kept: list[DecodedImages] = []
-    with contextlib.closing(read(pieces)) as stream:
+    with contextlib.closing(read(pieces_at(shards, places))) as stream:
         decoded, begin = 0, time.perf_counter()
         for _, images in stream:
             if not decoded:  # the clock starts with the first image: starting the workers takes seconds, once
@@ -127,7 +128,7 @@ def _measure(
     for name, model in models.items():
         model.encode(batch)  # not measured: the first call chooses kernels and allocates memory
         num, begin = 0, time.perf_counter()
-        while num == 0 or (num < len(pieces) and time.perf_counter() - begin < budget):
+        while num == 0 or (num < total and time.perf_counter() - begin < budget):
             model.encode(batch)
             num += len(batch.labels)
         rates[name] = num / (time.perf_counter() - begin)

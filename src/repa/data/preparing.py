@@ -3,37 +3,40 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
+from filelock import BaseFileLock
 
 from repa.base import files, lock
+from repa.base.ahead import by_processes, by_threads
 from repa.base.errors import UserError
-from repa.data.config import PrepareConfig
+from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model
-from repa.data.finishing import finish, remove_parts
-from repa.data.loader import ahead
-from repa.data.manifest import MANIFEST, PARTS, Inventory, Manifest
+from repa.data.finishing import finish
+from repa.data.manifest import PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
 from repa.data.progress import (
-    Claims,
     FinishedParts,
+    Piece,
     PlannedShard,
     Settings,
     chosen_parts,
-    merge_settings,
+    finished_part,
     plan_shards,
+    record_path,
     started,
 )
 from repa.data.reader import ShardReader
-from repa.data.reading import FromCaptions, FromShards, FromSource, Read
+from repa.data.reading import FromCaptions, Read, from_shards, from_source
 from repa.data.sources.opening import open_source
-from repa.data.sources.reference_layout import require_autoencoder
-from repa.data.stored_files import BASE, TEXT
-from repa.data.writing import Counter, Report, write_shards
+from repa.data.writing import Counter, Report, write_shard
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+AHEAD = 3  # batches that are read from the folder before they are encoded
 ENCODED = 3  # batches that wait for the disk
 ATTEMPTS = 3
 
@@ -56,13 +59,13 @@ class Job:
     """What is to be done in a folder, and how (see `Execution`).
 
     Attributes:
+        finished: what the folder holds already.
         shards: all of them, in order.
         parts: those that are made now.
         read: pieces -> their images.
     """
 
-    out: Path
-    settings: Settings
+    finished: FinishedParts
     shards: Sequence[PlannedShard]
     parts: Sequence[str]
     read: Read
@@ -72,6 +75,24 @@ class Job:
     device: torch.device | str = "cpu"
 
 
+def repeated(function: Callable[P, Result]) -> Callable[P, Result]:
+    """The function, called again where parts/ vanished meanwhile, because another process found that all is finished."""
+
+    # each attempt finds what is finished and makes the rest, so that it may be made again at any point
+    @functools.wraps(function)
+    def attempts(*args: P.args, **options: P.kwargs) -> Result:
+        for _ in range(ATTEMPTS):
+            try:
+                return function(*args, **options)
+            except (FileNotFoundError, FileExistsError) as error:
+                if PARTS not in Path(str(error.filename)).parts:
+                    raise
+        return function(*args, **options)
+
+    return attempts
+
+
+@repeated
 def prepare(
     source: str | Path,
     out: str | Path,
@@ -100,26 +121,26 @@ def prepare(
         UserError: a source, image, setting or disk that the user can fix; finished shards stay.
     """
     out, images = Path(out), open_source(source, labels=config.labels)
-    require_autoencoder(images, config)
-    inventory = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out))
+    images.require_fit(config)
+    inventory, names = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out)), images.class_names
+    asked = Settings(source=images.identity, class_names=tuple(names), config=config, inventory=inventory)
     shards = plan_shards(len(images), config.shard_size, config.flip)
-    names = tuple(images.class_names)
     with lock.shared(out, "repa prepare"):
-        settings = merge_settings(
-            out, Settings(source=images.identity, class_names=names, config=config, inventory=inventory)
-        )
-        config = settings.config
+        finished = FinishedParts(out, asked, len(shards))
+        config = finished.settings.config
         chosen = chosen_parts(only, config)
         if TEXT in chosen and not images.has_captions:
             raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
+        made = functools.partial(from_source, images, config.resolution)
+        read = functools.partial(by_processes, made, num_workers=config.num_workers)
         parts = [name for name in chosen if name != TEXT]
-        read = FromSource(images, config.resolution, config.num_workers)
-        manifest = _run(Job(out, settings, shards, parts, read, **execution)) if parts else None
+        manifest = _make(Job(finished, shards, parts, read, **execution)) if parts else None
         if TEXT in chosen:  # made from the captions that the other parts have stored
-            manifest = _run(_of_captions(out, settings, len(shards), execution))
+            manifest = _make(_of_captions(out, finished.settings, len(shards), execution))
         return manifest
 
 
+@repeated
 def add_features(
     out: str | Path,
     spec: str,
@@ -153,14 +174,16 @@ def add_features(
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
             config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights))
-        settings = merge_settings(out, Settings.of(manifest, config))
         # other files may be missing, because they are about to be made again
         manifest.require_intact(out, [s.files[name] for s in manifest.shards if s.num for name in ("images", "labels")])
         reader = ShardReader(out, manifest.shards)
         shards = [PlannedShard(range(*ends)) for ends in zip(reader.starts.tolist(), reader.ends.tolist(), strict=True)]
-        return _run(Job(out, settings, shards, [spec], FromShards(reader), **execution))
+        read = functools.partial(by_threads, functools.partial(from_shards, reader), depth=AHEAD)
+        finished = FinishedParts(out, Settings.of(manifest, config), len(shards))
+        return _make(Job(finished, shards, [spec], read, **execution))
 
 
+@repeated
 def add_text(
     out: str | Path,
     spec: str = "",
@@ -191,68 +214,122 @@ def add_text(
         config = before.override(**text, text_weights=weights or before.text_weights)
         if not config.text:
             raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-        settings = merge_settings(out, Settings.of(manifest, config))
-        return _run(_of_captions(out, settings, len(manifest.shards), execution))
+        return _make(_of_captions(out, Settings.of(manifest, config), len(manifest.shards), execution))
 
 
-def _of_captions(out: Path, settings: Settings, num_shards: int, execution: Execution) -> Job:
+def _of_captions(out: Path, asked: Settings, num_shards: int, execution: Execution) -> Job:
     """The job of encoding captions: they are read from the folder, so tokens depend on its files and the text encoder alone."""
-    progress, shards = FinishedParts(out), []
-    found = {k: part.shard for k in range(num_shards) if (part := progress.part(k, BASE))}
+    finished, shards = FinishedParts(out, asked, num_shards), []
+    found = {k: parts[BASE].shard for k, parts in enumerate(finished.parts) if BASE in parts}
     for k in range(num_shards):
         has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
         shards.append(PlannedShard(range(found[k].num if has_texts else 0), is_ready=k in found))
-    return Job(out, settings, shards, [TEXT], FromCaptions(out, found), **execution)
+    read = functools.partial(by_threads, FromCaptions(out, found), depth=AHEAD)
+    return Job(finished, shards, [TEXT], read, **execution)
 
 
-def _run(job: Job) -> Manifest | None:
+def _make(job: Job) -> Manifest | None:
     """Make this process's share, then the manifest if everything is finished; None while others have work left."""
-    # each attempt finds what is finished and makes the rest, so that it may be made again at any point
-    for _ in range(ATTEMPTS):
-        try:
-            return _attempt(job)
-        except (FileNotFoundError, FileExistsError):  # of parts/, which another process removed because all is finished
-            if not (job.out / MANIFEST).is_file():
-                raise
-    return _attempt(job)
-
-
-def _attempt(job: Job) -> Manifest | None:
-    out, config, num_shards, progress = job.out, job.settings.config, len(job.shards), FinishedParts(job.out)
-    device = torch.device(job.device)
-    missing = {k: [name for name in job.parts if progress.part(k, name) is None] for k in range(num_shards)}
-    lost = progress.missing_bases(job.parts)
-    if progress.manifest and not lost and not any(missing.values()) and set(job.parts) <= progress.manifest.parts:
-        # parts/ was left by a kill, or another process adds an encoder: `finish` tells which
-        if (out / PARTS).is_dir():
-            return finish(out, job.settings, num_shards) or progress.manifest
+    before, out, settings = job.finished.manifest, job.finished.out, job.finished.settings
+    missing = {k: [name for name in job.parts if name not in there] for k, there in enumerate(job.finished.parts)}
+    # the basis is lost, but not the tokens that are coordinates in it: it is computed again
+    stored = before.features if before else {}
+    lost = [n for n in job.parts if n in stored and (basis := stored[n].basis) and not basis.intact(out)]
+    is_done = before is not None and not lost and not any(missing.values()) and set(job.parts) <= before.parts
+    if not is_done:
+        _make_shards(job, missing, lost)
+    elif not (out / PARTS).is_dir():
         remove_parts(out)
-        return progress.manifest
-    share = range(job.rank, num_shards, job.world)
+        return before
+    # several may be the last at the same time: one writes, and the others find the same manifest
+    with lock.held(out / PARTS / "finish.lock"):
+        now = FinishedParts(out, settings, len(job.shards))
+        if all(len(there) == len(now.names) for there in now.parts):
+            return finish(now)
+    return before if is_done else None  # parts/ is of a process that adds another encoder
+
+
+def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[str]) -> None:
+    """Make the parts that are missing of this process's shards, and the bases that are lost."""
+    out, config, device = job.finished.out, job.finished.settings.config, torch.device(job.device)
+    share = range(job.rank, len(job.shards), job.world)
     mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
     # Models are loaded before the first image, so that wrong weights are reported at once, and only those that are used.
     needed = {*lost, *itertools.chain(*mine.values())}
     models = {name: load_model(name, config, device) for name in job.parts if name in needed}
-    progress.require_same_models({name: model.identity for name, model in models.items()}, num_shards)
+    for name, model in models.items():
+        _require_same_model(job.finished, name, model.identity)
     nums = [len(planned.rows) for planned in job.shards]
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
     files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
-    job.settings.save(out)
+    files.write_json(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
             # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's
             model.use_stored_basis(out, job.read, job.shards)
-            progress.require_same_models({name: model.identity}, num_shards)
+            _require_same_model(job.finished, name, model.identity)
 
     # a pipeline of three: workers read, one thread encodes, this one writes, so that the device waits for none of the others
-    total, claims = sum(nums[k] for k in share), Claims(out, mine, {name: m.identity for name, m in models.items()})
+    total = sum(nums[k] for k in share)
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
-    made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    with (
-        contextlib.closing(claims),
-        contextlib.closing(job.read(claims.pieces(job.shards, config.batch_size, counter.skip))) as batches,
-        contextlib.closing(ahead(made, batches, depth=ENCODED, on_start=on_start)) as encoded,
-    ):
-        write_shards(encoded, job.shards, claims, counter, skip_bad=config.skip_bad)
-    return finish(out, job.settings, num_shards)
+    claims: dict[int, list[BaseFileLock]] = {}
+    pieces, made = (
+        _claimed(job, mine, claims, counter),
+        functools.partial(encode, models=models, skip_bad=config.skip_bad),
+    )
+    try:
+        with (
+            contextlib.closing(job.read(pieces)) as read,
+            contextlib.closing(by_threads(made, read, depth=ENCODED, on_start=on_start)) as encoded,
+        ):
+            # batches come in the order of the shards, so that one is open at a time
+            for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
+                identities = {name: models[name].identity for name in names}
+                write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
+                for handle in claims.pop(k):  # after the records, or another process would make the parts again
+                    lock.release(handle)
+    finally:
+        for handle in itertools.chain(*claims.values()):
+            lock.release(handle)
+
+
+def _claimed(
+    job: Job, mine: Mapping[int, Sequence[str]], claims: dict[int, list[BaseFileLock]], counter: Counter
+) -> Iterator[Piece]:
+    """Pieces of the shards of `mine`, each of which is claimed as its first piece is asked for.
+
+    Equal commands share a folder: the parts of a shard are locked while they are made. `claims` gets the locks of each shard;
+    what another process has made meanwhile or makes now is passed over.
+    """
+    out, manifest, size = job.finished.out, job.finished.manifest, job.finished.settings.config.batch_size
+    for k, names in mine.items():
+        claims[k], parts = [], []
+        for name in names:
+            if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
+                continue
+            # others may have finished everything and removed parts/, whose records are in the manifest then
+            if not (out / PARTS / SETTINGS_FILE).is_file():
+                manifest = Manifest.open(out)
+            # asked again under the lock: another process may have finished the part and given its lock back since
+            if finished_part(out, manifest, k, name):
+                lock.release(handle)
+            else:
+                claims[k].append(handle)
+                parts.append(name)
+        rows = job.shards[k].rows
+        if not parts:
+            counter.done += len(rows)
+            continue
+        for at in range(0, max(len(rows), 1), size):  # a shard without images has an empty piece
+            yield Piece(k, rows[at : at + size], job.shards[k].flipped, tuple(parts))
+
+
+def _require_same_model(finished: FinishedParts, name: str, identity: dict[str, Any]) -> None:
+    """Raises UserError where finished parts were made by another model than the one that `identity` tells."""
+    for part in (there[name] for there in finished.parts if name in there):
+        if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
+            raise UserError(
+                f"The finished shards in {finished.out} were made by another {identity.get('spec', name)} "
+                f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
+            )

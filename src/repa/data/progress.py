@@ -2,21 +2,19 @@
 
 A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
 its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
-Processes share only these files: one waits for another only while a basis is computed or a manifest is written. Free of torch.
+Processes share only these files. preparing.py asks for them before its work and after it. Free of torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from filelock import BaseFileLock
-
-from repa.base import files, lock
+from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
-from repa.data.config import PrepareConfig
+from repa.data.config import BASE, TEXT, PrepareConfig, array_name
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest
-from repa.data.stored_files import BASE, TEXT, Shard, array_name, captions_name, fields_of
+from repa.data.stored_files import Shard, fields_of
 
 # weights are compared by their checksums and labels by that of the source: a copy elsewhere is the same
 MAY_CHANGE = (
@@ -26,7 +24,7 @@ MOST_SHOWN = 100  # characters: of longer differences (a thousand class names) o
 
 
 class Settings(Config):
-    """What a folder is being prepared from and how: parts/settings.json."""
+    """What a folder is being prepared from and how: parts/settings.json, which is written before any work."""
 
     source: dict[str, Any]
     """Identity of the source."""
@@ -42,10 +40,6 @@ class Settings(Config):
         """The settings of a finished folder, with another configuration."""
         names, inventory = manifest.class_names, manifest.inventory
         return cls(source=manifest.source, class_names=names, config=config, inventory=inventory)
-
-    def save(self, out: Path) -> None:
-        """Write parts/settings.json, before any work."""
-        files.write_json(out / PARTS / SETTINGS_FILE, self.model_dump(mode="json"))
 
 
 class Part(Config):
@@ -150,114 +144,49 @@ def plan_shards(num_images: int, size: int, flip: bool) -> list[PlannedShard]:
 
 
 class FinishedParts:
-    """The finished parts of a folder: from its manifest when it was complete before, else from parts/."""
+    """What of a folder is finished at this moment: from its manifest when it was complete before, else from parts/.
 
-    def __init__(self, out: Path):
-        self.out = out
-        self.manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
-
-    def part(self, shard: int, name: str) -> Part | None:
-        """The record of a finished part whose files are all there, else None."""
-        # parts/ first: where both are there, it is what was made again since the manifest was written
-        path = self._path(shard, name)
-        if (values := _read_record(path)) is not None:
-            part: Part | None = Part.parse(values, where=str(path))
-        else:
-            part = self._of_manifest(shard, name)
-        return part if part and all(file.intact(self.out) for file in part.shard.records) else None
-
-    def _of_manifest(self, shard: int, name: str) -> Part | None:
-        manifest = self.manifest
-        if manifest is None or shard >= len(manifest.shards):
-            return None
-        stored = manifest.shards[shard]
-        if name == TEXT and manifest.text:
-            return Part(shard=stored.override(files={}, captions=None, skipped=()), identity=manifest.text.identity)
-        if name not in (BASE, *manifest.features):
-            return None
-        own = {field: file for field, file in stored.files.items() if field in fields_of(name)}
-        part = stored.override(files=own, captions=stored.captions if name == BASE else None, text={})
-        return Part(shard=part, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)
-
-    def missing_bases(self, names: Iterable[str]) -> list[str]:
-        """Encoders whose tokens are there, but not the basis that they are coordinates in: it is computed again."""
-        stored = self.manifest.features if self.manifest else {}
-        return [n for n in names if n in stored and (basis := stored[n].basis) and not basis.intact(self.out)]
-
-    def require_same_models(self, identities: Mapping[str, dict[str, Any]], num_shards: int) -> None:
-        """Raises UserError where finished parts were made by other models; `identities`: part -> what identifies its model."""
-        for name, identity in identities.items():
-            for part in filter(None, (self.part(k, name) for k in range(num_shards))):
-                if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
-                    raise UserError(
-                        f"The finished shards in {self.out} were made by another {identity.get('spec', name)} "
-                        f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
-                    )
-
-    def save(self, shard: int, name: str, part: Part) -> None:
-        files.write_json(self._path(shard, name), part.model_dump(mode="json"))
-
-    def claim(self, shard: int, name: str) -> BaseFileLock | None:
-        """Lock a part for this process; None when another makes it. Files that a killed one left incomplete are removed."""
-        handle = lock.take(self._path(shard, name, ".lock"))
-        # only under the lock: without it an incomplete file may be of a process that is still writing
-        if handle is not None:
-            names = [array_name(field, shard) for field in fields_of(name)]
-            for file in [*names, *([captions_name(shard)] if name == BASE else [])]:
-                for path in self.out.glob(f".{file}.*.tmp"):
-                    path.unlink()
-        return handle
-
-    def _path(self, shard: int, name: str, suffix: str = ".json") -> Path:
-        return (self.out / PARTS / array_name(name, shard)).with_suffix(suffix)
-
-
-class Claims:
-    """Parts of shards that this process makes, locked while it does: equal commands share a folder.
-
-    Args:
-        out: the folder.
-        wanted: shard -> the parts that this process would make.
-        identities: part -> what identifies its model.
+    Attributes:
+        settings: what is asked, plus what was asked before: see `merge_settings`, whose errors it raises.
+        manifest: of the folder as it was complete before, or None.
+        names: all parts that a shard of this folder has.
+        parts: for each shard, those that are finished.
     """
 
-    def __init__(self, out: Path, wanted: Mapping[int, Sequence[str]], identities: Mapping[str, dict[str, Any]]):
-        self.out, self.wanted, self.identities = out, wanted, identities
-        self._progress = FinishedParts(out)
-        self._held: dict[tuple[int, str], BaseFileLock] = {}
+    def __init__(self, out: Path, asked: Settings, num_shards: int):
+        self.out, self.settings = out, merge_settings(out, asked)
+        self.manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
+        config, stored = self.settings.config, self.manifest.features if self.manifest else {}
+        self.names = (BASE, *dict.fromkeys([*config.features, *stored]), *([TEXT] if config.text else []))
+        self.parts = [
+            {name: part for name in self.names if (part := finished_part(out, self.manifest, k, name))}
+            for k in range(num_shards)
+        ]
 
-    def pieces(self, shards: Sequence[PlannedShard], size: int, passed: Callable[[int], None]) -> Iterator[Piece]:
-        """Pieces of `size` images of the shards that can be claimed, each claimed as its first piece is asked for.
 
-        `passed` is called with the number of images of a shard that another process has made meanwhile or makes now.
-        """
-        for k, names in self.wanted.items():
-            taken = {name: handle for name in names if (handle := self._progress.claim(k, name)) is not None}
-            # others may have finished everything and removed parts/, whose records are in the manifest then
-            if not (self.out / PARTS / SETTINGS_FILE).is_file():
-                self._progress = FinishedParts(self.out)
-            # asked again under the lock: another process may have finished the part and given its lock back since
-            for name in [name for name in taken if self._progress.part(k, name) is not None]:
-                lock.release(taken.pop(name))
-            self._held.update({(k, name): handle for name, handle in taken.items()})
-            rows = shards[k].rows
-            if taken and not rows:  # a shard without images needs no model
-                for name in taken:
-                    self._progress.save(k, name, Part(shard=Shard(num=0), identity=self.identities[name]))
-            if taken and rows:
-                for at in range(0, len(rows), size):
-                    yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(taken))
-            else:
-                passed(len(rows))
+def finished_part(out: Path, manifest: Manifest | None, shard: int, name: str) -> Part | None:
+    """A finished part whose files are all there, else None."""
+    # parts/ first: where both are there, it is what was made again since the manifest was written
+    path = record_path(out, shard, name)
+    if (values := _read_record(path)) is not None:
+        part: Part | None = Part.parse(values, where=str(path))
+    else:
+        part = _of_manifest(manifest, shard, name) if manifest else None
+    return part if part and all(file.intact(out) for file in part.shard.records) else None
 
-    def finish(self, shard: int, parts: Mapping[str, Part]) -> None:
-        """Record the finished parts of a shard, and give them back."""
-        for name, part in parts.items():
-            # the record before the lock is given back, or another process would make the part again
-            self._progress.save(shard, name, part)
-            lock.release(self._held.pop((shard, name)))
 
-    def close(self) -> None:
-        """Give back what is not finished."""
-        while self._held:
-            lock.release(self._held.popitem()[1])
+def record_path(out: Path, shard: int, name: str) -> Path:
+    """Where the record of a part is while the folder is unfinished."""
+    return (out / PARTS / array_name(name, shard)).with_suffix(".json")
+
+
+def _of_manifest(manifest: Manifest, shard: int, name: str) -> Part | None:
+    if shard >= len(manifest.shards) or name not in manifest.parts:
+        return None
+    stored = manifest.shards[shard]
+    if name == TEXT:
+        assert manifest.text is not None
+        return Part(shard=stored.override(files={}, captions=None, skipped=()), identity=manifest.text.identity)
+    own = {field: file for field, file in stored.files.items() if field in fields_of(name)}
+    part = stored.override(files=own, captions=stored.captions if name == BASE else None, text={})
+    return Part(shard=part, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)

@@ -1,4 +1,4 @@
-"""Files of shards: their names, and what a manifest records of each to tell whether it has changed."""
+"""Files of shards: the fields of each part, and what a manifest records of each to tell whether it has changed."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -6,10 +6,9 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from repa.base.config import Config
+from repa.data.config import BASE, TEXT, plain_name
 
 STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
-BASE, TEXT = "base", "text"
-"""Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
 
 
 def fields_of(part: str) -> tuple[str, ...]:
@@ -19,16 +18,6 @@ def fields_of(part: str) -> tuple[str, ...]:
     if part == TEXT:
         return ("text", "text_mask", "text_scale", "text_rows")
     return (f"features.{part}", f"scale.{part}", f"pooled.{part}")
-
-
-def plain_name(field: str) -> str:
-    """'features.tiny:seed=1' -> 'features.tiny_seed_1': a file name that every system takes."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
-
-
-def array_name(field: str, shard: int) -> str:
-    """'features.tiny:seed=1', 3 -> 'features.tiny_seed_1-00003.npy'."""
-    return f"{plain_name(field)}-{shard:05d}.npy"
 
 
 def captions_name(shard: int) -> str:

@@ -3,9 +3,8 @@
 import contextlib
 import hashlib
 import io
-import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import numpy as np
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.data.progress import Claims, Part, Piece, PlannedShard
+from repa.data.config import BASE, TEXT, array_name
+from repa.data.progress import Part, Piece, PlannedShard, record_path
 from repa.data.reading import DecodedImages
-from repa.data.stored_files import BASE, TEXT, ArrayFile, Shard, TextFile, array_name, captions_name, fields_of
+from repa.data.stored_files import ArrayFile, Shard, TextFile, captions_name, fields_of
 
 Report = Callable[[int, int, str], None]  # done, total, note
 # a batch and what the models made of it: field -> rows
@@ -37,46 +37,51 @@ class Counter:
         if self.report:
             self.report(self.done, self.total, f"{files.size(self.num_bytes)} written")
 
-    def skip(self, images: int) -> None:
-        """Count images that another process has made meanwhile or makes now."""
-        self.done += images
 
-
-def write_shards(
-    encoded: Iterable[EncodedBatch], shards: Sequence[PlannedShard], claims: Claims, counter: Counter, *, skip_bad: bool
+def write_shard(
+    out: Path,
+    number: int,
+    planned: PlannedShard,
+    batches: Iterable[EncodedBatch],
+    identities: Mapping[str, dict[str, Any]],
+    counter: Counter,
+    *,
+    skip_bad: bool,
 ) -> None:
-    """Write batches into shard after shard, and a record for each finished part.
+    """Write the batches of a shard, and a record for each part of it that they make.
+
+    Args:
+        number: of the shard.
+        identities: part -> what identifies its model.
+        skip_bad: whether images that cannot be read are left out.
 
     Raises:
-        UserError: images cannot be read and are not to be left out (`skip_bad`), or the disk is full.
+        UserError: images cannot be read and are not to be left out, or the disk is full.
     """
-    # batches come in the order of the shards, so that one is open at a time
-    for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
-        bad: list[tuple[str, str]] = []
-        with ShardWriter(claims.out, k, expected=len(shards[k].rows)) as writer:
-            for piece, images, fields in batches:
-                bad += images.bad
-                if fields:
-                    writer.append(fields, images.captions if BASE in names else ())
-                counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
-            # at the end of the shard, so that the count is that of all its images; inside the block, so that no file appears
-            if bad and not skip_bad:
-                rows = shards[k].rows
-                raise UserError(
-                    f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
-                    f"{bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
-                )
-        captions, records = writer.captions(), writer.records()
-        parts = {}
-        for name in names:
-            mine = {field: file for field, file in records.items() if field in fields_of(name)}
-            num = mine["text_rows"].shape[0] if name == TEXT else next((file.shape[0] for file in mine.values()), 0)
-            shard = Shard(
-                num=num, flipped=shards[k].flipped, skipped=tuple(image for image, _ in bad),
-                captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": mine},
-            )  # fmt: skip
-            parts[name] = Part(shard=shard, identity=claims.identities[name])
-        claims.finish(k, parts)
+    bad: list[tuple[str, str]] = []
+    with ShardWriter(out, number, expected=len(planned.rows)) as writer:
+        for piece, images, fields in batches:
+            bad += images.bad
+            if fields:
+                writer.append(fields, images.captions if BASE in identities else ())
+            counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
+        # at the end of the shard, so that the count is that of all its images; inside the block, so that no file appears
+        if bad and not skip_bad:
+            rows = planned.rows
+            raise UserError(
+                f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
+                f"{bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
+            )
+    captions, records = writer.captions(), writer.records()
+    for name, identity in identities.items():
+        mine = {field: file for field, file in records.items() if field in fields_of(name)}
+        num = next((file.shape[0] for field, file in mine.items() if name != TEXT or field == "text_rows"), 0)
+        shard = Shard(
+            num=num, flipped=planned.flipped, skipped=tuple(image for image, _ in bad),
+            captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": mine},
+        )  # fmt: skip
+        part = Part(shard=shard, identity=identity)
+        files.write_json(record_path(out, number, name), part.model_dump(mode="json"))
 
 
 class ShardWriter:
@@ -98,12 +103,18 @@ class ShardWriter:
         """Add one batch: field -> array (n, ...), and the captions of each image if it has a field for them."""
         for field, rows in fields.items():
             if field not in self._arrays:
-                path = self._stack.enter_context(files.atomic_path(self.folder / array_name(field, self.shard)))
+                path = self._stack.enter_context(files.atomic_path(self._place(array_name(field, self.shard))))
                 self._arrays[field] = self._stack.enter_context(
                     contextlib.closing(_GrowingArray(path, rows, self.expected))
                 )
             self._arrays[field].append(rows)
         self._captions += [json.dumps(texts, ensure_ascii=False) + "\n" for texts in captions]
+
+    def _place(self, name: str) -> Path:
+        """Where a file goes; what a killed process has left of it is removed, as whoever writes a shard holds its lock."""
+        for path in self.folder.glob(f".{name}.*.tmp"):
+            path.unlink()
+        return self.folder / name
 
     def __enter__(self) -> "ShardWriter":
         self._stack.__enter__()
@@ -122,7 +133,7 @@ class ShardWriter:
         """Write the captions, after the end of the block; None when there are none."""
         if not self._captions:
             return None
-        path = self.folder / captions_name(self.shard)
+        path = self._place(captions_name(self.shard))
         # a caption may hold half of a surrogate pair, which JSON can write and UTF-8 cannot
         data = "".join(self._captions).encode(errors="replace")
         files.write_bytes(path, data)

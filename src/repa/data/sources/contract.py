@@ -18,6 +18,7 @@ from PIL import Image
 from repa.base import faults, files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop, decode_image, image_endings
+from repa.data.config import PrepareConfig
 
 ONE_CLASS = "all"
 EXTENSIONS = image_endings()
@@ -95,6 +96,12 @@ class Source(ABC):
         content = io.BytesIO()
         sheet.save(content, "PNG")
         return content.getvalue()
+
+    def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (most images fit any)
+        """Raises UserError for settings that these images cannot be prepared with.
+
+        Moments are kept only under the name of the autoencoder that made them, at the size they were made for.
+        """
 
     @abstractmethod
     def name(self, index: int) -> str:

@@ -26,22 +26,6 @@ IMAGE_PREFIX, MOMENTS_PREFIX = "img", "img-mean-std-"
 LARGEST_DIFFERENCE = 0.05  # of the means, relative: arithmetic differs by less, another autoencoder by more
 
 
-def require_autoencoder(source: Source, config: PrepareConfig) -> None:
-    """Moments are kept only under the name of the autoencoder that made them, at the size they were made for."""
-    if not isinstance(source, ReferenceSource):
-        return
-    if config.autoencoder == "pixels":
-        raise UserError(
-            f"{source.root} holds moments, but the autoencoder is 'pixels': name the one that made them (REPA's is "
-            f"sd-vae-ft-mse), or give {source.root / IMAGES} as the source to leave them out."
-        )
-    if config.resolution != source.side:
-        raise UserError(
-            f"{source.root} holds moments of images of {source.side} pixels, but the resolution is {config.resolution}: "
-            f"give {source.side}, or {source.root / IMAGES} as the source to encode the images again."
-        )
-
-
 def require_same_moments(stored: np.ndarray, ours: np.ndarray, spec: str) -> None:
     """Compare stored moments (n, 2C, h, w) with those that the autoencoder makes of the same images.
 
@@ -105,6 +89,18 @@ class ReferenceSource(Source):
             "labels_sha256": labels_digest(classes),
             "moments": list(self.moments_shape),
         }
+
+    def require_fit(self, config: PrepareConfig) -> None:
+        if config.autoencoder == "pixels":
+            raise UserError(
+                f"{self.root} holds moments, but the autoencoder is 'pixels': name the one that made them (REPA's is "
+                f"sd-vae-ft-mse), or give {self.root / IMAGES} as the source to leave them out."
+            )
+        if config.resolution != self.side:
+            raise UserError(
+                f"{self.root} holds moments of images of {self.side} pixels, but the resolution is {config.resolution}: "
+                f"give {self.side}, or {self.root / IMAGES} as the source to encode the images again."
+            )
 
     def name(self, index: int) -> str:
         return f"{IMAGES}/{self._images.name(index)}"
