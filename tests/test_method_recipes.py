@@ -11,10 +11,9 @@ from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
-from repa.recipes.latents import FAMILIES
+from repa.recipes.figures import PUBLISHED, figures_table, headline
 from repa.recipes.methods import METHODS, method_recipes
-from repa.recipes.pixels import pixel_recipes
-from repa.recipes.published import PUBLISHED, figures_table, headline
+from repa.recipes.networks import FAMILIES, network_recipes
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
@@ -168,7 +167,7 @@ def test_every_method_trains(name, data_folder, tmp_path):
     assert set(row.get("head") or {}) == {str(depth) for depth in config.model.heads}
 
 
-SMALL = [name for name in (*method_recipes(), *pixel_recipes()) if name.startswith("cifar10")]
+SMALL = [name for name in (*method_recipes(), *network_recipes()) if name.startswith("cifar10")]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -208,7 +207,7 @@ def test_headlines(key, model, line):
     assert headline(PUBLISHED.get(key, ()), model) == line
 
 
-FULL = [name for name in (*method_recipes(), *pixel_recipes()) if not name.startswith("cifar10")]
+FULL = [name for name in (*method_recipes(), *network_recipes()) if name.startswith(("sit-", "jit-"))]
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -229,7 +228,7 @@ def test_commands_lead_from_images_to_figures(name):
 
 
 def test_figures_are_of_recipes_that_exist():
-    assert set(PUBLISHED) <= {*METHODS, "jit", "pixelrepa", *FAMILIES}
+    assert set(PUBLISHED) <= {*METHODS, *FAMILIES, *network_recipes()}
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from repa.base.errors import UserError
 from repa.data.sources.contract import Source
-from repa.recipes.own_images import choose
+from repa.recipes.small import choose
 
 
 class Pictures(Source):

@@ -15,12 +15,11 @@ from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
-from repa.recipes.few_images import few_image_recipes
-from repa.recipes.latents import latent_recipes
+from repa.recipes.figures import printed
 from repa.recipes.methods import method_recipes
-from repa.recipes.paper_tables import ROWS, SAMPLINGS, printed
-from repa.recipes.pixels import pixel_recipes
-from repa.recipes.text import text_recipes
+from repa.recipes.networks import network_recipes
+from repa.recipes.own_images import own_image_recipes
+from repa.recipes.paper import ROWS
 from repa.report import read_run, write_report
 from repa.report.results import row_of, without_paper
 from repa.report.speedups import grouped
@@ -52,8 +51,8 @@ def test_every_row_of_the_tables_has_its_recipe():
         f"{model}{tail}" for model in ("sit-b2", "sit-l2", "sit-xl2", "dit-l2", "dit-xl2") for tail in ("", "-repa")
     }
     expected |= {"sit-xl2-512", "sit-xl2-repa-512", "quickstart", "quickstart-repa"}
-    expected |= {"cifar10", "cifar10-repa", "quickstart-text", *method_recipes(), *pixel_recipes()}
-    assert set(RECIPES) == expected | set(latent_recipes()) | set(few_image_recipes()) | set(text_recipes())
+    expected |= {"cifar10", "cifar10-repa", "quickstart-text"}
+    assert set(RECIPES) == expected | set(method_recipes()) | set(network_recipes()) | set(own_image_recipes())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_targets_are_encoders_and_samplers_fit_the_objective(name):
     config = load_recipe(name)
     for term in config.alignments:
         assert ENCODERS.check(term.target) == term.target
-    for sampling in RECIPES[name].samplings.values():
+    for sampling in RECIPES[name].samplings:
         config.diffusion.check_sampler(sampling.sampler)
 
 
@@ -243,7 +242,7 @@ def test_list_gives_name_line_and_fid(capsys):
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines if line.startswith("#")] == [
         "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
-        "Text to image", "Other latents, and DDT", "A few thousand images of your own", "JiT, on pixels", "Small runs",
+        "A few thousand images of your own", "Text to image", "Other latents, and DDT", "JiT, on pixels", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]
     assert "FID 10.0 at 400K" in lines["sit-l2-repa"]
@@ -260,25 +259,24 @@ def test_commands_of_promises_are_understood(name):
     assert given["sample"].run == given["train"].out
     assert given["evaluate"].samples == given["sample"].out
     assert given["prepare"].resolution == ROWS[name].resolution
-    assert given["evaluate"].features != ROWS[name].target  # the judge is never the teacher
+    assert given["evaluate"].features != ROWS[name].target  # samples are never measured in the features aligned to
     sampled = {key: getattr(given["sample"], key) for key in ("sampler", "steps")}
-    assert sampled == SAMPLINGS["ddpm" if name.startswith("dit") else "sde"]
+    assert sampled == {"sampler": "ddpm" if name.startswith("dit") else "euler_maruyama", "steps": 250}
 
 
-def test_sampling_settings_by_name():
+def test_how_the_figures_were_sampled():
     found = RECIPES["sit-xl2-repa"].samplings
-    best = found["sde-guided-1.8-to-0.7"]
-    assert (best.sampler, best.steps) == ("euler_maruyama", 250)
-    assert best.guidance == ("cfg:scale=1.8,high=0.7",)
-    full = found["sde-guided-1.35"]
-    assert full.guidance == ("cfg:scale=1.35",)
-    assert found["sde"].guidance == ()
-    assert len(found) == 13
-    assert RECIPES["dit-xl2-repa"].samplings["ddpm"].steps == 250
+    assert {(sampling.sampler, sampling.steps) for sampling in found} == {("euler_maruyama", 250)}
+    guidances = [sampling.guidance for sampling in found]
+    assert guidances[0] == ()
+    assert {("cfg:scale=1.8,high=0.7",), ("cfg:scale=1.35",)} < set(guidances)
+    assert len(found) == len(set(guidances)) == 13
+    (dit,) = RECIPES["dit-xl2-repa"].samplings
+    assert (dit.sampler, dit.steps) == ("ddpm", 250)
 
 
-def figures(name, step, sampling="sde"):
-    (found,) = [f for f in ROWS[name].figures if f.step == step and f.sampling == sampling]
+def figures(name, step, guidance="", sampler="euler_maruyama"):
+    (found,) = [f for f in ROWS[name].figures if (f.step, f.guidance, f.sampler) == (step, guidance, sampler)]
     return found
 
 
@@ -316,14 +314,15 @@ def test_fids_of_ablations(names, fids):
 
 
 def test_figures_of_dit_and_guidance():
-    dit = [figures(name, 400_000, "ddpm").fid for name in ("dit-l2", "dit-l2-repa", "dit-xl2", "dit-xl2-repa")]
-    assert dit == [23.3, 15.6, 19.5, 12.3]
-    assert figures("dit-xl2-repa", 850_000, "ddpm").fid == 9.6
-    best = figures("sit-xl2-repa", 4_000_000, "sde-guided-1.8-to-0.7")
+    names = ("dit-l2", "dit-l2-repa", "dit-xl2", "dit-xl2-repa")
+    assert [figures(name, 400_000, sampler="ddpm").fid for name in names] == [23.3, 15.6, 19.5, 12.3]
+    assert figures("dit-xl2-repa", 850_000, sampler="ddpm").fid == 9.6
+    best = figures("sit-xl2-repa", 4_000_000, "cfg:scale=1.8,high=0.7")
     assert best[1:6] == (1.42, 4.70, 305.7, 0.80, 0.65)
-    for sampling, fid in {"1.35": 1.80, "1.325": 1.79, "2-to-0.65": 1.44, "2-to-0.8": 2.23, "1.9-to-0.7": 1.45}.items():
-        assert figures("sit-xl2-repa", 4_000_000, f"sde-guided-{sampling}").fid == fid
-    assert figures("sit-xl2-repa-512", 1_000_000, "").fid == 2.08
+    others = {"1.35": 1.80, "1.325": 1.79, "2,high=0.65": 1.44, "2,high=0.8": 2.23, "1.9,high=0.7": 1.45}
+    for scale, fid in others.items():
+        assert figures("sit-xl2-repa", 4_000_000, f"cfg:scale={scale}").fid == fid
+    assert figures("sit-xl2-repa-512", 1_000_000, sampler="").fid == 2.08
 
 
 def test_figures_are_printed_as_in_the_paper():
@@ -347,9 +346,8 @@ def run_of(folder, name: str, **changes):
 
 @paper_recipes
 def test_a_run_is_known_by_its_configuration(name, tmp_path):
-    found, row = row_of(run_of(tmp_path / "run", name))
-    assert load_recipe(found) == load_recipe(name)  # two rows of the paper are the same run under other names
-    assert row is ROWS[found]
+    row = row_of(run_of(tmp_path / "run", name))
+    assert load_recipe(row.name) == load_recipe(name)  # two rows of the paper are the same run under other names
 
 
 def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
@@ -368,7 +366,7 @@ def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
     for name, changes in departures.items():
         assert row_of(run_of(tmp_path / name, "sit-xl2-repa", **changes)) is None, name
     measured = {"alignments": [term.override(measure_only=True)]}  # its network never feels it: the baseline
-    assert row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured))[0] == "sit-xl2"
+    assert row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured)).name == "sit-xl2"
 
 
 def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
@@ -376,7 +374,7 @@ def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
     other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
     at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
     found = without_paper([], grouped([other, known, at_512]))  # nothing was measured that they could stand beside
-    assert [(run.name, name) for run, name, _ in found] == [("known", "sit-xl2-repa")]
+    assert [(run.name, row.name) for run, row in found] == [("known", "sit-xl2-repa")]
     page = write_report([other, known], tmp_path / "both.html").read_text()
     section = page.split("What the paper reports")[1].split("</section>")[0]
     assert [cell in section for cell in ("7.9", "122.6", "0.70", "5.9", "arXiv 2410.06940")] == [True] * 5

@@ -98,7 +98,7 @@ def test_another_data_set_is_not_the_papers(repa_xl):
     (table,) = tables_of([repa_xl])
     assert not table.has_paper
     records, _ = add_evaluations(read_runs([repa_xl]))
-    assert [name for _, name, _ in without_paper([table], grouped(records))] == ["sit-xl2-repa"]
+    assert [row.name for _, row in without_paper([table], grouped(records))] == ["sit-xl2-repa"]
 
 
 def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):

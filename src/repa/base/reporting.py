@@ -1,6 +1,6 @@
-"""Progress callbacks, and durations in words."""
+"""Progress callbacks, durations in words, rows in columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -18,3 +18,12 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """A line for each row, its cells in columns two spaces apart; numbers stand at the right of the columns `right`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]

@@ -14,7 +14,7 @@ from repa.cli.train import about_passes
 from repa.diffusion.config import Guidances
 from repa.performance import MEMORY, PEAKS
 from repa.recipes import load_recipe
-from repa.recipes.paper_tables import IMAGES as IMAGENET
+from repa.recipes.figures import IMAGES as IMAGENET
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from repa.cli.console import ProgressBar, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
-from repa.recipes.own_images import Choice, choose, extractor_for, patches_of
+from repa.recipes.small import Choice, choose, extractor_for, patches_of
 from repa.training.config import TrainConfig
 
 ABOUT = (

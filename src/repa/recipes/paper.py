@@ -1,10 +1,15 @@
-"""From a row of the paper's tables to a recipe: the configuration, and the promise with commands and figures."""
+"""The rows of the tables of REPA (arXiv 2410.06940) as recipes: the configuration, and the promise with commands and figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
+from repa.base.reporting import columns
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.paper_tables import FACTOR, SAMPLINGS, Figures, Row, printed, steps_text
+from repa.recipes.figures import FACTOR, REPA, Figures, printed, steps_text
 from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
@@ -17,17 +22,108 @@ DIFFERENCES = (
 )
 
 
-def paper_recipe(name: str, row: Row) -> Recipe:
-    samplings = {
-        figures.sampling: SampleConfig.parse(SAMPLINGS[figures.sampling]) for figures in row.figures if figures.sampling
-    }
-    return Recipe(
-        lambda: train_config(row),
-        f"{subject(row)} ({row.table}): {headline(row)}",
-        promise(name, row),
-        samplings,
-        GROUP,
-    )
+@dataclass(frozen=True)
+class Row:
+    """A training run of the paper. Whatever is not named here is the same in all of them."""
+
+    name: str
+    table: str
+    model: str
+    target: str = ""
+    """The encoder that it is aligned to; empty trains without alignment."""
+    depth: int = 8
+    loss: str = "cosine"
+    weight: float = 0.5
+    resolution: int = 256
+    steps_per_second: float | None = None
+    """On 8 H100, where the paper says."""
+    note: str = ""
+
+    @property
+    def figures(self) -> tuple[Figures, ...]:
+        return REPA.get(self.name, ())
+
+    @property
+    def alignment(self) -> dict[str, Any] | None:
+        """The settings of its alignment term."""
+        if not self.target:
+            return None
+        return {"target": self.target, "depth": self.depth, "loss": self.loss, "weight": self.weight}
+
+    @property
+    def objective(self) -> str:
+        """SiT is trained by flow matching, DiT as an improved DDPM."""
+        return "ddpm" if self.model.startswith("DiT") else "flow"
+
+    @property
+    def unguided(self) -> list[Figures]:
+        """Those sampled without guidance."""
+        return [figures for figures in self.figures if figures.sampler and not figures.guidance]
+
+    @property
+    def guided(self) -> list[Figures]:
+        return [figures for figures in self.figures if figures.guidance]
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of its first result: 400K, or where its figures begin later."""
+        return max(400_000, min((figures.step for figures in self.figures), default=0))
+
+
+_SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."
+_L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's figure: sit-l2-repa-dinov2-b-ntxent."
+_INTERVAL = "Guidance is on for t in [0, 0.7] of this time, in which t = 0 is data."
+_512 = "Figures of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
+_NEGATIVES = (
+    "The paper names neither the temperature nor the negatives of NT-Xent: docs/methods.md says which are taken."
+)
+_ENCODERS = {  # of Table 2, with notes
+    "mae-l": "", "dino-b": "", "mocov3-l": "", "ijepa-h": "", "clip-l": "",
+    "siglip-b": "SigLIP is in the final version's table only; its size and its figures are not known here.",
+    "dinov2-b": "Table 3 prints this figure for SiT-L/2 too.", "dinov2-l": "", "dinov2-g": "",
+}  # fmt: skip
+
+
+def _nt_xent(name: str, target: str, depth: int = 8, note: str = "") -> Row:
+    """Table 2: encoders and depths on SiT-L/2."""
+    note = f"{note} {_NEGATIVES}".strip()
+    return Row(f"sit-l2-repa-{name}", "Table 2", "SiT-L/2", target, depth, "nt_xent", note=note)
+
+
+def _lambda(weight: float) -> Row:
+    name = f"sit-xl2-repa-lambda{weight:g}"
+    return Row(name, "the ablation of lambda", "SiT-XL/2", "dinov2-b", weight=weight, steps_per_second=5.4)
+
+
+_ROWS = (
+    Row("sit-b2", "Table 3", "SiT-B/2"),
+    Row("sit-b2-repa", "Table 3, appendix G", "SiT-B/2", "dinov2-b", depth=4, note=_SWAPPED),
+    Row("sit-l2", "Table 3", "SiT-L/2"),
+    Row("sit-l2-repa", "Table 7, appendix G", "SiT-L/2", "dinov2-b", note=_L),
+    Row("sit-xl2", "Table 3", "SiT-XL/2"),
+    Row("sit-xl2-repa", "Table 3, Table 4, appendix G", "SiT-XL/2", "dinov2-b", steps_per_second=5.4, note=_INTERVAL),
+    Row("dit-l2", "Table 3", "DiT-L/2"),
+    Row("dit-l2-repa", "Table 3", "DiT-L/2", "dinov2-b"),
+    Row("dit-xl2", "Table 3", "DiT-XL/2"),
+    Row("dit-xl2-repa", "Table 3", "DiT-XL/2", "dinov2-b"),
+    *(_nt_xent(f"{encoder}-ntxent", encoder, note=note) for encoder, note in _ENCODERS.items()),
+    Row("sit-l2-repa-dinov2-l", "Table 2", "SiT-L/2", "dinov2-l"),
+    *(_nt_xent(f"depth{depth}", "dinov2-l", depth) for depth in (6, 8, 10, 12, 14, 16)),
+    *map(_lambda, (0.25, 0.5, 0.75, 1.0)),
+    Row("sit-xl2-512", "the results at 512 pixels", "SiT-XL/2", resolution=512, note=_512),
+    Row("sit-xl2-repa-512", "the results at 512 pixels", "SiT-XL/2", "dinov2-b", resolution=512, note=_512),
+)
+ROWS = {row.name: row for row in _ROWS}
+
+
+def paper_recipes() -> dict[str, Recipe]:
+    return {name: _recipe(row) for name, row in ROWS.items()}
+
+
+def _recipe(row: Row) -> Recipe:
+    samplings = dict.fromkeys(SampleConfig.parse(figures.sampling) for figures in row.figures if figures.sampler)
+    about = f"{subject(row)} ({row.table}): {headline(row)}"
+    return Recipe(lambda: train_config(row), about, promise(row, next(iter(samplings), None)), tuple(samplings), GROUP)
 
 
 def train_config(row: Row) -> TrainConfig:
@@ -53,7 +149,7 @@ def subject(row: Row) -> str:
 
 def headline(row: Row) -> str:
     """'FID 7.9 at 400K, 5.9 at 4M, 1.42 guided': the first result of the full length, the last, the best guided one."""
-    whole = [figures for figures in row.figures if figures not in row.guided and figures.step >= row.num_steps]
+    whole = [figures for figures in row.figures if not figures.guidance and figures.step >= row.num_steps]
     guided = [figures.fid for figures in row.guided]
     ends = dict.fromkeys([*whole[:1], *whole[-1:]])
     parts = [f"{printed(figures.fid)} at {steps_text(figures.step)}" for figures in ends]
@@ -61,34 +157,31 @@ def headline(row: Row) -> str:
     return f"FID {', '.join(parts)}" if parts else "no figure known"
 
 
-def promise(name: str, row: Row) -> str:
+def promise(row: Row, sampling: SampleConfig | None) -> str:
     """What `repa show` prints above the configuration."""
-    sampling = next((figures.sampling for figures in row.figures if figures.sampling), "sde")
+    longer = [figures.step for figures in row.figures if figures.step > row.num_steps]
     return paragraphs(
         [
-            f"{name}: {subject(row)}.",
+            f"{row.name}: {subject(row)}.",
             f"It reproduces {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
         ],
         [*DIFFERENCES, *([row.note] if row.note else [])],
-        commands_of(name, row.resolution, sampling),
-        [f"Hardware and time: {expected_time(row)}", *_longer(row)],
-        figures_table(row),
+        commands_of(row.name, row.resolution, sampling.sampler if sampling else "euler_maruyama"),
+        [
+            f"Hardware and time: {expected_time(row)}",
+            *([f"For the figures after more steps add --num-steps {max(longer)} to `train`."] if longer else []),
+        ],
+        figures_lines(row.figures),
     )
 
 
-def commands_of(name: str, resolution: int = 256, sampling: str = "sde", guidance: str = "") -> list[str]:
+def commands_of(name: str, resolution: int = 256, sampler: str = "euler_maruyama", guidance: str = "") -> list[str]:
     data, guided = f"imagenet{resolution}", f" --guidance {guidance}" if guidance else ""
+    prepare = f"--resolution {resolution} --autoencoder {AUTOENCODER}"
     return [
-        *commands(name, data, f"--resolution {resolution} --autoencoder {AUTOENCODER}", f"{options(sampling)}{guided}"),
+        *commands(name, data, prepare, f"--sampler {sampler} --steps 250{guided}"),
         f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} to compare with the figures below.",
     ]
-
-
-def options(sampling: str) -> str:
-    """The settings of SAMPLINGS as options of `repa sample`."""
-    config = SampleConfig.parse(SAMPLINGS[sampling])
-    text = f"--sampler {config.sampler} --steps {config.steps}"
-    return f"{text} {_guidance_options(config)}".rstrip()
 
 
 def expected_time(row: Row) -> str:
@@ -99,29 +192,11 @@ def expected_time(row: Row) -> str:
     return f"{row.steps_per_second:g} steps per second on 8 H100, {hours:.1f} h for {steps_text(row.num_steps)} steps."
 
 
-def figures_table(row: Row) -> list[str]:
+def figures_lines(figures: Sequence[Figures]) -> list[str]:
     """The paper's figures, one line each."""
-    if not row.figures:
+    if not figures:
         return ["The paper's figures are not known here."]
     heads = ("steps", "FID", "sFID", "IS", "precision", "recall", "probe %", "guidance")
-    cells = [[f"{f.step:,}", *map(printed, f[1:7]), _how(f)] for f in row.figures]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads) - 1)]
-    return [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
-        for line in [heads, *cells]
-    ]
-
-
-def _longer(row: Row) -> list[str]:
-    steps = [figures.step for figures in row.figures if figures.step > row.num_steps]
-    return [f"For the figures after more steps add --num-steps {max(steps)} to `train`."] if steps else []
-
-
-def _how(figures: Figures) -> str:
-    if not figures.sampling:
-        return "not known"
-    return _guidance_options(SampleConfig.parse(SAMPLINGS[figures.sampling])) or "none"
-
-
-def _guidance_options(config: SampleConfig) -> str:
-    return " ".join(f"--guidance {spec}" for spec in config.guidance)
+    how = [(f"--guidance {f.guidance}" if f.guidance else "none") if f.sampler else "not known" for f in figures]
+    cells = [[f"{f.step:,}", *map(printed, f[1:7]), words] for f, words in zip(figures, how, strict=True)]
+    return columns([heads, *cells], right=range(7))

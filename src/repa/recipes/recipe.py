@@ -1,10 +1,12 @@
 """What a recipe is, and what the promises of recipes are made of."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
+
+EIGHT = "torchrun --nproc-per-node 8 -m repa"  # GPUs of one machine
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Recipe:
     """One line for `repa list recipes`."""
     promise: str
     """What it reproduces, with which commands, on what, and what is to be expected."""
-    samplings: Mapping[str, SampleConfig] = field(default_factory=dict)
-    """By name: the ways in which the figures were sampled that it is compared with."""
+    samplings: tuple[SampleConfig, ...] = ()
+    """The ways in which the figures were sampled that it is compared with."""
     group: str = "Small runs"
     """Under which heading `repa list recipes` shows it."""
 
@@ -38,10 +40,10 @@ def paragraphs(*parts: Sequence[str]) -> str:
 
 def commands(name: str, data: str, prepare: str, sample: str) -> list[str]:
     """Images -> figures, on one machine with eight GPUs; `prepare` and `sample` are the options of these two."""
-    eight, samples = "torchrun --nproc-per-node 8 -m repa", f"samples/{name}.npz"
+    samples = f"samples/{name}.npz"
     return [
         f"repa prepare ILSVRC2012/train {data} {prepare}",
-        f"{eight} train {name} --data {data} --out runs/{name}",
-        f"{eight} sample runs/{name} --num-images 50000 {sample} --out {samples}",
+        f"{EIGHT} train {name} --data {data} --out runs/{name}",
+        f"{EIGHT} sample runs/{name} --num-images 50000 {sample} --out {samples}",
         f"repa evaluate {samples} --reference {data} --neighbours float16",
     ]

@@ -12,18 +12,8 @@ from repa.base import files
 from repa.base.errors import in_markdown
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.paper_tables import (
-    CLASSES,
-    FACTOR,
-    IMAGES,
-    REFERENCE,
-    ROWS,
-    SAMPLES,
-    SAMPLINGS,
-    Figures,
-    Row,
-    printed,
-)
+from repa.recipes.figures import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, Figures, printed
+from repa.recipes.paper import ROWS, Row
 from repa.report.headline import Verdict
 from repa.report.runs import (
     DISTANCE,
@@ -107,11 +97,11 @@ def results(
     ]
 
 
-def without_paper(tables: Sequence[Table], groups: Sequence[Group]) -> list[tuple[RunRecord, str, Row]]:
-    """(run, recipe, row) of runs that train as a row of the paper, but are measured differently: nothing is shown next to them."""
+def without_paper(tables: Sequence[Table], groups: Sequence[Group]) -> list[tuple[RunRecord, Row]]:
+    """Runs that train as a row of the paper, but are measured differently: nothing is shown next to them."""
     beside = {line.group for table in tables if table.has_paper for line in table.lines}
-    found = [(group.runs[0], row_of(group.runs[0])) for number, group in enumerate(groups) if number not in beside]
-    return [(run, *row) for run, row in found if row is not None and row[1].unguided]
+    runs = [group.runs[0] for number, group in enumerate(groups) if number not in beside]
+    return [(run, row) for run in runs if (row := row_of(run)) is not None and row.unguided]
 
 
 def _table(
@@ -157,12 +147,33 @@ def _accuracy(accuracies: Accuracies, run: RunRecord, step: int) -> dict[str, fl
 
 def _of_paper(group: Group, number: int, protocol: Protocol) -> list[Line]:
     """The paper's figures for a run that trains as one of its rows and was measured as that was."""
-    sampling, row = measured_as(protocol, group.runs[0]), row_of(group.runs[0])
-    if sampling is None or row is None:
+    run, given = group.runs[0], settings_of(protocol)
+    row = row_of(run)
+    if row is None or not _measured_as_in_the_paper(run, given):
         return []
-    name = f"the paper’s {row[0]} ({row[1].table})"
-    figures = [each for each in row[1].figures if each.sampling == sampling]
+    name = f"the paper’s {row.name} ({row.table})"
+    figures = [each for each in row.figures if _sampled_as(each, given)]
     return [Line(name, each.step, _printed(each), group=number, is_of_paper=True) for each in figures]
+
+
+def _measured_as_in_the_paper(run: RunRecord, given: Mapping[str, Any]) -> bool:
+    asked = {
+        "features": INCEPTION,
+        "features_precision": None,  # papers measure in float32
+        "num_samples": SAMPLES,
+        "labels": "uniform",
+        "weights": "ema",
+        "decoder": AUTOENCODER,
+        "reference": REFERENCE,
+    }
+    same_data = (run.data.get("num_images"), run.data.get("resolution")) == (IMAGES, 256)
+    return same_data and all(given.get(key) == value for key, value in asked.items())
+
+
+def _sampled_as(figures: Figures, given: Mapping[str, Any]) -> bool:
+    asked = figures.sampling
+    asked["guidance"] = asked["guidance"] or "off"
+    return bool(figures.sampler) and all(given.get(key) == value for key, value in asked.items())
 
 
 def _printed(figures: Figures) -> dict[str, Spread]:
@@ -171,9 +182,9 @@ def _printed(figures: Figures) -> dict[str, Spread]:
     return {key: spread([value]) for key, value in values.items() if value is not None}
 
 
-def row_of(run: RunRecord) -> tuple[str, Row] | None:
+def row_of(run: RunRecord) -> Row | None:
     """The row that a run trains as: the same network, alignment and batch, on latents of as many classes; else None."""
-    return next(((name, row) for name, row in ROWS.items() if _trains_as(run, row)), None)
+    return next((row for row in ROWS.values() if _trains_as(run, row)), None)
 
 
 def _trains_as(run: RunRecord, row: Row) -> bool:
@@ -193,29 +204,6 @@ def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
         return not found
     whole = AlignmentConfig(**asked).model_dump(mode="json")
     return len(found) == 1 and {**whole, **found[0]} == whole
-
-
-def measured_as(protocol: Protocol, run: RunRecord) -> str | None:
-    """The name in SAMPLINGS that an evaluation of a run was made by; None where it was made in any other way."""
-    given = settings_of(protocol)
-    asked = {
-        "features": INCEPTION,
-        "features_precision": None,  # papers measure in float32
-        "num_samples": SAMPLES,
-        "labels": "uniform",
-        "weights": "ema",
-        "decoder": AUTOENCODER,
-        "reference": REFERENCE,
-    }
-    data = run.data
-    same_data = (data.get("num_images"), data.get("resolution")) == (IMAGES, 256)
-    if not same_data or any(given.get(key) != value for key, value in asked.items()):
-        return None
-    for name, sampling in SAMPLINGS.items():
-        same_sampler = all(given.get(key) == sampling[key] for key in ("sampler", "steps"))
-        if same_sampler and given.get("guidance") == sampling.get("guidance", "off"):
-            return name
-    return None
 
 
 COUNTED = ("precision", "recall")  # shown with two decimals, as papers do

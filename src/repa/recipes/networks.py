@@ -1,0 +1,260 @@
+"""Other networks than the paper's SiT: on other latents, with an encoder and a head, on pixels, and from text.
+
+LightningDiT on VA-VAE, DDT, DiT^DH on RAE, JiT and PixelREPA's alignment of it, MMDiT. docs/methods/latents.md, ddt.md and
+pixels.md, and docs/text.md explain them: equation, picture, when to use them, what they cost.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from repa.alignment.config import AlignmentConfig
+from repa.autoencoders import AUTOENCODER
+from repa.diffusion.config import DiffusionConfig
+from repa.models.config import SIZES, ModelConfig, dimensions
+from repa.recipes.figures import PUBLISHED, figures_table, headline
+from repa.recipes.recipe import EIGHT, Recipe, commands, paragraphs
+from repa.recipes.small import cifar10
+from repa.training.config import OptimizerConfig, TrainConfig
+
+EPOCH = 1251  # steps of 1024 images in ImageNet's 1.28 million
+UNCLIPPED = 1e9  # a norm that no gradient has
+LARGE_BATCH = {"batch_size": 1024, "optimizer": OptimizerConfig(learning_rate=2e-4, beta2=0.95)}
+SMALL_BATCH = {"batch_size": 256, "optimizer": OptimizerConfig(learning_rate=1e-4, beta2=0.95)}
+RAE_HEAD = "ddt:head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true"
+DDT_HEAD = "ddt:head_depth={depth},final_norm=layer,extent=16,max_period=10"
+# JiT's mean of -0.8 is of data times, which run the other way.
+CLEAN_IMAGES = DiffusionConfig(prediction="data", loss_weight="velocity", timesteps="logit_normal:mean=0.8,std=0.8")
+CAPTIONS = "coco/annotations/captions_{}2014.json"
+
+
+def lightningdit(size: str) -> TrainConfig:
+    """DiT with RMSNorm, SwiGLU and rotary positions on VA-VAE's 16 x 16 x 32 latents; the XL with the batch of its paper."""
+    batch = LARGE_BATCH if size == "XL" else SMALL_BATCH
+    return TrainConfig(
+        model=ModelConfig(name=f"SiT-{size}/1", norm="rms", mlp="swiglu", rotary=True),
+        diffusion=DiffusionConfig(timesteps="logit_normal", velocity_cosine=1.0),
+        autoencoder="va-vae",
+        num_steps=64 * EPOCH if size == "XL" else 400_000,
+        **{**batch, "optimizer": batch["optimizer"].override(max_grad_norm=UNCLIPPED)},
+    )
+
+
+def ddt(size: str) -> TrainConfig:
+    """22 + 6 blocks of an XL, 8 + 4 of a B, aligned to DINOv2-B inside the encoder."""
+    hidden_dim = SIZES[size][0]
+    term = AlignmentConfig(target="dinov2-b", depth=8 if size == "XL" else 4, projector=f"mlp:width={hidden_dim}")
+    blocks = {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "bias": False, "rotary": True}
+    backbone = DDT_HEAD.format(depth=6 if size == "XL" else 4)
+    return TrainConfig(
+        model=ModelConfig(name=f"SiT-{size}/2", backbone=backbone, **blocks),
+        diffusion=DiffusionConfig(timesteps="logit_normal"),
+        alignments=(term,),
+        autoencoder=AUTOENCODER,
+        num_steps=2_000_000 if size == "XL" else 400_000,
+        **SMALL_BATCH,
+    )
+
+
+def rae(size: str) -> TrainConfig:
+    """An encoder of the named size and two blocks of width 2048, on DINOv2-B's 16 x 16 x 768 tokens."""
+    blocks = {"norm": "rms", "mlp": "swiglu", "rotary": True, "depth": SIZES[size][1] + 2}
+    return TrainConfig(
+        model=ModelConfig(name=f"SiT-{size}/1", backbone=RAE_HEAD, **blocks),
+        diffusion=DiffusionConfig(shift="auto"),
+        autoencoder="rae-dinov2-b",
+        num_steps={"XL": 80 * EPOCH, "S": 14 * EPOCH}.get(size, 400_000),
+        ema_decay=0.9999 if size == "B" else 0.9995,
+        **(SMALL_BATCH if size == "B" else LARGE_BATCH),
+    )
+
+
+def jit(size: str) -> TrainConfig:
+    """JiT-B/16 and so on, as trained on ImageNet at 256 pixels."""
+    return TrainConfig(
+        model=ModelConfig(name=f"JiT-{size}/16", backbone="jit"),
+        diffusion=CLEAN_IMAGES,
+        autoencoder="pixels",
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5 * EPOCH, beta2=0.95, max_grad_norm=UNCLIPPED),
+        batch_size=1024,
+        num_steps=600 * EPOCH,
+        ema_decay=0.9999,
+        ema_decays=(0.9996,),
+    )
+
+
+def pixelrepa(size: str) -> TrainConfig:
+    """The tap is the last block before the class tokens come in, a third of the depth."""
+    sizes = dimensions(f"JiT-{size}/16")
+    adapter = f"adapter:masked=0.2,heads={sizes.num_heads}"
+    term = AlignmentConfig(target="dinov2-b", depth=sizes.depth // 3, projector=adapter, weight=0.1)
+    return jit(size).override(alignments=(term,))
+
+
+def cifar10_jit() -> TrainConfig:
+    """The recipe cifar10 with a small JiT on patches of 4 x 4 pixels in place of the SiT."""
+    model = {"backbone": "jit:bottleneck=16,class_tokens=4", "patch_size": 4}
+    baseline = cifar10()
+    return baseline.override(alignments=(), model=baseline.model.override(**model), diffusion=CLEAN_IMAGES)
+
+
+def cifar10_pixelrepa() -> TrainConfig:
+    """The same as cifar10-jit, aligned to the embedded encoder `tiny` through an adapter."""
+    adapter = "adapter:masked=0.2,class_tokens=4"
+    return cifar10_jit().override(alignments=(AlignmentConfig(target="tiny", depth=2, projector=adapter, weight=0.1),))
+
+
+def coco(*, aligned: bool) -> TrainConfig:
+    """24 blocks of width 768 with 24 heads, PyTorch's own initialisation as in the released code; the rest is as on ImageNet."""
+    return TrainConfig(
+        model=ModelConfig(name="SiT-B/2", backbone="mmdit:reference_init=true", depth=24, num_heads=24),
+        alignments=(AlignmentConfig(target="dinov2-b", depth=8),) if aligned else (),
+        text="clip-l",
+        num_steps=150_000,
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network of a paper in the sizes that are here."""
+
+    title: str
+    """What follows the name of the model."""
+    paper: str
+    page: str
+    make: Callable[[str], TrainConfig]
+    names: Mapping[str, tuple[str, str]]
+    """Name of the recipe -> size, and the model as the figures call it."""
+    sampling: str
+    """Options of `repa sample`; {scale} is the guidance's."""
+    notes: tuple[str, ...]
+    flip: bool = True
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Size -> scale of guidance, where the figures without guidance are not the paper's."""
+    group: str = "Other latents, and DDT"
+
+
+_OF_B = (
+    "The B is trained here with batches of 256, 1e-4 and 400K steps, as SiT-B/2 is; the paper's figures are of the XL."
+)
+_STARTS = "Blocks start as the identity (adaLN-Zero) and matrices by Xavier, as in DiT; the released code leaves some at PyTorch's default."
+_OF_JIT = (
+    "As in the papers: the clean image is predicted and the velocity that it implies compared, batch 1024, AdamW 2e-4 after 5 epochs",
+    "of warm-up, beta2 0.95, gradients not clipped, two averages, mirrored images, 600 epochs of 1.28 million images.",
+    "Not as there: the mirrored copies are stored; their figures are of torch-fidelity, with its own reference. The released H also",
+    "drops a fifth of the outputs of its middle blocks in training; a network here draws no random numbers.",
+)
+# The papers guide for data times from 0.1 to 1, which are 0 to 0.9 here.
+_JIT_SAMPLING = "--sampler heun --steps 50 --labels balanced --guidance cfg:scale={scale},high=0.9"
+FAMILIES = {
+    "lightningdit": Family(
+        "on VA-VAE", "2501.01423", "latents.md", lightningdit,
+        {"lightningdit-b1": ("B", "LightningDiT-B/1"), "lightningdit-xl1": ("XL", "LightningDiT-XL/1")},
+        "--sampler euler:shift=3.3333 --steps 250 --guidance cfg:scale=10,high=0.89,channels=3",
+        (
+            "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, no clipping, mirrored images, times by the logit-normal law.",
+            "For 800 epochs add --num-steps 1000800 to `train`; the paper then guides with cfg:scale=6.7,high=0.875,channels=3.",
+            "The shift 1 / 0.3 is of the sampler alone, and guidance is of 3 of the 32 channels, as in the released code.",
+            _OF_B,
+        ),
+    ),
+    "ddt": Family(
+        "on the latents of SiT", "2504.05741", "ddt.md", ddt,
+        {"ddt-b2": ("B", "DDT-B/2"), "ddt-xl2": ("XL", "DDT-XL/2")},
+        "--sampler euler --steps 250 --guidance cfg:scale=2,high=0.7",
+        (
+            "As in the paper: batch 256, AdamW 1e-4 with beta2 0.95, times by the logit-normal law, a projector of the network's width.",
+            "The paper's target of other grids is resized bilinearly; here the grids are the same.",
+            f"{_OF_B} Its aligned block, 4, is chosen here.",
+            _STARTS,
+        ),
+        flip=False,
+    ),
+    "rae": Family(
+        "on RAE", "2510.11690", "latents.md", rae,
+        {"rae-dh-s": ("S", "DiT-DH-S"), "rae-dh-b": ("B", "DiT-DH-B"), "rae-dh-xl": ("XL", "DiT-DH-XL")},
+        "--sampler euler --steps 50 --labels balanced",
+        (
+            "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, clip 1, EMA 0.9995, mirrored images, the shift of the latents' size.",
+            "Not as there: the paper lowers the rate from epoch 40 to a tenth at epoch 800; these 80 epochs have it constant.",
+            "The S is the weak network of autoguidance: --guidance autoguidance:scale=1.42 --weak runs/rae-dh-s.",
+            f"{_OF_B} It has batches of 256 and EMA 0.9999.",
+            _STARTS,
+        ),
+    ),
+    "jit": Family(
+        "on pixels", "2511.13720", "pixels.md", jit,
+        {"jit-b16": ("B", "JiT-B/16"), "jit-h16": ("H", "JiT-H/16")}, _JIT_SAMPLING, _OF_JIT,
+        scales={"B": 2.9, "H": 2.2}, group="JiT, on pixels",
+    ),
+    "pixelrepa": Family(
+        "with PixelREPA's adapter", "2603.14366", "pixels.md", pixelrepa,
+        {f"jit-{size.lower()}16-pixelrepa": (size, f"JiT-{size}/16") for size in "BLH"}, _JIT_SAMPLING,
+        (
+            *_OF_JIT,
+            "The target's tokens are those of DINOv2 at 224 pixels, 16 x 16; the released code cuts 256 pixels into patches of 16.",
+        ),
+        scales={"B": 3.1, "L": 2.8, "H": 2.4}, group="JiT, on pixels",
+    ),
+}  # fmt: skip
+
+
+def network_recipes() -> dict[str, Recipe]:
+    """`lightningdit-b1`, `ddt-xl2`, `rae-dh-xl`, `jit-b16`, `coco-mmdit` and so on, and two for a CPU."""
+    return {
+        "coco-mmdit": _coco("coco-mmdit", "MMDiT on MS-COCO without alignment", aligned=False),
+        "coco-mmdit-repa": _coco("coco-mmdit-repa", "MMDiT on MS-COCO aligned to dinov2-b after block 8", aligned=True),
+        **{name: _recipe(name, key) for key, family in FAMILIES.items() for name in family.names},
+        "cifar10-jit": Recipe.of(cifar10_jit),
+        "cifar10-pixelrepa": Recipe.of(cifar10_pixelrepa),
+    }
+
+
+def _recipe(name: str, key: str) -> Recipe:
+    family, figures = FAMILIES[key], PUBLISHED[key]
+    size, model = family.names[name]
+    autoencoder, flip = family.make(size).autoencoder, " --flip true" if family.flip else ""
+    prepare = f"--resolution 256 --autoencoder {autoencoder}{flip}"
+    sampling = family.sampling.format(scale=family.scales.get(size))
+    parts = [
+        [f"{name}: {model} {family.title}, arXiv {family.paper}. docs/methods/{family.page} explains it."],
+        list(family.notes),
+        commands(name, f"imagenet256-{autoencoder}", prepare, sampling),
+        figures_table(figures),
+    ]
+    known = headline(figures, model, guided=bool(family.scales))
+    about = f"{model} {family.title} (arXiv {family.paper}): {known}"
+    return Recipe(lambda: family.make(size), about, paragraphs(*parts), group=family.group)
+
+
+def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
+    figures = PUBLISHED[name]
+    validation = "data/coco-val"
+    parts = [
+        [f"{name}: {subject}, 256 pixels, text by CLIP-L (arXiv 2410.06940, text-to-image). docs/text.md explains it."],
+        [
+            "As there: 505,070,608 parameters, and 7,344,896 of the projector; AdamW 1e-4, batch 256, a random caption of each image,",
+            "replaced by the empty text with probability 0.1. Not as there: bf16 or float32 unless --precision fp16 asks for fp16.",
+        ],
+        [
+            *(
+                f"repa prepare {CAPTIONS.format(split)} data/coco-{split} --resolution 256 --autoencoder {AUTOENCODER} --text clip-l"
+                for split in ("train", "val")
+            ),
+            f"{EIGHT} train {name} --data data/coco-train --out runs/{name}",
+            f"{EIGHT} sample runs/{name} --prompt-data {validation} --num-images 40192 --sampler euler_maruyama --steps 250 "
+            f"--guidance cfg:scale=2 --out samples/{name}.npz",
+            f"repa evaluate samples/{name}.npz --reference {validation} --metrics fid",
+        ],
+        [
+            "FID of 40,192 samples, one of the first caption of each validation image in their order, against the validation images.",
+            *figures_table(figures),
+            "Users of the released code report 8.35 where the paper has 4.73; why is not known.",
+        ],
+    ]  # fmt: skip
+    best = min(f.fid for f in figures)
+    return Recipe(
+        lambda: coco(aligned=aligned),
+        f"{subject} (arXiv 2410.06940): FID {best} at 150K, guided",
+        paragraphs(*parts),
+        group="Text to image",
+    )
