@@ -69,11 +69,14 @@ def _figures(line: dict[str, str]) -> Figures:
     return Figures(int(step), **numbers, sampler=sampler, guidance=guidance)
 
 
+def _published(line: dict[str, str]) -> PublishedFid:
+    step, fid = int(line.pop("step")), float(line.pop("fid"))
+    return PublishedFid(step=step, fid=fid, **line)
+
+
 REPA = _read("repa.csv", _figures)
 """By recipe."""
-PUBLISHED = _read(
-    "methods.csv", lambda line: PublishedFid(**{**line, "step": int(line["step"]), "fid": float(line["fid"])})
-)
+PUBLISHED = _read("methods.csv", _published)
 """By method, or by recipe where a method is one. Those of coco-mmdit are of 40,192 captions of MS-COCO 2014's validation set."""
 
 
