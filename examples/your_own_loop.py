@@ -25,13 +25,8 @@ def main(num_steps: int = 100) -> list[tuple[float, float]]:
     )  # fmt: skip
 
     encoder = repa.load_encoder("tiny")  # + frozen; "dinov2-b" where its weights can be had
-    aligner = repa.attach(  # +
-        network,
-        "2",
-        features=encoder.dim,
-        loss="cosine",
-        projector="mlp:width=256",  # +
-    )  # +
+    projector = "mlp:width=256"  # +
+    aligner = repa.attach(network, "2", features=encoder.dim, loss="cosine", projector=projector)  # +
     optimizer = torch.optim.AdamW([*network.parameters(), *aligner.parameters()], lr=1e-3)  # + its parameters
 
     history = []

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from repa.alignment import LOSSES, PROJECTORS, TARGETS
 from repa.cli import options
 from repa.cli.main import VERBS, run, trusted
+from repa.diffusion import GUIDANCES, SAMPLERS
 from repa.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,8 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
         "--alignments.0.loss", "mylab.losses.huber:delta=0.5", "--alignments.0.projector", "linear",
         "--alignments.1.target", "mylab.terms.colours", "--alignments.1.projector", "mylab.terms.narrow:width=8",
         "--alignments.1.depth", "2", "--alignments.1.loss", "mse",
+        "--alignments.2.target", "mylab.terms.two_blocks:first=2,second=4", "--alignments.2.projector", "none",
+        "--alignments.2.depth", "1",
     ]  # fmt: skip
     assert run(train) == 0
     sample = ["sample", "run", "--num-images", "2", "--steps", "2", "--sampler", "mylab.samplers.midpoint"]
@@ -133,12 +137,41 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     assert "smooth_l2" in capsys.readouterr().err
 
 
+def test_the_same_code_trains_and_samples_under_names_of_the_tables(mylab, data_folder, tmp_path, monkeypatch):
+    tables = {
+        LOSSES: ("huber", "losses:huber"), TARGETS: ("colours", "terms:colours"), PROJECTORS: ("narrow", "terms:narrow"),
+        SAMPLERS: ("midpoint", "samplers:midpoint"), GUIDANCES: ("falling", "guidances:Falling"),
+    }  # fmt: skip
+    for registry, (name, where) in tables.items():
+        monkeypatch.setitem(registry.table, name, f"mylab.{where}")
+    train = [
+        "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
+        "--preview.every", "0", "--alignments.0.target", "colours", "--alignments.0.loss", "huber:delta=0.5",
+        "--alignments.0.projector", "narrow:width=8",
+    ]  # fmt: skip
+    assert run(train) == 0
+    sample = [
+        "sample",
+        "run",
+        "--num-images",
+        "2",
+        "--steps",
+        "2",
+        "--sampler",
+        "midpoint",
+        "--guidance",
+        "falling:scale=3",
+    ]
+    assert run([*sample, "--out", "samples.npz"]) == 0
+    assert (tmp_path / "samples.npz").is_file()
+
+
 def test_a_private_backbone_trains_and_samples(mylab, data_folder, tmp_path):
     train = [
         "train", "quickstart-repa", "--data", str(data_folder), "--out", "run", "--num-steps", "2", "--batch-size", "4",
         "--preview.every", "0", "--alignments.0.target", "tiny", "--alignments.0.projector", "linear",
         "--model.backbone", "mylab.backbones.convolutions:width=8", "--model.patch-size", "1",
-        "--optimizer.name", "adamw",
+        "--model.patch-overlap", "0", "--optimizer.name", "adamw",
     ]  # fmt: skip
     assert run(train) == 0
     assert run(["sample", "run", "--num-images", "2", "--steps", "2", "--out", "samples.npz", "--trust", "mylab"]) == 0

@@ -47,6 +47,8 @@ def test_irepa():
     projector = PROJECTORS.build("conv:kernel=3")(5, 4, (3, 3)).double()
     projector.conv.load_state_dict({"weight": weight, "bias": bias})
     golden.check(projector(hidden), case["expected"]["projected"])
+    loss = LOSSES.build("cosine")(projector(hidden), TOKEN_NORMS.build("zscore:alpha=0.6")(target))
+    assert loss.mean().item() == pytest.approx(case["expected"]["align_loss_alpha_0_6"], rel=1e-9)
 
 
 def test_sra_head():

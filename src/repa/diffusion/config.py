@@ -11,6 +11,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError, choices
 from repa.base.registry import Spec, parse_spec
 from repa.diffusion import DDPM_SAMPLERS, GUIDANCES, PATHS, PREDICTIONS, SAMPLERS, TIMESTEPS
+from repa.diffusion.guidance import Extrapolation
 
 
 def check_prediction(prediction: str) -> str:
@@ -32,11 +33,10 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
     found = []
     for spec in specs:
         name, _ = parse_spec(spec)
-        if name not in GUIDANCES:
+        guidance = GUIDANCES.build(spec) if name in GUIDANCES else None
+        if not isinstance(guidance, Extrapolation):
             found.append(spec)
-            continue
-        guidance = GUIDANCES.build(spec)
-        if guidance.changes:
+        elif guidance.changes:
             values = {
                 f.name: getattr(guidance, f.name) for f in fields(guidance) if getattr(guidance, f.name) != f.default
             }

@@ -242,11 +242,15 @@ class ModelConfig(Config):
         fields = type(self).model_fields
         options = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if name not in allowed]
         asked = [name for name in options if getattr(self, name) != fields[name].default]
-        if self.learn_sigma or asked:
-            option = asked[0] if asked else "learn_sigma"
+        backbone = parse_spec(self.backbone)[0]
+        if self.learn_sigma:
             raise UserError(
-                f"The backbone {parse_spec(self.backbone)[0]!r} has no {option}: leave it out (learn_sigma comes with "
-                f"names DiT-...), or choose the backbone dit."
+                f"The backbone {backbone!r} predicts no variance, as {self.name} does: take a name SiT-...."
+            )
+        if asked:
+            option, default = asked[0], fields[asked[0]].default
+            raise UserError(
+                f"The backbone {backbone!r} has no {option}: set model.{option} to {default!r}, or choose the backbone dit."
             )
 
     def kwargs(self) -> dict[str, Any]:

@@ -145,7 +145,9 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
     found = find_blocks(made, blocks)
     width = hidden_dim or width_of(made, found[0])
     if not width:
-        raise UserError(f"How wide the tokens of {found[0].name} are is not known: add hidden_dim=... to {net!r}.")
+        raise UserError(
+            f"How wide the tokens of {found[0].name} are is not known: add ,hidden_dim=... to {config.backbone!r}."
+        )
     side = config.latent_size // config.dims().patch_size
     return Hooked(
         made,
