@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -37,9 +36,8 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(guidance, Extrapolation):
             found.append(spec)
         elif guidance.changes:
-            values = {
-                f.name: getattr(guidance, f.name) for f in fields(guidance) if getattr(guidance, f.name) != f.default
-            }
+            # Defaults of a dataclass are attributes of its class.
+            values = {key: value for key, value in vars(guidance).items() if value != getattr(type(guidance), key)}
             told = [f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()]
             found.append(f"{name}:{','.join(told)}")
     return tuple(found)
