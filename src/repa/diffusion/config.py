@@ -32,9 +32,10 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
     for spec in specs:
         name, _ = parse_spec(spec)
         guidance = GUIDANCES.build(spec) if name in GUIDANCES else None
-        if not hasattr(guidance, "changes"):  # private, or none of ours
+        changes = getattr(guidance, "changes", None)  # None: written by others, who promise `needs` and `mix` alone
+        if changes is None:
             found.append(spec)
-        elif guidance.changes:
+        elif changes:
             # Defaults of a dataclass are attributes of its class.
             values = {key: value for key, value in vars(guidance).items() if value != getattr(type(guidance), key)}
             told = [f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()]
