@@ -23,8 +23,7 @@ from repa.base.rng import SampleStreams
 from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
-from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, samples, write_samples
-from repa.sampling.behind import OneBehind
+from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, write_samples, writing
 from repa.sampling.conditions import classes_named
 from tests.calls import call
 
@@ -378,7 +377,7 @@ def test_a_step_that_was_trained_again_is_another_job(random_run, tmp_path):
 def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, tmp_path, monkeypatch):
     out = write_samples(run, ODE, 5, tmp_path / "s.npz")
     before = out.read_bytes()
-    monkeypatch.setattr("repa.sampling.samples.generate", lambda *a: pytest.fail("sampled again"))
+    monkeypatch.setattr("repa.sampling.writing.draw", lambda *a: pytest.fail("sampled again"))
     assert write_samples(run, ODE, 5, out) == out
     with pytest.raises(UserError, match=r"s\.npz exists and is of another job \(num: 5 -> 6\).*another --out"):
         write_samples(run, ODE, 6, out)
@@ -410,9 +409,9 @@ def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
     """As on CUDA: a thread decodes and writes while the next batch is drawn. What it raises ends the command."""
     at_once = write_samples(run, SDE, 11, tmp_path / "at_once.npz").read_bytes()
     threads = set()
-    decode = samples.decode
-    monkeypatch.setattr(samples, "decode", lambda *a: threads.add(threading.current_thread()) or decode(*a))
-    monkeypatch.setattr(samples, "OneBehind", functools.partial(OneBehind, threaded=True))
+    decode = writing.decode
+    monkeypatch.setattr(writing, "decode", lambda *a: threads.add(threading.current_thread()) or decode(*a))
+    monkeypatch.setattr(writing, "OneBehind", functools.partial(writing.OneBehind, threaded=True))
     assert write_samples(run, SDE, 11, tmp_path / "behind.npz").read_bytes() == at_once
     assert threading.main_thread() not in threads
     broken = replace(run, autoencoder=load_autoencoder("pixels"))

@@ -1,7 +1,7 @@
 """Arrays in files that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
 
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +49,11 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
     with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(array.data if array.size else b"")
+
+
+def write_images(archive: zipfile.ZipFile, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """uint8 images of `shape` (N, H, W, 3) as arr_0 of an .npz that is being written, no more than one part of them in memory."""
+    with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # its size is not known when it begins
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for part in parts:
+            file.write(part.tobytes())

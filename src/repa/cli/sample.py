@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     from repa.base.precision import resolved
     from repa.runs import load_run
     from repa.sampling import about_classes, prepared, write_samples
-    from repa.sampling.folders import require_folders, write_folders
+    from repa.sampling.writing import require_folders, write_folders
 
     device = dist.setup()
     run = load_run(

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from repa.base.errors import UserError
 from repa.conditions.hub import locate_text_encoder, read_network, read_tokenizer
 from repa.conditions.words import split_words
+from repa.encoders.families import CLIP
 from repa.evaluation.images import gather_rows
 
 MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
 RARE, COMMON = 0.005, 0.95  # share of captions: words outside tell nothing, or cannot be learned
 RIDGE = 0.1  # for features of unit variance
 CHUNK = 256  # samples that are compared with all prompts at a time
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class CaptionMeasure(Protocol):
@@ -54,6 +54,7 @@ class CaptionAgreement:
     """
 
     def __init__(self, features: Tensor, captions: Sequence[tuple[str, ...]], prompts: Sequence[str]):
+        # An image may have several captions: it has the words of any of them.
         told = [set().union(*map(split_words, texts)) if texts else set() for texts in captions]
         counts = Counter(word for words in told for word in words)
         useful = [word for word, num in counts.most_common() if RARE * len(told) <= num <= COMMON * len(told)]
@@ -68,10 +69,12 @@ class CaptionAgreement:
         self.places: list[Tensor] = []
         x, y = features.double().cpu(), self._present(told)  # (M, D), (M, V)
         self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
-        self.base = y.mean(0)
+        self.base = y.mean(0)  # (V,), how frequent each word is
         x = (x - self.mean) / self.std
-        gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+        # Ridge in closed form: features outnumber what a few thousand captions can tell, so the plain solution would overfit.
+        gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)  # (D, D)
         self.weights = torch.linalg.solve(gram, x.T @ (y - self.base) / len(x))  # (D, V)
+        # Words that features do not show have errors as large as they vary, and so count for little.
         self.unexplained = (y - self.base - x @ self.weights).square().mean(0).clamp_min(1e-4)  # (V,)
 
     def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
@@ -82,6 +85,7 @@ class CaptionAgreement:
         x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
         predicted = self.base + x @ self.weights  # (N, V)
         words, own = self._distinct(self.prompts[: len(x)])  # (P, V), (N,)
+        # -|p - w|^2 / u without |p|^2 / u, which is the same for all prompts of a sample: one product instead of (N, P, V) differences.
         of_words, told = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
         own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ told - of_words, own)
         return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
@@ -132,6 +136,7 @@ class ClipScore:
 
     def result(self) -> dict[str, float]:
         images, texts = gather_rows(self.images, self.places), gather_rows(self.texts, self.places)
+        # Two images of one prompt are no other prompts to each other.
         distinct: dict[str, int] = {}  # text -> the first image of it
         for index, text in enumerate(self.prompts[: len(images)]):
             distinct.setdefault(text, index)
@@ -139,7 +144,7 @@ class ClipScore:
         own = torch.tensor([number[text] for text in self.prompts[: len(images)]])
         prompts = texts[list(distinct.values())].T  # (E, P)
         own_share, shuffled = agreement(lambda rows: images[rows] @ prompts, own)
-        matching = (images * texts).sum(1)
+        matching = (images * texts).sum(1)  # (N,), cosines
         return {
             "clip_score": float(100 * matching.clamp_min(0).mean()),
             "clip_agreement": own_share, "clip_agreement_shuffled": shuffled,
@@ -164,6 +169,7 @@ def agreement(scores: Callable[[slice], Tensor], own: Tensor) -> tuple[float, fl
     for start in range(0, len(own), CHUNK):
         rows = slice(start, start + CHUNK)
         found = scores(rows)  # (n, P)
+        # Not before: how many prompts are distinct is known to the scores alone.
         if found.shape[1] < 2:
             raise UserError(
                 "All samples have one and the same prompt, so there is nothing to tell apart: give several prompts."
@@ -190,7 +196,7 @@ def clip_pixels(images: Tensor, side: int) -> Tensor:
         resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         found.append(np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255)
-    pixels = (np.stack(found) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    pixels = (np.stack(found) - np.array(CLIP.mean, np.float32)) / np.array(CLIP.std, np.float32)
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2))
 
 

@@ -57,6 +57,7 @@ class EvaluateConfig(FeaturesConfig):
     @field_validator("metrics", mode="before")
     @classmethod
     def _short(cls, metrics: Any) -> Any:
+        # "is" is what tables call it, and a word that Python keeps for itself.
         return tuple("inception_score" if name == "is" else name for name in metrics)
 
     @model_validator(mode="after")

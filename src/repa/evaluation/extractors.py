@@ -45,6 +45,7 @@ class EncoderExtractor:
         """uint8 (N, 3, S, S) -> features."""
         with autocast(self.device, self.precision):
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
+        # Known only now: a private encoder says so by what it gives.
         if pooled is None:
             raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
         return Extracted(pooled.float())

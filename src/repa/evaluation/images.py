@@ -48,6 +48,7 @@ class Images(ABC):
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share: (indices (n,), images); batch b goes to process b modulo their number."""
+        # Batches in turn: each process reads forwards, and the first and the last of them differ by one batch at most.
         for start in range(dist.rank() * size, self.num, dist.world() * size):
             indices = np.arange(start, min(start + size, self.num))
             yield torch.from_numpy(indices), self.rows(indices)
@@ -57,7 +58,7 @@ def gather_rows(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     """(n, D) and (n,) for each batch that this process saw, none also -> (N, D) of all processes, by index; on the CPU."""
     rows = torch.cat(list(parts)) if parts else torch.empty(0, 0)
     index = torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int64)
-    if dist.active():
+    if dist.active():  # collectives need equal shapes: all pad to the longest, by rows that have no place
         shapes = dist.gather_objects(tuple(rows.shape))
         num, dim = (max(sizes) for sizes in zip(*shapes, strict=True))
         padded, places = torch.zeros(num, dim), torch.full((num,), -1)
@@ -74,6 +75,7 @@ class NpzImages(Images):
     def __init__(self, path: Path):
         self.path, self.where = path, str(path)
         wanted = "It must be an .npz with uint8 images under arr_0."
+        # numpy would unpack the whole member into memory: 50,000 images of 512 pixels are 39 GB.
         with faults.reading(path, "images", wanted, missing=f"There is no file {path}."):
             self._archive = zipfile.ZipFile(path)
             self._info = self._archive.getinfo("arr_0.npy")
@@ -86,6 +88,7 @@ class NpzImages(Images):
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}.")
         self.num, self.height, self.width, _ = shape
         self._size = self.height * self.width * 3
+        # Before anything is allocated: a header may announce what the file does not hold.
         if self._info.file_size < self._start + self.num * self._size:
             whole = (self._info.file_size - self._start) // self._size
             raise UserError(f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}.")
@@ -95,6 +98,7 @@ class NpzImages(Images):
             self._map, self._next = load_npz(path, "images in Fortran order", ("arr_0",), remedy=REMEDY)["arr_0"], -1
         elif stored and self.num:
             self._map = np.memmap(path, np.uint8, "r", offset=begin + self._start, shape=shape)
+            # The checksum of a zip is of the whole member, and so begins with the header of the array.
             self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)).data)
             self._next = 0
 
@@ -120,7 +124,9 @@ class NpzImages(Images):
         if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
             return
         self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
-        whole = self._info.file_size == self._start + self.num * self._size
+        whole = (
+            self._info.file_size == self._start + self.num * self._size
+        )  # nothing after the images, which none reads
         if self._next == self.num and whole and self._checksum != self._info.CRC:
             raise UserError(f"{self.path} is damaged: arr_0 has another checksum than when it was written.")
 

@@ -46,6 +46,7 @@ def evaluate_file(
     images = open_images(samples)
     if images.height != images.width:
         raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: square ones are measured.")
+    # Samples that were copied or cut keep the name of their record: it counts only for as many images as it speaks of.
     path = Path(samples).with_suffix(".json")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
     if not isinstance(made, dict) or made.get("num") != images.num:
@@ -91,6 +92,7 @@ def evaluate_stream(
         )
     check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)
+    # Of statistics in a file the number of images may not be known, and what neighbours need is there or not.
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
     extractor = _extractor(config, opened, device)
@@ -145,7 +147,7 @@ def _told(
     known = None
     if isinstance(opened, DataImages) and opened.data.has_captions:
         assert real.subset is not None  # of images
-        known = real.subset, opened.data.captions(subset_of(opened.num))
+        known = real.subset, opened.data.captions(subset_of(opened.num))  # captions of the same images as the features
     return measures_of(
         asked, clip=config.clip, clip_weights=config.clip_weights, prompts=prompts, reference=known, device=device
     )
@@ -168,7 +170,7 @@ def make_reference(
         raise UserError(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
-    files.require_writable(out)
+    files.require_writable(out)  # before an hour of features is lost
     extractor = _extractor(config, images, device)
     reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():

@@ -50,6 +50,7 @@ def evaluate(
     """
 
     def numbered() -> Iterator[tuple[Tensor, Tensor]]:
+        # Interleaved: how many images the other processes have is not known, and no number is given twice.
         start = 0
         for images in batches:
             yield (start + torch.arange(len(images))) * dist.world() + dist.rank(), images
@@ -72,6 +73,7 @@ def measure(
     `told` measure what `metrics` ask about prompts.
     """
     check_measurable(extractor, reference, metrics)
+    # Sums where they are enough: 50,000 spatial features of Inception would take 400 MB, their covariance takes 33.
     statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
     score, rows, places = RunningScore(), [], []
     for indices, images in stream:
@@ -85,6 +87,7 @@ def measure(
         if "inception_score" in metrics:
             assert seen.logits is not None
             score.update(seen.logits, indices)
+        # Only for metrics of pairs of images; on the CPU, as a GPU needs its memory for the network.
         if NEED_ROWS & set(metrics):
             rows.append(seen.pooled.cpu())
             places.append(indices)
@@ -106,6 +109,7 @@ def measure(
         found |= _of_rows(reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours)
     for each in told:
         found |= each.result()
+    # In the order asked for, each with its shuffled control where it has one.
     wanted = [name for metric in metrics for name in (metric, f"{metric}_shuffled") if name in found]
     return {name: found[name] for name in wanted}
 
@@ -142,6 +146,7 @@ def _distance(real: Moments, statistics: Statistics) -> float:
 def _of_rows(reference: Tensor, samples: Tensor, metrics: Sequence[str], neighbours: str) -> dict[str, float]:
     found: dict[str, float] = {}
     if {"kid", "kd"} & set(metrics):
+        # KID's subsets have 1,000; of fewer images the whole set is one.
         size = min(KERNEL_SUBSET, len(reference), len(samples))
         found["kid" if "kid" in metrics else "kd"] = kernel_distance(reference, samples, subset_size=size)
     if {"precision", "recall"} & set(metrics):

@@ -70,7 +70,7 @@ class Reference(NamedTuple):
 
 
 def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    array = arrays[name]
+    array = arrays[name]  # of a file from anyone
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(f"{name} has values that are not finite")
     return array
@@ -95,6 +95,7 @@ def kept_reference(
     that cannot be written either.
     """
     path = _place(images, extractor, spec)
+    # The main process looks for all: were the file seen by some alone, the others would wait for them for ever.
     if dist.from_main(path.is_file()):
         return _read(path)
     reference = compute_reference(images, extractor, batch_size, progress)
@@ -112,7 +113,7 @@ def compute_reference(
 ) -> Reference:
     """Every process looks at its share of the images; all get the whole."""
     statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
-    chosen = torch.from_numpy(subset_of(images.num))
+    chosen = torch.from_numpy(subset_of(images.num))  # evenly spaced, as prepared data lies class by class
     kept, places = [], []
     for indices, pixels in images.batches(batch_size):
         seen = extractor(pixels)
@@ -140,12 +141,14 @@ def accumulator_of(extractor: Extractor) -> torch.device:
 
 
 def _place(images: Images, extractor: Extractor, spec: str) -> Path:
+    # What the file is a function of: an extractor of other weights, settings or arithmetic gets a file of its own.
     key = [spec, extractor.identity]
     if images.home is not None:
         folder = images.home / "reference"
         path = folder / _name(extractor, key)
         if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
             return path
+    # In the shared cache the images are part of the name too; in their own folder they need not be.
     return files.cache_folder() / "reference" / _name(extractor, [*key, images.identity])
 
 

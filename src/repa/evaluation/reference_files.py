@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from repa.base import faults, files
-from repa.base.arrays import load_npz
+from repa.base.arrays import load_npz, write_images
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.evaluation.config import INCEPTION
@@ -40,13 +40,14 @@ class ReferenceFile:
             ):
                 raise ValueError("it is not recorded whose features they are")
         self.images = NpzImages(path) if "arr_0" in names else None
-        if self.images is not None:
+        if self.images is not None:  # ADM's files say nothing of the resolution, but their images show it
             self.resolution = self.images.height
         if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
             raise UserError(f"{path} is not a reference: it holds {', '.join(names)}, but mu needs its sigma.")
 
     def load(self, extractor: Extractor, spec: str, batch_size: int, progress: Progress) -> Reference:
         """Raises UserError when the statistics are of other features than `extractor`'s."""
+        # ADM's file for an encoder: its moments are of no use, its images are.
         if self.extractor is None and not isinstance(extractor, InceptionExtractor):
             if self.images is None:
                 raise UserError(
@@ -71,6 +72,7 @@ class ReferenceFile:
                 f"{self.path} is not a reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
                 f"the features have {extractor.dim}."
             )
+        # ADM's file holds the images of its precision and recall, whose features are computed here once.
         if reference.subset is None and self.images is not None:
             seen = kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
             reference = reference._replace(subset=seen.subset)
@@ -141,15 +143,13 @@ def write_reference(path: Path, reference: Reference, images: Images, extractor:
         "extractor": np.array(json.dumps([spec, extractor.identity])),
         "resolution": np.array(images.height),
     }
-    chosen = subset_of(images.num)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), images.height, images.width, 3)}
     with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
+        # ADM's evaluator computes precision and recall from images by its own Inception; for an encoder they would be of no use.
         if isinstance(extractor, InceptionExtractor):
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(chosen), BATCH):
-                    pixels = images.rows(chosen[start : start + BATCH])
-                    file.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            chosen = subset_of(images.num)
+            rows = (images.rows(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH))
+            parts = (pixels.permute(0, 2, 3, 1).numpy() for pixels in rows)  # (n, H, W, 3)
+            write_images(archive, (len(chosen), images.height, images.width, 3), parts)

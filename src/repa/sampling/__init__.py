@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from repa.sampling.samples import Samples as Samples
     from repa.sampling.samples import generate as generate
     from repa.sampling.samples import prepared as prepared
-    from repa.sampling.samples import write_samples as write_samples
+    from repa.sampling.writing import write_samples as write_samples
 else:
     __getattr__, __dir__, __all__ = exports(__name__)

@@ -31,7 +31,7 @@ def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, r
     Only classes with training images are drawn: the vector of another one never trained.
     """
     classes = torch.tensor(drawn_classes(protocol, run), device=streams.device)
-    if protocol == "uniform":
+    if protocol == "uniform":  # from each image's own stream, so that company does not change its class
         return classes[streams.randint(len(classes))]
     return classes[[index % len(classes) for index in indices]]
 
@@ -55,6 +55,7 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
     for part in parts:
         number = int(part.removeprefix("#")) if NUMBER.fullmatch(part) else -1
         label = by_name.get(part, number)
+        # WordNet's names, which ImageNet's classes are called by, name two kinds of crane alike.
         if run.class_names.count(part) > 1:
             numbers = [f"#{number}" for number, name in enumerate(run.class_names) if name == part]
             raise UserError(f"{len(numbers)} classes are named {part}: write {one_of(numbers)}.")
@@ -105,8 +106,10 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
         )
     if config.negative_prompt and not config.guidance:
         raise UserError("A negative prompt is what guidance walks away from: give --guidance cfg:scale=4 too.")
+    # Texts first: a file that cannot be read is reported before gigabytes of weights are.
     texts = read_prompts(config)
     encoder = load_text_encoder(run.text, weights=config.text_weights or run.text_weights or None, device=device)
+    # Another encoder's vectors would be conditions that the network never saw.
     changed = [key for key, value in encoder.identity.items() if (run.text_identity or {}).get(key) != value]
     if run.text_identity and changed:
         raise UserError(

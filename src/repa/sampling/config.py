@@ -101,6 +101,7 @@ class SampleConfig(Config):
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:
         """Of a converted run: what nobody set is as its own code samples. Also a sentence that says so, or an empty one."""
         kind = kind_of(Path(run))
+        # What was set wins, even where it equals a default.
         given, recorded = self.model_dump(exclude_unset=True), dict(SAMPLING.get(kind, {}))
         channels = recorded.pop("channels", 0)
         used: dict[str, Any] = {name: value for name, value in recorded.items() if name not in given}

@@ -31,10 +31,12 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         run.folder, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation")
     )
     encoder_name, _ = term.encoder
+    # A run folder may come from anyone: what is no list of texts counts as nothing recorded.
     recorded = layout.read_config(run.folder).get("feature_weights") or []
     pairs = [pair for pair in recorded if isinstance(pair, str)] if isinstance(recorded, list) else []
     weights = config.guide_weights or weights_for(encoder_name, pairs)
     encoder = load_encoder(encoder_name, weights=weights or None, device=device)
+    # Cropped as training images were: the features must be of the same framing as the targets.
     path = Path(config.guide_image)
     side = run.latent_shape[1] * run.autoencoder.factor
     image = to_tensor(adm_centre_crop(open_image(path), side))[None].to(device)  # (1, 3, H, W)
@@ -42,9 +44,8 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         features = encoder(image, run.model.grid[0])
     alignment = Alignment.of(term, run.model, {encoder_name: features.patches.shape[-1]})
     prefix = f"{(term.projector_of or term.key).replace('.', '_')}."  # as `AlignmentConfig.module`
-    state = {
-        k.removeprefix(prefix): v for k, v in load_projectors(run.folder, run.step).items() if k.startswith(prefix)
-    }
+    stored = load_projectors(run.folder, run.step).items()
+    state = {name.removeprefix(prefix): tensor for name, tensor in stored if name.startswith(prefix)}
     try:
         alignment.load_state_dict(state)
     except RuntimeError:
@@ -56,12 +57,11 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     target = alignment.target.of(features)  # (1, M, F)
 
     def loss(output: Output, t: Tensor, condition: Condition) -> Tensor:
-        student = output.taps[alignment.tap]
+        student = output.taps[alignment.tap]  # (N, P + T, D)
         if not alignment.target.prefix:
-            student = student[:, alignment.prefix_tokens :]
-        return alignment.compare(
-            student, target.expand(len(student), -1, -1), context=ProjectorContext(t, condition)
-        )  # (N,)
+            student = student[:, alignment.prefix_tokens :]  # (N, T, D)
+        same = target.expand(len(student), -1, -1)  # (N, M, F), one image for all
+        return alignment.compare(student, same, context=ProjectorContext(t, condition))  # (N,)
 
     return Guide((alignment.tap,), loss, files.sha256(path))
 

@@ -1,45 +1,31 @@
 """Seeds to images. Image i depends on (seed, i) alone: not on its companions, process count, or restarts.
 
 All draws are each image's own. What is left is arithmetic: matrix products of another batch size may round differently,
-which shows as single grey levels (on a CPU only for a batch of one). `write_samples` cuts the same batches for any number
-of processes and any restart, so its file is the same to the byte.
+which shows as single grey levels (on a CPU only for a batch of one).
 """
 
-import functools
 import inspect
-import json
-import shutil
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
-from repa.base import dist, files
-from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
-from repa.base.images import grid, save_png
-from repa.base.precision import DTYPES, Float32Default, autocast, resolved
+from repa.base.precision import DTYPES, Float32Default, autocast
 from repa.base.registry import parse_spec
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
 from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
-from repa.sampling.behind import OneBehind
-from repa.sampling.conditions import draw_labels, drawn_classes, prompts_of, prompts_record
+from repa.sampling.conditions import draw_labels, prompts_of
 from repa.sampling.config import SampleConfig
-from repa.sampling.folders import write_pngs
 from repa.sampling.representation import guide_of
 from repa.sampling.sharing import with_shared_encoder
-
-GRID_IMAGES = 64  # in the picture next to the npz
 
 
 class Samples(NamedTuple):
@@ -51,7 +37,7 @@ class Samples(NamedTuple):
 
 def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
     """The run with what else sampling needs: prompts, another decoder, a weaker run and an image to guide it."""
-    own = run.autoencoder
+    own = run.autoencoder  # the weak network works on the same latents, whoever decodes them
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)
@@ -61,6 +47,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
         run = replace(run, guide=guide_of(run, config, device))
     run = replace(run, prompts=prompts_of(run, config, device))
+    # Last: it samples a few images, with everything else in its place.
     if config.encoder_steps:
         run = with_shared_encoder(run, config, draw)
     if torch.device(device).type == "cuda":
@@ -91,6 +78,7 @@ def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback:
     """The sampler's part of `generate`; on CUDA nothing waits for it."""
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
+    # The order of the draws is part of what a seed means: noise, then labels, then the sampler's own.
     streams = SampleStreams(config.seed, indices, device)
     shapes = run.layout.shapes
     noise = {name: streams.randn(*shape) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
@@ -101,6 +89,7 @@ def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback:
     calls = Watched(denoiser.predict)
     told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
     denoiser = replace(denoiser, predict=calls)
+    # The network's products alone: the sampler's state is float64, which autocast leaves alone.
     with autocast(device, config.precision):
         state = sampler(denoiser, run.layout.pack(noise), config.steps, randn_like=streams.randn_like, **told)
     return Drawn(indices, state, calls)
@@ -125,6 +114,7 @@ class Watched(CountedCalls):
 
     def __call__(self, *arguments: object) -> Tensor:
         output = super().__call__(*arguments)
+        # All on the device: to read one number here would wait for the network at every step.
         bad = ~output.isfinite().flatten(1).all(1)  # (N,)
         first = torch.zeros_like(bad, dtype=torch.int32) if self.first is None else self.first
         self.first = torch.where((first == 0) & bad, self.calls, first)
@@ -140,164 +130,3 @@ class Watched(CountedCalls):
             f"Image {indices[bad[0]]} of {what} is not finite, {when}: {len(bad)} of {len(indices)} images are lost. Choose a smaller "
             "scale of guidance, another sampler or precision fp32; if that does not help, its weights are damaged."
         )
-
-
-def write_samples(
-    run: LoadedRun,
-    config: SampleConfig,
-    num: int,
-    out: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    count: Callable[[int, int], None] = lambda nfe, num: None,
-    callback: Callback | None = None,
-) -> Path:
-    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format; a name without an ending: a folder of PNG files)
-    and a PNG grid next to it.
-
-    Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
-    `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
-    samples of another are not overwritten.
-    `count` is told the network calls per image, and the images, of every batch that this process makes; `callback` each
-    of its steps.
-    """
-    out = Path(out)
-    if out.name in ("", ".."):  # the current folder and those above, which have no name to put another ending to
-        out = out.resolve()
-    if out.suffix not in (".npz", "") or not out.name:
-        raise UserError(
-            f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
-            "samples.npz, or samples for a folder."
-        )
-    with dist.locked(out, "repa sample"):
-        beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
-        dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
-        return _write_samples(run, config, num, out, progress, count, callback)
-
-
-def _write_samples(
-    run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Callable[[int, int], None],
-    count: Callable[[int, int], None], callback: Callback | None,
-) -> Path:  # fmt: skip
-    parts, device = out.with_suffix(".parts"), next(run.model.parameters()).device
-    config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
-    job = _job(run, config, num)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
-        dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
-        return out
-    other = out.with_suffix("" if out.suffix else ".npz")
-    if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
-        _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
-    _claim(job, run, num, out, parts)
-    starts = range(0, num, config.batch_size)
-    mine = starts[dist.rank() :: dist.world()]
-    with OneBehind(device) as behind:
-        for done, start in enumerate(mine):
-            if _found(parts, start) is None:
-                drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
-                behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
-            progress(min((done + 1) * config.batch_size * dist.world(), num), num)
-    dist.barrier()
-    if dist.is_main():
-        paths = [path for start in starts if (path := _found(parts, start))]
-        if len(paths) < len(starts):
-            raise UserError(
-                f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
-            )
-        nfe = max(int(path.stem.partition("-")[2]) for path in paths)
-        files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
-        if run.prompts:
-            _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
-        save_png(grid(_first_of(paths)), out.with_suffix(".png"))
-        if out.suffix:
-            _assemble(paths, num, out)
-        else:
-            write_pngs((_part(path) for path in paths), out)
-        shutil.rmtree(parts, ignore_errors=True)
-    dist.barrier()
-    return out
-
-
-def _write_prompts(texts: Sequence[str], path: Path) -> None:
-    """A line for each image, for those who score them."""
-    lines = (json.dumps({"index": index, "prompt": text}, ensure_ascii=False) for index, text in enumerate(texts))
-    files.write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def _decode_and_save(
-    run: LoadedRun, config: SampleConfig, drawn: Drawn, parts: Path, count: Callable[[int, int], None]
-) -> None:
-    images, nfe = decode(run, config, drawn)
-    count(nfe, len(images))
-    # the calls are part of the name, so that whoever assembles the parts knows those of all
-    save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
-
-
-def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
-    """What the samples are a function of."""
-    return {
-        **run.identity,
-        "num": num,
-        "autoencoder": run.autoencoder.name,
-        "num_classes": len(set(drawn_classes(config.labels, run))),
-        **config.model_dump(mode="json"),
-        **prompts_record(run),
-    }
-
-
-def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.device) -> str:
-    """That of the samples that are there, where the choice is the machine's: another time it may choose otherwise."""
-    record = out.with_suffix(".json") if out.exists() else parts / "job.json"
-    if config.precision != "auto" or not record.is_file():
-        return resolved(config.precision, device)
-    before = files.read_object(record).get("precision")
-    return before if before in DTYPES else resolved("auto", device)
-
-
-def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
-    if not record.exists():
-        raise UserError(f"{what}: there is no {record} that says how it was made. Remove it or choose another --out.")
-    before = files.read_json(record)
-    if changed := [f"{key}: {before.get(key, 'unknown')} -> {job[key]}" for key in job if before.get(key) != job[key]]:
-        raise UserError(f"{what} ({'; '.join(changed)}): remove it or choose another --out.")
-
-
-def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
-    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
-    if dist.is_main():
-        marker = parts / "job.json"
-        if marker.exists() and any(parts.glob("*.npy")):
-            _require_same(job, marker, f"{parts} holds part of another job")
-        side = run.latent_shape[1] * run.autoencoder.factor
-        files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
-        files.write_json(marker, job)
-    dist.barrier()
-
-
-def _found(parts: Path, start: int) -> Path | None:
-    """The part that begins with image `start`, when it is there."""
-    return next(iter(parts.glob(f"{start:09d}-*.npy")), None)
-
-
-def _part(path: Path) -> np.ndarray:
-    return load_npy(path, "a part of the samples", "Remove it, and the same command makes it again.")
-
-
-def _first_of(paths: Sequence[Path]) -> Tensor:
-    """Some images (n, 3, H, W) for the grid."""
-    enough = paths[: -(-GRID_IMAGES // len(_part(paths[0])))]
-    few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
-    return torch.from_numpy(few).permute(0, 3, 1, 2)
-
-
-def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
-    """All in an npz, without holding more than one part in memory. It comes last: it says that all is there."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *_part(paths[0]).shape[1:])}
-    with (
-        files.atomic_path(out) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for path in paths:
-            file.write(_part(path).tobytes())

@@ -28,6 +28,7 @@ def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
     By dynamic programming: best[c, j], the least cost of the first j evaluations served by c of them.
     """
     num = len(errors)
+    # Infinite where j <= i: an evaluation serves at least itself, so those combinations are never the least.
     serves = np.full((num + 1, num + 1), np.inf)  # [i, j]: i serves i ... j - 1
     for i in range(num):
         serves[i, i + 1 :] = np.cumsum(errors[i, i:])
@@ -36,6 +37,7 @@ def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
         costs = best[:, None] + serves  # the last one is i, and those before it end there
         before.append(costs.argmin(0))
         best = costs.min(0)
+    # Backwards from the end: the last of the chosen ones first.
     chosen, end = [], num
     for places in reversed(before):
         end = int(places[end])
@@ -69,13 +71,11 @@ def with_shared_encoder(run: LoadedRun, config: SampleConfig, draw: Callable[...
         )
     names = {parse_spec(spec)[0] for spec in config.guidance}
     if parse_spec(config.sampler)[0] == "dopri5" or "internal" in names:
-        what = (
-            "internal guidance, whose head is in the encoder"
-            if "internal" in names
-            else "dopri5, whose steps are not known in advance"
+        head, steps = "internal guidance, whose head is in the encoder", "dopri5, whose steps are not known in advance"
+        raise UserError(
+            f"encoder_steps does not go with {head if 'internal' in names else steps}: leave one of them out."
         )
-        raise UserError(f"encoder_steps does not go with {what}: leave one of them out.")
-    recording = Sharing()
+    recording = Sharing()  # which keeps the encoder's tokens of every evaluation
     draw(replace(run, sharing=recording), config, range(PROBES))
     errors = differences(recording.guides)
     if config.encoder_steps > len(errors):

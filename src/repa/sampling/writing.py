@@ -1,0 +1,291 @@
+"""Samples to files: an .npz in ADM's format, PNG files in a folder, or the folders that scorers of prompts read.
+
+Every process writes its batches to OUT.parts, where a restart finds them; the main one makes the file of them. Batches are the
+same for any number of processes and any restart, so the file is the same to the byte.
+
+Of scorers of prompts, GenEval's among them:
+
+OUT/00000/metadata.jsonl       the prompt's line of the file of prompts, or {"prompt": ...}
+OUT/00000/samples/00000.png    samples of it, in the order of their seeds
+"""
+
+import contextlib
+import functools
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repa.base import dist, files
+from repa.base.arrays import load_npy, load_npz, save_npy, write_images
+from repa.base.errors import UserError
+from repa.base.images import grid, save_png
+from repa.base.precision import DTYPES, resolved
+from repa.base.reporting import Progress, silent
+from repa.diffusion.samplers import Callback
+from repa.runs import LoadedRun
+from repa.runs.loading import Prompts
+from repa.sampling.conditions import drawn_classes, prompts_record
+from repa.sampling.config import SampleConfig
+from repa.sampling.samples import Drawn, decode, draw
+
+GRID_IMAGES = 64  # in the picture next to the npz
+LIMIT = 2**36  # bytes of samples that are held at a time
+
+
+class OneBehind:
+    """A thread that does one piece of work at a time; a second piece waits for the first, so memory holds two batches at most.
+
+    On CUDA the thread has a stream of its own, which begins after what the caller had queued. Elsewhere the work is done at
+    once, as it would take the cores from the sampler.
+
+    Args:
+        device: of the sampler.
+        threaded: None: on CUDA alone.
+    """
+
+    def __init__(self, device: torch.device, *, threaded: bool | None = None):
+        on_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None
+        self._pool = ThreadPoolExecutor(1) if (on_cuda if threaded is None else threaded) else None
+        self._last: Future[None] | None = None
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do `work`; what an earlier piece raised is raised here."""
+        if self._pool is None:
+            work()
+            return
+        # The thread's stream may begin once all that the sampler has queued so far is done.
+        ready = torch.cuda.current_stream().record_event() if self._stream else None
+        self.wait()
+        self._last = self._pool.submit(self._run, work, ready)
+
+    def wait(self) -> None:
+        """Until all work is done."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def _run(self, work: Callable[[], None], ready: "torch.cuda.Event | None") -> None:
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            work()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()  # of an interrupted command too: the batch that is being written is kept
+
+
+def write_samples(
+    run: LoadedRun,
+    config: SampleConfig,
+    num: int,
+    out: Path,
+    progress: Progress = silent,
+    count: Callable[[int, int], None] = silent,
+    callback: Callback | None = None,
+) -> Path:
+    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format; a name without an ending: a folder of PNG files)
+    and a PNG grid next to it.
+
+    Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
+    `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
+    samples of another are not overwritten.
+    `count` is told the network calls per image, and the images, of every batch that this process makes; `callback` each
+    of its steps.
+    """
+    out = Path(out)
+    if out.name in ("", ".."):  # the current folder and those above, which have no name to put another ending to
+        out = out.resolve()
+    if out.suffix not in (".npz", "") or not out.name:
+        raise UserError(
+            f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
+            "samples.npz, or samples for a folder."
+        )
+    with dist.locked(out, "repa sample"):  # two commands would write the same parts
+        beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
+        dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
+        return _write_samples(run, config, num, out, progress, count, callback)
+
+
+def _write_samples(
+    run: LoadedRun, config: SampleConfig, num: int, out: Path, progress: Progress,
+    count: Callable[[int, int], None], callback: Callback | None,
+) -> Path:  # fmt: skip
+    parts, device = out.with_suffix(".parts"), next(run.model.parameters()).device
+    # Before the job is compared: its record names the precision that "auto" stood for.
+    config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
+    job = _job(run, config, num)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
+        dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
+        return out
+    other = out.with_suffix("" if out.suffix else ".npz")
+    if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
+        _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
+    _claim(job, run, num, out, parts)
+    starts = range(0, num, config.batch_size)
+    # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
+    mine = starts[dist.rank() :: dist.world()]
+    with OneBehind(device) as behind:
+        for done, start in enumerate(mine):
+            if _found(parts, start) is None:
+                drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
+                behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
+            progress(min((done + 1) * config.batch_size * dist.world(), num), num)
+    dist.barrier()
+    if dist.is_main():
+        paths = [path for start in starts if (path := _found(parts, start))]
+        if len(paths) < len(starts):  # processes on machines without a common file system
+            raise UserError(
+                f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
+            )
+        # dopri5 asks the network a different number of times for each batch.
+        nfe = max(int(path.stem.partition("-")[2]) for path in paths)
+        files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
+        if run.prompts:
+            _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
+        save_png(grid(_first_of(paths)), out.with_suffix(".png"))
+        if out.suffix:
+            _assemble(paths, num, out)
+        else:
+            write_pngs(map(_part, paths), out)
+        shutil.rmtree(parts, ignore_errors=True)
+    dist.barrier()
+    return out
+
+
+def _write_prompts(texts: Sequence[str], path: Path) -> None:
+    """A line for each image, for those who score them."""
+    lines = (json.dumps({"index": index, "prompt": text}, ensure_ascii=False) for index, text in enumerate(texts))
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _decode_and_save(
+    run: LoadedRun, config: SampleConfig, drawn: Drawn, parts: Path, count: Callable[[int, int], None]
+) -> None:
+    images, nfe = decode(run, config, drawn)
+    count(nfe, len(images))
+    # the calls are part of the name, so that whoever assembles the parts knows those of all
+    save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+
+
+def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
+    """What the samples are a function of."""
+    return {
+        **run.identity,
+        "num": num,
+        "autoencoder": run.autoencoder.name,
+        "num_classes": len(set(drawn_classes(config.labels, run))),
+        **config.model_dump(mode="json"),
+        **prompts_record(run),
+    }
+
+
+def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.device) -> str:
+    """That of the samples that are there, where the choice is the machine's: another time it may choose otherwise."""
+    record = out.with_suffix(".json") if out.exists() else parts / "job.json"
+    if config.precision != "auto" or not record.is_file():
+        return resolved(config.precision, device)
+    before = files.read_object(record).get("precision")
+    return before if before in DTYPES else resolved("auto", device)
+
+
+def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
+    if not record.exists():
+        raise UserError(f"{what}: there is no {record} that says how it was made. Remove it or choose another --out.")
+    before = files.read_json(record)
+    if changed := [f"{key}: {before.get(key, 'unknown')} -> {job[key]}" for key in job if before.get(key) != job[key]]:
+        raise UserError(f"{what} ({'; '.join(changed)}): remove it or choose another --out.")
+
+
+def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
+    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
+    if dist.is_main():
+        marker = parts / "job.json"
+        if marker.exists() and any(parts.glob("*.npy")):
+            _require_same(job, marker, f"{parts} holds part of another job")
+        side = run.latent_shape[1] * run.autoencoder.factor
+        # Twice: the parts lie beside the file until it is whole.
+        files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
+        files.write_json(marker, job)
+    dist.barrier()
+
+
+def _found(parts: Path, start: int) -> Path | None:
+    """The part that begins with image `start`, when it is there."""
+    return next(iter(parts.glob(f"{start:09d}-*.npy")), None)
+
+
+def _part(path: Path) -> np.ndarray:
+    return load_npy(path, "a part of the samples", "Remove it, and the same command makes it again.")
+
+
+def _first_of(paths: Sequence[Path]) -> Tensor:
+    """Some images (n, 3, H, W) for the grid."""
+    enough = paths[: -(-GRID_IMAGES // len(_part(paths[0])))]
+    few = np.concatenate([_part(path) for path in enough])[:GRID_IMAGES]
+    return torch.from_numpy(few).permute(0, 3, 1, 2)
+
+
+def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
+    """All in an npz, without holding more than one part in memory. It comes last: it says that all is there."""
+    with files.atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        write_images(archive, (num, *_part(paths[0]).shape[1:]), map(_part, paths))
+
+
+def write_pngs(parts: Iterable[np.ndarray], out: Path) -> None:
+    """Image i of all parts, uint8 (n, H, W, 3), as out/00000i.png; the folder appears when all are there."""
+    with files.atomic_folder(out) as temporary:
+        for index, image in enumerate(image for part in parts for image in part):
+            save_png(image, temporary / f"{index:06d}.png")
+
+
+def require_folders(out: Path) -> None:
+    """Raises UserError where `write_folders` would not write."""
+    if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
+        raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
+    files.require_place(out, out)
+
+
+def write_folders(samples: Path, prompts: Prompts, prompt_file: str, out: Path) -> None:
+    """Lay the images of an .npz by `repa sample` out by prompt; the same call again writes the same.
+
+    Args:
+        samples: image i is of prompt i modulo their number.
+        prompt_file: where the prompts came from, or "".
+        out: a new or empty folder, or one that this function wrote.
+
+    Raises:
+        UserError: the folder holds other things.
+    """
+    require_folders(out)
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts.texts]
+    if prompt_file.endswith(".jsonl"):  # scorers find there what they need besides the prompt
+        lines = [line for line in Path(prompt_file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    images = load_npz(samples, "samples", ("arr_0",), limit=LIMIT)["arr_0"]
+    for index, image in enumerate(images):
+        number, place = index % len(prompts.texts), index // len(prompts.texts)
+        folder = out / f"{number:05d}"
+        save_png(image, folder / "samples" / f"{place:05d}.png")
+        if not place:
+            files.write_text(folder / "metadata.jsonl", lines[number] + "\n")
