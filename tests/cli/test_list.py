@@ -9,7 +9,7 @@ from repa.cli import main
 from repa.cli.list import registries
 from repa.cli.show import shown_names
 from repa.encoders import ENCODERS, load_encoder
-from repa.encoders.facts import GRID, PACKAGED, facts_of
+from repa.encoders.families import GRID, PACKAGED, facts_of
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from repa.evaluation import evaluate
 from repa.evaluation.images import DataImages, open_images
 from repa.evaluation.measure import measure
 from repa.evaluation.reference import compute_reference
-from repa.metrics import manifold, score
+from repa.metrics import RunningScore, manifold
 from tests.evaluation.inceptions import small_inception
 
 ALL = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
@@ -21,7 +21,7 @@ ALL = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 
 def figures(data, samples):
     manifold.BLOCK = 7  # several blocks for each process
-    score.RunningScore.__init__.__defaults__ = (10,)
+    RunningScore.__init__.__defaults__ = (10,)
     extractor = small_inception()
     reference = compute_reference(DataImages(open_data(data)), extractor, batch_size=7)
     images = open_images(samples)
@@ -41,7 +41,7 @@ def on(rank, folder, data, samples):
 
 def test_two_are_one(data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(manifold, "BLOCK", 7)
-    monkeypatch.setattr(score.RunningScore.__init__, "__defaults__", (10,))
+    monkeypatch.setattr(RunningScore.__init__, "__defaults__", (10,))
     pixels = DataImages(open_data(data_folder)).rows(np.arange(30)).permute(0, 2, 3, 1).numpy()
     noise = np.random.default_rng(0).normal(0, 25, pixels.shape)
     np.savez(tmp_path / "s.npz", arr_0=np.clip(pixels + noise, 0, 255).astype(np.uint8))

@@ -65,7 +65,7 @@ def _entries(registry: Registry) -> Groups:
 def _encoders() -> Groups:
     """By the extra that they need."""
     from repa.encoders import ENCODERS
-    from repa.encoders.facts import facts_of
+    from repa.encoders.families import facts_of
 
     headings = {
         "": "Inside the package",

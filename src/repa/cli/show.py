@@ -95,7 +95,7 @@ def _model(name: str) -> str:
 
 def _encoder(name: str) -> str:
     from repa.base.extras import installed
-    from repa.encoders.facts import facts_of
+    from repa.encoders.families import facts_of
 
     facts = facts_of(name)
     rows = [
@@ -118,7 +118,7 @@ def _encoder(name: str) -> str:
 
 
 def _whether_here(name: str) -> str:
-    from repa.encoders.facts import PACKAGED
+    from repa.encoders.families import PACKAGED
 
     if name in PACKAGED:
         return "no download"

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from repa.base.lazy import exports
 from repa.encoders import families
-from repa.encoders.facts import PACKAGED, facts_of
 from repa.encoders.loading import EncoderRegistry
 from repa.encoders.loading import canonical as canonical
 
@@ -17,7 +16,7 @@ ENCODERS = EncoderRegistry(
         **dict.fromkeys(families.encoder_names(), "repa.encoders.vit:load_vit"),
     },
     listing="encoders",
-    facts={name: facts_of(name).about for name in (*PACKAGED, *families.encoder_names())},
+    facts={name: families.facts_of(name).about for name in (*families.PACKAGED, *families.encoder_names())},
 )
 
 if TYPE_CHECKING:

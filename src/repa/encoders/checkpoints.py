@@ -1,7 +1,7 @@
 """Where an encoder's weights lie, and the network that they make: a folder as on the hub, or an original project's file."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,6 @@ from repa.encoders.originals import convert_original, state_dict_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = "pytorch_model.bin"  # of hub repositories from before safetensors
-
-
-class Contents(NamedTuple):
-    """What a checkpoint holds, in the hub's names."""
-
-    config: Any
-    tensors: dict[str, Tensor]
 
 
 def locate_weights(name: str, family: Family, size: str, weights: Path | None) -> Path:
@@ -64,39 +57,42 @@ def kept(original: Original) -> Path:
     if original.kept == TORCH_HUB:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
     else:
-        folder = Path.home() / original.kept if original.kept else files.cache_folder() / "encoders"
+        folder = Path.home() / original.kept if original.kept else _shelf()
     return folder / original.file
 
 
 def cached(hub: str) -> Path | None:
     """The folder of the hub's cache, when it holds both files. Asks nobody: without a network nothing waits for a time-out."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     for weights in (WEIGHTS, PICKLED):
         try:
-            return [Path(hf_hub_download(hub, file, local_files_only=True)) for file in (CONFIG, weights)][-1].parent
+            return _folder_of(hub, weights, local_files_only=True)
         except LocalEntryNotFoundError:
             continue
     return None
 
 
+def _folder_of(hub: str, weights: str, local_files_only: bool) -> Path:
+    """The folder of the hub's cache with the configuration and the weights."""
+    from huggingface_hub import hf_hub_download
+
+    files = [hf_hub_download(hub, file, local_files_only=local_files_only) for file in (CONFIG, weights)]
+    return Path(files[-1]).parent
+
+
 def download(name: str, hub: str, by_hand: str) -> Path:
     """The folder of the hub's cache with the configuration and the weights, fetched."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    def both(weights: str) -> Path:
-        return [Path(hf_hub_download(hub, file, local_files_only=False)) for file in (CONFIG, weights)][-1].parent
 
     try:
         try:
-            return both(WEIGHTS)
+            return _folder_of(hub, WEIGHTS, local_files_only=False)
         # An EntryNotFoundError too, but it says that there is no network, not that the repository has no such file.
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            return both(PICKLED)
+            return _folder_of(hub, PICKLED, local_files_only=False)
     except GatedRepoError as error:
         raise UserError(
             f"The weights of the encoder {name} ({hub}) are given only to those who accepted their licence: accept it on "
@@ -147,11 +143,10 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
         original = None
     try:
         with faults.reading(file, f"weights of the encoder {name}", "Download or copy it again."):
-            contents = read_original(name, family, original, file) if original else read_folder(family, file)
+            config, tensors = _contents(name, family, original, file, model.config_class)
         net, report = model.from_pretrained(
-            None, config=contents.config, state_dict=contents.tensors, dtype=torch.float32, output_loading_info=True,
-            **family.build,
-        )  # fmt: skip
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **family.build
+        )
     except UserError:
         raise
     except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
@@ -170,19 +165,14 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     return net, file
 
 
-def read_folder(family: Family, file: Path) -> Contents:
-    """A folder in the hub's format; of a model with more towers, the vision tower."""
-    transformers = extras.need("transformers", f"The encoder of {file.parent}")
-    config = getattr(transformers, family.model).config_class.from_pretrained(
-        file.parent, local_files_only=True, **family.settings
-    )
+def _contents(
+    name: str, family: Family, original: Original | None, file: Path, config_class: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """What a checkpoint holds, in the hub's names: the network's configuration and its tensors."""
     tensors = read_weights(file)
-    return Contents(config, {key: value for key, value in tensors.items() if key.startswith(family.subset)} or tensors)
-
-
-def read_original(name: str, family: Family, original: Original, file: Path) -> Contents:
-    """The original project's checkpoint: its tensors renamed, its configuration read off their shapes."""
-    transformers = extras.need("transformers", f"The encoder {name}")
-    settings, tensors = convert_original(state_dict_of(read_weights(file), original, name, file), original)
-    config = getattr(transformers, family.model).config_class(**settings, **family.settings)
-    return Contents(config, tensors)
+    if original:  # no configuration lies beside the file: it is read off the shapes
+        settings, tensors = convert_original(state_dict_of(tensors, original, name, file), original)
+        return config_class(**settings, **family.settings), tensors
+    config = config_class.from_pretrained(file.parent, local_files_only=True, **family.settings)
+    # Of a model with more towers, the vision tower.
+    return config, {key: value for key, value in tensors.items() if key.startswith(family.subset)} or tensors

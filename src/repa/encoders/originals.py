@@ -23,7 +23,7 @@ class Naming(NamedTuple):
     top: dict[str, str]
     block: str  # where block {} begins
     inside: dict[str, str]
-    third: str  # of attn.qkv: {} is query, key or value
+    third: str  # of attn.qkv: {} is query, key or value, and {0[0]} its first letter
 
 
 VIT_TOP = {
@@ -69,10 +69,9 @@ NAMINGS = {
         },
         "vision_model.encoder.layers.{}.",
         {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"},
-        "self_attn.{}_proj",
+        "self_attn.{0[0]}_proj",
     ),
 }
-SHORT = {"query": "q", "key": "k", "value": "v"}  # as CLIP's naming says it
 
 
 def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) -> dict[str, Tensor]:
@@ -107,6 +106,7 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
 def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """timm's names -> (settings of the network, read off the shapes; tensors in the hub's names, q, k and v apart)."""
     naming, converted = NAMINGS[original.naming], {}
+    # By way of timm's names: all these projects but OpenAI build on its blocks, so one table for each of the hub's classes is enough.
     for key, value in tensors.items():
         for wrong, right in MISSPELT.items():
             key = key.replace(f".{wrong}.", f".{right}.")
@@ -118,8 +118,7 @@ def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[di
             converted[begin + names[rest]] = value
         elif stem == "attn.qkv":
             for third, rows in zip(PARTS, value.chunk(3), strict=True):  # (3D, ...) -> 3 x (D, ...)
-                word = SHORT[third] if original.naming == "clip" else third
-                converted[f"{begin}{naming.third.format(word)}.{kind}"] = rows
+                converted[f"{begin}{naming.third.format(third)}.{kind}"] = rows
         else:
             converted[f"{begin}{names.get(stem, stem)}.{kind}" if stem else begin + kind] = value
     if original.naming == "clip":
@@ -141,7 +140,7 @@ def network_settings(tensors: dict[str, Tensor], original: Original) -> dict[str
         "patch_size": patch,
         "image_size": grid * patch,
     }
-    hidden = next((len(value) for key, value in tensors.items() if key == "blocks.0.mlp.fc1.weight"), 0)
+    hidden = len(tensors.get("blocks.0.mlp.fc1.weight", ()))  # 0 where the layer is a SwiGLU, as in DINOv2-g
     if original.naming != "dinov2":
         return {**settings, "intermediate_size": hidden}
     registers = tensors.get("register_tokens")  # (1, R, D)
