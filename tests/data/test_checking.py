@@ -32,6 +32,18 @@ def test_a_changed_byte_is_found_in_any_file(out, name):
         check_bytes(out)
 
 
+def test_a_changed_byte_is_found_in_a_reference(out):
+    path = out / "reference" / "tiny-0123456789ab.npz"
+    path.parent.mkdir()
+    np.savez(path, mu=np.arange(100.0), count=np.array(11))
+    check_bytes(out)
+    data = bytearray(path.read_bytes())
+    data[data.index(np.float64(50.0).tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"tiny-0123456789ab\.npz cannot be read as a reference.*Remove it"):
+        check_bytes(out)
+
+
 def test_the_models_of_today_make_what_is_stored(out):
     findings = check_models(out, num=5)
     assert [finding.field for finding in findings] == ["moments", "features.tiny"]

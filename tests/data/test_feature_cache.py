@@ -213,3 +213,8 @@ def test_a_folder_that_another_process_has_just_begun_is_a_cache(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".cache.json.abcdefgh.tmp").touch()
     assert FeatureCache.open(tmp_path).fill([0], lambda missing: torch.ones(1, 2, 3)).shape == (1, 2, 3)
+
+
+def test_a_folder_that_cannot_be_made_is_said():
+    with pytest.raises(UserError, match=r"/proc/features takes no new files. Choose another place"):
+        FeatureCache.open("/proc/features", "enc").add(["a"], torch.zeros(1, 2, 3))

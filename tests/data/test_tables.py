@@ -209,6 +209,25 @@ def test_saved_splits_are_chosen(tmp_path):
         open_source(one)
 
 
+@pytest.mark.parametrize("kind", ["cut short", "no arrow", "offsets outside", "offsets backwards"])
+def test_damaged_arrow_files_are_refused_before_they_are_read(tmp_path, kind):
+    """Arrow follows offsets without a look: one that leads out of its file would end the process."""
+    table, path = pyarrow.table({"image": [b"x" * 60, b"x" * 60]}), tmp_path / "a.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    if kind.startswith("offsets"):
+        wrong = [0, 1 << 30, 1 << 30] if kind == "offsets outside" else [0, 60, 2]
+        right, data = np.array([0, 60, 120], np.int32).tobytes(), path.read_bytes()
+        assert data.count(right) == 1
+        path.write_bytes(data.replace(right, np.array(wrong, np.int32).tobytes()))
+    if kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    if kind == "no arrow":
+        path.write_bytes(b"x" * 1000)
+    with pytest.raises(UserError, match=r"a\.arrow cannot be loaded"):
+        open_source(path)
+
+
 def test_images_beside_the_table_are_read(tmp_path):
     """A data set made by `imagefolder` holds paths."""
     import datasets

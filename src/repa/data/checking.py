@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repa.base import files
-from repa.base.arrays import load_npy
+from repa.base.arrays import load_npy, load_npz
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.dataset import DataSet, open_data
@@ -40,7 +40,8 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
         report: called with (bytes done, bytes in all, file).
 
     Raises:
-        UserError: names every file that is missing, of another size or of other bytes, the first five of them.
+        UserError: names every file that is missing, of another size or of other bytes, the first five of them; or a reference of
+            an evaluation that is damaged.
     """
     folder = Path(folder)
     records = Manifest.open(folder).records
@@ -56,6 +57,8 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
             f"{len(damaged)} of {len(records)} files in {folder} are not as they were written ({', '.join(damaged[:5])}): "
             "delete them and run the same `repa prepare` again, which makes them again."
         )
+    for path in sorted(folder.glob("reference/*.npz")):  # which evaluations keep: a zip holds a checksum of each array
+        load_npz(path, "a reference", remedy="Remove it, and it is computed again.")
     # the manifest has no checksum of its own: its counts are compared with the labels when these are read
     _ = open_data(folder).small_labels
     return done

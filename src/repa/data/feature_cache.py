@@ -155,7 +155,7 @@ class FeatureCache:
             raise UserError(
                 f"Features are not finite as {self.dtype}: check the encoder, or open the cache with dtype='fp32'."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.require_place(self.folder, self.folder)
         with lock.held(self.folder / ".lock"):
             files.remove_leftovers(self.folder)  # of a process that was killed: the lock is ours
             self._refresh()

@@ -54,6 +54,13 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
             )
     if all(_is_whole(value) for value in values):
         numbers = [int(value.partition(".")[0]) if isinstance(value, str) else int(value) for value in values]
+        written: dict[int, Any] = {}
+        for value, number in zip(values, numbers, strict=True):
+            if isinstance(value, str) and written.setdefault(number, value) != value:
+                raise UserError(
+                    f"The labels in {where} are numbers, but {written[number]!r} and {value!r} are the same one: write it one "
+                    "way, or give the classes names that are no numbers."
+                )
         if set(numbers) == {-1, 1}:
             return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"])
         return _numbered(numbers, name_of, where)

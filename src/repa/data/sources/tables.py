@@ -192,6 +192,8 @@ class DatasetSource(TableSource):
         """
         datasets = _library()
         self._where = where
+        # a damaged file may name places outside of it, which arrow follows without a look: the process would crash
+        _loading(lambda: table.data.validate(full=True), where)
         # as arrow, with what `datasets` writes beside it, so that one rule serves its tables and parquet files
         self._choose(where, columns_of(table.features.arrow_schema), labels, columns)
         image, caption = self._columns.image, self._columns.caption
