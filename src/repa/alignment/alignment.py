@@ -18,7 +18,7 @@ from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 
 
 class ProjectorContext(NamedTuple):
-    """What a projector that reads the condition gets in addition to the tokens."""
+    """What a projector that reads time and condition gets in addition to the tokens."""
 
     t: Times
     """(N,) times of the noise."""

@@ -21,7 +21,7 @@ WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one w
 
 
 def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "Aligner":
-    """Alignment terms for a network of any make: its forward, weights and names stay as they are.
+    """Alignment terms for any network; its forward, weights and names do not change.
 
         aligner = repa.attach(net, "transformer_blocks.7")          # before torch.compile, DDP and the optimizer
         optimizer = AdamW([*net.parameters(), *aligner.parameters()])
@@ -46,7 +46,7 @@ def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "A
 
 
 class Aligner(nn.Module):
-    """Terms of the loss that look at a network's blocks. Made by `attach`.
+    """Alignment terms of a network, made by `attach`; calling it gives their weighted loss.
 
     Its parameters are the projectors', its state dict holds them and where schedules stand. In several processes wrap it
     as the network (DDP, `accelerator.prepare`) and call it: gradients of projectors are averaged as all others are.

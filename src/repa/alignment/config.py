@@ -14,7 +14,7 @@ PARTS = ("part", "layer")  # settings of a target that is an encoder: which of i
 
 
 class AlignmentConfig(Config):
-    """One term of Eq. 9; a run has as many as it likes, each with its own projector and weight."""
+    """One term of Eq. 9; a run may have several, each with its own projector and weight."""
 
     target: str
     """An encoder: dinov2-b, dinov2-b:part=attention,layer=9; or ema:depth=20, block:depth=16, run:path=RUN,depth=16, latent, text, none."""

@@ -139,7 +139,7 @@ def crepa(
     temperature: float = 1.0,
     normalize: bool = False,
 ) -> Tensor:
-    """CREPA (arXiv 2506.09229): each frame of a film points where its own features and its neighbours' point.
+    """CREPA (arXiv 2506.09229), for videos: a frame's tokens point towards its own features and those of its neighbours.
 
         loss = -mean_i sum_{|i - j| <= distance} exp(-|i - j| / temperature) mean_p cos(student[i, p], target[j, p])
 
@@ -273,5 +273,5 @@ def zscore(tokens: Tensor, *, alpha: float = 0.6) -> Tensor:
 
 
 def layernorm(tokens: Tensor) -> Tensor:
-    """Each token to mean 0 and variance 1 over its channels, (N, T, F): for losses that feel the size of a target, as `mse`."""
+    """Each token to mean 0 and variance 1 over its channels, (N, T, F): for losses that depend on the size of a target, such as `mse`."""
     return F.layer_norm(tokens, tokens.shape[-1:])

@@ -17,7 +17,7 @@ def constant(now: int, /) -> float:
 
 
 def stop(now: int, /, *, step: int = 250_000) -> float:
-    """1 before `step`, 0 from it on, which spares running the encoder (HASTE, arXiv 2505.16792: 250 000 for XL)."""
+    """1 before `step`, 0 from it on, where the encoder no longer runs (HASTE, arXiv 2505.16792: 250,000 for XL)."""
     return 1.0 if now < _positive("stop", "step", step) else 0.0
 
 
@@ -37,7 +37,7 @@ def cosine(now: int, /, *, steps: int = 400_000) -> float:
 
 
 class Plateau:
-    """1 until the term's loss stops falling, 0 from then on: what HASTE (arXiv 2505.16792) sets by hand as a step.
+    """1 until the term's loss stops falling, 0 from then on; HASTE (arXiv 2505.16792) sets this step by hand.
 
     The loss is looked at a hundred times in `span` steps. When its mean over a span is not at least `gain` below that of
     the span before, the term has stopped. The training loop tells it the losses and keeps its state in checkpoints.

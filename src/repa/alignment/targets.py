@@ -18,7 +18,7 @@ from repa.models.layers import patchify
 
 
 class Seen(NamedTuple):
-    """All that a term may look at in a step."""
+    """Everything that a term may read in a step."""
 
     output: Output
     """Of the network in training."""
@@ -184,7 +184,7 @@ class TextTarget(Target):
 
 
 def text(model: Backbone, tap: Tap, *, width: int = 0) -> Target:
-    """The caption (REED, arXiv 2507.08980), of whose stored tokens the mean is taken; goes with pool, so that both are one vector.
+    """The mean of the caption's stored tokens (REED, arXiv 2507.08980); needs `pool`, so that both sides are one vector.
 
     Args:
         width: E of the stored tokens; a run fills it in from its data.
@@ -209,7 +209,7 @@ def ema(model: Backbone, tap: Tap, *, depth: int, earlier: float = 0.0, cleanest
 
 
 def run(model: Backbone, tap: Tap, *, path: str, depth: int, step: int = -1, scale: float = 30.0) -> Target:
-    """Guided features of a network that was trained before (Self-Transcendence, arXiv 2601.07773, second stage).
+    """Guided features of a frozen run (Self-Transcendence, arXiv 2601.07773, second stage).
 
     The run's averaged network, frozen, sees the same images, noise and times with their labels and without; the target is
     null + scale (conditional - null) at a block. It has the width and depth of the network in training.
@@ -234,7 +234,7 @@ def latent(model: Backbone, tap: Tap) -> Target:
 
 
 def features(model: Backbone, tap: Tap) -> Target:
-    """Features of any origin, which your own loop passes to `Alignment.compare`: not a target of a run."""
+    """Features that your own loop passes to `Alignment.compare`; not a target of `repa train`."""
     raise UserError(
         "The target 'features' is for Alignment.compare in a loop of your own: a run needs the name of an encoder."
     )

@@ -85,7 +85,7 @@ def latent_shift(shape: Sequence[int], base: int = 4096) -> float:
 
 
 class DiffusionConfig(Config):
-    """What the network learns to undo, and what it answers."""
+    """The noising process, what the network predicts, and its training times."""
 
     objective: Literal["flow", "ddpm"] = "flow"
     """flow: SiT's, as the settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""

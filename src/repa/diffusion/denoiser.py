@@ -115,7 +115,7 @@ def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
 
 
 class Layout:
-    """How the parts of a state lie in one tensor.
+    """How the parts of a state are packed into one tensor.
 
     Args:
         shapes: of each part without N, as `Backbone.state_shapes`: {"x": (C, H, W)}, or with vectors {"x": ..., "class": (F,)}.

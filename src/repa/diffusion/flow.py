@@ -167,7 +167,7 @@ def time_shift(t: Tensor, shift: float) -> Tensor:
 
 
 def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor) -> Tensor:
-    """What a network of this prediction is trained to answer, for clean latents x (N, ...) and their noise.
+    """What a network of this prediction is trained to predict, for clean latents x (N, ...) and their noise.
 
     The score's target grows like 1/sigma, up to 1/SIGMA_MIN: its squared error is weighted by sigma^2 in `Flow`.
     Shaped and typed like x; raises UserError for a name that is not in `repa.diffusion.PREDICTIONS`.

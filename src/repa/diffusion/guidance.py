@@ -77,7 +77,7 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class ClassifierFree(Extrapolation):
-    """From the prediction without a condition (arXiv 2207.12598); low and high as in arXiv 2404.07724.
+    """Classifier-free guidance: away from the prediction without a condition (arXiv 2207.12598); low and high as in arXiv 2404.07724.
 
     `channels`: guide only the first so many channels of the latents, as DiT's and SiT's code does with 3; 0 guides all.
     `streams`: the scale of the vectors of streams (REG's cls-cfg-scale); None: the same scale.
@@ -120,7 +120,7 @@ class ClassifierFree(Extrapolation):
 
 @dataclass(frozen=True)
 class Internal(Extrapolation):
-    """From the prediction of the network's own head at block `head` (arXiv 2512.24176): no further pass."""
+    """Internal guidance: away from the prediction of the network's own head at block `head` (arXiv 2512.24176), in the same pass."""
 
     kind = "internal"
     head: int = 0
@@ -141,7 +141,7 @@ class Internal(Extrapolation):
 
 @dataclass(frozen=True)
 class Auto(Extrapolation):
-    """From the conditional prediction of a weaker network (arXiv 2406.02507): smaller, or trained for less."""
+    """Autoguidance: away from the prediction of a weaker network (arXiv 2406.02507), smaller or trained for fewer steps."""
 
     kind = "autoguidance"
     other = "weak"
@@ -152,7 +152,7 @@ class Auto(Extrapolation):
 
 @dataclass(frozen=True)
 class PathDrop(Extrapolation):
-    """From the prediction without a condition whose tokens all take the route around the middle blocks (arXiv 2510.21986)."""
+    """Path-drop guidance: away from the prediction without a condition that skips the blocks of the route (arXiv 2510.21986)."""
 
     kind = "path_drop"
     other = "routed"
@@ -163,7 +163,7 @@ class PathDrop(Extrapolation):
 
 @dataclass(frozen=True)
 class Representation(Extrapolation):
-    """Down the gradient of an alignment's loss, towards the features of one image: v + scale d loss / d x_t (arXiv 2602.03753).
+    """REPA-G (arXiv 2602.03753): towards the features of one image, by the gradient of an alignment's loss, v + scale d loss / d x_t.
 
     `term`: which alignment of the run, by its name; empty: the only one. A velocity points to the noise and is walked back,
     so that adding the gradient lowers the loss.

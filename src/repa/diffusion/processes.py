@@ -15,7 +15,7 @@ from repa.diffusion.predictions import SIGMA_MIN
 
 
 class Process(Protocol):
-    """How data becomes noise, and what a network is trained to answer about it.
+    """How data becomes noise, and what a network is trained to predict.
 
     Attributes:
         path: the interpolant of x_t, at every t.

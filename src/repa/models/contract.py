@@ -18,7 +18,7 @@ State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by i
 
 
 class Tap(NamedTuple):
-    """A place in the network that can be looked at; hashable, and fixed before torch.compile."""
+    """A place in the network that a term reads; hashable, and fixed before torch.compile."""
 
     depth: int  # block, counted from 1
     kind: Literal["hidden", "attention"] = "hidden"

@@ -269,7 +269,7 @@ def ddt(
     time_tokens: int = 0,
     class_tokens: int = 0,
 ) -> DDT:
-    """The backbone `ddt`: sizes, kinds of layers and heads of the configuration, and what it has besides.
+    """The backbone `ddt` with the sizes, layers and heads of the configuration.
 
     DDT: head_depth=6,final_norm=layer,extent=16,max_period=10 with norm rms, mlp swiglu, qk_norm rms, bias false, rotary.
     RAE: head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true with norm rms, mlp swiglu, rotary.

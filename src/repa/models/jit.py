@@ -129,7 +129,7 @@ class JiT(Backbone):
 def jit(
     config: ModelConfig, *, bottleneck: int | None = None, class_tokens: int = 32, class_tokens_from: int | None = None
 ) -> JiT:
-    """The backbone `jit`: sizes of the configuration; what is not given of the others is that of the paper's size."""
+    """The backbone `jit` with the sizes of the configuration; those left out are the paper's."""
     config.require_plain()
     sizes = config.dims()
     given = {"bottleneck": bottleneck, "class_tokens_from": class_tokens_from}

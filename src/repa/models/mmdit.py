@@ -37,7 +37,7 @@ CLIP_L = (77, 768)  # tokens of a text and their width
 
 
 class MMDiT(Backbone):
-    """24 blocks of width 768 and 24 heads by default, the paper's. Labels are not looked at: `Condition.text` is.
+    """24 blocks of width 768 and 24 heads by default, the paper's. It reads `Condition.text` and no labels.
 
     Args:
         latent_size: side of the latent, or (height, width); multiples of patch_size.
@@ -155,7 +155,7 @@ class MMDiT(Backbone):
 
 
 def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
-    """The backbone `mmdit`: sizes of the configuration, its text too; CLIP-L's where it is not known yet."""
+    """The backbone `mmdit` with the sizes of the configuration; a text size that is not known yet is CLIP-L's."""
     config.require_plain(allowed=("patch_overlap",))
     return MMDiT(
         **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
