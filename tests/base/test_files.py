@@ -139,3 +139,34 @@ def test_json_beyond_the_limit_is_not_parsed(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
     with pytest.raises(UserError, match="it has 12 B"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_a_sealed_file_notices_every_changed_byte(tmp_path):
+    values = {"b": [1, 2.5e-7, None, "é\udcff"], "a": {"x": True, "2": (3, 4)}, "long": "word " * 9}
+    files.write_sealed(tmp_path / "x.json", values)
+    whole = (tmp_path / "x.json").read_bytes()
+    wanted = files.read_json(tmp_path / "x.json")
+    assert wanted == {**values, "a": {"x": True, "2": [3, 4]}}
+    seen = 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            (tmp_path / "x.json").write_bytes(changed)
+            try:
+                found = files.read_json(tmp_path / "x.json")
+            except UserError:
+                seen += 1
+            else:  # a space between two values, or the name of the seal itself
+                assert {name: found.get(name) for name in wanted} == wanted
+    assert seen > 7 * len(whole)
+
+
+def test_a_file_that_was_sealed_says_how_to_change_it(tmp_path):
+    files.write_sealed(tmp_path / "x.json", {"fid": 3.1})
+    text = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").write_text(text.replace("3.1", "2.1"))
+    with pytest.raises(UserError, match=f"not as it was written.*remove its line '{files.SEAL}'"):
+        files.read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"fid": 2.1}')
+    assert files.read_json(tmp_path / "x.json") == {"fid": 2.1}

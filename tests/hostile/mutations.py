@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from repa.base.files import SEAL
+
 HOSTILE = (
     None, True, -1, 0, 1, 3, 2**31, 2**63, -(2**70), 1e308, float("nan"), float("inf"), 0.5, "", " ", "0", "²", "x", "../..", "/etc/passwd",
     "/dev/zero", "a\x1b[31mb", "\u202eevil", "é" * 300, "9" * 5000, "os.system", "subprocess.Popen:args=x", "~", ":", ":=", "a:b=", "\0",
@@ -97,7 +99,10 @@ def mutate_file(path: Path, number: int) -> None:
             mutated_tree(yaml.safe_load(data), number), allow_unicode=True, sort_keys=False
         ).encode("utf-8", "replace")
     elif path.suffix == ".json" and number % 4:
-        changed = json.dumps(mutated_tree(json.loads(data), number)).encode()
+        tree = json.loads(data)
+        if number % 3 and isinstance(tree, dict):
+            tree.pop(SEAL, None)  # as who changes a file on purpose would
+        changed = json.dumps(mutated_tree(tree, number)).encode()
     else:
         changed = mutated_bytes(data, number)
     path.write_bytes(changed)

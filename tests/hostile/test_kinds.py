@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.base.images import decode_image
 from repa.runs import layout, load_run
 from repa.sampling import SampleConfig, generate
@@ -122,7 +123,7 @@ def test_the_name_of_a_class_is_one_line(made, tmp_path):
 def test_names_in_a_manifest_and_a_run_of_a_stranger_are_one_line(random_run, data_folder, tmp_path):
     data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
     for path in (data / "manifest.json", run / layout.DATA):
-        values = json.loads(path.read_text())
+        values = read_json(path)
         values["class_names"][0] = values["source"]["name"] = EVIL
         path.write_text(json.dumps(values))
     said = outcome(["show", str(data)])[1]
@@ -203,7 +204,7 @@ def test_a_truncated_model_in_a_report(random_run, tmp_path):
 @pytest.mark.parametrize("name", ["../..", "/etc", "a/b", "..", "."])
 def test_names_that_are_paths(name, random_run, data_folder, tmp_path):
     data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
-    manifest = json.loads((data / "manifest.json").read_text())
+    manifest = read_json(data / "manifest.json")
     manifest["config"]["features"] = [name]
     manifest["features"] = {name: manifest["features"]["tiny"]}
     (data / "manifest.json").write_text(json.dumps(manifest))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.models import DiT, load_exported
 from repa.models.lora import merged_weights
 from tests.hostile.commands import outcome
@@ -41,7 +42,7 @@ def loads(folder, config) -> bool:
 
 
 def test_the_description_of_an_exported_network_is_checked_before_it_is_built(exported):
-    config = json.loads((exported / "config.json").read_text())
+    config = read_json(exported / "config.json")  # without its seal
     for name in config["model"]:
         for value in HOSTILE[::3] if name not in ENDLESS else (*HOSTILE[::3], ENDLESS[name]):
             changed = copy.deepcopy(config)
@@ -64,7 +65,7 @@ def test_the_description_of_an_exported_network_is_checked_before_it_is_built(ex
 def test_a_dit_of_diffusers_whose_configuration_lies(lie, random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
     path = tmp_path / "e" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))
+    path.write_text(json.dumps({**read_json(path), **lie}))
     code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])
     assert code == 2, said
 
@@ -76,7 +77,7 @@ def test_a_dit_of_diffusers_whose_configuration_lies(lie, random_run, tmp_path):
 def test_facts_of_an_export_that_lie(form, lie, random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", form])[0] == 0
     path = tmp_path / "e" / ("repa.json" if form == "diffusers" else "config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))
+    path.write_text(json.dumps({**read_json(path), **lie}))
     code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])
     assert code == 2 or (code == 0 and "kind" in lie), said
 

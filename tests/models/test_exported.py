@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.models import DiT, constructor_arguments, load_exported, to_diffusers
 from repa.models.diffusers_export import exact_times, for_frequencies_of_diffusers
 from repa.models.exported import save_exported
@@ -51,7 +52,7 @@ def test_damaged_folders(exported, tmp_path):
     folder, _ = exported
     with pytest.raises(UserError, match=r"config\.json"):
         load_exported(tmp_path / "absent")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     for change, sentence in [
         ({"format": 99}, "is not of format 1"),
         ({"library": "diffusers"}, "is not of format 1"),

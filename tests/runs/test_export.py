@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from repa.base.files import read_json
 from repa.cli.main import run as repa
 from repa.models import build_model, load_exported
 from repa.models.diffusers_export import exact_times
@@ -183,3 +184,34 @@ def test_one_other_bit_of_an_export_is_noticed(form, name, random_run, tmp_path,
     path.write_bytes(data)
     assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
     assert f"{path} is damaged: its numbers are not the ones that were exported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "what"),
+    [
+        ("safetensors", "config.json", {"num_heads": 4}), ("safetensors", "config.json", {"step": 11}),
+        ("diffusers", "repa.json", {"step": 11}), ("diffusers", "config.json", {"sample_size": 8}),
+        ("diffusers", "config.json", {"num_attention_heads": 4, "attention_head_dim": 8}),
+    ],
+)  # fmt: skip
+def test_one_other_number_in_the_description_of_an_export_is_noticed(form, file, what, random_run, tmp_path, capsys):
+    export(random_run, tmp_path / "out", "--format", form)
+    path = tmp_path / "out" / file
+    values = json.loads(path.read_text())
+    for name, value in what.items():
+        (values if name in values else values["model"])[name] = value
+    path.write_text(json.dumps(values))
+    assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is not as it was written" in said or f"{path} has {next(iter(what))}" in said
+
+
+@pytest.mark.parametrize(("form", "file"), [("safetensors", "config.json"), ("diffusers", "repa.json")])
+def test_an_export_without_a_checksum_is_refused(form, file, random_run, tmp_path, capsys):
+    export(random_run, tmp_path / "out", "--format", form)
+    path = tmp_path / "out" / file
+    values = read_json(path)  # without its seal
+    del values["sha256"]
+    path.write_text(json.dumps(values))
+    assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
+    assert "cannot be checked: the export holds no sha256" in capsys.readouterr().err

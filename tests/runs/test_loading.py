@@ -115,6 +115,13 @@ def test_a_damaged_checkpoint(copy):
         (lambda config: config.pop("diffusion"), "lacks the setting 'diffusion'"),
         (lambda config: config["model"].update(depth=3), "are of another network"),
         (lambda config: config["model"].update(widht=3), "unknown setting 'widht'"),
+        # no shape of a tensor tells these
+        (
+            lambda config: config["model"].update(num_heads=4),
+            "says model.num_heads: 4, but the checkpoint of step 20 is of model.num_heads: 2",
+        ),
+        (lambda config: config.update(label_dropout=0.5), "says label_dropout: 0.5"),
+        (lambda config: config["diffusion"].update(path="trigonometric"), "says diffusion.path: 'trigonometric'"),
     ],
 )
 def test_a_configuration_of_something_else(change, sentence, copy):

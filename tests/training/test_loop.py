@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.runs import checkpoint, layout, read_metrics, writer
 from repa.training import Hook, TrainConfig, loop
 
@@ -171,10 +172,31 @@ def test_a_run_of_another_configuration_is_refused_and_untouched(finished, tiny_
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
+def test_a_configuration_that_was_edited_is_refused_unless_it_may_change(finished, tiny_config, run_training, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    whole = TrainConfig.load(run / layout.CONFIG)
+    for change, sentence in (
+        (
+            {"optimizer": {**whole.optimizer.model_dump(), "learning_rate": 0.5}},
+            "optimizer.learning_rate: 0.5, but .* 0.0001",
+        ),
+        ({"seed": 1}, "seed: 1, but .* seed: 0"),
+        ({"alignments": ()}, r"alignments\.0\.target: None"),
+    ):
+        edited = whole.override(**change)
+        (run / layout.CONFIG).write_text(edited.to_yaml())
+        with pytest.raises(UserError, match=f"says {sentence}"):
+            run_training(edited, run)
+    edited = whole.override(log_every=2, num_steps=whole.num_steps)
+    (run / layout.CONFIG).write_text(edited.to_yaml())
+    run_training(edited, run)
+
+
 def test_other_data_is_refused(finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
-    facts = json.loads((run / layout.DATA).read_text())
+    facts = read_json(run / layout.DATA)
     (run / layout.DATA).write_text(json.dumps({**facts, "num_images": 99}))
     with pytest.raises(UserError, match="other data .*num_images"):
         run_training(tiny_config.override(num_steps=12), run)

@@ -7,8 +7,8 @@ import pytest
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.runs import layout
+from repa.runs.layout import CHANGEABLE
 from repa.training import TrainConfig
-from repa.training.resolve import CHANGEABLE
 
 CONTRAST = {"target": "tiny", "depth": 1, "loss": "nt_xent:temperature=0.1"}
 

@@ -19,6 +19,8 @@ from repa.base.errors import UserError
 
 LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")  # what is being written or removed; letters of tempfile
 
+SEAL = "sha256_of_the_rest"  # entry of a JSON file whose others are not to be changed: their checksum
+
 MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and what is parsed takes up to 24 times as much memory
 
 
@@ -151,6 +153,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def write_sealed(path: str | Path, values: Mapping[str, Any]) -> None:
+    """`write_json` of an object, with a checksum by which `read_json` knows that not a digit of it has changed since."""
+    write_json(path, {**values, SEAL: _seal_of(values)})
+
+
+def _seal_of(values: Mapping[str, Any]) -> str:
+    # Through JSON first: tuples and keys that are numbers come back as lists and texts.
+    plain = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """The rows under the columns named, or under all keys of all rows; empty where a row has no such value."""
     text = io.StringIO()
@@ -162,12 +175,23 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequ
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; UserError for one that is none, gives a key twice, or holds NaN or Infinity, which JSON lacks."""
+    """What a JSON file holds, of a sealed one the rest.
+
+    Raises:
+        UserError: it is none, gives a key twice, holds NaN or Infinity, which JSON lacks, or is not what was sealed.
+    """
     with faults.reading(path, "JSON", missing=f"There is no file {path}."):
         if (num_bytes := os.stat(path).st_size) > MOST_JSON:
             raise UserError(f"{path} is refused: it has {size(num_bytes)}, and a JSON file at most {size(MOST_JSON)}.")
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
+        values = json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
+    seal = values.pop(SEAL, None) if isinstance(values, dict) else None
+    if seal is not None and seal != _seal_of(values):
+        raise UserError(
+            f"{path} is not as it was written: restore it from a copy or make it again. If you changed it by hand, remove its "
+            f"line {SEAL!r}."
+        )
+    return values
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

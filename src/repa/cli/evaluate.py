@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         results = (_of_run if is_run else _of_file)(given)
         out = Path(given.out) if given.out else _place(given, results) if is_run else None
         if mine and out:
-            files.write_json(out, results)
+            files.write_sealed(out, results)
     for name, value in results["metrics"].items():
         say(f"{name:<20} {value:.4f}")
     count = f"{results['num_reference']:,} images" if results["num_reference"] else "a reference of unknown size"

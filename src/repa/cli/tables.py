@@ -51,7 +51,7 @@ def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
     """
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     if speaks():
-        files.write_json(out, {**how, "rows": rows, **more})
+        files.write_sealed(out, {**how, "rows": rows, **more})
         files.write_csv(out.with_suffix(".csv"), rows)
 
 

@@ -70,7 +70,7 @@ def save_exported(
 ) -> None:
     """Write weights and configuration: `arguments` are those of DiT, `facts` whatever else a reader should know."""
     config = {"library": "repa", "format": FORMAT, "model": dict(arguments), **facts, CHECKSUM: digest_of(state)}
-    files.write_json(folder / CONFIG, config)
+    files.write_sealed(folder / CONFIG, config)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
@@ -116,6 +116,11 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def require_digest(facts: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) -> None:
-    """Raises UserError for weights that are not those of which `facts`, where they do, hold the checksum."""
-    if facts.get(CHECKSUM, digest := digest_of(state)) != digest:
+    """Raises UserError for weights that are not those of which `facts` hold the checksum."""
+    if CHECKSUM not in facts:
+        raise UserError(
+            f"{file} cannot be checked: the export holds no {CHECKSUM} of its weights, which every `repa export` writes. "
+            "Export the network again."
+        )
+    if facts[CHECKSUM] != digest_of(state):
         raise UserError(f"{file} is damaged: its numbers are not the ones that were exported. Restore it from a copy.")

@@ -19,6 +19,7 @@ from repa.models.lora import merged_weights
 from repa.runs import layout
 
 OF_TENSORS = "sha256"  # in the header of files by `save_checked`
+SETTINGS = "settings"  # counter of a checkpoint, see `recorded_settings`
 OWN = "state_sha256"  # entry of state.json: the checksum of the others
 PART = 2**30  # bytes: what is larger is written in parts, where several processes write
 KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
@@ -277,6 +278,16 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
             f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
         )
     return step, state
+
+
+def recorded_settings(run: Path, step: int) -> Any:
+    """`layout.fixed_settings` of the configuration that a checkpoint was made by; None where none is recorded."""
+    try:
+        return _read_state(layout.checkpoint_folder(run, step), step)["counters"].get(SETTINGS)
+    except (UserError, OSError):
+        if step in layout.checkpoint_steps(run):
+            raise
+        return None  # of an average by `repa ema`, or replaced by training meanwhile
 
 
 def load_projectors(run: Path, step: int) -> dict[str, Tensor]:

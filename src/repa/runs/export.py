@@ -15,7 +15,7 @@ from repa.models import constructor_arguments, diffusers_export
 from repa.models.config import ModelConfig
 from repa.models.exported import CHECKSUM, save_exported
 from repa.runs import layout
-from repa.runs.checkpoint import load_weights
+from repa.runs.checkpoint import load_weights, recorded_settings
 from repa.runs.layout import kind_of
 
 FORMATS = ("safetensors", "diffusers")
@@ -72,6 +72,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
         )
     num_heads = model.dims().num_heads
     step, state = load_weights(run, "ema", step)
+    layout.require_settings(run, step, recorded_settings(run, step), config)
     arguments = constructor_arguments(state, num_heads, model.patch_overlap)
     arguments |= {"route": model.routing} if model.route else {}
     facts = {**_facts(run, config), "step": step}
@@ -82,7 +83,8 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
             unit_times = facts["diffusion"]["objective"] != "ddpm"
             theirs, tensors = diffusers_export.to_diffusers(state, num_heads, unit_times=unit_times)
             files.write_json(temporary / diffusers_export.CONFIG, theirs)
-            files.write_json(temporary / diffusers_export.FACTS, {**facts, CHECKSUM: digest_of(tensors)})
+            sealed = {**facts, "config": theirs, CHECKSUM: digest_of(tensors)}
+            files.write_sealed(temporary / diffusers_export.FACTS, sealed)
             save_file(tensors, temporary / diffusers_export.WEIGHTS, {"format": "pt"})
         files.write_text(temporary / "README.md", card(form, arguments, facts, config))
     return step

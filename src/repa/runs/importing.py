@@ -20,7 +20,7 @@ from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
 from repa.models.exported import CONFIG, read_exported, require_digest
 from repa.models.published import MOST_STEPS, Published, check_keys, check_values, constructor_arguments, read_published
 from repa.runs import layout
-from repa.runs.checkpoint import Checkpoint, save_checkpoint
+from repa.runs.checkpoint import SETTINGS, Checkpoint, save_checkpoint
 from repa.runs.layout import write_origin
 
 PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
@@ -116,9 +116,17 @@ def read_diffusers(folder: Path) -> Imported:
     if config["_class_name"] != "DiTTransformer2DModel":
         raise UserError(f"{path} describes a {config['_class_name']}: only a DiTTransformer2DModel can be converted.")
     facts: dict[str, Any] = {"diffusion": {"objective": "ddpm"}, "step": 0, "kind": "dit"}
-    if (folder / diffusers_export.FACTS).is_file():
-        facts = files.read_object(folder / diffusers_export.FACTS, diffusion=dict, autoencoder=str, step=int, kind=str)
+    is_ours = (folder / diffusers_export.FACTS).is_file()
+    if is_ours:
+        facts = files.read_object(
+            folder / diffusers_export.FACTS, diffusion=dict, autoencoder=str, step=int, kind=str, config=dict
+        )
         _check_step(facts["step"], folder / diffusers_export.FACTS)
+        if changed := [name for name, value in facts["config"].items() if config.get(name) != value]:
+            raise UserError(
+                f"{path} has {changed[0]} {config.get(changed[0])!r:.80}, but {facts['config'][changed[0]]!r:.80} was exported: "
+                "restore it from a copy."
+            )
     with faults.reading(
         folder / diffusers_export.WEIGHTS, "the weights of a DiTTransformer2DModel", "Restore it from a copy."
     ):
@@ -128,7 +136,8 @@ def read_diffusers(folder: Path) -> Imported:
         )
         check_keys(own, str(folder), "diffusers")
         check_values(own, str(folder))
-        require_digest(facts, state, folder / diffusers_export.WEIGHTS)
+        if is_ours:
+            require_digest(facts, state, folder / diffusers_export.WEIGHTS)
         model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
     settings: dict[str, Any] = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
     checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})
@@ -148,7 +157,8 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
     with lock.alone(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
         write_origin(temporary, origin, kind)
-        save_checkpoint(temporary, checkpoint)
+        settings = layout.fixed_settings(config.model_dump(mode="json"))
+        save_checkpoint(temporary, checkpoint._replace(counters={**checkpoint.counters, SETTINGS: settings}))
 
 
 def _model_settings(

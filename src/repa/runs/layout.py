@@ -16,7 +16,7 @@ RUN/
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ ANALYSIS = "analysis"
 ORIGIN = "converted.json"
 WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which is next to it
 
+# Settings that say how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
+# checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
+CHANGEABLE = (
+    "num_steps", "epochs", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
+    "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
+    "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
+)  # fmt: skip
 SECTIONS = {
     "model": dict, "diffusion": dict, "optimizer": dict, "preview": dict, "alignments": list, "streams": list,
     "autoencoder": str, "autoencoder_weights": str,
@@ -159,9 +166,45 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     return values
 
 
+def fixed_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a run computes, of its configuration as plain values: dotted name -> value; for the record of a checkpoint."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
+            for place, inner in enumerate(value):
+                walk(inner, f"{name}.{place}")
+        else:
+            found[name] = repr(list(value) if isinstance(value, tuple) else value)
+
+    walk({key: value for key, value in config.items() if key not in CHANGEABLE}, "")
+    return found
+
+
+def require_settings(run: Path, step: int, recorded: Any, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless the configuration of a run still says what a checkpoint has on record (None: nothing).
+
+    A setting that the record lacks is of a later version.
+    """
+    if recorded is None:
+        return
+    found = fixed_settings(config)
+    if not isinstance(recorded, dict):
+        recorded = {"settings": recorded}
+    for name, before in recorded.items():
+        if (now := found.get(name)) != before:
+            raise UserError(
+                f"{run / CONFIG} says {name}: {now}, but the checkpoint of step {step:,} is of {name}: {before!s:.200}. Restore the "
+                "configuration; a run of other settings needs another --out."
+            )
+
+
 def write_origin(folder: Path, origin: str, kind: str) -> None:
     """Record the name of the file and whose code made it ("" where that is not known)."""
-    files.write_json(folder / ORIGIN, {"origin": origin, "kind": kind})
+    files.write_sealed(folder / ORIGIN, {"origin": origin, "kind": kind})
 
 
 def kind_of(run: Path) -> str:

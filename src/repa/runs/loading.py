@@ -22,7 +22,7 @@ from repa.diffusion.config import DiffusionConfig, check_null_trained, check_pat
 from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
-from repa.runs.checkpoint import load_weights, weights_checksum
+from repa.runs.checkpoint import load_weights, recorded_settings, weights_checksum
 from repa.runs.predictions import Guide, Predictions, Sharing
 
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
@@ -210,6 +210,7 @@ def load_run(
     data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
     autoencoder = autoencoder or _autoencoder(run, config, autoencoder_weights, device)
     require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
+    layout.require_settings(run, step, recorded_settings(run, step), config)
     names = tuple(printable(str(name)) for name in data.get("class_names", ()))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,

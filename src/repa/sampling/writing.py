@@ -161,7 +161,7 @@ def _write_samples(
             )
         # dopri5 asks the network a different number of times for each batch.
         nfe = max(int(path.stem.partition("-")[2]) for path in paths)
-        files.write_json(out.with_suffix(".json"), job | {"nfe": nfe})
+        files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
         if run.prompts:
             _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
         save_png(grid(_first_of(paths)), out.with_suffix(".png"))
@@ -227,7 +227,7 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
         side = run.latent_shape[1] * run.autoencoder.factor
         # Twice: the parts lie beside the file until it is whole.
         files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
-        files.write_json(marker, job)
+        files.write_sealed(marker, job)
     dist.barrier()
 
 

@@ -24,14 +24,6 @@ from repa.training.inputs import chosen_text, wanted_by
 from repa.training.parallel import mesh_sides
 from repa.training.scaling import faster
 
-# What says how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
-# checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
-CHANGEABLE = (
-    "num_steps", "epochs", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
-    "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
-    "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
-)  # fmt: skip
-
 
 def strategy(config: TrainConfig, device: torch.device) -> str:
     """What parallel "auto" is: on several GPUs the strategy that is predicted to be faster, elsewhere ddp; any other as it is.
@@ -158,14 +150,14 @@ def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:
 def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, Any] | None = None) -> None:
     """Write config.yaml and data.json into a new run folder; refuse one that holds another run or other data.
 
-    Only what CHANGEABLE names may differ between continuations. `text` is the identity of the text encoder, where there is one.
+    Only what `layout.CHANGEABLE` names may differ between continuations. `text` is the identity of the text encoder, where there is one.
     """
     path = run / layout.CONFIG
     if files.well_formed(str(run)) != str(run):
         raise UserError(f"{run} is not UTF-8 text, which TensorBoard's files need: give --out another name.")
     if path.is_file():
         before = TrainConfig.load(path)
-        same = config.override(**{name: before.model_dump()[name] for name in CHANGEABLE})
+        same = config.override(**{name: before.model_dump()[name] for name in layout.CHANGEABLE})
         if lines := difference(before, same):
             raise UserError(
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
@@ -181,7 +173,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
             "choose another --out, or give the data it was started with."
         )
     # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_ours`).
-    files.write_json(run / layout.DATA, summary)
+    files.write_sealed(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
 
 

@@ -20,7 +20,7 @@ from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
-from repa.runs.checkpoint import OwnedTensor, Share, load_owned, shares
+from repa.runs.checkpoint import SETTINGS, OwnedTensor, Share, load_owned, shares
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
@@ -72,6 +72,7 @@ class TrainState:
             wanted[layout.whole_name(part)].update(names)
         whole = {file: gather_whole(state, wanted[file], copy=copy) for file, state in files.items()}
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
+        counters[SETTINGS] = layout.fixed_settings(self.config.model_dump(mode="json"))
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
         return Share(self.step, counters, parts)
 
@@ -99,6 +100,8 @@ class TrainState:
                 f"{layout.checkpoint_folder(run, step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
                 f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
             )
+        with dist.together():
+            layout.require_settings(run, step, counters.get(SETTINGS), self.config.model_dump(mode="json"))
         folder = layout.checkpoint_folder(run, step)
         # Whole by their checksums, the tensors can only be of another configuration: an error here is the folder's.
         with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
