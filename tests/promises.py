@@ -3,15 +3,9 @@
 import shlex
 
 from repa.base.config import Config
-from repa.cli import evaluate, options, prepare, sample, train
+from repa.cli import options
+from repa.cli.main import command_of
 from repa.recipes import RECIPES, load_recipe
-
-ROOMS = {
-    "prepare": (prepare.PrepareArguments, ("source", "out")),
-    "train": (train.TrainArguments, ("recipe",)),
-    "sample": (sample.SampleArguments, ("run",)),
-    "evaluate": (evaluate.EvaluateArguments, ("samples",)),
-}
 
 
 def understood(name: str) -> dict[str, Config]:
@@ -21,7 +15,6 @@ def understood(name: str) -> dict[str, Config]:
         words = shlex.split(line) if line.startswith(("repa ", "torchrun ")) else []
         if words:
             verb, *arguments = words[words.index("repa") + 1 :]
-            kind, positional = ROOMS[verb]
             values = load_recipe(name) if verb == "train" else None
-            given[verb] = options.parse(kind, arguments, verb=verb, about="", positional=positional, values=values)
+            given[verb] = options.parse(*command_of(verb, arguments), values)
     return given

@@ -11,7 +11,7 @@ import pytest
 
 from repa.alignment import LOSSES, PROJECTORS, TARGETS
 from repa.cli import options
-from repa.cli.main import VERBS, run, trusted
+from repa.cli.main import VERBS, command_of, run, trusted
 from repa.diffusion import GUIDANCES, SAMPLERS
 from repa.recipes import RECIPES
 
@@ -79,13 +79,8 @@ def test_verbs_and_recipes_exist(page):
 @pages
 def test_options_of_commands_exist(page):
     for verb, *arguments in commands(READ[page]):
-        room = importlib.import_module(f"repa.cli.{verb}")
-        if hasattr(room, "arguments_of"):  # a verb of several, such as `repa analyse probe`
-            cls = room.arguments_of(arguments[0])
-        else:
-            cls = getattr(room, f"{verb.capitalize()}Arguments")
         _, arguments = trusted(arguments)
-        options.first(cls, arguments, verb, "")  # raises on an unknown option
+        options.first(*command_of(verb, arguments), "")  # raises on an unknown option
 
 
 def test_every_file_says_what_it_is_and_every_room_is_in_the_architecture():

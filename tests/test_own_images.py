@@ -47,9 +47,9 @@ def test_what_is_asked_for_is_taken():
     assert (large.resolution, large.changes["model.name"], large.changes["num_steps"]) == (64, "SiT-S/8", 2000)
     assert "twice the usual, because of 64 pixels" in large.reasons[-2]
     choice = choose(Pictures(100, (500, 500)), 1000, resolution=64, asked_steps=7)
-    assert choice.flags() == [
-        "--model.name", "SiT-S/8", "--model.patch-overlap", "4", "--num-steps", "7", "--preview.features", "lite0",
-    ]  # fmt: skip
+    assert choice.changes == {
+        "model.name": "SiT-S/8", "model.patch_overlap": 4, "num_steps": 7, "preview.features": "lite0",
+    }  # fmt: skip
 
 
 def test_without_its_package_the_small_extractor(monkeypatch):

@@ -112,9 +112,9 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
     ("words", "sentence"),
     [
         (("RUN", "--reference", "DATA", *JUDGE), "is a run folder: say how many samples to make of it"),
-        (("S", "--reference", "DATA", *JUDGE, "--autoencoder-weights", "w"), "autoencoder_weights has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "steps has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--guidance", "cfg:scale=2"), "guidance has no effect here"),
+        (("S", "--reference", "DATA", *JUDGE, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
+        (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "--steps has no effect here"),
+        (("S", "--reference", "DATA", *JUDGE, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "Results are written as .json"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
         (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),

@@ -5,15 +5,11 @@ import sys
 
 import pytest
 
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
-from repa.cli.analyse_encoders import EncodersArguments
-from repa.cli.analyse_pictures import PicturesArguments
-from repa.cli.analyse_runs import CknnaArguments, ProbeArguments
-from repa.cli.bench import BenchArguments
-from repa.cli.check import CheckArguments
+from repa.cli.analyse import CknnaArguments, ProbeArguments
 from repa.cli.evaluate import EvaluateArguments
+from repa.cli.main import command_of
 from repa.cli.prepare import PrepareArguments
 from repa.cli.report import ReportArguments
 from repa.cli.sample import SampleArguments
@@ -23,26 +19,23 @@ from repa.sampling.config import SampleConfig
 
 
 def sample(*argv):
-    return options.parse(SampleArguments, list(argv), verb="sample", about="", positional=("run",))
+    return options.parse(SampleArguments, list(argv))
 
 
 def train(*argv, recipe="quickstart"):
-    return options.parse(
-        TrainArguments, [recipe, "--data", "d", "--out", "o", *argv], verb="train", about="", positional=("recipe",),
-        values=load_recipe(recipe),
-    )  # fmt: skip
+    return options.parse(TrainArguments, [recipe, "--data", "d", "--out", "o", *argv], load_recipe(recipe))
 
 
 def prepare(*argv):
-    return options.parse(PrepareArguments, list(argv), verb="prepare", about="", positional=("source", "out"))
+    return options.parse(PrepareArguments, list(argv))
 
 
 def evaluate(*argv):
-    return options.parse(EvaluateArguments, list(argv), verb="evaluate", about="", positional=("samples",))
+    return options.parse(EvaluateArguments, list(argv))
 
 
 def cknna(*argv):
-    return options.parse(CknnaArguments, list(argv), verb="analyse cknna", about="", positional=("runs...",))
+    return options.parse(CknnaArguments, list(argv))
 
 
 def test_defaults_are_the_configurations_own():
@@ -81,15 +74,10 @@ def test_values_may_be_negative_empty_or_look_like_flags():
 
 
 def test_lists_take_what_follows():
-    given = options.parse(
-        EvaluateArguments, ["s.npz", "--metrics", "fid", "is", "--reference", "d"], verb="evaluate", about="",
-        positional=("samples",),
-    )  # fmt: skip
+    given = options.parse(EvaluateArguments, ["s.npz", "--metrics", "fid", "is", "--reference", "d"])
     assert given.metrics == ("fid", "inception_score")
     assert prepare("s", "o", "--resolution", "32", "--features").features == ()
-    report = options.parse(
-        ReportArguments, ["a", "b", "c", "--names", "x", "y", "z"], verb="report", about="", positional=("runs...",)
-    )
+    report = options.parse(ReportArguments, ["a", "b", "c", "--names", "x", "y", "z"])
     assert (report.runs, report.names) == (("a", "b", "c"), ("x", "y", "z"))
 
 
@@ -152,7 +140,7 @@ def test_recipes_stay_as_they_are():
     ],
 )
 def test_the_recipe_is_found_anywhere(argv):
-    assert options.first(TrainArguments, argv.split(), "train", "recipe") == "quickstart"
+    assert options.first(TrainArguments, argv.split(), "recipe") == "quickstart"
 
 
 @pytest.mark.parametrize(
@@ -228,12 +216,13 @@ def test_help_shows_every_field_with_its_default(capsys):
 
 
 def test_a_field_without_a_default_is_asked_for_by_its_own_name():
-    class Arguments(Config):
+    class Arguments(options.Command):
+        verb = "x"
         long_name: int
         """A number."""
 
     with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\): see `repa x --help`"):
-        options.parse(Arguments, [], verb="x", about="")
+        options.parse(Arguments, [])
 
 
 def test_no_configuration_imports_torch():
@@ -244,22 +233,21 @@ def test_no_configuration_imports_torch():
 
 
 def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
-    assert options.first(TrainArguments, ["--recipe", "quickstart"], "train", "recipe") == "quickstart"
+    assert options.first(TrainArguments, ["--recipe", "quickstart"], "recipe") == "quickstart"
     with pytest.raises(UserError, match="does not know what to do with 'sit-b2'"):
-        options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"],
-                      verb="train", about="", positional=("recipe",))  # fmt: skip
+        options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"])
 
 
 @pytest.mark.parametrize(
     ("parse", "words", "sentence"),
     [
-        (sample, ("r", "--out", "s", "--weak", "w"), "weak has no effect without guidance autoguidance"),
-        (sample, ("r", "--out", "s", "--weak-checkpoint", "3"), "weak_checkpoint has no effect"),
-        (sample, ("r", "--out", "s", "--guide-image", "i.png"), "without guidance representation"),
-        (sample, ("r", "--out", "s", "--decoder-weights", "w"), "without decoder"),
+        (sample, ("r", "--out", "s", "--weak", "w"), "--weak has no effect without --guidance autoguidance"),
+        (sample, ("r", "--out", "s", "--weak-checkpoint", "3"), "--weak-checkpoint has no effect"),
+        (sample, ("r", "--out", "s", "--guide-image", "i.png"), "without --guidance representation"),
+        (sample, ("r", "--out", "s", "--decoder-weights", "w"), "without --decoder"),
         (sample, ("r", "--out", "s", "--checkpoint", "-7"), "greater than or equal to -1"),
-        (prepare, ("s", "d", "--resolution", "8", "--text-form", "int8"), "text_form has no effect without text"),
-        (prepare, ("s", "d", "--resolution", "8", "--grid", "4"), "grid has no effect without features"),
+        (prepare, ("s", "d", "--resolution", "8", "--text-form", "int8"), "--text-form has no effect without --text"),
+        (prepare, ("s", "d", "--resolution", "8", "--grid", "4"), "--grid has no effect without --features"),
         (
             prepare,
             ("s", "d", "--resolution", "8", "--features", "tiny", "--feature-forms", "pca4", "int8"),
@@ -268,15 +256,15 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
         (
             evaluate,
             ("s.npz", "--reference", "r", "--prompts", "p.txt"),
-            "prompts has no effect without one of the metrics",
+            "--prompts has no effect without one of the metrics",
         ),
-        (evaluate, ("s.npz", "--reference", "r", "--clip-weights", "w"), "clip_weights has no effect"),
+        (evaluate, ("s.npz", "--reference", "r", "--clip-weights", "w"), "--clip-weights has no effect"),
         (train, ("--text-weights", "w"), "reads no text"),
         (train, ("--preview.num-scored", "1"), "needs two samples"),
         (
             cknna,
             ("r", "--data", "d", "--measure", "cka", "--variant", "platonic"),
-            "variant has no effect without measure cknna",
+            "--variant has no effect without --measure cknna",
         ),
     ],
 )
@@ -285,47 +273,38 @@ def test_a_setting_without_effect_is_refused(parse, words, sentence):
         parse(*words)
 
 
-VERBS = {
-    "bench": (BenchArguments, ("recipe",)),
-    "check": (CheckArguments, ("data",)),
-    "encoders": (EncodersArguments, ("data",)),
-    "evaluate": (EvaluateArguments, ("samples",)),
-    "pictures": (PicturesArguments, ("run",)),
-    "prepare": (PrepareArguments, ("source", "out")),
-    "probe": (ProbeArguments, ("runs...",)),
-}
 IDLE = [
     # how the command begins, an option that it does not read, why
-    ("bench r --data d", "--token-width 8", "with data"),
-    ("check d", "--feature-weights tiny=w", "without full"),
-    ("check d", "--num-images 64", "without full"),
-    ("encoders d --encoders tiny", "--neighbours 3", "with one encoder"),
+    ("bench r --data d", "--token-width 8", "with --data"),
+    ("check d", "--feature-weights tiny=w", "without --full"),
+    ("check d", "--num-images 64", "without --full"),
+    ("analyse encoders d --encoders tiny", "--neighbours 3", "with one encoder"),
     ("evaluate s.npz --reference r --metrics fid", "--clip clip-b", "without one of the metrics clip_score"),
     ("evaluate s.npz --reference r --metrics fid", "--clip clip-l", "without one of the metrics clip_score"),
     ("evaluate s.npz --reference r --metrics fid", "--neighbours float16", "without one of the metrics precision"),
     ("evaluate s.npz --reference r", "--sampler heun", "here: s.npz is no run folder"),
     ("evaluate s.npz --reference r", "--weights ema", "here: s.npz is no run folder"),
-    ("pictures r --data d --images 1 2", "--num-images 2", "with images"),
-    ("pictures r --data d --encoders", "--encoder-weights tiny=w", "without encoders"),
-    ("prepare d --remove images", "--resolution 16", "with remove"),
+    ("analyse pictures r --data d --images 1 2", "--num-images 2", "with --images"),
+    ("analyse pictures r --data d --encoders", "--encoder-weights tiny=w", "without --encoders"),
+    ("prepare d --remove images", "--resolution 16", "with --remove"),
     ("prepare d --only text --text tiny-text", "--resolution 16", "without a source"),
     ("prepare d --only features:tiny", "--flip", "without a source"),
     ("prepare d --only features:tiny", "--skip-bad", "without a source"),
-    ("probe tiny --data d", "--depths 1", "without a run folder"),
-    ("probe tiny --data d", "--times 0.5", "without a run folder"),
-    ("probe tiny --data d", "--weights model", "without a run folder"),
-    ("probe tiny --data d", "--checkpoints 5", "without a run folder"),
-    ("train", "--head-weight 0.1", "without model.heads"),
-    ("train", "--compile-scope step", "without compile"),
-    ("train", "--model.separate-times", "without diffusion.token_times"),
-    ("train", "--model.keep-groups 0", "without route"),
-    ("train", "--diffusion.sigma-min 0.1", "without prediction data"),
-    ("train --preview.every 0 --preview.num-scored 0", "--preview.sampler heun", "without preview.every"),
-    ("train --preview.every 0 --preview.score-every 5", "--preview.num-images 4", "without preview.every"),
-    ("train --preview.num-scored 0", "--preview.features tiny", "without preview.num_scored"),
-    ("train", "--preview.decoder-weights w", "without preview.decoder"),
+    ("analyse probe tiny --data d", "--depths 1", "without a run folder"),
+    ("analyse probe tiny --data d", "--times 0.5", "without a run folder"),
+    ("analyse probe tiny --data d", "--weights model", "without a run folder"),
+    ("analyse probe tiny --data d", "--checkpoints 5", "without a run folder"),
+    ("train", "--head-weight 0.1", "without --model.heads"),
+    ("train", "--compile-scope step", "without --compile"),
+    ("train", "--model.separate-times", "without --diffusion.token-times"),
+    ("train", "--model.keep-groups 0", "without --model.route"),
+    ("train", "--diffusion.sigma-min 0.1", "without --diffusion.prediction data"),
+    ("train --preview.every 0 --preview.num-scored 0", "--preview.sampler heun", "without --preview.every"),
+    ("train --preview.every 0 --preview.score-every 5", "--preview.num-images 4", "without --preview.every"),
+    ("train --preview.num-scored 0", "--preview.features tiny", "without --preview.num-scored"),
+    ("train", "--preview.decoder-weights w", "without --preview.decoder"),
     ("train --alignments.1.target tiny --alignments.1.depth 3 --alignments.1.projector-of tiny@2", "--alignments.1.projector linear",
-     "with projector_of"),
+     "with --alignments.1.projector-of"),
 ]  # fmt: skip
 
 
@@ -336,24 +315,19 @@ def test_an_option_that_nothing_reads_is_refused_by_one_sentence(begin, option, 
     def parse(*more):
         if verb == "train":
             return train(*words, *more, recipe="quickstart-repa")
-        cls, positional = VERBS[verb]
-        return options.parse(cls, [*words, *more], verb=verb, about="", positional=positional)
+        return options.parse(*command_of(verb, [*words, *more]))
 
     parse()
     with pytest.raises(UserError) as refused:
         parse(*option.split())
-    name = option.split()[0].removeprefix("--").replace("-", "_")
-    assert str(refused.value).startswith(f"{name} has no effect {why}")
+    assert str(refused.value).startswith(f"{option.split()[0]} has no effect {why}")
     assert str(refused.value).endswith(": leave it out.")
 
 
 def test_what_makes_an_option_count_may_stand_anywhere():
     assert train("--compile-scope", "step", "--compile").compile_scope == "step"
     assert train("--head-weight", "0.1", "--model.heads", "2").head_weight == 0.1
-    probe = options.parse(
-        ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"], verb="", about="",
-        positional=("runs...",),
-    )  # fmt: skip
+    probe = options.parse(ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"])
     assert probe.encoders == ["tiny"]
 
 

@@ -92,7 +92,7 @@ def test_check_finds_damage(repa, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     assert repa("check", "data")[0] == 0  # sizes only
-    assert "num_images has no effect without full" in repa("check", "data", "--num-images", "4")[1]
+    assert "--num-images has no effect without --full" in repa("check", "data", "--num-images", "4")[1]
     assert repa("check", "data", "--full", "--num-images", "0")[0] == 2
     code, text = repa("check", "data", "--full")
     assert code == 2

@@ -6,8 +6,8 @@ import sys
 
 FETCH = """
 import logging, huggingface_hub.utils._http as http
-from repa.cli import retries
-retries.told_once()
+from repa.cli import console
+console.tell_retries_once()
 for number in (1, 2):
     http.logger.warning("'[Errno 111] Connection refused' thrown while requesting HEAD http://127.0.0.1:9/x")
     http.logger.warning("Retrying in 1s [Retry %d/5].", number)

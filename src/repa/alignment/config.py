@@ -128,7 +128,7 @@ class AlignmentConfig(Config):
         return self
 
     def idle(self) -> dict[str, str]:
-        return {"projector": "with projector_of, which takes another's"} if self.projector_of else {}
+        return {"projector": "with --projector-of, which takes another's"} if self.projector_of else {}
 
 
 def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ class SimilarityConfig(HiddenConfig):
         return self
 
     def idle(self) -> dict[str, str]:
-        return dict.fromkeys(("neighbours", "variant") if self.measure != "cknna" else (), "without measure cknna")
+        return dict.fromkeys(("neighbours", "variant") if self.measure != "cknna" else (), "without --measure cknna")
 
 
 class DepthConfig(HiddenConfig):

@@ -22,6 +22,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for info in cls.model_fields.values():  # the lines of a docstring are not those of a help page
+            info.description = info.description and " ".join(info.description.split())
+
+    @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:
         """Validate a plain dictionary; raises UserError with one sentence for the first mistake.
 
@@ -48,7 +53,7 @@ class Config(BaseModel):
         return [name for name, info in type(self).model_fields.items() if getattr(self, name) != info.get_default()]
 
     def idle(self) -> dict[str, str]:
-        """Settings that nothing reads as the others are: dotted name -> why, as in "without compile"."""
+        """Settings that nothing reads as the others are: dotted name -> why, as in "without --compile"."""
         parts = {name: getattr(self, name) for name in type(self).model_fields}
         lists = {
             f"{name}.{i}": item
@@ -57,7 +62,11 @@ class Config(BaseModel):
             for i, item in enumerate(value)
         }
         nested = {name: part for name, part in (parts | lists).items() if isinstance(part, Config)}
-        return {f"{above}.{name}": why for above, part in nested.items() for name, why in part.idle().items()}
+        return {
+            f"{above}.{name}": why.replace("--", option(f"{above}."))  # an option of the part is one of the whole
+            for above, part in nested.items()
+            for name, why in part.idle().items()
+        }
 
     def override(self, **changes: Any) -> Self:
         """A validated copy with some fields changed (model_copy would skip the checks)."""
@@ -104,11 +113,16 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+def option(name: str) -> str:
+    """A setting as it is typed: preview.num_images -> --preview.num-images."""
+    return f"--{name.replace('_', '-')}"
+
+
 def refuse_idle(idle: dict[str, str], given: Iterable[str]) -> None:
     """UserError for the first of the settings that were given and that nothing reads."""
     for name in given:
         if why := idle.get(name):
-            raise UserError(f"{name} has no effect {why}: leave it out.")
+            raise UserError(f"{option(name)} has no effect {why}: leave it out.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -160,17 +174,19 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for a in getattr(annotation, "__args__", ()) if (found := _model_in(a))), None)
 
 
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.learning_rate": 1e-4}: mappings, and lists of mappings, are entered; any other list is one value."""
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
 def difference(old: Config, new: Config) -> list[str]:
     """Lines 'field: old -> new' for every leaf that differs."""
-
-    def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            items: Iterable[tuple[Any, Any]] = value.items()
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
-            items = enumerate(value)
-        else:
-            return {prefix: value}
-        return {k: v for key, item in items for k, v in leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()}
 
     a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     missing = "(none)"

@@ -1,24 +1,39 @@
-"""`repa analyse WHAT ...`: which analysis, and its arguments."""
+"""`repa analyse WHAT ...`: which analysis; those that write a table (cknna, probe, depth, encoders) are here."""
 
 import importlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from repa.base.config import Config
+from repa.analysis.checkpoints import RunCheckpoint, checkpoints_of
+from repa.analysis.config import FOLDER, DepthConfig, EncodersConfig, ImagesConfig, ProbeConfig, SimilarityConfig
 from repa.base.errors import UserError, choices
 from repa.cli import options, tables
+from repa.cli.console import Bars, say, speaks
+from repa.encoders import ENCODERS
+from repa.encoders.loading import check_pairs, weights_for
+
+if TYPE_CHECKING:
+    from repa.data import DataSet
+    from repa.runs import LoadedRun
 
 # what -> module of cli, sentence
 WHATS = {
-    "cknna": ("analyse_runs", "likeness of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
-    "probe": ("analyse_runs", "linear probe of hidden states at every depth and noise level, and of encoders"),
-    "encoders": (
-        "analyse_encoders",
-        "which encoder to align to: structure, probe, likeness, speed and size in one table",
-    ),
-    "depth": ("analyse_runs", "how far the prediction moves when a block is left out: where to align"),
+    "cknna": ("analyse", "likeness of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
+    "probe": ("analyse", "linear probe of hidden states at every depth and noise level, and of encoders"),
+    "encoders": ("analyse", "which encoder to align to: structure, probe, likeness, speed and size in one table"),
+    "depth": ("analyse", "how far the prediction moves when a block is left out: where to align"),
     "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, next to the images"),
     "progress": ("analyse_pictures", "samples of several checkpoints and runs from the same noise"),
-    "neighbours": ("analyse_neighbours", "the nearest training images of samples: did the model copy?"),
+    "neighbours": ("analyse_pictures", "the nearest training images of samples: did the model copy?"),
 }
+COLUMNS = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth"}  # of rows of runs
+COLUMNS_OF_ENCODERS = {
+    "encoder": "encoder", "dim": "channels", "grid": "grid", "lds": "LDS|.3f", "cds": "CDS|.4f", "rmsc": "RMSC|.3f",
+    "top1": "top-1|.4f", "top5": "top-5|.4f", "images_per_second": "images/s|,.1f", "bytes_fp16": "fp16 B/image|,",
+    "bytes_int8": "int8 B/image|,",
+}  # fmt: skip
 
 
 def usage() -> str:
@@ -27,17 +42,243 @@ def usage() -> str:
     return "\n".join(["usage: repa analyse WHAT ...        repa analyse WHAT --help tells more", "", *lines])
 
 
-def arguments_of(what: str) -> type[Config]:
-    """The configuration whose fields are the options of `repa analyse what`."""
+def arguments_of(what: str) -> type[options.Command]:
+    """The options of `repa analyse what`."""
+    return getattr(_module_of(what), f"{what.capitalize()}Arguments")
+
+
+def _module_of(what: str) -> Any:
     if what not in WHATS:
         raise UserError(f"Unknown analysis {what!r}{choices(what, WHATS)}")
-    return getattr(importlib.import_module(f"repa.cli.{WHATS[what][0]}"), f"{what.capitalize()}Arguments")
+    return importlib.import_module(f"repa.cli.{WHATS[what][0]}")
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in options.HELP:
         print(usage())
         return 0
-    arguments_of(argv[0])  # refuses what is none
-    with tables.outputs(f"repa analyse {argv[0]}"):
-        return getattr(importlib.import_module(f"repa.cli.{WHATS[argv[0]][0]}"), argv[0])(argv[1:])
+    with ExitStack() as held:  # the locks of the files that are written
+        return getattr(_module_of(argv[0]), argv[0])(argv[1:], held)
+
+
+class NetworksArguments(options.WeightsOfRun):
+    runs: tuple[str, ...] = ()
+    """run folders"""
+    data: str
+    """Folder of prepared data."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of checkpoints; empty takes the newest."""
+    out: str = ""
+    """Name of the .json. The .csv and .png are written next to it. Empty: in the folder analysis of the first run."""
+
+
+class CknnaArguments(NetworksArguments, SimilarityConfig):
+    """How alike the neighbourhoods of hidden states are to those of an encoder's tokens, for every depth, noise level
+    and checkpoint asked for. Writes rows (.json, .csv) and curves (.png).
+    """
+
+    verb = "analyse cknna"
+    positional = ("runs...",)
+
+
+class DepthArguments(NetworksArguments, DepthConfig):
+    """How far the prediction moves when one block is left out, for every depth and noise level: which blocks matter,
+    and so where to align. Writes rows (.json, .csv) and curves (.png).
+    """
+
+    verb = "analyse depth"
+    positional = ("runs...",)
+
+
+class ProbeArguments(NetworksArguments, ProbeConfig):
+    """Accuracy of linear classifiers on frozen features: hidden states of runs, or an encoder named in place of a run.
+    Writes rows (.json, .csv) and curves (.png).
+    """
+
+    verb = "analyse probe"
+    positional = ("runs...",)
+
+    val: str = ""
+    """Folder of prepared data to test on; empty keeps a fifth of --data for it."""
+    encoder_weights: tuple[str, ...] = ()
+    """Local weights of encoders, written ENCODER=PATH."""
+
+    @property
+    def encoders(self) -> list[str]:
+        """What is named in place of runs."""
+        return [name for name in self.runs if not Path(name).is_dir()]
+
+    def idle(self) -> dict[str, str]:
+        of_runs = ("depths", "times", "weights", "checkpoints", "autoencoder_weights")
+        if self.runs and len(self.encoders) == len(self.runs):
+            return dict.fromkeys(of_runs, "without a run folder")
+        return {} if self.encoders else {"encoder_weights": "without an encoder named in place of a run"}
+
+
+class EncodersArguments(EncodersConfig, options.Command):
+    """Which encoder should I align to? Spatial structure (LDS, CDS, RMSC: the higher, the more an encoder helped in
+    the study that proposed them), linear probe, likeness to the others, speed on this machine and size of stored
+    tokens.
+    """
+
+    verb = "analyse encoders"
+    positional = ("data",)
+
+    data: str
+    """folder of prepared data"""
+    val: str = ""
+    """Folder of prepared data to test the probe on; empty keeps a fifth of the images for it."""
+    out: str = ""
+    """Name of a .json; the .csv is written next to it. Empty only prints."""
+
+
+def cknna(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(CknnaArguments, argv)
+    config = options.part(SimilarityConfig, given)
+    # Another variant is another number: never under the same name.
+    variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
+    checkpoints = _asked_for(given, "cknna")
+    name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
+    out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / name)
+    from repa.analysis import cknna_of_run
+
+    rows = _rows_of_each(
+        checkpoints, given, lambda run, data, name, bars: cknna_of_run(run, data, config, bars.of(name))
+    )
+    tables.write(out, tables.how(config.measure, given), rows)
+    title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
+    say(*tables.in_columns(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    return _draw_depths(rows, config.measure, f"{title} with {config.encoder}", out)
+
+
+def depth(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(DepthArguments, argv)
+    config = options.part(DepthConfig, given)
+    checkpoints = _asked_for(given, "depth")
+    out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "depth.json")
+    from repa.analysis import depth_effects
+
+    rows = _rows_of_each(
+        checkpoints, given, lambda run, data, name, bars: depth_effects(run, data, config, bars.of(name))
+    )
+    tables.write(out, tables.how("depth", given), rows)
+    say(*tables.in_columns(rows, {**COLUMNS, "change": "change|.4f", "share": "share|.1%"}))
+    return _draw_depths(rows, "change", "change of the prediction without the block", out)
+
+
+def probe(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(ProbeArguments, argv)
+    config = options.part(ProbeConfig, given)
+    check_pairs(given.encoder_weights)
+    if not given.runs:
+        raise UserError("`repa analyse probe` needs a run folder or an encoder: see `repa analyse probe --help`.")
+    for name in given.encoders:
+        if "/" in name:
+            raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")
+        ENCODERS.check(name)
+    runs = [name for name in given.runs if name not in given.encoders]
+    checkpoints = checkpoints_of(runs, given.checkpoints)
+    if not runs and not given.out:
+        raise UserError(
+            "The probe of encoders alone lies in no run folder: say where to write it, as in --out probe.json."
+        )
+    out = tables.output(held, given.out, Path(runs[0] if runs else "") / FOLDER / "probe.json")
+    from repa.analysis import probe_of_encoder, probe_of_run
+    from repa.analysis.collection import best
+    from repa.base import dist
+    from repa.data import open_data
+    from repa.data.dataset import load_encoder_of
+
+    device = dist.setup()
+    val = open_data(given.val) if given.val else None
+    rows = _rows_of_each(
+        checkpoints,
+        given,
+        lambda run, data, name, bars: probe_of_run(
+            run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs")
+        ),
+    )
+    data, images = open_data(given.data), options.part(ImagesConfig, given)
+    for spec in given.encoders:
+        encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        with Bars() as bars:
+            found = probe_of_encoder(
+                encoder, spec, data, images, config, seed=config.seed, val=val, progress=bars.of(spec),
+                heads_progress=bars.of(f"heads of {spec}", "epochs"),
+            )  # fmt: skip
+        rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
+    tables.write(out, tables.how("probe", given), rows)
+    # One line for each place: the rates are a grid over which a head is chosen, and only files hold them all.
+    shown = best(rows, "top1")
+    num_rates = len(config.learning_rates)
+    columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f"}
+    columns |= {"lr": "lr|g"} if num_rates > 1 else {}
+    say(*tables.in_columns(shown, {key: title for key, title in columns.items() if any(key in row for row in shown)}))
+    if num_rates > 1:
+        say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
+    return _draw_depths(shown, "top1", "top-1 accuracy", out)
+
+
+def encoders(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(EncodersArguments, argv)
+    config = options.part(EncodersConfig, given)
+    out = tables.output(held, given.out, Path()) if given.out else None
+    from repa.analysis import compare_encoders
+    from repa.base import dist
+    from repa.data import open_data
+
+    device, data = dist.setup(), open_data(given.data)
+    val = open_data(given.val) if given.val else None
+    with Bars() as bars:
+        shown, heads = bars.of(f"encoders on {given.data}"), bars.of("their heads", "epochs")
+        found = compare_encoders(data, config, val=val, device=device, progress=shown, heads_progress=heads)
+    say(*tables.in_columns(found.encoders, COLUMNS_OF_ENCODERS))
+    if len(config.encoders) > 1:
+        say("", f"CKNNA ({config.variant}, k = {config.neighbours}) to each other")
+        columns = {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}
+        say(*tables.in_columns(found.matrix(), columns))
+    if out is not None:
+        tables.write(out, {**tables.how("encoders", given), "device": str(device)}, found.rows())
+        say(f"{out} and .csv.")
+    return 0
+
+
+def _asked_for(given: NetworksArguments, what: str) -> list[RunCheckpoint]:
+    """The checkpoints of the runs given, of which there must be one."""
+    if not given.runs:
+        raise UserError(f"`repa analyse {what}` needs at least one run folder: see `repa analyse {what} --help`.")
+    return checkpoints_of(given.runs, given.checkpoints)
+
+
+def _rows_of_each(
+    checkpoints: list[RunCheckpoint],
+    given: NetworksArguments,
+    find: "Callable[[LoadedRun, DataSet, str, Bars], list[dict[str, Any]]]",
+) -> list[dict[str, Any]]:
+    """{run, step, ...}: what `find` (run, data, its name, progress bars) finds in each checkpoint."""
+    from repa.base import dist
+    from repa.data import open_data
+
+    device, data = dist.setup(), open_data(given.data)
+    rows = []
+    for each in checkpoints:
+        run = each.load(given.weights, given.autoencoder_weights, device)
+        with Bars() as bars:
+            found = find(run, data, f"{each.label}, step {run.step:,}", bars)
+        rows += [{"run": each.label, "step": run.step, **row} for row in found]
+    return rows
+
+
+def _draw_depths(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> int:
+    """A curve over depths next to the rows; rows of encoders alone have no depth and no picture."""
+    if not speaks():
+        return 0
+    if any(row["depth"] is not None for row in rows):
+        from repa.report.analyses import depth_figure
+        from repa.report.style import write_png
+
+        write_png(depth_figure(rows, value, label), out.with_suffix(".png"))
+        say(f"{out}, .csv, and .png, which shows it.")
+    else:
+        say(f"{out} and .csv.")
+    return 0

@@ -1,39 +1,48 @@
-"""`repa analyse pictures RUN --data DATA` and `repa analyse progress RUN...`."""
+"""The analyses whose result is a picture: `repa analyse pictures`, `progress` and `neighbours`."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from repa.analysis.checkpoints import checkpoints_of
-from repa.analysis.config import FOLDER, HiddenConfig
+from repa.analysis.config import FOLDER, NeighboursConfig
 from repa.base.errors import UserError
+from repa.base.registry import Spec
 from repa.cli import options, tables
-from repa.cli.console import ProgressBar, say, speaks
+from repa.cli.console import ProgressBar, say, short, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 from repa.sampling.config import SampleConfig
 
-ABOUT_PICTURES = (
-    "Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, next to the "
-    "images. Each picture has components of its own, shared by all images of a column."
-)
-ABOUT_PROGRESS = "Samples of several checkpoints and runs from the same noise and labels, a row for each checkpoint."
+if TYPE_CHECKING:
+    import torch
+
 MOST_CHECKPOINTS = 6
+MOST_COPIES = 8  # samples in the picture of neighbours: the nearest of all
+LONGEST_NAME = 16  # letters of the name of a class
 
 
 class PicturesArguments(options.CheckpointOfRun):
+    """Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, next
+    to the images. Each picture has components of its own, shared by all images of a column.
+    """
+
+    verb = "analyse pictures"
+    positional = ("run",)
+
     run: str
     """run folder"""
     data: str
     """Folder of prepared data."""
-    encoders: tuple[str, ...] = ("tiny",)
+    encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny",)
     """Vision encoders to show next to the run; `--encoders` alone shows none."""
     encoder_weights: tuple[str, ...] = ()
     """Local weights of encoders, written ENCODER=PATH."""
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1; empty takes a quarter, half, three quarters and all of the network."""
-    times: tuple[float, ...] = (0.0, 0.5)
+    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.0, 0.5), min_length=1)
     """Noise levels t in [0, 1]; 0 is data."""
     images: tuple[int, ...] = ()
     """Rows of the data; empty takes --num-images, evenly spaced."""
@@ -45,21 +54,16 @@ class PicturesArguments(options.CheckpointOfRun):
     """Name of the .png; empty: analysis/pictures.png in the run."""
 
     def idle(self) -> dict[str, str]:
-        of_encoders = {} if self.encoders else {"encoder_weights": "without encoders"}
-        return of_encoders | ({"num_images": "with images, which name the rows"} if self.images else {})
-
-    @field_validator("encoders")
-    @classmethod
-    def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(ENCODERS.check(spec) for spec in specs)
-
-    @field_validator("times")
-    @classmethod
-    def _in_range(cls, times: tuple[float, ...]) -> tuple[float, ...]:
-        return HiddenConfig.parse({"times": times}).times
+        of_encoders = {} if self.encoders else {"encoder_weights": "without --encoders"}
+        return of_encoders | ({"num_images": "with --images, which name the rows"} if self.images else {})
 
 
 class ProgressArguments(options.WeightsOfRun, SampleConfig):
+    """Samples of several checkpoints and runs from the same noise and labels, a row for each checkpoint."""
+
+    verb = "analyse progress"
+    positional = ("runs...",)
+
     runs: tuple[str, ...] = ()
     """run folders"""
     checkpoints: tuple[int, ...] = ()
@@ -70,11 +74,29 @@ class ProgressArguments(options.WeightsOfRun, SampleConfig):
     """Name of the .png; empty: analysis/progress.png in the first run."""
 
 
-def pictures(argv: list[str]) -> int:
-    given = options.parse(PicturesArguments, argv, verb="analyse pictures", about=ABOUT_PICTURES, positional=("run",))
+class NeighboursArguments(NeighboursConfig, options.Command):
+    """The nearest training images of samples in the features of an encoder, and whether samples come nearer to the
+    training images than real images that were not trained on do. Writes rows (.json, .csv) and a picture (.png).
+    """
+
+    verb = "analyse neighbours"
+    positional = ("samples",)
+
+    samples: str
+    """samples: an .npz with arr_0, a folder or zip of images"""
+    data: str
+    """Folder of prepared data that the model was trained on."""
+    held_out: str = ""
+    """Folder of prepared data that it was not trained on; empty compares each training image with its nearest other."""
+    out: str = "neighbours.json"
+    """Name of the .json. The .csv and .png are written next to it."""
+
+
+def pictures(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(PicturesArguments, argv)
     check_pairs(given.encoder_weights)
     (checkpoint,) = checkpoints_of([given.run], [] if given.step is None else [given.step])
-    out = tables.output(given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
+    out = tables.output(held, given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
     from repa.analysis.hidden import spaced_rows
@@ -96,37 +118,31 @@ def pictures(argv: list[str]) -> int:
     run = checkpoint.load(given.weights, given.autoencoder_weights, device)
     columns = token_pictures(run, data, indices, encoders, depths=given.depths, times=given.times, seed=given.seed)
     if speaks():
-        names = [_short(data.class_names[label]) for label in data.gather("labels", indices)]
+        names = [short(data.class_names[label], LONGEST_NAME) for label in data.gather("labels", indices)]
         write_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
         say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, next to {len(indices)} images.")
     return 0
 
 
-def progress(argv: list[str]) -> int:
-    given = options.parse(
-        ProgressArguments, argv, verb="analyse progress", about=ABOUT_PROGRESS, positional=("runs...",)
-    )
-    config = options.part(SampleConfig, given)
+def progress(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(ProgressArguments, argv)
     if not given.runs:
         raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
     checkpoints = checkpoints_of(given.runs, given.checkpoints, MOST_CHECKPOINTS)
-    out = tables.output(given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
-    from repa.base import dist
+    out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.report.pictures import picture_table
     from repa.report.style import write_png
     from repa.sampling import generate, prepared
 
-    device = dist.setup()
-    if dist.active():
-        raise UserError("`repa analyse progress` runs in one process: start it without torchrun.")
+    device = _of_one_process("progress")
     rows: list[list[Any]] = []
     names: list[str] = []
     with ProgressBar("samples", "images") as bar:
         for each in checkpoints:
+            # A converted run is sampled as by its own code, unless an option says otherwise.
+            config = options.part(SampleConfig, given.as_origin_of(each.run)[0])
             run = prepared(each.load(given.weights, given.autoencoder_weights, device), config, device)
-            assert run.folder is not None  # it was read from there
-            row, (of_run, _) = [], given.as_origin_of(run.folder)
-            config = options.part(SampleConfig, of_run)
+            row: list[Any] = []
             for start in range(0, given.num_images, config.batch_size):
                 part = range(start, min(start + config.batch_size, given.num_images))
                 row += list(generate(run, config, part).images.permute(0, 2, 3, 1).numpy())
@@ -138,5 +154,50 @@ def progress(argv: list[str]) -> int:
     return 0
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"
+def neighbours(argv: list[str], held: ExitStack) -> int:
+    given = options.parse(NeighboursArguments, argv)
+    config = options.part(NeighboursConfig, given)
+    out = tables.output(held, given.out, Path())
+    import numpy as np
+
+    from repa.analysis import find_copies
+    from repa.data import open_data
+    from repa.evaluation import open_images
+    from repa.report.pictures import picture_table
+    from repa.report.style import write_png
+
+    device = _of_one_process("neighbours")
+    data, samples = open_data(given.data), open_images(given.samples)
+    held_out = open_data(given.held_out) if given.held_out else None
+    if (samples.height, samples.width) != (data.resolution, data.resolution):
+        raise UserError(
+            f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "
+            "compare what has the same size."
+        )
+    with ProgressBar(f"features of {config.features}", "images") as bar:
+        made = (images for _, images in samples.batches(config.batch_size))
+        found = find_copies(made, samples.num, data, config, held_out=held_out, device=device, progress=bar)
+    verdict = found.verdict
+    tables.write(out, {**tables.how("neighbours", given), "verdict": verdict._asdict()}, found.rows())
+    what = "held-out images" if held_out else "training images (each to its nearest other)"
+    say(
+        f"distance to the nearest training image, median: samples {verdict.median:.4f}, {what} {verdict.median_held_out:.4f}",
+        f"nearer than {verdict.threshold:.4f}, as 1 % of the {what} are: {100 * verdict.share_near:.1f} % of the samples "
+        "(about 1 % where nothing is copied)",
+    )
+    shown = found.beside(lambda i: samples.rows(np.array([i])), data, MOST_COPIES)
+    rows = [list(images.permute(0, 2, 3, 1).numpy()) for images in shown.values()]
+    labels = [f"sample {i}\n{found.near.distances[i, 0]:.3f}" for i in shown]
+    columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
+    write_png(picture_table(rows, labels, columns), out.with_suffix(".png"))
+    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, next to their nearest images.")
+    return 0
+
+
+def _of_one_process(what: str) -> "torch.device":
+    from repa.base import dist
+
+    device = dist.setup()
+    if dist.active():
+        raise UserError(f"`repa analyse {what}` runs in one process: start it without torchrun.")
+    return device

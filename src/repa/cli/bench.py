@@ -2,29 +2,25 @@
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 from repa.recipes import load_recipe
-from repa.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from repa.performance.measure import Measurement
-
-ABOUT = (
-    "Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate, memory, and "
-    "where the time goes. Ends with the next thing to change. Trains nothing, and writes nothing but --out."
-)
 
 
-class BenchArguments(Config):
+class BenchArguments(options.Command):
+    """Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate,
+    memory, and where the time goes. Ends with the next thing to change. Trains nothing, and writes nothing but
+    --out.
+    """
+
+    verb = "bench"
+    positional = ("recipe",)
+
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str = ""
@@ -45,11 +41,11 @@ class BenchArguments(Config):
     """File (.json.gz) for the timeline of two of the recipe's own steps, for ui.perfetto.dev; empty writes none."""
 
     def idle(self) -> dict[str, str]:
-        return {"token_width": "with data, whose tokens have a width"} if self.data else {}
+        return {"token_width": "with --data, whose tokens have a width"} if self.data else {}
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(BenchArguments, argv, verb="bench", about=ABOUT, positional=("recipe",))
+    given = options.parse(BenchArguments, argv)
     recipe = load_recipe(given.recipe)
 
     import torch
@@ -58,8 +54,9 @@ def main(argv: list[str]) -> int:
     from repa.base.device import peak_memory
     from repa.base.precision import resolved
     from repa.data import open_data
+    from repa.performance.batches import prepared, random_batch
     from repa.performance.measure import advise, table
-    from repa.performance.profiling import rate, summary
+    from repa.performance.profiling import observed, rate, summary
 
     device = dist.setup()
     if dist.active():
@@ -81,7 +78,10 @@ def main(argv: list[str]) -> int:
     for batch_size, precision, compiled in sorted(variants):
         config = recipe.override(batch_size=batch_size, precision=precision, compile=compiled)
         own_step = (batch_size, precision, compiled) == (sizes[0], own, recipe.compile)
-        found, row = _figures(config, given, rates, device, given.trace if own_step else "")
+        data = Path(given.data)
+        batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
+        with batches as (config, source):
+            found, row = observed(config, source, rates, given.rounds, device, given.trace if own_step else "")
         figures.append(found)
         rows.append(row)
         say(f"{batch_size} images, {precision}{', compiled' * compiled}: {figures[-1].images_per_second:.1f} images/s")
@@ -100,15 +100,3 @@ def main(argv: list[str]) -> int:
     if given.out:
         files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows, "advice": advice})
     return 0
-
-
-def _figures(
-    config: TrainConfig, given: BenchArguments, rates: dict[str, float], device: "torch.device", trace: str
-) -> "tuple[Measurement, dict[str, Any]]":
-    from repa.performance.batches import prepared, random_batch
-    from repa.performance.profiling import observed
-
-    data = Path(given.data)
-    batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
-    with batches as (config, source):
-        return observed(config, source, rates, given.rounds, device, trace)

@@ -5,17 +5,19 @@ from pathlib import Path
 from pydantic import Field
 
 from repa.base import files
-from repa.base.config import Config
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
 
-ABOUT = (
-    "Check a folder of prepared data: its manifest and the sizes of all files; with --full every byte against its checksum, "
-    "and a sample of its images, encoded again, against what is stored. Exit code 2 when something is wrong."
-)
 
+class CheckArguments(options.Command):
+    """Check a folder of prepared data: its manifest and the sizes of all files; with --full every byte against its
+    checksum, and a sample of its images, encoded again, against what is stored. Exit code 2 when something is
+    wrong.
+    """
 
-class CheckArguments(Config):
+    verb = "check"
+    positional = ("data",)
+
     data: str
     """folder of prepared data"""
     full: bool = False
@@ -29,11 +31,11 @@ class CheckArguments(Config):
 
     def idle(self) -> dict[str, str]:
         whole = ("num_images", "autoencoder_weights", "feature_weights")
-        return dict.fromkeys(() if self.full else whole, "without full, which reads and encodes again")
+        return dict.fromkeys(() if self.full else whole, "without --full, which reads and encodes again")
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(CheckArguments, argv, verb="check", about=ABOUT, positional=("data",))
+    given = options.parse(CheckArguments, argv)
     from repa.data import open_data
 
     manifest = open_data(given.data).manifest

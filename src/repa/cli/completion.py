@@ -4,23 +4,16 @@ The script asks this program at each TAB (`repa completion --words ...`), so wha
 """
 
 import functools
-import importlib
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import AfterValidator
 
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = (
-    "Print the script with which a shell completes `repa` on TAB. bash, in ~/.bashrc: eval \"$(repa completion bash)\". "
-    "zsh, in ~/.zshrc after compinit: eval \"$(repa completion zsh)\". fish, in "
-    "~/.config/fish/config.fish: repa completion fish | source."
-)  # fmt: skip
 WORDS = "--words"
 # where nothing is offered, each shell completes names of files
 SCRIPTS = {
@@ -46,7 +39,15 @@ complete -c repa -a '(__repa_words)'""",
 }
 
 
-class CompletionArguments(Config):
+class CompletionArguments(options.Command):
+    """Print the script with which a shell completes `repa` on TAB. bash, in ~/.bashrc: eval "$(repa completion bash)".
+    zsh, in ~/.zshrc after compinit: eval "$(repa completion zsh)". fish, in ~/.config/fish/config.fish: repa
+    completion fish | source.
+    """
+
+    verb = "completion"
+    positional = ("shell",)
+
     shell: Literal["bash", "zsh", "fish"]
     """bash, zsh or fish"""
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == [WORDS]:
         say(*candidates(argv[1:] or [""]))
         return 0
-    given = options.parse(CompletionArguments, argv, verb="completion", about=ABOUT, positional=("shell",))
+    given = options.parse(CompletionArguments, argv)
     say(*SCRIPTS[given.shell].split("\n"))
     return 0
 
@@ -71,7 +72,7 @@ def candidates(words: list[str]) -> list[str]:
 
 def _allowed(before: list[str], word: str) -> Iterable[str]:
     from repa.cli.analyse import WHATS
-    from repa.cli.main import VERBS
+    from repa.cli.main import VERBS, command_of
 
     if not before:
         return VERBS
@@ -80,26 +81,20 @@ def _allowed(before: list[str], word: str) -> Iterable[str]:
         return ()
     if verb == "analyse" and not rest:
         return WHATS
-    inner = rest[:1] if verb == "analyse" or rest[:1] == ["reference"] else []
-    try:
-        # The verb itself tells its options: it parses its arguments up to the probe and raises what it knows.
-        importlib.import_module(f"repa.cli.{verb}").main([*inner, options.PROBE])
-    except options.Probed as probed:
-        return _of_verb(probed, rest[len(inner) :], word)
-    return ()
+    return _of_command(*command_of(verb, rest), word)
 
 
-def _of_verb(probed: options.Probed, rest: list[str], word: str) -> Iterable[str]:
+def _of_command(cls: type[options.Command], rest: list[str], word: str) -> Iterable[str]:
     """Options, the values of one, or what a word without an option may be."""
     if word.startswith("-"):
-        return [f"--{name.replace('_', '-')}" for name in (*options.names(probed.cls), "help")]
+        return [f"--{name.replace('_', '-')}" for name in (*options.names(cls), "help")]
     flags = [index for index, each in enumerate(rest) if each.startswith("--")]
     if flags:
-        return _values(options.annotation(probed.cls, rest[flags[-1]][2:], whole=True))
-    name = next(iter(probed.positional[len(rest) :]), "")
-    if name not in probed.cls.model_fields:  # all are given, or it is a list of files
+        return _values(options.annotation(cls, rest[flags[-1]][2:], whole=True))
+    name = next(iter(cls.positional[len(rest) :]), "")
+    if name not in cls.model_fields:  # all are given, or it is a list of files
         return ()
-    return _of_word(name) or _values(options.annotation(probed.cls, name, whole=True))
+    return _of_word(name) or _values(options.annotation(cls, name, whole=True))
 
 
 def _of_word(name: str) -> Iterable[str]:

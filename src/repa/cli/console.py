@@ -1,5 +1,6 @@
-"""Progress for people (a bar with rate and time left on a terminal) and for logs (a plain line now and then)."""
+"""What a command says: lines, tables, progress (a bar with rate and time left on a terminal, plain lines in a log), retries."""
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -36,6 +37,11 @@ def say(*lines: str) -> None:
     """Lines from the main process only; control characters in names are written out."""
     if speaks():
         print(*(map(printable, lines)), sep="\n", flush=True)
+
+
+def short(name: str, most: int) -> str:
+    """At most so many letters of a name."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
@@ -149,3 +155,25 @@ class Bars:
             self._bar(done, total)
 
         return progress
+
+
+class OneSentence(logging.Filter):
+    """Drops what libraries say while they try a network again and again; the first time, a sentence of ours stands for it."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_retry = any(sign in record.getMessage() for sign in ("Retrying", "thrown while requesting"))
+        if record.levelno >= logging.ERROR or not is_retry:
+            return True
+        if speaks() and not self.told:
+            print("repa: The server does not answer; trying again for up to a minute.", file=sys.stderr, flush=True)
+        self.told = True
+        return False
+
+
+def tell_retries_once() -> None:
+    """From now on, in this process."""
+    one = OneSentence()
+    for name in ("huggingface_hub.utils._http", "urllib3.connectionpool"):
+        logging.getLogger(name).addFilter(one)

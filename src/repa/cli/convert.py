@@ -1,23 +1,16 @@
 """`repa convert CHECKPOINT RUN`: a released checkpoint, or an exported folder, as a run folder."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from repa.autoencoders import AUTOENCODER, AUTOENCODERS
 from repa.base.config import Config, refuse_idle
+from repa.base.registry import Spec
 from repa.cli import options
 from repa.cli.console import say
 from repa.training.config import TrainConfig
-
-ABOUT = (
-    "Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export` or a DiT of diffusers. "
-    "`repa sample` and `repa analyse` work on it, and `repa train --init` starts from it."
-)
-
-
-OF_CHECKPOINTS = ("kind", "model", "targets", "depth", "weights", "path")  # options that tell what a folder records
 
 
 class Network(Config):
@@ -27,14 +20,21 @@ class Network(Config):
     """Attention heads; 0 = those of the named size with this width and depth."""
 
 
-class ConvertArguments(Config):
+class ConvertArguments(options.Command):
+    """Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export` or a DiT
+    of diffusers. `repa sample` and `repa analyse` work on it, and `repa train --init` starts from it.
+    """
+
+    verb = "convert"
+    positional = ("checkpoint", "run")
+
     checkpoint: str
     """.pt or .safetensors file, folder of `repa export`, or folder of a DiTTransformer2DModel of diffusers"""
     run: str
     """run folder to make"""
     kind: Literal["repa", "sit", "dit"] = "repa"
     """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT. An exported folder knows."""
-    autoencoder: str = AUTOENCODER
+    autoencoder: Annotated[str, Spec(AUTOENCODERS)] = AUTOENCODER
     """Autoencoder of its latents. An exported folder knows."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
@@ -49,34 +49,33 @@ class ConvertArguments(Config):
     path: str = ""
     """Path it was trained on (linear, trigonometric, vp); empty = as the file says, otherwise linear."""
 
+    def idle(self) -> dict[str, str]:
+        of_files = ("kind", "model.num_heads", "targets", "depth", "weights", "path")
+        return dict.fromkeys(
+            of_files if Path(self.checkpoint).is_dir() else (), f"here: {self.checkpoint} is a folder, which records it"
+        )
+
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ConvertArguments, argv, verb="convert", about=ABOUT, positional=("checkpoint", "run"))
-    autoencoder = {"autoencoder": given.autoencoder, "autoencoder_weights": given.autoencoder_weights}
-    # A misspelt name is answered before a large file is read.
-    AUTOENCODERS.check(given.autoencoder)
+    given = options.parse(ConvertArguments, argv)
     from repa.runs.importing import is_diffusers, read_checkpoint, read_diffusers, read_export, write_run
 
     source, run = Path(given.checkpoint), Path(given.run)
-    if source.is_dir() and is_diffusers(source):
-        imported = read_diffusers(source)
-        known = ["autoencoder"] if "autoencoder" in imported.settings else []
-        unread = dict.fromkeys((*OF_CHECKPOINTS, *known), f"on {source}, a folder of diffusers, which records it")
-        refuse_idle(unread, sorted(given.model_fields_set))
-        settings = {**autoencoder, **imported.settings}
-    elif source.is_dir():
-        unread = dict.fromkeys((*OF_CHECKPOINTS, "autoencoder"), f"on {source}, an exported folder, which records it")
-        refuse_idle(unread, sorted(given.model_fields_set))
-        imported = read_export(source)
-        settings = {"autoencoder_weights": given.autoencoder_weights, **imported.settings}
+    if source.is_dir():
+        imported = read_diffusers(source) if is_diffusers(source) else read_export(source)
     else:
         imported = read_checkpoint(
             source, given.kind, num_heads=given.model.num_heads, targets=given.targets, depth=given.depth, path=given.path,
             weights=given.weights,
         )  # fmt: skip
-        settings = {**autoencoder, **imported.settings}
-        if not imported.settings["alignments"]:
-            refuse_idle({"depth": "without targets"}, sorted(given.model_fields_set))
+    # What only the content tells: which options it answers itself.
+    unread = {}
+    if "autoencoder" in imported.settings:
+        unread["autoencoder"] = f"here: {source} records it"
+    if not imported.settings.get("alignments"):
+        unread["depth"] = "without --targets"
+    refuse_idle(unread, sorted(given.model_fields_set))
+    settings = {"autoencoder": given.autoencoder, "autoencoder_weights": given.autoencoder_weights, **imported.settings}
     config = TrainConfig.parse(settings, where=str(source))
     write_run(run, config, imported.checkpoint, source.name, imported.kind)
     step, dims = imported.checkpoint.step, config.model.dims()

@@ -4,17 +4,19 @@ from pathlib import Path
 
 from pydantic import Field
 
-from repa.base.config import Config
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = (
-    "Make an average of a run's weights of any width after training, from its snapshots (train with --ema-widths 0.05 0.1 and "
-    "--snapshot-every). The width is relative: the standard deviation of the steps that it averages, as a share of all steps."
-)
 
+class EmaArguments(options.Command):
+    """Make an average of a run's weights of any width after training, from its snapshots (train with --ema-widths 0.05
+    0.1 and --snapshot-every). The width is relative: the standard deviation of the steps that it averages, as a
+    share of all steps.
+    """
 
-class EmaArguments(Config):
+    verb = "ema"
+    positional = ("run",)
+
     run: str
     """run folder"""
     width: float = Field(gt=0, le=0.28)
@@ -24,7 +26,7 @@ class EmaArguments(Config):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(EmaArguments, argv, verb="ema", about=ABOUT, positional=("run",))
+    given = options.parse(EmaArguments, argv)
     from repa.base import files, lock
     from repa.runs import layout
     from repa.runs.averaging import write_average

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from repa.models.cost import Cost
     from repa.performance.estimate import Estimate
 
-ABOUT = (
-    "What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and time, and "
-    "whether stored target tokens pay. Any field of the recipe can be overridden as in `repa train`."
-)
 
+class EstimateArguments(TrainConfig, options.Command):
+    """What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and
+    time, and whether stored target tokens pay. Any field of the recipe can be overridden as in `repa train`.
+    """
 
-class EstimateArguments(TrainConfig):
+    verb = "estimate"
+    positional = ("recipe",)
+
     recipe: str
     """recipe name, .yaml file, or run folder"""
     images: int = Field(IMAGENET, ge=1)
@@ -54,7 +56,7 @@ class EstimateArguments(TrainConfig):
     """Guidances of the samples; a guided step costs two passes of the network."""
 
     def idle(self) -> dict[str, str]:
-        of_device = {"device": "with tflops, which stands for it"} if self.tflops else {}
+        of_device = {"device": "with --tflops, which stands for it"} if self.tflops else {}
         return super().idle() | of_device
 
     @field_validator("device")
@@ -68,9 +70,9 @@ class EstimateArguments(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
-    name = options.first(EstimateArguments, argv, "estimate", "recipe")
+    name = options.first(EstimateArguments, argv, "recipe")
     recipe = load_recipe(name) if name else None
-    given = options.parse(EstimateArguments, argv, verb="estimate", about=ABOUT, positional=("recipe",), values=recipe)
+    given = options.parse(EstimateArguments, argv, recipe)
     config = options.part(TrainConfig, given)
     # A run takes it from its data, and there are none yet.
     if not config.autoencoder:

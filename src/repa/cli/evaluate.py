@@ -13,21 +13,20 @@ from repa.base import files, launch, lock
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import Bars, ProgressBar, say
+from repa.cli.sample import SamplesOfRun, open_run
 from repa.evaluation.config import EvaluateConfig, ReferenceConfig
 from repa.runs import layout
-from repa.sampling.config import SampleConfig
-
-ABOUT = (
-    "Measure samples: an .npz with arr_0, a folder or zip of images, or a run folder, whose samples are made and measured in one "
-    "pass by the options of `repa sample`. Against a reference .npz (ADM's, or by `repa evaluate reference`), prepared data, or "
-    "images. `repa evaluate reference DATA --out ref.npz` makes a reference."
-)
-ABOUT_REFERENCE = (
-    "Statistics of prepared data, a folder, a zip or an .npz of images, as a reference in the ADM evaluator's format."
-)
 
 
-class EvaluateArguments(options.CheckpointOfRun, SampleConfig, EvaluateConfig):
+class EvaluateArguments(SamplesOfRun, EvaluateConfig):
+    """Measure samples: an .npz with arr_0, a folder or zip of images, or a run folder, whose samples are made and
+    measured in one pass by the options of `repa sample`. Against a reference .npz (ADM's, or by `repa evaluate
+    reference`), prepared data, or images. `repa evaluate reference DATA --out ref.npz` makes a reference.
+    """
+
+    verb = "evaluate"
+    positional = ("samples",)
+
     samples: str
     """.npz, folder or zip of samples, or a run folder"""
     reference: str
@@ -48,33 +47,50 @@ class EvaluateArguments(options.CheckpointOfRun, SampleConfig, EvaluateConfig):
         return super().idle() | dict.fromkeys(() if self.is_run else of_run, f"here: {self.samples} is no run folder")
 
 
-class ReferenceArguments(ReferenceConfig):
+class ReferenceArguments(ReferenceConfig, options.Command):
+    """Statistics of prepared data, a folder, a zip or an .npz of images, as a reference in the ADM evaluator's format."""
+
+    verb = "evaluate reference"
+    positional = ("data",)
+
     data: str
     """prepared data, folder or zip of images, or .npz"""
     out: str
     """Name of the .npz."""
 
 
+def arguments_of(word: str) -> type[options.Command] | None:
+    """The options of `repa evaluate reference`."""
+    return ReferenceArguments if word == "reference" else None
+
+
 def main(argv: list[str]) -> int:
     if argv[:1] == ["reference"]:
         return _reference(argv[1:])
-    given = options.parse(EvaluateArguments, argv, verb="evaluate", about=ABOUT, positional=("samples",))
+    given = options.parse(EvaluateArguments, argv)
     if given.out and Path(given.out).suffix != ".json":
         raise UserError(f"Results are written as .json, but --out is {given.out}: give a name such as results.json.")
     if given.samples.endswith(".npz") and Path(given.out) == Path(given.samples).with_suffix(".json"):
         raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
-    is_run = given.is_run
-    _check(given)
-    if given.out or is_run:
-        files.require_writable(given.out or Path(given.samples) / layout.EVALUATIONS / "results.json")
-    written = Path(given.out) if given.out else Path(given.samples) / layout.EVALUATIONS if is_run else None
+    if given.is_run and not given.num_images:
+        raise UserError(
+            f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
+        )
+    if (Path(given.reference) / layout.CONFIG).is_file():
+        raise UserError(
+            f"--reference {given.reference} is a run folder: give the data that it was trained on, or an .npz."
+        )
+    of_run = Path(given.samples) / layout.EVALUATIONS
+    written = Path(given.out) if given.out else of_run if given.is_run else None
+    if written:
+        files.require_writable(given.out or of_run / "results.json")
     # The main process locks for all. The others are not in a group yet: it is joined once torch is imported.
     mine = written if launch.place().rank == 0 else None
     with lock.alone(mine, "repa evaluate") if mine else contextlib.nullcontext():
         if mine and not given.out:
             files.remove_leftovers(mine)
-        results = (_of_run if is_run else _of_file)(given)
-        out = Path(given.out) if given.out else _place(given, results) if is_run else None
+        results = (_of_run if given.is_run else _of_file)(given)
+        out = Path(given.out) if given.out else of_run / _name(given, results) if given.is_run else None
         if mine and out:
             files.write_sealed(out, results)
     for name, value in results["metrics"].items():
@@ -88,25 +104,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check(given: EvaluateArguments) -> None:
-    """Samples of a run folder need a number, and a run folder is no reference."""
-    if given.is_run and not given.num_images:
-        raise UserError(
-            f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
-        )
-    if (Path(given.reference) / layout.CONFIG).is_file():
-        raise UserError(
-            f"--reference {given.reference} is a run folder: give the data that it was trained on, or an .npz."
-        )
-
-
-def _place(given: EvaluateArguments, results: dict[str, Any]) -> Path:
-    """In the run's folder; the same measurement again replaces its file."""
+def _name(given: EvaluateArguments, results: dict[str, Any]) -> str:
+    """By what was measured: another reference or encoder is another file, the same measurement again replaces its own."""
     measured = [results["made"], results["reference"], results["encoder"], results["arithmetic"], [*results["metrics"]]]
-    # Named by what was measured: another reference or encoder is another file, the same one replaces its own.
     digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
-    step = layout.step_name(results["made"]["step"])
-    return Path(given.samples) / layout.EVALUATIONS / f"{step}-{given.weights}-{digest}.json"
+    return f"{layout.step_name(results['made']['step'])}-{given.weights}-{digest}.json"
 
 
 def _of_file(given: EvaluateArguments) -> dict[str, Any]:
@@ -127,22 +129,11 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
 
     from repa.base import dist
     from repa.evaluation import evaluate_stream
-    from repa.runs import load_run
-    from repa.sampling import about_classes, drawn_classes, generate, prepared
+    from repa.sampling import drawn_classes, generate
     from repa.sampling.conditions import prompts_record
 
-    device = dist.setup()
-    given, as_origin = given.as_origin_of(given.samples)
-    if as_origin:
-        say(as_origin)
-    config, sampling = options.part(EvaluateConfig, given), options.part(SampleConfig, given)
-    run = load_run(
-        given.samples, given.weights, step=given.step, autoencoder_weights=given.autoencoder_weights, device=device
-    )
-    run = prepared(run, sampling, device)
+    given, sampling, run, device = open_run(given, given.samples)
     run.diffusion.check_sampler(sampling.sampler)
-    if note := about_classes(sampling.labels, run):
-        say(note)
     made: dict[str, Any] = {
         **run.identity, "run": given.samples,
         "num": given.num_images, "autoencoder": run.autoencoder.name,
@@ -164,16 +155,14 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
 
     with Bars() as bars:
         return evaluate_stream(
-            stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, config,
+            stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, options.part(EvaluateConfig, given),
             device=device, samples=given.samples, made=made,
             prompts=run.prompts.texts_of(range(num)) if run.prompts else (), progress=bars.of(f"looking at {given.reference}"),
         )  # fmt: skip
 
 
 def _reference(argv: list[str]) -> int:
-    given = options.parse(
-        ReferenceArguments, argv, verb="evaluate reference", about=ABOUT_REFERENCE, positional=("data",)
-    )
+    given = options.parse(ReferenceArguments, argv)
     from repa.base import dist
     from repa.evaluation import make_reference
 

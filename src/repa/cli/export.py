@@ -5,17 +5,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from repa.base.config import Config
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = (
-    "Write the averaged network of a run into a new folder with a configuration and a model card: safetensors for "
-    "repa.models.load_exported, or weights for DiTTransformer2DModel of diffusers."
-)
 
+class ExportArguments(options.Command):
+    """Write the averaged network of a run into a new folder with a configuration and a model card: safetensors for
+    repa.models.load_exported, or weights for DiTTransformer2DModel of diffusers.
+    """
 
-class ExportArguments(Config):
+    verb = "export"
+    positional = ("run", "out")
+
     run: str
     """run folder"""
     out: str
@@ -27,7 +28,7 @@ class ExportArguments(Config):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ExportArguments, argv, verb="export", about=ABOUT, positional=("run", "out"))
+    given = options.parse(ExportArguments, argv)
     from repa.runs.export import export_run
 
     step = export_run(

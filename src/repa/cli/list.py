@@ -3,13 +3,11 @@
 import functools
 from collections.abc import Callable
 
-from repa.base.config import Config
 from repa.base.errors import UserError, choices
 from repa.base.registry import Registry
 from repa.cli import options
 from repa.cli.console import say, table
 
-ABOUT = "List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` describes one."
 NOTES = {
     "autoencoders": 'All but pixels need pip install "repa[latents]"',
     "targets": "Every encoder is a target too: `repa list encoders`",
@@ -19,13 +17,18 @@ NOTES = {
 Groups = dict[str, list[tuple[str, ...]]]  # heading -> rows: a name, and what there is to say about it
 
 
-class ListArguments(Config):
+class ListArguments(options.Command):
+    """List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` describes one."""
+
+    verb = "list"
+    positional = ("kind",)
+
     kind: str = ""
     """what to list; empty lists the kinds"""
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ListArguments, argv, verb="list", about=ABOUT, positional=("kind",))
+    given = options.parse(ListArguments, argv)
     every = kinds()
     if not given.kind:
         say(*every)

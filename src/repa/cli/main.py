@@ -6,13 +6,17 @@ import os
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 from repa import __version__
 from repa.base import launch, trust
 from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
 from repa.base.launch import keep_freed_memory, spin_briefly
-from repa.cli.retries import told_once
+from repa.cli.console import tell_retries_once
+
+if TYPE_CHECKING:
+    from repa.cli.options import Command
 
 VERBS = {
     "quickstart": "the whole comparison on this machine: real images to a page that shows the difference",
@@ -85,6 +89,13 @@ def run(argv: list[str]) -> int:
         return 128 + how
 
 
+def command_of(verb: str, words: list[str]) -> "tuple[type[Command], list[str]]":
+    """The options of a verb, and the words that they are read from: `analyse` and `evaluate reference` have a second word."""
+    module = importlib.import_module(f"repa.cli.{verb}")
+    inner = module.arguments_of(words[0]) if words and hasattr(module, "arguments_of") else None
+    return (inner, words[1:]) if inner else (getattr(module, f"{verb.capitalize()}Arguments"), words)
+
+
 def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
     """(modules, rest): what `--trust MODULE` names, an option of every verb, and the command line without it."""
     modules, rest = [], []
@@ -142,7 +153,7 @@ def _stop(number: int, _: object) -> None:
 def main() -> None:
     keep_freed_memory()
     spin_briefly()
-    told_once()
+    tell_retries_once()
     threading.excepthook = _in_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of any script in a locale of few letters; stderr does so anyway

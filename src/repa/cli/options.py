@@ -10,20 +10,30 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Annotated, Any, TypeGuard, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
 
 from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError, nearest
 
-C = TypeVar("C", bound=Config)
 HELP = ("-h", "--help")
-PROBE = "--what-does-it-take"  # in place of all arguments: `parse` answers with Probed
 TRUTHS = ("true", "false", "yes", "no", "on", "off")  # after a switch; another word is not its value
 
 
-class WeightsOfRun(Config):
+class Command(Config):
+    """The options of a verb. Its docstring is what `--help` says of it."""
+
+    verb: ClassVar[str]
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Names of fields given without a flag, in order; a name ending in "..." takes all that are left."""
+
+
+C = TypeVar("C", bound=Config)
+V = TypeVar("V", bound=Command)
+
+
+class WeightsOfRun(Command):
     """Options of verbs that read runs."""
 
     weights: str = "ema"
@@ -44,55 +54,32 @@ class CheckpointOfRun(WeightsOfRun):
         return None if self.checkpoint < 0 else self.checkpoint
 
 
-class Probed(Exception):
-    """What a verb takes, raised by `parse` for the completion of command lines."""
-
-    def __init__(self, cls: type[Config], positional: tuple[str, ...]):
-        super().__init__()
-        self.cls, self.positional = cls, positional
-
-
-def parse(
-    cls: type[C],
-    argv: list[str],
-    *,
-    verb: str,
-    about: str,
-    positional: tuple[str, ...] = (),
-    values: Config | None = None,
-) -> C:
-    """The configuration that the arguments of a verb describe.
-
-    Args:
-        positional: names of fields given without a flag, in order; a name ending in "..." takes all that are left.
-        values: a configuration whose values are the defaults, in place of the class's own.
-    """
-    if PROBE in argv:
-        raise Probed(cls, positional)
+def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
+    """The configuration that the arguments of a verb describe; `values` are the defaults in place of the class's own."""
     start = {} if values is None else values.model_dump()
     if set(HELP) & set(argv):
-        print_help(cls, verb, about, positional, values)
+        print_help(cls, values)
         sys.exit(0)
-    words, settings = _read(cls, argv, verb)
+    words, settings = _read(cls, argv)
     before: set[str] = set()
     for flag, value in settings:
         _store(start, flag, value, again=flag in before)
         before.add(flag)
-    _place(start, words, positional, verb)
+    _place(start, words, cls)
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
-            shown = name if name in [p.rstrip(".") for p in positional] else f"--{name.replace('_', '-')}"
+            shown = name if name in [p.rstrip(".") for p in cls.positional] else f"--{name.replace('_', '-')}"
             raise UserError(
-                f"`repa {verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {verb} --help`."
+                f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
     given = cls.parse(start)
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
     return given
 
 
-def first(cls: type[Config], argv: list[str], verb: str, name: str) -> str | None:
+def first(cls: type[Command], argv: list[str], name: str) -> str | None:
     """The value of the first positional field `name`, given as a word or by its flag: a recipe is needed before the rest is read."""
-    words, settings = _read(cls, argv, verb)
+    words, settings = _read(cls, argv)
     flagged = [value for flag, value in settings if flag == name]
     return next(iter(flagged + words), None)
 
@@ -102,10 +89,10 @@ def part(cls: type[C], given: Config) -> C:
     return cls.parse({name: value for name, value in given.model_dump().items() if name in cls.model_fields})
 
 
-def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, ...], values: Config | None) -> None:
+def print_help(cls: type[Command], values: Config | None) -> None:
     import tyro
 
-    names = " ".join(name.upper() for name in positional)
+    usage = " ".join(["repa", cls.verb, *map(str.upper, cls.positional)])
     given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
@@ -117,19 +104,19 @@ def print_help(cls: type[Config], verb: str, about: str, positional: tuple[str, 
     page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
         tyro.cli(
-            ordered, args=["--help"], prog=f"repa {verb} {names}".rstrip(), description=about,
+            ordered, args=["--help"], prog=usage, description=" ".join(str(cls.__doc__).split()),
             default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )  # fmt: skip
     if isinstance(page, io.StringIO):
         print(page.getvalue(), end="")
 
 
-def _read(cls: type[Config], argv: list[str], verb: str) -> tuple[list[str], list[tuple[str, Any]]]:
+def _read(cls: type[Command], argv: list[str]) -> tuple[list[str], list[tuple[str, Any]]]:
     """Words without a flag, and (flag, value) for every flag; the types of the fields say how many words a flag takes."""
     words, flags = _split(argv)
     settings = []
     for flag, given in flags:
-        value, rest = _take(flag, annotation(cls, flag, verb), given, verb)
+        value, rest = _take(flag, annotation(cls, flag), given, cls.verb)
         settings.append((flag, value))
         words += rest
     return words, settings
@@ -140,7 +127,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     words: list[str] = []
     flags: list[tuple[str, list[str]]] = []
     for token in argv:
-        if token in HELP or token == PROBE:
+        if token in HELP:
             continue
         if token.startswith("--") and len(token) > 2:
             name, equals, value = token[2:].partition("=")
@@ -154,8 +141,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return words, flags
 
 
-def _place(values: dict[str, Any], words: list[str], positional: tuple[str, ...], verb: str) -> None:
-    for name in positional:
+def _place(values: dict[str, Any], words: list[str], cls: type[Command]) -> None:
+    for name in cls.positional:
         if name.endswith("..."):
             if words:
                 values[name.rstrip(".")] = words
@@ -163,10 +150,10 @@ def _place(values: dict[str, Any], words: list[str], positional: tuple[str, ...]
         if words and name not in values:
             values[name] = words.pop(0)
     if words:
-        raise UserError(f"`repa {verb}` does not know what to do with {words[0]!r}: see `repa {verb} --help`.")
+        raise UserError(f"`repa {cls.verb}` does not know what to do with {words[0]!r}: see `repa {cls.verb} --help`.")
 
 
-def annotation(cls: type[BaseModel], flag: str, verb: str = "", *, whole: bool = False) -> Any:
+def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
     """The type of the field that a dotted name points to; `whole`: with what checks it, as Annotated."""
     current: Any = cls
     parts = _parts(flag)
@@ -175,7 +162,9 @@ def annotation(cls: type[BaseModel], flag: str, verb: str = "", *, whole: bool =
             fields = current.model_fields
             if part not in fields:
                 meant = _meant(cls, parts, fields)
-                raise UserError(f"`repa {verb}` has no option --{flag}.{meant} `repa {verb} --help` prints all.")
+                raise UserError(
+                    f"`repa {cls.verb}` has no option --{flag}.{meant} `repa {cls.verb} --help` prints all."
+                )
             current = fields[part].annotation
             if whole and fields[part].metadata:  # which pydantic takes off the outermost type
                 current = Annotated[current, *fields[part].metadata]
@@ -184,7 +173,7 @@ def annotation(cls: type[BaseModel], flag: str, verb: str = "", *, whole: bool =
         else:
             above = ".".join(parts[:depth]).replace("_", "-")
             example = f", only numbered ones such as --{above}.0" if item else ""
-            raise UserError(f"`repa {verb}` has no option --{flag}: --{above} has no part {part!r}{example}.")
+            raise UserError(f"`repa {cls.verb}` has no option --{flag}: --{above} has no part {part!r}{example}.")
     return current
 
 

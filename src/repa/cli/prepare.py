@@ -10,26 +10,28 @@ from repa.base import files, launch
 from repa.base.errors import UserError
 from repa.base.reporting import duration
 from repa.cli import options
-from repa.cli.console import ProgressBar, say
+from repa.cli.console import ProgressBar, say, short
 from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
 from repa.encoders import ENCODERS
-
-ABOUT = (
-    "Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, those inside "
-    "the package) -> shards for training: cropped images, latents, labels and target tokens. The same command "
-    "continues after any stop; settings that are left out are then those of the folder. `repa prepare DATA --only ...` and "
-    "`--remove ...` work on what a folder already holds. `torchrun --nproc-per-node 8 -m repa prepare ...` shares the work."
-)
-
 
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
 CLASSES_SHOWN = 10  # with their counts; the manifest has all
 
 
-class PrepareArguments(PrepareConfig):
+class PrepareArguments(PrepareConfig, options.Command):
+    """Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, those inside the
+    package) -> shards for training: cropped images, latents, labels and target tokens. The same command continues
+    after any stop; settings that are left out are then those of the folder. `repa prepare DATA --only ...` and
+    `--remove ...` work on what a folder already holds. `torchrun --nproc-per-node 8 -m repa prepare ...` shares the
+    work.
+    """
+
+    verb = "prepare"
+    positional = ("source", "out")
+
     resolution: int = 0
     """Side of the square images, in pixels: ADM's centre crop of every picture. A new folder needs it."""
     source: str
@@ -73,10 +75,10 @@ class PrepareArguments(PrepareConfig):
     def idle(self) -> dict[str, str]:
         removing = {"source", "out", "remove"}
         if self.remove:
-            return dict.fromkeys(type(self).model_fields.keys() - removing, "with remove")
-        unread = {} if self.text else dict.fromkeys(("text_weights", "text_form"), "without text")
+            return dict.fromkeys(type(self).model_fields.keys() - removing, "with --remove")
+        unread = {} if self.text else dict.fromkeys(("text_weights", "text_form"), "without --text")
         unread |= (
-            {} if self.features else dict.fromkeys(("grid", "feature_forms", "feature_weights"), "without features")
+            {} if self.features else dict.fromkeys(("grid", "feature_forms", "feature_weights"), "without --features")
         )
         if not self.out:
             read = {*removing, "only", "text", "text_weights", "text_form", "feature_weights", "feature_forms"}
@@ -87,7 +89,7 @@ class PrepareArguments(PrepareConfig):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(PrepareArguments, argv, verb="prepare", about=ABOUT, positional=("source", "out"))
+    given = options.parse(PrepareArguments, argv)
     if given.remove:
         _remove(Path(given.out or given.source), given.remove)
     elif not given.out:
@@ -193,17 +195,20 @@ def _tell(out: Path, manifest: Manifest | None) -> None:
             "work any more, the same command does the rest."
         )
         return
+    num = len(manifest.class_names)
+    classes = f"{num:,} classes" if num > 1 else "1 class"
     flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
-    say(
-        f"{out}: {len(manifest.originals):,} images of {_num_classes(manifest)} at {manifest.resolution} pixels{flipped}."
-    )
+    say(f"{out}: {len(manifest.originals):,} images of {classes} at {manifest.resolution} pixels{flipped}.")
     for line in inventory(manifest):
         say(f"  {line}")
 
 
 def inventory(manifest: Manifest) -> list[str]:
     """What was found: where labels came from, classes with their counts, and what was left out by kind."""
-    counts = [(_short(name), count) for name, count in zip(manifest.class_names, manifest.class_counts, strict=True)]
+    counts = [
+        (short(name, LONGEST_NAME), count)
+        for name, count in zip(manifest.class_names, manifest.class_counts, strict=True)
+    ]
     filled = [(name, count) for name, count in counts if count]
     lines = []
     if manifest.inventory.labels_from:
@@ -231,15 +236,6 @@ def inventory(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _num_classes(manifest: Manifest) -> str:
-    num = len(manifest.class_names)
-    return f"{num:,} classes" if num > 1 else "1 class"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-
 def _some(names: Sequence[str], num: int = 5) -> str:
     more = f" and {len(names) - num} more in its manifest" if len(names) > num else ""
-    return ", ".join(_short(str(name)) for name in names[:num]) + more
+    return ", ".join(short(str(name), LONGEST_NAME) for name in names[:num]) + more

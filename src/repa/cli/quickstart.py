@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from repa.base import extras
-from repa.base.config import Config
+from repa.base.config import option
 from repa.base.reporting import duration
 from repa.cli import options, prepare
 from repa.cli.console import ProgressBar, say
@@ -22,11 +22,6 @@ from repa.recipes import load_recipe
 from repa.recipes.small import Choice, choose, extractor_for, patches_of
 from repa.training.config import TrainConfig
 
-ABOUT = (
-    "The whole comparison on this machine, offline: random crops of real photographs -> prepared data -> the same SiT twice, without "
-    "and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes on two CPU cores; "
-    "the same command continues after any stop. With --source the same on images of your own."
-)
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PHOTOGRAPHS = "photographs"
 RESOLUTION = 32  # pixels, of the photographs
@@ -35,7 +30,14 @@ NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their
 SMALLEST = 0.8  # side of the smallest crops over the photograph's: of smaller ones a short training shows only texture
 
 
-class QuickstartArguments(Config):
+class QuickstartArguments(options.Command):
+    """The whole comparison on this machine, offline: random crops of real photographs -> prepared data -> the same SiT
+    twice, without and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes
+    on two CPU cores; the same command continues after any stop. With --source the same on images of your own.
+    """
+
+    verb = "quickstart"
+
     out: str = ""
     """Folder for data, runs and page; empty takes quickstart, and for your own images quickstart-NAME."""
     source: str = PHOTOGRAPHS
@@ -51,7 +53,7 @@ class QuickstartArguments(Config):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(QuickstartArguments, argv, verb="quickstart", about=ABOUT)
+    given = options.parse(QuickstartArguments, argv)
     for package in ("jinja2", "matplotlib"):  # of the page, which comes last
         extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
@@ -73,14 +75,15 @@ def main(argv: list[str]) -> int:
     )
     prepare.start(source, data, config)
     _compute_reference(data, choice.changes["preview.features"])
-    trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *choice.flags()] for n in RUNS]
+    flags = _flags(choice.changes)
+    trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *flags] for n in RUNS]
     say("", "Both trainings side by side:")
     if code := run_together(trainings):
         return code
     commands = [
-        shlex.join([*_program(), "quickstart", *_flags(given)]),
+        shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
         "# which is the same as",
-        shlex.join(["repa", "prepare", source, str(data), *_flags(config)]),
+        shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
         *(shlex.join(["repa", *words]) for words in trainings),
         shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / "report.html")]),
     ]
@@ -134,15 +137,12 @@ def _program() -> list[str]:
     return ["repa"] if shutil.which("repa") or called.name != "repa" else [str(called)]
 
 
-def _flags(given: Config) -> list[str]:
-    """What differs from the defaults, as options."""
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as options of a verb."""
     words: list[str] = []
-    for name, value in given.model_dump(exclude_defaults=True).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [flag, *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    for name, value in settings.items():
+        values = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
+        words += [option(name), *map(str, values)]
     return words
 
 

@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
-from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 
-ABOUT = (
-    "One self-contained HTML page that compares runs: tables as in the paper, speed-up, curves, samples from the same noise; its "
-    "tables as .md and .csv next to it. Name the baseline first. Runs that differ only in the seed are taken together."
-)
 
+class ReportArguments(options.Command):
+    """One self-contained HTML page that compares runs: tables as in the paper, speed-up, curves, samples from the same
+    noise; its tables as .md and .csv next to it. Name the baseline first. Runs that differ only in the seed are
+    taken together.
+    """
 
-class ReportArguments(Config):
+    verb = "report"
+    positional = ("runs...",)
+
     runs: tuple[str, ...]
     """run folders, the baseline first"""
     out: str = "report.html"
@@ -29,7 +31,7 @@ class ReportArguments(Config):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ReportArguments, argv, verb="report", about=ABOUT, positional=("runs...",))
+    given = options.parse(ReportArguments, argv)
     out = Path(given.out)
     if out.suffix != ".html":
         raise UserError(f"The report is an HTML page, but --out is {out}: give a name such as report.html.")

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
 
@@ -10,13 +11,45 @@ from repa.cli import options
 from repa.cli.console import ProgressBar, say
 from repa.sampling.config import SampleConfig
 
-ABOUT = (
-    "Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator), or a folder of PNG files, and a "
-    "PNG grid of some of them. The same command continues after any stop."
-)
+if TYPE_CHECKING:
+    import torch
+
+    from repa.runs import LoadedRun
 
 
-class SampleArguments(options.CheckpointOfRun, SampleConfig):
+class SamplesOfRun(options.CheckpointOfRun, SampleConfig):
+    """Options of verbs that make samples of a run."""
+
+
+S = TypeVar("S", bound=SamplesOfRun)
+
+
+def open_run(given: S, folder: str) -> "tuple[S, SampleConfig, LoadedRun, torch.device]":
+    """The options and settings with which a run is sampled, and its network ready for that; says what is worth knowing of both.
+
+    A converted run is sampled as by the code that trained it, in what no option says otherwise.
+    """
+    from repa.base import dist
+    from repa.runs import load_run
+    from repa.sampling import about_classes, prepared
+
+    given, as_origin = given.as_origin_of(folder)
+    config, device = options.part(SampleConfig, given), dist.setup()
+    run = load_run(folder, given.weights, step=given.step, autoencoder_weights=given.autoencoder_weights, device=device)
+    run = prepared(run, config, device)
+    for note in filter(None, (as_origin, about_classes(config.labels, run))):
+        say(note)
+    return given, config, run, device
+
+
+class SampleArguments(SamplesOfRun):
+    """Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator), or a folder of PNG
+    files, and a PNG grid of some of them. The same command continues after any stop.
+    """
+
+    verb = "sample"
+    positional = ("run",)
+
     run: str
     """run folder"""
     out: str
@@ -31,32 +64,21 @@ class SampleArguments(options.CheckpointOfRun, SampleConfig):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(SampleArguments, argv, verb="sample", about=ABOUT, positional=("run",))
-    given, as_origin = given.as_origin_of(given.run)
-    config = options.part(SampleConfig, given)
+    given = options.parse(SampleArguments, argv)
+    if given.folders and not given.out.endswith(".npz"):
+        raise UserError("--folders lays out the images of an .npz: give --out a name such as samples.npz.")
     import torch
 
     from repa.base import dist
     from repa.base.precision import resolved
-    from repa.runs import load_run
-    from repa.sampling import about_classes, prepared, write_samples
+    from repa.sampling import write_samples
     from repa.sampling.writing import require_folders, write_folders
 
-    device = dist.setup()
-    run = load_run(
-        given.run, given.weights, step=given.step, autoencoder_weights=given.autoencoder_weights, device=device
-    )
-    run = prepared(run, config, device)
+    given, config, run, device = open_run(given, given.run)
     if given.folders and run.prompts is None:
         raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
-    if given.folders and not given.out.endswith(".npz"):
-        raise UserError("--folders lays out the images of an .npz: give --out a name such as samples.npz.")
     if given.folders:
         dist.on_main(lambda: require_folders(Path(given.folders)))
-    if as_origin:
-        say(as_origin)
-    if note := about_classes(config.labels, run):
-        say(note)
     if resolved(config.precision, device) != "fp32":
         # TF32 for the products that are not in half precision, as in training; fp32 means float32.
         torch.set_float32_matmul_precision("high")

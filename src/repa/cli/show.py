@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from repa.base import files
-from repa.base.config import Config
 from repa.base.errors import UserError, nearest
 from repa.base.registry import Registry, parse_spec
 from repa.cli import options
@@ -12,16 +11,19 @@ from repa.cli.list import registries
 from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
 
-ABOUT = "Describe a recipe, any other name of `repa list` (an encoder, a model, a loss, ...), prepared data, or a run."
 
+class ShowArguments(options.Command):
+    """Describe a recipe, any other name of `repa list` (an encoder, a model, a loss, ...), prepared data, or a run."""
 
-class ShowArguments(Config):
+    verb = "show"
+    positional = ("name",)
+
     name: str
     """a name of `repa list`, a data folder or a run folder"""
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ShowArguments, argv, verb="show", about=ABOUT, positional=("name",))
+    given = options.parse(ShowArguments, argv)
     path = Path(given.name)
     if given.name in RECIPES:
         say(*as_comment(RECIPES[given.name].promise).split("\n"))

@@ -1,34 +1,26 @@
 """Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv next to it."""
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from repa.base import files, launch, lock
 from repa.base.config import Config
 from repa.base.errors import UserError, printable
+from repa.base.reporting import columns
 from repa.cli.console import speaks
 
-_held = contextlib.ExitStack()
-_doing = ""  # the command that writes, for others
 Rows = Sequence[dict[str, Any]]
 
 
-def in_columns(rows: Rows, columns: dict[str, str]) -> list[str]:
-    """Lines of aligned columns; `columns` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
-    titles = [title.partition("|")[0] for title in columns.values()]
-    shown = [[_shown(row.get(key), title.partition("|")[2]) for key, title in columns.items()] for row in rows]
-    widths = [max(len(line[i]) for line in [titles, *shown]) for i in range(len(titles))]
-    left = [any(isinstance(row.get(key), str) for row in rows) for key in columns]
-    return [
-        "  ".join(
-            cell.ljust(width) if is_text else cell.rjust(width)
-            for cell, width, is_text in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in [titles, *shown]
-    ]
+def in_columns(rows: Rows, titles: dict[str, str]) -> list[str]:
+    """Lines of aligned columns; `titles` is the key of a row and the title with an optional format, as in "top-1|.4f"."""
+    heads = [title.partition("|")[0] for title in titles.values()]
+    cells = [[_shown(row.get(key), title.partition("|")[2]) for key, title in titles.items()] for row in rows]
+    numbers = [i for i, key in enumerate(titles) if not any(isinstance(row.get(key), str) for row in rows)]
+    return columns([heads, *cells], right=numbers)
 
 
 def _shown(value: Any, form: str) -> str:
@@ -44,34 +36,28 @@ def how(what: str, given: Config) -> dict[str, Any]:
     return {"analysis": what, **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
 
 
-def write(out: Path, how: dict[str, Any], rows: Rows, **more: Any) -> None:
-    """`out` (.json) with `how`, the rows and anything else given, and the rows as .csv next to it; by the main process.
+def write(out: Path, how: dict[str, Any], rows: Rows) -> None:
+    """`out` (.json) with `how` and the rows, and the rows as .csv next to it; by the main process.
 
     NaN, a measure that could tell nothing, becomes null and an empty cell: JSON has no NaN.
     """
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     if speaks():
-        files.write_sealed(out, {**how, "rows": rows, **more})
+        files.write_sealed(out, {**how, "rows": rows})
         files.write_csv(out.with_suffix(".csv"), rows)
 
 
-@contextlib.contextmanager
-def outputs(doing: str) -> Iterator[None]:
-    """While a command runs: it holds the locks of the files that `output` names."""
-    global _doing
-    _doing = doing
-    with _held:
-        yield
+def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") -> Path:
+    """The file to write: what --out names, or the default; refuses another suffix, or an impossible place, before any work.
 
-
-def output(given: str, default: Path, suffix: str = ".json") -> Path:
-    """The file to write: what --out names, or the default; refuses another suffix, or an impossible place, before any work."""
+    `held` keeps its lock until the command ends.
+    """
     out = Path(given) if given else default
     if out.suffix != suffix:
         raise UserError(f"--out is {out}: give a name that ends in {suffix}.")
     files.require_writable(out)
     if launch.place().rank == 0:
-        _held.enter_context(lock.alone(out, _doing))
+        held.enter_context(lock.alone(out, "repa analyse"))
         for beside in (".json", ".csv", ".png"):
             files.remove_leftovers(out.parent, out.with_suffix(beside).name.__eq__)
     return out

@@ -15,18 +15,21 @@ from repa.training.config import TrainConfig
 if TYPE_CHECKING:
     from repa.training.state import TrainState
 
-ABOUT = (
-    "Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared data. "
-    "The same command continues after any stop; give another --num-steps to train longer. With a recipe, the values shown are its "
-    "own, and its alignments are set by number: --alignments.0.weight 0.3; the number after the last adds one."
-)
-
 
 MANY_PASSES = 1_000  # over the data, above which a run is likely to learn single images by heart
 CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` does it for more
 
 
-class TrainArguments(TrainConfig):
+class TrainArguments(TrainConfig, options.Command):
+    """Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared
+    data. The same command continues after any stop; give another --num-steps to train longer. With a recipe, the
+    values shown are its own, and its alignments are set by number: --alignments.0.weight 0.3; the number after the
+    last adds one.
+    """
+
+    verb = "train"
+    positional = ("recipe",)
+
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str
@@ -36,9 +39,9 @@ class TrainArguments(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
-    name = options.first(TrainArguments, argv, "train", "recipe")
+    name = options.first(TrainArguments, argv, "recipe")
     recipe = load_recipe(name) if name else None
-    given = options.parse(TrainArguments, argv, verb="train", about=ABOUT, positional=("recipe",), values=recipe)
+    given = options.parse(TrainArguments, argv, recipe)
     config = options.part(TrainConfig, given)
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")

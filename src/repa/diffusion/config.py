@@ -159,7 +159,7 @@ class DiffusionConfig(Config):
     def idle(self) -> dict[str, str]:
         if (self.prediction, self.loss_weight) == ("data", "velocity"):
             return {}
-        return {"sigma_min": "without prediction data and loss_weight velocity"}
+        return {"sigma_min": "without --prediction data and --loss-weight velocity"}
 
     def for_latents(self, shape: Sequence[int]) -> Self:
         """With the shift that `auto` stands for with latents of this shape (C, H, W)."""

@@ -215,7 +215,7 @@ class ModelConfig(Config):
         return self
 
     def idle(self) -> dict[str, str]:
-        return {} if self.route else dict.fromkeys(ROUTING, "without route")
+        return {} if self.route else dict.fromkeys(ROUTING, "without --route")
 
     @property
     def routing(self) -> Route | None:

@@ -114,10 +114,6 @@ class Choice:
     """Fields of the recipes, dotted, that are set otherwise."""
     reasons: Sequence[str]
 
-    def flags(self) -> list[str]:
-        """The changes as options of `repa train`."""
-        return [word for name, value in self.changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
 
 def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps: int = 0) -> Choice:
     """Settings for a source of images.

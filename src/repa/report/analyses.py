@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VALUES = {
-    "probe": "top1",
-    "cknna": "cknna",
-    "cka": "cka",
-    "cka-unbiased": "cka-unbiased",
-}  # analysis -> key of its rows
+VALUES = {"probe": "top1", "cknna": "cknna", "cka": "cka", "cka-unbiased": "cka-unbiased"}  # key of the rows
 NAMES = {"probe": "top-1 accuracy", "cknna": "CKNNA", "cka": "CKA", "cka-unbiased": "CKA, unbiased"}
 # settings that say which rows are there and how they were computed, not what they are
 ASIDE = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "learning_rates", "batch_size", "store", "repa",

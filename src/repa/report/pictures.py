@@ -122,12 +122,11 @@ def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
 
 
 def tile(images: np.ndarray) -> Tile:
-    """uint8 (N, H, W, C) -> a tile of the first 16, rows of 4, with transparent gaps."""
-    images = checked_images(images)[:MOST_IMAGES]
-    canvas = tile_pixels(images)
+    """uint8 (N, H, W, C) -> a tile of the first 16, rows of 4."""
     from PIL import Image
 
-    picture = Image.fromarray(canvas, "RGBA")
+    images = checked_images(images)[:MOST_IMAGES]
+    picture = Image.fromarray(tile_pixels(images), "RGBA")
     if max(picture.size) > MOST_PIXELS:
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
     return Tile(_uri(picture), *picture.size, len(images))
@@ -145,10 +144,10 @@ def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Sample]:
     return found
 
 
-def tile_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, C) -> RGBA (H', W', 4)."""
+def tile_pixels(images: np.ndarray, columns: int = 4) -> np.ndarray:
+    """uint8 (N, H, W, C) -> RGBA (H', W', 4), with transparent gaps."""
     num, height, width, _ = images.shape
-    columns = min(4, num)
+    columns = min(columns, num)
     rows, gap = -(-num // columns), max(1, width // 32)
     canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for index, image in enumerate(images):
@@ -237,12 +236,7 @@ def _uri(picture: Image.Image) -> str:
 SHOWN = 4  # samples of each run and step, 2 x 2
 # inches
 CELL, GAP = 1.36, 0.1  # side of those four, room between cells
-NAME, NUMBER, ABOVE, BELOW = (
-    1.0,
-    0.24,
-    0.42,
-    0.5,
-)  # a run's name, the number under a cell, steps above, the curve's label below
+NAME, NUMBER, ABOVE, BELOW = 1.0, 0.24, 0.42, 0.5  # a run's name, under a cell, steps above, the curve's label below
 CURVE, CURVE_LABELS = 4.4, 0.75
 PICTURE = 1.05  # side of a picture in a table
 
@@ -258,11 +252,8 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     drawn = [(index, run) for index, run in enumerate(records) if layout.preview_steps(run.path)]
     if not drawn and not any(run.steps for run in records):
         raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
-    steps, protocol, groups = (
-        preview_columns(records),
-        common_protocol(records),
-        group_indices(records, grouped(records)),
-    )
+    steps, protocol = preview_columns(records), common_protocol(records)
+    groups = group_indices(records, grouped(records))
     rows = max(len(drawn), 2)  # the curve needs the height of two
     width = NAME + len(steps) * (CELL + GAP) if drawn else 0.0
     size = width + CURVE_LABELS + CURVE + 0.2, ABOVE + rows * (CELL + NUMBER) + BELOW
@@ -294,22 +285,12 @@ def _draw_row(
             picture.text(middle, (height - ABOVE / 2) / height, f"{count(step)} steps", **style, ha="center")
         if has_preview(run, step):
             axes = picture.add_axes((left / width, bottom / height, CELL / width, CELL / height))
-            axes.imshow(_four(read_preview(run, step)), interpolation="lanczos", aspect="auto")
+            images = read_preview(run, step)
+            chosen = images[np.linspace(0, len(images) - 1, SHOWN).round().astype(int)]
+            axes.imshow(tile_pixels(chosen, 2), interpolation="lanczos", aspect="auto")
             axes.set_axis_off()
         if step in found:
             picture.text(middle, (bottom - NUMBER / 2) / height, figure(found[step]), **style, ha="center")
-
-
-def _four(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, C) -> four of them, evenly chosen, 2 x 2 with a white line between: (2H + gap, 2W + gap, 3)."""
-    chosen = images[np.linspace(0, len(images) - 1, SHOWN).round().astype(int)]
-    side = chosen.shape[1]
-    gap = max(1, side // 24)
-    sheet = np.full((2 * side + gap, 2 * side + gap, 3), 255, np.uint8)
-    for index, image in enumerate(chosen):
-        top, left = index // 2 * (side + gap), index % 2 * (side + gap)
-        sheet[top : top + side, left : left + side] = image
-    return sheet
 
 
 def picture_table(

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#b07d00",
-    "#56b4e9",
-)  # after Okabe and Ito, for colour-blind eyes
+# after Okabe and Ito, for colour-blind eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue besides colour, and for grey print
 DPI = 160
 LINES = ("-", "--", "-.", ":")

@@ -2,13 +2,14 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from repa.base import faults
+from repa.base.config import leaves
 from repa.base.errors import printable
 from repa.base.reporting import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
@@ -101,23 +102,10 @@ def alignment_text(item: dict[str, Any]) -> str:
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run) for every leaf of the configurations that is not the same in all."""
-    leaves = [dict(_leaves(run.config)) for run in records]
-    names = dict.fromkeys(name for each in leaves for name in each)
-    table = [(name, [_shown(each.get(name)) for each in leaves]) for name in names]
+    configs = [leaves(run.config) for run in records]
+    names = dict.fromkeys(name for each in configs for name in each)
+    table = [(name, [_shown(each.get(name)) for each in configs]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """('optim.lr', 0.0001): mappings, and lists of mappings, are entered; other lists are one value."""
-    if isinstance(value, dict) and value:
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = enumerate(value)
-    else:
-        yield prefix, value
-        return
-    for key, item in items:
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _shown(value: Any) -> str:

@@ -95,7 +95,7 @@ class SampleConfig(Config):
             (("guide_image", "guide_weights"), "representation" in asked, "guidance representation"),
             (("decoder_weights",), bool(self.decoder), "decoder"),
         )
-        unread = {name: f"without {other}" for names, is_used, other in of_others for name in names if not is_used}
+        unread = {name: f"without --{other}" for names, is_used, other in of_others for name in names if not is_used}
         return super().idle() | unread
 
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:

@@ -90,12 +90,12 @@ class PreviewConfig(Config):
         return self
 
     def idle(self) -> dict[str, str]:
-        scoring = {name: "without preview.num_scored" for name in ("metrics", "features") if not self.scored_every}
+        scoring = {name: "without --num-scored" for name in ("metrics", "features") if not self.scored_every}
         if not (self.every or self.scored_every):
             switches = {"every", "score_every", *([] if self.num_scored else ["num_scored"])}  # which may be turned off
-            return dict.fromkeys(type(self).model_fields.keys() - switches, "without preview.every")
-        drawing = {} if self.every else {"num_images": "without preview.every"}
-        return scoring | drawing | ({} if self.decoder else {"decoder_weights": "without preview.decoder"})
+            return dict.fromkeys(type(self).model_fields.keys() - switches, "without --every")
+        drawing = {} if self.every else {"num_images": "without --every"}
+        return scoring | drawing | ({} if self.decoder else {"decoder_weights": "without --decoder"})
 
     @property
     def scored_every(self) -> int:
@@ -265,9 +265,9 @@ class TrainConfig(Config):
 
     def idle(self) -> dict[str, str]:
         unread = (
-            ("head_weight", not self.model.heads, "without model.heads"),
-            ("compile_scope", not self.compile, "without compile"),
-            ("model.separate_times", not self.diffusion.token_times, "without diffusion.token_times"),
+            ("head_weight", not self.model.heads, "without --model.heads"),
+            ("compile_scope", not self.compile, "without --compile"),
+            ("model.separate_times", not self.diffusion.token_times, "without --diffusion.token-times"),
         )
         return super().idle() | {name: why for name, is_idle, why in unread if is_idle}
 
