@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from repa.analysis.checkpoints import RunCheckpoint, checkpoints_of
 from repa.analysis.config import FOLDER, DepthConfig, EncodersConfig, ImagesConfig, ProbeConfig, SimilarityConfig
 from repa.base.errors import UserError, choices
@@ -62,7 +64,9 @@ def main(argv: list[str]) -> int:
 
 
 class NetworksArguments(options.WeightsOfRun):
-    runs: tuple[str, ...] = ()
+    positional = ("runs...",)
+
+    runs: tuple[str, ...] = Field(min_length=1)
     """run folders"""
     data: str
     """Folder of prepared data."""
@@ -78,7 +82,6 @@ class CknnaArguments(NetworksArguments, SimilarityConfig):
     """
 
     verb = "analyse cknna"
-    positional = ("runs...",)
 
 
 class DepthArguments(NetworksArguments, DepthConfig):
@@ -87,7 +90,6 @@ class DepthArguments(NetworksArguments, DepthConfig):
     """
 
     verb = "analyse depth"
-    positional = ("runs...",)
 
 
 class ProbeArguments(NetworksArguments, ProbeConfig):
@@ -96,8 +98,9 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
     """
 
     verb = "analyse probe"
-    positional = ("runs...",)
 
+    runs: tuple[str, ...] = Field(min_length=1)
+    """run folders, or encoders by name"""
     val: str = ""
     """Folder of prepared data to test on; empty keeps a fifth of --data for it."""
     encoder_weights: tuple[str, ...] = ()
@@ -110,7 +113,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
 
     def idle(self) -> dict[str, str]:
         of_runs = ("depths", "times", "weights", "checkpoints", "autoencoder_weights")
-        if self.runs and len(self.encoders) == len(self.runs):
+        if len(self.encoders) == len(self.runs):
             return dict.fromkeys(of_runs, "without a run folder")
         return {} if self.encoders else {"encoder_weights": "without an encoder named in place of a run"}
 
@@ -137,7 +140,7 @@ def cknna(argv: list[str], held: ExitStack) -> int:
     config = options.part(SimilarityConfig, given)
     # Another variant is another number: never under the same name.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
-    checkpoints = _asked_for(given, "cknna")
+    checkpoints = checkpoints_of(given.runs, given.checkpoints)
     name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / name)
     from repa.analysis import cknna_of_run
@@ -154,7 +157,7 @@ def cknna(argv: list[str], held: ExitStack) -> int:
 def depth(argv: list[str], held: ExitStack) -> int:
     given = options.parse(DepthArguments, argv)
     config = options.part(DepthConfig, given)
-    checkpoints = _asked_for(given, "depth")
+    checkpoints = checkpoints_of(given.runs, given.checkpoints)
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "depth.json")
     from repa.analysis import depth_effects
 
@@ -170,10 +173,8 @@ def probe(argv: list[str], held: ExitStack) -> int:
     given = options.parse(ProbeArguments, argv)
     config = options.part(ProbeConfig, given)
     check_pairs(given.encoder_weights)
-    if not given.runs:
-        raise UserError("`repa analyse probe` needs a run folder or an encoder: see `repa analyse probe --help`.")
     for name in given.encoders:
-        if "/" in name:
+        if "/" in name:  # a mistyped folder, which no encoder is called like
             raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")
         ENCODERS.check(name)
     runs = [name for name in given.runs if name not in given.encoders]
@@ -241,13 +242,6 @@ def encoders(argv: list[str], held: ExitStack) -> int:
         tables.write(out, {**tables.how("encoders", given), "device": str(device)}, found.rows())
         say(f"{out} and .csv.")
     return 0
-
-
-def _asked_for(given: NetworksArguments, what: str) -> list[RunCheckpoint]:
-    """The checkpoints of the runs given, of which there must be one."""
-    if not given.runs:
-        raise UserError(f"`repa analyse {what}` needs at least one run folder: see `repa analyse {what} --help`.")
-    return checkpoints_of(given.runs, given.checkpoints)
 
 
 def _rows_of_each(

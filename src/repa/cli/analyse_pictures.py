@@ -64,7 +64,7 @@ class ProgressArguments(options.WeightsOfRun, SampleConfig):
     verb = "analyse progress"
     positional = ("runs...",)
 
-    runs: tuple[str, ...] = ()
+    runs: tuple[str, ...] = Field(min_length=1)
     """run folders"""
     checkpoints: tuple[int, ...] = ()
     """Steps of checkpoints; empty takes up to six of each run, evenly spaced, the newest among them."""
@@ -126,8 +126,6 @@ def pictures(argv: list[str], held: ExitStack) -> int:
 
 def progress(argv: list[str], held: ExitStack) -> int:
     given = options.parse(ProgressArguments, argv)
-    if not given.runs:
-        raise UserError("`repa analyse progress` needs at least one run folder: see `repa analyse progress --help`.")
     checkpoints = checkpoints_of(given.runs, given.checkpoints, MOST_CHECKPOINTS)
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "progress.png", ".png")
     from repa.report.pictures import picture_table

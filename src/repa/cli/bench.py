@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int:
         if given.out:
             files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows})
     say("", *table(figures).split("\n"), "")
+    # What is advised is relative to the step that the recipe itself takes.
     now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
     advice = advise(now, [f for f in figures if f is not now])
     if not advice:

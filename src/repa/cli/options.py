@@ -73,6 +73,7 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
     given = cls.parse(start)
+    # Only what was typed: a recipe may hold settings that another option makes idle.
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
     return given
 
@@ -217,6 +218,7 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
         if len(given) < len(types):
             raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
         return given[: len(types)], given[len(types) :]
+    # A switch leaves the next word alone unless it is a truth: --plan SOURCE.
     if annotation is bool and (not given or given[0].lower() not in TRUTHS):
         return True, given
     if not given:

@@ -50,6 +50,7 @@ class PrepareArguments(PrepareConfig, options.Command):
     def _rest_from_folder(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Settings that are not given are the folder's; encoders, their weights and formats are added to its own."""
         folder = Path(values.get("out") or values.get("source", "."))
+        # The same command continues, and adds to a folder, without repeating what it was made with.
         before = started(folder) if (folder / MANIFEST).is_file() or (folder / PARTS).is_dir() else None
         old = before.config if before else None
         stored, known = (old.model_dump(), old.features) if old else ({}, ())
@@ -59,6 +60,7 @@ class PrepareArguments(PrepareConfig, options.Command):
         ]
         named = [ENCODERS.check(name) for name in named]
         new = [name for name in dict.fromkeys(named) if name not in known]
+        # A format without a name is of the encoders that this command adds or names; in a new folder, of all.
         forms = [
             text
             for form in values.get("feature_forms", ())

@@ -4,7 +4,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -146,24 +145,19 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _shown(labels: Sequence[int], num: int = 16) -> list[int]:
-    """Numbers of images of as many classes as there are, in the order in which the previews draw them."""
-    first: dict[int, int] = {}
-    for index, label in enumerate(labels):
-        first.setdefault(int(label), index)
-    taken = set(first.values())
-    rest = (index for index in range(len(labels)) if index not in taken)
-    return [*(first[label] for label in sorted(first)), *rest][:num]
-
-
 def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> None:
+    import numpy as np
+
     from repa.base import files
     from repa.data import open_data
     from repa.report import machine_facts, summary_table, write_report
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    shown, names = _shown(dataset.labels.tolist()), dataset.class_names
+    # An image of each class first, in the order in which the previews draw them, then others up to as many as a preview has.
+    first = np.unique(dataset.labels, return_index=True)[1]
+    shown = np.concatenate([first, np.setdiff1d(np.arange(len(dataset.labels)), first)])[:16]
+    names = dataset.class_names
     images = dataset.gather("images", shown).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     captions = [names[label] for label in dataset.labels[shown]] if len(names) > 1 else []
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
 
     if given.picture:
         files.require_writable(given.picture)
+    # Page and tables are of one call: two at once would mix their files.
     with lock.alone(out, "repa report"):
         files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
         write_report(

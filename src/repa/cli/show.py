@@ -86,6 +86,7 @@ def _model(name: str) -> str:
     from repa.models.config import dimensions
 
     size = dimensions(name)
+    # A JiT is built by another backbone than the recipes of SiT name.
     recipe = "jit-b16" if name.startswith("JiT") else "sit-b2"
     facts = [
         ("size", f"{size.depth} blocks of width {size.hidden_dim}, {size.num_heads} heads, patches of {size.patch_size}"),

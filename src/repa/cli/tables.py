@@ -33,6 +33,7 @@ def how(what: str, given: Config) -> dict[str, Any]:
     """What a file says of how its rows were made: the analysis, the options, the version."""
     from repa import __version__
 
+    # Where files lie does not change the rows.
     return {"analysis": what, **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
 
 

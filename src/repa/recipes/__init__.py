@@ -36,8 +36,9 @@ def load_recipe(name: str) -> TrainConfig:
         return RECIPES[name]()
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
+        # A recipe file is the user's own word; the configuration in a run folder may be a stranger's.
         if not _of_run(path):
-            trust_names_in(read_yaml(path))  # the user named this file as a recipe: what it names is his
+            trust_names_in(read_yaml(path))
         return TrainConfig.load(path)
     if (path / layout.CONFIG).is_file():
         return TrainConfig.load(path / layout.CONFIG)

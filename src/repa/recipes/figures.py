@@ -94,6 +94,7 @@ def steps_text(number: int) -> str:
 
 def headline(figures: Sequence[PublishedFid], model: str, *, guided: bool = False) -> str:
     """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
+    # A paper's own baseline is another method.
     own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
     if not own:
         return f"no {'guided' if guided else 'unguided'} figure known"

@@ -14,7 +14,6 @@ import numpy as np
 from repa.analysis.collection import best
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.report.results import BestProbe
 from repa.report.runs import RunRecord, is_number
 from repa.report.style import TEXT, frame, legend_label, line, new_figure, strong
 from repa.runs import layout
@@ -74,18 +73,19 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
             kind = content["analysis"]
             if kind not in VALUES:
                 continue
+            # Rows that were found in different ways never share a curve.
             settings = {key: value for key, value in content.items() if key not in ASIDE}
             known = found.setdefault(json.dumps([kind, settings], sort_keys=True), Analysis(kind, settings))
             known.rows.extend(_called(row, run, records) for row in content["rows"] if is_number(row.get(known.value)))
     return [Analysis(each.kind, each.settings, best(each.rows, each.value)) for each in found.values() if each.rows]
 
 
-def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], BestProbe]:
-    """(run, step) -> accuracy of the best block, as the paper's Acc.; where probes differ, that of the first."""
-    found: dict[tuple[str, int], BestProbe] = {}
+def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], float]:
+    """(run, step) -> accuracy of the best block in per cent, as the paper's Acc.; where probes differ, that of the first."""
+    found: dict[tuple[str, int], float] = {}
     for analysis in (each for each in analyses if each.kind == "probe"):
         for row in analysis.best:
-            found.setdefault((row["run"], row["step"]), BestProbe(100 * row["top1"], row["depth"], row["t"]))
+            found.setdefault((row["run"], row["step"]), 100 * row["top1"])
     return found
 
 
@@ -112,6 +112,7 @@ def _called(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) 
     if row["depth"] is None:
         return row
     asked = Path(str(row["run"])).name
+    # Folders of the same name are told apart by where they lie: beside the run that holds the file.
     fitting = [run for run in records if run.path.resolve().name == asked]
     beside = [run for run in fitting if run.path.resolve().parent == home.path.resolve().parent]
     found = [home] if home in fitting else beside if len(beside) == 1 else fitting

@@ -133,6 +133,7 @@ def alignment_label(group: Group, name: str, single: bool) -> str:
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` (odd) values, over the part that exists near the ends: no lag, no invented values."""
+    # Differences of cumulative sums: one pass, whatever the window.
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     centre = np.arange(len(values))
     low, high = np.maximum(centre - window // 2, 0), np.minimum(centre + window // 2 + 1, len(values))
@@ -154,6 +155,7 @@ def _draw_training(
         places, values = run.series(key, x_axis.key)
         if not places:
             continue
+        # The mean is taken over all rows, and only what is drawn is thinned.
         thin = slice(None, None, -(-len(places) // MOST_POINTS))
         x, y = np.asarray(places) / x_axis.scale, np.asarray(values) * quantity.scale
         look = strong(number) if alone else {**strong(number), "linewidth": 1.1, "alpha": 0.8}
@@ -182,6 +184,7 @@ def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, prot
             continue
         for points in curves if len(curves) > 1 else ():
             axes.plot(*zip(*points.values(), strict=True), color=colour(number), linewidth=0.8, alpha=0.5)
+        # Seeds that were measured, which may be fewer than the runs.
         label = group.name if len(group.runs) == 1 else f"{group.name} ({len(curves)} seeds)"
         middle = mean_curve(curves)
         if middle:

@@ -33,6 +33,7 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
     compared = group_speedups(groups)
     if not compared:
         return _without_comparison(groups)
+    # The headline is of the configuration that ends lowest: a factor may rest on one early evaluation.
     found = min(compared, key=_final_ratio)
     ours, theirs = _names(found, records)
     single = len(found.pairs) == 1
@@ -178,6 +179,7 @@ def _of_pairs(found: GroupSpeedup) -> str:
     """The last distances over seeds, in how many pairs the aligned run is lower, and the mean factor if all pairs have one."""
     pairs = [pair for pair in found.pairs if pair.course.steps]
     what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
+    # A mean over some of the pairs would flatter or hide.
     if len(pairs) < num:
         return f"{found.aligned.label} and {found.baseline.label} were not evaluated over the same steps: nothing is compared."
     # A run is in several pairs where all are compared with all; its last distance counts once all the same.

@@ -121,14 +121,11 @@ def _environment() -> Any:
     def source(name: str) -> str:
         return resources.files("repa.report").joinpath(name).read_text("utf-8")
 
+    # Names of runs and classes come from files: they are escaped, and a name that the template lacks is an error, not a gap.
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(source),
-        autoescape=True,
-        finalize=_written_out,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FunctionLoader(source), autoescape=True, finalize=_written_out, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {
         "count": count, "duration": duration, "figure": figure, "how_made": how_made, "short_count": short_count,
         "printed": printed, "reached_text": reached_text, "shown": shown, "has_seeds": has_seeds,
@@ -149,7 +146,7 @@ def breakable(name: str) -> Markup:
 
 def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) with everything the evaluations hold, in the order in which it was first written."""
-    aside = ("kind", "run", "samples")
+    aside = ("kind", "run", "samples")  # the same in every row, or a path
     keys = [key for key in dict.fromkeys(key for row in run.evals for key in row) if key not in aside]
     keys.sort(key=lambda key: key in PROTOCOL)  # the numbers first, how they were made after
     return keys, [[_shown(row.get(key)) for key in keys] for row in run.evals]

@@ -127,6 +127,7 @@ def tile(images: np.ndarray) -> Tile:
 
     images = checked_images(images)[:MOST_IMAGES]
     picture = Image.fromarray(tile_pixels(images), "RGBA")
+    # BOX averages pixels within a cell; a longer filter would mix images across the gaps.
     if max(picture.size) > MOST_PIXELS:
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
     return Tile(_uri(picture), *picture.size, len(images))
@@ -184,6 +185,7 @@ def preview_classes(run: RunRecord, step: int) -> list[str]:
         return []
     if labels.ndim != 1 or labels.dtype.kind != "i":
         raise UserError(f"{path} is damaged: its labels are not a list of whole numbers. Remove it.")
+    # Names are data.json's and labels the preview's: in a damaged folder they need not fit.
     return [printable(str(names[label])) if 0 <= label < len(names) else "" for label in labels.tolist()]
 
 
@@ -229,6 +231,7 @@ def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
 
 def _uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
+    # Pages are mailed and committed: smaller is worth the time.
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 

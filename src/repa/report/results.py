@@ -4,7 +4,7 @@ as cells of the page, as Markdown and as CSV."""
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
@@ -43,15 +43,9 @@ METRICS = {
 }
 
 
-class BestProbe(NamedTuple):
-    """Of the linear probe of a run's best block, in per cent."""
-
-    value: float
-    depth: int
-    t: float
-
-
-Accuracies = Mapping[tuple[str, int], BestProbe]  # (name of the run, step)
+Accuracies = Mapping[
+    tuple[str, int], float
+]  # (name of the run, step) -> per cent, of the linear probe of its best block
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def _table(
 def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accuracies) -> list[Line]:
     """A line for every step at which some run of the group was measured: means over the runs that were."""
     rows = [
-        {**row, **_accuracy(accuracies, run, row["step"])}
+        {**row, "accuracy": accuracies.get((run.name, row["step"]))}
         for run in group.runs
         for row in run.evals
         if protocol_of(row) == protocol
@@ -138,11 +132,6 @@ def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accurac
         if values.keys() - {"accuracy"}:
             lines.append(Line(group.name, step, values, here[0].get("images"), len(here), number))
     return lines
-
-
-def _accuracy(accuracies: Accuracies, run: RunRecord, step: int) -> dict[str, float]:
-    found = accuracies.get((run.name, step))
-    return {} if found is None else {"accuracy": found.value}
 
 
 def _of_paper(group: Group, number: int, protocol: Protocol) -> list[Line]:
@@ -189,7 +178,9 @@ def row_of(run: RunRecord) -> Row | None:
 
 def _trains_as(run: RunRecord, row: Row) -> bool:
     model, diffusion = run.config.get("model") or {}, run.config.get("diffusion") or {}
+    # What a run's file does not name, as it was written before a setting came in, has that setting's default.
     network = ModelConfig(name=row.model, latent_size=row.resolution // FACTOR, num_classes=CLASSES)
+    # How many channels the latents have is the data's, and not of the paper's tables.
     asked = network.model_dump(mode="json", exclude={"latent_channels"})
     same_network = {**asked, **model, "latent_channels": None} == {**asked, "latent_channels": None}
     objective = DiffusionConfig(objective=row.objective).model_dump(mode="json")
@@ -214,11 +205,8 @@ def write_markdown(
     summary: Sequence[dict[str, str]],
 ) -> None:  # fmt: skip
     """What the page says in words and tables."""
-    parts = [
-        f"# {in_markdown(title)}",
-        f"**{in_markdown(verdict.sentence)}**",
-        "\n".join(f"- {in_markdown(n)}" for n in verdict.notes),
-    ]
+    notes = "\n".join(f"- {in_markdown(note)}" for note in verdict.notes)
+    parts = [f"# {in_markdown(title)}", f"**{in_markdown(verdict.sentence)}**", notes]
     for table in tables:
         heading = ["", "Iter.", *table.columns.values(), *(["runs"] if has_seeds(table) else [])]
         rows = [
@@ -229,10 +217,8 @@ def write_markdown(
         parts += ["## Results", in_markdown(f"{how_made(table.protocol)}."), _markdown(heading, rows)]
     if speedups:
         cells = [speedup_cells(each) for each in speedups]
-        parts += [
-            "## Speed-up at the baseline’s final distance",
-            _markdown(list(cells[0]), [list(each.values()) for each in cells]),
-        ]
+        rows = [list(each.values()) for each in cells]
+        parts += ["## Speed-up at the baseline’s final distance", _markdown(list(cells[0]), rows)]
     parts += ["## Runs", _markdown(list(summary[0]), [list(row.values()) for row in summary])]
     files.write_text(out, "\n\n".join(part for part in parts if part) + "\n")
 
@@ -241,14 +227,11 @@ def write_csv(out: Path, tables: Sequence[Table]) -> None:
     """One row a line of the tables, every figure with its spread and the settings that it was measured by; what was not
     measured is empty."""
     rows = [_csv_row(table, line) for table in tables for line in table.lines]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    fixed = ["name", "source", "iterations", "images", "num_runs"]
-    columns = (
-        fixed
-        + sorted(set(columns) - set(fixed) - set(PROTOCOL), key=columns.index)
-        + [c for c in PROTOCOL if c in columns]
+    columns = dict.fromkeys(
+        ["name", "source", "iterations", "images", "num_runs", *(key for row in rows for key in row)]
     )
-    files.write_csv(out, rows, columns)
+    # Figures first, how they were made after; sorting is stable.
+    files.write_csv(out, rows, sorted(columns, key=lambda key: key in PROTOCOL and 1 + PROTOCOL.index(key)))
 
 
 def has_seeds(table: Table) -> bool:

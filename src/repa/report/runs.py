@@ -120,6 +120,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)
+    # The number of images at a step follows from the configuration, which the record reads.
     train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
     return replace(run, train=train, evals=in_order(map(_preview_row, evals)))
 
@@ -168,11 +169,9 @@ def common_protocol(records: Sequence[RunRecord]) -> Protocol | None:
 def _short_names(runs: Sequence[str | Path]) -> list[str]:
     """The folders' names, with as many parents before them as tell them apart."""
     parts = [Path(run).resolve().parts for run in runs]
-    if len(set(parts)) < len(parts):  # a folder given twice: nothing tells it apart
-        return [path[-1] for path in parts]
-    length = 1
-    while len({path[-length:] for path in parts}) < len(parts):
-        length += 1
+    most = max(map(len, parts))
+    # A folder given twice is told apart by nothing: `read_runs` refuses the name.
+    length = next((n for n in range(1, most + 1) if len({path[-n:] for path in parts}) == len(parts)), 1)
     return ["/".join(path[-length:]) for path in parts]
 
 
@@ -262,10 +261,12 @@ def _decoded(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
     """The settings of an evaluation."""
     found = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
+    # The number of evaluations of an adaptive sampler is a result and not a setting: with it no two networks would compare.
     if str(found.get("sampler")).partition(":")[0] in ADAPTIVE:
         found.pop("nfe", None)
     if found.get("guidance") == []:
         found["guidance"] = "off"
+    # As JSON, because a protocol is the key of dictionaries and guidance is a list.
     return tuple((key, json.dumps(value, sort_keys=True)) for key, value in found.items())
 
 

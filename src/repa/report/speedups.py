@@ -94,6 +94,7 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
     common = [protocol for protocol in baseline.protocols if protocol in aligned.protocols]
     if not common:
         return None
+    # Of several ways the one by which both have a curve: a single evaluation says little.
     protocol = max(common, key=lambda p: min(len(run.distances(p)) for run in (baseline, aligned)))
     rows, aligned_rows = baseline.distances(protocol), aligned.distances(protocol)
     target = rows[-1][DISTANCE]
@@ -119,6 +120,7 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
     previous = None
     for number, row in enumerate(rows):
         if row[DISTANCE] <= target:
+            # A distance that is lost again supports no factor: see `Speedup.counts`.
             stays = all(later[DISTANCE] <= target for later in rows[number:])
             if previous is None:
                 return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), True, stays)
@@ -183,6 +185,7 @@ def grouped(records: Sequence[RunRecord]) -> list[Group]:
         else:
             home.append(run)
     groups = [Group(_name([run.name for run in runs]), tuple(runs)) for _, runs in members]
+    # Groups that would share a name, such as runs of one seed, are called by all their members.
     names = [group.name for group in groups]
     return [
         group if names.count(group.name) == 1 else Group(" + ".join(run.name for run in group.runs), group.runs)
@@ -220,6 +223,7 @@ class GroupSpeedup:
             return None
         found = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
         values = [value for value in found if value is not None]
+        # Some run logged no time.
         if len(values) < len(found):
             return None
         ratio = 1.0
@@ -249,6 +253,7 @@ def _compared(baseline: Group, aligned: Group) -> GroupSpeedup | None:
     else:
         pairs = [(ours, theirs) for theirs in aligned.runs for ours in baseline.runs]
     found = [each for pair in pairs if (each := speedup(*pair)) is not None]
+    # Factors of pairs that were measured in different ways have no common mean.
     if len(found) < len(pairs) or len({pair.protocol for pair in found}) > 1:
         return None
     return GroupSpeedup(baseline, aligned, tuple(found), by_seed)

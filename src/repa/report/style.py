@@ -113,16 +113,17 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
+    # Text stays text, in the font of the page; without date and with a fixed salt a figure is the same text each time.
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL
-    )  # a style would rule the page
+    # A style would rule the whole page, and ids of several figures on it must differ.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Colours become variables, so that the page can show them in a dark scheme and in print.
     for index, colour in enumerate(COLOURS):
         text = text.replace(colour, f"var(--run-{index})")
     text = text.replace(TEXT, "currentColor").replace("#000000", "currentColor").replace(RULE, "var(--rule)")

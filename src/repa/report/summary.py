@@ -160,6 +160,7 @@ def _words(value: Any) -> str:
     if (
         isinstance(value, Mapping) and "name" in value
     ):  # an identity: the name, and what tells it from others of that name
+        # A checksum tells an autoencoder from another of the same name.
         checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
         seed = f", seed {value['seed']}" if "seed" in value else ""
         return f"{value['name']}{seed}" + (f", checksum {' '.join(checksums)}" if checksums else "")
@@ -185,6 +186,7 @@ def num_parameters(run: Path) -> int | None:
     steps = layout.checkpoint_steps(run)
     found = layout.part_files(layout.checkpoint_folder(run, steps[-1]), layout.MODEL_FILE) if steps else []
     num = 0
+    # Headers alone are read: a page of large runs takes no longer for it.
     for file in found:
         damaged = faults.reading(file, "a safetensors file", f"Remove {file.parent}, or leave this run out.")
         with damaged, safe_open(file, "numpy") as tensors:

@@ -7,6 +7,20 @@ from repa.report.runs import Protocol, settings_of
 from repa.report.speedups import Spread
 
 ABOUT_EQUAL = 0.05  # ratios this close to 1 are called about the same
+# Of an evaluation; what follows the first of a line is added where it was recorded.
+HOW_MADE = (
+    ("{num_samples:,.0f} samples", " with {labels} labels"),
+    ("features of {features}", " (weights {feature_weights})", " in {features_precision}"),
+    ("against {reference}", " (checksum {reference_sha256:.8})"),
+    ("sampler {sampler}", ", {steps} steps"),
+    ("{nfe} network evaluations (NFE) per sample",),
+    ("{guidance}",),
+    ("guided by a weaker network (checksum {weak_sha256:.8})",),
+    ("guided by an image (checksum {guide_image_sha256:.8})",),
+    ("decoded by {decoder}",),
+    ("{weights} weights",),
+    ("precision and recall in {neighbours}",),
+)
 
 
 def count(value: float) -> str:
@@ -42,34 +56,19 @@ def with_deviation(found: Spread, words: Callable[[float], str]) -> str:
 def how_made(protocol: Protocol) -> str:
     """The sentence that stands near a Fréchet distance: features, reference, samples and labels, sampler, NFE, weights."""
     given = settings_of(protocol)
-    parts = []
-    if "num_samples" in given:
-        labels = f" with {given['labels']} labels" if "labels" in given else ""
-        parts.append(f"{count(given['num_samples'])} samples{labels}")
-    if "features" in given:
-        checksum = f" (weights {given['feature_weights']})" if "feature_weights" in given else ""
-        arithmetic = f" in {given['features_precision']}" if "features_precision" in given else ""
-        parts.append(f"features of {given['features']}{checksum}{arithmetic}")
-    if "reference" in given:
-        checksum = f" (checksum {given['reference_sha256'][:8]})" if "reference_sha256" in given else ""
-        parts.append(f"against {given['reference']}{checksum}")
-    if "sampler" in given:
-        steps = f", {given['steps']} steps" if "steps" in given else ""
-        parts.append(f"sampler {given['sampler']}{steps}")
-    if "nfe" in given:
-        parts.append(f"{given['nfe']} network evaluations (NFE) per sample")
     if "guidance" in given:
-        parts.append(_guidance(given["guidance"]))
-    for what, key in (("a weaker network", "weak_sha256"), ("an image", "guide_image_sha256")):
-        if key in given:
-            parts.append(f"guided by {what} (checksum {given[key][:8]})")
-    if "decoder" in given:
-        parts.append(f"decoded by {given['decoder']}")
-    if "weights" in given:
-        parts.append("EMA weights" if given["weights"] == "ema" else f"weights: {given['weights']}")
-    if "neighbours" in given:
-        parts.append(f"precision and recall in {given['neighbours']}")
-    return "; ".join(parts) or "how it was made was not recorded"
+        given["guidance"] = _guidance(given["guidance"])
+    if given.get("weights") == "ema":
+        given["weights"] = "EMA"
+
+    def filled(form: str) -> str:
+        try:
+            return form.format_map(given)
+        except KeyError:  # not recorded
+            return ""
+
+    parts = [filled(first) and "".join(map(filled, (first, *more))) for first, *more in HOW_MADE]
+    return "; ".join(filter(None, parts)) or "how it was made was not recorded"
 
 
 def listed(names: list[str]) -> str:
