@@ -42,7 +42,7 @@ def test_an_average_of_another_width_is_made_and_sampled(runs, tmp_path, capsys)
     assert f"repa sample {snapshots} --weights ema-width-0.07" in capsys.readouterr().out
     made = load_run(snapshots, "ema-width-0.07")
     wanted = load_checkpoint(tracked, 60)
-    raw, average = vector(wanted.model), vector(wanted.averages["ema-width-0.07"])
+    raw, average = vector(wanted.model), vector(wanted.tensors["ema-width-0.07.safetensors"])
     found = vector({key: made.model.state_dict()[key] for key in wanted.model})
     assert made.step == 60
     assert (found - average).norm() < 0.03 * (raw - average).norm()

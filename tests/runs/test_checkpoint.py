@@ -27,17 +27,16 @@ def make(step: int) -> Checkpoint:
     optimizer.step()
     ema = {name: value * 0.5 for name, value in model.state_dict().items()}
     moments = {f"{n}/{key}": value for n, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-    return Checkpoint(
-        step, model.state_dict(), ema, {"0.weight": torch.randn(2, 2).T}, moments, {"seconds": step / 8},
-        {"ema-0.5": {name: value * 0.25 for name, value in ema.items()}},
-    )  # fmt: skip
+    tensors = dict(zip(FILES, (model.state_dict(), ema, {"0.weight": torch.randn(2, 2).T}, moments), strict=True))
+    tensors["ema-0.5.safetensors"] = {name: value * 0.25 for name, value in ema.items()}
+    return Checkpoint(step, {"seconds": step / 8}, tensors)
 
 
 def assert_same(a: Checkpoint, b: Checkpoint) -> None:
     assert (a.step, a.counters) == (b.step, b.counters)
-    assert a.files().keys() == b.files().keys() == {*FILES, "ema-0.5.safetensors"}
-    for name, mine in a.files().items():
-        yours = b.files()[name]
+    assert a.tensors.keys() == b.tensors.keys() == {*FILES, "ema-0.5.safetensors"}
+    for name, mine in a.tensors.items():
+        yours = b.tensors[name]
         assert mine.keys() == yours.keys()
         assert mine
         assert all(torch.equal(mine[key], yours[key]) for key in mine)
@@ -123,7 +122,7 @@ def test_a_kill_amid_the_removal_of_an_old_one_leaves_no_half_checkpoint(tmp_pat
 
 def test_the_same_step_again_leaves_the_first(tmp_path):
     save_checkpoint(tmp_path, make(5))
-    save_checkpoint(tmp_path, make(5)._replace(model=make(6).model))
+    save_checkpoint(tmp_path, make(5)._replace(tensors=make(6).tensors))
     assert_same(load_checkpoint(tmp_path), make(5))
 
 
@@ -194,7 +193,7 @@ def test_the_weights_of_a_checkpoint_with_a_pickled_optimizer_are_still_read(tmp
     state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
     write_state(folder, state)
     found = load_checkpoint(tmp_path)
-    assert found.optimizer == {}
+    assert layout.OPTIMIZER_FILE not in found.tensors
     assert all(torch.equal(found.ema[key], value) for key, value in make(5).ema.items())
     assert not (tmp_path / "executed").exists()
 

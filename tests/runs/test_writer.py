@@ -11,7 +11,9 @@ from repa.runs import Checkpoint, Writer, layout, load_checkpoint, writer
 
 def make(step: int) -> Checkpoint:
     weights = {"weight": torch.full((3,), float(step))}
-    return Checkpoint(step, weights, weights, {}, {"weight/step": torch.tensor(float(step))}, {"seconds": 0.0})
+    optimizer = {"weight/step": torch.tensor(float(step))}
+    files = {layout.MODEL_FILE: weights, layout.EMA_FILE: weights, layout.OPTIMIZER_FILE: optimizer}
+    return Checkpoint(step, {"seconds": 0.0}, files)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def in_parts(jobs, rank: int, meeting: Path, kill_at: int) -> None:
 
     def dying(folder, share):
         if rank == 1 and share.step == kill_at:
-            (folder / sorted(share.files())[0]).write_bytes(b"half a fi")
+            (folder / sorted(share.tensors)[0]).write_bytes(b"half a fi")
             os._exit(9)
         return write(folder, share)
 
@@ -119,9 +119,9 @@ def test_large_files_are_in_parts_and_read_as_one(whole):
         "projectors-00001-of-00002.safetensors",
     } <= set(names)
     found = load_checkpoint(whole)
-    of_files = {f"{file}/{name}": x for file, tensors in found.files().items() for name, x in tensors.items()}
+    of_files = {f"{file}/{name}": x for file, tensors in found.tensors.items() for name, x in tensors.items()}
     assert_same(of_files, contents(whole, 10))
-    assert_same(load_weights(whole, "ema-0.5")[1], found.averages["ema-0.5"])
+    assert_same(load_weights(whole, "ema-0.5")[1], found.tensors["ema-0.5.safetensors"])
     assert len(weights_checksum(whole, "ema", 10)) == 64
     assert weights_checksum(whole, "ema", 10) != weights_checksum(whole, "model", 10)
     assert num_parameters(whole) == sum(x.numel() for x in found.model.values())
@@ -135,7 +135,7 @@ def test_one_process_resumes_with_every_bit(whole, config, data_folder):
     share = state.snapshot()
     assert (share.step, state.step) == (10, 10)
     assert_same(
-        {f"{file}/{n}": x for file, tensors in share.files().items() for n, x in tensors.items()}, contents(whole, 10)
+        {f"{file}/{n}": x for file, tensors in share.tensors.items() for n, x in tensors.items()}, contents(whole, 10)
     )
 
 

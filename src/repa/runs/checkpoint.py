@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,52 +22,30 @@ OF_TENSORS = "sha256"  # in the header of files by `save_checked`
 SETTINGS = "settings"  # counter of a checkpoint, see `recorded_settings`
 OWN = "state_sha256"  # entry of state.json: the checksum of the others
 PART = 2**30  # bytes: what is larger is written in parts, where several processes write
-KNOWN = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
 
 class Checkpoint(NamedTuple):
-    """Everything that must survive a restart. Randomness and data order are functions of (seed, step), so they are not in here.
+    """Everything that must survive a restart, or the share of it that one of several processes writes.
 
-    All tensors are whole and on the CPU, whatever number of processes made them: any other number can continue.
+    Randomness and data order are functions of (seed, step), so they are not in here. All tensors are whole and on the CPU,
+    whatever number of processes made them: any other number can continue.
     """
 
     step: int
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    projectors: dict[str, Tensor]
-    optimizer: dict[str, Tensor]  # "PARAMETER/WHAT", as in "model.x_embedder.proj.bias/exp_avg"; empty: only weights
     counters: dict[str, Any]  # training seconds and other plain values
-    averages: Mapping[str, dict[str, Tensor]] = {}  # further averages of the network by the stem of their file
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """Name of the file -> its tensors."""
-        known = dict(zip(KNOWN, (self.model, self.ema, self.projectors, self.optimizer), strict=True))
-        return {**known, **{stem + layout.WEIGHTS: tensors for stem, tensors in self.averages.items()}}
-
-
-class Savable(Protocol):
-    """A checkpoint, or the share of one that a process writes."""
+    tensors: Mapping[str, dict[str, Tensor]]  # file, see layout.py -> its tensors; the optimizer's are "PARAMETER/WHAT"
 
     @property
-    def step(self) -> int: ...
+    def model(self) -> dict[str, Tensor]:
+        return self.tensors.get(layout.MODEL_FILE, {})
 
     @property
-    def counters(self) -> dict[str, Any]: ...
+    def ema(self) -> dict[str, Tensor]:
+        return self.tensors.get(layout.EMA_FILE, {})
 
-    def files(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Name of the file -> its tensors, whole."""
-        ...
-
-
-class Share(NamedTuple):
-    """What one of several processes writes of a checkpoint: whole tensors, in files or parts of files of its own."""
-
-    step: int
-    counters: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        return self.tensors
+    @property
+    def projectors(self) -> dict[str, Tensor]:
+        return self.tensors.get(layout.PROJECTORS_FILE, {})
 
 
 class OwnedTensor(NamedTuple):
@@ -105,7 +83,7 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
     return written
 
 
-def save_checkpoint(run: Path, checkpoint: Savable, keep: int = 0, keep_every: int = 0) -> Path:
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every: int = 0) -> Path:
     """Write a checkpoint atomically, then remove the older ones that need not stay.
 
     Args:
@@ -127,12 +105,12 @@ def save_checkpoint(run: Path, checkpoint: Savable, keep: int = 0, keep_every: i
     return folder
 
 
-def write_files(folder: Path, checkpoint: Savable) -> dict[str, str]:
+def write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     """Its tensors on the disk; the checksum of each file, of what is read back."""
-    for name, tensors in checkpoint.files().items():
+    for name, tensors in checkpoint.tensors.items():
         save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / name)
         files.sync(folder / name)
-    return {name: files.sha256(folder / name) for name in sorted(checkpoint.files())}
+    return {name: files.sha256(folder / name) for name in sorted(checkpoint.tensors)}
 
 
 def remove_older(run: Path, keep: int, keep_every: int) -> None:
@@ -167,10 +145,7 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
         step = steps[-1]
     folder, state = _whole(run, step)
     names = dict.fromkeys(layout.whole_name(name) for name in state["sha256"] if name.endswith(layout.WEIGHTS))
-    tensors = {file: _read_parts(folder, file) for file in names}
-    model, ema, projectors, optimizer = (tensors.pop(name, {}) for name in KNOWN)
-    averages = {name.removesuffix(layout.WEIGHTS): values for name, values in tensors.items()}
-    return Checkpoint(state["step"], model, ema, projectors, optimizer, state["counters"], averages)
+    return Checkpoint(step, state["counters"], {file: _read_parts(folder, file) for file in names})
 
 
 def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, OwnedTensor]]] | None:
@@ -271,13 +246,7 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
             "averages of other widths where there are snapshots."
         )
     folder, _ = _whole(run, step, only=weights + layout.WEIGHTS)
-    state = _read_parts(folder, weights + layout.WEIGHTS)
-    # A converted run has an empty file in place of the weights that its source lacked.
-    if not state:
-        raise UserError(
-            f"{folder} has no {weights!r} weights: it was converted from a file that holds the other ones only."
-        )
-    return step, state
+    return step, _read_parts(folder, weights + layout.WEIGHTS)
 
 
 def recorded_settings(run: Path, step: int) -> Any:

@@ -30,7 +30,7 @@ PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP
 
 
 class Imported(NamedTuple):
-    """The parts of a training configuration that a file tells, and its weights (`checkpoint.optimizer` is empty)."""
+    """The parts of a training configuration that a file tells, and its weights, without an optimizer."""
 
     settings: dict[str, Any]
     checkpoint: Checkpoint
@@ -78,7 +78,7 @@ def read_checkpoint(
         for key, value in published.projectors.items():
             index, _, rest = key.partition(".")
             projectors[f"{modules[index]}.projector.{rest}"] = value
-    checkpoint = Checkpoint(published.steps or 0, published.model, published.ema, projectors, {}, {"seconds": 0.0})
+    checkpoint = _weights(published.steps or 0, published.ema, published.model, projectors)
     settings = {"model": model, "diffusion": diffusion, "alignments": alignments}
     return Imported(settings, checkpoint, kind, published.taken, 0 if alignments else len(indices))
 
@@ -96,7 +96,7 @@ def read_export(folder: Path) -> Imported:
     settings = {name: config[name] for name in ("diffusion", "autoencoder")}
     overlap = config["model"].get("patch_overlap", 0)
     model = _model_settings(ema, config["model"]["num_heads"], "export", str(folder), overlap)
-    checkpoint = Checkpoint(config["step"], {}, ema, {}, {}, {"seconds": 0.0})
+    checkpoint = _weights(config["step"], ema)
     kind = config.get("kind", "")
     return Imported({**settings, "model": model}, checkpoint, kind if isinstance(kind, str) else "")
 
@@ -140,8 +140,19 @@ def read_diffusers(folder: Path) -> Imported:
             require_digest(facts, state, folder / diffusers_export.WEIGHTS)
         model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
     settings: dict[str, Any] = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
-    checkpoint = Checkpoint(facts["step"], {}, own, {}, {}, {"seconds": 0.0})
+    checkpoint = _weights(facts["step"], own)
     return Imported({**settings, "model": model}, checkpoint, facts["kind"])
+
+
+def _weights(
+    step: int,
+    ema: dict[str, Tensor],
+    model: dict[str, Tensor] | None = None,
+    projectors: dict[str, Tensor] | None = None,
+) -> Checkpoint:
+    """A checkpoint of what there is; how long it was trained is not known."""
+    found = {layout.EMA_FILE: ema, layout.MODEL_FILE: model, layout.PROJECTORS_FILE: projectors}
+    return Checkpoint(step, {"seconds": 0.0}, {file: tensors for file, tensors in found.items() if tensors})
 
 
 def _check_step(step: int, file: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from repa.base import dist, files
 from repa.runs import layout
-from repa.runs.checkpoint import Savable, remove_older, save_checkpoint, write_files, write_state
+from repa.runs.checkpoint import Checkpoint, remove_older, save_checkpoint, write_files, write_state
 
 
 class Writer:
@@ -35,7 +35,7 @@ class Writer:
     def __init__(self, run: Path, keep: int = 0, keep_every: int = 0, *, background: bool = False):
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
-        self.pending: tuple[Savable, Future] | None = None
+        self.pending: tuple[Checkpoint, Future] | None = None
         self.folder: Path | None = None  # of several processes, under its hidden name
         self.opened = contextlib.ExitStack()  # that folder, in the main process
 
@@ -50,7 +50,7 @@ class Writer:
         self.folder = layout.checkpoint_folder(self.run, step).with_name(hidden)
         return [rank for rank, sees in enumerate(dist.gather_objects(self.folder.is_dir())) if sees]
 
-    def write(self, checkpoint: Savable) -> None:
+    def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, or this process's share of the one that was begun."""
         self.wait()
         if self.folder is None:
@@ -103,7 +103,7 @@ class Writer:
         files.remove_leftovers(folder.parent)  # of processes that were killed while they wrote or removed
         return self.opened.enter_context(files.atomic_folder(folder)).name
 
-    def _close(self, checkpoint: Savable, checksums: dict[str, str]) -> None:
+    def _close(self, checkpoint: Checkpoint, checksums: dict[str, str]) -> None:
         assert self.folder is not None
         state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": dict(sorted(checksums.items()))}
         write_state(self.folder, state)

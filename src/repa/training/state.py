@@ -20,7 +20,7 @@ from repa.models.layers import Block
 from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
-from repa.runs.checkpoint import SETTINGS, OwnedTensor, Share, load_owned, shares
+from repa.runs.checkpoint import SETTINGS, Checkpoint, OwnedTensor, load_owned, shares
 from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
@@ -49,7 +49,7 @@ class TrainState:
     def model(self) -> Backbone:
         return self.objective.model
 
-    def snapshot(self, writers: Sequence[int] = (0,), *, copy: bool = False) -> Share:
+    def snapshot(self, writers: Sequence[int] = (0,), *, copy: bool = False) -> Checkpoint:
         """This process's share of everything that must survive a restart, whole tensors on the CPU; all processes must ask.
 
         Args:
@@ -74,7 +74,7 @@ class TrainState:
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
         counters[SETTINGS] = layout.fixed_settings(self.config.model_dump(mode="json"))
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
-        return Share(self.step, counters, parts)
+        return Checkpoint(self.step, counters, parts)
 
     def keep_snapshot(self, run: Path) -> None:
         """The averages of ema_widths as they are now, for `repa ema`; every process must ask."""
