@@ -45,23 +45,38 @@ def collect(
     Raises:
         UserError: values that `store` cannot hold, no room on the disk, or a damaged file of the cache.
     """
-    folder = None if cache is None else cache / _name({**identity, "num": num, "store": store})
+    identity = {**identity, "num": num, "store": store}
     chunks = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
-    kept: dict[str, list[Tensor]] = {field: [] for field in fields}
-    assert folder is not None or not dist.active(), "several processes need a folder to share"
-    with _tidied(folder) if folder is not None and dist.is_main() else contextlib.nullcontext():
-        if folder is not None and dist.is_main():
-            files.write_json(folder / IDENTITY, {**identity, "num": num, "store": store})
+    if cache is None:
+        assert not dist.active(), "several processes need a folder to share"
+        parts = []
+        for rows in chunks:
+            parts.append(_stored(make(rows, fields), rows, store))
+            progress(rows.stop, num)
+        return lambda field: torch.from_numpy(np.concatenate([part[field] for part in parts]))
+    folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    with _tidied(folder) if dist.is_main() else contextlib.nullcontext():
+        if dist.is_main():
+            files.write_json(folder / IDENTITY, identity)  # for people: the folder's name is a checksum
         dist.barrier()  # nobody writes while it is tidied
-        _fill(folder, chunks, fields, kept, make, store, num, progress)
+        for rows in chunks[dist.rank() :: dist.world()]:
+            # By field: a command that asks for more depths than the last one makes only those.
+            if missing := [field for field in fields if _found(folder, field, rows) is None]:
+                made = _stored(make(rows, missing), rows, store)
+                if rows is chunks[0]:  # the first chunk shows how wide the features are
+                    needed = sum(x.nbytes for x in made.values()) * len(chunks)
+                    files.require_space(folder, needed, f"Keeping the features of {num:,} images")
+                for field, x in made.items():
+                    save_npy(folder / f"{_stem(field, rows)}-{_checksum(x)}.npy", x)
+            # The other processes are as far: asking them would make all wait at every chunk.
+            progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
         dist.barrier()
-    if folder is None:
-        return lambda field: torch.cat(kept[field])
     return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
 
 
 def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
     """The rows of all items in their order on every process, the work shared."""
+    # By turns, as neighbouring items cost alike: the blocks of one network, the features of one encoder.
     mine = [(i, rows_of(item)) for i, item in enumerate(items) if i % dist.world() == dist.rank()]
     done = sorted((pair for part in dist.gather_objects(mine) for pair in part), key=lambda pair: pair[0])
     return [row for _, rows in done for row in rows]
@@ -111,31 +126,6 @@ def _tidied(folder: Path) -> Iterator[None]:
         lock.release(taken)
 
 
-def _fill(
-    folder: Path | None, chunks: Sequence[range], fields: Sequence[str], kept: dict[str, list[Tensor]], make: Make, store: str,
-    num: int, progress: Progress,
-) -> None:  # fmt: skip
-    """This process's chunks of what is missing."""
-    for rows in chunks[dist.rank() :: dist.world()]:
-        missing = [f for f in fields if folder is None or _found(folder, f, rows) is None]
-        if missing:
-            made = {field: _stored(x, field, store) for field, x in make(rows, missing).items()}
-            if folder is not None and rows is chunks[0]:
-                needed = sum(x.nbytes for x in made.values()) * -(-num // CHUNK)
-                files.require_space(folder, needed, f"Keeping the features of {num:,} images")
-            for field, x in made.items():
-                assert len(x) == len(rows), (field, x.shape, rows)
-                if folder is None:
-                    kept[field].append(torch.from_numpy(x))
-                else:
-                    save_npy(folder / f"{_stem(field, rows)}-{_checksum(x)}.npy", x)
-        progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
-
-
-def _name(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _stem(field: str, rows: range) -> str:
     return f"{field}-{rows.start:09d}"
 
@@ -157,12 +147,17 @@ def _found(folder: Path, field: str, rows: range) -> np.ndarray | None:
     return None
 
 
-def _stored(x: Tensor, field: str, store: str) -> np.ndarray:
-    x = x.detach().cpu().to(getattr(torch, store))
-    if not torch.isfinite(x).all():
-        remedy = "keep it with --store float32" if store == "float16" else "the network or its input is damaged"
-        raise UserError(f"{field} has values that {store} cannot hold: {remedy}.")
-    return x.contiguous().numpy()
+def _stored(made: dict[str, Tensor], rows: range, store: str) -> dict[str, np.ndarray]:
+    """The fields of some rows in the type in which they are kept."""
+    found = {}
+    for field, x in made.items():
+        assert len(x) == len(rows), (field, x.shape, rows)
+        x = x.detach().cpu().to(getattr(torch, store))
+        if not torch.isfinite(x).all():
+            remedy = "keep it with --store float32" if store == "float16" else "the network or its input is damaged"
+            raise UserError(f"{field} has values that {store} cannot hold: {remedy}.")
+        found[field] = x.contiguous().numpy()
+    return found
 
 
 def _read(folder: Path, field: str, rows: range) -> np.ndarray:

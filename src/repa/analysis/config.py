@@ -1,14 +1,22 @@
-"""What to ask of hidden states, encoders and samples."""
+"""What to ask of hidden states, encoders and samples, and of which checkpoints. Torch-free."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config, refuse_idle
+from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs, weights_for
 from repa.runs import layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from repa.runs import LoadedRun
 
 FOLDER = layout.ANALYSIS  # in a run folder: what `repa analyse` found there, and its cache
 
@@ -16,9 +24,8 @@ FOLDER = layout.ANALYSIS  # in a run folder: what `repa analyse` found there, an
 class ImagesConfig(Config):
     """Which images, how many at a time, and where what is collected from them lies."""
 
-    num_images: int = Field(
-        10_000, ge=0
-    )  # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
+    # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
+    num_images: int = Field(10_000, ge=0)
     """Images, evenly spaced over the data; 0 takes all. The paper compares 10,000, and probes all."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""
@@ -131,10 +138,8 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
         return pairs
 
     def idle(self) -> dict[str, str]:
-        one = len(self.encoders) == 1
-        return dict.fromkeys(
-            ("neighbours", "variant") if one else (), "with one encoder, which is compared with no other"
-        )
+        unread = ("neighbours", "variant") if len(self.encoders) == 1 else ()
+        return dict.fromkeys(unread, "with one encoder, which is compared with no other")
 
     def weights_of(self, encoder: str) -> str | None:
         return weights_for(encoder, self.encoder_weights)
@@ -155,3 +160,42 @@ class NeighboursConfig(Config):
     """Nearest images shown next to each sample."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""
+
+
+class RunCheckpoint(NamedTuple):
+    """One network of a run."""
+
+    label: str  # the run's folder name, or its path where several have that name
+    run: Path
+    step: int
+
+    def load(self, weights: str, autoencoder_weights: str, device: "torch.device | str") -> "LoadedRun":
+        """The network with these weights: averaged (ema), raw (model), or another average by its name."""
+        from repa.runs import load_run
+
+        return load_run(self.run, weights, step=self.step, autoencoder_weights=autoencoder_weights, device=device)
+
+
+def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: int = 1) -> list[RunCheckpoint]:
+    """The checkpoints of these steps of every run; without steps at most `most` of each, evenly spaced, the newest included.
+
+    Raises:
+        UserError: a folder is not a run, or has none of the checkpoints asked for.
+    """
+    names = [Path(run).resolve().name for run in runs]
+    labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
+    return [
+        RunCheckpoint(label, Path(run), step)
+        for run, label in zip(runs, labels, strict=True)
+        for step in _steps_of(Path(run), steps, most)
+    ]
+
+
+def _steps_of(run: Path, asked: Sequence[int], most: int) -> Sequence[int]:
+    layout.read_config(run)
+    steps = layout.checkpoint_steps(run)
+    if not steps:
+        raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
+    if missing := [step for step in asked if step not in steps]:
+        raise UserError(f"{run} has no checkpoint of step {missing[0]}: there are {', '.join(map(str, steps))}.")
+    return asked or layout.evenly_spaced(steps, most)

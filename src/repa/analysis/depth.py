@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from repa.analysis.collection import Load, Rows, Stages, each
 from repa.analysis.config import DepthConfig, SimilarityConfig
@@ -19,7 +20,7 @@ from repa.analysis.hidden import (
     latents,
     no_class,
     noised,
-    pixels,
+    require_images,
     require_neighbours,
     spaced_rows,
 )
@@ -37,16 +38,16 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
     indices = spaced_rows(data, config.num_images)
     if config.measure == "cknna":
         require_neighbours(config.neighbours, len(indices))
-    pixels(data, indices[:0])
+    require_images(data)
     device = device_of(run)
     encoder = load_encoder_of(data, config.encoder, weights=config.encoder_weights, device=device)
     stages = Stages(progress, [len(indices)] * (1 + len(config.times)))
     grid = encoder.grid_for(data.resolution)
-    load = features_of_encoder(encoder, config.encoder, grid, data, indices, config, stages.next())
+    load = features_of_encoder(encoder, config.encoder, grid, [PATCHES], config, data, indices, stages.next())
     measure = _measure(load(PATCHES).to(device), config)
     rows: Rows = []
     for t in config.times:
-        hidden = hidden_of_run(run, data, indices, depths, t, config, config.seed, stages.next())
+        hidden = hidden_of_run(run, depths, t, config, data, indices, stages.next())
 
         def measured(depth: int, t: float = t, hidden: Load = hidden) -> Rows:
             return [{"t": t, "depth": depth, config.measure: measure(hidden(field(depth)).to(device))}]
@@ -81,11 +82,12 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
         x = latents(run, data, part, config.seed)
         for t in config.times:
             x_t, times = noised(run.path, x, part, t, config.seed)
-            whole = _prediction(run, x_t, times)
+            whole = _prediction(run, x_t, times)  # once: every block is compared with it
             for depth in depths:
                 with left_out(run.model, depth):
                     without = _prediction(run, x_t, times)
-                change = (whole - without).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1).clamp_min(1e-12)
+                moved = (whole - without).flatten(1).norm(dim=1)  # (n,)
+                change = moved / whole.flatten(1).norm(dim=1).clamp_min(1e-12)  # a fresh network predicts 0
                 sums[t, depth] += float(change.double().sum())
         done += len(x)
         progress(done, len(indices))
@@ -94,29 +96,20 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
     return [{**row, "share": row["change"] / of_all[row["t"]] if of_all[row["t"]] else 0.0} for row in rows]
 
 
-class left_out:
-    """While the block runs, hand on its input in place of its output: every stream of it, as text and image of an MMDiT."""
-
-    def __init__(self, model: Backbone, depth: int):
-        self.block = model.blocks[depth - 1]
-
-    def __enter__(self) -> None:
-        self.handle = self.block.register_forward_hook(_as_it_came)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+def left_out(model: Backbone, depth: int) -> RemovableHandle:
+    """A context in which the block hands on its input in place of its output: every stream of it, as text and image of an MMDiT."""
+    return model.blocks[depth - 1].register_forward_hook(_as_it_came)
 
 
 def _as_it_came(block: nn.Module, inputs: tuple, output: Any) -> Any:
     if not isinstance(output, tuple):
         return inputs[0]
-    streams = [_is_stream(given, made) for given, made in zip(inputs, output, strict=False)]
-    return tuple(inputs[i] if i < len(streams) and streams[i] else made for i, made in enumerate(output))
-
-
-def _is_stream(given: Any, made: Any) -> bool:
-    """Do a block's argument and its result at the same place hold the same tokens? Other results, as attention logits, do not."""
-    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape == made.shape
+    made = list(output)
+    for i, (given, result) in enumerate(zip(inputs, output, strict=False)):
+        # An argument and a result of one shape at one place are a stream of tokens. Other results, as attention logits, stay.
+        if isinstance(given, Tensor) and isinstance(result, Tensor) and given.shape == result.shape:
+            made[i] = given
+    return tuple(made)
 
 
 def _prediction(run: LoadedRun, x_t: Tensor, times: Tensor) -> Tensor:

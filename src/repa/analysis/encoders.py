@@ -1,17 +1,17 @@
 """Which encoder should I align to? Spatial structure, linear probe, likeness to the others, speed and size, in one table."""
 
+import functools
 import time
-from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from repa.analysis.collection import Load, Rows, Stages
+from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import EncodersConfig
 from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
-from repa.analysis.hidden import pixels, require_neighbours
+from repa.analysis.hidden import pixels, require_images, require_neighbours
 from repa.analysis.probes import ProbeImages, probe_rows
 from repa.analysis.similarity import cknna_of, neighbourhoods
 from repa.base import dist
@@ -58,7 +58,7 @@ def compare_encoders(
     Raises:
         UserError: an encoder whose weights are missing (before any work), data without images, too few of them.
     """
-    pixels(data, np.arange(0))
+    require_images(data)
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
     require_neighbours(config.neighbours, images.sizes[0])
     for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
@@ -70,19 +70,13 @@ def compare_encoders(
         encoder = load_encoder_of(data, spec, weights=config.weights_of(spec), device=device)
         grid = config.grid or encoder.grid_for(data.resolution)
         shown = [name for name, distance in STRUCTURE_DISTANCE.items() if distance <= 2 * grid - 2]
-        names = [PATCHES, *shown]
-
-        def make(
-            d: DataSet, i: np.ndarray, p: Progress, e: VisionEncoder = encoder, s: str = spec, g: int = grid,
-            n: Sequence[str] = names,
-        ) -> Load:  # fmt: skip
-            return features_of_encoder(e, s, g, d, i, config, p, n)
-
+        make = functools.partial(features_of_encoder, encoder, spec, grid, [PATCHES, *shown], config)
         loads = images.collect(make, stages)
         features = [load(PATCHES) for load in loads]
-        accuracy: dict[str, Any] = {"top1": None, "top5": None}
+        accuracy: dict[str, Any] = {"top1": None, "top5": None}  # of data with one class
         if data.num_classes > 1:
             probed = probe_rows(images, features, config, config.seed, device, epochs.next())
+            # Encoders want different learning rates: each is judged by its best.
             accuracy = max(probed, key=lambda row: row["top1"])
         rows.append({
             "encoder": spec, "dim": encoder.dim, "grid": grid,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from repa.analysis.collection import Load, collect
-from repa.analysis.config import FOLDER, ImagesConfig
+from repa.analysis.config import FOLDER, HiddenConfig, ImagesConfig
 from repa.analysis.hidden import batches, collect_hidden, device_of, latents, pixels
 from repa.analysis.spatial import (
     FAR,
@@ -37,12 +37,11 @@ def field(depth: int) -> str:
 
 def hidden_of_run(
     run: LoadedRun,
-    data: DataSet,
-    indices: np.ndarray,
     depths: Sequence[int],
     t: float,
-    config: ImagesConfig,
-    seed: int,
+    config: HiddenConfig,
+    data: DataSet,
+    indices: np.ndarray,
     progress: Progress,
 ) -> Load:
     """Hidden states (n, D) at noise level t by `field(depth)`: null label, mean over tokens."""
@@ -51,18 +50,19 @@ def hidden_of_run(
         mine = indices[rows.start : rows.stop]
         hidden = collect_hidden(
             run.model,
-            (latents(run, data, part, seed) for part in batches(mine, config.batch_size)),
+            (latents(run, data, part, config.seed) for part in batches(mine, config.batch_size)),
             depths=[depth for depth in depths if field(depth) in fields],
             t=t,
             path=run.path,
-            seed=seed,
-            streams=[int(i) for i in mine],
+            seed=config.seed,
+            streams=mine.tolist(),  # by row of the data, so that a chunk made alone gets the same noise
             network_time=run.process.network_time,
         )
         return {field(depth): x for depth, x in hidden.items()}
 
     cache = Path(config.cache) if config.cache else run.folder / FOLDER / "cache" if run.folder else None
-    identity = {} if cache is None else {**_identity_of_run(run), "t": t, "seed": seed, "data": _facts(data, indices)}
+    facts = {"t": t, "seed": config.seed, "data": _facts(data, indices)}
+    identity = {} if cache is None else {**_identity_of_run(run), **facts}  # a checksum of weights takes seconds
     fields = [field(depth) for depth in depths]
     return collect(cache, identity, fields, len(indices), make, store=config.store, progress=progress)
 
@@ -71,21 +71,21 @@ def features_of_encoder(
     encoder: VisionEncoder,
     spec: str,
     grid: int,
+    names: Sequence[str],
+    config: ImagesConfig,
     data: DataSet,
     indices: np.ndarray,
-    config: ImagesConfig,
     progress: Progress,
-    names: Sequence[str] = (PATCHES,),
 ) -> Load:
     """Features (n, D) of an encoder, by name: "patches", the mean over its patches; "pooled", its own; "lds" ... (n, 1)."""
 
     def make(rows: range, fields: Sequence[str]) -> dict[str, torch.Tensor]:
-        parts = [
-            {name: of(features, name) for name in fields}
-            for part in batches(indices[rows.start : rows.stop], config.batch_size)
-            for features in [encoder(pixels(data, part), grid)]
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in fields}
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in fields}
+        for part in batches(indices[rows.start : rows.stop], config.batch_size):
+            features = encoder(pixels(data, part), grid)  # once for all fields
+            for name in fields:
+                found[name].append(of(features, name))
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def of(features: Features, name: str) -> torch.Tensor:
         if name == PATCHES:

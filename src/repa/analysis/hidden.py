@@ -29,10 +29,14 @@ def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def pixels(data: DataSet, indices: np.ndarray) -> Tensor:
-    """uint8 (n, 3, R, R)."""
+def require_images(data: DataSet) -> None:
     if not data.has_images:
         raise UserError(f"{data.folder} holds no images: prepare it with --store-images true.")
+
+
+def pixels(data: DataSet, indices: np.ndarray) -> Tensor:
+    """uint8 (n, 3, R, R)."""
+    require_images(data)
     return torch.from_numpy(data.gather("images", indices))
 
 
@@ -43,6 +47,7 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
         moments = torch.from_numpy(data.gather("moments", indices)).float().to(device_of(run))
     else:
         moments = run.autoencoder.encode(pixels(data, indices).to(device_of(run)))
+    # Of a purpose of its own: with the noise's own seed an image and its noise would be correlated.
     streams = SampleStreams(fold(seed, "posterior"), indices, moments.device)
     return run.autoencoder.sample(moments, noise=streams.randn(run.autoencoder.channels, *moments.shape[2:]))
 
@@ -68,7 +73,8 @@ def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int
     for depth in depths:
         run.model.checked(Tap(depth))
     if not data.has_moments:
-        pixels(data, np.arange(0))
+        require_images(data)
+    # Latents of other weights or of another scale would pass through the network, and mean nothing to it.
     stored = data.manifest.autoencoder if data.has_moments else {}
     own = run.autoencoder.identity
     if different := [key for key in ("sha256", "scale", "shift") if key in stored and stored[key] != own[key]]:

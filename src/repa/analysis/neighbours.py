@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.hidden import batches, evenly, pixels, require_neighbours, spaced_rows
+from repa.analysis.hidden import batches, evenly, pixels, require_images, require_neighbours, spaced_rows
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
@@ -84,7 +84,7 @@ def find_copies(
         )
     indices = spaced_rows(data, config.num_images)
     require_neighbours(config.neighbours, len(indices))
-    pixels(data, indices[:0])
+    require_images(data)
     encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
     num_others = 0 if held_out is None else len(spaced_rows(held_out, config.num_held_out))
     stages = Stages(progress, [len(indices), num_samples, num_others])
@@ -95,12 +95,15 @@ def find_copies(
     trained = summary_features(rows_of(data, indices), encoder, stages.next())
     near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
     if held_out is None:
+        # Each training image against the others: how near images of this data come that are not copies.
         own = torch.from_numpy(evenly(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
         others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))
         real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
-    near = near._replace(indices=torch.from_numpy(indices)[near.indices])
+    near = near._replace(
+        indices=torch.from_numpy(indices)[near.indices]
+    )  # from those that were looked at to rows of the data
     return Copies(near, real, compare(near.distances[:, 0], real))
 
 
@@ -144,7 +147,7 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
         close = block @ images.T  # (rows, n)
         if own is not None:
             close[torch.arange(len(block)), own[start : start + BLOCK]] = -torch.inf
-        near = close.topk(k, dim=1).indices
+        near = close.topk(k, dim=1).indices  # (rows, k)
         # 2 - 2 <u, v> cancels for copies, which are what matters: the differences themselves, in float64
         exact = (block[:, None].double() - images[near].double()).norm(dim=2)  # (rows, k)
         exact, order = exact.sort(dim=1)

@@ -31,12 +31,13 @@ def principal_colours(tokens: Tensor) -> Tensor:
         )
     x = tokens.detach().cpu().double().flatten(0, 1)  # (N * T, D)
     x = x - x.mean(0)
+    # Of D x D and not of the tokens themselves: their number may be a hundred times the channels.
     directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)  # (D, 3), largest first
     largest = directions.abs().argmax(0)
     directions = directions * directions[largest, torch.arange(3)].sign()
     parts = x @ directions  # (N * T, 3)
     low, high = (torch.from_numpy(np.quantile(parts.numpy(), q, axis=0)) for q in RANGE)
-    spread = (high - low).where(high > low, torch.ones(()).double())
+    spread = (high - low).where(high > low, torch.ones(()).double())  # of tokens that are all alike there is none
     return ((parts - low) / spread).clamp(0, 1).float().unflatten(0, (num, length))
 
 

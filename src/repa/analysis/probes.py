@@ -1,5 +1,6 @@
 """Linear probes: how well classes can be read off a run's blocks or a frozen encoder by a linear map."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -100,11 +101,7 @@ def probe_of_run(
     heads = Stages(heads_progress, [config.epochs] * share(len(depths)) * len(config.times))
     rows: Rows = []
     for t in config.times:
-
-        def load(d: DataSet, i: np.ndarray, p: Progress, t: float = t) -> Load:
-            return hidden_of_run(run, d, i, depths, t, config, config.seed, p)
-
-        loads = images.collect(load, stages)
+        loads = images.collect(functools.partial(hidden_of_run, run, depths, t, config), stages)
 
         def probed(depth: int, t: float = t, loads: list[Load] = loads) -> Rows:
             features = [load(field(depth)) for load in loads]
@@ -136,7 +133,7 @@ def probe_of_encoder(
     stages = Stages(progress, images.sizes)
     grid = grid or encoder.grid_for(data.resolution)
     names = features_in(encoder, data, grid)
-    loads = images.collect(lambda d, i, p: features_of_encoder(encoder, spec, grid, d, i, config, p, names), stages)
+    loads = images.collect(functools.partial(features_of_encoder, encoder, spec, grid, names, config), stages)
     device = next(encoder.parameters()).device
     epochs = Stages(heads_progress, [heads.epochs] * share(len(names)))
 
@@ -233,6 +230,7 @@ def linear_probes(
         order = torch.randperm(num_train, generator=rng.generator(seed, "linear_probe", epoch))
         for rows in order.to(device).tensor_split(num_batches):
             optimizer.zero_grad()
+            # The heads share nothing, so the gradient of the sum is each one's own: one backward serves them all.
             batch, target = norm(features[rows].float()), labels[rows]
             torch.stack([F.cross_entropy(head(batch), target) for head in heads]).sum().backward()
             optimizer.step()

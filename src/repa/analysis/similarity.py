@@ -87,7 +87,8 @@ def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighb
 def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
     """CKNNA of two sides made with the same k and variant; see `cknna`."""
     assert (a.variant, a.near.shape) == (b.variant, b.near.shape), "sides of different images, k or variants"
-    own = a.own * b.own
+    own = a.own * b.own  # unbiased estimates may be negative, and have no root then
+    # The released code adds 1e-6 to the norm; the paper's formula has nothing there.
     norm = (own**0.5 if own >= 0 else float("nan")) + (0.0 if a.variant == "paper" else 1e-6)
     return _align(a, b) / norm if norm else float("nan")
 
@@ -160,7 +161,7 @@ def _neighbours(x: Tensor, k: int, *, euclidean: bool) -> Tensor:
         else:
             close = x[block] @ x.T
         own = torch.arange(len(close), device=x.device)
-        close[own, own + block.start] = -torch.inf
+        close[own, own + block.start] = -torch.inf  # itself, which is no neighbour
         near[block] = close.topk(k, dim=1).indices
     return near
 
@@ -169,7 +170,7 @@ def _kernel(side: Neighbourhoods, near: Tensor) -> Tensor:
     """<x_i, x_j - centre> for j in near[i]: (n, k)."""
     x, k = side.features, near.shape[1]
     values = x.new_empty(near.shape)
-    for block in _blocks(len(x), 8 * k * x.shape[1]):
+    for block in _blocks(len(x), 8 * k * x.shape[1]):  # whose neighbours' features are (rows, k, D)
         values[block] = torch.einsum("nd,nkd->nk", x[block], x[near[block]].sub_(side.centre))
     return values
 
@@ -178,7 +179,8 @@ def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
     """Align(K, L) of the paper, up to its constant factor; for the others the unbiased HSIC of the masked kernels."""
     near = a.near
     shared = (near[:, :, None] == b.near[:, None, :]).any(2)  # (n, k), neighbours of both
-    k_values = shared * _kernel(a, near)
+    # The mask is of pairs that are near in both, so a's neighbours are enough to look among.
+    k_values = shared * _kernel(a, near)  # (n, k)
     l_values = shared * _kernel(b, near)
     if a.variant == "paper":
         return (k_values * l_values).sum().item()

@@ -20,7 +20,7 @@ MAX_DISTANCE = 8  # CDS: the slope is taken up to here
 def local_distance_similarity(patches: Tensor, *, far: int = FAR) -> Tensor:
     """LDS: mean cosine of patches side by side minus that of patches at Manhattan distance `far` or more."""
     by_distance, num_pairs = _cosine_by_distance(patches, need=far)
-    pairs = num_pairs[far:]
+    pairs = num_pairs[far:]  # a mean over pairs, not over distances: few pairs lie in opposite corners
     return by_distance[:, 1] - (by_distance[:, far:] * pairs).sum(1) / pairs.sum()
 
 
@@ -30,6 +30,7 @@ def correlation_decay_slope(patches: Tensor, *, max_distance: int = MAX_DISTANCE
         raise UserError(f"A slope needs at least 2 distances, but got max_distance={max_distance}.")
     by_distance, _ = _cosine_by_distance(patches, need=max_distance)
     distances = torch.arange(1.0, max_distance + 1, device=patches.device)
+    # Least squares in closed form: sum (d - mean d) y / sum (d - mean d)^2.
     centred = distances - distances.mean()
     return -(by_distance[:, 1 : max_distance + 1] * centred).sum(1) / centred.square().sum()
 

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from repa.analysis.checkpoints import RunCheckpoint, checkpoints_of
-from repa.analysis.config import FOLDER, DepthConfig, EncodersConfig, ImagesConfig, ProbeConfig, SimilarityConfig
+from repa.analysis.config import (
+    FOLDER,
+    DepthConfig,
+    EncodersConfig,
+    ImagesConfig,
+    ProbeConfig,
+    RunCheckpoint,
+    SimilarityConfig,
+    checkpoints_of,
+)
 from repa.base.errors import UserError, choices
 from repa.cli import options, tables
 from repa.cli.console import Bars, say, speaks

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from repa.analysis.checkpoints import checkpoints_of
-from repa.analysis.config import FOLDER, NeighboursConfig
+from repa.analysis.config import FOLDER, NeighboursConfig, checkpoints_of
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.cli import options, tables
