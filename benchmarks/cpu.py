@@ -19,7 +19,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.launch import keep_freed_memory
 from repa.base.precision import DTYPES
 from repa.models.config import ModelConfig
-from repa.performance.batches import Synthetic, endless
+from repa.performance.batches import Synthetic, in_memory
 from repa.performance.counts import flops_per_image, product_shapes
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 def step_of(config: TrainConfig) -> MeasuredStep:
     data = Synthetic({ENCODER: WIDTH}, config.model.latent_size // config.model.dims().patch_size)
     batch = data.batch(config, torch.device("cpu"), 1)
-    return MeasuredStep(config, data.widths, endless(batch, batch.features), torch.device("cpu"))
+    return MeasuredStep(config, in_memory(data.widths, batch), torch.device("cpu"))
 
 
 def products(config: TrainConfig, rate: float) -> None:

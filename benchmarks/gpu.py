@@ -22,7 +22,6 @@ import torch
 from repa.base import files
 from repa.base.device import timed
 from repa.base.launch import keep_freed_memory
-from repa.performance.batches import BatchSource
 from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
 from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
@@ -106,12 +105,9 @@ def fp8_rates(config: Any, device: torch.device) -> dict[str, float]:
 
 def row_of(args: argparse.Namespace, row: Row, rates: dict[str, float], trace: str) -> dict[str, Any]:
     config = configuration(args, row.model, row.batch, row.teacher, "bf16", False).override(**row.changes)
-    dims, feed, data, teacher = source_of(config, args, row.teacher)
     flops = float(encoder_cost("dinov2-b", 16).cost.forward) if row.teacher == "online" and args.layers == 12 else 0.0
-    figures, seen = observed(
-        config, BatchSource(dims, feed, data, teacher, row.teacher, flops), rates, args.rounds, torch.device(args.device),
-        trace,
-    )  # fmt: skip
+    source = source_of(config, args, row.teacher, flops)
+    figures, seen = observed(config, source, rates, args.rounds, torch.device(args.device), trace)
     print(
         f"{row.model}, batch {row.batch}, {row.teacher} {row.changes or 'eager'}: {figures.images_per_second:.1f} images/s, "
         f"{figures.utilisation:.0%} of the rate, {figures.utilisation_with_encoder:.0%} with the encoder, first step "

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from repa.data import Loader, open_data
-from repa.performance.batches import endless
+from repa.performance.batches import in_memory
 from repa.performance.measure import MeasuredStep
 from repa.report import read_run
 from repa.runs import layout
@@ -63,7 +63,7 @@ def step_of(run: Path, data: Path) -> MeasuredStep:
         pooled=encoders.pooled, device=device,
     )  # fmt: skip
     batch = loader.batch(0)
-    return MeasuredStep(config, encoders.dims, endless(batch, encoders(batch, needs)), device)
+    return MeasuredStep(config, in_memory(encoders.dims, batch, encoders(batch, needs)), device)
 
 
 def costs(steps: dict[str, MeasuredStep], rounds: int = 9, each: int = 3) -> dict[str, float]:

@@ -36,7 +36,7 @@ from repa.diffusion import interpolate
 from repa.diffusion.flow import linear
 from repa.models import Condition
 from repa.models.config import ModelConfig
-from repa.performance.batches import Feed, Synthetic, endless, latents
+from repa.performance.batches import BatchSource, Synthetic, in_memory, latents
 from repa.performance.measure import MeasuredStep, Measurement, measure, table
 from repa.training.config import TrainConfig
 from repa.training.inputs import EncoderFeatures
@@ -69,25 +69,25 @@ def configuration(
     )  # fmt: skip
 
 
-def source_of(
-    config: TrainConfig, args: argparse.Namespace, teacher: str
-) -> tuple[dict[str, int], Feed, Callable, Callable]:
-    """Widths of the tokens, batches with their tokens, and what makes a batch and its tokens by itself."""
+def source_of(config: TrainConfig, args: argparse.Namespace, teacher: str, flops: float = 0.0) -> BatchSource:
+    """One random batch, with tokens that are there or that an encoder of so many FLOPs an image makes in every step."""
     device = torch.device(args.device)
     widths = {} if teacher == "none" else {TEACHER: args.width}
     synthetic = Synthetic(widths, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, RESOLUTION if teacher == "online" else 1)
     if teacher != "online":
-        return widths, endless(batch, batch.features), lambda: batch, lambda batch: batch.features
+        return in_memory(widths, batch)
     encoders = EncoderFeatures(config, cast(Any, Synthetic({}, synthetic.grid)), device)
     feed = encoders.iterate(itertools.repeat(batch), 0, lambda step: encoders.wanted)
-    return encoders.dims, feed, lambda: batch, lambda batch: encoders(batch, encoders.wanted)
+    return BatchSource(
+        encoders.dims, feed, lambda: batch, lambda batch: encoders(batch, encoders.wanted), teacher, encoder_flops=flops
+    )
 
 
 def plain_step(config: TrainConfig, args: argparse.Namespace, teacher: str) -> Callable[[], None]:
     device = torch.device(args.device)
-    dims, _, data, tokens_of = source_of(config, args, teacher)
-    batch = data()
+    source = source_of(config, args, teacher)
+    dims, tokens_of, batch = dict(source.dims), source.encode, source.data()
     x, labels = latents(batch, config.model.latent_channels), batch.labels
     objective = build_state(config, dims, device).objective
     model = objective.model
@@ -132,8 +132,7 @@ def against_plain(
     """Median seconds of the plain float32 step, and the medians of it and of the plain step in our precision by ours, timed in turn."""
     device = torch.device(args.device)
     config = configuration(args, model, batch, teacher, precision, False)
-    dims, feed, _, _ = source_of(config, args, teacher)
-    ours, alike = MeasuredStep(config, dims, feed, device), plain_step(config, args, teacher)
+    ours, alike = MeasuredStep(config, source_of(config, args, teacher), device), plain_step(config, args, teacher)
     plain = plain_step(config.override(precision="fp32"), args, teacher)
     turns = [[timed(step, device) for step in (plain, alike, ours)] for _ in range(args.rounds + 1)][1:]
     seconds, times, alike_times = zip(*((p, p / o, a / o) for p, a, o in turns), strict=True)
@@ -148,10 +147,8 @@ def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Measurem
         torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # as the loop
         config = configuration(args, model, batch, teacher, precision, compiled)
-        dims, feed, data, tokens_of = source_of(config, args, teacher)
-        yield measure(
-            MeasuredStep(config, dims, feed, torch.device(args.device)), rates, args.rounds, data, tokens_of, teacher
-        )
+        source = source_of(config, args, teacher)
+        yield measure(MeasuredStep(config, source, torch.device(args.device)), rates, args.rounds)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tm
     given, whole = [], measure.MeasuredStep.backward
 
     def seen(step, batch, features):
-        given.append(step.condition(batch))
+        given.append(step.source.condition(batch))
         whole(step, batch, features)
 
     monkeypatch.setattr(measure.MeasuredStep, "backward", seen)

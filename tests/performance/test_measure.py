@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.device import PRODUCT_SIDE, product_rate, timed
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.performance.batches import Synthetic, endless
+from repa.performance.batches import Synthetic, in_memory
 from repa.performance.counts import flops_per_image
 from repa.performance.measure import PARTS, MeasuredStep, Measurement, advise, measure, table
 from repa.training import TrainConfig
@@ -58,14 +59,15 @@ def test_nt_xent_compares_with_every_image_of_the_batch():
 def test_a_step_is_measured_whole_and_in_parts():
     config, data = configuration(), Synthetic({"tiny": 7}, 4)
     batch = data.batch(config, CPU, 16)
-    step = MeasuredStep(config, data.widths, endless(batch, batch.features), CPU)
+    step = MeasuredStep(config, in_memory(data.widths, batch), CPU)
     before = [p.detach().clone() for p in step.state.objective.parameters()]
 
     def slow_encoder(batch):
         time.sleep(0.05)
         return batch.features
 
-    figures = measure(step, {"fp32": 1e9}, 2, lambda: batch, slow_encoder, "online")
+    step.source = replace(step.source, encode=slow_encoder)
+    figures = measure(step, {"fp32": 1e9}, 2)
     assert tuple(figures.parts) == PARTS
     assert figures.parts["encoder"] == pytest.approx(0.05, abs=0.03)
     assert figures.parts["network"] > figures.parts["data"]
@@ -128,9 +130,9 @@ def test_the_table_has_a_column_for_every_part():
 def test_the_averages_are_taken_out_of_the_time_of_the_optimizer(monkeypatch):
     config, data = configuration(), Synthetic({"tiny": 7}, 4)
     batch = data.batch(config, CPU, 16)
-    step = MeasuredStep(config, data.widths, endless(batch, batch.features), CPU)
+    step = MeasuredStep(config, in_memory(data.widths, batch), CPU)
     monkeypatch.setattr(step, "advance", lambda: time.sleep(0.2))
     monkeypatch.setattr(step, "average", lambda: time.sleep(0.15))
-    parts = step.parts(lambda: batch, lambda batch: batch.features)
+    parts = step.parts()
     assert parts["averages"] == pytest.approx(0.15, abs=0.04)
     assert parts["optimizer"] == pytest.approx(0.05, abs=0.04)

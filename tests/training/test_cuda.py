@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from repa.alignment.config import AlignmentConfig
 from repa.base.rng import SampleStreams
 from repa.models.config import ModelConfig
-from repa.performance.batches import Synthetic, endless
+from repa.performance.batches import Synthetic, in_memory
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 from repa.training.attention import KERNELS
@@ -29,11 +29,11 @@ def configuration(**changes) -> TrainConfig:
 def cached_step(config: TrainConfig) -> MeasuredStep:
     data = Synthetic({"tiny": 192}, 8)
     batch = data.batch(config, DEVICE, 32)
-    return MeasuredStep(config, data.widths, endless(batch, batch.features), DEVICE)
+    return MeasuredStep(config, in_memory(data.widths, batch), DEVICE)
 
 
 def gradients(step: MeasuredStep) -> dict[str, torch.Tensor]:
-    step.backward(*next(step.feed))
+    step.backward(*next(step.source.feed))
     return {name: p.grad.float() for name, p in step.state.objective.named_parameters() if p.grad is not None}
 
 
@@ -142,7 +142,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it():
     weights = []
     for fused in (True, False):
         step = cached_step(configuration(precision="fp32", optimizer={"max_grad_norm": 0.01}))
-        step.backward(*next(step.feed))
+        step.backward(*next(step.source.feed))
         if fused:
             step.advance()
         else:  # gradients that are short already are left alone

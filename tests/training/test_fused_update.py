@@ -12,7 +12,7 @@ import torch
 import repa
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig
-from repa.performance.batches import Synthetic, endless
+from repa.performance.batches import Synthetic, in_memory
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 from repa.training.fused_update import BLOCK, programs
@@ -36,7 +36,7 @@ def test_on_a_cpu_the_option_changes_no_bit():
         config = TrainConfig(model=MODEL, batch_size=2, precision="fp32", fused_update=fused, ema_decays=(0.5,))
         data = Synthetic({}, 4)
         batch = data.batch(config, CPU, 1)
-        step = MeasuredStep(config, {}, endless(batch, batch.features), CPU)
+        step = MeasuredStep(config, in_memory({}, batch), CPU)
         for _ in range(3):
             step()
         state = step.state

@@ -46,21 +46,19 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
 Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidator(written)]
 
 
-def check_null_trained(guidances: Iterable[str], label_dropout: float | None) -> None:
-    """UserError for guidance by a null class that never trained; None: how the network trained is not known."""
-    for spec in guidances if label_dropout == 0 else ():
-        if parse_spec(spec)[0] in ("cfg", "path_drop"):
+def check_trained(guidances: Iterable[str], label_dropout: float | None, path_drop: float | None) -> None:
+    """UserError for guidance by a prediction that never trained: without a class, or without the blocks of the route.
+
+    None is what is not known of the training, and path_drop of a network without a route, which is reported when it is asked for one.
+    """
+    for spec in guidances:
+        name = parse_spec(spec)[0]
+        if label_dropout == 0 and name in ("cfg", "path_drop"):
             raise UserError(
                 f"The guidance {spec} needs a network that was trained without labels now and then, but this one has "
                 "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
             )
-
-
-def check_path_trained(guidances: Iterable[str], path_drop: float | None) -> None:
-    """UserError for guidance by a network without the blocks of its route that never trained so; None: it has no route, or how it
-    trained is not known, which is reported when it is asked for."""
-    for spec in guidances if path_drop == 0 else ():
-        if parse_spec(spec)[0] == "path_drop":
+        if path_drop == 0 and name == "path_drop":
             raise UserError(
                 f"The guidance {spec} skips the blocks of the route, but the network never trained so: leave it out, or "
                 "train with --model.path-drop 0.1."

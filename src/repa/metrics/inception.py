@@ -6,7 +6,7 @@ that leaves the padding out, and by max-pooling in the last block. Parameter nam
 convolution than the other branch.
 """
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class InceptionV3(nn.Module):
         super().__init__()
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, same=True)
         self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
         self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
         self.Mixed_5b = InceptionA(192, pool_channels=32)
@@ -113,34 +113,19 @@ def _mix(images: Tensor, dim: int, side: int) -> Tensor:
 
 
 class BasicConv2d(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without bias, batch normalisation, ReLU. `same`: padded, so that the size stays."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = False
     ):
         super().__init__()
+        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = tuple(side // 2 for side in sides) if same else 0  # all kernels are odd
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-class Side(TypedDict):
-    """A kernel of one row or column, padded to keep the size."""
-
-    kernel: tuple[int, int]
-    padding: tuple[int, int]
-
-
-ROW: Side = {"kernel": (1, 7), "padding": (0, 3)}
-COLUMN: Side = {"kernel": (7, 1), "padding": (3, 0)}
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -155,10 +140,10 @@ class InceptionA(nn.Module):
         super().__init__()
         self.branch1x1 = BasicConv2d(in_channels, 64, 1)
         self.branch5x5_1 = BasicConv2d(in_channels, 48, 1)
-        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2)
+        self.branch5x5_2 = BasicConv2d(48, 64, 5, same=True)
         self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, same=True)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, same=True)
         self.branch_pool = BasicConv2d(in_channels, pool_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +159,7 @@ class InceptionB(nn.Module):
         super().__init__()
         self.branch3x3 = BasicConv2d(in_channels, 384, 3, stride=2)
         self.branch3x3dbl_1 = BasicConv2d(in_channels, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, same=True)
         self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,13 +174,13 @@ class InceptionC(nn.Module):
         super().__init__()
         self.branch1x1 = BasicConv2d(in_channels, 192, 1)
         self.branch7x7_1 = BasicConv2d(in_channels, channels, 1)
-        self.branch7x7_2 = BasicConv2d(channels, channels, **ROW)
-        self.branch7x7_3 = BasicConv2d(channels, 192, **COLUMN)
+        self.branch7x7_2 = BasicConv2d(channels, channels, (1, 7), same=True)
+        self.branch7x7_3 = BasicConv2d(channels, 192, (7, 1), same=True)
         self.branch7x7dbl_1 = BasicConv2d(in_channels, channels, 1)
-        self.branch7x7dbl_2 = BasicConv2d(channels, channels, **COLUMN)
-        self.branch7x7dbl_3 = BasicConv2d(channels, channels, **ROW)
-        self.branch7x7dbl_4 = BasicConv2d(channels, channels, **COLUMN)
-        self.branch7x7dbl_5 = BasicConv2d(channels, 192, **ROW)
+        self.branch7x7dbl_2 = BasicConv2d(channels, channels, (7, 1), same=True)
+        self.branch7x7dbl_3 = BasicConv2d(channels, channels, (1, 7), same=True)
+        self.branch7x7dbl_4 = BasicConv2d(channels, channels, (7, 1), same=True)
+        self.branch7x7dbl_5 = BasicConv2d(channels, 192, (1, 7), same=True)
         self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def with_branch1x1(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,8 +203,8 @@ class InceptionD(nn.Module):
         self.branch3x3_1 = BasicConv2d(in_channels, 192, 1)
         self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
         self.branch7x7x3_1 = BasicConv2d(in_channels, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, **ROW)
-        self.branch7x7x3_3 = BasicConv2d(192, 192, **COLUMN)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), same=True)
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), same=True)
         self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,17 +218,15 @@ class InceptionE(nn.Module):
 
     def __init__(self, in_channels: int, *, average: bool):
         super().__init__()
-        row: Side = {"kernel": (1, 3), "padding": (0, 1)}
-        column: Side = {"kernel": (3, 1), "padding": (1, 0)}
         self.average = average
         self.branch1x1 = BasicConv2d(in_channels, 320, 1)
         self.branch3x3_1 = BasicConv2d(in_channels, 384, 1)
-        self.branch3x3_2a = BasicConv2d(384, 384, **row)
-        self.branch3x3_2b = BasicConv2d(384, 384, **column)
+        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3), same=True)
+        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1), same=True)
         self.branch3x3dbl_1 = BasicConv2d(in_channels, 448, 1)
-        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = BasicConv2d(384, 384, **row)
-        self.branch3x3dbl_3b = BasicConv2d(384, 384, **column)
+        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, same=True)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3), same=True)
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1), same=True)
         self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:

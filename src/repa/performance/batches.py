@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,6 @@ class BatchSource:
 @contextlib.contextmanager
 def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[tuple[TrainConfig, BatchSource]]:
     """Batches of a prepared folder, read and encoded as training does."""
-
     data = open_data(folder)
     config = resolve(config, data, device)
     encoders = EncoderFeatures(config, data, device)
@@ -74,7 +74,6 @@ def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterato
 @contextlib.contextmanager
 def random_batch(config: TrainConfig, width: int, device: torch.device) -> Iterator[tuple[TrainConfig, BatchSource]]:
     """One random batch that stays in memory, with tokens that are there already."""
-
     given = config.model.model_dump()
     model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
     shape = (model.latent_channels, model.latent_size, model.latent_size)
@@ -83,12 +82,17 @@ def random_batch(config: TrainConfig, width: int, device: torch.device) -> Itera
     dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
     config = with_streams(config, dims)
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
-    batch = synthetic.batch(config, device, resolution=1)
+    batch = synthetic.batch(config, device, resolution=1)  # no encoder looks at the images
+    yield config, in_memory(dims, batch, condition=lambda batch: random_condition(config, batch.labels))
+
+
+def in_memory(
+    dims: Mapping[str, int], batch: Batch, features: Mapping[str, Features] | None = None, **facts: Any
+) -> BatchSource:
+    """One batch again and again, with features that are there already: its own, unless others are given."""
+    found = dict(batch.features if features is None else features)
     where = "cached" if dims else "none"
-    yield config, BatchSource(
-        dims, endless(batch, batch.features), lambda: batch, lambda batch: batch.features, where,
-        condition=lambda batch: random_condition(config, batch.labels),
-    )  # fmt: skip
+    return BatchSource(dims, itertools.repeat((batch, found)), lambda: batch, lambda batch: found, where, **facts)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def random_features(
         layer: torch.randn(num, ATTENTION_HEADS, tokens, tokens, generator=stream) for layer in need.attention
     } or None
     features = Features(patches, pooled, attention)
-    return features if device is None else features.map(lambda x: x.to(device))
+    return features if device is None else features.map(lambda x: x.to(device))  # drawn on the CPU: the same everywhere
 
 
 def random_condition(config: TrainConfig, labels: Tensor) -> Condition:
@@ -153,10 +157,6 @@ def random_condition(config: TrainConfig, labels: Tensor) -> Condition:
     targets = (parse_spec(term.target) for term in config.alignments)
     width = next((settings.get("width", 0) for name, settings in targets if name == "text"), 0)
     return Condition(labels, torch.zeros(len(labels), 1, width, device=labels.device) if width else None)
-
-
-def endless(batch: Batch, features: Mapping[str, Features]) -> Feed:
-    return itertools.repeat((batch, dict(features)))
 
 
 def flops_of_encoders(needs: tuple[Need, ...], grid: int, config: TrainConfig) -> float:

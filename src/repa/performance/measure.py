@@ -4,7 +4,7 @@ The step is the loop's own: `EncoderFeatures.iterate`, `loop.backward`, `update.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from repa.base.device import peak_memory, timed
 from repa.base.files import size
 from repa.data import Batch
 from repa.encoders.contract import Features
-from repa.models import Condition
-from repa.performance.batches import Feed, latents
+from repa.performance.batches import BatchSource, latents
 from repa.performance.counts import flops_per_image
 from repa.training import loop
 from repa.training.config import TrainConfig
@@ -77,24 +76,21 @@ class Measurement:
 
 
 class MeasuredStep:
-    """A training step, whole and in parts. `feed` gives each its batch and tokens, `condition` what a batch is conditioned on."""
+    """A training step on batches of a source, whole and in parts."""
 
-    def __init__(
-        self, config: TrainConfig, dims: Mapping[str, int], feed: Feed, device: torch.device,
-        condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels),
-    ):  # fmt: skip
-        self.config, self.dims, self.feed, self.device = config, dict(dims), feed, device
-        self.condition, self.state = condition, build_state(config, self.dims, device)
+    def __init__(self, config: TrainConfig, source: BatchSource, device: torch.device):
+        self.config, self.source, self.device = config, source, device
+        self.state = build_state(config, dict(source.dims), device)
         self.module = running(self.state.objective, config, device)
         self.groups = self.state.objective.trained_groups()
 
     def __call__(self) -> None:
-        self.backward(*next(self.feed))
+        self.backward(*next(self.source.feed))
         self.advance()
 
     def backward(self, batch: Batch, features: Mapping[str, Features]) -> None:
         clean = self.state.objective.clean(latents(batch, self.config.model.latent_channels), features)
-        condition = self.state.model.completed(self.condition(batch))
+        condition = self.state.model.completed(self.source.condition(batch))
         loop.backward(self.state, self.module, clean, condition, features)
 
     def advance(self) -> None:
@@ -106,12 +102,12 @@ class MeasuredStep:
         for average in (self.state.ema, *self.state.averages.values()):
             average.update(self.state.step, never)
 
-    def parts(self, data: Callable[[], Batch], encode: Callable[[Batch], Mapping[str, Features]]) -> dict[str, float]:
+    def parts(self) -> dict[str, float]:
         """Seconds of each of PARTS, which here run one after the other: nothing is read or computed ahead."""
         made: dict[str, Any] = {}
         seconds = {
-            "data": timed(lambda: made.update(batch=data()), self.device),
-            "encoder": timed(lambda: made.update(features=encode(made["batch"])), self.device),
+            "data": timed(lambda: made.update(batch=self.source.data()), self.device),
+            "encoder": timed(lambda: made.update(features=self.source.encode(made["batch"])), self.device),
             "network": timed(lambda: self.backward(made["batch"], made["features"]), self.device),
             "optimizer": timed(self.advance, self.device),
             "averages": timed(self.average, self.device),
@@ -121,25 +117,14 @@ class MeasuredStep:
         return {part: seconds[part] for part in PARTS}
 
 
-def measure(
-    step: MeasuredStep,
-    rates: Mapping[str, float],
-    rounds: int,
-    data: Callable[[], Batch],
-    encode: Callable[[Batch], Mapping[str, Features]],
-    where: str,
-    encoder_flops: float = 0.0,
-) -> Measurement:
+def measure(step: MeasuredStep, rates: Mapping[str, float], rounds: int) -> Measurement:
     """Time a step, whole and in parts, after one that is not counted (it compiles, and fills caches).
 
     Args:
         rates: FLOP/s of matrix products by precision, from `product_rate`.
         rounds: the figure is the median of so many.
-        data, encode: make a batch, and its features.
-        where: online, cached or none, for the table.
-        encoder_flops: of the encoders that run in the step, for one image.
     """
-    config, device = step.config, step.device
+    config, device, source = step.config, step.device, step.source
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # The first step compiles and fills caches: it is reported by itself and not part of the median.
@@ -153,12 +138,12 @@ def measure(
     seconds = statistics.median(timed(run, device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    parts = [step.parts(data, encode) for _ in range(max(1, rounds // 2))]
+    parts = [step.parts() for _ in range(max(1, rounds // 2))]
     of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
     return Measurement(
-        config.model.name, where, config.batch_size, config.precision, config.compile, seconds,
-        of_one * flops_per_image(config, step.dims), memory, medians, of_one * encoder_flops, first, reserved,
+        config.model.name, source.where, config.batch_size, config.precision, config.compile, seconds,
+        of_one * flops_per_image(config, source.dims), memory, medians, of_one * source.encoder_flops, first, reserved,
     )  # fmt: skip
 
 

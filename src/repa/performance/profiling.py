@@ -138,8 +138,8 @@ def observed(
     # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
-        step = MeasuredStep(config, source.dims, source.feed, device, source.condition)
-        figures = measure(step, rates, rounds, source.data, source.encode, source.where, source.encoder_flops)
+        step = MeasuredStep(config, source, device)
+        figures = measure(step, rates, rounds)
         profile = profiled(step, device, trace=trace)
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}
     row = {

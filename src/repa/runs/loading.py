@@ -18,7 +18,7 @@ from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
 from repa.conditions import TEXT_ENCODERS, Text
 from repa.diffusion import GUIDANCES, Denoiser, Interpolant, Layout, Process, build_process, guided
-from repa.diffusion.config import DiffusionConfig, check_null_trained, check_path_trained
+from repa.diffusion.config import DiffusionConfig, check_trained
 from repa.models import Backbone, Condition, build
 from repa.models.config import ModelConfig
 from repa.runs import layout
@@ -134,8 +134,7 @@ class LoadedRun:
         Raises:
             UserError: guidance by a null class that never trained, or by a weaker run of another kind.
         """
-        check_null_trained(guidances, self.label_dropout)
-        check_path_trained(guidances, getattr(self.model.route, "path_drop", None))
+        check_trained(guidances, self.label_dropout, getattr(self.model.route, "path_drop", None))
         if self.process.prediction != "velocity" and any(parse_spec(spec)[0] == "representation" for spec in guidances):
             raise UserError(
                 f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."

@@ -12,7 +12,7 @@ from repa.base.errors import UserError, choices
 from repa.base.registry import Spec, parse_spec
 from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
-from repa.diffusion.config import DiffusionConfig, Guidances, check_null_trained, check_path_trained
+from repa.diffusion.config import DiffusionConfig, Guidances, check_trained
 from repa.encoders import ENCODERS
 from repa.encoders.loading import check_pairs
 from repa.models import BACKBONES
@@ -211,8 +211,7 @@ class TrainConfig(Config):
         self.diffusion.check_model(self.model.name, self.model.learn_sigma)
         self.diffusion.check_sampler(self.preview.sampler)
         if self.preview.every or self.preview.scored_every:
-            check_null_trained(self.preview.guidance, self.label_dropout)
-            check_path_trained(self.preview.guidance, self.model.path_drop)
+            check_trained(self.preview.guidance, self.label_dropout, self.model.path_drop)
         text = self.text or self.text_weights
         if text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
             raise ValueError(
