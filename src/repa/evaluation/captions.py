@@ -198,34 +198,3 @@ def clip_pixels(images: Tensor, side: int) -> Tensor:
         found.append(np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255)
     pixels = (np.stack(found) - np.array(CLIP.mean, np.float32)) / np.array(CLIP.std, np.float32)
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2))
-
-
-def measures_of(
-    metrics: Sequence[str],
-    *,
-    clip: str,
-    clip_weights: str,
-    prompts: Sequence[str],
-    reference: tuple[Tensor, Sequence[tuple[str, ...]]] | None,
-    device: torch.device,
-) -> list[CaptionMeasure]:
-    """What measures the metrics about captions among `metrics`.
-
-    Args:
-        clip, clip_weights: as in EvaluateConfig.
-        prompts: of the samples.
-        reference: features (M, D) of reference images and their captions, or None.
-
-    Raises:
-        UserError: a metric lacks what it needs.
-    """
-    found: list[CaptionMeasure] = []
-    if "caption_agreement" in metrics:
-        if reference is None:
-            raise UserError(
-                "caption_agreement learns words from the reference, which has no captions: give prepared data with captions."
-            )
-        found.append(CaptionAgreement(*reference, prompts))
-    if {"clip_score", "clip_agreement"} & set(metrics):
-        found.append(ClipScore(clip, Path(clip_weights) if clip_weights else None, prompts, device))
-    return found

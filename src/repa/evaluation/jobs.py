@@ -15,8 +15,8 @@ from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.conditions.loading import prompts_in
 from repa.data.dataset import encoder_weights
-from repa.evaluation.captions import CaptionMeasure, measures_of
-from repa.evaluation.config import INCEPTION, OF_CAPTIONS, EvaluateConfig, FeaturesConfig, ReferenceConfig
+from repa.evaluation.captions import CaptionAgreement, CaptionMeasure, ClipScore
+from repa.evaluation.config import INCEPTION, OF_CAPTIONS, OF_CLIP, EvaluateConfig, FeaturesConfig, ReferenceConfig
 from repa.evaluation.extractors import Extractor, InceptionExtractor, load_extractor
 from repa.evaluation.images import DataImages, Images, open_images
 from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
@@ -98,8 +98,8 @@ def evaluate_stream(
     extractor = _extractor(config, opened, device)
     real = load_reference(opened, extractor, config.features, config.batch_size, progress)
     check_measurable(extractor, real, config.wanted)
-    told = _told(config, prompts, num, opened, real, device)
-    found = measure(stream, extractor, real, config.wanted, neighbours=config.neighbours, told=told)
+    measures = _caption_measures(config, prompts, num, opened, real, device)
+    found = measure(stream, extractor, real, config.wanted, neighbours=config.neighbours, caption_measures=measures)
     return {
         "metrics": found,
         "num_samples": num,
@@ -127,30 +127,30 @@ def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequenc
     return prompts_in(beside) if beside.is_file() else ()
 
 
-def _told(
-    config: EvaluateConfig,
-    prompts: Sequence[str],
-    num: int,
-    opened: Images | ReferenceFile,
-    real: Reference,
+def _caption_measures(
+    config: EvaluateConfig, prompts: Sequence[str], num: int, opened: Images | ReferenceFile, real: Reference,
     device: torch.device,
-) -> list[CaptionMeasure]:
-    """What looks at samples and their prompts, where that is asked for."""
+) -> list[CaptionMeasure]:  # fmt: skip
+    """What looks at samples and their prompts, where that is asked for; raises UserError where it lacks what it needs."""
     asked = [name for name in config.wanted if name in OF_CAPTIONS]
-    if not asked:
-        return []
-    if len(prompts) < num:
+    if asked and len(prompts) < num:
         raise UserError(
             f"{asked[0]} needs the prompt of each of {num:,} samples, but there are {len(prompts):,}: give their file as --prompts, or a "
             "run that was trained on captions."
         )
-    known = None
-    if isinstance(opened, DataImages) and opened.data.has_captions:
-        assert real.subset is not None  # of images
-        known = real.subset, opened.data.captions(subset_of(opened.num))  # captions of the same images as the features
-    return measures_of(
-        asked, clip=config.clip, clip_weights=config.clip_weights, prompts=prompts, reference=known, device=device
-    )
+    measures: list[CaptionMeasure] = []
+    if "caption_agreement" in asked:
+        if not (isinstance(opened, DataImages) and opened.data.has_captions):
+            raise UserError(
+                "caption_agreement learns words from the reference, which has no captions: give prepared data with captions."
+            )
+        assert real.subset is not None  # of images, not of a file of statistics
+        captions = opened.data.captions(subset_of(opened.num))  # of the same images as the features
+        measures.append(CaptionAgreement(real.subset, captions, prompts))
+    if set(OF_CLIP) & set(asked):
+        weights = Path(config.clip_weights) if config.clip_weights else None
+        measures.append(ClipScore(config.clip, weights, prompts, device))
+    return measures
 
 
 def make_reference(

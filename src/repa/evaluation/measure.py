@@ -66,11 +66,11 @@ def measure(
     metrics: Sequence[str],
     *,
     neighbours: str = "float32",
-    told: Sequence[CaptionMeasure] = (),
+    caption_measures: Sequence[CaptionMeasure] = (),
 ) -> dict[str, float]:
     """`evaluate` of (indices (n,), images (n, 3, H, W)): the number of each image among those of all processes.
 
-    `told` measure what `metrics` ask about prompts.
+    `caption_measures` measure what `metrics` ask about prompts.
     """
     check_measurable(extractor, reference, metrics)
     # Sums where they are enough: 50,000 spatial features of Inception would take 400 MB, their covariance takes 33.
@@ -79,7 +79,7 @@ def measure(
     for indices, images in stream:
         seen = extractor(images)
         statistics.update(seen.pooled)
-        for each in told:
+        for each in caption_measures:
             each.update(indices, images, seen.pooled)
         if "sfid" in metrics:
             assert seen.spatial is not None  # of Inception: see `check_measurable`
@@ -107,7 +107,7 @@ def measure(
         rows.clear()  # they are in `samples`: held twice no longer than that
         assert reference.subset is not None
         found |= _of_rows(reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours)
-    for each in told:
+    for each in caption_measures:
         found |= each.result()
     # In the order asked for, each with its shuffled control where it has one.
     wanted = [name for metric in metrics for name in (metric, f"{metric}_shuffled") if name in found]

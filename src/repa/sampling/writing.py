@@ -162,8 +162,10 @@ def _write_samples(
         # dopri5 asks the network a different number of times for each batch.
         nfe = max(int(path.stem.partition("-")[2]) for path in paths)
         files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
-        if run.prompts:
-            _write_prompts(run.prompts.texts_of(range(num)), out.with_suffix(".jsonl"))
+        if run.prompts:  # a line for each image, for those who score them
+            texts = enumerate(run.prompts.texts_of(range(num)))
+            lines = [json.dumps({"index": index, "prompt": text}, ensure_ascii=False) + "\n" for index, text in texts]
+            files.write_text(out.with_suffix(".jsonl"), "".join(lines))
         save_png(grid(_first_of(paths)), out.with_suffix(".png"))
         if out.suffix:
             _assemble(paths, num, out)
@@ -172,12 +174,6 @@ def _write_samples(
         shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
     return out
-
-
-def _write_prompts(texts: Sequence[str], path: Path) -> None:
-    """A line for each image, for those who score them."""
-    lines = (json.dumps({"index": index, "prompt": text}, ensure_ascii=False) for index, text in enumerate(texts))
-    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _decode_and_save(
