@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repa.base import files
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.conditions import load_text_encoder
@@ -95,7 +96,7 @@ def test_another_text_encoder_is_noticed(text_run, tmp_path):
 
     run = tmp_path / "run"
     shutil.copytree(text_run, run)
-    data = json.loads((run / "data.json").read_text())
+    data = files.read_json(run / "data.json")  # without its seal
     data["text"]["preprocessing"] = "other"
     (run / "data.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match="preprocessing"):

@@ -119,8 +119,8 @@ class BasicConv2d(nn.Module):
         self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = False
     ):
         super().__init__()
-        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        padding = tuple(side // 2 for side in sides) if same else 0  # all kernels are odd
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = (height // 2, width // 2) if same else 0  # all kernels are odd
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
