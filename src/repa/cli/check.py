@@ -58,6 +58,6 @@ def _full(folder: Path, given: CheckArguments) -> int:
     for field, error, trouble in findings:
         found = "" if error is None else f"encoded again: relative error {error:.2g}"
         say(f"{field:<28} {trouble or found}")
-    # What could not be encoded, for want of weights, is told and is no damage.
+    # What could not be encoded, for want of weights, is said and is no damage.
     wrong = [finding for finding in findings if finding.trouble and not finding.trouble.startswith("not encoded")]
     return 2 if wrong else 0

@@ -102,8 +102,8 @@ class ProgressBar:
         spent = now - self.begin
         rate = (done - self.first) / spent if spent >= MEASURED else 0.0
         if self.bar:
-            told = f"{_shown(rate)} {self.unit}/s" if rate else ""
-            self.bar.update(self.task, completed=done, total=total, rate=told, note=note)
+            speed = f"{_shown(rate)} {self.unit}/s" if rate else ""
+            self.bar.update(self.task, completed=done, total=total, rate=speed, note=note)
         elif now - self.said >= LINE_EVERY or done >= total:
             self.said = now
             left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
@@ -160,15 +160,15 @@ class Bars:
 class OneSentence(logging.Filter):
     """Drops what libraries say while they try a network again and again; the first time, a sentence of ours stands for it."""
 
-    told = False
+    said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         is_retry = any(sign in record.getMessage() for sign in ("Retrying", "thrown while requesting"))
         if record.levelno >= logging.ERROR or not is_retry:
             return True
-        if speaks() and not self.told:
+        if speaks() and not self.said:
             print("repa: The server does not answer; trying again for up to a minute.", file=sys.stderr, flush=True)
-        self.told = True
+        self.said = True
         return False
 
 

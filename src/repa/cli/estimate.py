@@ -10,10 +10,9 @@ from repa.base.errors import choices
 from repa.base.reporting import duration
 from repa.cli import options
 from repa.cli.console import say
-from repa.cli.train import about_passes
+from repa.cli.train import about_passes, of_recipe
 from repa.diffusion.config import Guidances
 from repa.performance import MEMORY, PEAKS
-from repa.recipes import load_recipe
 from repa.recipes.figures import IMAGES as IMAGENET
 from repa.training.config import TrainConfig
 
@@ -70,10 +69,7 @@ class EstimateArguments(TrainConfig, options.Command):
 
 
 def main(argv: list[str]) -> int:
-    name = options.first(EstimateArguments, argv, "recipe")
-    recipe = load_recipe(name) if name else None
-    given = options.parse(EstimateArguments, argv, recipe)
-    config = options.part(TrainConfig, given)
+    given, config = of_recipe(EstimateArguments, argv)
     # A run takes it from its data, and there are none yet.
     if not config.autoencoder:
         config = config.override(autoencoder=AUTOENCODER)

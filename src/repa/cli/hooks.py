@@ -129,10 +129,10 @@ class Previews:
         if drawn:
             classes = () if self.prompts else drawn_classes(self.sampling.labels, loaded)
             _save(self.run, state.step, kept, classes, self.prompts)
-        self.say(self._told(state.step, values, drawn))
+        self.say(self._sentence(state.step, values, drawn))
         return {**values, "nfe": max(nfe, default=None)}
 
-    def _told(self, step: int, values: dict[str, Any], drawn: bool) -> str:
+    def _sentence(self, step: int, values: dict[str, Any], drawn: bool) -> str:
         """What was measured, and where the picture is."""
         parts = []
         if "num_samples" in values:

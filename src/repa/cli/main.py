@@ -18,6 +18,7 @@ from repa.cli.console import tell_retries_once
 if TYPE_CHECKING:
     from repa.cli.options import Command
 
+# Each is a module of this room, with its options as the class `<Verb>Arguments` and a function `main(argv)`.
 VERBS = {
     "quickstart": "the whole comparison on this machine: real images to a page that shows the difference",
     "estimate": "what a recipe costs before anything runs: FLOPs, memory, disk, time",

@@ -99,13 +99,13 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
     if given.folders and (prompts := run.prompts):
         dist.on_main(lambda: write_folders(out, prompts, given.prompt_file, Path(given.folders)))
-    told = ""
+    speed = ""
     if calls:
         nfe, rate = [n for n, _ in calls], sum(num for _, num in calls) / (time.perf_counter() - began)
-        told = ", NFE " + " to ".join(str(n) for n in sorted({min(nfe), max(nfe)})) + f", {rate:.3g} images/s"
-        told += f" on each of {dist.world()} processes" * dist.active()
+        speed = ", NFE " + " to ".join(str(n) for n in sorted({min(nfe), max(nfe)})) + f", {rate:.3g} images/s"
+        speed += f" on each of {dist.world()} processes" * dist.active()
     say(
-        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){told}; "
+        f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){speed}; "
         f"{out.with_suffix('.png')} shows some."
     )
     return 0

@@ -23,7 +23,7 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
     # spawn: a forked process would inherit the threads' locks of torch, held by threads that it does not have.
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(os.getpid(), threads, list(words))) for words in commands]
-    told = failed = 0
+    passed_on = failed = 0  # requests to stop that the processes were sent
     with launch.catch_signals() as caught:
         try:
             for process in processes:
@@ -33,9 +33,9 @@ def run_together(commands: Sequence[Sequence[str]]) -> int:
                 # Looked up before the others are stopped for it: their exit codes would hide the first.
                 failed = failed or _failure(processes)
                 wanted = len(caught) + bool(failed)
-                if wanted > told:
+                if wanted > passed_on:
                     _stop(processes)
-                    told = wanted
+                    passed_on = wanted
         finally:
             _stop(processes)
             for process in processes:

@@ -39,15 +39,19 @@ class TrainArguments(TrainConfig, options.Command):
 
 
 def main(argv: list[str]) -> int:
-    name = options.first(TrainArguments, argv, "recipe")
-    recipe = load_recipe(name) if name else None
-    given = options.parse(TrainArguments, argv, recipe)
-    config = options.part(TrainConfig, given)
+    given, config = of_recipe(TrainArguments, argv)
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv))
     # SIGTERM is how schedulers end a job: the checkpoint is written, which is no failure.
     return 130 if stopped_by == signal.SIGINT else 0
+
+
+def of_recipe(cls: type[options.V], argv: list[str]) -> tuple[options.V, TrainConfig]:
+    """Options whose defaults are a recipe's, and the recipe that they make of it."""
+    name = options.first(cls, argv, "recipe")
+    given = options.parse(cls, argv, load_recipe(name) if name else None)
+    return given, options.part(TrainConfig, given)
 
 
 def _again(argv: list[str]) -> str:

@@ -15,7 +15,7 @@ from repa.analysis.collection import best
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.report.runs import RunRecord, is_number
-from repa.report.style import TEXT, frame, legend_label, line, new_figure, strong
+from repa.report.style import TEXT, label_axes, legend_label, line_style, main_line, new_figure
 from repa.runs import layout
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
     picture = new_figure(figsize=(PANEL[0] * panels + LEGEND * (1 + (len(steps) > 1)), PANEL[1]), layout="constrained")
     axes = picture.subplots(1, panels, squeeze=False)[0]
     _draw_depths(axes[0], rows, value, label)
-    told = [row[value] for row in of_runs if not math.isnan(row[value])] or [0.0]  # NaN: a gap in curve and map
-    ends = min(told), max(told)
+    finite = [row[value] for row in of_runs if not math.isnan(row[value])] or [0.0]  # NaN: a gap in curve and map
+    ends = min(finite), max(finite)
     for panel, network in zip(axes[1:], maps, strict=False):
         _draw_map(panel, [row for row in of_runs if _network(row) == network], value, label, ends)
     if len(steps) > 1:
@@ -159,14 +159,16 @@ def _draw_depths(axes: Axes, rows: Rows, value: str, label: str) -> None:
     for number, one in enumerate(series):
         points = sorted((row["depth"], row[value]) for row in of_runs if (row["run"], row["step"], row["t"]) == one)
         network = networks.index(one[:2])
-        look = strong(times.index(one[2]) if len(times) > 1 else network)
+        look = main_line(times.index(one[2]) if len(times) > 1 else network)
         named = len(series) <= MOST_IN_LEGEND or number in (0, len(series) - 1)
         name = legend_label(_series_name(one, series)) if named else None
-        axes.plot(*zip(*points, strict=True), linestyle=line(network), label=name, **look)
+        axes.plot(*zip(*points, strict=True), linestyle=line_style(network), label=name, **look)
     encoders = [row for row in rows if row.get("depth") is None and row["features"] == "patches"]
     for number, row in enumerate(encoders):  # averaged over tokens, as the hidden states are
-        axes.axhline(row[value], color=TEXT, linewidth=1.2, linestyle=line(number + 1), label=legend_label(row["run"]))
-    frame(axes, "depth (block)", label)
+        axes.axhline(
+            row[value], color=TEXT, linewidth=1.2, linestyle=line_style(number + 1), label=legend_label(row["run"])
+        )
+    label_axes(axes, "depth (block)", label)
     axes.set_xticks(_ticks(sorted({row["depth"] for row in of_runs})))
     if len(series) + len(encoders) > 1:
         _legend(axes)
@@ -202,8 +204,8 @@ def _draw_training(axes: Axes, rows: Rows, value: str, label: str) -> None:
         mine = [row for row in rows if (row["run"], row["t"]) == (run, t)]
         steps = sorted({row["step"] for row in mine})
         best = [np.fmax.reduce([row[value] for row in mine if row["step"] == step]) for step in steps]
-        axes.plot(steps, best, label=legend_label(f"{run}, t = {t:g}"), **strong(number))
-    frame(axes, "training steps", f"{label}, best block")
+        axes.plot(steps, best, label=legend_label(f"{run}, t = {t:g}"), **main_line(number))
+    label_axes(axes, "training steps", f"{label}, best block")
     if len(series) <= MOST_IN_LEGEND:
         _legend(axes)
 

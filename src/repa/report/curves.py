@@ -11,7 +11,7 @@ import numpy as np
 from repa.base.errors import UserError, choices
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
 from repa.report.speedups import Group, group_speedups, grouped
-from repa.report.style import TEXT, Horizontal, colour, dress, horizontal, legend_label, line, new_figure, strong
+from repa.report.style import TEXT, colour, label_axes, legend_label, line_style, main_line, new_figure
 from repa.report.text import figure
 
 if TYPE_CHECKING:
@@ -50,6 +50,35 @@ QUANTITIES = {
 }
 LOSS = Quantity("denoising loss")
 KINDS = ("denoising", "alignment", DISTANCE, *QUANTITIES)
+
+
+class XAxis(NamedTuple):
+    """The horizontal axis: a key of the rows, what to divide it by, and its label."""
+
+    key: str
+    scale: float
+    label: str
+
+
+# key of the rows -> label, and the units of which a curve has at least three
+UNITS = {
+    "step": ("training steps", ((1.0, ""),)),
+    "images": ("training images", ((1e6, " (millions)"), (1e3, " (thousands)"), (1.0, ""))),
+    "seconds": (
+        "training time",
+        ((86400.0, " (days)"), (3600.0, " (hours)"), (60.0, " (minutes)"), (1.0, " (seconds)")),
+    ),
+}
+
+
+def _x_axis(runs: Sequence[RunRecord], against: str) -> XAxis:
+    """Steps, or images or time in the unit that suits the longest run."""
+    if against not in UNITS:
+        raise UserError(f"Curves are not drawn against {against!r}{choices(against, UNITS)}")
+    label, units = UNITS[against]
+    most = max((row.get(against) or 0.0 for run in runs for row in [*run.train, *run.evals]), default=0.0)
+    scale, unit = next(each for each in units if most >= 3 * each[0] or each == units[-1])
+    return XAxis(against, scale, label + unit)
 
 
 def logged(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
@@ -95,7 +124,7 @@ def draw_curves(
     axes: Axes, runs: Sequence[RunRecord], kind: str, *, against: str = "step", protocol: Protocol | None = None
 ) -> None:
     """What `curve_figure` draws, into given axes."""
-    x_axis = horizontal(runs, against)
+    x_axis = _x_axis(runs, against)
     groups = grouped(runs)
     if kind == DISTANCE:
         protocol = protocol or common_protocol(runs)
@@ -116,7 +145,22 @@ def draw_curves(
         if quantity.is_noisy:
             _frame_settled(axes)
         label = quantity.label
-    dress(axes, label, x_axis.label)
+    _finish(axes, label, x_axis.label)
+
+
+def _finish(axes: Axes, label: str, x_label: str) -> None:
+    """Labels, a quiet grid and a legend; no frame."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    label_axes(axes, x_label, label)
+    if axes.get_legend_handles_labels()[0]:
+        for text in axes.legend(frameon=False, labelcolor=TEXT, fontsize=9).get_texts():
+            text.set_parse_math(False)  # a dollar in a run's name is a dollar
+    else:
+        axes.text(0.5, 0.5, "not logged", color=TEXT, ha="center", transform=axes.transAxes)
 
 
 def alignment_axis(runs: Sequence[RunRecord]) -> str:
@@ -145,7 +189,7 @@ def smoothing_window(num_values: int) -> int:
 
 
 def _draw_training(
-    axes: Axes, group: Group, key: str, x_axis: Horizontal, label: str, number: int, style: int = 0,
+    axes: Axes, group: Group, key: str, x_axis: XAxis, label: str, number: int, style: int = 0,
     quantity: Quantity = LOSS,
 ) -> None:  # fmt: skip
     """Of one run faint raw values and the running mean over them, of several the running means; `style` tells several
@@ -158,12 +202,12 @@ def _draw_training(
         # The mean is taken over all rows, and only what is drawn is thinned.
         thin = slice(None, None, -(-len(places) // MOST_POINTS))
         x, y = np.asarray(places) / x_axis.scale, np.asarray(values) * quantity.scale
-        look = strong(number) if alone else {**strong(number), "linewidth": 1.1, "alpha": 0.8}
+        look = main_line(number) if alone else {**main_line(number), "linewidth": 1.1, "alpha": 0.8}
         if alone and quantity.is_noisy:
             axes.plot(x[thin], y[thin], color=colour(number), alpha=0.3, linewidth=0.7)
         drawn = running_mean(y, smoothing_window(len(y))) if quantity.is_noisy else y
         name = legend_label(label) if run is group.runs[0] else None
-        axes.plot(x[thin], drawn[thin], linestyle=line(style), markevery=0.15, label=name, **look)
+        axes.plot(x[thin], drawn[thin], linestyle=line_style(style), markevery=0.15, label=name, **look)
 
 
 def _frame_settled(axes: Axes) -> None:
@@ -175,7 +219,7 @@ def _frame_settled(axes: Axes) -> None:
         axes.set_ylim(low - room, high + room)
 
 
-def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, protocol: Protocol) -> None:
+def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: XAxis, protocol: Protocol) -> None:
     """Linear between evaluations, as the interpolation is."""
     drawn: list[Points] = []
     for number, group in enumerate(groups):
@@ -188,7 +232,7 @@ def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, prot
         label = group.name if len(group.runs) == 1 else f"{group.name} ({len(curves)} seeds)"
         middle = mean_curve(curves)
         if middle:
-            axes.plot(*zip(*middle, strict=True), label=legend_label(label), **strong(number))
+            axes.plot(*zip(*middle, strict=True), label=legend_label(label), **main_line(number))
         drawn += curves
     if drawn:  # the first evaluations may lie above the frame
         values = [y for points in drawn for _, y in points.values()]
@@ -205,12 +249,12 @@ def mean_curve(curves: Sequence[Points]) -> list[tuple[float, float]]:
     return [(fmean(x for x, _ in here), fmean(y for _, y in here)) for here in places]
 
 
-def _points(rows: Sequence[dict[str, Any]], x_axis: Horizontal) -> Points:
+def _points(rows: Sequence[dict[str, Any]], x_axis: XAxis) -> Points:
     usable = [row for row in rows if is_number(row.get(x_axis.key))]
     return {row["step"]: (row[x_axis.key] / x_axis.scale, row[DISTANCE]) for row in usable}
 
 
-def _mark_speedups(axes: Axes, groups: Sequence[Group], x_axis: Horizontal, protocol: Protocol) -> None:
+def _mark_speedups(axes: Axes, groups: Sequence[Group], x_axis: XAxis, protocol: Protocol) -> None:
     """A ring where each aligned run first had the baseline's final distance, and that distance as a level if it is one."""
     found = [each for each in group_speedups(groups) if each.pairs[0].protocol == protocol]
     if not found:

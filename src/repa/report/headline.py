@@ -1,7 +1,7 @@
 """The headline of the page, computed from whole curves, and what a careful reader must also know.
 
 One early evaluation supports no claim: the headline states the last distances at equal steps and at how many compared
-steps the aligned run is lower, and a factor only where the curve supports it (`Speedup.counts`).
+steps the aligned run is lower, and a factor only where the curve supports it (`Speedup.is_supported`).
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
 
 def _final_ratio(found: GroupSpeedup) -> float:
     """The aligned distance over the baseline's at the last step that both have, on the mean; infinite without one."""
-    ends = [(pair.course.aligned[-1], pair.course.baseline[-1]) for pair in found.pairs if pair.course.steps]
+    ends = [(pair.overlap.aligned[-1], pair.overlap.baseline[-1]) for pair in found.pairs if pair.overlap.steps]
     theirs = sum(b for _, b in ends)
     return sum(a for a, _ in ends) / theirs if theirs else float("inf")
 
@@ -71,35 +71,35 @@ def _names(found: GroupSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]
 
 def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
     """Where the whole curves lie, and the factor where they support one."""
-    what, course = distance_name(found.protocol), found.course
-    if not course.steps:
+    what, overlap = distance_name(found.protocol), found.overlap
+    if not overlap.steps:
         ours_last, theirs_last = (_value_at(row) for row in (found.aligned_final, found.baseline_final))
         return (
             f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
             f"{what} {ours_last} and {theirs_last}."
         )
-    num, ends = len(course.steps), f"{figure(course.aligned[-1])} against {figure(course.baseline[-1])}"
-    end = f"{count(course.steps[-1])} steps"
+    num, ends = len(overlap.steps), f"{figure(overlap.aligned[-1])} against {figure(overlap.baseline[-1])}"
+    end = f"{count(overlap.steps[-1])} steps"
     start = f"With one seed each, {ours}’s {what}"
-    higher = "lower" if course.difference < 0 else "higher" if course.difference > 0 else "no lower"
+    higher = "lower" if overlap.difference < 0 else "higher" if overlap.difference > 0 else "no lower"
     if num == 1:
         sentence = f"{start} is {higher} than {theirs}’s at the only step to compare: {ends} at {end}."
-    elif course.num_lower == num or course.num_higher == num:
+    elif overlap.num_lower == num or overlap.num_higher == num:
         sentence = f"{start} is {higher} than {theirs}’s at all {num} compared steps: {ends} at {end}."
-    elif course.crosses:
+    elif overlap.crosses:
         sentence = (
-            f"With one seed each, the curves cross: {ours}’s {what} is lower than {theirs}’s at {course.num_lower} of {num} "
+            f"With one seed each, the curves cross: {ours}’s {what} is lower than {theirs}’s at {overlap.num_lower} of {num} "
             f"compared steps and ends {higher}, {ends} at {end}."
         )
     else:
-        sentence = f"{start} is lower than {theirs}’s at {course.num_lower} of {num} compared steps: {ends} at {end}."
+        sentence = f"{start} is lower than {theirs}’s at {overlap.num_lower} of {num} compared steps: {ends} at {end}."
     return f"{sentence} {_reached(found, theirs)}".strip()
 
 
 def _reached(found: Speedup, theirs: str) -> str:
     """'It reached the baseline's final distance in 2.4 times fewer steps (424 instead of 1,000).'; empty without support."""
     there, ratio = found.aligned, found.times_steps
-    if there is None or ratio is None or not found.counts or (there.is_bound and ratio <= 1):
+    if there is None or ratio is None or not found.is_supported or (there.is_bound and ratio <= 1):
         return ""
     first = found.baseline.step < found.baseline_final["step"]
     instead = (
@@ -126,7 +126,7 @@ def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
     target = f"{theirs}’s final distance ({_value_at(found.baseline_final)})"
     if reached is None:
         notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_value_at(found.aligned_best)}.")
-    elif not found.counts:
+    elif not found.is_supported:
         why = "was above it again later" if not reached.stays else "does not end lower at equal steps"
         at = f"at {count(reached.step)} steps"
         notes.append(f"{_first_upper(ours)} first had {target} {at}, but {why}: no speed-up is stated.")
@@ -177,17 +177,17 @@ def _meaning(ours: str, theirs: str, run: RunRecord) -> str:
 
 def _of_pairs(found: GroupSpeedup) -> str:
     """The last distances over seeds, in how many pairs the aligned run is lower, and the mean factor if all pairs have one."""
-    pairs = [pair for pair in found.pairs if pair.course.steps]
+    pairs = [pair for pair in found.pairs if pair.overlap.steps]
     what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
     # A mean over some of the pairs would flatter or hide.
     if len(pairs) < num:
         return f"{found.aligned.label} and {found.baseline.label} were not evaluated over the same steps: nothing is compared."
     # A run is in several pairs where all are compared with all; its last distance counts once all the same.
-    last = ([pair.course.aligned[-1] for pair in pairs], [pair.course.baseline[-1] for pair in pairs])
+    last = ([pair.overlap.aligned[-1] for pair in pairs], [pair.overlap.baseline[-1] for pair in pairs])
     ours, theirs = (spread(values if found.by_seed else sorted(set(values))) for values in last)
-    ends = sorted({pair.course.steps[-1] for pair in pairs})
+    ends = sorted({pair.overlap.steps[-1] for pair in pairs})
     where = f"at {count(ends[0])} steps" if len(ends) == 1 else "at the last step that both runs of a pair have"
-    lower, crossing = sum(pair.course.difference < 0 for pair in pairs), sum(pair.course.crosses for pair in pairs)
+    lower, crossing = sum(pair.overlap.difference < 0 for pair in pairs), sum(pair.overlap.crosses for pair in pairs)
     of_pairs = f"{num} pairs of the same seed" if found.by_seed else f"{num} pairs"
     share = f"all {of_pairs}" if lower == num else f"{lower} of {of_pairs}" if lower else f"none of {of_pairs}"
     over = f"{len(found.aligned.runs)} seeds" if len(found.aligned.runs) > 1 else f"{len(found.baseline.runs)} seeds"
@@ -216,7 +216,7 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
         notes.append("Seeds of baseline and aligned runs differ, so every run is compared with every baseline.")
     if len(found.baseline.runs) == 1:
         notes.append("There is one baseline: how much its distance moves with the seed was not measured.")
-    counting = [pair for pair in found.pairs if pair.counts]
+    counting = [pair for pair in found.pairs if pair.is_supported]
     if len(counting) < len(found.pairs):
         notes.append(
             f"{len(counting)} of {len(found.pairs)} aligned runs reached the baseline’s final distance, stayed at or below it "

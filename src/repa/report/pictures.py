@@ -91,7 +91,7 @@ def sample_pictures(
         "top_samples": [(run, found) for run, found in last if run in leaders],
         "other_samples": [(run, found) for run, found in last if run not in leaders],
         "training_samples": [] if training_images is None else samples(training_images, training_captions),
-        "told": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
+        "captioned_samples": [(run, _last_samples(run, texts)) for run, _ in last if (texts := preview_prompts(run))],
     }
 
 

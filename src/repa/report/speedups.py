@@ -25,7 +25,7 @@ class Reached:
     stays: bool = True  # no later evaluation is above it again
 
 
-class Course(NamedTuple):
+class Overlap(NamedTuple):
     """Two curves at every step at which either was evaluated, within the range that both cover."""
 
     steps: list[int]
@@ -62,15 +62,15 @@ class Speedup:
     aligned: Reached | None  # None: not reached
     aligned_best: dict[str, Any]  # the aligned run's lowest evaluation
     aligned_final: dict[str, Any]
-    course: Course  # without steps where the evaluations of the two runs do not overlap
+    overlap: Overlap  # without steps where the evaluations of the two runs do not overlap
 
     @property
-    def counts(self) -> bool:
+    def is_supported(self) -> bool:
         """Does the whole curve support a factor? Not where the aligned run lost the distance again or ends behind a
         baseline that it seems to have overtaken: one early point is then all that there is."""
-        if self.aligned is None or not self.aligned.stays or not self.course.steps:
+        if self.aligned is None or not self.aligned.stays or not self.overlap.steps:
             return False
-        return self.course.difference < 0 or (self.times_steps or 0.0) <= 1
+        return self.overlap.difference < 0 or (self.times_steps or 0.0) <= 1
 
     @property
     def times_steps(self) -> float | None:
@@ -101,18 +101,18 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
     first = first_reached(rows, target)
     assert first is not None  # its last evaluation is at the target
     best = min(aligned_rows, key=lambda row: row[DISTANCE])
-    reached, course = first_reached(aligned_rows, target), _course(rows, aligned_rows)
-    return Speedup(target, protocol, rows[-1], first, reached, best, aligned_rows[-1], course)
+    reached, overlap = first_reached(aligned_rows, target), _overlap(rows, aligned_rows)
+    return Speedup(target, protocol, rows[-1], first, reached, best, aligned_rows[-1], overlap)
 
 
-def _course(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, Any]]) -> Course:
+def _overlap(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, Any]]) -> Overlap:
     """Linear between evaluations, never beyond the first or the last."""
     places, values = zip(*(([r["step"] for r in each], [r[DISTANCE] for r in each]) for each in (rows, aligned_rows)),
                          strict=True)  # fmt: skip
     first, last = max(place[0] for place in places), min(place[-1] for place in places)
     steps = sorted({step for place in places for step in place if first <= step <= last})
     ours, theirs = (np.interp(steps, *each).tolist() for each in zip(places, values, strict=True))
-    return Course(steps, ours, theirs)
+    return Overlap(steps, ours, theirs)
 
 
 def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:
@@ -120,7 +120,7 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
     previous = None
     for number, row in enumerate(rows):
         if row[DISTANCE] <= target:
-            # A distance that is lost again supports no factor: see `Speedup.counts`.
+            # A distance that is lost again supports no factor: see `Speedup.is_supported`.
             stays = all(later[DISTANCE] <= target for later in rows[number:])
             if previous is None:
                 return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), True, stays)
@@ -218,8 +218,8 @@ class GroupSpeedup:
         return any(pair.aligned is not None and pair.aligned.is_bound for pair in self.pairs)
 
     def factors(self, of: str) -> Spread | None:
-        """Of "steps", "seconds" or "images", over all pairs; None unless every pair `counts`: a mean of those that do flatters."""
-        if not all(pair.counts for pair in self.pairs):
+        """Of "steps", "seconds" or "images", over all pairs; None unless every pair's `is_supported`: a mean of those that do flatters."""
+        if not all(pair.is_supported for pair in self.pairs):
             return None
         found = [pair.times_seconds if of == "seconds" else pair.times_steps for pair in self.pairs]
         values = [value for value in found if value is not None]

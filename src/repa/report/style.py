@@ -5,14 +5,11 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from repa.base import extras
-from repa.base.errors import UserError
 from repa.base.files import atomic_path
-from repa.report.runs import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +27,11 @@ def colour(run: int) -> str:
     return COLOURS[run % len(COLOURS)]
 
 
-def line(style: int) -> str:
+def line_style(style: int) -> str:
     return LINES[style % len(LINES)]
 
 
-def strong(run: int) -> dict[str, Any]:
+def main_line(run: int) -> dict[str, Any]:
     """The look of a run's main line."""
     return {"color": colour(run), "linewidth": 1.9, "marker": MARKERS[run % len(MARKERS)], "markersize": 5}
 
@@ -44,34 +41,7 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-class Horizontal(NamedTuple):
-    """The horizontal axis: a key of the rows, what to divide it by, and its label."""
-
-    key: str
-    scale: float
-    label: str
-
-
-def horizontal(runs: Sequence[RunRecord], against: str) -> Horizontal:
-    """Steps, or images or time in the unit that suits the longest run."""
-    if against == "step":
-        return Horizontal("step", 1.0, "training steps")
-    if against == "images":
-        most = max((run.steps * (run.batch_size or 0) for run in runs), default=0)
-        scale, unit = next(
-            ((s, u) for s, u in ((1e6, " (millions)"), (1e3, " (thousands)")) if most >= 3 * s), (1.0, "")
-        )
-        return Horizontal("images", scale, f"training images{unit}")
-    if against != "seconds":
-        raise UserError(f"Curves are drawn against 'step', 'seconds' or 'images', not {against!r}.")
-    longest = max((row.get("seconds") or 0.0 for run in runs for row in [*run.train, *run.evals]), default=0.0)
-    for scale, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if longest >= 3 * scale:
-            return Horizontal("seconds", scale, f"training time ({unit})")
-    return Horizontal("seconds", 1.0, "training time (seconds)")
-
-
-def frame(axes: Axes, horizontal: str, vertical: str) -> None:
+def label_axes(axes: Axes, horizontal: str, vertical: str) -> None:
     """Labels and a quiet grid."""
     axes.set_xlabel(horizontal, color=TEXT)
     axes.set_ylabel(vertical, color=TEXT)
@@ -85,21 +55,6 @@ def frame(axes: Axes, horizontal: str, vertical: str) -> None:
 def new_figure(**settings: Any) -> Figure:
     """matplotlib's Figure(**settings); raises UserError where matplotlib is not installed."""
     return extras.need("matplotlib.figure", "A picture of a report").Figure(**settings)
-
-
-def dress(axes: Axes, label: str, horizontal_label: str) -> None:
-    """Labels, a quiet grid and a legend; no frame."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    frame(axes, horizontal_label, label)
-    if axes.get_legend_handles_labels()[0]:
-        for text in axes.legend(frameon=False, labelcolor=TEXT, fontsize=9).get_texts():
-            text.set_parse_math(False)  # a dollar in a run's name is a dollar
-    else:
-        axes.text(0.5, 0.5, "not logged", color=TEXT, ha="center", transform=axes.transAxes)
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> str:

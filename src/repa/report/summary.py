@@ -86,7 +86,7 @@ def reached_text(found: Speedup | None) -> str:
     if found.aligned is None:
         return "not reached"
     step = f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
-    return step if found.counts else f"{step}, not kept"
+    return step if found.is_supported else f"{step}, not kept"
 
 
 def alignment_text(item: dict[str, Any]) -> str:
