@@ -454,8 +454,7 @@ def test_a_real_configuration_names_its_mistakes():
             PrepareConfig.parse(values)
     config = PrepareConfig(resolution=8, features=("dinov2-vit-b",), feature_weights=("dinov2-vit-b=w/x",))
     assert config.features == ("dinov2-b",)
-    assert config.weights_of("dinov2-b") == "w/x"
-    assert config.weights_of("tiny") is None
+    assert config.weights == {"dinov2-b": "w/x"}
 
 
 def test_more_workers_than_a_machine_takes_are_refused(folder, tmp_path):

@@ -116,7 +116,7 @@ def test_forms_are_written_out_for_each_encoder():
     ]  # fmt: skip
     config = PrepareConfig(resolution=8, features=("tiny", "dinov2-b"), feature_forms=("int8", "dinov2-vit-b=pca64"))
     assert config.feature_forms == ("tiny=int8", "dinov2-b=pca64")
-    assert [config.form_of(name) for name in ("tiny", "dinov2-b", "clip-l")] == ["int8", "pca64", "fp16"]
+    assert config.forms == {"tiny": "int8", "dinov2-b": "pca64"}
     assert PrepareConfig(resolution=8, features=("tiny",), feature_forms=("int8", "tiny=fp16")).feature_forms == ()
     for form in ("pca", "pca0", "int4", "pca64-", "-int8", "fp16-int8", "", "pca8-fp16"):
         with pytest.raises(UserError, match="Unknown token format .*fp16, int8, pcaK"):

@@ -6,7 +6,7 @@ import numpy as np
 
 from repa.data import DataSet, Manifest, PrepareConfig, open_data
 from repa.data.config import array_name
-from repa.data.stored_files import ArrayFile, Shard
+from repa.data.manifest import ArrayFile, Shard
 from repa.data.writing import ShardWriter
 
 SIDE, CHANNELS = 4, 2

@@ -142,7 +142,7 @@ def _add(folder: Path, given: PrepareArguments) -> None:
     for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
         with ProgressBar(_title(folder, rank, world), "images") as bar:
             manifest = add_features(
-                folder, spec, weights=given.weights_of(spec), form=given.form_of(spec), rank=rank, world=world, progress=bar,
+                folder, spec, weights=given.weights.get(spec), form=given.forms[spec], rank=rank, world=world, progress=bar,
                 device=device,
             )  # fmt: skip
         _tell(folder, manifest)

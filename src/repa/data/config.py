@@ -1,5 +1,6 @@
 """The configuration of `repa prepare`, and the names of the parts and files that it makes."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -12,7 +13,7 @@ from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.conditions import TEXT_ENCODERS
 from repa.encoders import ENCODERS, canonical
-from repa.encoders.loading import check_pairs, weights_for
+from repa.encoders.loading import check_pairs
 
 BASE, TEXT = "base", "text"
 """Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
@@ -80,38 +81,43 @@ class PrepareConfig(Config):
         return specs
 
     @model_validator(mode="after")
-    def _weights_belong(self) -> Self:
+    def _settings_of_encoders(self) -> Self:
+        """Check what is given for single encoders; forms are written as one ENCODER=FORM for each that is not fp16."""
         check_pairs(self.feature_weights)
-        for encoder, _, _ in (pair.rpartition("=") for pair in self.feature_weights):
-            if canonical(encoder) not in self.features:
+        forms = [text.rpartition("=") for text in self.feature_forms]
+        named = {
+            "feature_weights": [*self.weights],
+            "feature_forms": [canonical(encoder) for encoder, _, _ in forms if encoder],
+        }
+        for setting, encoders in named.items():
+            if other := [encoder for encoder in encoders if encoder not in self.features]:
                 raise ValueError(
-                    f"feature_weights names {encoder!r}, but the features asked for are "
+                    f"{setting} names {other[0]!r}, but the features asked for are "
                     f"{', '.join(self.features) or 'none'}: name the same encoder in both"
                 )
+        # one spelling for what is the same: configurations are compared when an interrupted call continues
+        written = tuple(f"{name}={form}" for name, form in self.forms.items() if split_format(form) != (0, "fp16"))
+        object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
         return self
 
-    @model_validator(mode="after")
-    def _forms_belong(self) -> Self:
-        """Write the forms as one ENCODER=FORM for each encoder whose tokens are not fp16, in the order of the features."""
-        # one spelling for what is the same: configurations are compared when an interrupted call continues
-        forms: dict[str, str] = {}
-        for text in self.feature_forms:
-            encoder, _, form = text.rpartition("=")
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """Encoder -> the local folder or file given for it, if one was."""
+        pairs = [pair.rpartition("=") for pair in reversed(self.feature_weights)]  # the first counts
+        return {canonical(encoder): path for encoder, _, path in pairs}
+
+    @functools.cached_property
+    def forms(self) -> dict[str, str]:
+        """Encoder -> how its tokens are stored: fp16, int8, pcaK or pcaK-int8."""
+        given: dict[str, str] = {}
+        for encoder, _, form in (text.rpartition("=") for text in self.feature_forms):
             split_format(form)
-            if not encoder and any("=" not in other and other != form for other in self.feature_forms):
+            if not encoder and given.get("", form) != form:
                 raise ValueError(
                     f"feature_forms {list(self.feature_forms)} are two for all encoders: write ENCODER=FORM"
                 )
-            if encoder and canonical(encoder) not in self.features:
-                raise ValueError(
-                    f"feature_forms names {encoder!r}, but the features asked for are "
-                    f"{', '.join(self.features) or 'none'}: name the same encoder in both"
-                )
-            for spec in (canonical(encoder),) if encoder else self.features:
-                forms[spec] = form if encoder else forms.get(spec, form)
-        written = tuple(f"{spec}={forms[spec]}" for spec in self.features if forms.get(spec, "fp16") != "fp16")
-        object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
-        return self
+            given[canonical(encoder) if encoder else ""] = form
+        return {name: given.get(name) or given.get("") or "fp16" for name in self.features}
 
     @model_validator(mode="after")
     def _files_differ(self) -> Self:
@@ -123,14 +129,6 @@ class PrepareConfig(Config):
                     f"the files of {spec!r} would be named like another's ({name}): leave one of the two out"
                 )
         return self
-
-    def form_of(self, encoder: str) -> str:
-        """How the tokens of an encoder are stored: fp16, int8, pcaK or pcaK-int8."""
-        return weights_for(encoder, self.feature_forms) or "fp16"
-
-    def weights_of(self, encoder: str) -> str | None:
-        """The local folder or file given for an encoder, or None."""
-        return weights_for(encoder, self.feature_weights)
 
 
 def plain_name(field: str) -> str:

@@ -12,11 +12,10 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.files import sha256
 from repa.data.captions import Captions, TextReader
-from repa.data.manifest import FeatureField, Manifest, TextField
+from repa.data.manifest import FeatureField, Manifest, TextField, damaged
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
-from repa.data.stored_files import damaged
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
 
@@ -213,7 +212,7 @@ def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) 
 
 def encoder_weights(data: DataSet, spec: str) -> str | None:
     """Path of the local weights that made an encoder's stored features, or None."""
-    recorded = data.manifest.config.weights_of(spec)
+    recorded = data.manifest.config.weights.get(canonical(spec))
     return recorded if recorded and _checksum(data, spec) and Path(recorded).exists() else None
 
 

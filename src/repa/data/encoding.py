@@ -17,12 +17,11 @@ from repa.base.files import sha256
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
 from repa.data.config import BASE, TEXT, PrepareConfig, split_format
-from repa.data.manifest import PARTS
+from repa.data.manifest import PARTS, basis_name
 from repa.data.packing import pack, principal_basis, to_float16
 from repa.data.progress import Piece, PlannedShard
 from repa.data.reading import DecodedImages, Read, sample_pieces
 from repa.data.sources.reference_layout import require_same_moments
-from repa.data.stored_files import basis_name
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 
@@ -93,9 +92,9 @@ class FeatureFields:
 
     def __init__(self, spec: str, config: PrepareConfig, device: torch.device):
         self.spec, self.config, self.device = spec, config, device
-        self.model = load_encoder(spec, weights=config.weights_of(spec), device=device)
+        self.model = load_encoder(spec, weights=config.weights.get(spec), device=device)
         self.grid = config.grid or self.model.grid_for(config.resolution)
-        self.form = config.form_of(spec)
+        self.form = config.forms[spec]
         self.num_directions, dtype = split_format(self.form)
         if self.num_directions > self.model.dim:
             raise UserError(

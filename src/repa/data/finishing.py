@@ -10,9 +10,20 @@ from repa.base import files, lock
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError, choices
 from repa.data.config import BASE, TEXT, PrepareConfig, plain_name, split_format
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, FeatureField, Manifest, TextField, remove_parts
+from repa.data.manifest import (
+    MANIFEST,
+    PARTS,
+    SETTINGS_FILE,
+    ArrayFile,
+    FeatureField,
+    Manifest,
+    Shard,
+    TextField,
+    basis_name,
+    fields_of,
+    remove_parts,
+)
 from repa.data.progress import FinishedParts, Part, Settings, started
-from repa.data.stored_files import ArrayFile, Shard, basis_name, fields_of
 
 
 def finish(finished: FinishedParts) -> Manifest:
@@ -42,7 +53,7 @@ def finish(finished: FinishedParts) -> Manifest:
         class_counts=tuple(int(count) for count in counts),
         inventory=settings.inventory.override(captioned=_captioned(out, shards)),
         autoencoder=first[BASE].identity,
-        features={name: _facts(out, name, settings.config.form_of(name), first[name]) for name in encoders},
+        features={name: _facts(out, name, settings.config.forms.get(name, "fp16"), first[name]) for name in encoders},
         text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
         shards=tuple(shards),
     )
@@ -171,8 +182,8 @@ def _without_features(before: Settings, spec: str) -> PrepareConfig:
     others = tuple(other for other in config.features if other != spec)
     return config.override(
         features=others,
-        feature_forms=tuple(f"{other}={config.form_of(other)}" for other in others),
-        feature_weights=tuple(f"{o}={path}" for o in others if (path := config.weights_of(o))),
+        feature_forms=tuple(f"{other}={config.forms[other]}" for other in others),
+        feature_weights=tuple(f"{o}={path}" for o in others if (path := config.weights.get(o))),
     )
 
 

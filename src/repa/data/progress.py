@@ -13,8 +13,7 @@ from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
 from repa.data.config import BASE, TEXT, PrepareConfig, array_name
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest
-from repa.data.stored_files import Shard, fields_of
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest, Shard, fields_of
 
 # weights are compared by their checksums and labels by that of the source: a copy elsewhere is the same
 MAY_CHANGE = (
@@ -63,12 +62,12 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     # not by `difference`: each call names only its own encoders, so that the two lists of forms differ without a conflict
     both = [name for name in new.features if name in old.features]
     lines = [
-        f"config.feature_forms of {name}: {old.form_of(name)} -> {new.form_of(name)}"
+        f"config.feature_forms of {name}: {old.forms[name]} -> {new.forms[name]}"
         for name in both
-        if old.form_of(name) != new.form_of(name)
+        if old.forms[name] != new.forms[name]
     ]
-    forms = [f"{name}={old.form_of(name)}" for name in old.features]
-    forms += [f"{name}={new.form_of(name)}" for name in new.features if name not in both]
+    forms = [f"{name}={form}" for name, form in old.forms.items()]
+    forms += [f"{name}={form}" for name, form in new.forms.items() if name not in both]
     if old.text and not new.text:
         new = new.override(text=old.text, text_form=old.text_form, text_weights=new.text_weights or old.text_weights)
     new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))

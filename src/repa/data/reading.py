@@ -9,10 +9,10 @@ import numpy as np
 
 from repa.base.errors import UserError
 from repa.data.captions import lines_of, texts_of
+from repa.data.manifest import Shard
 from repa.data.progress import Piece, PlannedShard
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source
-from repa.data.stored_files import Shard
 
 
 class DecodedImages(NamedTuple):

@@ -20,8 +20,7 @@ from typing import TypeVar
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.faults import is_of_disk
-from repa.data.manifest import MANIFEST, Manifest
-from repa.data.stored_files import StoredFile
+from repa.data.manifest import MANIFEST, Manifest, StoredFile
 
 Result = TypeVar("Result")
 
