@@ -12,7 +12,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.files import sha256
 from repa.data.captions import Captions, TextReader
-from repa.data.manifest import FeatureField, Manifest, TextField, damaged
+from repa.data.manifest import Manifest, damaged
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
@@ -25,7 +25,17 @@ LABELS_CHUNK = 1 << 16  # that are read at a time
 
 
 class DataSet:
-    """What a prepared folder holds, and its rows. `stream` gives its files when it is remote."""
+    """What a prepared folder holds, and its rows.
+
+    Attributes:
+        folder, manifest: as given.
+        stream: gives the files of remote data; None for a folder.
+        originals: the rows that are not flipped copies: metrics use only these.
+        autoencoder: the spec of the one that it was prepared with.
+        features: encoder -> facts of its stored tokens.
+        text: facts of the stored tokens of the captions, or None.
+        has_captions: whether any image may have one.
+    """
 
     def __init__(self, folder: str | Path, manifest: Manifest, stream: RemoteFiles | None = None):
         self.folder, self.manifest, self.stream = folder, manifest, stream
@@ -33,6 +43,12 @@ class DataSet:
             manifest.require_intact(folder)
         self.reader = ShardReader(folder, manifest.shards, stream.path if stream else None)
         self._captions = Captions(self.reader)
+        self.num_images, self.originals = manifest.num_images, manifest.originals
+        self.class_names, self.num_classes = manifest.class_names, len(manifest.class_names)
+        self.resolution, self.autoencoder = manifest.resolution, manifest.config.autoencoder
+        self.features, self.text = manifest.features, manifest.text
+        self.has_images, self.has_moments = "images" in self.reader.fields, "moments" in self.reader.fields
+        self.has_captions = any(shard.captions for shard in manifest.shards)
 
     def __len__(self) -> int:
         return self.num_images
@@ -40,51 +56,6 @@ class DataSet:
     def __repr__(self) -> str:
         stored = ", ".join(self.manifest.fields)
         return f"DataSet({str(self.folder)!r}): {len(self)} images of {self.resolution} pixels, {self.num_classes} classes; {stored}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all arrays."""
-        return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
-
-    @property
-    def num_images(self) -> int:
-        return self.manifest.num_images
-
-    @property
-    def originals(self) -> range:
-        """The rows that are not flipped copies: metrics use only these."""
-        return self.manifest.originals
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.manifest.class_names
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.manifest.class_names)
-
-    @property
-    def resolution(self) -> int:
-        return self.manifest.resolution
-
-    @property
-    def autoencoder(self) -> str:
-        """The spec of the autoencoder that it was prepared with."""
-        return self.manifest.config.autoencoder
-
-    # asked for every batch
-    @functools.cached_property
-    def has_images(self) -> bool:
-        return "images" in self.reader.fields
-
-    @functools.cached_property
-    def has_moments(self) -> bool:
-        return "moments" in self.reader.fields
-
-    @property
-    def features(self) -> dict[str, FeatureField]:
-        """Encoder -> facts of its stored tokens."""
-        return self.manifest.features
 
     @property
     def latent_channels(self) -> int:
@@ -98,6 +69,11 @@ class DataSet:
     def latent_size(self) -> int:
         """Side of what the network sees."""
         return self.reader.fields["moments" if self.has_moments else "images"][1][-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays."""
+        return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
 
     @property
     def labels(self) -> np.ndarray:
@@ -138,19 +114,9 @@ class DataSet:
         """
         return self.reader.gather(field, indices, out)
 
-    @property
-    def has_captions(self) -> bool:
-        """Whether any image may have one."""
-        return any(shard.captions for shard in self.manifest.shards)
-
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
         """The texts that came with the images `indices` (n,), in that order; () for an image without any."""
         return self._captions.gather(indices)
-
-    @property
-    def text(self) -> TextField | None:
-        """Facts of the stored tokens of the captions, or None."""
-        return self.manifest.text
 
     @functools.cached_property
     def texts(self) -> TextReader:
