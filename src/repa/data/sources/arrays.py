@@ -5,7 +5,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -13,7 +13,7 @@ from PIL import Image
 from repa.base import faults, files
 from repa.base.errors import UserError, choices
 from repa.data.sources.archives import Members, open_zip
-from repa.data.sources.contract import Classes, Source, labels_digest, no_classes
+from repa.data.sources.contract import Classes, Source, no_classes
 from repa.data.sources.labels import classes_of, named
 
 IMAGE_KEYS = ("images", "image", "arr_0", "x", "x_train", "data")
@@ -37,6 +37,8 @@ class ArraySource(Source):
     in memory.
     """
 
+    opened_here = ("_images",)  # pickle copies the content of a memory map, and each worker would hold all images
+
     def __init__(self, path: Path, labels: str = "", *, image: str = "", label: str = ""):
         """
         Args:
@@ -46,17 +48,18 @@ class ArraySource(Source):
             label: key of the labels; one of LABEL_KEYS when empty.
         """
         self.path = path
-        self._images = self._open(str(image))
+        self._key = str(image)
+        if path.suffix.lower() == ".npy" and image:
+            raise UserError(f"{path} is one array and has no key {image!r}: leave out the setting 'image'.")
+        if path.suffix.lower() != ".npy":
+            self._key = _Npz(path).choose(self._key, IMAGE_KEYS, "images")
+        self._open_here()
         self._require_images(self._images)
         self._last = _channels_last(self._images.shape, path)
-        classes = self._classes(labels, str(label))
-        self.labels, self.class_names = classes
-        self.identity = {
-            "name": path.name,
-            "num_images": len(self),
-            "sha256": _fingerprint(path),
-            "labels_sha256": labels_digest(classes),
-        }
+        self._identify(self._classes(labels, str(label)), path.name, sha256=_fingerprint(path))
+
+    def _open_here(self) -> None:
+        self._images = _Npz(self.path).array(self._key) if self._key else load_array(self.path)
 
     def name(self, index: int) -> str:
         return f"{self.path.name}[{index}]"
@@ -67,15 +70,6 @@ class ArraySource(Source):
             pixels = pixels if self._last else pixels.transpose(1, 2, 0)  # (H, W, C)
             pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
         return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-
-    def _open(self, image: str) -> np.ndarray:
-        if self.path.suffix.lower() == ".npy":
-            if image:
-                raise UserError(f"{self.path} is one array and has no key {image!r}: leave out the setting 'image'.")
-            return load_array(self.path)
-        archive = _Npz(self.path)
-        self._key = archive.choose(image, IMAGE_KEYS, "images")
-        return archive.array(self._key)
 
     def _require_images(self, images: np.ndarray) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
@@ -124,14 +118,6 @@ class ArraySource(Source):
                 f"is needed: ({num},)."
             )
         return classes_of(labels.reshape(num).tolist(), self.name, where)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # pickle copies the content of a memory map, and each worker would hold all images: it is opened there again
-        return {**self.__dict__, "_images": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._images = self._open("" if self.path.suffix.lower() == ".npy" else self._key)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -254,6 +240,8 @@ def is_cifar(folder: Path) -> bool:
 class CifarSource(Source):
     """A folder such as cifar-10-batches-bin or cifar-100-binary."""
 
+    opened_here = ("_records",)
+
     def __init__(self, folder: Path, labels: str = "", *, split: str = "train", label: str = "fine"):
         """
         Args:
@@ -271,7 +259,7 @@ class CifarSource(Source):
         kind = "ten" if ten else label
         self.paths = [folder / name for name in (CIFAR_10 if ten else CIFAR_100)[split]]
         self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
-        self._records = [self._map(path) for path in self.paths]
+        self._open_here()
         self._ends = np.cumsum([len(records) for records in self._records])
         column = 1 if kind == "fine" else 0
         numbers = np.concatenate([records[:, column] for records in self._records]).astype(np.int64)
@@ -280,14 +268,10 @@ class CifarSource(Source):
         else:
             classes = named(numbers, _class_names(folder, kind), self.name, str(folder))
             self.labels_from = "the classes of CIFAR-10" if ten else f"the {kind} classes of CIFAR-100"
-        self.labels, self.class_names = classes
-        self.identity = {
-            "name": folder.name,
-            "num_images": len(numbers),
-            "split": split,
-            "sha256": [files.sha256(path) for path in self.paths],
-            "labels_sha256": labels_digest(classes),
-        }
+        self._identify(classes, folder.name, split=split, sha256=[files.sha256(path) for path in self.paths])
+
+    def _open_here(self) -> None:
+        self._records = [self._map(path) for path in self.paths]
 
     def name(self, index: int) -> str:
         file, record = self._find(index)
@@ -312,13 +296,6 @@ class CifarSource(Source):
                 f"{path} has {size:,} bytes, which is not a multiple of a record ({length:,}). Download it again."
             )
         return np.memmap(path, np.uint8, "r").reshape(-1, length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._records = [self._map(path) for path in self.paths]
 
 
 def _class_names(folder: Path, kind: str) -> list[str]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
@@ -130,6 +130,25 @@ class Source(ABC):
     def moments(self, index: int) -> np.ndarray | None:
         """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
         return None
+
+    opened_here: ClassVar[tuple[str, ...]] = ()
+    """Attributes that no other process can use, as open files: `_open_here` sets them in each."""
+
+    def _open_here(self) -> None:  # noqa: B027 (most sources have none)
+        """Set the attributes of `opened_here`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self.opened_here}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_here()
+
+    def _identify(self, classes: Classes, name: str, *, with_labels: bool = True, **facts: Any) -> None:
+        """Set the classes, and the identity from facts such as checksums of contents."""
+        self.labels, self.class_names = classes
+        digest = {"labels_sha256": labels_digest(classes)} if with_labels else {}
+        self.identity = {"name": name, "num_images": len(self), **facts, **digest}
 
     def _one_class(self, num: int) -> Classes:
         """One class for all `num` images, because the user asked for it."""

@@ -11,15 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from repa.base import faults, files
 from repa.base.errors import UserError, printable
 from repa.data.sources.contract import (
     CAPTION_COLUMNS,
     CAPTION_ENDING,
     EXTENSIONS,
-    ONE_CLASS,
     Classes,
     Source,
     Strings,
@@ -27,11 +24,11 @@ from repa.data.sources.contract import (
     caption_values,
     is_hidden,
     json_object,
-    labels_digest,
+    no_classes,
     plain_text,
     read_image_file,
 )  # fmt: skip
-from repa.data.sources.label_files import FILE_COLUMNS, TABLES, from_file, rows_of_csv, rows_of_lines, table_columns
+from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, table_columns
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
 
 JUNK_KIND = "hidden files and folders of the system"
@@ -76,14 +73,13 @@ class FileSource(Source):
         listing = "\n".join(f"{path} {found[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
-        self.identity = {"name": Path(where).name, "num_images": len(paths), "sha256": digest.hexdigest()}
-        if classes := self._given_classes(where, paths, labels):
-            self.identity["labels_sha256"] = labels_digest(classes)  # they are not in the list of paths
-        else:
+        given = self._given_classes(where, paths, labels)
+        if given is None:
             classes, self.labels_from = from_folders(where, paths, labels)
             if not labels:
                 self._require_nothing_label_like(where, paths, unknown, is_one=len(classes.names) == 1)
-        self.labels, self.class_names = classes
+        # classes that are folders are in the list of paths
+        self._identify(given or classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""
@@ -177,11 +173,11 @@ class FileSource(Source):
                 return by_name(pairs, paths, f"{file} of {where}")
         return None
 
-    def _metadata(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    def _metadata(self) -> Iterator[tuple[str, Rows]]:
         """The files of METADATA at the root, and their rows."""
         for file in METADATA:
             if (data := self.read_root(file)) is not None:
-                yield file, rows_of_csv(data, file) if file.endswith(".csv") else rows_of_lines(data, file)
+                yield file, read_table(file, data)[1]
 
     def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
         """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
@@ -314,10 +310,9 @@ class CocoSource(Source):
         self._names = Strings(names.values())
         # as JSON in one array: as lists of texts the 600,000 captions would take several times the memory
         self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
-        self.class_names, self.labels = [ONE_CLASS], np.zeros(len(names), np.int64)
         digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
         digest.update(self._sampled_digest(len(names), strict=True).encode())
-        self.identity = {"name": annotations.name, "num_images": len(names), "sha256": digest.hexdigest()}
+        self._identify(no_classes(len(names)), annotations.name, with_labels=False, sha256=digest.hexdigest())
 
     def name(self, index: int) -> str:
         return printable(self._names[index])

@@ -25,6 +25,8 @@ class ParquetSource(TableSource):
     Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
     """
 
+    opened_here = ("_lock", "_opened", "_kept")
+
     def __init__(self, shards: Sequence[str], labels: str = "", **columns: str):
         """
         Args:
@@ -34,13 +36,13 @@ class ParquetSource(TableSource):
         """
         self.shards = list(shards)
         require_one_split(self.shards)
-        self._start()
+        self._open_here()
         where = named_by_first(self.shards)
         self._choose(where, columns_of(self._open(0).schema_arrow), labels, columns)
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
-        self._identify(
+        self._describe(
             where, int(self._rows[-1]), labels, lambda: [value for shard in range(len(groups)) for value in self._read_labels(shard)],
             json.dumps([size for shard in groups for size in shard]), is_local=not any(map(is_remote, self.shards)),
         )  # fmt: skip
@@ -114,17 +116,10 @@ class ParquetSource(TableSource):
             self._opened[key] = _open(self.shards[shard])
         return self._opened[key]
 
-    def _start(self) -> None:
+    def _open_here(self) -> None:
         self._lock = threading.RLock()
         self._opened: dict[tuple[int, int], Any] = {}
         self._kept: dict[str, collections.OrderedDict] = collections.defaultdict(collections.OrderedDict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_opened", "_kept")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
 
 def _open(where: str) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.base.rng import fold
-from repa.data.sources.contract import Source, labels_digest, no_classes
+from repa.data.sources.contract import Classes, Source
 
 FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
 CLOSE = 0.8  # a crop of a smaller share is called close
@@ -120,15 +120,12 @@ class PhotographSource(Source):
         if type(smallest) not in (int, float) or not 0.1 <= smallest <= 1:
             raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.")
         self.seed, self.smallest, self.has_captions = seed, smallest, captions
-        self._names = self.class_names = list(load_photographs())
-        self.labels = np.arange(num, dtype=np.int64) % len(self._names)
-        self.identity = {"name": "photographs", "num_images": num, "seed": seed, "sha256": checksum()}
-        if labels == "none":
-            self.labels, self.class_names = classes = no_classes(num)
-            self.labels_from = "--labels none: one class"
-            self.identity["labels_sha256"] = labels_digest(classes)
-        self.identity |= {"captions": True} if captions else {}
-        self.identity |= {"smallest": smallest} if smallest != SMALLEST else {}
+        self._names = list(load_photographs())
+        classes = Classes(np.arange(num, dtype=np.int64) % len(self._names), self._names)
+        classes = self._one_class(num) if labels == "none" else classes
+        self._identify(
+            classes, "photographs", seed=seed, smallest=float(smallest), captions=captions, sha256=checksum()
+        )
 
     def name(self, index: int) -> str:
         return f"photograph {index}"

@@ -17,7 +17,7 @@ from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.sources.contract import Source, labels_digest
+from repa.data.sources.contract import Source
 from repa.data.sources.folders import LISTING, FolderSource, scan
 from repa.data.sources.labels import from_listing
 
@@ -82,13 +82,8 @@ class ReferenceSource(Source):
         self.labels_from = f"{MOMENTS}/{LISTING}"
         if labels == "none":
             classes = self._one_class(len(classes.labels))
-        self.labels, self.class_names = classes
-        self.identity = {
-            **self._images.identity,
-            "name": root.name,
-            "labels_sha256": labels_digest(classes),
-            "moments": list(self.moments_shape),
-        }
+        digest = self._images.identity["sha256"]
+        self._identify(classes, root.name, sha256=digest, moments=list(self.moments_shape))
 
     def require_fit(self, config: PrepareConfig) -> None:
         if config.autoencoder == "pixels":

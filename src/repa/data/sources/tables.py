@@ -21,7 +21,6 @@ from repa.data.sources.contract import (
     Classes,
     Source,
     caption_values,
-    labels_digest,
     named_by_first,
     no_classes,
     read_image_file,
@@ -141,7 +140,7 @@ class TableSource(Source):
             if name in columns and name not in (chosen.label, chosen.caption) and columns[name].kind != "text"
         }
 
-    def _identify(
+    def _describe(
         self, where: str, num: int, labels: str, values: Callable[[], Sequence[Any]], facts: str, *, is_local: bool
     ) -> None:
         """Set classes and identity of `num` rows.
@@ -159,14 +158,9 @@ class TableSource(Source):
             classes = classes_of_column(self._columns, values(), self.name, where)
         else:
             classes = no_classes(num)
-        self.labels, self.class_names = classes
         sampled = self._sampled_digest(num) if is_local else ""
-        self.identity = {
-            "name": Path(where).name if "://" in where or not where.startswith("hf:") else where,
-            "num_images": num,
-            "sha256": hashlib.sha256((facts + sampled).encode()).hexdigest(),
-            "labels_sha256": labels_digest(classes),
-        }
+        name = Path(where).name if "://" in where or not where.startswith("hf:") else where
+        self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())
 
     def contents(self, index: int) -> bytes:
         return image_bytes(self._cell(self._columns.image, index), self.name(index))
@@ -202,7 +196,7 @@ class DatasetSource(TableSource):
         if caption:
             self._tables[caption] = table.select_columns([caption])
         facts = _lengths(table, image)
-        self._identify(where, len(table), labels, lambda: table[self._columns.label][:], facts, is_local=True)
+        self._describe(where, len(table), labels, lambda: table[self._columns.label][:], facts, is_local=True)
 
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from repa.data.sources.contract import (
     caption_values,
     is_remote,
     json_object,
-    labels_digest,
     no_classes,
     require_one_split,
     stem_of,
@@ -41,6 +39,8 @@ class WebDataset(Source):
     Every shard is read once when the source is opened first, for an index that is kept in the cache folder. The label
     of a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
     """
+
+    opened_here = ("_open",)
 
     def __init__(
         self,
@@ -78,17 +78,13 @@ class WebDataset(Source):
         self.left_out_endings = list(others)
         self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        self._close()
+        self._open_here()
         classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
-        self.labels, self.class_names = classes
-        self.identity = {
-            "name": Path(self.shards[0]).name,
-            "num_images": len(self.keys),
-            "num_shards": len(self.shards),
-            "sha256": self._digest(),
-            "labels_sha256": labels_digest(classes),
-        }
-        self._close()  # the shards that were read for the identity: a worker opens its own
+        self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
+        self._open_here()  # closes what was read for the identity, which is long ago when images are read
+
+    def _open_here(self) -> None:
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
 
     def name(self, index: int) -> str:
         return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
@@ -200,16 +196,6 @@ class WebDataset(Source):
                 "Start again; for a remote shard, empty the folder sources/ of the cache first."
             )
         return Slices(path)
-
-    def _close(self) -> None:
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._close()
 
 
 def _numbered(shards: Sequence[str]) -> bool:
