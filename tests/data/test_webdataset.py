@@ -140,10 +140,11 @@ def test_links_and_huge_members_are_refused(tmp_path, monkeypatch):
         archive.addfile(link)
     with pytest.raises(UserError, match=r"a\.png in .* is not a plain file"):
         open_source(tmp_path / "l.tar")
-    monkeypatch.setattr(tar_index, "MAX_FILE_SIZE", 100)
+    limit = contract.MAX_FILE_SIZE
+    monkeypatch.setattr(contract, "MAX_FILE_SIZE", 100)
     with pytest.raises(UserError, match=r"a\.png in .* more than an image may have"):
         open_source(tar(tmp_path / "h.tar", a_png=PNG))
-    monkeypatch.setattr(tar_index, "MAX_FILE_SIZE", contract.MAX_FILE_SIZE)
+    monkeypatch.setattr(contract, "MAX_FILE_SIZE", limit)
     monkeypatch.setattr(tar_index, "MAX_TEXT", 3)
     with pytest.raises(UserError, match=r"a\.txt in .* too much for a text"):
         open_source(tar(tmp_path / "t.tar", a_png=PNG, a_txt="long"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from repa.base import faults, files
+from repa.base import faults
 from repa.base.errors import UserError
-from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, MAX_FILE_SIZE, Strings, is_hidden, leads_out
+from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, Strings, is_hidden, require_safe_member
 from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
 
@@ -130,17 +130,8 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
     """Refuse archives made to do harm, before anything of them is read."""
     # zipfile cuts `filename` at a null byte, so that it may look harmless
-    name = member.orig_filename.replace("\\", "/")
-    if leads_out(name):
-        raise UserError(
-            f"{path} holds {member.orig_filename!r}, a path that leads out of the archive: "
-            "it is refused, pack it again without that path."
-        )
-    if max(member.file_size, member.compress_size) > MAX_FILE_SIZE:
-        raise UserError(
-            f"{name} in {path} unpacks to {files.size(max(member.file_size, member.compress_size))}, more than an image "
-            f"may ({files.size(MAX_FILE_SIZE)}): the archive is refused, pack it again without that file."
-        )
+    require_safe_member(path, member.orig_filename, max(member.file_size, member.compress_size))
+    name = member_path(member)
     if member.flag_bits & 1:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in ZIP_METHODS:

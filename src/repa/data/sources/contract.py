@@ -258,11 +258,15 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def leads_out(name: str) -> bool:
-    """Whether a path of an archive would leave the folder it is unpacked to."""
+def require_safe_member(archive: str | Path, name: str, size: int) -> None:
+    """Refuse an archive made to do harm: with a path that leaves the folder it is unpacked to, or a file without end."""
     # checked for every system on each: an archive that is refused here must not be harmful elsewhere
-    name = name.replace("\\", "/")
-    return name.startswith("/") or re.match(r"[A-Za-z]:", name) is not None or ".." in name.split("/")
+    plain = name.replace("\\", "/")
+    if plain.startswith("/") or re.match(r"[A-Za-z]:", plain) or ".." in plain.split("/"):
+        raise UserError(
+            f"{archive} holds {name!r}, a path that leads out of the archive: it is refused, pack it again without that path."
+        )
+    require_image_size(size, f"{plain} in {archive}")
 
 
 def is_remote(name: str) -> bool:

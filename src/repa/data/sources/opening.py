@@ -1,7 +1,9 @@
 """Opening a source by its name: what each kind looks like, and which class reads it."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ SETTINGS = re.compile(r"(.+?):([a-z_]+=[^,]*(?:,[a-z_]+=[^,]*)*)")
 PIPE_SETTINGS = re.compile(
     r"(pipe:.+):((?:image|label|caption|cache)=[^,\s]*(?:,(?:image|label|caption|cache)=[^,\s]*)*)"
 )
-COLUMNS = ("image", "label", "caption")
+COLUMNS = ("image", "label", "caption")  # of tables
 KINDS = (
     "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
     "COCO's captions (.json), 'hf:OWNER/NAME', or 'photographs'"
@@ -48,11 +50,15 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     if not isinstance(spec, (str, Path)):
         return open_table(spec, labels)
     path, settings = _split(str(spec))
-    open_it, allowed = _kind(path, labels)
+    opened = _kind(path, labels)
+    arguments = inspect.signature(opened).parameters.values()
+    allowed = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+        allowed += COLUMNS
     for key in settings:
         if key not in allowed:
             raise UserError(f"{str(spec)!r} has no setting {key!r}{choices(key, allowed)}")
-    return open_it(**settings)
+    return opened(**settings)
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
@@ -67,14 +73,13 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
     return (match[1], parse_spec(f"source:{match[2]}")[1]) if match else (spec, {})
 
 
-def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
-    """What opens a source, and the settings it takes."""
+def _kind(name: str, labels: str) -> Callable[..., Source]:
+    """What opens a source. Its settings are the arguments that it takes by name alone."""
     path = Path(name)
     if name == "photographs":
-        _require_own(labels, name)
-        return (lambda **s: PhotographSource(labels, **s)), ("num", "seed", "smallest", "captions")
+        return partial(PhotographSource, _require_own(labels, name))
     if name.startswith("hf:"):
-        return (lambda **s: open_hub(name[3:], labels, **s)), ("config", "split", "revision", *COLUMNS, "streaming")
+        return partial(open_hub, name[3:], labels)
     if path.is_dir():
         return _folder_kind(path, labels)
     if path.is_file() or is_remote(name) or is_pattern(name):
@@ -82,45 +87,41 @@ def _kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...
     raise UserError(f"There is no source {name!r}: give {KINDS}.")
 
 
-def _folder_kind(path: Path, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
+def _folder_kind(path: Path, labels: str) -> Callable[..., Source]:
     # from the most particular to the most general: every one of these is also a folder with files in it
     if is_reference(path):
-        _require_own(labels, str(path))
-        return (lambda: ReferenceSource(path, labels)), ()
+        return partial(ReferenceSource, path, _require_own(labels, path))
     if is_cifar(path):
-        _require_own(labels, str(path))
-        return (lambda **s: CifarSource(path, labels, **s)), ("split", "label")
+        return partial(CifarSource, path, _require_own(labels, path))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return (lambda **s: open_saved(path, labels, **s)), ("split", *COLUMNS)
+        return partial(open_saved, path, labels)
     if shards := _shards(path, path.glob("*.tar")):
-        return (lambda **s: WebDataset(shards, labels, **s)), (*COLUMNS, "cache")
+        return partial(WebDataset, shards, labels)
     if shards := _shards(path, [*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        return (lambda **s: ParquetSource(shards, labels, **s)), COLUMNS
-    return (lambda: FolderSource(path, labels)), ()
+        return partial(ParquetSource, shards, labels)
+    return partial(FolderSource, path, labels)
 
 
-def _file_kind(name: str, labels: str) -> tuple[Callable[..., Source], tuple[str, ...]]:
-    if name.startswith("pipe:"):
-        return (lambda **s: WebDataset(expand(name), labels, **s)), (*COLUMNS, "cache")
+def _file_kind(name: str, labels: str) -> Callable[..., Source]:
     ending = Path(name.partition("?")[0]).suffix.lower() if is_remote(name) else Path(name).suffix.lower()
-    if ending == ".tar":
-        return (lambda **s: WebDataset(expand(name), labels, **s)), (*COLUMNS, "cache")
+    if name.startswith("pipe:") or ending == ".tar":
+        return partial(WebDataset, expand(name), labels)
     if ending == ".parquet":
-        return (lambda **s: ParquetSource(expand(name), labels, **s)), COLUMNS
+        return partial(ParquetSource, expand(name), labels)
     if is_remote(name):
         raise UserError(f"{name!r} cannot be streamed: remote files must be .tar or .parquet. Download it first.")
     if ending == ".arrow":
-        return (lambda **s: open_arrow(expand(name), labels, **s)), COLUMNS
+        return partial(open_arrow, expand(name), labels)
     if ending == ".json":
         _require_own(labels, name)
-        return (lambda **s: CocoSource(Path(name), **s)), ("images",)
+        return partial(CocoSource, Path(name))
     if ending in (".npz", ".npy"):
-        return (lambda **s: ArraySource(Path(name), labels, **s)), ("image", "label")
+        return partial(ArraySource, Path(name), labels)
     if ending in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
         raise UserError(f"{name} is compressed as a whole, so that no image in it can be read alone: unpack it first.")
     if ending in (".pkl", ".pickle", ".pt", ".pth"):
         raise UserError(f"{name} is a pickle, which can run any program when it is read: save it as .npz or .npy.")
-    return (lambda: ZipSource(Path(name), labels)), ()
+    return partial(ZipSource, Path(name), labels)
 
 
 def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
@@ -137,6 +138,7 @@ def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
     return shards
 
 
-def _require_own(labels: str, what: str) -> None:
+def _require_own(labels: str, what: str | Path) -> str:
     if labels not in ("", "none"):
         raise UserError(f"labels was given {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")
+    return labels

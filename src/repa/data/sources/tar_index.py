@@ -15,7 +15,7 @@ from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.data.sources.archives import Slices
-from repa.data.sources.contract import EXTENSIONS, MAX_FILE_SIZE, is_hidden, json_object, leads_out
+from repa.data.sources.contract import EXTENSIONS, is_hidden, json_object, require_safe_member
 
 INDEX_VERSION = 3  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
@@ -138,11 +138,7 @@ def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
     with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
-            if leads_out(member.name):
-                raise UserError(
-                    f"{name} holds {member.name!r}, a path that leads out of the archive: it is refused, "
-                    "pack it again without that path."
-                )
+            require_safe_member(name, member.name, member.size)
             if member.isdir() or any(is_hidden(part) for part in _plain(member.name).split("/")):
                 continue
             # a link could lead to any file of this machine; the bytes of a sparse file do not lie in one piece
@@ -150,11 +146,6 @@ def _members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
                 raise UserError(
                     f"{member.name} in {name} is not a plain file (but a link, a device or a sparse file): pack the shard "
                     "again with the files themselves (tar --dereference)."
-                )
-            if member.size > MAX_FILE_SIZE:
-                raise UserError(
-                    f"{member.name} in {name} has {files.size(member.size)}, more than an image may have "
-                    f"({files.size(MAX_FILE_SIZE)}): remove it."
                 )
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("unexpected end of data")
