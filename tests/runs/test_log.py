@@ -52,6 +52,23 @@ def test_a_line_cut_anywhere_is_left_out(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_another_digit_in_a_row_is_noticed(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.row("train", 1, loss=0.5, alignment={"tiny@1": -0.25})
+    log.row("eval", 2, fid=31.5)
+    log.close()
+    path = tmp_path / layout.METRICS
+    text = path.read_text()
+    path.write_text(text.replace("31.5", "21.5"))
+    with pytest.raises(UserError, match="damaged in line 2: it is not as it was written"):
+        list(read_metrics(tmp_path))
+    with pytest.raises(UserError, match="damaged in line 2"):
+        MetricsLog(tmp_path, resume_step=2)
+    path.write_text(text)
+    MetricsLog(tmp_path, resume_step=1).close()  # writes the rows that stay anew
+    assert path.read_text() == text.splitlines(keepends=True)[0]
+
+
 def test_a_restart_drops_what_will_be_done_again(tmp_path):
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [4, 5, 6], resume_step=3)

@@ -17,6 +17,7 @@ from PIL import Image
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.base import dist
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.base.images import grid
 from repa.base.precision import best_precision
 from repa.base.rng import SampleStreams
@@ -241,7 +242,7 @@ def test_what_is_said_of_classes(run):
 def test_counts_of_a_run_are_those_of_its_data(run, random_run, tmp_path):
     assert (run.class_names, run.class_counts) == (("dark", "light"), (20, 20))
     folder = shutil.copytree(random_run, tmp_path / "run")
-    facts = json.loads((folder / layout.DATA).read_text())
+    facts = read_json(folder / layout.DATA)
     for counts in ("2", [1.0, 2], [-1, 3], [0, 0], [True, 1], [3]):
         (folder / layout.DATA).write_text(json.dumps(facts | {"class_counts": counts}))
         with pytest.raises(UserError, match="class_counts"):
@@ -261,6 +262,12 @@ def test_the_file_is_what_evaluators_read(run, tmp_path):
     assert np.array_equal(sheet, grid(torch.from_numpy(images).permute(0, 3, 1, 2)))
 
 
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @both
 def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, monkeypatch):
     whole = write_samples(run, config, 11, tmp_path / "whole.npz").read_bytes()
@@ -275,16 +282,40 @@ def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, m
     parts = out.with_suffix(".parts")
     nfe = generate(run, config, range(2)).nfe
     assert not out.exists()
-    assert sorted(path.name for path in parts.glob("*.npy")) == [f"000000000-{nfe}.npy", f"000000004-{nfe}.npy"]
-    kept = (parts / f"000000004-{nfe}.npy").stat().st_mtime_ns
-    (parts / f"000000000-{nfe}.npy").unlink()
+    first, second = sorted(parts.glob("*.npy"))
+    assert (first.name[:-12], second.name[:-12]) == (f"000000000-{nfe}-", f"000000004-{nfe}-")
+    kept = second.stat().st_mtime_ns
+    first.unlink()
+    (parts / "000000000-x.npy").write_bytes(b"of a stranger")
     (parts / ".000000000.npy.killed.tmp").write_bytes(b"half")
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, config, 11, out, stop)
-    assert (parts / f"000000004-{nfe}.npy").stat().st_mtime_ns == kept  # not made again
+    assert second.stat().st_mtime_ns == kept  # not made again
     write_samples(run, config, 11, out)
     assert out.read_bytes() == whole
     assert not parts.exists()
+
+
+def test_one_other_bit_of_a_part_or_of_the_samples_is_noticed(run, tmp_path):
+    out = tmp_path / "s.npz"
+    with pytest.raises(ZeroDivisionError):
+        write_samples(run, ODE, 8, out, lambda done, total: 1 / (8 - done))
+    part = next(iter(out.with_suffix(".parts").glob("*.npy")))
+    flip(part, -5)
+    with pytest.raises(UserError, match=f"{part.name} is damaged: .* Remove it, and the same command makes it again"):
+        write_samples(run, ODE, 8, out)
+    part.unlink()
+    write_samples(run, ODE, 8, out)
+    flip(out, out.stat().st_size // 2)
+    with pytest.raises(UserError, match="another checksum than when it was written"):
+        write_samples(run, ODE, 8, out)
+    out.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read as samples"):
+        write_samples(run, ODE, 8, out)
+    folder = write_samples(run, ODE, 8, tmp_path / "folder")
+    (folder / "000003.png").unlink()
+    with pytest.raises(UserError, match="holds 7 images of 8"):
+        write_samples(run, ODE, 8, folder)
 
 
 @both

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -10,6 +11,8 @@ from typing import Any, Protocol, TextIO
 from repa.base import dist, extras, faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
+
+CRC = "crc"  # of a row: the checksum of the rest
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
@@ -29,7 +32,20 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         else:
             # Ours holds nothing else, but the folder may come from elsewhere.
             if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if row.pop(CRC, None) not in (None, _crc_of(row)):
+                    raise UserError(
+                        f"{path} is damaged in line {number}: it is not as it was written. Remove that line."
+                    )
                 yield row
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as it is written, with a checksum of the rest of it."""
+    return json.dumps({**row, CRC: _crc_of(row)}) + "\n"
+
+
+def _crc_of(row: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True).encode()):08x}"
 
 
 class Board(Protocol):
@@ -59,7 +75,7 @@ class MetricsLog:
             return
         run.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
-        files.write_text(run / layout.METRICS, "".join(json.dumps(row) + "\n" for row in kept) if resume_step else "")
+        files.write_text(run / layout.METRICS, "".join(map(_line, kept)) if resume_step else "")
         boards = [_tensorboard(run, resume_step), WeightsAndBiases(run, project, config or {}) if project else None]
         self.boards: list[Board] = [board for board in boards if board is not None]
         self.metrics, self.text = _appended(run / layout.METRICS), _appended(run / layout.LOG)
@@ -68,7 +84,7 @@ class MetricsLog:
         """One line. Values are plain numbers, strings or dictionaries of them; non-finite numbers become null, as JSON has none."""
         if not self.main:
             return
-        self.metrics.write(json.dumps(_plain({"kind": kind, "step": step, **values})) + "\n")
+        self.metrics.write(_line(_plain({"kind": kind, "step": step, **values})))
         numbers = {f"{kind}/{name}": value for name, value in _scalars(values)}
         for board in self.boards if numbers else ():
             board.scalars(step, numbers)

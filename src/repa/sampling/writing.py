@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base import dist, files
+from repa.base import dist, faults, files
 from repa.base.arrays import load_npy, load_npz, save_npy, write_images
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
@@ -39,6 +40,7 @@ from repa.sampling.config import SampleConfig
 from repa.sampling.samples import Drawn, decode, draw
 
 GRID_IMAGES = 64  # in the picture next to the npz
+PART = re.compile(r"\d{9,}-\d{1,9}-[0-9a-f]{8}\.npy")  # first image, calls of the network for each, checksum
 LIMIT = 2**36  # bytes of samples that are held at a time
 
 
@@ -137,6 +139,7 @@ def _write_samples(
     job = _job(run, config, num)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
+        dist.on_main(lambda: _require_whole(out, num))
         dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
         return out
     other = out.with_suffix("" if out.suffix else ".npz")
@@ -160,7 +163,7 @@ def _write_samples(
                 f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
             )
         # dopri5 asks the network a different number of times for each batch.
-        nfe = max(int(path.stem.partition("-")[2]) for path in paths)
+        nfe = max(int(path.name.split("-")[1]) for path in paths)
         files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
         if run.prompts:  # a line for each image, for those who score them
             texts = enumerate(run.prompts.texts_of(range(num)))
@@ -181,8 +184,9 @@ def _decode_and_save(
 ) -> None:
     images, nfe = decode(run, config, drawn)
     count(nfe, len(images))
-    # the calls are part of the name, so that whoever assembles the parts knows those of all
-    save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}.npy", images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+    # the calls are part of the name, so that whoever assembles the parts knows those of all; and a checksum
+    array = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
+    save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}-{zlib.crc32(array.data):08x}.npy", array)
 
 
 def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
@@ -229,11 +233,27 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
 
 def _found(parts: Path, start: int) -> Path | None:
     """The part that begins with image `start`, when it is there."""
-    return next(iter(parts.glob(f"{start:09d}-*.npy")), None)
+    return next((path for path in parts.glob(f"{start:09d}-*.npy") if PART.fullmatch(path.name)), None)
 
 
 def _part(path: Path) -> np.ndarray:
-    return load_npy(path, "a part of the samples", "Remove it, and the same command makes it again.")
+    again = "Remove it, and the same command makes it again."
+    array = load_npy(path, "a part of the samples", again)
+    if f"{zlib.crc32(np.ascontiguousarray(array).data):08x}" != path.stem.rpartition("-")[2]:
+        raise UserError(f"{path} is damaged: its images are not the ones that were written. {again}")
+    return array
+
+
+def _require_whole(out: Path, num: int) -> None:
+    """Raises UserError for samples that are there, but not as they were written."""
+    again = "Remove it, and the same command makes it again."
+    if out.is_dir():
+        if (found := sum(1 for _ in out.glob("*.png"))) != num:
+            raise UserError(f"{out} holds {found:,} images of {num:,}. {again}")
+        return
+    with faults.reading(out, "samples", again), zipfile.ZipFile(out) as archive:
+        if (name := archive.testzip()) is not None:
+            raise UserError(f"{out} is damaged: its {name} has another checksum than when it was written. {again}")
 
 
 def _first_of(paths: Sequence[Path]) -> Tensor:
