@@ -87,7 +87,7 @@ def options_page() -> str:
     lines = [
         "# Options",
         "",
-        "<style>td:first-child code { white-space: nowrap; }</style>",  # browsers break an option after its hyphens
+        '<div class="options"></div>',  # docs/site.css keeps the options after it whole
         "",
         "Made from the configuration classes. `repa train RECIPE --help` prints them with the recipe's values.",
     ]
