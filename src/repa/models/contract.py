@@ -4,7 +4,7 @@ N batch, C channels, T tokens of the grid, D width, h attention heads, S text to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa.base.errors import UserError
-from repa.models.config import Route
+from repa.models.config import Route, check_dimensions
 
 State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by its name, (N, F)
 
@@ -153,9 +153,30 @@ class Backbone(nn.Module, ABC):
         """The condition that means "none", shaped as `like`: the null class; a network that reads text adds the empty one."""
         return like._replace(labels=torch.full_like(like.labels, self.null_label))
 
-    @abstractmethod
-    def matrices(self) -> Iterable[nn.Parameter]:
-        """The weights that Muon takes: the network knows, the optimizer does not."""
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights that Muon takes, those of attention and MLP in the blocks: adaLN starts at zero as gates, and is none."""
+        named = (pair for block in self.blocks for pair in block.named_parameters())
+        return [p for name, p in named if p.ndim == 2 and "adaLN_modulation" not in name]
+
+    def take_sizes(
+        self,
+        latent_size: int | Sequence[int],
+        channels: int,
+        patch_size: int,
+        hidden_dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        """Those of a transformer on square patches; `latent_size` is a side, or (height, width).
+
+        Raises:
+            UserError: sizes that do not fit together.
+        """
+        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+        for side in (height, width):
+            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
+        self.latent_channels, self.patch_size, self.hidden_dim, self.depth = channels, patch_size, hidden_dim, depth
+        self.grid, self.state_shapes = (height // patch_size, width // patch_size), {"x": (channels, height, width)}
 
     def run(self, block: nn.Module, *arguments: Any) -> Any:
         """What a block gives; where `checkpoint_activations` is set, it is computed again in the backward pass."""

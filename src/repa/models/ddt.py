@@ -5,7 +5,7 @@ Three networks of papers are settings of it: DDT (arXiv 2504.05741), whose head 
 the encoder. N batch, C channels, T tokens of the grid, S tokens in front, D width of the encoder, E of the head.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ from repa.models.layers import (
     Rotation,
     TimestepEmbedding,
     adaln_zero,
-    matrices_of,
     normal_matrices,
     sincos_positions,
     unpatchify,
@@ -100,11 +99,9 @@ class DDT(Backbone):
         heads: Sequence[int] = (),
     ):
         super().__init__()
-        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
         head_dim, head_heads = head_dim or hidden_dim, head_heads or num_heads
-        for side in (height, width):
-            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
-            check_dimensions(head_dim, depth, head_heads, patch_size, side)
+        self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
+        check_dimensions(head_dim, depth, head_heads, patch_size, 0)
         self.encoder_depth = depth - head_depth
         if not 0 < head_depth < depth:
             raise UserError(
@@ -116,11 +113,8 @@ class DDT(Backbone):
             )
         if times not in ("sinusoid", "fourier"):
             raise UserError(f"Unknown embedding of the time {times!r}{choices(times, ('sinusoid', 'fourier'))}")
-        self.latent_channels, self.patch_size = latent_channels, patch_size
-        self.hidden_dim, self.depth, self.head_dim, self.num_classes = hidden_dim, depth, head_dim, num_classes
-        self.null_label, self.silu_twice, self.front = num_classes, silu_twice, time_tokens + class_tokens
-        self.grid = height // patch_size, width // patch_size
-        self.state_shapes = {"x": (latent_channels, height, width)}
+        self.head_dim, self.num_classes, self.null_label = head_dim, num_classes, num_classes
+        self.silu_twice, self.front = silu_twice, time_tokens + class_tokens
         options, final_norm = BlockOptions(norm, mlp, qk_norm, bias), final_norm or norm
         patch_features = patch_size**2 * latent_channels
 
@@ -158,9 +152,6 @@ class DDT(Backbone):
             if tokens is not None:
                 nn.init.normal_(tokens, std=INIT_STD)
         adaln_zero(self)
-
-    def matrices(self) -> Iterable[nn.Parameter]:
-        return matrices_of(self.blocks)
 
     @property
     def tapped_depth(self) -> int:

@@ -78,12 +78,12 @@ def to_diffusers(
     }
     if unit_times:
         state = {**state, FIRST_TIME_LAYER: for_frequencies_of_diffusers(state[FIRST_TIME_LAYER])}
-    out = {theirs: state[ours] for ours, theirs in _parameters(OUTSIDE, state)}
+    out = {theirs: state[ours] for ours, theirs in _names(OUTSIDE)}
     for block in range(arguments["depth"]):
         ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
         # Copies, also of the three parts of qkv below: safetensors writes no tensors that share memory.
-        out |= {f"{theirs}norm1.emb.{b}": state[a].clone() for a, b in _parameters(EMBEDDINGS, state)}
-        out |= {theirs + b: state[ours + a] for a, b in _parameters(IN_BLOCK, state, prefix=ours)}
+        out |= {b: state[a].clone() for a, b in _names(EMBEDDINGS, "", f"{theirs}norm1.emb.")}
+        out |= {b: state[a] for a, b in _names(IN_BLOCK, ours, theirs)}
         for kind in ("weight", "bias"):
             parts = state[f"{ours}attn.qkv.{kind}"].chunk(3)
             out |= {f"{theirs}attn1.to_{n}.{kind}": part.clone() for n, part in zip("qkv", parts, strict=True)}
@@ -117,13 +117,11 @@ def from_diffusers(
             f"{MOST_TOKENS:,}."
         )
     first = "transformer_blocks.0.norm1.emb."
-    pairs = [(ours, theirs) for theirs, ours in _parameters(_inverse(OUTSIDE), state)]
-    pairs += [(ours, first + theirs) for theirs, ours in _parameters(_inverse(EMBEDDINGS), state, first)]
     try:
-        own = {ours: state[theirs] for ours, theirs in pairs}
+        own = {ours: state[theirs] for ours, theirs in (*_names(OUTSIDE), *_names(EMBEDDINGS, "", first))}
         for block in range(config["num_layers"]):
             ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
-            own |= {ours + a: state[theirs + b] for b, a in _parameters(_inverse(IN_BLOCK), state, theirs)}
+            own |= {a: state[b] for a, b in _names(IN_BLOCK, ours, theirs)}
             for kind in ("weight", "bias"):
                 own[f"{ours}attn.qkv.{kind}"] = torch.cat([state[f"{theirs}attn1.to_{n}.{kind}"] for n in "qkv"])
             for embedding in (name.removeprefix(first) for name in state if name.startswith(first)):
@@ -149,17 +147,12 @@ def exact_times(transformer: Any) -> Any:
     return transformer
 
 
-def _inverse(table: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: ours for ours, theirs in table.items()}
-
-
-def _parameters(table: Mapping[str, str], state: Mapping[str, Tensor], prefix: str = "") -> list[tuple[str, str]]:
-    """(name, other name) of the weight and, where there is one, the bias of every layer in `table`."""
+def _names(table: Mapping[str, str], ours: str = "", theirs: str = "") -> list[tuple[str, str]]:
+    """(our name, that of diffusers) of weight and bias of every layer in `table`; an embedding has no bias."""
     return [
-        (f"{ours}.{kind}", f"{theirs}.{kind}")
-        for ours, theirs in table.items()
-        for kind in ("weight", "bias")
-        if f"{prefix}{ours}.{kind}" in state
+        (f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}")
+        for a, b in table.items()
+        for kind in (("weight",) if a.endswith("embedding_table") else ("weight", "bias"))
     ]
 
 

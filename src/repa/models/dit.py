@@ -4,7 +4,7 @@ N batch, C channels, T tokens of the grid, P tokens of streams in front of it, D
 sampling or guidance: train() and eval() agree.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.models import BACKBONES
-from repa.models.config import FAMILIES, ModelConfig, Route, check_dimensions, dimensions
+from repa.models.config import FAMILIES, ModelConfig, Route, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.hub import OnHub
 from repa.models.jit import JiT, jit_dimensions
@@ -29,7 +29,6 @@ from repa.models.layers import (
     TimestepEmbedding,
     TwoConditions,
     adaln_zero,
-    matrices_of,
     normal_matrices,
     sincos_positions,
     unpatchify,
@@ -85,22 +84,17 @@ class DiT(OnHub):
         route: Route | Sequence | None = None,
     ):
         super().__init__()
-        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
-        if min(height, width, latent_channels) < 1 or num_classes < 0:
+        self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
+        if min(*self.state_shapes["x"]) < 1 or num_classes < 0:
             raise UserError(
                 f"A model needs latent_size and latent_channels of at least 1 and num_classes of at least 0, "
                 f"but got {latent_size}, {latent_channels} and {num_classes}."
             )
-        for side in (height, width):
-            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
         streams = dict(streams or {})
-        self.latent_channels, self.patch_size = latent_channels, patch_size
-        self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
-        self.null_label = num_classes
+        self.num_classes = self.null_label = num_classes
         self.separate_times = separate_times
-        self.grid = height // patch_size, width // patch_size
         self.prefix_tokens = len(streams)
-        self.state_shapes = {"x": (latent_channels, height, width), **{name: (dim,) for name, dim in streams.items()}}
+        self.state_shapes = {**self.state_shapes, **{name: (dim,) for name, dim in streams.items()}}
         options = BlockOptions(norm, mlp, qk_norm, bias)
         self.patch_overlap = patch_overlap
         patch_features = (patch_size + 2 * patch_overlap) ** 2 * latent_channels * (2 if learn_sigma else 1)
@@ -133,9 +127,6 @@ class DiT(OnHub):
         adaln_zero(self)
         if self.router:
             self.router.initialise()
-
-    def matrices(self) -> Iterable[nn.Parameter]:
-        return matrices_of(self.blocks)
 
     def forward(
         self,

@@ -1,10 +1,10 @@
 """An exported network: a folder with config.json, model.safetensors and a model card, loaded without a run folder."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,7 +14,7 @@ from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.weights import digest_of
 from repa.models.dit import DiT
-from repa.models.published import check_values
+from repa.models.published import check_values, constructor_arguments, misfit
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHECKSUM = "sha256"  # of the weights, see `digest_of`
@@ -24,45 +24,17 @@ Side = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Arguments(Config):
-    """Those of `DiT`, where their meaning stands, as a file tells them: it may come from anyone."""
+class Untold(Config):
+    """Arguments of `DiT` that its weights do not tell, as a file tells them: it may come from anyone."""
 
-    latent_size: Side | tuple[Side, Side]
-    latent_channels: Side
-    patch_size: int = Field(ge=1, le=1_024)
-    hidden_dim: Side
-    depth: int = Field(ge=1, le=1_000)
     num_heads: Side
-    num_classes: int = Field(ge=0, le=10_000_000)
-    mlp_ratio: float = Field(4.0, gt=0, le=64)
-    learn_sigma: bool = False
-    norm: Literal["layer", "rms"] = "layer"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    qk_norm: Literal["none", "layer", "rms"] = "none"
-    bias: bool = True
-    rotary: bool = False
-    streams: dict[str, Side] = Field(default_factory=dict)
-    heads: tuple[Side, ...] = ()
+    latent_size: Side | tuple[Side, Side]
     separate_times: bool = False
     patch_overlap: int = Field(0, ge=0, le=1_024)
     # As models.config.Route.
     route: (
         tuple[Side, Side, Fraction, Annotated[int, Field(ge=0, le=1_024)], Literal["identity", "fuse"], Fraction] | None
     ) = None
-
-    def require_size_of(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError, before a network is built, for one with more blocks or tokens than the weights can have."""
-        height, width = (self.latent_size,) * 2 if isinstance(self.latent_size, int) else self.latent_size
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        if (
-            # config.json may come from anyone: without this, a depth of 1,000 or a width of 65,536 would allocate
-            # memory before the shapes are compared. Each block, stream and head has at least one tensor.
-            max(self.depth, len(self.streams), len(self.heads)) > len(state)
-            or tokens != state["pos_embed"].shape[1]
-            or self.num_classes >= len(state["y_embedder.embedding_table.weight"])
-            or self.hidden_dim != state["pos_embed"].shape[2]
-        ):
-            raise ValueError(f"{WEIGHTS} holds the weights of another network")
 
 
 def save_exported(
@@ -99,17 +71,24 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
             f"{folder / CONFIG} is not of format {FORMAT} of repa: it cannot be loaded as an exported network."
         )
     where = folder / CONFIG
-    arguments = Arguments.parse(files.read_object(where, model=dict)["model"], where=str(where))
+    given = files.read_object(where, model=dict)["model"]
+    untold = Untold.parse({name: given[name] for name in Untold.model_fields if name in given}, where=str(where))
     with faults.reading(folder / WEIGHTS, "a safetensors file", "Restore it from a copy."):
         state = load_file(folder / WEIGHTS)
-    config["model"] = arguments.model_dump(exclude_unset=True)
     with faults.reading(where, "the description of a DiT"):
-        arguments.require_size_of(state)
-        # Shapes are compared on the meta device, before a second copy of the weights exists.
-        with torch.device("meta"):
-            wanted = {key: value.shape for key, value in DiT(**config["model"]).state_dict().items()}
-    if {key: value.shape for key, value in state.items()} != wanted:
-        raise UserError(f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes.")
+        arguments = constructor_arguments(state, untold.num_heads, untold.patch_overlap)
+        arguments |= untold.model_dump(exclude_unset=True)
+        # What is as large as the file claims is not built: shapes of a grid are compared on the meta device below.
+        problem = misfit(state, arguments)
+    plain = json.loads(json.dumps(arguments))
+    lies = [
+        f"its {name} is {value!r:.80}" for name, value in given.items() if name not in plain or value != plain[name]
+    ]
+    if problem or lies:
+        raise UserError(
+            f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes: {problem or lies[0]}."
+        )
+    config["model"] = arguments
     check_values(state, str(folder / WEIGHTS))
     require_digest(config, state, folder / WEIGHTS)
     return config, state

@@ -1,6 +1,7 @@
-"""Any network with a list of blocks as a backbone: its taps come from hooks, registered once."""
+"""Any network with a list of blocks as a backbone: its taps come from hooks."""
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +61,6 @@ class Hooked(Backbone):
         self.hidden_dim, self.depth, self.grid, self.null_label = hidden_dim, len(blocks), grid, null_label
         self.num_classes = null_label  # 0 ... null_label - 1
         self.state_shapes = {"x": tuple(state_shape)}
-        self._record = _Record()
-        for depth, block in enumerate(blocks, start=1):
-            block.register_forward_hook(_Hook(Tap(depth), self._record))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(NO_COMPILE)
@@ -93,14 +91,17 @@ class Hooked(Backbone):
             raise UserError(
                 "A hooked network has hidden taps alone and takes all tokens: leave attention and routing out."
             )
-        self._record.taps = taps
+        # Registered for this pass alone: a copy of the network, as its average is, has blocks of its own, and no hook to undo.
+        hidden: dict[Tap, Tensor] = {}
+        hooks = [
+            self.blocks[tap.depth - 1].register_forward_hook(functools.partial(_keep, hidden, tap)) for tap in taps
+        ]
         try:
             times = t.of_tokens() if isinstance(t, TwoTimes) else t
             prediction = self._call(self.net, state, times, condition)
-            hidden = self._record.hidden
-        # Cleared also after an error: the record would keep the activations of a whole pass alive.
         finally:
-            self._record.clear()
+            for hook in hooks:
+                hook.remove()
         for tap in taps:
             if tap not in hidden:
                 raise UserError(f"Block {tap} did not run, so that it has nothing to tap: tap another block.")
@@ -119,10 +120,6 @@ class Hooked(Backbone):
             f"{self.grid[1]}) nor (N, at least {num_tokens}, {self.hidden_dim}): correct hidden_dim or grid, or tap "
             f"another block."
         )
-
-    def matrices(self) -> Iterable[nn.Parameter]:
-        """The matrices of the blocks: what else is one, a modulation or a gate, cannot be told from outside."""
-        return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]
 
 
 def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
@@ -166,24 +163,6 @@ def _predict(net: nn.Module, state: State, t: Tensor, condition: Condition) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
-# Not `taps.Record`: that is shared by copies of a network, while an average must be tapped apart from what it averages.
-class _Record:
-    """What the hooks of one network have seen in this pass."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.taps: tuple[Tap, ...] = ()
-        self.hidden: dict[Tap, Tensor] = {}
-
-
-class _Hook:
-    """An object and no closure, so that a copy of the network (the average) writes to the copy's record."""
-
-    def __init__(self, tap: Tap, record: _Record):
-        self.tap, self.record = tap, record
-
-    def __call__(self, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-        if self.tap in self.record.taps:
-            self.record.hidden[self.tap] = output if isinstance(output, Tensor) else output[0]
+def _keep(hidden: dict[Tap, Tensor], tap: Tap, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    """A hook: what a block gave, or the first of several."""
+    hidden[tap] = output if isinstance(output, Tensor) else output[0]

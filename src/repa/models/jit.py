@@ -5,14 +5,14 @@ bottleneck; blocks have RMSNorm, SwiGLU, rotary positions and normed queries and
 class stand in front of the grid as tokens. Submodules carry the names of the released checkpoints.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
-from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, check_dimensions, dimensions
+from repa.models.config import JIT_SIZES, Dimensions, ModelConfig, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     INIT_STD,
@@ -23,7 +23,6 @@ from repa.models.layers import (
     Rotation,
     TimestepEmbedding,
     adaln_zero,
-    matrices_of,
     normal_matrices,
     sincos_positions,
     unpatchify,
@@ -68,19 +67,13 @@ class JiT(Backbone):
         class_tokens_from: int = 4,
     ):
         super().__init__()
-        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
-        for side in (height, width):
-            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
+        self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
         if class_tokens and not 0 <= class_tokens_from < depth:
             raise UserError(
                 f"class_tokens_from {class_tokens_from} is not a block of {depth}: choose 0 to {depth - 1}."
             )
-        self.latent_channels, self.patch_size = latent_channels, patch_size
-        self.hidden_dim, self.depth, self.num_classes = hidden_dim, depth, num_classes
-        self.null_label = num_classes
+        self.num_classes = self.null_label = num_classes
         self.class_tokens, self.class_tokens_from = class_tokens, class_tokens_from
-        self.grid = height // patch_size, width // patch_size
-        self.state_shapes = {"x": (latent_channels, height, width)}
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid)
@@ -93,9 +86,6 @@ class JiT(Backbone):
         initialise(self)
         for conv in (self.x_embedder.proj1, self.x_embedder.proj2):
             xavier_patches(conv)
-
-    def matrices(self) -> Iterable[nn.Parameter]:
-        return matrices_of(self.blocks)
 
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None

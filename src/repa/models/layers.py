@@ -5,7 +5,6 @@ the released checkpoints of DiT, SiT and REPA, so that their state dicts load wi
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -19,12 +18,6 @@ from repa.models.kernels import modulated_norm
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
 INIT_STD = 0.02  # of tables of labels and tokens, and of the timestep MLP
-
-
-def matrices_of(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Those of attention and MLP, which Muon takes; adaLN starts at zero as gates, and is none of them."""
-    named = (pair for block in blocks for pair in block.named_parameters())
-    return [p for name, p in named if p.ndim == 2 and "adaLN_modulation" not in name]
 
 
 def xavier_linears(module: nn.Module) -> None:

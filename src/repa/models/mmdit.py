@@ -4,14 +4,14 @@ N batch, C channels, T tokens of the grid, S text tokens, E their width, D width
 with weights of their own that meet in one attention over [text, image].
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
-from repa.models.config import ModelConfig, check_dimensions
+from repa.models.config import ModelConfig
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     MLP,
@@ -21,7 +21,6 @@ from repa.models.layers import (
     adaln_zero,
     attend,
     by_head,
-    matrices_of,
     modulate,
     modulation,
     modulations,
@@ -73,15 +72,9 @@ class MMDiT(Backbone):
         reference_init: bool = False,
     ):
         super().__init__()
-        height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
-        for side in (height, width):
-            check_dimensions(hidden_dim, depth, num_heads, patch_size, side)
-        self.latent_channels, self.patch_size, self.text_shape = latent_channels, patch_size, tuple(text_shape)
-        self.patch_overlap = patch_overlap
-        self.hidden_dim, self.depth = hidden_dim, depth
+        self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
+        self.text_shape, self.patch_overlap = tuple(text_shape), patch_overlap
         self.num_classes = self.null_label = 0  # labels are not looked at
-        self.grid = height // patch_size, width // patch_size
-        self.state_shapes = {"x": (latent_channels, height, width)}
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
         # In checkpoints, so that a sampler needs no text encoder to guide away from "no text".
@@ -116,9 +109,6 @@ class MMDiT(Backbone):
         self.null_text.copy_(tokens)
         if mask is not None:
             self.null_mask.copy_(mask)
-
-    def matrices(self) -> Iterable[nn.Parameter]:
-        return matrices_of(self.blocks)
 
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None

@@ -242,33 +242,39 @@ def _modern_block_names(state: StateDict) -> StateDict:
 
 def check_keys(state: StateDict, where: str, kind: str) -> None:
     """UserError unless there is every tensor of a DiT with these sizes, with its shape, and no other."""
-    problem = ""
     try:
         arguments = constructor_arguments(state, num_heads=1)
-        # Before a network is built of as many blocks as a name in the file claims.
-        if arguments["depth"] > len(state):
-            raise ValueError(f"{arguments['depth']} blocks in {len(state)} tensors")
         # Only the norms of queries and keys have a shape that depends on the number of heads.
         if arguments["qk_norm"] != "none":
             arguments["num_heads"] = arguments["hidden_dim"] // state["blocks.0.attn.q_norm.weight"].shape[0]
-        with torch.device("meta"):
-            expected = {key: value.shape for key, value in DiT(**arguments).state_dict().items()}
+        problem = misfit(state, arguments)
     except KeyError as error:
         problem = f"it has no {error.args[0]!r}"
     except (ValueError, IndexError, ZeroDivisionError) as error:
         problem = f"the shapes of its tensors do not fit together ({error})"
-    else:
-        missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-        wrong = [key for key in expected.keys() & state.keys() if expected[key] != state[key].shape]
-        if missing:
-            problem = f"it has no {min(missing)!r} ({len(missing)} tensors are missing)"
-        elif unknown:
-            problem = f"it has an unknown tensor {min(unknown)!r} ({len(unknown)} are unknown)"
-        elif wrong:
-            key = min(wrong)
-            problem = f"{key!r} has shape {tuple(state[key].shape)} where {tuple(expected[key])} belongs"
     if problem:
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: {problem}.")
+
+
+def misfit(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:
+    """What keeps DiT with these arguments from loading this state dict, as "it has no 'pos_embed'"; empty when nothing does."""
+    # Before a network is built of as many blocks as a name in the file claims, or with as many places.
+    if arguments["depth"] > len(state):
+        return f"{arguments['depth']} blocks in {len(state)} tensors"
+    sides = arguments["latent_size"]
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    patch = arguments["patch_size"]
+    if (tokens := (height // patch) * (width // patch)) != state["pos_embed"].shape[1]:
+        return f"'pos_embed' has {state['pos_embed'].shape[1]} places where {tokens} belong"
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in DiT(**arguments).state_dict().items()}
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing:
+        return f"it has no {min(missing)!r} ({len(missing)} tensors are missing)"
+    if unknown:
+        return f"it has an unknown tensor {min(unknown)!r} ({len(unknown)} are unknown)"
+    wrong = min((key for key in expected if expected[key] != state[key].shape), default="")
+    return wrong and f"{wrong!r} has shape {tuple(state[wrong].shape)} where {tuple(expected[wrong])} belongs"
 
 
 def check_values(state: StateDict, where: str) -> None:

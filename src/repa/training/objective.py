@@ -4,7 +4,7 @@ N images of this process, T tokens, A alignments. State and draws are keyed as i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,7 @@ class Draws(NamedTuple):
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        t = map_times(self.t, lambda x: x[part])
-        t_averaged = None if self.t_averaged is None else map_times(self.t_averaged, lambda x: x[part])
-        keep = None if self.keep is None else self.keep[part]
-        other = None if self.other is None else rows_of(self.other, part)
-        visible = rows_of(self.visible or {}, part)
-        path = None if self.path_dropped is None else self.path_dropped[part]
-        return Draws(t, rows_of(self.noise, part), self.dropped[part], t_averaged, keep, visible, other, path)
+        return Draws._make(None if each is None else rows_of(each, part) for each in self)
 
 
 class Objective(nn.Module):
@@ -345,6 +339,8 @@ def _pixel(vector: Tensor) -> Tensor:
     return vector[:, :, None, None]
 
 
-def rows_of(state: State, part: slice) -> State:
-    """Some of the samples."""
-    return {name: value[part] for name, value in state.items()}
+def rows_of(values: Any, part: slice) -> Any:
+    """Some of the samples: of a tensor, of two times an image, or of each tensor of a state."""
+    if isinstance(values, dict):
+        return {name: value[part] for name, value in values.items()}
+    return values[part] if isinstance(values, Tensor) else values.map(lambda x: x[part])
