@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from repa.models.jit import BottleneckEmbedding
 from repa.models.layers import (
     PatchEmbedding,
     attend,
@@ -74,6 +75,15 @@ def test_a_patch_sees_its_neighbours_pixels():
         y, x = token // 3 * 2, token % 3 * 2
         expected = (embed.proj.weight * padded[0, :, y : y + 4, x : x + 4]).sum((1, 2, 3)) + embed.proj.bias
         torch.testing.assert_close(tokens[0, token], expected)
+
+
+@pytest.mark.parametrize("embed", [PatchEmbedding(3, 8, 2), BottleneckEmbedding(3, 5, 8, 2)])
+def test_tokens_lie_one_after_another(embed):
+    """The stream between the blocks has their layout, and a norm of any other layout copies it."""
+    found = embed(torch.randn(2, 3, 6, 4))
+    assert found.shape == (2, 6, 8)
+    assert found.is_contiguous()
+    assert torch.addcmul(found + torch.ones(1, 6, 8), torch.ones(2, 1, 8), found).is_contiguous()
 
 
 class Copies(TorchDispatchMode):

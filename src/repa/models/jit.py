@@ -25,6 +25,7 @@ from repa.models.layers import (
     adaln_zero,
     normal_matrices,
     sincos_positions,
+    tokens_of,
     unpatchify,
     xavier_linears,
     xavier_patches,
@@ -152,7 +153,7 @@ class BottleneckEmbedding(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)  # (N, T, D)
+        return tokens_of(self.proj2(self.proj1(x)))
 
 
 class MaskedAdapter(nn.Module):

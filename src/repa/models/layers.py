@@ -118,7 +118,15 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch_size + 2 * overlap, patch_size, padding=overlap)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        return tokens_of(self.proj(x))
+
+
+def tokens_of(image: Tensor) -> Tensor:
+    """(N, D, rows, columns) -> (N, T, D), written token by token.
+
+    A view would keep each channel together in memory, and so would every sum with it: all norms of the network would copy it.
+    """
+    return image.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):
