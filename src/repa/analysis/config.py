@@ -32,7 +32,7 @@ class ImagesConfig(Config):
     cache: str = ""
     """Folder for collected features, which a second call reads; empty takes RUN/analysis/cache, or the user's cache."""
     store: Literal["float32", "float16"] = "float32"
-    """Type they are kept in; float16 takes half the room."""
+    """Precision in which features are kept; float16 takes half the space."""
 
 
 class HiddenConfig(ImagesConfig):

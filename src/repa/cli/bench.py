@@ -32,7 +32,7 @@ class BenchArguments(options.Command):
     compiled: bool = False
     """Measure compiled steps too, which takes minutes."""
     rounds: int = Field(5, ge=1)
-    """Each figure is the median of so many."""
+    """Rounds of measurement; each figure is their median."""
     token_width: int = Field(768, ge=1)
     """Without data: channels of the random target tokens; DINOv2-B has 768."""
     out: str = ""

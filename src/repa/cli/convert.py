@@ -14,7 +14,7 @@ from repa.training.config import TrainConfig
 
 
 class Network(Config):
-    """What a checkpoint does not tell of its network."""
+    """What a checkpoint does not say about its network."""
 
     num_heads: int = Field(0, ge=0)
     """Attention heads; 0 = those of the named size with this width and depth."""
@@ -33,13 +33,13 @@ class ConvertArguments(options.Command):
     run: str
     """run folder to make"""
     kind: Literal["repa", "sit", "dit"] = "repa"
-    """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT. An exported folder knows."""
+    """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT; not needed for an exported folder."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS)] = AUTOENCODER
-    """Autoencoder of its latents. An exported folder knows."""
+    """Autoencoder of its latents; not needed for an exported folder."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
     model: Network = Network()
-    """What a checkpoint does not tell of its network."""
+    """What a checkpoint does not say about its network."""
     targets: tuple[str, ...] = ()
     """Encoders of a REPA's projectors, in order; empty = as the file says; without that the projectors are left out."""
     depth: int = Field(0, ge=0)

@@ -38,7 +38,7 @@ class EstimateArguments(TrainConfig, options.Command):
     devices: int = Field(8, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
-    """Which; `--tflops` and `--memory` are for others."""
+    """Device, such as h100 or rtx4090; describe another by `--tflops` and `--memory`."""
     tflops: float = Field(0.0, ge=0)
     """Peak TFLOP/s of a device in the precision of the run; 0 takes the table's."""
     memory: float = Field(0.0, ge=0)

@@ -44,7 +44,7 @@ class QuickstartArguments(options.Command):
     labels: str = ""
     """Where classes of your own images come from, as in `repa prepare --labels`; empty for the source's own."""
     resolution: Literal[0, 32, 64] = 0
-    """Side of the images in pixels; 0 takes 32, of which a few minutes show the most."""
+    """Side of the images in pixels; 0 takes 32, where a few minutes of training show the most."""
     num_steps: int = Field(0, ge=0)
     """Training steps of each run; 0 chooses by the data."""
     seed: int = 0

@@ -90,7 +90,7 @@ class DiffusionConfig(Config):
     path: Annotated[str, Spec(PATHS)] = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
     prediction: str = "velocity"
-    """What the network answers: velocity, noise, data or score."""
+    """What the network predicts: velocity, noise, data or score."""
     timesteps: Annotated[str, Spec(TIMESTEPS)] = "uniform"
     """Distribution of the training times: uniform[:low=..,high=..] or logit_normal[:mean=..,std=..,path=..]."""
     shift: Literal["auto"] | float = 1.0
@@ -104,7 +104,7 @@ class DiffusionConfig(Config):
     velocity_cosine: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
-    """Share of an image's tokens that has its time; the others have a second one. 0: one time an image."""
+    """Share of an image's tokens at a first time; the others are at a second one (SRA, Self-Flow). 0: one time an image."""
 
     @field_validator("shift")
     @classmethod

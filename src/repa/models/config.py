@@ -161,7 +161,7 @@ class ModelConfig(Config):
     num_heads: int = Field(default=0, ge=0, le=65_536)
     """Attention heads; 0 = by name."""
     norm: Literal["layer", "rms"] = "layer"
-    """What adaLN modulates: LayerNorm without weights (DiT), or RMSNorm with one a channel (LightningDiT, RAE)."""
+    """What adaLN modulates: LayerNorm without weights (DiT), or RMSNorm with a weight for each channel (LightningDiT, RAE)."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """The MLP of a block: GELU (DiT), or SwiGLU, three matrices of two thirds of the width (LightningDiT, RAE)."""
     qk_norm: Literal["none", "layer", "rms"] = "none"
@@ -169,11 +169,11 @@ class ModelConfig(Config):
     bias: bool = True
     """Biases of queries, keys, values and the MLP; DDT has none."""
     rotary: bool = False
-    """Turn queries and keys by the row and column of their token, in addition to the fixed positions (LightningDiT, RAE)."""
+    """Rotary positions of queries and keys, in addition to the fixed ones (LightningDiT, RAE)."""
     heads: tuple[int, ...] = ()
     """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
     separate_times: bool = False
-    """Where tokens have different times (diffusion.token_times), they attend only to tokens of the same time."""
+    """If tokens have two times (diffusion.token_times), they attend only to tokens of the same time."""
     patch_overlap: int = Field(default=0, ge=0, le=1_024)
     """Pixels of its neighbours that a patch also sees and predicts on each side: half a patch removes the edges between them."""
     route: tuple[int, int] | tuple[()] = ()
@@ -181,11 +181,11 @@ class ModelConfig(Config):
     keep: float = Field(1.0, gt=0, le=1)
     """The share of an image's tokens that the blocks of the route see."""
     keep_groups: int = Field(0, ge=0, le=1_024)
-    """Keep the same share of every square group of so many tokens a side; 0: tokens from anywhere in the image."""
+    """Side, in tokens, of squares that each keep the same share; 0: kept tokens are drawn from the whole image."""
     merge: Literal["identity", "fuse"] = "identity"
     """After the route: identity, tokens that were left out come back as they left; fuse, a linear layer joins both paths."""
     path_drop: float = Field(0.0, ge=0, lt=1)
-    """Probability that an image's result of the route's blocks is thrown away, which the guidance path_drop needs."""
+    """Probability that an image skips the route's blocks, which the guidance path_drop needs."""
     text_shape: tuple[Annotated[int, Field(ge=0, le=65_536)], Annotated[int, Field(ge=0, le=65_536)]] = (0, 0)
     """Tokens of a text and their width, for networks that read text; 0 0 = taken from the data."""
     streams: tuple[tuple[str, int], ...] = ()

@@ -53,12 +53,12 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
 
 
 def quickstart() -> TrainConfig:
-    """The baseline of `repa quickstart`; its alignment is measured by a projector without influence on the network."""
+    """The baseline of `repa quickstart`; a projector that does not influence the network measures its alignment."""
     return _quickstart(measure_only=True)
 
 
 def quickstart_repa() -> TrainConfig:
-    """The aligned run of `repa quickstart`: the same network, seeds and budget, aligned to the embedded encoder."""
+    """The aligned run of `repa quickstart`: the same network, seeds and budget, aligned to the encoder inside the package."""
     return _quickstart(measure_only=False)
 
 
@@ -81,17 +81,17 @@ def _cifar10(*, measure_only: bool) -> TrainConfig:
 
 
 def cifar10() -> TrainConfig:
-    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector without influence on the network measures it."""
+    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector measures its alignment and does not influence it."""
     return _cifar10(measure_only=True)
 
 
 def cifar10_repa() -> TrainConfig:
-    """The same as cifar10, aligned to the embedded encoder `tiny`, which learned on CIFAR-10 without labels."""
+    """The same as cifar10, aligned to the encoder inside the package, `tiny`, which learned on CIFAR-10 without labels."""
     return _cifar10(measure_only=False)
 
 
 def quickstart_text() -> TrainConfig:
-    """A small MMDiT on 32-pixel photographs with captions, aligned to the embedded encoder; docs/text.md shows that it follows words."""
+    """A small MMDiT on 32-pixel photographs with captions, aligned to the encoder inside the package (docs/text.md)."""
     return TrainConfig(
         model=ModelConfig(name="SiT-S/4", backbone="mmdit", patch_overlap=2, **SIZE),
         diffusion=DiffusionConfig(prediction="data"),

@@ -22,7 +22,7 @@ class SampleConfig(Config):
     steps: int = Field(250, ge=1)
     """Steps of the sampler."""
     guidance: Guidances = ()
-    """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; none: off."""
+    """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; empty: none."""
     encoder_steps: int = Field(0, ge=0)
     """For a DDT: evaluations on which the encoder runs, chosen with a few images; the others reuse its last output. 0: all."""
     weak: str = ""
@@ -38,7 +38,7 @@ class SampleConfig(Config):
     prompt_file: str = ""
     """File of prompts: one a line, or .jsonl whose lines hold a "prompt"."""
     prompt_data: str = ""
-    """Prepared data whose captions are the prompts: image i is of the first caption of image i."""
+    """Prepared data whose captions are the prompts: the first caption of each image, in order."""
     negative_prompt: str = ""
     """The text that guidance moves samples away from; empty: the empty text."""
     text_weights: str = ""
@@ -46,8 +46,8 @@ class SampleConfig(Config):
     seed: int = 0
     """Image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
-    """Images at a time on each process, and rows that a pass of the network takes at most: with guidance by the null class two passes of
-    so many follow each other."""
+    """Images sampled at a time in each process. A pass of the network takes at most so many rows, so that guidance by the null class
+    runs two passes."""
     decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
     decoder_weights: str = ""

@@ -27,7 +27,7 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(1e-4, gt=0)
     """Learning rate, after the warm-up and before the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes to 0 at num_steps: not at all, in a straight line, or down half a cosine."""
+    """constant, or how the learning rate falls to 0 at num_steps: in a straight line, or along half a cosine."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0 in a straight line."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -44,7 +44,7 @@ class LoRAConfig(Config):
     """Fine-tuning that trains a low-rank update next to each matrix of attention and MLP, and the table of labels."""
 
     rank: int = Field(0, ge=0)
-    """Rank of the updates, such as 16; 0 trains all weights. Needs init."""
+    """Rank of the updates, such as 16; 0 trains all weights. Needs --init."""
 
 
 class PreviewConfig(Config):
@@ -61,7 +61,7 @@ class PreviewConfig(Config):
     metrics: tuple[str, ...] = ("fd",)
     """What is measured, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
     features: Annotated[str, Spec(ENCODERS, also=("inception",))] = "tiny-judge"
-    """In whose features: inception, or an encoder, another one than the runs are aligned to."""
+    """Features in which samples are measured: inception, or an encoder that the run is not aligned to."""
     sampler: Annotated[str, Spec(SAMPLERS)] = "heun"
     """Sampler of the previews."""
     num_steps: int = Field(25, ge=1)
@@ -128,7 +128,7 @@ class TrainConfig(Config):
     denoising_schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
     """Multiplier of all denoising losses over training; warmup:steps=50000 trains the alignments first (REED)."""
     head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
-    """How much the denoising loss of each of model.heads counts."""
+    """Weight of the denoising loss of each head in model.heads."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
     autoencoder_weights: str = ""
@@ -140,7 +140,7 @@ class TrainConfig(Config):
     text_weights: str = ""
     """Local folder of its weights, where it runs while training or sampling; empty takes the hub's."""
     init: str = ""
-    """Start from these weights: run folder, folder of `repa export`, repa:FILE, sit:FILE, dit:FILE. Empty: random; ?: to be given."""
+    """Start from these weights: run folder, folder of `repa export`, repa:FILE, sit:FILE, dit:FILE. Empty: random. ?: required."""
     lora: LoRAConfig = LoRAConfig()
     """Train updates of low rank instead of all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -176,7 +176,7 @@ class TrainConfig(Config):
     ema_widths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
     """Relative widths of averages with a power-function profile, kept as `ema-width-WIDTH`; 0.05 and 0.1 suit `repa ema`."""
     snapshot_every: int = Field(0, ge=0)
-    """Steps between snapshots of those, from which `repa ema` makes an average of any width; 0 keeps none."""
+    """Steps between snapshots of these averages, from which `repa ema` makes an average of any width; 0 keeps none."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the matrix products; weights, norms and losses stay float32. auto: bf16 where the machine gains from it."""
     max_skipped_steps: int = Field(20, ge=0)
