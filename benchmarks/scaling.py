@@ -4,13 +4,54 @@ python benchmarks/scaling.py --model SiT-XL/2
 """
 
 import argparse
+import math
+from dataclasses import dataclass
 
 from repa.models.config import ModelConfig
 from repa.models.cost import model_cost
-from repa.training.scaling import STRATEGIES, checkpoint, step
+from repa.runs.checkpoint import PART
+from repa.training.scaling import STRATEGIES, Machine, step
 
 TEACHER = 46.3e9  # FLOPs of DINOv2-B on one image
 STORED = 3 * 256 * 256  # bytes of one image as it is read
+
+
+@dataclass(frozen=True)
+class CheckpointSeconds:
+    """Seconds of writing and reading one, by as many processes as there are parts."""
+
+    size: float
+    writers: int
+    gather: float
+    """Whole tensors to all GPUs, and each writer's share to its memory: what training waits for with --async-save."""
+    write: float
+    verify: float
+    """Checksums, read back from memory."""
+    deal: float
+    """Read by as many processes, and sent to all, when a run is continued."""
+
+
+def checkpoint(
+    parameters: float, machines: int, gpus: int, *, host: float = 4e9, disk: float = 1.5e9, shared: float = 10e9,
+    links: float = Machine.links, network: float = 25e9,
+) -> CheckpointSeconds:  # fmt: skip
+    """Of weights, one average and two moments in float32.
+
+    Args:
+        machines, gpus: how many, and of each.
+        host: bytes a second from device to pageable memory, of one process.
+        disk: of a shared file system, one writer.
+        shared: of it, all writers together.
+        links: see `Machine`.
+        network: of one GPU's own port, through which what one process has read reaches other machines.
+    """
+    size = 16 * parameters
+    writers = min(machines * gpus, math.ceil(size / PART))
+    moved, written = size / writers / host, max(size / writers / disk, size / shared)
+    sent = size / (network if machines > 1 else links)
+    return CheckpointSeconds(
+        size, writers, size / links + moved, written, size / writers / disk, written + moved + sent
+    )
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from benchmarks.scaling import checkpoint
 
 from repa.base import dist
 from repa.models.config import ModelConfig
 from repa.models.cost import model_cost
 from repa.training import TrainConfig
 from repa.training.resolve import strategy
-from repa.training.scaling import Machine, checkpoint, faster, step
+from repa.training.scaling import Machine, faster, step
 
 PLAIN = Machine(seconds_per_tflop=1e-3, memory=4e12, links=4e11, network=2e11, latency=0.0, contention=0.0)
 P = 700e6

@@ -70,15 +70,12 @@ def _pair(rank_name: str, world_name: str) -> tuple[int, int]:
             raise UserError(
                 f"The environment variable {name} is {text!r}, not a number. {_remedy(rank_name, world_name)}"
             )
-    if len(given) == 1:
-        there = next(iter(given))
-        lacking = world_name if there == rank_name else rank_name
-        if int(given[there]) == (0 if there == rank_name else 1):  # one process, said twice
-            return 0, 1
-        if rank_name == "LOCAL_RANK":  # some launchers set one of the two
-            return (int(given[there]), int(given[there]) + 1) if there == rank_name else (0, int(given[there]))
+    rank = int(given.get(rank_name, 0))
+    world = int(given.get(world_name, rank + 1))
+    # Some launchers set one of the two local ones; of all processes one tells enough where there is one process.
+    if len(given) == 1 and world != 1 and rank_name == "RANK":
+        there, lacking = (rank_name, world_name) if rank_name in given else (world_name, rank_name)
         raise UserError(f"{there} is set, but {lacking} is not. {_remedy(rank_name, world_name)}")
-    rank, world = int(given[rank_name]), int(given[world_name])
     if rank >= world:
         raise UserError(
             f"{rank_name} is {rank}, but {world_name} is {world}: ranks are 0 to {world_name} - 1. "

@@ -1,5 +1,6 @@
 """metrics.jsonl, log.txt, TensorBoard (when installed) and Weights & Biases (when asked for): written from here, by one process."""
 
+import contextlib
 import json
 import math
 import secrets
@@ -76,8 +77,9 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
         files.write_text(run / layout.METRICS, "".join(map(_line, kept)) if resume_step else "")
-        boards = [_tensorboard(run, resume_step), WeightsAndBiases(run, project, config or {}) if project else None]
-        self.boards: list[Board] = [board for board in boards if board is not None]
+        self.boards: list[Board] = [WeightsAndBiases(run, project, config or {})] if project else []
+        with contextlib.suppress(ImportError):  # an optional extra: repa[tensorboard]
+            self.boards.append(TensorBoard(run, resume_step))
         self.metrics, self.text = _appended(run / layout.METRICS), _appended(run / layout.LOG)
 
     def row(self, kind: str, step: int, **values: Any) -> None:
@@ -142,8 +144,10 @@ class WeightsAndBiases:
 class TensorBoard:
     """Its event files, in the run's folder `tensorboard/`."""
 
-    def __init__(self, writer: Any):
-        self.writer = writer
+    def __init__(self, run: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -151,14 +155,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-def _tensorboard(run: Path, resume_step: int) -> TensorBoard | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an optional extra: repa[tensorboard]
-        return None
-    return TensorBoard(SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1))
 
 
 def _plain(value: Any) -> Any:
