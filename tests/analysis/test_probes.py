@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repa.analysis import linear_probe, probe_of_encoder, probe_of_run
-from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
+from repa.analysis.config import ProbeConfig
 from repa.analysis.hidden import spaced_rows
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
@@ -72,14 +72,14 @@ def test_epochs_of_the_heads_are_counted(run, data):
     probe_of_run(run, data, config, heads_progress=lambda *n: seen.append(n))
     assert seen == [(done, 8) for done in range(1, 9)]  # 2 noise levels, 2 blocks, 2 epochs
     seen.clear()
-    heads, images = HeadsConfig(epochs=3), ImagesConfig(num_images=0)
-    probe_of_encoder(load_encoder("tiny"), "tiny", data, images, heads, heads_progress=lambda *n: seen.append(n))
+    config = ProbeConfig(epochs=3)
+    probe_of_encoder(load_encoder("tiny"), "tiny", data, config, heads_progress=lambda *n: seen.append(n))
     assert seen == [(done, 6) for done in range(1, 7)]  # patches and pooled
 
 
 def test_a_probe_of_an_encoder_is_that_of_its_features(data):
     encoder = load_encoder("tiny")
-    rows = probe_of_encoder(encoder, "tiny", data, ImagesConfig(num_images=0), HeadsConfig(epochs=3), val=data)
+    rows = probe_of_encoder(encoder, "tiny", data, ProbeConfig(epochs=3), val=data)
     assert [row["features"] for row in rows] == ["patches", "pooled"]
     features = encoder(torch.from_numpy(data.gather("images", np.arange(40))), 4)
     labels = torch.from_numpy(data.labels)
@@ -129,7 +129,7 @@ def test_mistakes_are_sentences(run, data):
     with pytest.raises(UserError, match="2 classes at 16 pixels, .* their names must agree"):
         probe_of_run(run, data, ProbeConfig(), Rearranged(data, class_names=("light", "dark")))
     with pytest.raises(UserError, match="at least one positive number"):
-        HeadsConfig.parse({"learning_rates": (0.0,)})
+        ProbeConfig.parse({"learning_rates": (0.0,)})
 
 
 def test_a_real_network(data):

@@ -201,6 +201,16 @@ def test_frozen_and_the_same_every_time(made, name):
     assert not features.patches.requires_grad
 
 
+@pytest.mark.parametrize("name", ["dino-b", "clip-l"])
+def test_asking_for_attention_changes_no_later_features(made, name):
+    """Attention is computed by another kernel, which rounds otherwise."""
+    encoder, images = load_encoder(name, weights=made[name][0]), noise_images(64)
+    kernel, before = encoder.net.config._attn_implementation, encoder(images, 4)
+    assert set(encoder(images, 4, (1, 2)).attention) == {1, 2}
+    assert encoder.net.config._attn_implementation == kernel != "eager"
+    assert torch.equal(encoder(images, 4).patches, before.patches)
+
+
 @every
 def test_half_precision_at_any_grid(made, name):
     encoder, images = load_encoder(name, weights=made[name][0]), noise_images(48)

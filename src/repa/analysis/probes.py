@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa.analysis.collection import Load, Rows, Stages, each, share
-from repa.analysis.config import HeadsConfig, ImagesConfig, ProbeConfig
+from repa.analysis.config import HeadsConfig, ProbeConfig
 from repa.analysis.features import features_in, features_of_encoder, field, hidden_of_run
 from repa.analysis.hidden import check_run, device_of, spaced_rows
 from repa.base import rng
@@ -116,29 +116,25 @@ def probe_of_encoder(
     encoder: VisionEncoder,
     spec: str,
     data: DataSet,
-    config: ImagesConfig,
-    heads: HeadsConfig,
-    *,
-    seed: int = 0,
-    grid: int = 0,
+    config: ProbeConfig,
     val: DataSet | None = None,
     progress: Progress = silent,
     heads_progress: Progress = silent,
 ) -> Rows:
     """Rows {features, lr, top1, top5} of a frozen encoder: of its averaged patches, and of its own pooled features if it has any.
 
-    `grid` 0 takes the encoder's own for this resolution. Progress is told as by `probe_of_run`.
+    Progress is told as by `probe_of_run`.
     """
-    images = ProbeImages.of(data, val, config.num_images, seed)
+    images = ProbeImages.of(data, val, config.num_images, config.seed)
     stages = Stages(progress, images.sizes)
-    grid = grid or encoder.grid_for(data.resolution)
+    grid = encoder.grid_for(data.resolution)
     names = features_in(encoder, data, grid)
     loads = images.collect(functools.partial(features_of_encoder, encoder, spec, grid, names, config), stages)
     device = next(encoder.parameters()).device
-    epochs = Stages(heads_progress, [heads.epochs] * share(len(names)))
+    epochs = Stages(heads_progress, [config.epochs] * share(len(names)))
 
     def probed(name: str) -> Rows:
-        found = probe_rows(images, [load(name) for load in loads], heads, seed, device, epochs.next())
+        found = probe_rows(images, [load(name) for load in loads], config, config.seed, device, epochs.next())
         return [{"features": name, **row} for row in found]
 
     return each(names, probed)

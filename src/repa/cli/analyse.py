@@ -12,7 +12,6 @@ from repa.analysis.config import (
     FOLDER,
     DepthConfig,
     EncodersConfig,
-    ImagesConfig,
     ProbeConfig,
     RunCheckpoint,
     SimilarityConfig,
@@ -207,14 +206,12 @@ def probe(argv: list[str], held: ExitStack) -> int:
             run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs")
         ),
     )
-    data, images = open_data(given.data), options.part(ImagesConfig, given)
+    data = open_data(given.data)
     for spec in given.encoders:
         encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
         with Bars() as bars:
-            found = probe_of_encoder(
-                encoder, spec, data, images, config, seed=config.seed, val=val, progress=bars.of(spec),
-                heads_progress=bars.of(f"heads of {spec}", "epochs"),
-            )  # fmt: skip
+            progress = bars.of(spec), bars.of(f"heads of {spec}", "epochs")
+            found = probe_of_encoder(encoder, spec, data, config, val, *progress)
         rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
     tables.write(out, tables.how("probe", given), rows)
     # One line for each place: the rates are a grid over which a head is chosen, and only files hold them all.

@@ -55,9 +55,14 @@ class ViTEncoder(VisionEncoder):
             raise UserError(
                 f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked for."
             )
-        # The fused kernels keep no probabilities.
+        # The fused kernels keep no probabilities. They are what the next call finds again: features must not depend on what was
+        # asked for before, as when a term of attention ends in the middle of a training.
+        fused = self.net.config._attn_implementation
         self.net.set_attn_implementation("eager")
-        output = self._run(pixels, grid, output_attentions=True)
+        try:
+            output = self._run(pixels, grid, output_attentions=True)
+        finally:
+            self.net.set_attn_implementation(fused)
         attention = {}
         for layer in layers:
             patches = output.attentions[layer - 1][:, :, self.prefix :, self.prefix :].float()  # (N, h, G*G, G*G)
