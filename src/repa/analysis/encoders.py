@@ -96,6 +96,7 @@ def compare_encoders(
 
 def _speed(encoder: VisionEncoder, data: DataSet, grid: int, batch_size: int) -> float:
     """Images a second that the encoder takes, resizing included; after one batch that does not count."""
+    # The images lie on the device already: their way there is the data's, not the encoder's.
     images = pixels(data, np.arange(min(batch_size, data.num_images))).to(next(encoder.parameters()).device)
     _wait_for(encoder, images, grid)
     begin, done = time.perf_counter(), 0

@@ -16,6 +16,7 @@ from repa.runs import LoadedRun
 
 def spaced_rows(data: DataSet, num: int) -> np.ndarray:
     """`num` rows evenly over the data, which lies class by class; all when num is 0 or more than there are. No mirrored copies."""
+    # In order and not drawn: neighbouring rows are of one class, so even spacing takes of each class its share.
     originals = data.originals
     return originals.start + originals.step * evenly(len(originals), num or len(originals))
 
@@ -136,6 +137,7 @@ def collect_hidden(
     seen = 0
     for batch in latents:
         x = batch.to(parameter.device)
+        # By number and not by place in the batch: another batch size, or a part of the rows alone, gives the same noise.
         numbers = range(seen, seen + len(x)) if streams is None else streams[seen : seen + len(x)]
         x_t, times = noised(path, x, numbers, t, seed)
         hidden = hidden_states(model, x_t, network_time(times), taps)

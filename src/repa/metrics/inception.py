@@ -78,7 +78,7 @@ class InceptionV3(nn.Module):
                 x, branch1x1 = self._convolved(x)
             pool = x.float().mean((2, 3))  # (N, 2048)
             spatial = branch1x1[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
-            return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)
+            return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)  # the ADM evaluator leaves the bias out
 
     def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, 299, 299) -> what is pooled, and what sFID compares."""
@@ -105,7 +105,7 @@ def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
 def _mix(images: Tensor, dim: int, side: int) -> Tensor:
     size = images.shape[dim]
     place = torch.arange(side, device=images.device, dtype=torch.float32) * (size / side)  # float32 as in TensorFlow
-    low = place.long().clamp(max=size - 1)
+    low = place.long().clamp(max=size - 1)  # rounding may put the last place on the edge itself
     high = (low + 1).clamp(max=size - 1)
     share = (place - low).view([-1 if d == dim else 1 for d in range(images.ndim)])
     first, second = images.index_select(dim, low), images.index_select(dim, high)

@@ -39,6 +39,7 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"There is no file {weights} with Inception's weights: give the path of {FILE}.")
     path = Path(weights) if weights is not None else _cached()
+    # Part of every figure's record: only by the published weights can it be compared with a paper's.
     checksum = files.sha256(path)
     if weights is None and not checksum.startswith(SHA256):
         raise UserError(f"{path} is damaged: its checksum does not begin with {SHA256}. Remove it and run again.")

@@ -44,6 +44,7 @@ def precision_recall(
     centre = reference.float().mean(0)  # distances do not change, and |u|^2 - 2uv + |v|^2 cancels less
     reference, samples = reference.float() - centre, samples.to(reference.device).float() - centre
     rank, world = (dist.rank(), dist.world()) if over_processes else (0, 1)
+    # TF32 would round differences of near features away, and those decide.
     with exact_float32(reference.device):
         reach_reference, reach_samples = (_reach(features, k, rank, world) for features in (reference, samples))
         pairs = islice(product(_blocks(reference, BLOCK), _blocks(samples, BLOCK)), rank, None, world)
@@ -120,6 +121,7 @@ def _reach(features: Tensor, k: int, rank: int, world: int) -> Tensor:
 
 def _keep_smallest(nearest: Tensor, rows: slice, distances: Tensor) -> None:
     k = nearest.shape[1]
+    # First the k of the block: sorting them with those found so far costs 2 k and not a whole row.
     few = distances.topk(min(k, distances.shape[1]), dim=1, largest=False, sorted=False).values
     nearest[rows] = torch.cat([nearest[rows], few], 1).topk(k, dim=1, largest=False, sorted=False).values
 

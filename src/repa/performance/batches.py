@@ -114,7 +114,7 @@ class Synthetic:
 
     def batch(self, config: TrainConfig, device: torch.device, resolution: int) -> Batch:
         num, side, channels = config.batch_size, config.model.latent_size, config.model.latent_channels
-        stream = torch.Generator().manual_seed(0)
+        stream = torch.Generator().manual_seed(0)  # of the CPU: the same batch on every device
         moments = torch.randn(num, 2 * channels, side, side, generator=stream)
         images = torch.randint(256, (num, 3, resolution, resolution), generator=stream, dtype=torch.uint8)
         labels = torch.randint(max(1, config.model.num_classes), (num,), generator=stream)

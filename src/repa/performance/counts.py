@@ -40,9 +40,10 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         two = TwoTimes(torch.zeros(num, 2), torch.zeros(num, tokens, dtype=torch.bool))
         t = two if config.diffusion.token_times else zeros
         cleanest = any(target.cleanest for target in objective.averaging)
+        # Neither values nor weights change what is computed: zeros stand for all of them.
         draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
         condition = model.completed(random_condition(config, zeros.long()))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:  # the backward within: its products are counted as they run
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
             objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
     return counter.get_total_flops() // num
@@ -79,6 +80,7 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     routed, routed_block = (route.last - route.first + 1 if route else 0), 0
     with FakeTensorMode():
         one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
+        # The difference is a block's: what lies before, behind and in the terms is in both.
         block = two - one
         if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
             first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
@@ -112,6 +114,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
 
     def forward(num: int) -> Tensor:
         state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
+        # Whether a tensor is saved depends on types and graph alone: any numbers will do.
         two = TwoTimes(torch.rand(num, 2), torch.rand(num, tokens) < 0.5)
         t = two if config.diffusion.token_times else torch.rand(num)
         keep = placeholder(model.route, num, model.grid)
@@ -153,6 +156,7 @@ def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:
     storages: dict[int, torch.UntypedStorage] = {}  # by identity; kept alive, so that no two have the same
 
     def pack(tensor: Tensor) -> Tensor:
+        # Views share a storage, which is kept once however many of them are saved.
         if all(tensor.shape[-2:] != (number, number) for number in num_tokens):
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor

@@ -31,7 +31,7 @@ from repa.training.scaling import faster
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
 """Stored forms of tokens that are compared."""
 RECOMPUTED = 4 / 3
-"""Arithmetic of a step with activation checkpointing, which runs the forward twice, to one without."""
+"""Arithmetic of a step with activation checkpointing, which runs the forward twice, to one without: (1 + 1 + 2) / (1 + 2)."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ class Estimate:
         """The strategy, in machines of at most eight devices."""
         if self.config.parallel != "auto":
             return self.config.parallel
-        local = min(8, self.num_devices)
+        local = min(8, self.num_devices)  # devices of one machine, which a fast link joins
         flops, images = self.step_flops + self.encoder_flops, self.config.batch_size / self.num_devices
         return faster(self.network.parameters, flops, images, self.num_devices // local, local)
 
     def memory(self, *, cached: bool) -> dict[str, float]:
         """Bytes on each device by what they hold."""
+        # FSDP divides within a machine and keeps a copy in each: see training/parallel.py.
         divided = min(8, self.num_devices) if self.parallel == "fsdp" else 1
         trained = self.network.parameters + self.projectors.parameters
         averages = 1 + len(self.config.ema_decays) + len(self.config.ema_widths)
@@ -108,11 +109,11 @@ class Estimate:
         half = self.config.precision != "fp32"
         encoders = sum(encoder.cost.parameters for encoder in self.encoders.values()) * (2 if half else 4)
         return {
-            "weights": 4 * trained / divided,
+            "weights": 4 * trained / divided,  # float32
             "gradients": 4 * trained / divided,
-            "AdamW": 8 * trained / divided,
+            "AdamW": 8 * trained / divided,  # two float32 moments
             "averages": 4 * averages * self.network.parameters / divided,
-            "weights in half precision": 2.0 * trained * half,
+            "weights in half precision": 2.0 * trained * half,  # autocast keeps its copies until the step ends
             "activations": images * self.activations,
             "autoencoder": 4 * self.autoencoder.cost.parameters,
             "encoders": 0 if cached else encoders,
@@ -155,6 +156,7 @@ def estimate(
             f"{config.accumulate} parts: choose another batch_size."
         )
     autoencoder = autoencoder_cost(config.autoencoder, resolution, config.autoencoder_weights or None)
+    # What training reads off the data is known here from the autoencoder's shape.
     facts = {"latent_size": resolution // autoencoder.factor, "latent_channels": autoencoder.channels}
     for name, value in facts.items():
         if getattr(config.model, name) not in (0, value):
@@ -193,6 +195,7 @@ def short_passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> 
 
 
 def _passes(steps: int, guidance: Sequence[str], shift: float) -> Counter[str]:
+    # One pass serves several predictions: the heads come with the conditional one.
     chain = Chain([GUIDANCES.build(spec) for spec in guidance])
     times = sde_grid(steps, shift=shift).tolist()[:-1]
     return Counter(name for t in times for name in {pass_of(name) for name in chain.needs(t)})
@@ -224,7 +227,9 @@ def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
             hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
             context = ProjectorContext(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
         cost = cost_of(term, functools.partial(term.project, hidden, context))
-        if alignment.projector_of:
+        if (
+            alignment.projector_of
+        ):  # shared: its parameters are those of the term that owns it, its products are its own
             cost = cost._replace(parameters=0)
         total = Cost(*map(sum, zip(total, cost, strict=True)))
     return total

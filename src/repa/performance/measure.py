@@ -98,7 +98,7 @@ class MeasuredStep:
 
     def average(self) -> None:
         """The averages' part of `advance` once more."""
-        never = torch.zeros((), device=self.device)
+        never = torch.zeros((), device=self.device)  # skipped: an update that the guard refused moves no average
         for average in (self.state.ema, *self.state.averages.values()):
             average.update(self.state.step, never)
 
@@ -138,6 +138,7 @@ def measure(step: MeasuredStep, rates: Mapping[str, float], rounds: int) -> Meas
     seconds = statistics.median(timed(run, device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    # After the whole step, whose kernels they share: none of them is the first to run.
     parts = [step.parts() for _ in range(max(1, rounds // 2))]
     of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}

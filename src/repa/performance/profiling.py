@@ -101,6 +101,7 @@ def device_state(device: torch.device) -> dict[str, str]:
     """Clock, power, temperature and what throttles, as the driver's tool tells them; nothing where there is none."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
+    # Beside a rate: a device that is hot or at its limit of power multiplies slower, and nothing else shows it.
     asked = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
     command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:
@@ -141,6 +142,7 @@ def observed(
         step = MeasuredStep(config, source, device)
         figures = measure(step, rates, rounds)
         profile = profiled(step, device, trace=trace)
+    # Products of a block are narrower than the square one that the rate is of: how much of it they can reach at all.
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}
     row = {
         **figures.row(), "compile_scope": config.compile_scope if config.compile else "", "profile": vars(profile),
