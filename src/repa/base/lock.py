@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from repa.base import files
 from repa.base.errors import UserError
 
@@ -17,53 +19,34 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, on w
 TRIES = 20  # to share a lock, in a second
 
 
-def take(path: Path, *, wait: bool = False, share: bool = False) -> int | None:
-    """Lock a file, alone or together with others that share it: an open handle, or None when another process has it.
-
-    `release` gives it back, and so does the end of the process, whatever ends it.
-    """
-    import fcntl  # absent on Windows, where the rest of the package may be imported
-
+def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
+    """Lock a file; None when another process has it. `release` gives it back, and so does the end of the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, kind)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                warnings.warn(
-                    f"The file system of {path} has no locks: see that no other command writes it.", stacklevel=2
-                )
-                return handle
-            os.close(handle)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return None
+    # Taken by one thread, given back by another; a soft lock, a file that is there or not, would outlive a killed holder.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
-        # Opened and then removed by the last holder: a lock on a file without a name would keep nobody out.
-        if os.fstat(handle).st_nlink:
-            return handle
-        os.close(handle)
+    return lock
 
 
-def release(handle: int) -> None:
-    import fcntl
-
-    # Unlocked and not only closed: a process that was forked meanwhile has the same handle.
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+def release(lock: BaseFileLock) -> None:
+    lock.release(force=True)
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock and hold it in the block."""
-    handle = take(path, wait=True)
-    assert handle is not None  # it was waited for
+    lock = take(path, wait=True)
+    assert lock is not None  # it was waited for
     try:
         yield
     finally:
-        release(handle)
+        release(lock)
 
 
 def lock_of(target: Path) -> Path:
@@ -87,57 +70,88 @@ def alone(target: Path, doing: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it; the sentence says which, where and since when.
     """
-    with _holding(target, doing):
-        place = Path(os.path.abspath(target))  # "." has no name
-        files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
+    path = lock_of(target)
+    files.require_place(path.parent, target)
+    lock = take(path)
+    if lock is None:
+        raise UserError(
+            f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
+        )
+    if not lock.is_locked:
+        warnings.warn(f"The file system of {target} has no locks: see that no other command writes it.", stacklevel=3)
+    place = Path(os.path.abspath(target))  # "." has no name
+    files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
+    try:
+        # A record for others; the lock holds without it, on a full disk too.
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
         yield
-
-
-def shared(target: Path, doing: str) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a folder together with others that share it, while nobody is `alone` there; see `alone`."""
-    return _holding(target, doing, share=True)
+    finally:
+        # Removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        release(lock)
 
 
 @contextlib.contextmanager
-def _holding(target: Path, doing: str, *, share: bool = False) -> Iterator[None]:
+def shared(target: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a folder together with others that share it, while nobody is `alone` there.
+
+    It is the same file as `alone` locks, which filelock's ReadWriteLock, a SQLite database, could not be.
+
+    Args:
+        target: what is written.
+        doing: the command, for others: "repa prepare".
+
+    Raises:
+        UserError: another process holds it alone; the sentence says which, where and since when.
+    """
+    import fcntl  # absent on Windows, where the rest of the package may be imported
+
     path = lock_of(target)
     files.require_place(path.parent, target)
-    handle = take(path, share=share)
-    for _ in range(TRIES if share else 0):
-        # Whoever leaves has it alone for a moment, see `_is_last`.
-        if handle is None:
-            time.sleep(1 / TRIES)
-            handle = take(path, share=True)
+    handle = _share(path)
     if handle is None:
         raise UserError(
             f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
         )
     try:
-        # A record for others; the lock holds without it, on a full disk too.
-        record = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
         with contextlib.suppress(OSError):
-            path.write_text(json.dumps(record), encoding="utf-8")
+            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
         yield
     finally:
-        try:
-            # Removed while it is held: whoever waits finds that the file has no name any more, and looks again.
-            if _is_last(handle):
-                path.unlink()
-        except OSError:
-            pass  # it stays, and keeps nobody out
-        finally:
-            release(handle)
+        with contextlib.suppress(OSError):
+            # The last one removes the file: to lock it alone fails while others share it.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        os.close(handle)
 
 
-def _is_last(handle: int) -> bool:
-    """Whether nobody shares this lock, which the process then has alone."""
+def _share(path: Path) -> int | None:
+    """An open file with a shared lock; None when a process has it alone. Tried for a second: who leaves looks whether it is the last."""
     import fcntl
 
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in NO_LOCKS
-    return True
+    for _ in range(TRIES):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return handle
+            os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            time.sleep(1 / TRIES)
+            continue
+        # Opened and then removed by the last holder: a lock on a file without a name would keep nobody out.
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
+    return None
+
+
+def _record(doing: str) -> dict[str, str | int]:
+    return {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
 
 
 def _holder(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
+from filelock import BaseFileLock
 
 from repa.base import files, lock
 from repa.base.ahead import by_processes, by_threads
@@ -272,7 +273,7 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
     total = sum(nums[k] for k in share)
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    claims: dict[int, list[int]] = {}
+    claims: dict[int, list[BaseFileLock]] = {}
     pieces, made = (
         _claimed(job, mine, claims, counter),
         functools.partial(encode, models=models, skip_bad=config.skip_bad),
@@ -294,7 +295,7 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
 
 
 def _claimed(
-    job: Job, mine: Mapping[int, Sequence[str]], claims: dict[int, list[int]], counter: Counter
+    job: Job, mine: Mapping[int, Sequence[str]], claims: dict[int, list[BaseFileLock]], counter: Counter
 ) -> Iterator[Piece]:
     """Pieces of the shards of `mine`, each of which is claimed as its first piece is asked for.
 
