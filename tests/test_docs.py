@@ -88,7 +88,8 @@ def test_every_file_says_what_it_is_and_every_room_is_in_the_architecture():
     rooms = set(re.findall(r"^\| `(\w+)` \|", READ[ROOT / "docs/architecture.md"], re.M))
     assert rooms == {path.parent.name for path in (ROOT / "src/repa").glob("*/__init__.py")}
     for path in sorted((ROOT / "src/repa").rglob("*.py")):
-        assert ast.get_docstring(ast.parse(path.read_text())), path
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        assert first.endswith((".", "?", "!")), f"{path}: {first}"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Long analyses: features collected once, in chunks on disk that a kill spares; work shared by processes and counted.
+"""Long analyses: features collected once, in chunks on disk that survive a kill; work shared by processes and counted.
 
 CACHE/1f3a.../               one folder for what the features are a function of, which identity.json says
   depth08-000000000-9f2c....npy   rows 0 to CHUNK - 1 of one field, float32 or float16, and their checksum

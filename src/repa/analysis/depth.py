@@ -1,4 +1,4 @@
-"""A run block by block: likeness of its hidden states to an encoder (CKNNA, CKA), and the prediction without a block.
+"""A run block by block: similarity of its hidden states to an encoder (CKNNA, CKA), and the prediction without a block.
 
 The prediction moves far where a block that it needs is left out (AG-REPA, arXiv 2603.01006): where to align.
 """

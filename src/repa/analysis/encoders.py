@@ -1,4 +1,4 @@
-"""Which encoder should I align to? Spatial structure, linear probe, likeness to the others, speed and size, in one table."""
+"""Which encoder should I align to? Spatial structure, linear probe, similarity to the others, speed and size, in one table."""
 
 import functools
 import time

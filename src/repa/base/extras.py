@@ -1,4 +1,4 @@
-"""Packages that only a part of repa needs: a missing one is answered with the line to type."""
+"""Packages that only a part of repa needs: for a missing one the error prints the line to type."""
 
 import importlib
 from importlib.util import find_spec

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # what -> module of cli, sentence
 WHATS = {
-    "cknna": ("analyse", "likeness of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
+    "cknna": ("analyse", "similarity of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
     "probe": ("analyse", "linear probe of hidden states at every depth and noise level, and of encoders"),
-    "encoders": ("analyse", "which encoder to align to: structure, probe, likeness, speed and size in one table"),
+    "encoders": ("analyse", "which encoder to align to: structure, probe, similarity, speed and size in one table"),
     "depth": ("analyse", "how far the prediction moves when a block is left out: where to align"),
     "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, next to the images"),
     "progress": ("analyse_pictures", "samples of several checkpoints and runs from the same noise"),
@@ -127,7 +127,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
 
 class EncodersArguments(EncodersConfig, options.Command):
     """Which encoder should I align to? Spatial structure (LDS, CDS, RMSC: the higher, the more an encoder helped in
-    the study that proposed them), linear probe, likeness to the others, speed on this machine and size of stored
+    the study that proposed them), linear probe, similarity to the others, speed on this machine and size of stored
     tokens.
     """
 

@@ -1,5 +1,4 @@
-"""Tables of facts about encoders, free of torch: what differs between the vision transformers of REPA's Table 2 and a few
-younger ones, and for people who choose one, what each encoder of the registry is and needs.
+"""What each encoder of the registry is and needs, and how the vision transformers differ, as tables free of torch.
 
 Which tokens, which pixels and which file: the reference code of REPA, where it has the encoder; for SigLIP and DINOv3, which it
 does not have, the projects' own preprocessing. docs/encoders.md shows the table to people.

@@ -1,5 +1,6 @@
-"""Results in the layout of the paper's tables (Iter., FID, sFID, IS, Prec., Rec., Acc.), one for each way of measuring; the tables
-as cells of the page, as Markdown and as CSV."""
+"""Results in the layout of the paper's tables (Iter., FID, sFID, IS, Prec., Rec., Acc.), one for each way of measuring.
+
+The tables are cells of the page, Markdown and CSV."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

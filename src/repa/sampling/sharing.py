@@ -1,4 +1,4 @@
-"""On which evaluations of a sampler the encoder of a DDT runs (arXiv 2504.05741): those whose findings serve the following ones best."""
+"""On which evaluations of a sampler the encoder of a DDT runs (arXiv 2504.05741): those whose output serves the following ones best."""
 
 from collections.abc import Callable
 from dataclasses import replace
