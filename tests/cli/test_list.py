@@ -6,7 +6,7 @@ import pytest
 
 from repa.base.errors import FITS, choices
 from repa.cli import main
-from repa.cli.list import registries
+from repa.cli.list import REGISTRIES
 from repa.cli.show import shown_names
 from repa.encoders import ENCODERS, load_encoder
 from repa.encoders.families import GRID, PACKAGED, facts_of
@@ -23,8 +23,8 @@ def printed(capsys):
 
 def test_every_kind_says_what_its_names_are(printed):
     kinds = printed("list").split()
-    assert set(registries()) < set(kinds)
-    for kind, registry in registries().items():
+    assert set(REGISTRIES) < set(kinds)
+    for kind, registry in REGISTRIES.items():
         lines = printed("list", kind).splitlines()
         for name in registry:
             line = next(line for line in lines if line.split(" ")[0] == name)

@@ -10,7 +10,7 @@ from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
-from repa.encoders.loading import check_pairs, weights_for
+from repa.encoders.loading import LocalWeights, weights_for
 from repa.runs import layout
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
 
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-judge")
     """Vision encoders."""
-    encoder_weights: tuple[str, ...] = ()
+    encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
     grid: int = Field(0, ge=0)
     """Side of the token grid; 0 takes each encoder's own for this resolution."""
@@ -130,12 +130,6 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
         if not specs or len(set(specs)) < len(specs):
             raise ValueError(f"encoders {list(specs)} must be at least one, each named once")
         return specs
-
-    @field_validator("encoder_weights")
-    @classmethod
-    def _pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
-        check_pairs(pairs)
-        return pairs
 
     def idle(self) -> dict[str, str]:
         unread = ("neighbours", "variant") if len(self.encoders) == 1 else ()

@@ -21,7 +21,7 @@ from repa.base.errors import UserError, choices
 from repa.cli import options, tables
 from repa.cli.console import Bars, say, speaks
 from repa.encoders import ENCODERS
-from repa.encoders.loading import check_pairs, weights_for
+from repa.encoders.loading import LocalWeights, weights_for
 
 if TYPE_CHECKING:
     from repa.data import DataSet
@@ -110,7 +110,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
     """run folders, or encoders by name"""
     val: str = ""
     """Folder of prepared data to test on; empty keeps a fifth of --data for it."""
-    encoder_weights: tuple[str, ...] = ()
+    encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
     @property
@@ -179,7 +179,6 @@ def depth(argv: list[str], held: ExitStack) -> int:
 def probe(argv: list[str], held: ExitStack) -> int:
     given = options.parse(ProbeArguments, argv)
     config = options.part(ProbeConfig, given)
-    check_pairs(given.encoder_weights)
     for name in given.encoders:
         if "/" in name:  # a mistyped folder, which no encoder is called like
             raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")

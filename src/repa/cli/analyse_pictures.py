@@ -12,7 +12,7 @@ from repa.base.registry import Spec
 from repa.cli import options, tables
 from repa.cli.console import ProgressBar, say, short, speaks
 from repa.encoders import ENCODERS
-from repa.encoders.loading import check_pairs, weights_for
+from repa.encoders.loading import LocalWeights, weights_for
 from repa.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PicturesArguments(options.CheckpointOfRun):
     """Folder of prepared data."""
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny",)
     """Vision encoders to show next to the run; `--encoders` alone shows none."""
-    encoder_weights: tuple[str, ...] = ()
+    encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1; empty takes a quarter, half, three quarters and all of the network."""
@@ -93,7 +93,6 @@ class NeighboursArguments(NeighboursConfig, options.Command):
 
 def pictures(argv: list[str], held: ExitStack) -> int:
     given = options.parse(PicturesArguments, argv)
-    check_pairs(given.encoder_weights)
     (checkpoint,) = checkpoints_of([given.run], [] if given.step is None else [given.step])
     out = tables.output(held, given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np

@@ -7,6 +7,7 @@ from pydantic import Field
 from repa.base import files
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
+from repa.encoders.loading import LocalWeights
 
 
 class CheckArguments(options.Command):
@@ -26,7 +27,7 @@ class CheckArguments(options.Command):
     """Images that are encoded again."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty: they are looked for where `repa prepare` found them."""
-    feature_weights: tuple[str, ...] = ()
+    feature_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
     def idle(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import AfterValidator
 
+from repa.base.config import option
 from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
@@ -87,7 +88,7 @@ def _allowed(before: list[str], word: str) -> Iterable[str]:
 def _of_command(cls: type[options.Command], rest: list[str], word: str) -> Iterable[str]:
     """Options, the values of one, or what a word without an option may be."""
     if word.startswith("-"):
-        return [f"--{name.replace('_', '-')}" for name in (*options.names(cls), "help")]
+        return [option(name) for name in (*options.names(cls), "help")]
     flags = [index for index, each in enumerate(rest) if each.startswith("--")]
     if flags:
         return _values(options.annotation(cls, rest[flags[-1]][2:], whole=True))

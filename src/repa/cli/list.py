@@ -3,10 +3,19 @@
 import functools
 from collections.abc import Callable
 
+from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS, TOKEN_NORMS
+from repa.autoencoders import AUTOENCODERS
 from repa.base.errors import UserError, choices
 from repa.base.registry import Registry
 from repa.cli import options
 from repa.cli.console import say, table
+from repa.conditions import TEXT_ENCODERS
+from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, TIMESTEPS
+from repa.encoders import ENCODERS
+from repa.encoders.families import facts_of
+from repa.models import BACKBONES
+from repa.models.config import dimensions, model_names
+from repa.recipes import RECIPES
 
 NOTES = {
     "autoencoders": 'All but pixels need pip install "repa[latents]"',
@@ -14,6 +23,11 @@ NOTES = {
     "text-encoders": 'All but tiny-text need pip install "repa[encoders]"',
 }
 
+_EVERY = (
+    AUTOENCODERS, BACKBONES, ENCODERS, GUIDANCES, LOSSES, PATHS, PROJECTORS, SAMPLERS, SCHEDULES, TARGETS, TEXT_ENCODERS,
+    TIME_WEIGHTS, TIMESTEPS, TOKEN_NORMS,
+)  # fmt: skip
+REGISTRIES = {registry.listing: registry for registry in _EVERY}  # by the word after `repa list`
 Groups = dict[str, list[tuple[str, ...]]]  # heading -> rows: a name, and what there is to say about it
 
 
@@ -39,23 +53,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def registries() -> dict[str, Registry]:
-    """The word after `repa list` -> its names."""
-    from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS, TOKEN_NORMS
-    from repa.autoencoders import AUTOENCODERS
-    from repa.conditions import TEXT_ENCODERS
-    from repa.diffusion import GUIDANCES, PATHS, SAMPLERS, TIMESTEPS
-    from repa.encoders import ENCODERS
-    from repa.models import BACKBONES
-
-    every = (AUTOENCODERS, BACKBONES, ENCODERS, GUIDANCES, LOSSES, PATHS, PROJECTORS, SAMPLERS, SCHEDULES, TARGETS,
-             TEXT_ENCODERS, TIME_WEIGHTS, TIMESTEPS, TOKEN_NORMS)  # fmt: skip
-    return {registry.listing: registry for registry in every}
-
-
 def kinds() -> dict[str, Callable[[], Groups]]:
     found: dict[str, Callable[[], Groups]] = {
-        listing: functools.partial(_entries, registry) for listing, registry in registries().items()
+        listing: functools.partial(_entries, registry) for listing, registry in REGISTRIES.items()
     }
     found |= {"encoders": _encoders, "models": _models, "recipes": _recipes}
     return dict(sorted(found.items()))
@@ -67,9 +67,6 @@ def _entries(registry: Registry) -> Groups:
 
 def _encoders() -> Groups:
     """By the extra that they need."""
-    from repa.encoders import ENCODERS
-    from repa.encoders.families import facts_of
-
     headings = {
         "": "Inside the package",
         "judge": 'With pip install "repa[judge]"',
@@ -87,15 +84,11 @@ def _encoders() -> Groups:
 
 
 def _models() -> Groups:
-    from repa.models.config import dimensions, model_names
-
     rows = [("name", "width", "blocks", "heads", "patch")]
     return {"": rows + [(name, *map(str, dimensions(name))) for name in model_names()]}
 
 
 def _recipes() -> Groups:
-    from repa.recipes import RECIPES
-
     groups: Groups = {}
     for name, recipe in RECIPES.items():
         groups.setdefault(recipe.group, []).append((name, recipe.about))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
 
-from repa.base.config import Config, refuse_idle
+from repa.base.config import Config, option, refuse_idle
 from repa.base.errors import UserError, nearest
 
 HELP = ("-h", "--help")
@@ -68,7 +68,7 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
     _place(start, words, cls)
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
-            shown = name if name in [p.rstrip(".") for p in cls.positional] else f"--{name.replace('_', '-')}"
+            shown = name if name in [p.rstrip(".") for p in cls.positional] else option(name)
             raise UserError(
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
@@ -97,9 +97,8 @@ def print_help(cls: type[Command], values: Config | None) -> None:
     given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
-    ordered = cast(
-        "type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__})
-    )  # what must be given stands on top
+    # What must be given stands on top.
+    ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
     # tyro colours its page on a terminal whatever NO_COLOR says: other outputs get none
     page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
@@ -186,10 +185,9 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
     initials = ["".join(piece[0] for piece in end.split("_")) for end in ends]
     tails = [end if word.endswith(f"_{end}") else "" for end in ends]  # --encoder-depth
     for sought, spellings in ((word, ends), (word, initials), (max(tails, key=len) or None, tails)):
-        if same := [f"--{name.replace('_', '-')}" for name, end in zip(every, spellings, strict=True) if end == sought]:
+        if same := [option(name) for name, end in zip(every, spellings, strict=True) if end == sought]:
             return f" Did you mean {' or '.join(map(repr, same))}?"
-    meant = [".".join([*parts[:-1], name]) for name in fields]
-    return nearest(f"--{'.'.join(parts)}".replace("_", "-"), [f"--{name}".replace("_", "-") for name in meant])
+    return nearest(option(".".join(parts)), [option(".".join([*parts[:-1], name])) for name in fields])
 
 
 def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
@@ -209,8 +207,8 @@ def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
     """The value of a flag out of the words after it, and the words that are not its own."""
     if _is_model(annotation):
-        names = ", ".join(f"--{flag}.{name}".replace("_", "-") for name in annotation.model_fields)
-        raise UserError(f"--{flag} is set part by part: {names}.")
+        names = ", ".join(option(f"{flag}.{name}") for name in annotation.model_fields)
+        raise UserError(f"--{flag} stands for several options: give {names}.")
     if typing.get_origin(annotation) is tuple:
         types = typing.get_args(annotation)
         if Ellipsis in types:

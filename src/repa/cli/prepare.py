@@ -1,6 +1,7 @@
 """`repa prepare SOURCE DATA ...`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,9 @@ def main(argv: list[str]) -> int:
 
 def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
     """Prepare in this process: its share of the work, when torchrun started several. Returns whether the data are whole now."""
-    from repa.base import dist
     from repa.data import prepare
 
-    rank, world = _place()
-    with ProgressBar(_title(out, rank, world), "images") as bar:
-        manifest = prepare(
-            source, out, config, only=only, rank=rank, world=world, progress=bar, device=dist.own_device()
-        )
-    _tell(out, manifest)
-    return manifest is not None
+    return _work(out, "images", partial(prepare, source, out, config, only=only)) is not None
 
 
 def _add(folder: Path, given: PrepareArguments) -> None:
@@ -129,23 +123,36 @@ def _add(folder: Path, given: PrepareArguments) -> None:
         raise UserError(
             f"--only {wrong[0]} needs the source too: only features:ENCODER and text come from what is stored."
         )
-    from repa.base import dist
     from repa.data import add_features, add_text
 
-    (rank, world), device = _place(), dist.own_device()
     if TEXT in given.only:
-        with ProgressBar(_title(folder, rank, world), "shards") as bar:
-            manifest = add_text(
-                folder, given.text, weights=given.text_weights, form=given.text_form, rank=rank, world=world, progress=bar, device=device,
-            )  # fmt: skip
-        _tell(folder, manifest)
+        text = partial(add_text, folder, given.text, weights=given.text_weights, form=given.text_form)
+        _work(folder, "shards", text)
     for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
-        with ProgressBar(_title(folder, rank, world), "images") as bar:
-            manifest = add_features(
-                folder, spec, weights=given.weights.get(spec), form=given.forms[spec], rank=rank, world=world, progress=bar,
-                device=device,
-            )  # fmt: skip
-        _tell(folder, manifest)
+        features = partial(add_features, folder, spec, weights=given.weights.get(spec), form=given.forms[spec])
+        _work(folder, "images", features)
+
+
+def _work(folder: Path, unit: str, share: Callable[..., Manifest | None]) -> Manifest | None:
+    """Do this process's share, with a bar, and say what the folder holds then; None: other processes are not done yet."""
+    from repa.base import dist
+
+    rank, world = launch.place()[:2]  # they never meet, so no group is joined
+    title = f"preparing {folder.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
+    with ProgressBar(title, unit) as bar:
+        manifest = share(rank=rank, world=world, progress=bar, device=dist.own_device())
+    if manifest is None:
+        say(
+            f"{folder}: this share is done, others are not. The last process to finish completes the folder; if none is "
+            "running, the same command does the rest."
+        )
+        return None
+    num = len(manifest.class_names)
+    classes = f"{num:,} classes" if num > 1 else "1 class"
+    flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
+    say(f"{folder}: {len(manifest.originals):,} images of {classes} at {manifest.resolution} pixels{flipped}.")
+    say(*(f"  {line}" for line in inventory(manifest)))
+    return manifest
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
@@ -160,7 +167,7 @@ def _plan(given: PrepareArguments) -> None:
     from repa.base import dist
     from repa.data import make_plan
 
-    _, world = _place()
+    world = launch.place().world
     plan = make_plan(
         given.source, given.out, options.part(PrepareConfig, given), only=given.only, device=dist.own_device()
     )
@@ -179,30 +186,6 @@ def _plan(given: PrepareArguments) -> None:
         say(f"measured  {what:<24} {rate:>12,.1f} images/s")
     processes = f" with {world} processes like this one" if world > 1 else ""
     say(f"time      {duration(plan.seconds(world))}{processes} for what is missing. Nothing was written.")
-
-
-def _place() -> tuple[int, int]:
-    """This process among those that share the work, as torchrun tells; they never meet, so no group is joined."""
-    return launch.place()[:2]
-
-
-def _title(out: Path, rank: int, world: int) -> str:
-    return f"preparing {out.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
-
-
-def _tell(out: Path, manifest: Manifest | None) -> None:
-    if manifest is None:
-        say(
-            f"{out}: this share is done, others are not. The last process to finish makes the folder whole; if none is at "
-            "work any more, the same command does the rest."
-        )
-        return
-    num = len(manifest.class_names)
-    classes = f"{num:,} classes" if num > 1 else "1 class"
-    flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
-    say(f"{out}: {len(manifest.originals):,} images of {classes} at {manifest.resolution} pixels{flipped}.")
-    for line in inventory(manifest):
-        say(f"  {line}")
 
 
 def inventory(manifest: Manifest) -> list[str]:
@@ -224,9 +207,8 @@ def inventory(manifest: Manifest) -> list[str]:
     if empty := [name for name, count in counts if not count]:
         lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
     if (num := manifest.inventory.captioned) is not None:
-        lines.append(
-            f"captions    of {num:,} of {len(manifest.originals):,} images; the others have none that can be read"
-        )
+        others = "; the others have none that can be read" if num < len(manifest.originals) else ""
+        lines.append(f"captions    of {num:,} of {len(manifest.originals):,} images{others}")
     left_out = [
         what if what.startswith(("folder", "column", "array")) else f"{count:,} {what}"
         for what, count in manifest.inventory.left_out.items()

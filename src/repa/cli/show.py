@@ -4,10 +4,15 @@ from pathlib import Path
 
 from repa.base import files
 from repa.base.errors import UserError, nearest
+from repa.base.extras import installed
 from repa.base.registry import Registry, parse_spec
 from repa.cli import options
 from repa.cli.console import say, table
-from repa.cli.list import registries
+from repa.cli.list import REGISTRIES
+from repa.data.manifest import MANIFEST, Manifest
+from repa.encoders import canonical
+from repa.encoders.families import PACKAGED, facts_of, family_of
+from repa.models.config import dimensions, model_names
 from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
 
@@ -26,13 +31,12 @@ def main(argv: list[str]) -> int:
     given = options.parse(ShowArguments, argv)
     path = Path(given.name)
     if given.name in RECIPES:
-        say(*as_comment(RECIPES[given.name].promise).split("\n"))
+        # The promise is a comment, so that the whole output is a .yaml file that `repa train` takes.
+        say(*(f"# {line}".rstrip() for line in RECIPES[given.name].promise.splitlines()))
         say(*load_recipe(given.name).to_yaml().split("\n"))
     elif (path / layout.CONFIG).is_file():
         _show_run(path)
-    elif (path / "manifest.json").is_file():
-        from repa.data.manifest import Manifest
-
+    elif (path / MANIFEST).is_file():
         say(*Manifest.open(path).describe())
     elif shown := _named(given.name):
         say(*"\n\n".join(shown).split("\n"))
@@ -46,24 +50,14 @@ def main(argv: list[str]) -> int:
 
 def shown_names() -> list[str]:
     """Everything that can be shown by name, each once: a loss and a schedule may share one."""
-    from repa.models.config import model_names
-
-    return list(dict.fromkeys([*RECIPES, *model_names(), *(name for each in registries().values() for name in each)]))
-
-
-def as_comment(text: str) -> str:
-    """So that the whole output is a .yaml file that `repa train` takes."""
-    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+    return list(dict.fromkeys([*RECIPES, *model_names(), *(name for each in REGISTRIES.values() for name in each)]))
 
 
 def _named(spec: str) -> list[str]:
     """What has this name: one name may be that of a loss and of a schedule."""
-    from repa.encoders import canonical
-    from repa.models.config import model_names
-
     name, _ = parse_spec(spec)
     shown = [_model(name)] if name in model_names() else []
-    for registry in registries().values():
+    for registry in REGISTRIES.values():
         if registry.listing == "encoders" and canonical(name) in registry:
             shown.append(_encoder(canonical(name)))
         elif name in registry:
@@ -83,8 +77,6 @@ def _entry(registry: Registry, name: str) -> str:
 
 
 def _model(name: str) -> str:
-    from repa.models.config import dimensions
-
     size = dimensions(name)
     # A JiT is built by another backbone than the recipes of SiT name.
     recipe = "jit-b16" if name.startswith("JiT") else "sit-b2"
@@ -97,9 +89,6 @@ def _model(name: str) -> str:
 
 
 def _encoder(name: str) -> str:
-    from repa.base.extras import installed
-    from repa.encoders.families import facts_of
-
     facts = facts_of(name)
     rows = [
         ("what", facts.about),
@@ -121,12 +110,10 @@ def _encoder(name: str) -> str:
 
 
 def _whether_here(name: str) -> str:
-    from repa.encoders.families import PACKAGED
-
     if name in PACKAGED:
         return "no download"
+    # With torch, which the other names do without.
     from repa.encoders.checkpoints import on_this_machine
-    from repa.encoders.families import family_of
 
     found = on_this_machine(name, *family_of(name))
     return f"on this machine in {found}" if found else "not on this machine yet"

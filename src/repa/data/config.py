@@ -13,7 +13,7 @@ from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.conditions import TEXT_ENCODERS
 from repa.encoders import ENCODERS, canonical
-from repa.encoders.loading import check_pairs
+from repa.encoders.loading import LocalWeights
 
 BASE, TEXT = "base", "text"
 """Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
@@ -30,7 +30,7 @@ class PrepareConfig(Config):
     """Local folder of the autoencoder's weights; empty takes the hub's."""
     features: tuple[Annotated[str, Spec(ENCODERS)], ...] = ()
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
-    feature_weights: tuple[str, ...] = ()
+    feature_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
     feature_forms: tuple[str, ...] = ()
     """How tokens are stored: fp16, int8 (a scale for each token), pcaK (K numbers a token) or pcaK-int8; ENCODER=FORM for one encoder."""
@@ -83,7 +83,6 @@ class PrepareConfig(Config):
     @model_validator(mode="after")
     def _settings_of_encoders(self) -> Self:
         """Check what is given for single encoders; forms are written as one ENCODER=FORM for each that is not fp16."""
-        check_pairs(self.feature_weights)
         forms = [text.rpartition("=") for text in self.feature_forms]
         named = {
             "feature_weights": [*self.weights],

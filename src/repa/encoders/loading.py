@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 from repa.base.errors import UserError
 from repa.base.registry import Registry, parse_spec
@@ -47,15 +49,19 @@ def weights_for(spec: str, pairs: Sequence[str]) -> str | None:
     return None
 
 
-def check_pairs(pairs: Sequence[str]) -> None:
-    """Raises UserError unless every text is written ENCODER=PATH with an encoder that exists."""
+def _checked(pairs: tuple[str, ...]) -> tuple[str, ...]:
     from repa.encoders import ENCODERS
 
     for pair in pairs:
         encoder, _, path = pair.rpartition("=")
         if not (encoder and path):
-            raise UserError(f"feature_weights are written ENCODER=PATH, but got {pair!r}.")
+            raise UserError(f"local weights are written ENCODER=PATH, but got {pair!r}.")
         ENCODERS.check(encoder)
+    return pairs
+
+
+LocalWeights = Annotated[tuple[str, ...], AfterValidator(_checked)]
+"""A setting: local weights of encoders, each written ENCODER=PATH."""
 
 
 def load_encoder(

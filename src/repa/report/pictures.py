@@ -99,7 +99,7 @@ def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Grou
     """The first group, then the others by the last distance of their first run, where all were measured alike."""
 
     def last_distance(group: Group) -> float:
-        rows = group.runs[0].distances(protocol) if protocol is not None else []
+        rows = group.runs[0].distances(protocol)
         return rows[-1][DISTANCE] if rows else math.inf
 
     return [*groups[:1], *sorted(groups[1:], key=last_distance)]
@@ -112,7 +112,7 @@ def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:
 
 
 def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
-    rows = [row for row in run.distances(protocol) if row["step"] == step] if protocol is not None else []
+    rows = [row for row in run.distances(protocol) if row["step"] == step]
     distance = figure(rows[-1][DISTANCE]) if rows else ""
     if not has_preview(run, step):
         return Cell(None, distance, "")
@@ -280,7 +280,7 @@ def _draw_row(
     picture.text(
         (NAME - 0.12) / width, (bottom + CELL / 2) / height, run.name, **{**style, "color": run_colour}, ha="right", weight="bold"
     )  # fmt: skip
-    found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)} if protocol is not None else {}
+    found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)}
     for column, step in enumerate(steps):
         left = NAME + column * (CELL + GAP)
         middle = (left + CELL / 2) / width

@@ -95,8 +95,8 @@ class RunRecord:
         pairs = [(x, sign * value) for x, value in logged if is_number(x) and is_number(value)]
         return [x for x, _ in pairs], [value for _, value in pairs]
 
-    def distances(self, protocol: Protocol) -> list[dict[str, Any]]:
-        """The evaluations with a finite Fréchet distance made by `protocol`, by step."""
+    def distances(self, protocol: Protocol | None) -> list[dict[str, Any]]:
+        """The evaluations with a finite Fréchet distance made by `protocol`, by step; none for None."""
         return [row for row in self.evals if is_number(row.get(DISTANCE)) and protocol_of(row) == protocol]
 
     @property

@@ -33,7 +33,7 @@ def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
     rows, protocol = [], common_protocol(records)
     for run in records:
         baseline = baseline_of(records, run)
-        distances = run.distances(protocol) if protocol is not None else []
+        distances = run.distances(protocol)
         last = distances[-1] if distances else {}
         seconds = [row["seconds"] for row in [*run.train, *run.evals] if is_number(row.get("seconds"))]
         rates = run.series("images_per_second")[1]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from repa.alignment import LOSSES, SCHEDULES
 from repa.alignment.config import AlignmentConfig
@@ -14,7 +14,7 @@ from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import DiffusionConfig, Guidances, check_trained
 from repa.encoders import ENCODERS
-from repa.encoders.loading import check_pairs
+from repa.encoders.loading import LocalWeights
 from repa.models import BACKBONES
 from repa.models.config import ModelConfig, reads_text
 
@@ -133,7 +133,7 @@ class TrainConfig(Config):
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty takes the hub's."""
-    feature_weights: tuple[str, ...] = ()
+    feature_weights: LocalWeights = ()
     """Local weights of encoders that run while training or measure previews, written ENCODER=PATH; the others come from the hub."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
     """Text encoder of the captions, e.g. clip-l, for networks that read text; empty takes that of the stored tokens."""
@@ -199,12 +199,6 @@ class TrainConfig(Config):
     """Weights & Biases project that gets the rows of metrics.jsonl too; empty: none. WANDB_MODE=offline stays on this machine."""
     preview: PreviewConfig = PreviewConfig()
     """Samples and their distance while training."""
-
-    @field_validator("feature_weights")
-    @classmethod
-    def _pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
-        check_pairs(pairs)
-        return pairs
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
