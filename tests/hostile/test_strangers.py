@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -155,6 +156,7 @@ def labelled(folder, file, text):
     [
         ("metadata.csv", "\ufefffile_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n"),
         ("metadata.csv", "file_name, label\r\n0.png, cat\r\n1.png, dog \r\n2.png,cat\r\n"),
+        ("metadata.csv", "File_Name,Label\n0.png,cat\u200b\n1.png,dog\n2.png,cat\n"),
         ("metadata.csv", '"file_name";"label"\n"0.png";"cat"\n"1.png";"dog"\n"2.png";"cat"\n'),
         ("metadata.jsonl", "\ufeff" + "".join(
             json.dumps({"file_name": f"{n}.png", "label": name}) + "\n" for n, name in enumerate(("cat", "dog", "cat"))
@@ -173,6 +175,10 @@ def test_tables_as_people_write_them(file, text, tmp_path):
         ("metadata.csv", "file_name,label\n0.png,1\n1.png\n2.png,1\n", "1.png has no label"),
         ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n", "2.png has no label"),
         ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n2.png,1\n../../x,1\n", "1 images that are not in the source"),
+        ("metadata.csv", "file_name,label\n0.png,1,x\n1.png,2\n2.png,1\n", "Row 2 of metadata.csv has more cells than there are columns"),
+        ("metadata.csv", "file,label\n0.png,1\n1.png,2\n2.png,1\n", "none that names the images: call it 'file_name'"),
+        ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "1.png", "label": 1}\n{"file_name": "2.png", "label": 0}',
+         "0.png has no label"),
         ("metadata.csv", "file_name,label,label\n0.png,1,2\n1.png,2,1\n2.png,1,1\n", "has the column 'label' twice"),
         ("metadata.csv", "file_name,label\n0.png,ä\n1.png,2\n2.png,1\n".encode("latin-1"), "Save it as comma-separated UTF-8"),
         ("metadata.csv", f"file_name,label\n0.png,{'x' * 200_000}\n1.png,2\n2.png,1\n", "field limit"),
@@ -186,6 +192,84 @@ def test_tables_as_people_write_them(file, text, tmp_path):
 def test_tables_that_do_not_say_one_thing(file, text, why, tmp_path):
     with pytest.raises(UserError, match=why):
         open_source(labelled(tmp_path / "x", file, text))
+
+
+def test_two_tables_of_metadata_agree_or_are_refused(tmp_path):
+    lines = [json.dumps({"file_name": f"{n}.png", "label": name}) for n, name in enumerate(("cat", "dog", "cat"))]
+    where = labelled(tmp_path / "x", "metadata.jsonl", "\n".join(lines))
+    labelled(tmp_path / "x", "metadata.csv", "file_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
+    assert open_source(where).labels.tolist() == [0, 1, 0]
+    labelled(tmp_path / "x", "metadata.csv", "file_name,label\n0.png,cat\n1.png,cat\n2.png,dog\n")
+    with pytest.raises(UserError, match="give its images other labels"):
+        open_source(where)
+
+
+@pytest.mark.parametrize(
+    ("paths", "classes", "why"),
+    [
+        (("data/cat/1.png", "data/dog/1.png"), ["cat", "dog"], ""),
+        (("data/train/cat/1.png", "data/train/dog/1.png"), ["cat", "dog"], ""),
+        (("data/images/train/cat/1.png", "data/images/train/dog/1.png"), ["cat", "dog"], ""),
+        (
+            ("data/train/cat/1.png", "data/val/cat/1.png"),
+            [],
+            "what looks like splits .train, val.*--labels folders:3.*--labels folders:2",
+        ),
+        (("data/train/1.png", "data/val/1.png"), [], "what looks like splits"),
+        (
+            ("data/birds/cat/1.png", "data/birds/dog/1.png"),
+            [],
+            "folders:3 if cat, dog are classes, --labels folders:2 if birds is one",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_folders_around_classes_and_splits(is_zip, paths, classes, why, tmp_path):
+    where = tmp_path / ("x.zip" if is_zip else "x")
+    if is_zip:
+        packed(where, *((path, png()) for path in paths))
+    else:
+        for path in paths:
+            (where / path).parent.mkdir(parents=True, exist_ok=True)
+            (where / path).write_bytes(png())
+    if why:
+        with pytest.raises(UserError, match=why):
+            open_source(str(where))
+    else:
+        assert open_source(str(where)).class_names == classes
+
+
+@pytest.mark.parametrize(
+    ("cls", "told", "labels"),
+    [
+        ("1", 1, [1]),
+        ("01", 1, [1]),
+        ("1", 2, None),
+        ("1", "tench", [1]),
+        ("tench", 1, [0]),
+        ("1", None, [1]),
+        ("9" * 5000, 1, [0]),
+    ],
+)
+def test_a_label_that_is_given_twice(cls, told, labels, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in (("1.png", png()), ("1.cls", cls.encode()), ("1.json", json.dumps({"label": told}).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    if labels is None:
+        with pytest.raises(UserError, match="label"):
+            open_source(str(tmp_path / "x.tar"))
+    else:
+        assert open_source(str(tmp_path / "x.tar")).labels.tolist() == labels
+
+
+def test_a_header_of_numpy_that_is_no_python(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    data = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(data.replace(b"(4, 8, 8, 3)", b"__import__(("))
+    with pytest.raises(UserError, match="cannot be read as an array"):
+        open_source(str(tmp_path / "x.npy"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ FORMATS = (
     "_csv",
     "lzma",
     "_lzma",
+    "tokenize",  # of NumPy's headers
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 

@@ -173,8 +173,8 @@ class Source(ABC):
 
 
 def plain_text(text: str) -> str:
-    """A name as people see it: no spaces around it, and one form of each accented letter."""
-    return unicodedata.normalize("NFC", text.strip())
+    """A name as people see it: no spaces or marks without a width around it, and one form of each accented letter."""
+    return unicodedata.normalize("NFC", text.strip().strip("\u200b\u200e\u200f\u2060\ufeff").strip())
 
 
 class Strings(Sequence[str]):

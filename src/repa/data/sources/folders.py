@@ -160,18 +160,33 @@ class FileSource(Source):
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
         """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
+        classes: Classes | None = None
         for file, rows in self._metadata():
-            found = label_columns(rows[0]) if rows else []
+            columns = list(dict.fromkeys(column for row in rows for column in row))  # of JSON lines each has its own
+            found = label_columns(columns)
             if len(found) > 1:
                 raise UserError(
                     f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
                     f"--labels {Path(where) / file}:{found[0]}, or give --labels folders or none."
                 )
-            if found:
-                self.labels_from = f"the column {found[0]!r} of {file}"
-                pairs = [(str(row.get("file_name", "")), row.get(found[0])) for row in rows]
-                return by_name(pairs, paths, f"{file} of {where}")
-        return None
+            if not found:
+                continue
+            key = next((column for column in columns if column.lower() == "file_name"), None)
+            if key is None:
+                raise UserError(
+                    f"{file} of {where} has the column {found[0]!r}, but none that names the images: call it 'file_name', or give "
+                    "--labels folders or none."
+                )
+            pairs = [(str(row.get(key, "")), row.get(found[0])) for row in rows]
+            other = by_name(pairs, paths, f"{file} of {where}")
+            if classes is not None and (classes.names, classes.labels.tolist()) != (other.names, other.labels.tolist()):
+                raise UserError(
+                    f"{' and '.join(METADATA)} of {where} give its images other labels: remove one of the two, or give --labels "
+                    f"{Path(where) / file}:{found[0]}."
+                )
+            if classes is None:
+                classes, self.labels_from = other, f"the column {found[0]!r} of {file}"
+        return classes
 
     def _metadata(self) -> Iterator[tuple[str, Rows]]:
         """The files of METADATA at the root, and their rows."""

@@ -109,7 +109,13 @@ def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
         # DictReader would keep the last of two in silence
         if twice := next((column for column in columns if column and columns.count(column) > 1), None):
             raise UserError(f"{name} has the column {twice!r} twice: rename one of them.")
-        return columns, list(reader)
+        rows: list[Mapping[str, Any]] = list(reader)
+        if (long := next((number for number, row in enumerate(rows, start=2) if None in row), None)) is not None:
+            raise UserError(
+                f"Row {long} of {name} has more cells than there are columns ({len(columns)}): write a text that holds the mark "
+                "between cells in quotes."
+            )
+        return columns, rows
 
 
 def _mark(text: str) -> str:

@@ -198,10 +198,14 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
     prefix = ""
     if not labels:
         prefix = _around(where, paths)
-        level = 2 if prefix else 1
+        level = prefix.count("/") + 2 if prefix else 1
     depths = {path.count("/") for path in paths}
     if not labels and depths == {0}:
         return no_classes(len(paths)), "no folders: one class"
+    if depths == {0}:
+        raise UserError(
+            f"labels was given {labels!r}, but no image of {where} lies in a folder: give --labels none for one class."
+        )
     folders = []
     for path in paths:
         parts = path.split("/")[:-1]
@@ -240,26 +244,37 @@ def _level(labels: str) -> int | None:
 
 
 def _around(where: str, paths: Sequence[str]) -> str:
-    """The one folder around the folders of classes, "" for none; raises UserError where that cannot be told."""
-    # train/cat/1.png and val/cat/1.png would become the classes train and val, and a set that holds its own validation
-    tops = {path.partition("/")[0] if "/" in path else "" for path in paths}
-    splits = splits_among(tops)
-    nested = all(path.count("/") > 1 for path in paths)
-    if splits and (len(tops) > 1 or not nested):
-        deep = {path.count("/") for path in paths} != {2}
-        inside = f", or --labels folders:{'last' if deep else 2} for the classes inside all of them" if nested else ""
-        raise UserError(
-            f"{where} holds what looks like splits ({', '.join(splits)}), which are no classes: give one of them as the source"
-            f"{inside}, or --labels folders if they are classes, or none."
-        )
-    if len(tops) > 1 or not nested or tops == {""}:
-        return ""
-    # a single folder may be the class of all images or hold the classes: its name decides, or the user
-    (top,) = tops
-    if top.lower() in (*SPLITS, *AROUND, Path(where).stem.lower(), Path(where).name.lower()):
-        return top
-    inner = sorted({path.split("/")[1] for path in paths})
-    raise UserError(
-        f"All images of {where} lie in folders inside {printable(top)}/: give --labels folders:2 if {', '.join(inner[:3])} are "
-        f"classes, --labels folders if {printable(top)} is one, or --labels none."
-    )
+    """The folders around those of classes, "" for none; raises UserError where that cannot be told."""
+    around: list[str] = []
+    while True:
+        level = len(around)
+        inside = "/".join([where, *map(printable, around)])
+        tops = {path.split("/")[level] if path.count("/") > level else "" for path in paths}
+        nested = all(path.count("/") > level + 1 for path in paths)
+        # train/cat/1.png and val/cat/1.png would become the classes train and val, and a set that holds its own validation
+        splits = splits_among(tops)
+        if splits and (len(tops) > 1 or not nested):
+            deep = {path.count("/") for path in paths} != {level + 2}
+            all_of_them = (
+                f", or --labels folders:{'last' if deep else level + 2} for the classes inside all of them"
+                if nested
+                else ""
+            )
+            own = f"folders:{level + 1}" if level else "folders"
+            raise UserError(
+                f"{inside} holds what looks like splits ({', '.join(map(printable, splits))}), which are no classes: give one of them "
+                f"as the source{all_of_them}, or --labels {own} if they are classes, or none."
+            )
+        if len(tops) > 1 or not nested or tops == {""}:
+            return "/".join(around)
+        # a single folder may be the class of all images or hold the classes: its name decides, or the user
+        (top,) = tops
+        own_names = () if level else (Path(where).stem.lower(), Path(where).name.lower())
+        if top.lower() not in (*SPLITS, *AROUND, *own_names):
+            inner = sorted({path.split("/")[level + 1] for path in paths})
+            raise UserError(
+                f"All images of {where} lie in folders inside {'/'.join(map(printable, [*around, top]))}/: give --labels "
+                f"folders:{level + 2} if {', '.join(map(printable, inner[:3]))} are classes, --labels "
+                f"{f'folders:{level + 1}' if level else 'folders'} if {printable(top)} is one, or --labels none."
+            )
+        around.append(top)

@@ -17,7 +17,7 @@ from repa.base.errors import UserError
 from repa.data.sources.archives import Slices
 from repa.data.sources.contract import EXTENSIONS, is_hidden, json_object, require_safe_member
 
-INDEX_VERSION = 3  # a part of the key in the cache: files of another format are made again
+INDEX_VERSION = 4  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
 ABSENT = (0, -1)  # a part that a sample does not have
 
@@ -95,13 +95,20 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
+        value = told = None
         if cls is not ABSENT:
-            labels.append(_text(slices.read(*cls), f"{key}.cls in {name}").strip() or None)
-        elif meta is not ABSENT:
+            value = _text(slices.read(*cls), f"{key}.cls in {name}").strip() or None
+        if meta is not ABSENT:
             where = f"{key}.json in {name}"
-            labels.append(_label(json_object(slices.read(*meta), where).get(label), where))
-        else:
-            labels.append(None)
+            told = json_object(slices.read(*meta), where).get(label)
+            # The name of a class may stand in the one and its number in the other.
+            if value is None:
+                value = _label(told, where)
+            elif type(told) is int and value.isdecimal() and len(value) < 20 and int(value) != told:
+                raise UserError(
+                    f"The label of {key} in {name} is {value[:20]} in its .cls, but {str(told)[:20]} in its .json: correct one."
+                )
+        labels.append(value)
         keys.append(key)
         parts.append((found, text, meta))
     if not keys:
