@@ -24,7 +24,7 @@ def main(num_steps: int = 100) -> list[tuple[float, float]]:
         nn.Conv2d(96, 96, 3, padding=1), nn.GELU(), nn.ConvTranspose2d(96, 3, 4, stride=4),
     )  # fmt: skip
 
-    encoder = repa.load_encoder("tiny")  # + frozen; "dinov2-b" where its weights can be had
+    encoder = repa.load_encoder("tiny")  # + frozen; or "dinov2-b" from the hub
     projector = "mlp:width=256"  # +
     aligner = repa.attach(network, "2", features=encoder.dim, loss="cosine", projector=projector)  # +
     optimizer = torch.optim.AdamW([*network.parameters(), *aligner.parameters()], lr=1e-3)  # + its parameters
