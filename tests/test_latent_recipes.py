@@ -9,13 +9,13 @@ from repa.models import build
 from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe
 from repa.recipes.figures import PUBLISHED
-from repa.recipes.networks import FAMILIES
+from repa.recipes.networks import NETWORKS
 from repa.runs import read_metrics
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig
 from tests.promises import understood
 
-NAMES = [name for key in ("lightningdit", "ddt", "rae") for name in FAMILIES[key].names]
+NAMES = [name for key in ("lightningdit", "ddt", "rae") for name in NETWORKS[key].names]
 
 
 def test_recipes_are_the_papers_settings():
@@ -88,8 +88,8 @@ def test_commands_lead_from_images_to_figures(name):
 
 
 def test_figures_name_models_that_recipes_make():
-    for key, family in FAMILIES.items():
-        models = {model for _, model in family.names.values()}
+    for key, network in NETWORKS.items():
+        models = {model for _, model in network.names.values()}
         assert {figure.model for figure in PUBLISHED[key]} <= models
     assert {figure.labels for figure in PUBLISHED["rae"]} == {"balanced"}
 

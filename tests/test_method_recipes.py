@@ -13,7 +13,7 @@ from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.figures import PUBLISHED, figures_table, headline
 from repa.recipes.methods import METHODS, method_recipes
-from repa.recipes.networks import FAMILIES, network_recipes
+from repa.recipes.networks import NETWORKS, network_recipes
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
@@ -228,7 +228,7 @@ def test_commands_lead_from_images_to_figures(name):
 
 
 def test_figures_are_of_recipes_that_exist():
-    assert set(PUBLISHED) <= {*METHODS, *FAMILIES, *network_recipes()}
+    assert set(PUBLISHED) <= {*METHODS, *NETWORKS, *network_recipes()}
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
 

@@ -115,7 +115,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
         (("S", "--reference", "DATA", *JUDGE, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
         (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "--steps has no effect here"),
         (("S", "--reference", "DATA", *JUDGE, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "Results are written as .json"),
+        (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "--out is r.txt: give a name that ends in .json"),
         (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
         (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),
         (("S", "--reference", "RUN", *JUDGE), "is a run folder: give the data that it was trained on"),

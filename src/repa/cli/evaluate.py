@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["reference"]:
         return _reference(argv[1:])
     given = options.parse(EvaluateArguments, argv)
-    if given.out and Path(given.out).suffix != ".json":
-        raise UserError(f"Results are written as .json, but --out is {given.out}: give a name such as results.json.")
+    if given.out:
+        options.file_of("--out", given.out, ".json")
     if given.samples.endswith(".npz") and Path(given.out) == Path(given.samples).with_suffix(".json"):
         raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
     if given.is_run and not given.num_images:

@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
@@ -42,7 +43,7 @@ class WeightsOfRun(Command):
     """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
 
 
-class CheckpointOfRun(WeightsOfRun):
+class OneCheckpoint(Command):
     """Options of verbs that read one checkpoint."""
 
     checkpoint: int = Field(-1, ge=-1)
@@ -52,6 +53,10 @@ class CheckpointOfRun(WeightsOfRun):
     def step(self) -> int | None:
         """As the rooms take it: None is the newest."""
         return None if self.checkpoint < 0 else self.checkpoint
+
+
+class CheckpointOfRun(WeightsOfRun, OneCheckpoint):
+    """Options of verbs that read the network of one checkpoint."""
 
 
 def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
@@ -88,6 +93,13 @@ def first(cls: type[Command], argv: list[str], name: str) -> str | None:
 def part(cls: type[C], given: Config) -> C:
     """The fields of `cls` out of the arguments that extend it."""
     return cls.parse({name: value for name, value in given.model_dump().items() if name in cls.model_fields})
+
+
+def file_of(flag: str, path: str | Path, suffix: str) -> Path:
+    """The file that an option names; UserError for another kind of file."""
+    if Path(path).suffix != suffix:
+        raise UserError(f"{flag} is {path}: give a name that ends in {suffix}.")
+    return Path(path)
 
 
 def print_help(cls: type[Command], values: Config | None) -> None:

@@ -1,8 +1,5 @@
 """`repa report RUN... --out report.html`."""
 
-from pathlib import Path
-
-from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 
@@ -32,11 +29,9 @@ class ReportArguments(options.Command):
 
 def main(argv: list[str]) -> int:
     given = options.parse(ReportArguments, argv)
-    out = Path(given.out)
-    if out.suffix != ".html":
-        raise UserError(f"The report is an HTML page, but --out is {out}: give a name such as report.html.")
-    if given.picture and Path(given.picture).suffix != ".png":
-        raise UserError(f"The picture is a PNG file, but --picture is {given.picture}: give a name such as report.png.")
+    out = options.file_of("--out", given.out, ".html")
+    if given.picture:
+        options.file_of("--picture", given.picture, ".png")
     from repa.base import files, lock
     from repa.report import save_figure, write_report
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from repa.base import files, launch, lock
 from repa.base.config import Config
-from repa.base.errors import UserError, printable
+from repa.base.errors import printable
 from repa.base.reporting import columns
+from repa.cli import options
 from repa.cli.console import speaks
 
 Rows = Sequence[dict[str, Any]]
@@ -53,9 +54,7 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
 
     `held` keeps its lock until the command ends.
     """
-    out = Path(given) if given else default
-    if out.suffix != suffix:
-        raise UserError(f"--out is {out}: give a name that ends in {suffix}.")
+    out = options.file_of("--out", given or default, suffix)
     files.require_writable(out)
     if launch.place().rank == 0:
         held.enter_context(lock.alone(out, "repa analyse"))

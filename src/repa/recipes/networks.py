@@ -121,7 +121,7 @@ def coco(*, aligned: bool) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class Family:
+class PaperNetwork:
     """A network of a paper in the sizes that are here."""
 
     title: str
@@ -136,7 +136,7 @@ class Family:
     notes: tuple[str, ...]
     flip: bool = True
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Size -> scale of guidance, where the figures without guidance are not the paper's."""
+    """Size -> scale of guidance, of papers that report guided figures alone."""
     group: str = "Other latents, and DDT"
 
 
@@ -152,8 +152,8 @@ _OF_JIT = (
 )
 # The papers guide for data times from 0.1 to 1, which are 0 to 0.9 here.
 _JIT_SAMPLING = "--sampler heun --steps 50 --labels balanced --guidance cfg:scale={scale},high=0.9"
-FAMILIES = {
-    "lightningdit": Family(
+NETWORKS = {
+    "lightningdit": PaperNetwork(
         "on VA-VAE", "2501.01423", "latents.md", lightningdit,
         {"lightningdit-b1": ("B", "LightningDiT-B/1"), "lightningdit-xl1": ("XL", "LightningDiT-XL/1")},
         "--sampler euler:shift=3.3333 --steps 250 --guidance cfg:scale=10,high=0.89,channels=3",
@@ -164,7 +164,7 @@ FAMILIES = {
             _OF_B,
         ),
     ),
-    "ddt": Family(
+    "ddt": PaperNetwork(
         "on the latents of SiT", "2504.05741", "ddt.md", ddt,
         {"ddt-b2": ("B", "DDT-B/2"), "ddt-xl2": ("XL", "DDT-XL/2")},
         "--sampler euler --steps 250 --guidance cfg:scale=2,high=0.7",
@@ -176,7 +176,7 @@ FAMILIES = {
         ),
         flip=False,
     ),
-    "rae": Family(
+    "rae": PaperNetwork(
         "on RAE", "2510.11690", "latents.md", rae,
         {"rae-dh-s": ("S", "DiT-DH-S"), "rae-dh-b": ("B", "DiT-DH-B"), "rae-dh-xl": ("XL", "DiT-DH-XL")},
         "--sampler euler --steps 50 --labels balanced",
@@ -188,12 +188,12 @@ FAMILIES = {
             _STARTS,
         ),
     ),
-    "jit": Family(
+    "jit": PaperNetwork(
         "on pixels", "2511.13720", "pixels.md", jit,
         {"jit-b16": ("B", "JiT-B/16"), "jit-h16": ("H", "JiT-H/16")}, _JIT_SAMPLING, _OF_JIT,
         scales={"B": 2.9, "H": 2.2}, group="JiT, on pixels",
     ),
-    "pixelrepa": Family(
+    "pixelrepa": PaperNetwork(
         "with PixelREPA's adapter", "2603.14366", "pixels.md", pixelrepa,
         {f"jit-{size.lower()}16-pixelrepa": (size, f"JiT-{size}/16") for size in "BLH"}, _JIT_SAMPLING,
         (
@@ -210,27 +210,27 @@ def network_recipes() -> dict[str, Recipe]:
     return {
         "coco-mmdit": _coco("coco-mmdit", "MMDiT on MS-COCO without alignment", aligned=False),
         "coco-mmdit-repa": _coco("coco-mmdit-repa", "MMDiT on MS-COCO aligned to dinov2-b after block 8", aligned=True),
-        **{name: _recipe(name, key) for key, family in FAMILIES.items() for name in family.names},
+        **{name: _recipe(name, key) for key, network in NETWORKS.items() for name in network.names},
         "cifar10-jit": Recipe.of(cifar10_jit),
         "cifar10-pixelrepa": Recipe.of(cifar10_pixelrepa),
     }
 
 
 def _recipe(name: str, key: str) -> Recipe:
-    family, figures = FAMILIES[key], PUBLISHED[key]
-    size, model = family.names[name]
-    autoencoder, flip = family.make(size).autoencoder, " --flip true" if family.flip else ""
+    network, figures = NETWORKS[key], PUBLISHED[key]
+    size, model = network.names[name]
+    autoencoder, flip = network.make(size).autoencoder, " --flip true" if network.flip else ""
     prepare = f"--resolution 256 --autoencoder {autoencoder}{flip}"
-    sampling = family.sampling.format(scale=family.scales.get(size))
+    sampling = network.sampling.format(scale=network.scales.get(size))
     parts = [
-        [f"{name}: {model} {family.title}, arXiv {family.paper}. docs/methods/{family.page} explains it."],
-        list(family.notes),
+        [f"{name}: {model} {network.title}, arXiv {network.paper}. docs/methods/{network.page} explains it."],
+        list(network.notes),
         commands(name, f"imagenet256-{autoencoder}", prepare, sampling),
         figures_table(figures),
     ]
-    known = headline(figures, model, guided=bool(family.scales))
-    about = f"{model} {family.title} (arXiv {family.paper}): {known}"
-    return Recipe(lambda: family.make(size), about, paragraphs(*parts), group=family.group)
+    known = headline(figures, model, guided=bool(network.scales))
+    about = f"{model} {network.title} (arXiv {network.paper}): {known}"
+    return Recipe(lambda: network.make(size), about, paragraphs(*parts), group=network.group)
 
 
 def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:

@@ -122,7 +122,7 @@ def paper_recipes() -> dict[str, Recipe]:
 
 def _recipe(row: Row) -> Recipe:
     samplings = dict.fromkeys(SampleConfig.parse(figures.sampling) for figures in row.figures if figures.sampler)
-    about = f"{subject(row)} ({row.table}): {headline(row)}"
+    about = f"{subject(row)} ({row.table}): {_headline(row)}"
     return Recipe(lambda: train_config(row), about, promise(row, next(iter(samplings), None)), tuple(samplings), GROUP)
 
 
@@ -147,7 +147,7 @@ def subject(row: Row) -> str:
     return f"{row.model}{size} aligned to {row.target} after block {row.depth}, {row.loss}, lambda {row.weight:g}"
 
 
-def headline(row: Row) -> str:
+def _headline(row: Row) -> str:
     """'FID 7.9 at 400K, 5.9 at 4M, 1.42 guided': the first result of the full length, the last, the best guided one."""
     whole = [figures for figures in row.figures if not figures.guidance and figures.step >= row.num_steps]
     guided = [figures.fid for figures in row.guided]

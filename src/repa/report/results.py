@@ -12,13 +12,13 @@ from repa.autoencoders import AUTOENCODER
 from repa.base import files
 from repa.base.errors import in_markdown
 from repa.diffusion.config import DiffusionConfig
+from repa.evaluation.config import INCEPTION
 from repa.models.config import ModelConfig
 from repa.recipes.figures import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, Figures, printed
 from repa.recipes.paper import ROWS, Row
 from repa.report.headline import Verdict
 from repa.report.runs import (
     DISTANCE,
-    INCEPTION,
     PROTOCOL,
     OtherSamples,
     Protocol,

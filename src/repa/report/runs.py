@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from repa.base.errors import UserError, printable
 from repa.base.files import read_json, read_object, well_formed
+from repa.evaluation.config import INCEPTION
 from repa.runs import layout
 from repa.runs.log import read_metrics
 
@@ -25,7 +26,6 @@ PROTOCOL = (
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
-INCEPTION = "inception"
 SAME = {"fid": DISTANCE, "fd": DISTANCE}
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
 
