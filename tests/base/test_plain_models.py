@@ -1,9 +1,11 @@
 """Configurations of models that would fetch code, or build layers without end, are refused before anything is built."""
 
+import json
+
 import pytest
 
 from repa.base.errors import UserError
-from repa.base.trust import require_plain_model
+from repa.base.trust import require_own_weights, require_plain_model
 
 
 @pytest.mark.parametrize(
@@ -11,6 +13,7 @@ from repa.base.trust import require_plain_model
     [
         {"attn_implementation": "owner/kernel"}, {"vision_config": {"attn_implementation": {"": "owner/kernel"}}},
         {"parts": [{"quantization_config": {}}]}, {"use_kernels": False}, {"num_hidden_layers": 2**40}, {"decoder_num_hidden_layers": 1001},
+        {"layers_per_block": [2, 10**6]}, {"num_encoder_blocks": [1, [1, 10**6]]}, {"depth": 10**6}, {"depths": [3, 10**6]},
     ],
 )  # fmt: skip
 def test_what_fetches_code_or_never_ends_is_refused(values):
@@ -23,3 +26,13 @@ def test_what_models_have_is_left_alone():
         {"quantization_config": None, "num_hidden_layers": 48, "layers_per_block": [2, 2], "vocab_size": 256_000}, "x"
     )
     require_plain_model([1, "a", None], "x")
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "", 3, None])
+def test_parts_of_weights_in_other_folders_are_refused(name, tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    require_own_weights(tmp_path)
+    path.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": name}}))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is refused"):
+        require_own_weights(tmp_path)

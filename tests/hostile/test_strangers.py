@@ -293,3 +293,13 @@ def test_labels_keep_their_numbers_and_names(values, names, labels):
 def test_labels_that_are_none(values):
     with pytest.raises(UserError):
         classes_of(values, str, "x")
+
+
+def test_a_parquet_file_whose_labels_are_there_twice(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    arrays = [pa.array([png()]), pa.array([0]), pa.array([1])]
+    parquet.write_table(pa.Table.from_arrays(arrays, ["image", "label", "label"]), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="has the column 'label' twice"):
+        open_source(str(tmp_path / "x.parquet"))

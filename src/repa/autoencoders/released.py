@@ -193,6 +193,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
     if local:
         inside = Path(source) / subfolder
         source, subfolder = inside if inside.is_dir() else source, ""
+        trust.require_own_weights(Path(source))
     where = {"local_files_only": local, "subfolder": subfolder or None}
     # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option for
     # little memory diffusers needs no accelerate, and prints no notice that it is absent.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError
+from repa.base.files import read_object
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 SETTING = "net"  # of a spec, whose value is a dotted name too: "hooked:net=mylab.nets.unet"
@@ -27,6 +28,7 @@ FETCHING = (
     "use_kernels",
     "quantization_config",
 )
+COUNTS = ("layers", "_blocks", "depth")  # in the names of keys that count what is built one by one
 MOST_LAYERS = 1_000  # that a config.json may ask for
 
 _trusted: set[str] = set()  # modules, and whole names that were typed
@@ -130,19 +132,29 @@ def require_origin(kind: str, name: str, component: Any) -> None:
         require_trusted(kind, origin)
 
 
-def require_plain_model(values: Any, file: object) -> None:
+def require_plain_model(values: Any, file: object, of: str = "") -> None:
     """Refuse the configuration of a model, as on the hub, that would fetch code, or builds layers without end.
+
+    Args:
+        of: the key that a list stands under, as in "layers_per_block": [2, 2].
 
     Raises:
         UserError: it names an implementation, at any depth.
     """
-    for key, value in (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    ):
+    listed = values if isinstance(values, list) else ()
+    for key, value in values.items() if isinstance(values, dict) else ((of, value) for value in listed):
         if key in FETCHING and value is not None:
             raise UserError(
                 f"{file} sets {key}, by which code from elsewhere would run here: remove that line, or take other weights."
             )
-        if "layers" in str(key) and isinstance(value, int) and value > MOST_LAYERS:
+        if any(word in str(key) for word in COUNTS) and isinstance(value, int) and value > MOST_LAYERS:
             raise UserError(f"{file} asks for {value:,} layers ({key}): more than {MOST_LAYERS:,} are refused.")
-        require_plain_model(value, file)
+        require_plain_model(value, file, str(key))
+
+
+def require_own_weights(folder: Path) -> None:
+    """Raises UserError for a list of the parts of a model's weights (*.index.json) that names files of other folders."""
+    for path in sorted(folder.glob("*.index.json")):
+        parts = read_object(path, weight_map=dict)["weight_map"].values()
+        if strays := [name for name in parts if not (isinstance(name, str) and name and Path(name).name == name)]:
+            raise UserError(f"{path} is refused: it names {str(strays[0])!r:.80}, which does not lie in its folder.")

@@ -141,6 +141,7 @@ def _check_folder(name: str, family: TextFamily, folder: Path) -> None:
     # transformers would read the network that an adapter names, wherever that lies.
     if (folder / ADAPTER).exists():
         raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
+    trust.require_own_weights(folder)
     config = files.read_object(folder / CONFIG)
     trust.require_plain_model(config, folder / CONFIG)
     found = config.get("model_type")

@@ -38,7 +38,10 @@ class ParquetSource(TableSource):
         require_one_split(self.shards)
         self._open_here()
         where = named_by_first(self.shards)
-        self._choose(where, columns_of(self._open(0).schema_arrow), labels, columns)
+        schema = self._open(0).schema_arrow
+        if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
+            raise UserError(f"{self.shards[0]} has the column {twice!r} twice: rename one of them.")
+        self._choose(where, columns_of(schema), labels, columns)
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
