@@ -63,7 +63,7 @@ def test_losses_are_the_literal_loops():
     x, eps, output = noise(6, 2, 2, 2), noise(6, 2, 2, 2, seed=1), noise(6, 4, 2, 2, seed=2)
     x[5] *= 3  # some elements beyond +-0.999, where the bins are open
     output[5, :2] = eps[5] + 0.1 * output[5, :2]
-    mse, vb = PROCESS.losses(output, x, eps, torch.tensor(t))
+    mse, vb = PROCESS.hybrid_losses(output, x, eps, torch.tensor(t))
     expected_mse, expected_vb = oracle.losses(output.numpy(), x.numpy(), eps.numpy(), t)
     np.testing.assert_allclose(mse.numpy(), expected_mse, rtol=1e-10)
     np.testing.assert_allclose(vb.numpy(), expected_vb, rtol=1e-7)
@@ -71,7 +71,7 @@ def test_losses_are_the_literal_loops():
 
 def test_the_bound_trains_the_variance_only():
     output = noise(4, 4, 2, 2).requires_grad_()
-    mse, vb = PROCESS.losses(
+    mse, vb = PROCESS.hybrid_losses(
         output, noise(4, 2, 2, 2, seed=1), noise(4, 2, 2, 2, seed=2), torch.tensor([0, 3, 500, 999])
     )
     (gradient,) = torch.autograd.grad(vb.sum(), output, retain_graph=True)
@@ -84,7 +84,7 @@ def test_the_bound_trains_the_variance_only():
 
 def test_low_precision_outputs_are_compared_in_float32():
     x = torch.zeros(2, 1, 2, 2)
-    mse, vb = PROCESS.losses(torch.zeros(2, 2, 2, 2, dtype=torch.bfloat16), x, x + 1, torch.tensor([0, 9]))
+    mse, vb = PROCESS.hybrid_losses(torch.zeros(2, 2, 2, 2, dtype=torch.bfloat16), x, x + 1, torch.tensor([0, 9]))
     assert mse.dtype == vb.dtype == torch.float32
     assert mse.tolist() == [1, 1]
 

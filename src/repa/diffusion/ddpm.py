@@ -4,6 +4,7 @@ A network for it answers 2C channels, [noise; v]: the noise and, per element, wh
 lies between its two bounds. It takes the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
 time is our t: timestep k is t = (k + 1) / T, and `ImprovedDDPM.path` is the path that has this process's alpha_bar at
 each of them, so that a DiT can be sampled by every other sampler too; `in_timesteps` turns t into k for the network.
+Without respacing it is the `Process` of the objective ddpm.
 """
 
 import math
@@ -11,12 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from repa.base.errors import UserError
 from repa.diffusion.config import check_numbers
 from repa.diffusion.denoiser import Denoiser
-from repa.diffusion.flow import DiscreteVariancePreserving
+from repa.diffusion.flow import DiscreteVariancePreserving, Interpolant
+from repa.diffusion.predictions import SIGMA_MIN
 from repa.diffusion.samplers import Callback, RandnLike, Step, to_state
 
 NUM_TIMESTEPS = 1000
@@ -34,6 +36,7 @@ class ImprovedDDPM:
 
     Attributes:
         timesteps, betas, alpha_bar: (K,) each.
+        path: the interpolant on which `q_sample` at step k is Eq. 1 at t = (k + 1) / T, for a process that was not respaced.
 
     Raises:
         UserError: 20 timesteps or fewer, with which the last beta would reach 1.
@@ -60,9 +63,10 @@ class ImprovedDDPM:
             "log_beta": np.log(betas),
             "log_posterior": np.log(np.append(posterior[1], posterior[1:])),
             "mean_of_data": betas * np.sqrt(prev) / (1 - bar),
-            "mean_of_x_t": (1 - prev) * np.sqrt(1 - betas) / (1 - bar),
+            "mean_of_x_k": (1 - prev) * np.sqrt(1 - betas) / (1 - bar),
         }
         self._constants = {name: torch.from_numpy(values) for name, values in constants.items()}
+        self.path: Interpolant = DiscreteVariancePreserving(bar)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def respaced(self, num_steps: int, integer_stride: bool = False) -> "ImprovedDDPM":
@@ -84,67 +88,83 @@ class ImprovedDDPM:
             kept = [round(i * (total - 1) / (num_steps - 1)) for i in range(num_steps)]
         return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)].tolist())
 
-    @property
-    def path(self) -> DiscreteVariancePreserving:
-        """The interpolant on which `q_sample` at step k is Eq. 1 at t = (k + 1) / T, for a process that was not respaced."""
-        return DiscreteVariancePreserving(self.alpha_bar)
-
     def time(self, k: int) -> float:
         """Our t of step k."""
         return (int(self.timesteps[k]) + 1) / self.num_timesteps
 
-    def q_sample(self, x: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """x_t of clean latents x (N, ...); here t is a step, or one int64 step per sample (N,)."""
-        return self._at("signal", t, x) * x + self._at("noise", t, x) * noise
+    def q_sample(self, x: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
+        """x_k of clean latents x (N, ...) at a step, or at one int64 step per sample (N,)."""
+        return self._at("signal", k, x) * x + self._at("noise", k, x) * noise
 
-    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def hybrid_losses(self, output: Tensor, x: Tensor, noise: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of the hybrid loss (Eq. 10), to be added with weight 1.
 
         Args:
-            output: (N, 2C, H, W), the network's answer [noise; v] to (q_sample(x, noise, t), t).
+            output: (N, 2C, H, W), the network's answer [noise; v] to (q_sample(x, noise, k), k).
             x: (N, C, H, W), clean latents.
             noise: shaped like x.
-            t: (N,) int64 steps.
+            k: (N,) int64 steps.
 
         Returns:
             mse (N,): squared error of the noise, mean over C, H, W.
-            vb (N,): variational bound in bits per element, which trains v only: KL(q(x_{t-1} | x_t, x) || p), Eq. 11,
+            vb (N,): variational bound in bits per element, which trains v only: KL(q(x_{k-1} | x_k, x) || p), Eq. 11,
             and at step 0 the likelihood of x under a discretised Gaussian.
         """
-        output, x_t = output.to(x.dtype), self.q_sample(x, noise, t)
+        output, x_k = output.to(x.dtype), self.q_sample(x, noise, k)
         predicted, v = _halves(output, x)
         mse = ((noise - predicted) ** 2).flatten(1).mean(1)  # (N,)
         # The bound trains the variance only: through the mean it would change the weight of the squared error.
-        mean, log_variance = self.p_mean_log_variance(torch.cat([predicted.detach(), v], 1), x_t, t)
-        kl = _normal_kl(self._posterior_mean(x, x_t, t), self._at("log_posterior", t, x), mean, log_variance)
-        first = (t == 0).reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
-        vb = torch.where(first, _discretised_nll(x, mean, log_variance), kl).flatten(1).mean(1) / math.log(2)  # (N,)
-        return mse, vb
+        mean, log_variance = self.p_mean_log_variance(torch.cat([predicted.detach(), v], 1), x_k, k)
+        kl = _normal_kl(self._posterior_mean(x, x_k, k), self._at("log_posterior", k, x), mean, log_variance)
+        first = (k == 0).reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
+        nats = torch.where(first, _discretised_nll(x, mean, log_variance), kl)  # (N, C, H, W)
+        return mse, nats.flatten(1).mean(1) / math.log(2)
 
-    def p_mean_log_variance(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (Eq. 12) of p(x_{t-1} | x_t) for a network output [noise; v]; data is not clipped."""
-        noise, v = _halves(output, x_t)
+    def p_mean_log_variance(self, output: Tensor, x_k: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (Eq. 12) of p(x_{k-1} | x_k) for a network output [noise; v]; data is not clipped."""
+        noise, v = _halves(output, x_k)
         fraction = (v + 1) / 2  # v = 1 is beta, v = -1 is beta~
-        log_beta, log_posterior = self._at("log_beta", t, x_t), self._at("log_posterior", t, x_t)
-        mean = self._posterior_mean(self.data(noise, x_t, t), x_t, t)
+        log_beta, log_posterior = self._at("log_beta", k, x_k), self._at("log_posterior", k, x_k)
+        mean = self._posterior_mean(self.data(noise, x_k, k), x_k, k)
         return mean, fraction * log_beta + (1 - fraction) * log_posterior
 
-    def data(self, noise: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def data(self, noise: Tensor, x_k: Tensor, k: int | Tensor) -> Tensor:
         """The clean latents that a noise prediction implies."""
-        return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
+        return (x_k - self._at("noise", k, x_k) * noise) / self._at("signal", k, x_k)
 
-    def _posterior_mean(self, x: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x)."""
-        return self._at("mean_of_data", t, x) * x + self._at("mean_of_x_t", t, x) * x_t
+    def _posterior_mean(self, x: Tensor, x_k: Tensor, k: int | Tensor) -> Tensor:
+        """Mean of q(x_{k-1} | x_k, x)."""
+        return self._at("mean_of_data", k, x) * x + self._at("mean_of_x_k", k, x) * x_k
 
-    def _at(self, name: str, t: int | Tensor, x: Tensor) -> float | Tensor:
-        """A constant at step t, shaped to multiply x. Tables stay on the device: a copy per step would wait for it."""
-        if not isinstance(t, Tensor):
-            return float(self._constants[name][t])
+    def _at(self, name: str, k: int | Tensor, x: Tensor) -> float | Tensor:
+        """A constant at step k, shaped to multiply x. Tables stay on the device: a copy per step would wait for it."""
+        if not isinstance(k, Tensor):
+            return float(self._constants[name][k])
         key = (name, x.device, x.dtype)
         if key not in self._tables:
             self._tables[key] = self._constants[name].to(x.dtype).to(x.device)
-        return self._tables[key][t].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
+        return self._tables[key][k].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
+
+    # What makes it a `Process`, in our t.
+
+    prediction = "noise"
+    shift, sigma_min, contrastive = 1.0, SIGMA_MIN, 0.0
+
+    def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
+        k = torch.randint(self.num_timesteps, (num,), generator=generator, device=generator.device)
+        return ((k + 1) / self.num_timesteps).to(device, non_blocking=True)
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.q_sample(x, noise, self.network_time(t).long())
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return timestep(t, self.num_timesteps)
+
+    def losses(
+        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        mse, vb = self.hybrid_losses(output, x, noise, self.network_time(t).long())
+        return {"denoising": mse, "vb": vb}
 
 
 def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from repa.diffusion.config import DiffusionConfig
-from repa.diffusion.ddpm import ImprovedDDPM, timestep
+from repa.diffusion.ddpm import ImprovedDDPM
 from repa.diffusion.flow import Flow, Interpolant
-from repa.diffusion.predictions import SIGMA_MIN
 
 
 class Process(Protocol):
@@ -54,36 +53,6 @@ class Process(Protocol):
         ...
 
 
-class DDPM:
-    """Eqs. 10-12: the hybrid loss of DiT; the network answers [noise; v] and is given the timestep.
-
-    The term "vb" trains the variance alone, in bits per element; the two have equal weight.
-    """
-
-    prediction = "noise"
-    shift, sigma_min, contrastive = 1.0, SIGMA_MIN, 0.0
-
-    def __init__(self) -> None:
-        self.ddpm = ImprovedDDPM()
-        self.path: Interpolant = self.ddpm.path
-
-    def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
-        k = torch.randint(self.ddpm.num_timesteps, (num,), generator=generator, device=generator.device)
-        return ((k + 1) / self.ddpm.num_timesteps).to(device, non_blocking=True)
-
-    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.ddpm.q_sample(x, noise, self.network_time(t).long())
-
-    def network_time(self, t: Tensor) -> Tensor:
-        return timestep(t, self.ddpm.num_timesteps)
-
-    def losses(
-        self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        mse, vb = self.ddpm.losses(output, x, noise, self.network_time(t).long())
-        return {"denoising": mse, "vb": vb}
-
-
 def build_process(config: DiffusionConfig) -> Process:
     """The process that a configuration names."""
-    return DDPM() if config.objective == "ddpm" else Flow(config)
+    return ImprovedDDPM() if config.objective == "ddpm" else Flow(config)
