@@ -155,7 +155,7 @@ def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "load_extractor", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape, sentence in (
         ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare what has the same size"),
-        ((4, 16, 8, 3), "holds images of 16x8 pixels: square ones are measured"),
+        ((4, 16, 8, 3), "holds images of 16x8 pixels: crop them to squares"),
     ):
         np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
         with pytest.raises(UserError, match=sentence):
@@ -234,7 +234,7 @@ class TestReference:
         assert reference.subset_of(4).tolist() == [0, 1, 2, 3]
 
     def test_mirrored_copies_are_no_reference(self, copy, extractor, features, monkeypatch):
-        monkeypatch.setattr(type(copy), "originals", range(25))
+        monkeypatch.setattr(copy, "originals", range(25))
         found = reference_of(copy, extractor, "tiny-judge")
         torch.testing.assert_close(found.subset, features[:25])
         assert found.statistics.count == 25
@@ -249,6 +249,6 @@ class TestReference:
         reference_of(copy, extractor, "tiny-judge")
 
     def test_data_without_images(self, copy, extractor, monkeypatch):
-        monkeypatch.setattr(type(copy), "has_images", False)
+        monkeypatch.setattr(copy, "has_images", False)
         with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
             reference_of(copy, extractor, "tiny-judge")

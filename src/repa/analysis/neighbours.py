@@ -139,7 +139,9 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
     if not 1 <= k <= len(images) - (own is not None):
         raise UserError(f"{k} neighbours were asked for among {len(images)} images: give more images or ask for fewer.")
     if not (torch.isfinite(queries).all() and torch.isfinite(images).all()):
-        raise UserError("Neighbours need finite features, but some hold NaN or infinity.")
+        raise UserError(
+            "Neighbours need finite features, but some hold NaN or infinity: check the images and the weights."
+        )
     queries, images = F.normalize(queries.float(), dim=1), F.normalize(images.float(), dim=1)
     distances, indices = [], []
     for start in range(0, len(queries), BLOCK):

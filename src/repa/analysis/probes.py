@@ -39,11 +39,12 @@ class ProbeImages:
     def of(cls, data: DataSet, val: DataSet | None, num: int, seed: int, least_classes: int = 2) -> Self:
         """`num` images of each (0: all); refuses data that a probe can learn nothing from, and two sets that do not match."""
         if data.num_classes < least_classes:
-            raise UserError(f"{data.folder} has one class: a linear probe needs at least two.")
+            raise UserError(f"{data.folder} has one class: give data of several, which a linear probe tells apart.")
         if val is not None and (val.class_names, val.resolution) != (data.class_names, data.resolution):
             raise UserError(
                 f"{val.folder} cannot test a probe trained on {data.folder}: it has {val.num_classes} classes at "
-                f"{val.resolution} pixels, that has {data.num_classes} at {data.resolution}, and their names must agree."
+                f"{val.resolution} pixels, that has {data.num_classes} at {data.resolution}. Give data of the same classes, by name, and "
+                "of the same resolution."
             )
         sets = tuple((d, spaced_rows(d, num)) for d in (data, val) if d is not None)
         labels = tuple(torch.from_numpy(d.gather("labels", indices)) for d, indices in sets)
@@ -272,7 +273,9 @@ def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, 
         if labels.min() < 0:
             raise UserError(f"A linear probe needs labels from 0 on, but a {name} label is {int(labels.min())}.")
         if not torch.isfinite(features).all():
-            raise UserError(f"A linear probe needs finite features, but the {name} features hold NaN or infinity.")
+            raise UserError(
+                f"A linear probe needs finite features, but the {name} features hold NaN or infinity: check the images and the weights."
+            )
     if train_features.shape[1] != test_features.shape[1]:
         raise UserError(
             f"Train and test features must be of one model, but have {train_features.shape[1]} and "

@@ -122,7 +122,9 @@ def weights_file(name: str, family: Family, original: Original | None, path: Pat
     found = config.get("model_type")
     if found not in family.model_types:
         allowed = " or ".join(map(repr, family.model_types))
-        raise UserError(f"{path} holds a model of type {found!r}, but the encoder {name} is of type {allowed}.")
+        raise UserError(
+            f"{path} holds a model of type {found!r}, but the encoder {name} is of type {allowed}: give its own folder."
+        )
     return next(path / file for file in (WEIGHTS, PICKLED) if (path / file).is_file())
 
 
@@ -154,7 +156,9 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
     # transformers fills missing weights with random values and only warns: an alignment target would be noise.
     if report["missing_keys"]:
-        raise UserError(f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}.")
+        raise UserError(
+            f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
+        )
     # A folder of the hub may hold a text tower or a decoder besides; a project's own file was renamed by us, so
     # what is left over belongs to another network.
     if original and report["unexpected_keys"]:

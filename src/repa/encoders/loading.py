@@ -90,6 +90,6 @@ def load_encoder(
     encoder = ENCODERS.build(spec)(name, weights)
     if not isinstance(encoder, VisionEncoder):
         raise UserError(
-            f"The encoder {spec} must be a repa.encoders.VisionEncoder, but {type(encoder).__name__} came back."
+            f"The encoder {spec} must be a repa.encoders.VisionEncoder, but {type(encoder).__name__} came back: return one from it."
         )
     return encoder.to(device)

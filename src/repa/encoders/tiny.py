@@ -92,14 +92,18 @@ def load_tiny(name: str, weights: Path | None) -> TinyEncoder:
     path = weights or Path(str(resources.files("repa.encoders"))) / "weights" / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(
-            f"The encoder {name} wants a .safetensors file written by tools/train_tiny.py, but {path} is none."
+            f"The encoder {name} takes a .safetensors file written by tools/train_tiny.py, but {path} is none: "
+            "give one, or leave its weights out."
         )
     net = ConvNet(SHAPES[name])
     try:
         net.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} does not hold the weights of the encoder {name}, or is damaged: {reason}") from error
+        raise UserError(
+            f"{path} does not hold the weights of the encoder {name}, or is damaged ({reason}): give another file, or leave its "
+            "weights out."
+        ) from error
     return TinyEncoder(
         net.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stubs do not know it
         name=name,

@@ -53,7 +53,8 @@ class ViTEncoder(VisionEncoder):
         """The logits are log probabilities: a softmax over patches of them is the attention among patches alone."""
         if max(layers) > self.net.config.num_hidden_layers or min(layers) < 1:
             raise UserError(
-                f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked for."
+                f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked "
+                "for: choose among them."
             )
         # The fused kernels keep no probabilities. They are what the next call finds again: features must not depend on what was
         # asked for before, as when a term of attention ends in the middle of a training.

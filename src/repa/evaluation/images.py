@@ -85,13 +85,15 @@ class NpzImages(Images):
             stored = self._info.compress_type == zipfile.ZIP_STORED
             begin = _data_offset(path, self._info) if stored else 0
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}.")
+            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images so.")
         self.num, self.height, self.width, _ = shape
         self._size = self.height * self.width * 3
         # Before anything is allocated: a header may announce what the file does not hold.
         if self._info.file_size < self._start + self.num * self._size:
             whole = (self._info.file_size - self._start) // self._size
-            raise UserError(f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}.")
+            raise UserError(
+                f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}. Copy or make it again."
+            )
         self.identity = {"name": path.name, "shape": list(shape), "crc32": self._info.CRC}
         self._map = None
         if fortran:  # images do not lie one after the other: nothing to stream or to sum up in order
@@ -116,7 +118,9 @@ class NpzImages(Images):
             self._file.seek(self._start + index * self._size)
             data = self._file.read(self._size)
         if len(data) != self._size:
-            raise UserError(f"{self.path} is cut off: it announces {self.num:,} images and ends after {index:,}.")
+            raise UserError(
+                f"{self.path} is cut off: it announces {self.num:,} images and ends after {index:,}. Copy or make it again."
+            )
         return np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3)
 
     def _check(self, indices: np.ndarray, data: np.ndarray) -> None:
@@ -128,7 +132,9 @@ class NpzImages(Images):
             self._info.file_size == self._start + self.num * self._size
         )  # nothing after the images, which none reads
         if self._next == self.num and whole and self._checksum != self._info.CRC:
-            raise UserError(f"{self.path} is damaged: arr_0 has another checksum than when it was written.")
+            raise UserError(
+                f"{self.path} is damaged: arr_0 has another checksum than when it was written. Copy or make it again."
+            )
 
 
 class DataImages(Images):
@@ -170,7 +176,7 @@ class SourceImages(Images):
         if image.size != (self.width, self.height):
             raise UserError(
                 f"{self.source.name(index)} in {self.where} has {image.width} x {image.height} pixels, the first image "
-                f"{self.width} x {self.height}: samples that are measured together have one size."
+                f"{self.width} x {self.height}: crop or resize them to one size."
             )
         return image
 

@@ -45,7 +45,7 @@ def evaluate_file(
     """
     images = open_images(samples)
     if images.height != images.width:
-        raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: square ones are measured.")
+        raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: crop them to squares first.")
     # Samples that were copied or cut keep the name of their record: it counts only for as many images as it speaks of.
     path = Path(samples).with_suffix(".json")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
@@ -88,7 +88,7 @@ def evaluate_stream(
     """
     if num < 2:
         raise UserError(
-            f"{samples} holds {num} image: a distribution needs at least two, and thousands to mean something."
+            f"{samples} holds {num} image: give at least two, as a distribution needs, and thousands for one that means something."
         )
     check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)

@@ -43,7 +43,10 @@ class ReferenceFile:
         if self.images is not None:  # ADM's files say nothing of the resolution, but their images show it
             self.resolution = self.images.height
         if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
-            raise UserError(f"{path} is not a reference: it holds {', '.join(names)}, but mu needs its sigma.")
+            raise UserError(
+                f"{path} is not a reference: it holds {', '.join(names)}, but mu needs its sigma. "
+                "Give a file with both."
+            )
 
     def load(self, extractor: Extractor, spec: str, batch_size: int, progress: Progress) -> Reference:
         """Raises UserError when the statistics are of other features than `extractor`'s."""
@@ -70,7 +73,7 @@ class ReferenceFile:
         if len(reference.statistics.mean) != extractor.dim:
             raise UserError(
                 f"{self.path} is not a reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
-                f"the features have {extractor.dim}."
+                f"the features have {extractor.dim}. Give a reference of the same features."
             )
         # ADM's file holds the images of its precision and recall, whose features are computed here once.
         if reference.subset is None and self.images is not None:

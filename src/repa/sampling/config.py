@@ -73,7 +73,9 @@ class SampleConfig(Config):
     def _one_kind_of_prompt(self) -> Self:
         given = [name for name in ("prompt", "prompt_file", "prompt_data") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given: prompts come from one of them")
+            raise ValueError(
+                f"{' and '.join(given)} were given, but prompts come from one of them: leave the others out"
+            )
         return self
 
     @model_validator(mode="after")

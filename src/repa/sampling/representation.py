@@ -71,7 +71,9 @@ def _term(folder: Path, settings: dict[str, object]) -> AlignmentConfig:
     where = str(folder / layout.CONFIG)
     given = layout.read_config(folder).get("alignments") or []
     if not isinstance(given, list):
-        raise UserError(f"{where}: alignments is {given!r:.60}, but it is a list of terms.")
+        raise UserError(
+            f"{where}: alignments is {given!r:.60}, but it is a list of terms: restore the file from a copy."
+        )
     parsed = [AlignmentConfig.parse(values, where=where) for values in given]
     terms = {term.key: term for term in parsed if term.encoder[0] and term.tap == "hidden"}
     asked = str(settings.get("term", ""))
