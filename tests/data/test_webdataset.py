@@ -13,7 +13,7 @@ import pytest
 from repa.base.errors import UserError
 from repa.data import open_source, remote
 from repa.data.remote import fetch_shard
-from repa.data.sources import contract, tar_index
+from repa.data.sources import contract, webdataset
 from repa.data.sources.contract import expand
 from tests.data.kinds import add, as_shards, pictures, pixels, write_shard
 
@@ -89,8 +89,8 @@ def test_one_of_several_images_is_chosen(tmp_path):
 def test_the_index_is_made_once_and_anew_for_a_changed_shard(tmp_path, monkeypatch, cache):
     spec = as_shards(tmp_path, pictures())
     scans = []
-    real = tar_index._scan
-    monkeypatch.setattr(tar_index, "_scan", lambda path, *rest: scans.append(Path(path).name) or real(path, *rest))
+    real = webdataset._scan
+    monkeypatch.setattr(webdataset, "_scan", lambda path, *rest: scans.append(Path(path).name) or real(path, *rest))
     first = open_source(spec)
     assert scans == ["shard-0.tar", "shard-1.tar"]
     again = open_source(spec)
@@ -145,7 +145,7 @@ def test_links_and_huge_members_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a\.png in .* more than an image may have"):
         open_source(tar(tmp_path / "h.tar", a_png=PNG))
     monkeypatch.setattr(contract, "MAX_FILE_SIZE", limit)
-    monkeypatch.setattr(tar_index, "MAX_TEXT", 3)
+    monkeypatch.setattr(webdataset, "MAX_TEXT", 3)
     with pytest.raises(UserError, match=r"a\.txt in .* too much for a text"):
         open_source(tar(tmp_path / "t.tar", a_png=PNG, a_txt="long"))
 

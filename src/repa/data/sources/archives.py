@@ -1,11 +1,13 @@
-"""Images in a zip file, and slices of files. Nothing is unpacked to disk."""
+"""What lies where in zip and tar files; images in a zip file. Nothing is unpacked to disk."""
 
 import bisect
 import itertools
 import os
 import struct
+import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,65 @@ def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in ZIP_METHODS:
         raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")
+
+
+def tar_samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size)."""
+    key: str | None = None
+    members: dict[str, tuple[int, int]] = {}
+    seen: set[str] = set()
+    for member in _tar_members(path, name, size):
+        folder, slash, base = _tar_path(member.name).rpartition("/")
+        stem, _, extension = base.partition(".")
+        this, extension = f"{folder}{slash}{stem}", extension.lower()
+        if this != key:
+            if key is not None:
+                yield key, members
+            # `tar` without --sort=name may part the files of a sample, whose image would lose its label
+            if this in seen:
+                raise UserError(f"{name} holds the sample {this!r} twice: pack it again with every sample once.")
+            key, members = this, {}
+            seen.add(this)
+        if extension in members:
+            raise UserError(f"{name} holds {member.name!r} twice: pack it again with every file once.")
+        members[extension] = (member.offset_data, member.size)
+    if key is not None:
+        yield key, members
+
+
+def _tar_members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
+    with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
+            require_safe_member(name, member.name, member.size)
+            if member.isdir() or any(is_hidden(part) for part in _tar_path(member.name).split("/")):
+                continue
+            # a link could lead to any file of this machine; the bytes of a sparse file do not lie in one piece
+            if not member.isreg() or member.issparse():
+                raise UserError(
+                    f"{member.name} in {name} is not a plain file (but a link, a device or a sparse file): pack the shard "
+                    "again with the files themselves (tar --dereference)."
+                )
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield member
+        _require_tar_end(path, archive.offset)
+
+
+def _require_tar_end(path: Path, offset: int) -> None:
+    """The module takes a damaged header, or the end of a shard that was cut, for the end of the archive."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        found = 0
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {offset:,}, or several archives one after the other")
+            found += len(block)
+    if found < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+
+
+def _tar_path(name: str) -> str:
+    """'./a/b.png' -> 'a/b.png'."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))

@@ -1,10 +1,10 @@
 """Parquet files with the bytes of images in a column, here or at a URL; read row group by row group."""
 
-import collections
+import functools
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from repa.data.sources.contract import is_remote, named_by_first, require_one_sp
 from repa.data.sources.tables import TableSource, columns_of
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
-GROUPS_KEPT = 2  # rows are read in order, by threads that may be a group apart
+KEPT = 2  # files, and groups of a column: rows are read in order, by threads that may be a group apart
 
 
 class ParquetSource(TableSource):
@@ -25,7 +25,7 @@ class ParquetSource(TableSource):
     Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
     """
 
-    opened_here = ("_lock", "_opened", "_kept")
+    opened_here = ("_lock", "_opened", "_column")
 
     def __init__(self, shards: Sequence[str], labels: str = "", **columns: str):
         """
@@ -85,24 +85,17 @@ class ParquetSource(TableSource):
 
     def _cell(self, column: str, index: int) -> Any:
         group, row = self._find(index)
-        return self._column(column, group)[row].as_py()
-
-    def _column(self, column: str, group: int) -> Any:
-        """One column of a row group; the last GROUPS_KEPT of each column are kept."""
         # one thread reads, as the others want the same group; and a file of pyarrow has one position for all of them
         with self._lock:
-            kept = self._kept[column]
-            if group not in kept:
-                shard, number = self._group[group]
-                # threads of pyarrow do not survive a fork: in a worker the read would wait for them without end
-                table = self._reading(shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False))
-                kept[group] = table.column(0)
-                while len(kept) > GROUPS_KEPT:
-                    kept.popitem(last=False)
-            kept.move_to_end(group)
-            return kept[group]
+            return self._column(column)(group)[row].as_py()
 
-    def _reading(self, shard: int, read: Any) -> Any:
+    def _read_group(self, column: str, group: int) -> Any:
+        shard, number = self._group[group]
+        # threads of pyarrow do not survive a fork: in a worker the read would wait for them without end
+        table = self._reading(shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False))
+        return table.column(0)
+
+    def _reading(self, shard: int, read: Callable[[Any], Any]) -> Any:
         from pyarrow import lib
 
         try:
@@ -112,17 +105,15 @@ class ParquetSource(TableSource):
 
     def _open(self, shard: int) -> Any:
         """A file, opened in each process, so that no other process moves its position."""
-        key = (os.getpid(), shard)
-        if key not in self._opened:
-            while len(self._opened) >= GROUPS_KEPT:
-                del self._opened[next(iter(self._opened))]
-            self._opened[key] = _open(self.shards[shard])
-        return self._opened[key]
+        return self._opened(shard, os.getpid())
 
     def _open_here(self) -> None:
         self._lock = threading.RLock()
-        self._opened: dict[tuple[int, int], Any] = {}
-        self._kept: dict[str, collections.OrderedDict] = collections.defaultdict(collections.OrderedDict)
+        self._opened = functools.lru_cache(KEPT)(lambda shard, process: _open(self.shards[shard]))
+        # column -> what reads a group of it, and keeps some
+        self._column = functools.cache(
+            lambda name: functools.lru_cache(KEPT)(functools.partial(self._read_group, name))
+        )
 
 
 def _open(where: str) -> Any:

@@ -3,17 +3,22 @@
 import collections
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from repa.base import faults, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError, printable
 from repa.data.remote import fetch_shard
-from repa.data.sources.archives import Slices
+from repa.data.sources.archives import Slices, tar_samples
 from repa.data.sources.contract import (
+    EXTENSIONS,
     Classes,
     Source,
     Strings,
@@ -27,8 +32,10 @@ from repa.data.sources.contract import (
 )
 from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
-from repa.data.sources.tar_index import Index, cached_path, index_of, load_index
 
+INDEX_VERSION = 4  # a part of the key in the cache: files of another format are made again
+MAX_TEXT = 1 << 24  # bytes of a label, caption or json
+ABSENT = (0, -1)  # a part that a sample does not have
 MAX_OPEN_SHARDS = 16  # shards open at a time: rows are read in order
 IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
 
@@ -67,7 +74,7 @@ class WebDataset(Source):
         self.shards = list(shards)
         self._caption = str(caption)
         self._cache_limit = int(cache * 2**30)
-        indices = [self._index(shard, str(image), str(label)) for shard in self.shards]
+        indices = [index_of(shard, str(image), str(label), self._cache_limit) for shard in self.shards]
         self._sizes = [index.size for index in indices]
         self._ends = np.cumsum([len(index.keys) for index in indices])
         self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
@@ -150,22 +157,6 @@ class WebDataset(Source):
                 "--labels tars if each is a class, or --labels none for one class."
             )
 
-    def _index(self, shard: str, image: str, label: str) -> Index:
-        if is_remote(shard):
-            # its index is enough to open a source of a terabyte again: a shard is copied when an image of it is read
-            cached = cached_path(shard, image, label)
-            if cached.is_file():
-                return load_index(cached)
-            path = fetch_shard(shard, self._cache_limit)
-            return index_of(path, shard, version=shard, image=image, label=label)
-        path = Path(shard)
-        if not path.is_file():
-            raise UserError(f"There is no shard {shard!r}: give its path.")
-        # a checksum would read the shard, which the index is there to avoid
-        stat = path.stat()
-        version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        return index_of(path, shard, version=version, image=image, label=label)
-
     def _digest(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._parts[:, IMAGE, 1]).tobytes())
         if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their URLs
@@ -207,3 +198,119 @@ def _numbered(shards: Sequence[str]) -> bool:
     numbers = sorted(int(match[1]) for match in matches)
     others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
     return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+class Index(NamedTuple):
+    """The samples of one shard, in its order."""
+
+    keys: list[str]
+    labels: list[str | None]
+    """From .cls, else from the .json; None for neither."""
+    parts: np.ndarray
+    """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 for none."""
+    size: int
+    """Bytes of the shard."""
+    others: dict[str, int]
+    """Ending -> how many files are no part of a sample's image, label, captions."""
+
+
+def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
+    """The index of a shard, from the cache when it was made before.
+
+    Args:
+        shard: a path or URL.
+        image: extension of the images in each sample; any image when empty.
+        label: key of the label in the .json of a sample.
+        cache_limit: bytes of copies of remote shards.
+
+    Raises:
+        UserError: no tar file, cut short, unsafe, or its samples are not one image each.
+    """
+    path, version = Path(shard), shard
+    if not is_remote(shard):
+        if not path.is_file():
+            raise UserError(f"There is no shard {shard!r}: give its path.")
+        # a checksum would read the shard, which the index is there to avoid
+        stat = path.stat()
+        version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, version, image, label]).encode()).hexdigest()[:32]
+    cached = files.cache_folder() / "sources" / "indices" / f"{key}.npz"
+    # enough to open a source of a terabyte again: a remote shard is copied when an image of it is read
+    if cached.is_file():
+        again = "Delete it, and it is made again."
+        arrays = load_npz(cached, "the index of a shard", remedy=again)
+        with faults.reading(cached, "the index of a shard", again):
+            keys, labels, others = json.loads(arrays["text"].tobytes())
+            others = {str(ending): int(num) for ending, num in others.items()}
+            return Index(keys, labels, arrays["parts"], int(arrays["size"]), others)
+    index = _scan(fetch_shard(shard, cache_limit) if is_remote(shard) else path, shard, image, label)
+    # a file that is open, as np.savez gives a path the ending .npz
+    with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
+        text = json.dumps([index.keys, index.labels, index.others]).encode()
+        np.savez(file, text=np.frombuffer(text, np.uint8), parts=index.parts, size=index.size)
+    return index
+
+
+def _scan(path: Path, name: str, image: str, label: str) -> Index:
+    size = os.path.getsize(path)
+    keys, labels, parts = [], [], []
+    others: collections.Counter[str] = collections.Counter()
+    slices = Slices(path)
+    for key, members in tar_samples(path, name, size):
+        found = _image_of(key, members, name, image)
+        # of 0001.v2.png the others are 0001.v2.cls and so on: names are one sample up to their first dot
+        dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
+        names = {what: f"{dotted}.{what}" for what in ("txt", "json", "cls")} if dotted else {}
+        text, meta, cls = (
+            members.get(names.get(what, what), members.get(what, ABSENT)) for what in ("txt", "json", "cls")
+        )
+        cls = members.get(label.lower(), ABSENT) if cls is ABSENT else cls  # some call the file 0001.label
+        others.update(end for end, part in members.items() if part not in (found, text, meta, cls))
+        for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
+            if part[1] > MAX_TEXT:
+                raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
+        value = told = None
+        if cls is not ABSENT:
+            value = _text(slices.read(*cls), f"{key}.cls in {name}").strip() or None
+        if meta is not ABSENT:
+            where = f"{key}.json in {name}"
+            told = json_object(slices.read(*meta), where).get(label)
+            # The name of a class may stand in the one and its number in the other.
+            if value is None:
+                value = _label(told, where)
+            elif type(told) is int and value.isdecimal() and len(value) < 20 and int(value) != told:
+                raise UserError(
+                    f"The label of {key} in {name} is {value[:20]} in its .cls, but {str(told)[:20]} in its .json: correct one."
+                )
+        labels.append(value)
+        keys.append(key)
+        parts.append((found, text, meta))
+    if not keys:
+        raise UserError(f"{name} holds no images: files named {' '.join(EXTENSIONS)} are looked for.")
+    return Index(keys, labels, np.array(parts, np.int64), size, dict(others.most_common(20)))
+
+
+def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: str) -> tuple[int, int]:
+    endings = [image.lower().lstrip(".")] if image else [end for end in members if f".{end}".endswith(EXTENSIONS)]
+    found = [end for end in endings if end in members]
+    if len(found) == 1:
+        return members[found[0]]
+    if found:
+        raise UserError(
+            f"The sample {key} in {name} holds several images ({', '.join(found)}): say which one as image={found[0]}."
+        )
+    raise UserError(f"The sample {key} in {name} holds no image, only {', '.join(members)}: every sample needs one.")
+
+
+def _text(data: bytes, name: str) -> str:
+    with faults.reading(name, "UTF-8 text"):
+        return data.decode("utf-8-sig")
+
+
+def _label(value: Any, name: str) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, str, type(None))):
+        raise UserError(
+            f"The label in {name} is {str(value)[:80]}: it must be a whole number or the name of a class. Another key is "
+            "chosen by label=KEY."
+        )
+    return None if value is None else str(value)
