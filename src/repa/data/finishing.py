@@ -23,7 +23,7 @@ from repa.data.manifest import (
     fields_of,
     remove_parts,
 )
-from repa.data.progress import FinishedParts, Part, Settings, started
+from repa.data.progress import FinishedParts, Part, started
 
 
 def finish(finished: FinishedParts) -> Manifest:
@@ -115,56 +115,38 @@ def remove(out: str | Path, name: str) -> Manifest | None:
     Raises:
         UserError: no such field, or the one that everything else needs.
     """
-    with lock.alone(Path(out), "repa prepare --remove"):
-        return _remove(Path(out), name)
-
-
-def _remove(out: Path, name: str) -> Manifest | None:
-    before = started(out)
-    if before is None:
-        raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")
-    manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
-    spec = name.removeprefix("features:")
-    gone: tuple[str, ...]
-    if name == "images":
-        config, gone = _without_images(out, manifest), ("images",)
-    elif name == TEXT and (before.config.text or _numbered_files(out, "npy", *fields_of(TEXT))):
-        config, gone = before.config.override(text="", text_weights="", text_form="fp16"), fields_of(TEXT)
-    elif name.startswith("features:") and (
-        spec in before.config.features or _numbered_files(out, "npy", *fields_of(spec))
-    ):
-        config, gone = _without_features(before, spec), fields_of(spec)
-    else:
-        stored = [
-            "images",
-            *([TEXT] if before.config.text else []),
-            *(f"features:{spec}" for spec in before.config.features),
-        ]
-        raise UserError(f"{out} has no {name!r} to remove{choices(name, stored)}")
-    if manifest:
-        shards = [
-            shard.override(
-                files={field: file for field, file in shard.files.items() if field not in gone},
-                text={} if name == TEXT else shard.text,
-            )
-            for shard in manifest.shards
-        ]
-        features = {other: facts for other, facts in manifest.features.items() if f"features.{other}" not in gone}
-        text = None if name == TEXT else manifest.text
-        manifest = manifest.override(config=config, features=features, text=text, shards=shards)
-        manifest.save(out)
-    # the folder may be unfinished, or finished and growing: parts/ would bring the field back
-    if (out / PARTS).is_dir():
-        files.write_json(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
-        for path in _numbered_files(out / PARTS, "json", spec):
+    out, part = Path(out), name.removeprefix("features:")
+    with lock.alone(out, "repa prepare --remove"):
+        before = started(out)
+        if before is None:
+            raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")
+        manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
+        config = _without_images(out, manifest) if name == "images" else _without(out, before.config, name, part)
+        gone = ("images",) if name == "images" else fields_of(part)
+        if manifest:
+            shards = [
+                shard.override(
+                    files={field: file for field, file in shard.files.items() if field not in gone},
+                    text={} if name == TEXT else shard.text,
+                )
+                for shard in manifest.shards
+            ]
+            features = {other: facts for other, facts in manifest.features.items() if name != f"features:{other}"}
+            text = None if name == TEXT else manifest.text
+            manifest = manifest.override(config=config, features=features, text=text, shards=shards)
+            manifest.save(out)
+        # the folder may be unfinished, or finished and growing: parts/ would bring the field back
+        if (out / PARTS).is_dir():
+            files.write_json(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
+            for path in _numbered_files(out / PARTS, "json", part):
+                path.unlink()
+        for path in _numbered_files(out, "npy", *gone):
             path.unlink()
-    for path in _numbered_files(out, "npy", *gone):
-        path.unlink()
-    if name.startswith("features:"):
-        (out / basis_name(spec)).unlink(missing_ok=True)
-    if manifest and set(config.features) <= set(manifest.features):  # nothing is left to make
-        remove_parts(out)
-    return manifest
+        if name.startswith("features:"):
+            (out / basis_name(part)).unlink(missing_ok=True)
+        if manifest and set(config.features) <= set(manifest.features):  # nothing is left to make
+            remove_parts(out)
+        return manifest
 
 
 def _without_images(out: Path, manifest: Manifest | None) -> PrepareConfig:
@@ -177,13 +159,18 @@ def _without_images(out: Path, manifest: Manifest | None) -> PrepareConfig:
     return manifest.config.override(store_images=False)
 
 
-def _without_features(before: Settings, spec: str) -> PrepareConfig:
-    config = before.config
-    others = tuple(other for other in config.features if other != spec)
+def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareConfig:
+    """The configuration without the tokens of an encoder or of captions, asked for or left by a removal that was killed."""
+    stored = ["images", *([TEXT] if config.text else []), *(f"features:{spec}" for spec in config.features)]
+    left = (name == TEXT or name != part) and _numbered_files(out, "npy", *fields_of(part))
+    if name not in stored and not left:
+        raise UserError(f"{out} has no {name!r} to remove{choices(name, stored)}")
+    if name == TEXT:
+        return config.override(text="", text_weights="", text_form="fp16")
     return config.override(
-        features=others,
-        feature_forms=tuple(f"{other}={config.forms[other]}" for other in others),
-        feature_weights=tuple(f"{o}={path}" for o in others if (path := config.weights.get(o))),
+        features=[spec for spec in config.features if spec != part],
+        feature_forms=[f"{spec}={form}" for spec, form in config.forms.items() if spec != part],
+        feature_weights=[f"{spec}={path}" for spec, path in config.weights.items() if spec != part],
     )
 
 

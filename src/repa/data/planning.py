@@ -14,7 +14,6 @@ from repa.base.ahead import by_processes
 from repa.base.errors import UserError
 from repa.data.config import TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
-from repa.data.order import permute
 from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, plan_shards
 from repa.data.reading import DecodedImages, Read, from_source, pieces_at
 from repa.data.sources.opening import open_source
@@ -109,7 +108,7 @@ def _measure(
     """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
     # shuffled: a sorted source may begin with its smallest images
     total = sum(len(shard.rows) for shard in shards)
-    places = (int(permute(np.array([place]), total, key=0)[0]) for place in range(total))
+    places = np.random.default_rng(0).permutation(total)
     budget = seconds / (1 + len(models))
     kept: list[DecodedImages] = []
     with contextlib.closing(read(pieces_at(shards, places))) as stream:

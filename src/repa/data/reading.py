@@ -100,10 +100,10 @@ def sample_pieces(shards: Sequence[PlannedShard], num: int) -> Iterator[Piece]:
     return pieces_at(shards, np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64)))
 
 
-def pieces_at(shards: Sequence[PlannedShard], places: Iterable[int]) -> Iterator[Piece]:
+def pieces_at(shards: Sequence[PlannedShard], places: np.ndarray) -> Iterator[Piece]:
     """The images at these places of all shards together, each a piece."""
     ends = np.cumsum([len(shard.rows) for shard in shards])
-    for place in places:
+    for place in map(int, places):
         k = int(np.searchsorted(ends, place, side="right"))
-        row = shards[k].rows[int(place - ends[k]) + len(shards[k].rows)]
+        row = shards[k].rows[place - int(ends[k]) + len(shards[k].rows)]
         yield Piece(k, range(row, row + 1), shards[k].flipped)
