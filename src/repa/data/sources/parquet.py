@@ -41,7 +41,7 @@ class ParquetSource(TableSource):
         schema = self._open(0).schema_arrow
         if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
             raise UserError(f"{self.shards[0]} has the column {twice!r} twice: rename one of them.")
-        self._choose(where, columns_of(schema), labels, columns)
+        self._choose(where, columns_of(schema), labels, **columns)
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
@@ -71,7 +71,7 @@ class ParquetSource(TableSource):
 
     def _measure(self, shard: int, group: Any) -> tuple[int, int]:
         columns = [group.column(i) for i in range(group.num_columns)]
-        images = [c for c in columns if c.path_in_schema.split(".")[0] == self._columns.image]
+        images = [c for c in columns if c.path_in_schema.split(".")[0] == self._image]
         size = sum(column.total_uncompressed_size for column in images)
         if size > MAX_GROUP:
             raise UserError(
@@ -81,7 +81,7 @@ class ParquetSource(TableSource):
         return group.num_rows, size
 
     def _read_labels(self, shard: int) -> list[Any]:
-        return self._reading(shard, lambda f: f.read(columns=[self._columns.label], use_threads=False))[0].to_pylist()
+        return self._reading(shard, lambda f: f.read(columns=[self._label], use_threads=False))[0].to_pylist()
 
     def _cell(self, column: str, index: int) -> Any:
         group, row = self._find(index)

@@ -38,77 +38,13 @@ class Column(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-class Columns(NamedTuple):
-    """The columns that are read; "" for none."""
-
-    image: str
-    label: str
-    caption: str
-    class_names: tuple[str, ...]
-
-
-def choose_columns(
-    where: str, columns: Mapping[str, Column], labels: str, *, image: str = "", label: str = "", caption: str = ""
-) -> Columns:
-    """The columns asked for; else the one that holds images, the one of classes (or called "label"), and captions.
-
-    Raises:
-        UserError: a column is missing, or it is not clear which one is meant.
-    """
-    for key, name in (("image", image), ("label", label), ("caption", caption)):
-        if name and name not in columns:
-            raise UserError(
-                f"{where} has no column {name!r} for {key}: it has {_list(columns)}.{nearest(name, columns)}"
-            )
-    if labels not in ("", "none"):
-        raise UserError(
-            f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
-        )
-    # texts may be stored as bytes too: a column that is called as captions are is the last choice
-    binary = [name for name, column in columns.items() if column.kind == "image"]
-    image = image or _only(where, [name for name in binary if name not in CAPTION_COLUMNS] or binary, columns, "image")
-    if columns[image].kind != "image":
-        raise UserError(f"The column {image!r} of {where} does not hold the bytes of images: it has {_list(columns)}.")
-    if not label and labels != "none":
-        classes = [name for name, column in columns.items() if column.kind == "class"]
-        usual = [name for name in label_columns(columns) if name != image]
-        found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
-        label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
-    if not caption:
-        texts = (name for name in CAPTION_COLUMNS if name in columns and name != label and columns[name].kind == "text")
-        caption = next(texts, "")
-    names = columns[label].class_names if label else ()
-    return Columns(image, "" if labels == "none" else label, caption, names)
-
-
 def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: str, otherwise: str = "") -> str:
     if len(found) == 1:
         return found[0]
     raise UserError(
-        f"{where} has {len(found) or 'no'} columns that could be the {key}, among {_list(columns)}: "
+        f"{where} has {len(found) or 'no'} columns that could be the {key}, among {', '.join(columns) or 'none'}: "
         f"name the one as {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
     )
-
-
-def _list(columns: Mapping[str, Column]) -> str:
-    return ", ".join(columns) or "none"
-
-
-def classes_of_column(chosen: Columns, values: Sequence[Any], name_of: Any, where: str) -> Classes:
-    """The classes in a column of labels; their names are kept where the table has them."""
-    where = f"the column {chosen.label!r} of {where}"
-    if not chosen.class_names:
-        return classes_of(values, name_of, where)
-    for index, value in enumerate(values):
-        if value is None:
-            raise UserError(f"{name_of(index)} has no label in {where}: give it one, or set labels to 'none'.")
-        # -1 is how `datasets` writes that the labels of a test split are secret; `named` refuses it with a sentence
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
-            raise UserError(
-                f"{name_of(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is the "
-                "number of a class. Correct it, or set labels to 'none'."
-            )
-    return named(np.array(values, np.int64), chosen.class_names, name_of, where)
 
 
 def image_bytes(cell: Any, name: str) -> bytes:
@@ -124,20 +60,55 @@ def image_bytes(cell: Any, name: str) -> bytes:
 class TableSource(Source):
     """Rows with a column of images. Kinds implement `name` and `_cell`."""
 
-    def _choose(self, where: str, columns: Mapping[str, Column], labels: str, named: Mapping[str, Any]) -> None:
-        """Decide which columns are read. `named`: image, label, caption -> the column that the user named."""
+    def _choose(
+        self,
+        where: str,
+        columns: Mapping[str, Column],
+        labels: str,
+        *,
+        image: str = "",
+        label: str = "",
+        caption: str = "",
+    ) -> None:
+        """Decide which columns are read: those asked for; else the one of images, that of classes or called "label", and captions.
+
+        Raises:
+            UserError: a column is missing, or it is not clear which one is meant.
+        """
         # settings are read as Python values where they can be; names of columns are texts
-        self._columns = chosen = choose_columns(
-            where, columns, labels, **{key: str(name) for key, name in named.items()}
-        )
-        self.has_captions = bool(chosen.caption)
+        image, label, caption = str(image), str(label), str(caption)
+        for key, name in (("image", image), ("label", label), ("caption", caption)):
+            if name and name not in columns:
+                there = ", ".join(columns) or "none"
+                raise UserError(f"{where} has no column {name!r} for {key}: it has {there}.{nearest(name, columns)}")
+        if labels not in ("", "none"):
+            raise UserError(
+                f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
+            )
+        # texts may be stored as bytes too: a column that is called as captions are is the last choice
+        binary = [name for name, column in columns.items() if column.kind == "image"]
+        binary = [name for name in binary if name not in CAPTION_COLUMNS] or binary
+        image = image or _only(where, binary, columns, "image")
+        if columns[image].kind != "image":
+            raise UserError(
+                f"The column {image!r} of {where} does not hold the bytes of images: it has {', '.join(columns)}."
+            )
+        if not label and labels != "none":
+            classes = [name for name, column in columns.items() if column.kind == "class"]
+            usual = [name for name in label_columns(columns) if name != image]
+            found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
+            label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
+        texts = [name for name in CAPTION_COLUMNS if name in columns and columns[name].kind == "text" and name != label]
+        self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
+        self._class_names = columns[label].class_names if label else ()
+        self.has_captions = bool(self._caption)
         self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
-        if chosen.label:
-            self.labels_from = f"the column {chosen.label!r}"
+        if label:
+            self.labels_from = f"the column {label!r}"
         self.left_out = {  # what is called as captions are, and holds something else
             f"column {name!r}, which holds no texts": 1
             for name in CAPTION_COLUMNS
-            if name in columns and name not in (chosen.label, chosen.caption) and columns[name].kind != "text"
+            if name in columns and name not in (label, self._caption) and columns[name].kind != "text"
         }
 
     def _describe(
@@ -154,19 +125,34 @@ class TableSource(Source):
             raise UserError(f"{where} holds no rows: give a file or split with images.")
         if labels == "none":
             classes = self._one_class(num)
-        elif self._columns.label:
-            classes = classes_of_column(self._columns, values(), self.name, where)
+        elif self._label:
+            classes = self._classes(values(), f"the column {self._label!r} of {where}")
         else:
             classes = no_classes(num)
         sampled = self._sampled_digest(num) if is_local else ""
         name = Path(where).name if "://" in where or not where.startswith("hf:") else where
         self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())
 
+    def _classes(self, values: Sequence[Any], where: str) -> Classes:
+        """The classes in a column of labels; their names are kept where the table has them."""
+        if not self._class_names:
+            return classes_of(values, self.name, where)
+        for index, value in enumerate(values):
+            if value is None:
+                raise UserError(f"{self.name(index)} has no label in {where}: give it one, or set labels to 'none'.")
+            # -1 is how `datasets` writes that the labels of a test split are secret; `named` refuses it with a sentence
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
+                raise UserError(
+                    f"{self.name(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is "
+                    "the number of a class. Correct it, or set labels to 'none'."
+                )
+        return named(np.array(values, np.int64), self._class_names, self.name, where)
+
     def contents(self, index: int) -> bytes:
-        return image_bytes(self._cell(self._columns.image, index), self.name(index))
+        return image_bytes(self._cell(self._image, index), self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return caption_values(self._cell(self._columns.caption, index)) if self.has_captions else ()
+        return caption_values(self._cell(self._caption, index)) if self.has_captions else ()
 
     @abstractmethod
     def _cell(self, column: str, index: int) -> Any:
@@ -189,20 +175,20 @@ class DatasetSource(TableSource):
         # a damaged file may name places outside of it, which arrow follows without a look: the process would crash
         _loading(lambda: table.data.validate(full=True), where)
         # as arrow, with what `datasets` writes beside it, so that one rule serves its tables and parquet files
-        self._choose(where, columns_of(table.features.arrow_schema), labels, columns)
-        image, caption = self._columns.image, self._columns.caption
+        self._choose(where, columns_of(table.features.arrow_schema), labels, **columns)
         # a table for each column: reading a row of a whole table decodes all its columns
-        self._tables = {image: table.select_columns([image]).cast_column(image, datasets.Image(decode=False))}
-        if caption:
-            self._tables[caption] = table.select_columns([caption])
-        facts = _lengths(table, image)
-        self._describe(where, len(table), labels, lambda: table[self._columns.label][:], facts, is_local=True)
+        images = table.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        self._tables = {self._image: images}
+        if self._caption:
+            self._tables[self._caption] = table.select_columns([self._caption])
+        facts = _lengths(table, self._image)
+        self._describe(where, len(table), labels, lambda: table[self._label][:], facts, is_local=True)
 
     def name(self, index: int) -> str:
         return f"{self._where}[{index}]"
 
     def contents(self, index: int) -> bytes:
-        cell = self._cell(self._columns.image, index)
+        cell = self._cell(self._image, index)
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
             return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as in `imagefolder`
         return image_bytes(cell, self.name(index))
