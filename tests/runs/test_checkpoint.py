@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent, and their bytes are the ones that were written."""
 
 import errno
-import json
 import os
 import pickle
 import shutil
@@ -13,7 +12,7 @@ from torch import nn
 from repa.base import files
 from repa.base.errors import UserError
 from repa.runs import Checkpoint, checkpoint, layout, load_checkpoint, save_checkpoint
-from repa.runs.checkpoint import load_weights, write_state
+from repa.runs.checkpoint import load_weights
 
 FILES = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTIMIZER_FILE)
 
@@ -155,9 +154,9 @@ def test_a_foreign_state_file_names_no_file_elsewhere(tmp_path):
     elsewhere = tmp_path / "model.safetensors"
     folder = save_checkpoint(tmp_path / "run", make(5))
     elsewhere.write_bytes((folder / layout.MODEL_FILE).read_bytes())
-    state = json.loads((folder / layout.STATE_FILE).read_text())
+    state = files.read_json(folder / layout.STATE_FILE)
     state["sha256"]["../../../model.safetensors"] = files.sha256(elsewhere)
-    write_state(folder, state)
+    files.write_sealed(folder / layout.STATE_FILE, state)
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         load_checkpoint(tmp_path / "run")
 
@@ -176,9 +175,9 @@ def test_a_foreign_checkpoint_executes_nothing(name, zipped, tmp_path):
     folder = save_checkpoint(tmp_path, make(5))
     path, mark = folder / name, tmp_path / "executed"
     torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
-    state = json.loads((folder / layout.STATE_FILE).read_text())
+    state = files.read_json(folder / layout.STATE_FILE)
     state["sha256"][path.name] = files.sha256(path)  # whoever made it made the checksum too
-    write_state(folder, state)
+    files.write_sealed(folder / layout.STATE_FILE, state)
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load_checkpoint(tmp_path)
     assert not mark.exists()
@@ -186,12 +185,12 @@ def test_a_foreign_checkpoint_executes_nothing(name, zipped, tmp_path):
 
 def test_the_weights_of_a_checkpoint_with_a_pickled_optimizer_are_still_read(tmp_path):
     folder = save_checkpoint(tmp_path, make(5))
-    state = json.loads((folder / layout.STATE_FILE).read_text())
+    state = files.read_json(folder / layout.STATE_FILE)
     del state["sha256"][layout.OPTIMIZER_FILE]
     (folder / layout.OPTIMIZER_FILE).unlink()
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     state["sha256"]["optimizer.pt"] = files.sha256(folder / "optimizer.pt")
-    write_state(folder, state)
+    files.write_sealed(folder / layout.STATE_FILE, state)
     found = load_checkpoint(tmp_path)
     assert layout.OPTIMIZER_FILE not in found.tensors
     assert all(torch.equal(found.ema[key], value) for key, value in make(5).ema.items())

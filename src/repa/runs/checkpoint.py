@@ -1,7 +1,6 @@
 """Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,6 @@ from repa.runs import layout
 
 OF_TENSORS = "sha256"  # in the header of files by `save_checked`
 SETTINGS = "settings"  # counter of a checkpoint, see `recorded_settings`
-OWN = "state_sha256"  # entry of state.json: the checksum of the others
 PART = 2**30  # bytes: what is larger is written in parts, where several processes write
 
 
@@ -99,8 +97,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
     if not folder.exists():
         files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote or removed
         with files.atomic_folder(folder) as temporary:
-            checksums = write_files(temporary, checkpoint)
-            write_state(temporary, {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": checksums})
+            write_state(temporary, checkpoint, write_files(temporary, checkpoint))
     remove_older(run, keep, keep_every)
     return folder
 
@@ -110,7 +107,7 @@ def write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     for name, tensors in checkpoint.tensors.items():
         save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / name)
         files.sync(folder / name)
-    return {name: files.sha256(folder / name) for name in sorted(checkpoint.tensors)}
+    return {name: files.sha256(folder / name) for name in checkpoint.tensors}
 
 
 def remove_older(run: Path, keep: int, keep_every: int) -> None:
@@ -277,26 +274,23 @@ def weights_checksum(run: Path, weights: str, step: int) -> str:
     return files.sha256(layout.average_file(run, step, weights))
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """state.json of a checkpoint, with a checksum of itself."""
-    files.write_json(folder / layout.STATE_FILE, {**state, OWN: _digest(state)})
+def write_state(folder: Path, checkpoint: Checkpoint, checksums: Mapping[str, str]) -> None:
+    """state.json: what of a checkpoint is not in tensors, and the checksum of every other file."""
+    state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": dict(sorted(checksums.items()))}
+    files.write_sealed(folder / layout.STATE_FILE, state)
 
 
 def _read_state(folder: Path, step: int) -> dict[str, Any]:
-    """state.json of a checkpoint, which holds a checksum of itself; UserError when it is not what was written there."""
+    """state.json of a checkpoint; UserError when it is not what was written there."""
     path = folder / layout.STATE_FILE
     state = files.read_object(path, step=int, counters=dict, sha256=dict)
-    if state.get(OWN) != _digest(state) or state["step"] != step:
+    # With a further entry, its checksum has lost its name.
+    if len(state) != 3 or state["step"] != step:
         raise UserError(f"{path} is damaged: it is not what was written.")
     # A checkpoint from elsewhere opens no file elsewhere.
     if any(Path(name).name != name for name in state["sha256"]):
         raise UserError(f"{path} is refused: it names files outside of its folder.")
     return state
-
-
-def _digest(state: Mapping[str, Any]) -> str:
-    others = {name: value for name, value in state.items() if name != OWN}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _whole(run: Path, step: int, only: str | None = None) -> tuple[Path, dict[str, Any]]:

@@ -105,8 +105,7 @@ class Writer:
 
     def _close(self, checkpoint: Checkpoint, checksums: dict[str, str]) -> None:
         assert self.folder is not None
-        state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": dict(sorted(checksums.items()))}
-        write_state(self.folder, state)
+        write_state(self.folder, checkpoint, checksums)
         # Only with state.json in it does the folder get its name: until then no reader takes it for a checkpoint.
         self.opened.close()
         remove_older(self.run, self.keep, self.keep_every)
