@@ -109,7 +109,9 @@ def written(error: Exception, path: Path) -> UserError | None:
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, kind: str, remedy: str = "", *, missing: str = "") -> Iterator[None]:
+def reading(
+    path: str | Path, kind: str, remedy: str = "", *, missing: str = "", damaged: tuple[type[Exception], ...] = DAMAGED
+) -> Iterator[None]:
     """A block that reads one file which anyone may have written: whatever its reader raises names the file in one sentence.
 
     Only the reader of the format belongs into the block, because its errors are no longer ours. Pipes, sockets and devices,
@@ -120,6 +122,7 @@ def reading(path: str | Path, kind: str, remedy: str = "", *, missing: str = "")
         kind: what it should be, as in "a safetensors file".
         remedy: a sentence that says what to do.
         missing: a sentence for a file that is not there.
+        damaged: what readers raise on bytes that are not what they should be; (Exception,) where several libraries read.
 
     Raises:
         UserError: whatever the block raised.
@@ -136,7 +139,7 @@ def reading(path: str | Path, kind: str, remedy: str = "", *, missing: str = "")
     except RecursionError:
         raise UserError(f"{path} is refused: it is nested too deeply for {kind}. {remedy}".rstrip()) from None
     except Exception as error:
-        if not (isinstance(error, DAMAGED) or type(error).__module__.split(".")[0] in FORMATS):
+        if not (isinstance(error, damaged) or type(error).__module__.split(".")[0] in FORMATS):
             raise
         reason = _first_line(error).rstrip(".")
         raise UserError(f"{path} cannot be read as {kind}: {reason}. {remedy}".rstrip()) from error

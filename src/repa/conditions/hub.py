@@ -153,16 +153,11 @@ def _check_folder(name: str, family: TextFamily, folder: Path) -> None:
 def read_network(name: str, model: str, folder: Path) -> Any:
     """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
     transformers = extras.need("transformers", f"The text encoder {name}")
-    try:
-        with faults.reading(folder, f"weights of the text encoder {name}", "Download or copy them again."):
-            net, report = getattr(transformers, model).from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-            )
-    except UserError:
-        raise
-    # Several libraries read a part of it, each with errors of its own.
-    except Exception as error:
-        raise UserError(f"{folder} does not fit its {CONFIG}: {str(error).partition(chr(10))[0]}") from error
+    remedy = "Download or copy them again."
+    with faults.reading(folder, f"weights of the text encoder {name}", remedy, damaged=(Exception,)):
+        net, report = getattr(transformers, model).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
     # transformers would leave these at random values, with a warning.
     if report["missing_keys"]:
         raise UserError(
@@ -174,18 +169,10 @@ def read_network(name: str, model: str, folder: Path) -> Any:
 def read_tokenizer(name: str, folder: Path) -> Any:
     """Texts -> token ids, padded on the right."""
     transformers = extras.need("transformers", f"The text encoder {name}")
-    try:
-        with faults.reading(folder, f"the tokenizer of the text encoder {name}", "Download or copy it again."):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except UserError:
-        raise
-    # tokenizers raises nothing more special; ImportError comes from kinds that need a further package.
-    except Exception as error:
-        raise UserError(
-            f"The tokenizer in {folder} cannot be read ({str(error).partition(chr(10))[0]}): give a folder with tokenizer.json."
-        ) from error
+    # tokenizers raises nothing more special than Exception; ImportError comes from kinds that need a further package.
+    remedy = "Give a folder with tokenizer.json."
+    with faults.reading(folder, f"the tokenizer of the text encoder {name}", remedy, damaged=(Exception,)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class Watcher:
         # A weak reference: watching a network must not keep it in memory.
         self._net: Callable[[], nn.Module | None] = weakref.ref(net)
         for module in _called(net):
-            self._keep(module.register_forward_pre_hook(_Begin(self.first, self.record), with_kwargs=True))
+            self._keep(module.register_forward_pre_hook(_Begin(self.record, self.first), with_kwargs=True))
 
     def __reduce__(self) -> tuple:
         return _unattached, (self.first, self.kind, self.patch)
@@ -150,7 +150,7 @@ class Watcher:
             self._keep(block.module.register_forward_pre_hook(watcher.enter))
             # always_call: after an error in the block the mode must be left too, or it would see all later functions.
             self._keep(block.module.register_forward_hook(watcher.leave, always_call=True))
-        hook = _See(block.name, _first_parameter(block.module), self.record)
+        hook = _See(self.record, _first_parameter(block.module), block.name)
         self._keep(block.module.register_forward_hook(hook, with_kwargs=True))
 
     def close(self) -> None:
@@ -166,37 +166,30 @@ class Watcher:
 def _unattached(first: str, kind: str, patch: Grid | None) -> Watcher:
     """A watcher that was pickled sees nothing until it is attached again."""
     watcher = object.__new__(Watcher)
-    watcher.record, watcher.first, watcher.kind, watcher.patch, watcher._net = (
-        Record(),
-        first,
-        kind,
-        patch,
-        lambda: None,
-    )
+    watcher.record, watcher.first, watcher.kind, watcher.patch = Record(), first, kind, patch
+    watcher._net = lambda: None
     return watcher
 
 
-class _Begin:
-    """A pass begins. Objects and no closures: a copy of the network, its average, must not write to this record."""
+class _Hook:
+    """Writes to a record. An object and no closure: a copy of the network, its average, must not write to this record."""
 
-    def __init__(self, first: str, record: Record):
-        self.first, self.record = first, record
+    def __init__(self, record: Record, first: str, name: str = ""):
+        self.record, self.first, self.name = record, first, name
 
-    def __deepcopy__(self, memo: dict) -> "_Begin":
-        return _Begin(self.first, Record())
+    def __deepcopy__(self, memo: dict) -> Self:
+        return type(self)(Record(), self.first, self.name)
+
+
+class _Begin(_Hook):
+    """A pass begins."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.record.begin(_shape(args, kwargs, self.first))
 
 
-class _See:
+class _See(_Hook):
     """A block gave something."""
-
-    def __init__(self, name: str, first: str, record: Record):
-        self.name, self.first, self.record = name, first, record
-
-    def __deepcopy__(self, memo: dict) -> "_See":
-        return _See(self.name, self.first, Record())
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not _recomputed():

@@ -1,7 +1,8 @@
 """Where a run's first weights come from: another run, an exported network, or a released checkpoint (fine-tuning)."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,12 +115,24 @@ def _read(source: str, num_heads: int) -> Start:
     kind, colon, file = source.partition(":")
     path = Path(source)
     if (path / layout.CONFIG).is_file():
-        return _of_run(path)
+        config, checkpoint = layout.read_config(path), load_checkpoint(path)
+        if checkpoint is None:
+            raise UserError(f"init is {path}, which has no checkpoint yet: train it first, or give another run.")
+        where = str(path / layout.CONFIG)
+        heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
+        projectors = _projectors(config.get("alignments", ()), checkpoint.projectors, where)
+        return Start(merged_weights(checkpoint.ema), heads, projectors)
     if (path / CONFIG).is_file():
-        config, state = read_exported(path)
-        return Start(state, config["model"]["num_heads"], {})
+        exported, state = read_exported(path)
+        return Start(state, exported["model"]["num_heads"], {})
     if colon and kind in KINDS:
-        return _of_file(Path(file), kind, num_heads)
+        imported = read_checkpoint(Path(file), kind, num_heads=num_heads)
+        ema = imported.checkpoint.ema
+        arguments = constructor_arguments(ema, num_heads)
+        # An unnamed size has the heads that the configuration gives, as nothing else tells them.
+        named = heads_of_named(arguments["hidden_dim"], arguments["depth"])
+        projectors = _projectors(imported.settings["alignments"], imported.checkpoint.projectors, file)
+        return Start(ema, named, projectors)
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
     raise UserError(
         f"init is {source!r}, which is neither a run folder nor an exported network: a checkpoint of another project is "
@@ -127,37 +140,16 @@ def _read(source: str, num_heads: int) -> Start:
     )
 
 
-def _of_run(run: Path) -> Start:
-    config, checkpoint = layout.read_config(run), load_checkpoint(run)
-    if checkpoint is None:
-        raise UserError(f"init is {run}, which has no checkpoint yet: train it first, or give another run.")
-    where = str(run / layout.CONFIG)
-    heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
-    alignments = [AlignmentConfig.parse(values, where=where) for values in config.get("alignments", ())]
-    return Start(merged_weights(checkpoint.ema), heads, _projectors(alignments, checkpoint.projectors))
-
-
-def _of_file(file: Path, kind: str, num_heads: int) -> Start:
-    """A released checkpoint; an unnamed size has the heads that the configuration gives, as nothing else tells them."""
-    imported = read_checkpoint(file, kind, num_heads=num_heads)
-    arguments = constructor_arguments(imported.checkpoint.ema, num_heads)
-    alignments = [AlignmentConfig.parse(values, where=str(file)) for values in imported.settings["alignments"]]
-    heads = heads_of_named(arguments["hidden_dim"], arguments["depth"])
-    return Start(imported.checkpoint.ema, heads, _projectors(alignments, imported.checkpoint.projectors))
-
-
 def _projectors(
-    alignments: list[AlignmentConfig], state: dict[str, Tensor]
+    alignments: Iterable[dict[str, Any]], state: Mapping[str, Tensor], where: str
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Each alignment's state dict out of that of all."""
-    return {
-        (alignment.key, alignment.projector): {
-            key.removeprefix(f"{alignment.module}."): value
-            for key, value in state.items()
-            if key.startswith(f"{alignment.module}.")
-        }
-        for alignment in alignments
-    }
+    found = {}
+    for alignment in (AlignmentConfig.parse(values, where=where) for values in alignments):
+        prefix = f"{alignment.module}."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        found[alignment.key, alignment.projector] = own
+    return found
 
 
 def _check_sizes(source: str, start: Start, model: DiT, num_heads: int) -> None:

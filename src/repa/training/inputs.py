@@ -78,19 +78,16 @@ class EncoderFeatures:
 
     def __call__(self, batch: Batch, needs: Sequence[Need]) -> dict[str, Features]:
         """Features of the encoders in `needs`; the others are not run."""
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            computed = {
-                need.encoder: self.encoders[need.encoder](batch.images, self.grid, need.attention)
-                for need in needs
-                if need.encoder not in self.cached
-            }
-        # Copies made outside are ordinary tensors, which the alignment may save for its backward.
-        fresh = {
-            need.encoder: _wanted_of(computed[need.encoder], need).map(torch.clone)
-            for need in needs
-            if need.encoder in computed
-        }
-        return {need.encoder: fresh.get(need.encoder) or batch.features[need.encoder] for need in needs}
+        found = {}
+        for need in needs:
+            if need.encoder in self.cached:
+                found[need.encoder] = batch.features[need.encoder]
+                continue
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                computed = self.encoders[need.encoder](batch.images, self.grid, need.attention)
+            # Copies made outside are ordinary tensors, which the alignment may save for its backward.
+            found[need.encoder] = (computed if need.pooled else computed._replace(pooled=None)).map(torch.clone)
+        return found
 
     def iterate(
         self, batches: Iterable[Batch], step: int, wanted: Wanted
@@ -154,10 +151,6 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 def wanted_by(config: TrainConfig) -> tuple[Need, ...]:
     """All that a run wants of encoders."""
     return merged_needs([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
-
-
-def _wanted_of(features: Features, need: Need) -> Features:
-    return features if need.pooled else features._replace(pooled=None)
 
 
 def _stores(data: DataSet, need: Need) -> bool:
