@@ -117,7 +117,7 @@ class Aligner(nn.Module):
             feature_dim = (features or width) if width else 0
             term = Alignment(config, width, feature_dim, None if grid is None else (grid[-2], grid[-1]))
             if config.projector_of:
-                term.share_projector_of(self._term(config.projector_of))
+                term.share_projector_of(self._place(config.projector_of).term)
             if term.looks_at_condition:
                 raise UserError(
                     f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
@@ -126,7 +126,7 @@ class Aligner(nn.Module):
             # Beside the block, wherever a large network keeps it.
             weight = next(each.module.parameters(), None)
             self.terms[config.module] = term.to(None if weight is None else weight.device)
-            self._places[config.key] = _Place(each.name, other and other.name, grid, output, text, width)
+            self._places[config.key] = _Place(term, each.name, other and other.name, grid, output, text, width)
             self._watcher.watch(each, attention=tap == "attention")
             if other:
                 self._watcher.watch(other)
@@ -151,12 +151,12 @@ class Aligner(nn.Module):
 
     def weight(self, name: str) -> float:
         """Lambda of a term at this step."""
-        return self._term(name).weight(self.steps)
+        return self._place(name).term.weight(self.steps)
 
     @property
     def active(self) -> bool:
         """Does a term count at this step that looks at features? If not, the encoder need not run."""
-        terms = [term for term in self.terms.values() if isinstance(term, Alignment)]
+        terms = [place.term for place in self._places.values()]
         return any(term.weight(self.steps) and term.config.target == "features" for term in terms)
 
     def forward(
@@ -178,12 +178,11 @@ class Aligner(nn.Module):
         if not self._places:
             raise UserError("This aligner has no terms: it was detached. Attach again.")
         for name, place in self._places.items():
-            term = self._term(name)
-            weight = term.weight(self.steps)
+            weight = place.term.weight(self.steps)
             if weight == 0:
-                total = total + term.untouched()
+                total = total + place.term.untouched()
                 continue
-            loss = self._loss(name, term, place, features, t, grid)
+            loss = self._loss(name, place, features, t, grid)
             self.values[name] = loss.detach().mean()
             total = total + weight * loss.mean()
         # Forgotten: the next call must not see this pass again, and its activations would stay in memory until then.
@@ -210,8 +209,8 @@ class Aligner(nn.Module):
     def step(self) -> None:
         """An optimiser step is done: schedules move on."""
         self.steps += 1
-        for name in self._places:
-            schedule = self._term(name).schedule
+        for name, place in self._places.items():
+            schedule = place.term.schedule
             # The mean of all processes: a schedule that stopped in one of them alone would part their gradients.
             if hasattr(schedule, "watches") and schedule.watches(self.steps) and name in self.values:
                 schedule.observe(self.steps, float(dist.mean_over(self.values[name])))
@@ -223,7 +222,7 @@ class Aligner(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Where schedules stand, as bytes of JSON: a tensor, as safetensors hold nothing else."""
-        schedules = {name: self._term(name).schedule for name in self._places}
+        schedules = {name: place.term.schedule for name, place in self._places.items()}
         observed = {name: schedule.state() for name, schedule in schedules.items() if hasattr(schedule, "watches")}
         text = json.dumps({"steps": self.steps, "schedules": observed})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
@@ -235,52 +234,43 @@ class Aligner(nn.Module):
             if type(steps) is not int or steps < 0:
                 raise ValueError(f"steps is {steps!r}")
             for name, values in observed.items():
-                self._term(name).schedule.load(values)
+                self._place(name).term.schedule.load(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The state of an aligner is damaged, or of other terms: {error}.") from error
         self.steps = steps
 
     def extra_repr(self) -> str:
-        terms = [(name, self._term(name).config, self._against(name)) for name in self._places]
-        return "\n".join(
-            f"{name}: {config.tap} of {self._watcher.kind}, {config.loss} against {against}, weight {config.weight}"
-            for name, config, against in terms
-        )
+        lines, kind = [], self._watcher.kind
+        for name, place in self._places.items():
+            config = place.term.config
+            lines.append(
+                f"{name}: {config.tap} of {kind}, {config.loss} against {place.against}, weight {config.weight}"
+            )
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """A table for notebooks: each term, where it looks, its weight now and its last loss."""
         rows = []
         for name, place in self._places.items():
-            config, value = self._term(name).config, self.values.get(name)
+            config, value = place.term.config, self.values.get(name)
             weight, last = f"{self.weight(name):g}", "" if value is None else f"{value:.4f}"
-            cells = (name, place.block, config.tap, config.loss, self._against(name), weight, last)
+            cells = (name, place.block, config.tap, config.loss, place.against, weight, last)
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
         titles = ("term", "block", "tap", "loss", "against", "weight", "last loss")
         head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<p>Aligner of {html.escape(self._watcher.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
 
-    def _against(self, name: str) -> str:
-        """The target of a term, by name."""
-        return self._places[name].other or self._term(name).config.target
-
-    def _term(self, name: str) -> Alignment:
+    def _place(self, name: str) -> "_Place":
         if name not in self._places:
             raise UserError(f"Unknown term {name!r}{choices(name, self._places)}")
-        term = self.terms[name.replace(".", "_")]
-        assert isinstance(term, Alignment)
-        return term
+        return self._places[name]
 
     def _loss(
-        self,
-        name: str,
-        term: Alignment,
-        place: "_Place",
-        features: Given,
-        t: Tensor | None,
-        grid: tuple[int, ...] | None,
+        self, name: str, place: "_Place", features: Given, t: Tensor | None, grid: tuple[int, ...] | None
     ) -> Tensor:
         """(N,) of one term."""
+        term = place.term
         if term.tap.kind == "attention":
             student = self._attention(place, grid)
             return at_their_times(term, t, term.compare(student, features_of(name, features, "attention")))
@@ -344,11 +334,17 @@ class Aligner(nn.Module):
 
 
 class _Place(NamedTuple):
-    """Where a term looks; see `Aligner.add`."""
+    """A term and where it looks; see `Aligner.add`."""
 
+    term: Alignment
     block: str
     other: str | None  # the block that is its target
     grid: Grid | None
     output: int | str | None
     text: str
     width: int  # of the tap, where a projector knows it; else 0
+
+    @property
+    def against(self) -> str:
+        """The target by name."""
+        return self.other or self.term.config.target
