@@ -154,7 +154,7 @@ def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
     room = importlib.import_module("repa.evaluation.jobs")
     monkeypatch.setattr(room, "load_extractor", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape, sentence in (
-        ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare what has the same size"),
+        ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare images of one size"),
         ((4, 16, 8, 3), "holds images of 16x8 pixels: crop them to squares"),
     ):
         np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))

@@ -125,7 +125,7 @@ def test_an_encoders_file(tmp_path, real, samples):
     assert evaluate([samples], extractor, load_reference(opened, extractor, "tiny-judge"), ("fd",))["fd"] > 0
     with pytest.raises(UserError, match="holds features of tiny-judge .* measured in features of inception"):
         load_reference(opened, small_inception(), "inception")
-    with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare what has the same size"):
+    with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare images of one size"):
         open_reference(tmp_path / "ref.npz", 8)
 
 

@@ -79,7 +79,7 @@ def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsy
     assert "Its projectors (2) were left out" in capsys.readouterr().out
     for options, sentence in [
         (("--targets", "tiny", "--depth", "2"), "has 2 projectors, but 1 encoders are named"),
-        (("--targets", "tiny", "dinov2-b"), "does not tell after which block its projectors stand"),
+        (("--targets", "tiny", "dinov2-b"), "does not say after which block its projectors stand"),
     ]:
         assert convert(content, tmp_path, *options)[0] == 2
         assert sentence in capsys.readouterr().err

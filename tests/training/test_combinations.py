@@ -153,7 +153,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     "The backbone 'ddt' has no": [*itertools.product(("ddt",), ("reg", "two times", "ddpm", *ROUTES))],
     "has hidden taps alone": [("attention", "hooked")],
     "0 tokens in front of its grid": [("reg", "hooked")],
-    "learned variance, but the network answers 3": [("ddpm", "hooked")],
+    "learned variance, but the network outputs 3": [("ddpm", "hooked")],
     "not computed again": [("hooked", "recomputed")],
     "names no matrices": [("hooked", "muon")],
 }  # fmt: skip

@@ -80,7 +80,7 @@ def find_copies(
     if held_out is not None and held_out.resolution != data.resolution:
         raise UserError(
             f"{held_out.folder} holds images of {held_out.resolution} pixels, {data.folder} of {data.resolution}: "
-            "compare what has the same size."
+            "compare images of one size."
         )
     indices = spaced_rows(data, config.num_images)
     require_neighbours(config.neighbours, len(indices))

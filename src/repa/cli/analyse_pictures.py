@@ -168,7 +168,7 @@ def neighbours(argv: list[str], held: ExitStack) -> int:
     if (samples.height, samples.width) != (data.resolution, data.resolution):
         raise UserError(
             f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "
-            "compare what has the same size."
+            "compare images of one size."
         )
     with ProgressBar(f"features of {config.features}", "images") as bar:
         made = (images for _, images in samples.batches(config.batch_size))

@@ -55,12 +55,12 @@ def check_trained(guidances: Iterable[str], label_dropout: float | None, path_dr
         name = parse_spec(spec)[0]
         if label_dropout == 0 and name in ("cfg", "path_drop"):
             raise UserError(
-                f"The guidance {spec} needs a network that was trained without labels now and then, but this one has "
+                f"The guidance {spec} needs a network that sometimes trained without labels, but this one has "
                 "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
             )
         if path_drop == 0 and name == "path_drop":
             raise UserError(
-                f"The guidance {spec} skips the blocks of the route, but the network never trained so: leave it out, or "
+                f"The guidance {spec} skips the blocks of the route, but the network never trained without them: leave it out, or "
                 "train with --model.path-drop 0.1."
             )
 

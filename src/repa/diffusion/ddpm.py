@@ -257,7 +257,7 @@ def _check_noise(denoiser: Denoiser) -> None:
 def _halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if output.shape[1] != 2 * x.shape[1]:
         raise UserError(
-            f"DDPM needs {2 * x.shape[1]} output channels, noise and learned variance, but the network answers "
+            f"DDPM needs {2 * x.shape[1]} output channels, noise and learned variance, but the network outputs "
             f"{output.shape[1]}: build it with learn_sigma=True."
         )
     noise, variance = output.chunk(2, dim=1)

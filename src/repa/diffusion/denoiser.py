@@ -79,7 +79,7 @@ class Denoiser:
         output, channels = self.output(x_t, t), x_t.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise UserError(
-                f"The network answers {output.shape[1]} channels for {channels}: it must answer as many, or twice as "
+                f"The network outputs {output.shape[1]} channels for {channels}: it must output as many, or twice as "
                 "many with a learned variance."
             )
         return output[:, :channels]

@@ -211,15 +211,15 @@ def _warnings(extractor: Extractor, num: int, metrics: Sequence[str]) -> list[st
     warnings = []
     if num < extractor.dim and {"fid", "sfid", "fd"} & set(metrics):
         warnings.append(
-            f"{num:,} samples are fewer than the {extractor.dim:,} dimensions of the features, so their covariance has not full "
-            "rank and Fréchet distances are too large: compare only figures of the same number of samples."
+            f"{num:,} samples are fewer than the {extractor.dim:,} dimensions of the features, so their covariance lacks full "
+            "rank, and Fréchet distances are too large: compare only figures for the same number of samples."
         )
     if "fd" in metrics:
         warnings.append(
             f"fd in the features of {extractor.name} is not FID: compare it only with fd in the same features."
         )
     if isinstance(extractor, InceptionExtractor) and not extractor.is_published:
-        warnings.append("The weights are not the published ones of Inception: these figures compare with no paper's.")
+        warnings.append("The weights are not the published ones of Inception: compare these figures with no paper's.")
     if extractor.precision != "fp32":
         warnings.append(
             f"The features were computed in {NUMBERS[extractor.precision]}, which moves every figure a little: papers measure in float32."

@@ -122,7 +122,7 @@ def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
     if sizes != {side}:
         raise UserError(
             f"The samples are of {side} pixels, {where} of {' x '.join(map(str, sorted(sizes)))}: "
-            "compare what has the same size."
+            "compare images of one size."
         )
     return found
 

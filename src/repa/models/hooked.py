@@ -55,7 +55,7 @@ class Hooked(Backbone):
         parts = {id(module) for module in net.modules()}
         if not blocks or len({id(block) for block in blocks}) < len(blocks) or any(id(b) not in parts for b in blocks):
             raise UserError(
-                "The blocks to hook must be different modules of the network: hand some of its own modules."
+                "The blocks to hook must be different modules of the network: give some of its own modules."
             )
         self.net, self.blocks, self._call = net, list(blocks), call  # a list: the blocks are parts of the net already
         self.hidden_dim, self.depth, self.grid, self.null_label = hidden_dim, len(blocks), grid, null_label

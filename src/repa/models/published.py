@@ -158,7 +158,7 @@ def constructor_arguments(
         if num_heads is None:
             raise UserError(
                 f"No named model has width {hidden_dim} and depth {depth}: give the number of heads, "
-                f"which a checkpoint does not tell."
+                f"which a checkpoint does not record."
             )
     return {
         "latent_size": round(state["pos_embed"].shape[1] ** 0.5) * patch_size,

@@ -88,7 +88,7 @@ def read_export(folder: Path) -> Imported:
     config, ema = read_exported(folder)
     if missing := [name for name in ("diffusion", "autoencoder", "step") if name not in config]:
         raise UserError(
-            f"{folder} does not tell its {missing[0]}, as save_pretrained writes the network alone: load it by "
+            f"{folder} does not say its {missing[0]}, as save_pretrained writes the network alone: load it by "
             "DiT.from_pretrained, or make the folder by `repa export`."
         )
     files.read_object(folder / CONFIG, diffusion=dict, autoencoder=str, step=int)
@@ -229,7 +229,7 @@ def _alignments(published: Published, targets: Sequence[str], depth: int, where:
     depth = depth or published.settings.get("encoder_depth") or 0
     if not isinstance(depth, int) or depth < 1:
         raise UserError(
-            f"{where} does not tell after which block its projectors stand: give --depth, 8 for the released REPA."
+            f"{where} does not say after which block its projectors stand: give --depth, 8 for the released REPA."
         )
     weight = published.settings.get("proj_coeff", PROJ_COEFF)
     if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:

@@ -219,6 +219,6 @@ def refuse_converted(run: Path) -> None:
     path = run / ORIGIN
     if path.is_file():
         raise UserError(
-            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which tells nothing of the optimizer, so it cannot "
-            f"be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
+            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which does not hold the optimizer's "
+            f"state, so it cannot be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
         )

@@ -29,7 +29,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             # Only the last line can have been cut by a kill: any other was followed by a whole one.
             if number < len(lines):
-                raise UserError(f"{path} is damaged in line {number}: it is no JSON. Remove that line.") from None
+                raise UserError(f"{path} is damaged in line {number}: it is not JSON. Remove that line.") from None
         else:
             # Ours holds nothing else, but the folder may come from elsewhere.
             if isinstance(row, dict) and isinstance(row.get("step"), int):

@@ -95,17 +95,15 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
     asked = bool(config.prompt or config.prompt_file or config.prompt_data)
     if not run.text:
         if asked or config.negative_prompt or config.text_weights:
-            raise UserError(
-                f"{run.folder} was trained on labels, not on texts: give --labels in place of what concerns texts."
-            )
+            raise UserError(f"{run.folder} was trained on labels, not on texts: give --labels instead of prompts.")
         return None
     if not asked:
         raise UserError(
-            f"{run.folder} was trained on captions: say what its images shall be of, as in --prompt 'a photograph of a cat', "
+            f"{run.folder} was trained on captions: say what to sample, as in --prompt 'a photograph of a cat', "
             "--prompt-file FILE or --prompt-data DATA."
         )
     if config.negative_prompt and not config.guidance:
-        raise UserError("A negative prompt is what guidance walks away from: give --guidance cfg:scale=4 too.")
+        raise UserError("A negative prompt is what guidance moves away from: give --guidance cfg:scale=4 too.")
     # Texts first: a file that cannot be read is reported before gigabytes of weights are.
     texts = read_prompts(config)
     encoder = load_text_encoder(run.text, weights=config.text_weights or run.text_weights or None, device=device)

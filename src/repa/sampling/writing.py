@@ -279,7 +279,7 @@ def write_pngs(parts: Iterable[np.ndarray], out: Path) -> None:
 def require_folders(out: Path) -> None:
     """Raises UserError where `write_folders` would not write."""
     if out.exists() and not (out.is_dir() and all(re.fullmatch(r"\d{5,}", path.name) for path in out.iterdir())):
-        raise UserError(f"{out} holds other things than folders of samples: choose another --folders.")
+        raise UserError(f"{out} holds something other than folders of samples: choose another --folders.")
     files.require_place(out, out)
 
 

@@ -65,7 +65,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
     """The path and the settings behind it."""
     if spec.partition(":")[0] == "photographs" and Path(spec).exists():
         raise UserError(
-            f"{spec!r} names the built-in photographs, and here is a folder of that name: write ./{spec} for it."
+            f"{spec!r} names the photographs inside the package, and there is a folder of that name here: write ./{spec} for it."
         )
     # a file of exactly this name is meant as it is, whatever it looks like
     pattern = PIPE_SETTINGS if spec.startswith("pipe:") else SETTINGS
