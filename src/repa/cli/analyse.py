@@ -18,6 +18,7 @@ from repa.analysis.config import (
     checkpoints_of,
 )
 from repa.base.errors import UserError, choices
+from repa.base.reporting import columns
 from repa.cli import options, tables
 from repa.cli.console import Bars, say, speaks
 from repa.encoders import ENCODERS
@@ -46,8 +47,7 @@ COLUMNS_OF_ENCODERS = {
 
 
 def usage() -> str:
-    width = max(map(len, WHATS))
-    lines = [f"  {what:<{width}}  {sentence}" for what, (_, sentence) in WHATS.items()]
+    lines = columns([(f"  {what}", sentence) for what, (_, sentence) in WHATS.items()])
     return "\n".join(["usage: repa analyse WHAT ...        repa analyse WHAT --help tells more", "", *lines])
 
 

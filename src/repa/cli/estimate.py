@@ -44,7 +44,7 @@ class EstimateArguments(TrainConfig, options.Command):
     memory: float = Field(0.0, ge=0)
     """GB of memory of a device, for whether the run fits and what would make it fit; 0 takes the table's."""
     utilisation: float = Field(0.35, gt=0, le=1)
-    """Part of the peak that the run reaches; `repa bench` measures it."""
+    """Share of the peak that the run reaches (MFU); `repa bench` measures it."""
     resolution: int = Field(256, ge=8)
     """Side of the images, in pixels."""
     samples: int = Field(50_000, ge=1)

@@ -20,7 +20,7 @@ class ExportArguments(options.OneCheckpoint):
     out: str
     """folder to make"""
     format: Literal["safetensors", "diffusers"] = "safetensors"
-    """Who reads it."""
+    """safetensors for repa, or the layout of diffusers."""
 
 
 def main(argv: list[str]) -> int:

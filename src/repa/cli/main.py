@@ -13,6 +13,7 @@ from repa.base import launch, trust
 from repa.base.errors import UserError, choices, escaped
 from repa.base.faults import sentence_of
 from repa.base.launch import keep_freed_memory, spin_briefly
+from repa.base.reporting import columns
 from repa.cli.console import tell_retries_once
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ VERBS = {
 
 
 def usage() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {sentence}" for verb, sentence in VERBS.items()]
+    lines = columns([(f"  {verb}", sentence) for verb, sentence in VERBS.items()])
     return "\n".join([
         f"repa {__version__}: representation alignment for diffusion transformers", "",
         "usage: repa VERB ...        repa VERB --help tells more", "", *lines, "",
