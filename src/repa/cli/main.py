@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
         with trust.command(rest):
             trust.trust(*modules)
             code = importlib.import_module(f"repa.cli.{verb}").main(rest)
-        _part()
+        _leave_group()
         return code
     except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
         # Python flushes at exit and would report the same broken pipe once more.
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
         sentence = sentence_of(error)
         if sentence is None:
             raise
-        return _refuse(sentence, of_all=isinstance(error, UserError) and _shared(error))
+        return _print_error(sentence, of_all=isinstance(error, UserError) and _shared(error))
     except KeyboardInterrupt as stop:
         how = stop.args[0] if stop.args else signal.SIGINT
         word = "Ctrl-C" if how == signal.SIGINT else signal.Signals(how).name
@@ -119,17 +119,17 @@ def _shared(error: Exception) -> bool:
     if dist is None or not dist.active():
         return True
     if isinstance(error, dist.SharedError):
-        _part()
+        _leave_group()
         return True
     return False
 
 
-def _part() -> None:
+def _leave_group() -> None:
     if "repa.base.dist" in sys.modules:
         sys.modules["repa.base.dist"].teardown()
 
 
-def _refuse(sentence: str, of_all: bool = True) -> int:
+def _print_error(sentence: str, of_all: bool = True) -> int:
     """Say it: once on each machine when it is the mistake of all processes, else by the process that made it."""
     here = launch.place(strict=False)
     if here.local_rank == 0 or not of_all:
@@ -144,7 +144,7 @@ def _in_thread(arguments: threading.ExceptHookArgs) -> None:
     if sentence is None:
         threading.__excepthook__(arguments)
     else:
-        _refuse(sentence)
+        _print_error(sentence)
 
 
 def _stop(number: int, _: object) -> None:
