@@ -84,7 +84,7 @@ def test_a_learned_variance_is_dropped_except_from_output():
     denoiser, x = Denoiser(Spy(answer), LINEAR), torch.zeros(1, 4, 1, 1)
     assert denoiser.velocity(x, 0.5).flatten().tolist() == [0, 1, 2, 3]
     assert denoiser.output(x, 0.5).shape == (1, 8, 1, 1)
-    with pytest.raises(UserError, match="answers 8 channels for 3"):
+    with pytest.raises(UserError, match="outputs 8 channels for 3"):
         denoiser.velocity(torch.zeros(1, 3, 1, 1), 0.5)
 
 

@@ -117,7 +117,7 @@ def test_path_drop_asks_for_a_pass_without_condition_and_middle(merge):
     same(generate(run, config, [5]).images, euler(run, velocity))
     with pytest.raises(UserError, match="path_drop needs a network"):
         generate(random_network(), config, [5])
-    with pytest.raises(UserError, match="never trained so: leave it out, or train with --model.path-drop"):
+    with pytest.raises(UserError, match="never trained without them: leave it out, or train with --model.path-drop"):
         generate(random_network(route=Route(2, 2, 0.5)), config, [5])
 
 
