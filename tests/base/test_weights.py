@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import pathlib
 import tracemalloc
 import zipfile
@@ -9,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from repa.base.errors import UserError
@@ -165,3 +167,24 @@ def test_a_tree_that_asks_for_memory_gets_none(script, tree, saved, tmp_path):
         read_weights(tmp_path / "bomb.pt")
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("second", [{"dtype": "I32"}, {}])
+def test_a_tensor_that_a_header_names_twice_is_refused(second, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    assert torch.equal(read_weights(path)["a"], torch.ones(2))
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8 : 8 + size])["a"]
+    header = json.dumps({"a": {**entry, **second}})[:-1] + "," + json.dumps({"a": entry})[1:]
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data[8 + size :])
+    with pytest.raises(UserError, match="the key 'a' is given twice"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("size", [2**25 + 1, 2**63, 2**64 - 1])
+def test_a_header_that_claims_more_than_any_has_is_not_read(size, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="its header claims"):
+        read_weights(tmp_path / "x.safetensors")

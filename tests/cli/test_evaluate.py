@@ -50,7 +50,7 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
 
 
-def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path):
+def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path, capsys):
     run = shutil.copytree(random_run, tmp_path / "run")
     for _ in range(2):
         assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *JUDGE, "--metrics", "fd") == 0
@@ -58,6 +58,10 @@ def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_pa
     first, second = sorted((run / layout.EVALUATIONS).iterdir())  # the same measurement replaced its file
     assert first.name.startswith("0000010-ema-")
     assert json.loads(second.read_text())["made"]["step"] == 20
+    second.write_text(second.read_text().replace('"num_reference": 40', '"num_reference": 41'))
+    capsys.readouterr()
+    assert repa("report", run) == 2
+    assert f"{second.name} is not as it was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

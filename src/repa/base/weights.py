@@ -8,6 +8,7 @@ here, with `Inert` in the place of every class, and the code is left alone.
 import argparse
 import contextlib
 import hashlib
+import json
 import pathlib
 import pickle
 import re
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from repa.base import faults
 from repa.base.errors import UserError
+from repa.base.files import once
 
+MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors have a tenth of it
 CHUNK = 2**20  # bytes of a record at a time, for its checksum
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
            "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # numpy's scalars -> the codes of struct
@@ -61,6 +64,7 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
+            _require_plain_header(path)
             return load_file(path)
         if not zipfile.is_zipfile(path):
             return _unpickled(path, mmap=False)
@@ -105,6 +109,15 @@ def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
                 name = None
             what = f"the tensor {name!r}" if name else f"the record {info.filename!r}"
             raise UserError(f"{path} is damaged: {what} does not match its checksum. {remedy}") from error
+
+
+def _require_plain_header(path: Path) -> None:
+    """Raises ValueError for a safetensors header that names a tensor twice: readers differ in which of the two they take."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER:
+            raise ValueError(f"its header claims {size:,} bytes, more than {MOST_HEADER:,}")
+        json.loads(file.read(size), object_pairs_hook=once)
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:

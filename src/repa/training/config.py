@@ -260,6 +260,7 @@ class TrainConfig(Config):
         unread = (
             ("head_weight", not self.model.heads, "without --model.heads"),
             ("compile_scope", not self.compile, "without --compile"),
+            ("keep_every", not self.keep_checkpoints, "with --keep-checkpoints 0, which keeps all"),
             ("model.separate_times", not self.diffusion.token_times, "without --diffusion.token-times"),
         )
         return super().idle() | {name: why for name, is_idle, why in unread if is_idle}
