@@ -281,14 +281,14 @@ def test_the_command(capsys):
 
 def test_samples_cost_the_passes_that_their_guidances_ask_for(monkeypatch):
     """Times 1, 0.76, 0.52, 0.28, 0.04: guided by cfg below 0.7 in three of five; of two guidances each other pass once."""
-    assert passes_of(5, ()) == 5
-    assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == 5 + 3
-    assert passes_of(5, ["internal:head=8,scale=1.4"]) == 5  # a head costs no pass
-    assert passes_of(5, ["cfg:scale=2,high=0.7", "autoguidance:scale=1.5,low=0.7"]) == 5 + 3 + 2
+    assert passes_of(5, ()) == (5, 0)
+    assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == (5 + 3, 0)
+    assert passes_of(5, ["internal:head=8,scale=1.4"]) == (5, 0)  # a head costs no pass
+    assert passes_of(5, ["cfg:scale=2,high=0.7", "autoguidance:scale=1.5,low=0.7"]) == (5 + 3 + 2, 0)
     found = estimated(TrainConfig(model={"name": "SiT-S/2"}, autoencoder="sd-vae-ft-mse"))
     passes = passes_of(250, ["cfg:scale=1.8,high=0.7"])
-    assert found.sampling_flops(passes) == passes * found.network.forward + found.autoencoder.decoding
-    assert 420 <= passes <= 426  # 250 and the share of the grid below 0.7
+    assert found.sampling_flops(passes) == passes.whole * found.network.forward + found.autoencoder.decoding
+    assert 420 <= passes.whole <= 426  # 250 and the share of the grid below 0.7
     assert found.samples_per_second(passes) == pytest.approx(
         found.rate * found.num_devices / found.sampling_flops(passes)
     )

@@ -15,7 +15,7 @@ from repa.models import Condition, Tap, build, load_exported
 from repa.models.config import ModelConfig, Route
 from repa.models.routing import placeholder
 from repa.performance.counts import activation_bytes, flops_per_image, saved_bytes
-from repa.performance.estimate import short_passes_of
+from repa.performance.estimate import passes_of
 from repa.runs import layout, load_checkpoint, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
 from repa.training.log import flops_of
@@ -333,6 +333,6 @@ def test_what_the_tokens_that_are_left_out_spare():
 
 
 def test_short_passes_are_those_of_path_drop():
-    assert short_passes_of(5, ["cfg:scale=1.8,high=0.7"]) == 0
-    assert short_passes_of(5, ["path_drop:scale=3"]) == 5
-    assert short_passes_of(5, ["path_drop:scale=3,high=0.7"]) == 3
+    assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == (8, 0)
+    assert passes_of(5, ["path_drop:scale=3"]) == (5, 5)
+    assert passes_of(5, ["path_drop:scale=3,high=0.7"]) == (5, 3)

@@ -50,9 +50,7 @@ def load_decoder(
     """`autoencoder` with the decoder of the one that `spec` names, for example "taesd" where "sd-vae-ft-ema" is too slow.
 
     Args:
-        spec: as for `load_autoencoder`.
-        weights: as for `load_autoencoder`.
-        device: as for `load_autoencoder`.
+        spec, weights, device: as for `load_autoencoder`.
         autoencoder: the one whose scaled latents are to be decoded, on the same device.
 
     Raises:

@@ -18,7 +18,7 @@ from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from repa.models.cost import Cost
-    from repa.performance.estimate import Estimate
+    from repa.performance.estimate import Estimate, Passes
 
 
 class EstimateArguments(TrainConfig, options.Command):
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     peak = given.tflops or PEAKS[given.device]
 
     from repa.diffusion import build_process
-    from repa.performance.estimate import estimate, passes_of, short_passes_of
+    from repa.performance.estimate import estimate, passes_of
 
     found = estimate(
         config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     if note := about_passes(config, given.images):
         say("", note)
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
-    say(*sampling(found, passes_of(*asked), short_passes_of(*asked), given))
+    say(*sampling(found, passes_of(*asked), given))
     return 0
 
 
@@ -178,16 +178,16 @@ def _time(found: "Estimate", machine: str) -> list[str]:
     return lines
 
 
-def sampling(found: "Estimate", passes: int, short: int, given: EstimateArguments) -> list[str]:
+def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> list[str]:
     """Lines about samples; a device reaches another share of its peak there than in training."""
-    rate = found.samples_per_second(passes, short)
+    rate = found.samples_per_second(passes)
     guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
-    around = f", {short} of them around the blocks of the route" if short else ""
+    around = f", {passes.short} of them around the blocks of the route" if passes.short else ""
     head = f"{given.samples:,} samples, {given.sample_steps} steps{guided}, on the same devices at the same utilisation"
-    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes, short), found.autoencoder.decoding))
+    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
     return [
         "", head,
-        _row("passes of the network", f"{passes}", note=f"for each image{around}"),
+        _row("passes of the network", f"{passes.whole + passes.short}", note=f"for each image{around}"),
         _row("GFLOP/image", f"{flops:,.0f}", note=f"of them the decoder {decoder:,.0f}"),
         _row("images/s", f"{rate:,.3g}"),
         _row("time", duration(given.samples / rate)),

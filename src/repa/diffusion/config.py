@@ -89,7 +89,7 @@ class DiffusionConfig(Config):
     """flow: SiT's, as the settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
     path: Annotated[str, Spec(PATHS)] = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
-    prediction: str = "velocity"
+    prediction: Annotated[str, AfterValidator(check_prediction)] = "velocity"
     """What the network predicts: velocity, noise, data or score."""
     timesteps: Annotated[str, Spec(TIMESTEPS)] = "uniform"
     """Distribution of the training times: uniform[:low=..,high=..] or logit_normal[:mean=..,std=..,path=..]."""
@@ -110,11 +110,6 @@ class DiffusionConfig(Config):
     @classmethod
     def _shift(cls, value: str | float) -> str | float:
         return value if isinstance(value, str) else check_shift(value)
-
-    @field_validator("prediction")
-    @classmethod
-    def _prediction(cls, value: str) -> str:
-        return check_prediction(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

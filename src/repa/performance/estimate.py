@@ -7,6 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -82,13 +83,13 @@ class Estimate:
         flops = self.autoencoder.cost.forward + (self.encoder_flops if cached else 0)
         return self.num_images * flops / (self.rate * self.num_devices)
 
-    def sampling_flops(self, passes: int, short: int = 0) -> int:
-        """Of one image that takes `passes` of the network, `short` of them around the blocks of its route, and one of the decoder."""
-        return (passes - short) * self.sampled + short * self.short + self.autoencoder.decoding
+    def sampling_flops(self, passes: "Passes") -> int:
+        """Of one image: its passes of the network, and one of the decoder."""
+        return passes.whole * self.sampled + passes.short * self.short + self.autoencoder.decoding
 
-    def samples_per_second(self, passes: int, short: int = 0) -> float:
+    def samples_per_second(self, passes: "Passes") -> float:
         """Of all devices together."""
-        return self.rate * self.num_devices / self.sampling_flops(passes, short)
+        return self.rate * self.num_devices / self.sampling_flops(passes)
 
     @property
     def parallel(self) -> str:
@@ -184,21 +185,20 @@ def estimate(
     )  # fmt: skip
 
 
-def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
-    """Passes of the network for one image by euler_maruyama: one a step, and those that the guidances ask for at its time."""
-    return sum(_passes(steps, guidance, shift).values())
+class Passes(NamedTuple):
+    """Evaluations of a network for one image."""
+
+    whole: int  # of all its blocks
+    short: int = 0  # around the blocks of its route
 
 
-def short_passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> int:
-    """How many of these are around the blocks of the network's route."""
-    return _passes(steps, guidance, shift)["routed"]
-
-
-def _passes(steps: int, guidance: Sequence[str], shift: float) -> Counter[str]:
+def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes:
+    """Those of euler_maruyama: one a step, and those that the guidances ask for at its time."""
     # One pass serves several predictions: the heads come with the conditional one.
     chain = Chain([GUIDANCES.build(spec) for spec in guidance])
     times = sde_grid(steps, shift=shift).tolist()[:-1]
-    return Counter(name for t in times for name in {pass_of(name) for name in chain.needs(t)})
+    asked = Counter(name for t in times for name in {pass_of(name) for name in chain.needs(t)})
+    return Passes(asked.total() - asked["routed"], asked["routed"])
 
 
 def _averaged(config: TrainConfig) -> int:
