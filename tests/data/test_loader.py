@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from repa.base import files
-from repa.base.ahead import by_threads
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.data import Loader, PrepareConfig, open_data, prepare
@@ -149,21 +148,6 @@ def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
             seen.append(batch)
     assert len(seen) == 5
     assert not background_threads()
-
-
-def test_ahead_keeps_order_and_stays_a_few_items_ahead():
-    started = []
-
-    def square(x):
-        started.append(x)
-        return x * x
-
-    stream = by_threads(square, itertools.count(), depth=3, workers=2)
-    assert [next(stream) for _ in range(10)] == [x * x for x in range(10)]
-    stream.close()
-    assert len(started) <= 13
-    assert list(by_threads(square, [], depth=3)) == []
-    assert list(by_threads(square, [7], depth=3)) == [49]
 
 
 def test_mistakes_are_said(data, folder, tmp_path):

@@ -107,9 +107,6 @@ class ZipSource(FileSource):
         with faults.reading(f"{name} in {self.path}", "a member of a zip file"):
             return self._members.read(index)
 
-    def read_root(self, name: str) -> bytes | None:
-        return self.read(name, name) if self._members.find(name) is not None else None
-
 
 def member_path(member: zipfile.ZipInfo) -> str:
     """The path of a member; some programs of Windows write it with the wrong slash."""

@@ -57,7 +57,8 @@ class FileSource(Source):
                 "at any depth."
             )
         texts = {path for path in found if path.lower().endswith(CAPTION_ENDING)}
-        others = found.keys() - {*texts, *paths, LISTING, *METADATA}
+        self._described = {LISTING, *METADATA} & found.keys()
+        others = found.keys() - {*texts, *paths, *self._described}
         # a .txt is a caption beside its image, and may be a table of labels where it is not
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
@@ -90,8 +91,8 @@ class FileSource(Source):
         if labels:
             self.labels_from = labels
             return from_file(labels, paths)
-        if (data := self.read_root(LISTING)) is not None:
-            self.labels_from, name = LISTING, f"{LISTING} of {where}"
+        if LISTING in self._described:
+            self.labels_from, name, data = LISTING, f"{LISTING} of {where}", self.read(LISTING, LISTING)
             with faults.reading(name, "JSON"):
                 listing = json.loads(data, object_pairs_hook=files.once)
             return from_listing(listing, paths, name)
@@ -191,8 +192,8 @@ class FileSource(Source):
     def _metadata(self) -> Iterator[tuple[str, Rows]]:
         """The files of METADATA at the root, and their rows."""
         for file in METADATA:
-            if (data := self.read_root(file)) is not None:
-                yield file, read_table(file, data)[1]
+            if file in self._described:
+                yield file, read_table(file, self.read(file, file))[1]
 
     def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
         """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
@@ -221,10 +222,6 @@ class FileSource(Source):
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
         """The bytes of a file by its path in the source; `name` is for messages."""
-
-    @abstractmethod
-    def read_root(self, name: str) -> bytes | None:
-        """The bytes of a file at the root, such as dataset.json; None when there is none."""
 
 
 def _stem(path: str) -> str:
@@ -259,9 +256,6 @@ class FolderSource(FileSource):
 
     def read(self, path: str, name: str) -> bytes:
         return read_image_file(self.root / path, name)
-
-    def read_root(self, name: str) -> bytes | None:
-        return self.read(name, name) if (self.root / name).is_file() else None
 
 
 def scan(root: Path, endings: tuple[str, ...], junk: list[str] | None = None) -> dict[str, int]:
