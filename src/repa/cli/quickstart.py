@@ -18,12 +18,11 @@ from repa.cli.console import ProgressBar, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
-from repa.recipes.small import Choice, choose, extractor_for, patches_of
+from repa.recipes.small import RESOLUTION, Choice, choose, extractor_for, patches_of
 from repa.training.config import TrainConfig
 
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PHOTOGRAPHS = "photographs"
-RESOLUTION = 32  # pixels, of the photographs
 GRID = 8  # side of the token grid of both sizes, for the target's features
 NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their features are computed for the distances
 SMALLEST = 0.8  # side of the smallest crops over the photograph's: of smaller ones a short training shows only texture

@@ -23,8 +23,11 @@ FEW = 5_000  # images below which mirrored copies are worth their disk
 MANY = 10_000  # images above which a run takes twice the steps, and the larger extractor would need minutes for their features
 LOOKED_AT = 64  # images whose sizes are read
 # pixels: in a few minutes shapes are recognisable at 32, and hardly at 64, which takes twice the steps
-SMALL, LARGE = 32, 64
-PATCHES = {SMALL: 4, LARGE: 8}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
+RESOLUTION, LARGE = 32, 64
+PATCHES = {
+    RESOLUTION: 4,
+    LARGE: 8,
+}  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-judge"
 SIZE = {"hidden_dim": 128, "depth": 6, "num_heads": 2}
 SHORT = {"batch_size": 32, "ema_decay": 0.98, "log_every": 10}  # of a training of minutes
@@ -134,14 +137,14 @@ def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps
             + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` for so many (docs/guide.md).")
         )
     sides = shorter_sides(source)
-    side = resolution or SMALL
+    side = resolution or RESOLUTION
     middle = median(sides)
     hint = "" if resolution or middle < LARGE else f" (--resolution {LARGE} shows more and takes twice the steps)"
     reasons = [f"{side} pixels, of sides of about {middle:,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches{hint}"]
     flip = num < FEW
     if flip:
         reasons.append(f"mirrored copies, because {num:,} images are few")
-    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"of {side} pixels"] * (side > SMALL)
+    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"of {side} pixels"] * (side > RESOLUTION)
     steps = asked_steps or num_steps * (2 if grounds else 1)
     because = (
         ", as asked for" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
