@@ -36,6 +36,15 @@ def test_distances_are_drawn_in_steps_and_seconds(two):
     np.testing.assert_allclose(drawn["a"], [[50, 15], [100, 5]])  # under three minutes: in seconds
 
 
+def test_a_single_row_is_seen(tmp_path):
+    """A line of one point has no length: its marker is what is drawn, as a dot of the first run's colour."""
+    figure = curve_figure(read_runs([fake_run(tmp_path / "short", num_steps=10)]), "denoising")
+    figure.axes[0].get_legend().remove()
+    figure.savefig(tmp_path / "x.png")
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+    assert (pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum() > 20
+
+
 def test_time_is_drawn_in_the_unit_that_suits(tmp_path):
     run = fake_run(tmp_path / "slow", distances={50: 30.0, 100: 10.0}, seconds_per_step=360.0)  # ten hours
     figure = curve_figure(read_runs([run]), "frechet_distance", against="seconds")

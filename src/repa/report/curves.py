@@ -207,7 +207,9 @@ def _draw_training(
             axes.plot(x[thin], y[thin], color=colour(number), alpha=0.3, linewidth=0.7)
         drawn = running_mean(y, smoothing_window(len(y))) if quantity.is_noisy else y
         name = legend_label(label) if run is group.runs[0] else None
-        axes.plot(x[thin], drawn[thin], linestyle=line_style(style), markevery=0.15, label=name, **look)
+        # Markers by the length of the line on paper, which a single row has none of.
+        every = 0.15 if len(x) > 1 else 1
+        axes.plot(x[thin], drawn[thin], linestyle=line_style(style), markevery=every, label=name, **look)
 
 
 def _frame_settled(axes: Axes) -> None:
