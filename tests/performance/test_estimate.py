@@ -230,6 +230,13 @@ def test_activations_of_a_deep_network_follow_from_one_block_and_two(precision):
     assert activation_bytes(fewer, {}) < activation_bytes(config, {}) / 2
 
 
+def test_activations_of_a_loss_that_needs_other_images():
+    config = TrainConfig.parse({"model": {"name": "SiT-S/4", "latent_size": 8, "latent_channels": 3}, "alignments": [
+        {"target": "tiny", "depth": 2, "loss": "nt_xent"}]})  # fmt: skip
+    cosine = config.override(alignments=(config.alignments[0].override(loss="cosine"),))
+    assert activation_bytes(config, {"tiny": 128}) > activation_bytes(cosine, {"tiny": 128})
+
+
 def test_saved_bytes_counts_each_storage_once_and_no_attention_weights():
     x = torch.randn(3, 5, requires_grad=True)
     assert saved_bytes(lambda: (x.exp() * 2).sum(), 7) == 3 * 5 * 4  # exp keeps its result

@@ -93,8 +93,8 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
 
 
 def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
-    """Of a network of `depth` blocks, the last `routed` of them in its route: what two images need more than one, so that weights
-    do not count."""
+    """Of a network of `depth` blocks, the last `routed` of them in its route: what three images need more than two, so that weights
+    do not count; nt_xent has no loss for one image."""
     shape: dict[str, Any] = {"depth": depth, "heads": (1,) * bool(config.model.heads)}
     if config.model.route and not routed:
         shape |= {"route": (), **{name: ModelConfig.model_fields[name].default for name in ROUTING}}
@@ -127,7 +127,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
 
     seen = {tokens_at(model.route, depth, model.grid), tokens}
     with autocast(torch.device("cpu"), "fp32" if config.precision == "fp32" else "bf16"):
-        return saved_bytes(lambda: forward(2), *seen) - saved_bytes(lambda: forward(1), *seen)
+        return saved_bytes(lambda: forward(3), *seen) - saved_bytes(lambda: forward(2), *seen)
 
 
 def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
