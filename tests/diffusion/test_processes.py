@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.diffusion import SAMPLERS, Denoiser, DiffusionConfig, build_process, in_timesteps, interpolate
+from repa.diffusion import SAMPLERS, Denoiser, DiffusionConfig, build_process, interpolate
 from tests.golden import load, tensor
 from tests.oracles import ddpm as oracle
 from tests.oracles import weights
@@ -99,7 +99,7 @@ def trained_on(mean, std):
         eps = (1 - bar).sqrt() / (bar * std**2 + 1 - bar) * (x - bar.sqrt() * mean)
         return torch.cat([eps, torch.zeros_like(eps)], dim=1)
 
-    return Denoiser(in_timesteps(predict), DDPM.path, DDPM.prediction, dtype=torch.float64)
+    return Denoiser(lambda x, t: predict(x, DDPM.network_time(t)), DDPM.path, DDPM.prediction, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])

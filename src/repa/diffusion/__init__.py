@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from repa.diffusion.config import DiffusionConfig as DiffusionConfig
     from repa.diffusion.config import latent_shift as latent_shift
     from repa.diffusion.ddpm import ImprovedDDPM as ImprovedDDPM
-    from repa.diffusion.ddpm import in_timesteps as in_timesteps
     from repa.diffusion.denoiser import CountedCalls as CountedCalls
     from repa.diffusion.denoiser import Denoiser as Denoiser
     from repa.diffusion.denoiser import Layout as Layout

@@ -3,12 +3,12 @@
 A network for it answers 2C channels, [noise; v]: the noise and, per element, where the log-variance of the reverse step
 lies between its two bounds. It takes the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
 time is our t: timestep k is t = (k + 1) / T, and `ImprovedDDPM.path` is the path that has this process's alpha_bar at
-each of them, so that a DiT can be sampled by every other sampler too; `in_timesteps` turns t into k for the network.
+each of them, so that a DiT can be sampled by every other sampler too; `network_time` turns t into k for the network.
 Without respacing it is the `Process` of the objective ddpm.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -158,33 +158,16 @@ class ImprovedDDPM:
         return self.q_sample(x, noise, self.network_time(t).long())
 
     def network_time(self, t: Tensor) -> Tensor:
-        return timestep(t, self.num_timesteps)
+        """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
+        k = (t * self.num_timesteps - 1).clamp(min=0)
+        # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
+        return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
 
     def losses(
         self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
         mse, vb = self.hybrid_losses(output, x, noise, self.network_time(t).long())
         return {"denoising": mse, "vb": vb}
-
-
-def timestep(t: Tensor, num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
-    """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
-    # t = 0 would be timestep -1, for which no network was trained.
-    k = (t * num_timesteps - 1).clamp(min=0)
-    # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
-    return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
-
-
-def in_timesteps(predict: Callable[..., Tensor], num_timesteps: int = NUM_TIMESTEPS) -> Callable[..., Tensor]:
-    """A network of timesteps k as one of our t: (x_t, t (N,), *rest) -> predict(x_t, timestep(t), *rest).
-
-    Put it innermost, around the network that `guided` evaluates, so that guidance intervals keep their meaning.
-    """
-
-    def output(x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-        return predict(x_t, timestep(t, num_timesteps), *rest)
-
-    return output
 
 
 @torch.no_grad()
@@ -197,7 +180,7 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling of the respaced process with the learned variance; no noise in the last step. NFE = num_steps.
 
-    The denoiser predicts noise with a learned variance (2C channels) through `in_timesteps`; its path is not used.
+    The denoiser predicts noise with a learned variance (2C channels) through `network_time`; its path is not used.
     DiT's code guides the first 3 channels only: the other channels and the variance keep the conditional values.
     """
     _check_noise(denoiser)
