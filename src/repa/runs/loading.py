@@ -1,6 +1,6 @@
 """A trained network back from its run folder alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from repa.runs import layout
 from repa.runs.checkpoint import load_weights, recorded_settings, weights_checksum
 from repa.runs.predictions import Guide, Predictions, Sharing
 
+OWN = ("dit", "ddt", "jit", "mmdit")  # backbones whose sizes the configuration tells
 NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
 
 
@@ -198,10 +199,11 @@ def load_run(
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     diffusion.check_model(model_config.name, model_config.learn_sigma)
     step, state = load_weights(run, weights, step)
-    model = build(model_config)
     try:
+        _require_size(model_config, state)
+        model = build(model_config)
         model.load_state_dict(state)
-    except RuntimeError:
+    except (OtherNetwork, RuntimeError):
         raise UserError(
             f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
             "describes: restore the configuration that the run was trained with."
@@ -215,6 +217,27 @@ def load_run(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
         _label_dropout(run, config), _counts(run, data, len(names)), **_text(run, config, data),
     )  # fmt: skip
+
+
+class OtherNetwork(Exception):
+    """A configuration is of a network that the weights cannot be of."""
+
+
+def _require_size(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Raises OtherNetwork, before memory is taken, for a network of no size, or larger than its weights can be.
+
+    Loose bounds of our own networks: each has a tensor for each block, a number for each token, class and channel, and a
+    product of its width with itself.
+    """
+    if parse_spec(config.backbone)[0] not in OWN:
+        return
+    numbers, dims = sum(x.numel() for x in state.values()), config.dims()
+    tokens = (config.latent_size // dims.patch_size) ** 2
+    largest = max(tokens, config.num_classes, config.latent_channels, dims.hidden_dim**2)
+    if min(config.latent_size, config.latent_channels) < 1:  # left to the data, which a run of ours has filled in
+        raise OtherNetwork
+    if largest > numbers or max(dims.depth, len(config.heads), len(config.streams)) > len(state):
+        raise OtherNetwork
 
 
 def _condition(labels: Tensor, text: Text | None) -> Condition:
