@@ -245,7 +245,7 @@ class ModelConfig(Config):
         backbone = parse_spec(self.backbone)[0]
         if self.learn_sigma:
             raise UserError(
-                f"The backbone {backbone!r} predicts no variance, as {self.name} does: take a name SiT-...."
+                f"The backbone {backbone!r} has no learned variance, which {self.name} has: give a name that begins with SiT."
             )
         if asked:
             option, default = asked[0], fields[asked[0]].default
