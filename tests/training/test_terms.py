@@ -1,7 +1,10 @@
 """What terms can share, weigh and look at besides: a projector, times, one vector an image, a frozen run; and a warm-up."""
 
+import shutil
+
 import pytest
 import torch
+import yaml
 
 from repa.alignment import Alignment, AlignmentConfig
 from repa.base.config import read_yaml
@@ -12,7 +15,7 @@ from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, DiT
 from repa.performance.estimate import _averaged
-from repa.runs import load_run, read_metrics
+from repa.runs import layout, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
 
 CPU = torch.device("cpu")
@@ -116,6 +119,21 @@ def second_stage(tiny_config, random_run, **settings) -> TrainConfig:
         **{"target": target, "depth": 1, "loss": "mse", "projector": "linear", "name": "first", **settings}
     )
     return tiny_config.override(alignments=(term,), num_steps=4, save_every=2)
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        ({"qk_norm": "rms"}, "are of another network"), ({"depth": 1_000}, "are of another network"),
+        ({"num_heads": 4}, "says model.num_heads: 4, but the checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_frozen_run_whose_configuration_was_edited(edit, why, run_training, tiny_config, random_run, tmp_path):
+    teacher = shutil.copytree(random_run, tmp_path / "teacher")
+    config = yaml.safe_load((teacher / layout.CONFIG).read_text())
+    (teacher / layout.CONFIG).write_text(yaml.safe_dump({**config, "model": {**config["model"], **edit}}))
+    with pytest.raises(UserError, match=why):
+        run_training(second_stage(tiny_config, teacher), tmp_path / "run")
 
 
 def test_a_frozen_run_guides_the_second_stage(run_training, tiny_config, random_run, tmp_path):

@@ -199,15 +199,7 @@ def load_run(
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     diffusion.check_model(model_config.name, model_config.learn_sigma)
     step, state = load_weights(run, weights, step)
-    try:
-        _require_size(model_config, state)
-        model = build(model_config)
-        model.load_state_dict(state)
-    except (OtherNetwork, RuntimeError):
-        raise UserError(
-            f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
-            "describes: restore the configuration that the run was trained with."
-        ) from None
+    model = network_of(run, model_config, step, state)
     data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
     autoencoder = autoencoder or _autoencoder(run, config, autoencoder_weights, device)
     require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
@@ -217,6 +209,20 @@ def load_run(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
         _label_dropout(run, config), _counts(run, data, len(names)), **_text(run, config, data),
     )  # fmt: skip
+
+
+def network_of(run: Path, config: ModelConfig, step: int, state: Mapping[str, Tensor]) -> Backbone:
+    """The network that the configuration of a run describes, with weights of a checkpoint; UserError where they do not fit."""
+    try:
+        _require_size(config, state)
+        model = build(config)
+        model.load_state_dict(state)
+    except (OtherNetwork, RuntimeError):
+        raise UserError(
+            f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
+            "describes: restore the configuration that the run was trained with."
+        ) from None
+    return model
 
 
 class OtherNetwork(Exception):

@@ -11,15 +11,16 @@ from repa.alignment.config import AlignmentConfig
 from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 from repa.diffusion.config import DiffusionConfig
-from repa.models import Backbone, DiT, build
+from repa.models import Backbone, DiT
 from repa.models.config import ModelConfig
 from repa.models.exported import CONFIG, read_exported
 from repa.models.lora import merged_weights
 from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
-from repa.runs.checkpoint import load_checkpoint, load_weights
+from repa.runs.checkpoint import load_checkpoint, load_weights, recorded_settings
 from repa.runs.importing import read_checkpoint
 from repa.runs.layout import refuse_converted
+from repa.runs.loading import network_of
 from repa.training.config import TrainConfig
 from repa.training.objective import Objective
 
@@ -94,7 +95,9 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
     found = layout.read_config(run, ("model", "diffusion"))
     where = str(run / layout.CONFIG)
     diffusion = DiffusionConfig.parse(found["diffusion"], where=where)
-    network = build(ModelConfig.parse(found["model"], where=where))
+    step, state = load_weights(run, "ema", None if named[0].get("step", -1) < 0 else int(named[0]["step"]))
+    network = network_of(run, ModelConfig.parse(found["model"], where=where), step, state)
+    layout.require_settings(run, step, recorded_settings(run, step), found)
     for name in ("hidden_dim", "depth", "state_shapes", "num_classes", "prefix_tokens"):
         if (theirs := getattr(network, name)) != (own := getattr(model, name)):
             raise UserError(
@@ -106,8 +109,6 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
             raise UserError(
                 f"The target run {run} has the {name} {theirs!r}, but this run has {own!r}: both need the same."
             )
-    _, state = load_weights(run, "ema", None if named[0].get("step", -1) < 0 else int(named[0]["step"]))
-    network.load_state_dict(state)
     return network.to(device).eval().requires_grad_(False)
 
 
