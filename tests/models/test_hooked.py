@@ -119,6 +119,29 @@ def test_the_backbone_hooked_finds_its_blocks_by_name():
         build(by_name("convs"))
 
 
+class Inside(nn.Module):
+    """A network within another, as one of diffusers is whose arguments have other names: the inner one tells its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Net()
+        self.inner.hidden_size = 4
+
+    def forward(self, x, t, labels):
+        return self.inner(x, t, labels)
+
+
+def inside(config):
+    return Inside()
+
+
+def test_the_width_is_that_of_the_network_in_which_the_block_is():
+    model = build(by_name("tokens", f"{__name__}.inside"))
+    assert (model.hidden_dim, model.depth) == (4, 1)
+    with pytest.raises(UserError, match="add ,hidden_dim="):
+        build(by_name("tokens"))
+
+
 def test_a_file_that_names_a_network_of_its_own_is_not_run():
     with contents_of("config.yaml"), pytest.raises(ValueError, match="--trust"):
         by_name(name="mylab.nets.unet")

@@ -251,16 +251,19 @@ def _called(net: nn.Module) -> list[nn.Module]:
 
 
 def width_of(net: nn.Module, block: NamedBlock) -> int | None:
-    """Channels of what a block gives, where network or block tell: as transformers of diffusers and U-Nets do."""
-    net = unwrapped(net)
-    config = getattr(net, "config", None)
+    """Channels of what a block gives, where block or network tell, or a network in it: as U-Nets and transformers of diffusers do."""
     resnets = getattr(block.module, "resnets", None)
-    for value in (
-        getattr(resnets[-1] if resnets else block.module, "out_channels", None),
-        *(vars(net).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")),
-        *(getattr(config, name, None) for name in ("hidden_size", "dim")),
-        _product(config, "num_attention_heads", "attention_head_dim"),
-    ):
+    found = [getattr(resnets[-1] if resnets else block.module, "out_channels", None)]
+    owner: Any = unwrapped(net)
+    for part in block.name.split("."):
+        config = getattr(owner, "config", None)
+        found += [vars(owner).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")]
+        found += [getattr(config, name, None) for name in ("hidden_size", "dim")]
+        found += [_product(config, "num_attention_heads", "attention_head_dim")]
+        # The block itself is the last part of the name; a wrapper stands in no name.
+        if not isinstance(owner := getattr(owner, part, None), nn.Module):
+            break
+    for value in found:
         if type(value) is int and value > 0:
             return value
     return None
