@@ -85,7 +85,7 @@ def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighb
 
 
 def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
-    """CKNNA of two sides made with the same k and variant; see `cknna`."""
+    """CKNNA (Eqs. 21-24) of two sides made with the same k and variant; see `cknna`."""
     assert (a.variant, a.near.shape) == (b.variant, b.near.shape), "sides of different images, k or variants"
     own = a.own * b.own  # unbiased estimates may be negative, and have no root then
     # The released code adds 1e-6 to the norm; the paper's formula has nothing there.
@@ -176,7 +176,7 @@ def _kernel(side: Neighbourhoods, near: Tensor) -> Tensor:
 
 
 def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
-    """Align(K, L) of the paper, up to its constant factor; for the others the unbiased HSIC of the masked kernels."""
+    """Align(K, L) of the paper (Eqs. 21-24), up to its constant factor; for the others the unbiased HSIC of the masked kernels."""
     near = a.near
     shared = (near[:, :, None] == b.near[:, None, :]).any(2)  # (n, k), neighbours of both
     # The mask is of pairs that are near in both, so a's neighbours are enough to look among.

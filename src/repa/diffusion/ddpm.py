@@ -155,6 +155,7 @@ class ImprovedDDPM:
         return ((k + 1) / self.num_timesteps).to(device, non_blocking=True)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 1 on the process's own path."""
         return self.q_sample(x, noise, self.network_time(t).long())
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -166,6 +167,7 @@ class ImprovedDDPM:
     def losses(
         self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Eq. 10."""
         mse, vb = self.hybrid_losses(output, x, noise, self.network_time(t).long())
         return {"denoising": mse, "vb": vb}
 

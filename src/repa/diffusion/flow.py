@@ -218,6 +218,7 @@ class Flow:
         return time_shift(self._times(num, generator=generator, device=device), self.shift)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 1."""
         return interpolate(self.path, x, noise, t)[0]
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -230,19 +231,22 @@ class Flow:
     def losses(
         self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Eq. 4, for each sample, and the terms that the configuration adds to it."""
         c, output = self.path(t).like(x), at_least_float32(output)
         if self.prediction == "score":
             error = c.sigma * output + noise  # Eq. 6: noise = -sigma score
         else:
             error = output - target(self.prediction, c, x, noise)
-        squared = error.square()
+        squared = error.square()  # (N, C, H, W)
         if self._weight is not None:
             squared = self._weight(c) * squared
-        losses = {"denoising": squared.mean(dim=(1, 2, 3))}
+        losses = {"denoising": squared.mean(dim=(1, 2, 3))}  # (N,)
         if self._cosine or other is not None:
-            x_t = c.alpha * x + c.sigma * noise
+            x_t = (
+                c.alpha * x + c.sigma * noise
+            )  # Eq. 1 in the loss's own precision: the network's x_t may have been rounded
             velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
-        if other is not None:
+        if other is not None:  # away from the velocity of another image
             losses["contrastive"] = -self.contrastive * (velocity - other).square().mean(dim=(1, 2, 3))
         if self._cosine:
             cosine = F.cosine_similarity(velocity, target("velocity", c, x, noise), dim=1)  # (N, H, W)
@@ -250,6 +254,7 @@ class Flow:
         return losses
 
     def _of_velocity(self, c: Coefficients) -> Tensor:
+        """What an error of the data, squared, is worth as one of the velocity: Eq. 3 with the noise of Eq. 1."""
         return (c.determinant / c.sigma.clamp(min=self.sigma_min)).square()
 
 
