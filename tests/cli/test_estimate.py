@@ -61,3 +61,27 @@ def test_parts_of_a_large_batch_are_divisors_found_by_their_roots():
         parts = [accumulate for _, accumulate in fitting._accumulated(found)]
     assert parts[:5] == [5, 8, 10, 16, 20]
     assert len(parts) == 11 * 11 - 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "latents", "tokens", "steps"),
+    [
+        ("own-images-64", "3 x 64 x 64 of pixels", 256, "23,438 steps, 300.0 epochs"),
+        ("cifar10-repa", "3 x 32 x 32 of pixels", 256, "1,000 steps, 6.4 epochs"),
+        ("sit-xl2-512", "4 x 64 x 64 of sd-vae-ft-ema", 1024, "3,000,000 steps, 153600.0 epochs"),
+    ],
+)
+def test_a_recipe_says_on_what_it_trains_and_when_it_ends(recipe, latents, tokens, steps, capsys):
+    assert run(["estimate", recipe, "--images", "5000", "--classes", "10"]) == 0
+    out = capsys.readouterr().out
+    assert f", latents {latents}, {tokens} tokens; batch " in out.splitlines()[0]
+    assert steps in out.splitlines()[0]
+    assert "time on 1 x h100" in out
+
+
+def test_a_configuration_says_the_side_of_its_images(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "autoencoder: pixels\nmodel: {name: SiT-S/4, latent_size: 32, latent_channels: 3}\n"
+    )
+    assert run(["estimate", str(tmp_path / "mine.yaml"), "--samples", "1"]) == 0
+    assert "latents 3 x 32 x 32 of pixels, 64 tokens" in capsys.readouterr().out

@@ -273,7 +273,7 @@ def test_the_command(capsys):
     assert {"encoders run in training", "stored tokens"} <= set(table)
     assert "50,000 samples, 250 steps, cfg:scale=1.8,high=0.7, on the same devices at the same utilisation" in lines
     assert float(table["images/s"][-1].replace(",", "")) > 100
-    assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100"]) == 0
+    assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100", "--devices", "8"]) == 0
     out = capsys.readouterr().out
     assert "8 x a device of 100 TFLOP/s" in out
     assert "stored tokens" not in out

@@ -13,6 +13,7 @@ from repa.cli.console import say
 from repa.cli.train import about_passes, of_recipe
 from repa.diffusion.config import Guidances
 from repa.performance import MEMORY, PEAKS
+from repa.recipes import RECIPES
 from repa.recipes.figures import IMAGES as IMAGENET
 from repa.training.config import TrainConfig
 
@@ -35,7 +36,7 @@ class EstimateArguments(TrainConfig, options.Command):
     """Images of the data set; ImageNet's training set has 1,281,167."""
     classes: int = Field(1000, ge=0)
     """Classes of the data set."""
-    devices: int = Field(8, ge=1)
+    devices: int = Field(1, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
     """Device, such as h100 or rtx4090; describe another by `--tflops` and `--memory`."""
@@ -45,8 +46,8 @@ class EstimateArguments(TrainConfig, options.Command):
     """GB of memory of a device, for whether the run fits and what would make it fit; 0 takes the table's."""
     utilisation: float = Field(0.35, gt=0, le=1)
     """Share of the peak that the run reaches (MFU); `repa bench` measures it."""
-    resolution: int = Field(256, ge=8)
-    """Side of the images, in pixels."""
+    resolution: int = Field(0, ge=0)
+    """Side of the images, in pixels; 0 takes that of the recipe or the run, or else 256."""
     samples: int = Field(50_000, ge=1)
     """Images to sample after training."""
     sample_steps: int = Field(250, ge=1)
@@ -70,24 +71,26 @@ class EstimateArguments(TrainConfig, options.Command):
 
 def main(argv: list[str]) -> int:
     given, config = of_recipe(EstimateArguments, argv)
-    # A run takes it from its data, and there are none yet.
+    # A run takes these two from its data, and there are none yet.
+    pixels = RECIPES[given.recipe].pixels if given.recipe in RECIPES else 0
     if not config.autoencoder:
-        config = config.override(autoencoder=AUTOENCODER)
+        config = config.override(autoencoder="pixels" if pixels else AUTOENCODER)
     peak = given.tflops or PEAKS[given.device]
 
     from repa.diffusion import build_process
-    from repa.performance.estimate import estimate, passes_of
+    from repa.performance.estimate import estimate, passes_of, side_of
 
+    resolution = given.resolution or pixels or side_of(config)
     found = estimate(
-        config, num_images=given.images, num_devices=given.devices, resolution=given.resolution,
+        config, num_images=given.images, num_devices=given.devices, resolution=resolution,
         rate=peak * 1e12 * given.utilisation, num_classes=given.classes,
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
     memory = given.memory or (0 if given.tflops else MEMORY[given.device])
     whose = "a device" if given.memory or given.tflops else f"one {given.device}"
-    fits = fitting(found, memory, whose, given) if memory else []
+    fits = fitting(found, memory, whose, given.classes, resolution) if memory else []
     say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits))
-    if note := about_passes(config, given.images):
+    if note := about_passes(found.config, given.images):
         say("", note)
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
     say(*sampling(found, passes_of(*asked), given))
@@ -135,14 +138,14 @@ def _memory(found: "Estimate") -> list[str]:
     ]
 
 
-def fitting(found: "Estimate", memory: float, whose: str, given: EstimateArguments) -> list[str]:
+def fitting(found: "Estimate", memory: float, whose: str, classes: int, resolution: int) -> list[str]:
     """Whether it fits in `memory` GB, and what would make it fit."""
     from repa.performance.fitting import needed, ways_to_fit
 
     room = memory * 1e9
     if needed(found) <= room:
         return [f"  fits in the {memory:g} GB of {whose}"]
-    ways = ways_to_fit(found, room, num_classes=given.classes, resolution=given.resolution)
+    ways = ways_to_fit(found, room, num_classes=classes, resolution=resolution)
     said = f"  does not fit in the {memory:g} GB of {whose}"
     if not ways:
         return [

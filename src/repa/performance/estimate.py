@@ -26,7 +26,7 @@ from repa.performance.counts import activation_bytes
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
 from repa.training.inputs import wanted_by
-from repa.training.resolve import with_streams
+from repa.training.resolve import steps_of, with_streams
 from repa.training.scaling import faster
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
@@ -167,7 +167,9 @@ def estimate(
             )
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
     shape = (model.latent_channels, model.latent_size, model.latent_size)
-    config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
+    config = config.override(
+        model=model, diffusion=config.diffusion.for_latents(shape), num_steps=steps_of(config, num_images)
+    )
     grid = model.latent_size // model.dims().patch_size
     needs = wanted_by(config)
     names = [need.encoder for need in needs]
@@ -190,6 +192,14 @@ class Passes(NamedTuple):
 
     whole: int  # of all its blocks
     short: int = 0  # around the blocks of its route
+
+
+def side_of(config: TrainConfig) -> int:
+    """Side of the images behind latents of the size that the configuration names; 256 where it leaves the size to the data."""
+    if not config.model.latent_size:
+        return 256
+    factor = autoencoder_cost(config.autoencoder, 256, config.autoencoder_weights or None).factor
+    return config.model.latent_size * factor
 
 
 def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes:

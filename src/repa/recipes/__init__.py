@@ -22,11 +22,11 @@ RECIPES: dict[str, Recipe] = {
     **method_recipes(),
     **own_image_recipes(),
     **network_recipes(),
-    "quickstart": Recipe.of(quickstart),
-    "quickstart-repa": Recipe.of(quickstart_repa),
-    "quickstart-text": Recipe.of(quickstart_text),
-    "cifar10": Recipe.of(cifar10),
-    "cifar10-repa": Recipe.of(cifar10_repa),
+    "quickstart": Recipe.of(quickstart, pixels=32),
+    "quickstart-repa": Recipe.of(quickstart_repa, pixels=32),
+    "quickstart-text": Recipe.of(quickstart_text, pixels=32),
+    "cifar10": Recipe.of(cifar10, pixels=32),
+    "cifar10-repa": Recipe.of(cifar10_repa, pixels=32),
 }
 
 

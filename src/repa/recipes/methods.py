@@ -288,7 +288,11 @@ def _small(key: str) -> Recipe:
     promise = f"{about}, for a CPU. docs/methods/{method.page} explains it; no figure of a paper is of such a network."
     baseline = cifar10().override(alignments=())
     return Recipe(
-        lambda: method_config(method, SMALL, baseline), about, promise, group="Methods on CIFAR-10, for a CPU"
+        lambda: method_config(method, SMALL, baseline),
+        about,
+        promise,
+        group="Methods on CIFAR-10, for a CPU",
+        pixels=32,
     )
 
 

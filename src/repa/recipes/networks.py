@@ -211,8 +211,8 @@ def network_recipes() -> dict[str, Recipe]:
         "coco-mmdit": _coco("coco-mmdit", "MMDiT on MS-COCO without alignment", aligned=False),
         "coco-mmdit-repa": _coco("coco-mmdit-repa", "MMDiT on MS-COCO aligned to dinov2-b after block 8", aligned=True),
         **{name: _recipe(name, key) for key, network in NETWORKS.items() for name in network.names},
-        "cifar10-jit": Recipe.of(cifar10_jit),
-        "cifar10-pixelrepa": Recipe.of(cifar10_pixelrepa),
+        "cifar10-jit": Recipe.of(cifar10_jit, pixels=32),
+        "cifar10-pixelrepa": Recipe.of(cifar10_pixelrepa, pixels=32),
     }
 
 

@@ -90,6 +90,9 @@ def own_image_recipes() -> dict[str, Recipe]:
         ),
     }  # fmt: skip
     return {
-        name: Recipe(make, about, "\n".join((about + ".", "", *commands, "", *NOTES)), group=GROUP)
+        name: Recipe(
+            make, about, "\n".join((about + ".", "", *commands, "", *NOTES)), group=GROUP,
+            pixels=64 if name == "own-images-64" else 0,
+        )
         for name, (make, about, commands) in ways.items()
-    }
+    }  # fmt: skip

@@ -22,15 +22,17 @@ class Recipe:
     """The ways in which the figures were sampled that it is compared with."""
     group: str = "Small runs"
     """Under which heading `repa list recipes` shows it."""
+    pixels: int = 0
+    """Side of the images that it trains on as they are; 0 for a recipe of latents, or one that names its autoencoder."""
 
     def __call__(self) -> TrainConfig:
         return self.make()
 
     @classmethod
-    def of(cls, make: Callable[[], TrainConfig]) -> "Recipe":
+    def of(cls, make: Callable[[], TrainConfig], *, pixels: int) -> "Recipe":
         """From a function whose docstring says everything."""
         about = " ".join((make.__doc__ or "").split())
-        return cls(make, about, about)
+        return cls(make, about, about, pixels=pixels)
 
 
 def paragraphs(*parts: Sequence[str]) -> str:

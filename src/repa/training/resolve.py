@@ -109,11 +109,11 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         feature_weights=dataset.feature_weights(data, config.feature_weights, encoders),
         **_text(config, data),
         precision=resolved(config.precision, device),
-        num_steps=_num_steps(config, len(data)),
+        num_steps=steps_of(config, len(data)),
     )
 
 
-def _num_steps(config: TrainConfig, num_images: int) -> int:
+def steps_of(config: TrainConfig, num_images: int) -> int:
     """Those of `epochs` passes over the data, if they are fewer than were asked for."""
     passes = math.ceil(config.epochs * num_images / config.batch_size)
     return min(config.num_steps, max(1, passes)) if config.epochs else config.num_steps
