@@ -4,20 +4,24 @@
 
 One thread; forward and backward of one block, of which the products are left out (their results are tensors of any
 content). The best of several rounds. Below it the operators, by the bytes that they read and write, then GELU and, in
-bfloat16, attention, each beside its slow twin, and last the update of as many weights as a block has.
+bfloat16, attention, each beside its slow twin, and last the update of as many weights as a block has. It hardly computes, so
+that its rate says how long the bytes of the block take at least.
 """
 
 import argparse
+import contextlib
 import functools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +31,7 @@ from repa.models.layers import Block, attend, by_head, gelu
 
 CPU = torch.device("cpu")
 IMAGES, TOKENS, WIDTH, HEADS = 8, 256, 768, 12
+OF_UPDATE = 4 * (1 + 7 + 3)  # bytes a weight that norm, AdamW and average read and write
 PRODUCTS = ("mm", "addmm", "bmm")
 WITHOUT_BYTES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", *PRODUCTS}
 
@@ -66,6 +71,22 @@ def without_products() -> torch.library.Library:
     for name in PRODUCTS:
         library.impl(f"{name}.out", written, "CPU")
     return library
+
+
+@contextlib.contextmanager
+def bytes_of_compiled() -> Iterator[list[int]]:
+    """What the kernels of graphs that are compiled in the block read and write, those of products left out."""
+    found: list[int] = []
+    codegen = GraphLowering.codegen
+
+    def counted(graph: GraphLowering) -> Any:
+        made = codegen(graph)
+        _, words, _ = graph.count_bytes()  # in words of four bytes
+        found.extend(4 * size for node, size in words if not node.is_extern())
+        return made
+
+    with mock.patch.object(GraphLowering, "codegen", counted):
+        yield found
 
 
 def unpacked(qkv: Tensor) -> Tensor:
@@ -140,7 +161,9 @@ def main() -> None:
     with Bytes() as counted:
         once()
     block.compile(dynamic=False)
-    once()
+    torch._inductor.config.force_disable_caches = True  # a graph from the cache is not counted
+    with bytes_of_compiled() as kernels:
+        once()
     compiled = best(once, args.rounds)
     qkv = torch.randn(IMAGES, TOKENS, 3 * WIDTH).to(dtype).requires_grad_()
     of_heads = torch.randn(IMAGES, HEADS, TOKENS, WIDTH // HEADS).to(dtype)
@@ -154,6 +177,7 @@ def main() -> None:
     del products
     print(f"{args.precision}, {IMAGES} images, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"a block besides its products, forward and backward: eager {eager:.1f} ms, compiled {compiled:.1f} ms")
+    print(f"  compiled: {sum(kernels) / 1e6:.0f} MB read and written in {len(kernels)} loops")
     print(f"  eager: {sum(counted.bytes.values()) / 1e6:.0f} MB read and written in {counted.calls.total()} calls")
     for name, size in counted.bytes.most_common(12):
         print(f"  {name:<48}{counted.calls[name]:4}{size / 1e6:8.0f} MB")
@@ -164,6 +188,8 @@ def main() -> None:
     weights = sum(p.numel() for p in block.parameters())
     norm, adamw, average = of_update(weights, args.rounds)
     print(f"update of {weights / 1e6:.1f}M weights: norm {norm:.1f}, AdamW {adamw:.1f}, average {average:.1f} ms")
+    rate = OF_UPDATE * weights / (norm + adamw + average) / 1e6
+    print(f"  {OF_UPDATE * weights / 1e6:.0f} MB read and written, {rate:.1f} GB/s")
 
 
 if __name__ == "__main__":
