@@ -22,7 +22,7 @@ import repa as repa_package
 from repa.alignment import LOSSES
 from repa.base import trust
 from repa.base.errors import UserError
-from repa.base.files import SEAL
+from repa.base.files import SEAL, read_json
 from repa.base.registry import Registry
 from repa.cli.main import run as repa
 from repa.cli.train import start
@@ -275,7 +275,7 @@ def stranger(tiny_config, image_folder, data_folder, tmp_path_factory):
     assert command(*words)(root, root) == 0
     FeatureCache.open(root / "cache", "an encoder").add(["a"], torch.ones(1, 2, 3))
     (root / "half/parts").mkdir(parents=True)
-    manifest = json.loads((root / "data/manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(root / "data/manifest.json")
     settings = {name: manifest[name] for name in ("source", "class_names", "config")}
     (root / "half/parts/settings.json").write_text(json.dumps(settings), encoding="utf-8")
     shutil.copytree(image_folder, root / image_folder.name)
@@ -450,7 +450,7 @@ def test_modules_in_the_current_folder_are_not_imported(name, tmp_path):
 def test_data_with_names_that_leave_their_folder_are_refused(stranger, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(stranger / "data", data)
-    text = (data / "manifest.json").read_text(encoding="utf-8")
+    text = json.dumps(read_json(data / "manifest.json"))  # without its seal
     for name in ("../labels-00000.npy", "/etc/passwd", "sub/../../x.npy"):
         (data / "manifest.json").write_text(text.replace("labels-00000.npy", name), encoding="utf-8")
         with pytest.raises(UserError):
@@ -461,7 +461,7 @@ def test_data_with_names_that_leave_their_folder_are_refused(stranger, tmp_path)
 def test_a_text_encoder_that_a_folder_names_is_not_run(name, stranger, canary, tmp_path):
     data = tmp_path / "words"
     shutil.copytree(stranger / "words", data)
-    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(data / "manifest.json")
     for text in payloads(canary):
         manifest["config"][name] = text
         (data / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 
 from repa import __version__
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.cli import main
 from repa.runs import layout
 
@@ -123,7 +124,7 @@ def test_data_that_cannot_be_used(refused, data_folder, tmp_path):
     assert "'dinov9'" in refused(*train, "--alignments.0.target", "dinov9")
     (copy / "images-00000.npy").unlink()
     assert "run the same `repa prepare` again" in refused(*train)
-    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest = read_json(copy / "manifest.json")
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     assert "is of version 99" in refused(*train)
     (copy / "manifest.json").write_text("{")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.data import PrepareConfig, check_bytes, check_models, make_plan, prepare
 from tests.data.conftest import content, spoil
 
@@ -128,7 +129,7 @@ def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folde
     config = FULL.override(feature_forms=())
     prepare(folder, tmp_path / "out", config)
     path = tmp_path / "out" / "manifest.json"
-    values = json.loads(path.read_text())
+    values = read_json(path)
     for key in ("feature_forms", "precision", "flip", "labels"):
         values["config"].pop(key)
     for key in ("form", "basis"):
@@ -147,6 +148,6 @@ def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folde
 )
 def test_counts_that_are_not_those_of_the_labels_are_found(counts, sentence, out):
     path = out / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "class_counts": counts}))
+    path.write_text(json.dumps({**read_json(path), "class_counts": counts}))
     with pytest.raises(UserError, match=sentence):
         check_bytes(out)

@@ -8,6 +8,7 @@ import torch
 
 from repa.base import lock
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.data import Manifest, PrepareConfig, add_features, encoding, open_data, prepare, preparing, remove
 from repa.data.packing import read_basis, unpack
 from tests.data.conftest import all_rows, content, spoil
@@ -125,7 +126,7 @@ def test_a_bad_image_is_left_out_of_both_copies(folder, tmp_path, fakes):
 
 def test_flipped_shards_that_are_no_copy_are_refused(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", SMALL.override(flip=True))
-    values = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    values = read_json(tmp_path / "out" / "manifest.json")
     values["shards"][1]["flipped"] = True
     values["class_counts"] = [sum(shard["num"] for shard in values["shards"] if not shard["flipped"]), 0]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(values))

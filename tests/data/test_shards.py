@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.data import Manifest, PrepareConfig, ShardReader, open_data, prepare
 from repa.data.config import array_name
 from repa.data.manifest import MANIFEST
@@ -22,7 +23,7 @@ def out(folder, tmp_path):
 
 
 def edit(out, change):
-    values = json.loads((out / MANIFEST).read_text())
+    values = read_json(out / MANIFEST)
     change(values)
     (out / MANIFEST).write_text(json.dumps(values))
 

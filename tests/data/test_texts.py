@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
+from repa.base.files import read_json
 from repa.conditions import load_text_encoder, words
 from repa.data import PrepareConfig, add_text, check_bytes, check_models, open_data, prepare, preparing, remove
 from repa.data.manifest import Manifest
@@ -108,7 +109,7 @@ def test_what_is_refused(source, folder, tmp_path):
 def test_manifests_and_rows_that_do_not_fit_are_refused(source, tmp_path):
     out = tmp_path / "out"
     prepare(source, out, CONFIG)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_json(out / "manifest.json")
     for change in (
         lambda m: m["shards"][0]["text"].pop("text_mask"),
         lambda m: m["text"].update(num_tokens=6),

@@ -210,3 +210,23 @@ def test_a_thousand_changed_files(kind, whole, tmp_path):
     counts, wrong = attack(whole, tmp_path / "x", kind, range(LONG))
     print(f"\n{kind}: {LONG} changed files: " + json.dumps({str(k): v for k, v in counts.items()}))
     assert not wrong, f"{len(wrong)} wrong\n" + "\n".join(wrong[:5])
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "argv"),
+    [
+        ("data/manifest.json", '"dim": 192', ["show", "ROOT/data"]),
+        ("data/manifest.json", '"dim": 192', ["train", "ROOT/recipe.yaml", "--data", "ROOT/data", "--out", "ROOT/new"]),
+        ("run/data.json", '"num_images": 40', ["report", "ROOT/run", "--out", "ROOT/r.html"]),
+        ("run/metrics.jsonl", '"step": 3', ["report", "ROOT/run", "--out", "ROOT/r.html"]),
+        ("run/metrics.jsonl", '"step": 3', ["train", "ROOT/run", "--data", "ROOT/data", "--out", "ROOT/run", "--num-steps", "5"]),
+    ],
+)  # fmt: skip
+def test_another_digit_is_noticed(file, entry, argv, whole, tmp_path):
+    root = shutil.copytree(whole, tmp_path / "x")
+    text = (root / file).read_text()
+    assert entry in text
+    (root / file).write_text(text.replace(entry, entry[:-1] + str((int(entry[-1]) + 1) % 10), 1))
+    code, said = outcome([word.replace("ROOT", str(root)) for word in argv])
+    assert code == 2, said
+    assert str(root / file) in said

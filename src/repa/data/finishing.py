@@ -137,7 +137,7 @@ def remove(out: str | Path, name: str) -> Manifest | None:
             manifest.save(out)
         # the folder may be unfinished, or finished and growing: parts/ would bring the field back
         if (out / PARTS).is_dir():
-            files.write_json(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
+            files.write_sealed(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
             for path in _numbered_files(out / PARTS, "json", part):
                 path.unlink()
         for path in _numbered_files(out, "npy", *gone):

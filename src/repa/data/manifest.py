@@ -288,7 +288,7 @@ class Manifest(Config):
 
     def save(self, folder: Path) -> None:
         """Write DATA/manifest.json, whole or not at all."""
-        files.write_json(folder / MANIFEST, self.model_dump(mode="json"))
+        files.write_sealed(folder / MANIFEST, self.model_dump(mode="json"))
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

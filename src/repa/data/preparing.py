@@ -262,7 +262,7 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
     nums = [len(planned.rows) for planned in job.shards]
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
     files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
-    files.write_json(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
+    files.write_sealed(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
             # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's

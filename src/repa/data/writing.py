@@ -81,7 +81,7 @@ def write_shard(
             captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": mine},
         )  # fmt: skip
         part = Part(shard=shard, identity=identity)
-        files.write_json(record_path(out, number, name), part.model_dump(mode="json"))
+        files.write_sealed(record_path(out, number, name), part.model_dump(mode="json"))
 
 
 class ShardWriter:
