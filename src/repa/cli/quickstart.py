@@ -170,7 +170,7 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
     )  # fmt: skip
     say()
     print_table(summary_table(runs))
-    say("", f"{page}: open it in a browser. Whole quickstart: {duration(seconds)}.")
+    say("", f"{page}: open it in a browser. This command took {duration(seconds)}.")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

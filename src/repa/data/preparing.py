@@ -130,7 +130,11 @@ def prepare(
         config = finished.settings.config
         chosen = chosen_parts(only, config)
         if TEXT in chosen and not images.has_captions:
-            raise UserError(f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out.")
+            raise UserError(
+                f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out, or put the "
+                "captions where they are looked for (dog.txt beside dog.jpg, or a metadata.csv in the folder with columns "
+                "file_name and caption)."
+            )
         made = functools.partial(from_source, images, config.resolution)
         read = functools.partial(by_processes, made, num_workers=config.num_workers)
         parts = [name for name in chosen if name != TEXT]
