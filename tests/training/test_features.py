@@ -12,7 +12,7 @@ from repa.data.reader import ShardReader
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic
-from repa.training import TrainConfig
+from repa.training import TrainConfig, inputs
 from repa.training.inputs import EncoderFeatures, one_ahead
 
 CPU = torch.device("cpu")
@@ -97,6 +97,18 @@ def test_stored_tokens_are_read_as_long_as_they_are_wanted():
     assert encoders.stored(()) == ()
     assert not encoders.reads_images(encoders.wanted)
     assert EncoderFeatures(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
+
+
+def test_where_an_encoder_cannot_be_had_the_stored_tokens_are_named(monkeypatch):
+    def absent(name, **_):
+        raise UserError(f"no weights of {name}.")
+
+    monkeypatch.setattr(inputs, "load_encoder", absent)
+    config = configuration()
+    with pytest.raises(UserError, match=r"^no weights of tiny\. .*\(other\): --alignments\.0\.target other\.$"):
+        EncoderFeatures(config, Synthetic({"other": 7}, 4), CPU)
+    with pytest.raises(UserError, match=r"^no weights of tiny\.$"):
+        EncoderFeatures(config, Synthetic({}, 4), CPU)
 
 
 def test_every_batch_comes_with_the_tokens_of_its_own_step():

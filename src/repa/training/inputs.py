@@ -16,7 +16,7 @@ from repa.conditions.contract import TextEncoder
 from repa.data import Batch, DataSet
 from repa.data.dataset import require_same_encoder
 from repa.encoders import load_encoder
-from repa.encoders.contract import Features
+from repa.encoders.contract import Features, VisionEncoder
 from repa.encoders.loading import weights_for
 from repa.models import Condition
 from repa.models.config import reads_text
@@ -49,12 +49,7 @@ class EncoderFeatures:
             if data.features[name].grid != self.grid
         ]
         self.device, self.precision, self.latents_of_images = device, config.precision, not data.has_moments
-        self.encoders = {
-            need.encoder: load_encoder(
-                need.encoder, weights=weights_for(need.encoder, config.feature_weights), device=device
-            )
-            for need in missing
-        }
+        self.encoders = {need.encoder: _loaded(need.encoder, config, data, device) for need in missing}
         for name, encoder in self.encoders.items():
             # Patches may be read while attention is computed: both must be by the same weights.
             require_same_encoder(data, name, encoder)
@@ -157,6 +152,19 @@ def _stores(data: DataSet, need: Need) -> bool:
     """Whether the data has all that is wanted of an encoder; attention is never stored."""
     facts = data.features.get(need.encoder)
     return facts is not None and not need.attention and (facts.pooled or not need.pooled)
+
+
+def _loaded(name: str, config: TrainConfig, data: DataSet, device: torch.device) -> VisionEncoder:
+    """An encoder whose tokens are not stored; where it cannot be had, the error names those that are."""
+    try:
+        return load_encoder(name, weights=weights_for(name, config.feature_weights), device=device)
+    except UserError as error:
+        terms = [k for k, term in enumerate(config.alignments) if parse_spec(term.target)[0] == name]
+        if not (terms and data.features):
+            raise
+        change = f"--alignments.{terms[0]}.target {next(iter(data.features))}"
+        stored = ", ".join(data.features)
+        raise UserError(f"{error} Or align to tokens that the data holds ({stored}): {change}.") from error
 
 
 def _lacks(data: DataSet, need: Need, names: str) -> str:
