@@ -53,7 +53,8 @@ def test_the_card(random_run, tmp_path):
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "repa", "tags": ["image-generation", "diffusion-transformer", "repa"]}
     for fact in ("SiT/4, 20 steps", "width 32, depth 2, 2 heads", "40 images of 2 classes", "tiny at block 1, weight 0.5",
-                 "velocity on the path linear", "0 is data and 1 is noise", "0 to 1, 2 "):  # fmt: skip
+                 "velocity on the path linear", "0 is data and 1 is noise", "0 to 1, 2 ",
+                 "`class_names` in config.json"):  # fmt: skip
         assert fact in text, fact
 
 

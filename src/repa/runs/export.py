@@ -130,6 +130,9 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
     load = LOAD[form].replace("{exact}", EXACT if ddpm else "")
     null = arguments["num_classes"]
     labels = f"0 to {null - 1}, {null} is not a class" if null else "0, no class"
+    if facts["class_names"]:
+        where = "config.json" if form == "safetensors" else diffusers_export.FACTS
+        labels += f"; `class_names` in {where} has their names"
     last = ImprovedDDPM().num_timesteps - 1
     time = f"integer timesteps 0 (nearly data) to {last} (noise)" if ddpm else "in [0, 1], 0 is data and 1 is noise"
     return "\n".join([
