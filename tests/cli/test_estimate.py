@@ -85,3 +85,10 @@ def test_a_configuration_says_the_side_of_its_images(tmp_path, capsys):
     )
     assert run(["estimate", str(tmp_path / "mine.yaml"), "--samples", "1"]) == 0
     assert "latents 3 x 32 x 32 of pixels, 64 tokens" in capsys.readouterr().out
+
+
+def test_a_loss_that_compares_the_batch_is_not_told_to_take_it_in_parts(capsys):
+    assert run([*SMALL, "--memory", "0.1", "--alignments.0.loss", "nt_xent"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("does not fit in the 0.1 GB" in line for line in lines)
+    assert not any("--accumulate" in line for line in lines)

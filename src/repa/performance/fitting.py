@@ -73,7 +73,11 @@ def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     small = [parts for parts in range(1, math.isqrt(images) + 1) if images % parts == 0]
     for parts in sorted({*small, *(images // parts for parts in small)}):
         if parts > found.config.accumulate:
-            yield f"--accumulate {parts}", _with(found, accumulate=parts)
+            try:
+                smaller = _with(found, accumulate=parts)
+            except UserError:  # a loss compares the images of the whole batch
+                return
+            yield f"--accumulate {parts}", smaller
 
 
 def _smaller_batches(found: Estimate) -> Iterator[tuple[str, Estimate]]:
