@@ -317,9 +317,9 @@ def test_what_the_tokens_that_are_left_out_spare():
             output = model(state, torch.rand(num), Condition(torch.zeros(num, dtype=torch.long)), (), keep)
             return output.prediction["x"].square().sum()
 
-        kept = saved_bytes(lambda: forward(2), 64, 16) - saved_bytes(lambda: forward(1), 64, 16)
+        kept = saved_bytes(lambda: forward(3), 64, 16) - saved_bytes(lambda: forward(2), 64, 16)
         assert activation_bytes(config, {}) == pytest.approx(kept, rel=0.02)
-        assert kept < 0.6 * activation_bytes(plain, {})
+        assert kept < 0.65 * activation_bytes(plain, {})
         again = config.override(checkpoint_activations=True)
         assert activation_bytes(again, {}) < activation_bytes(config, {})
 
