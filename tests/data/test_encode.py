@@ -13,7 +13,7 @@ from PIL import Image
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
-from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, writing
+from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, preparing, writing
 from repa.data.planning import make_plan
 from repa.data.progress import record_path
 from tests.data.conftest import all_rows, content, pack, spoil
@@ -399,6 +399,21 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fake
         os.waitpid(child, 0)
     prepare(folder, out, FULL)  # a lock dies with its process
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_what_was_finished_while_models_were_loaded_is_not_made_again(folder, tmp_path, fakes, monkeypatch):
+    """The same command twice: the first finishes everything after the second has looked what is missing."""
+    out, real = tmp_path / "out", preparing.load_model
+
+    def slow(*arguments):
+        monkeypatch.setattr(preparing, "load_model", real)
+        prepare(folder, out, FULL)
+        monkeypatch.setattr(preparing, "write_shard", lambda *arguments, **options: pytest.fail("made again"))
+        return real(*arguments)
+
+    monkeypatch.setattr(preparing, "load_model", slow)
+    assert prepare(folder, out, FULL) == open_data(out).manifest
+    assert not (out / "parts").exists()
 
 
 def test_a_prepared_folder_is_finished_by_whoever_sees_it_first(folder, tmp_path, fakes):

@@ -219,7 +219,7 @@ def test_images_can_be_removed_where_latents_are_stored(folder, tmp_path, plain,
     prepare(folder, tmp_path / "pixels", SMALL)
     with pytest.raises(UserError, match="holds no moments, so a network trains on its images"):
         remove(tmp_path / "pixels", "images")
-    for wrong in ("labels", "moments", "features:dino-b", "tiny"):
+    for wrong in ("labels", "moments", "features:dino-b", "tiny", "features:base", "features:text"):
         with pytest.raises(UserError, match=f"'{wrong}' to remove.* images or features:tiny"):
             remove(plain.folder, wrong)
 

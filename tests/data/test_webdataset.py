@@ -56,6 +56,17 @@ def test_numbers_are_labels_and_missing_ones_are_named(tmp_path):
     assert open_source(tmp_path / "m.tar", labels="none").class_names == ["all"]
 
 
+def test_a_json_beside_a_cls_may_hold_anything(tmp_path):
+    path = tar(tmp_path / "b.tar", a_png=PNG, a_cls="1", a_json="[[0, 0, 5, 5]]", b_png=PNG, b_cls="0", b_json="{")
+    assert open_source(path).labels.tolist() == [1, 0]
+
+
+def test_keys_that_are_numbers_in_a_table_of_labels(tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"key": 0, "label": "x"}\n{"key": 1, "label": "y"}\n')
+    path = tar(tmp_path / "n.tar", **{"0_png": PNG, "1_png": PNG})
+    assert open_source(path, labels=str(tmp_path / "l.jsonl")).class_names == ["x", "y"]
+
+
 def test_folders_are_classes_only_when_asked_for(tmp_path):
     path = tar(tmp_path / "f.tar", cat__1_png=PNG, dog__1_png=PNG)
     with pytest.raises(UserError, match="--labels folders"):

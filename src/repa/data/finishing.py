@@ -162,7 +162,8 @@ def _without_images(out: Path, manifest: Manifest | None) -> PrepareConfig:
 def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareConfig:
     """The configuration without the tokens of an encoder or of captions, asked for or left by a removal that was killed."""
     stored = ["images", *([TEXT] if config.text else []), *(f"features:{spec}" for spec in config.features)]
-    left = (name == TEXT or name != part) and _numbered_files(out, "npy", *fields_of(part))
+    is_encoder = name != part and part not in (BASE, TEXT)
+    left = (name == TEXT or is_encoder) and _numbered_files(out, "npy", *fields_of(part))
     if name not in stored and not left:
         raise UserError(f"{out} has no {name!r} to remove{choices(name, stored)}")
     if name == TEXT:

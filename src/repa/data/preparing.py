@@ -17,7 +17,7 @@ from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model
 from repa.data.finishing import finish
-from repa.data.manifest import PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
 from repa.data.progress import (
     FinishedParts,
     Piece,
@@ -306,20 +306,22 @@ def _claimed(
     Equal commands share a folder: the parts of a shard are locked while they are made. `claims` gets the locks of each shard;
     what another process has made meanwhile or makes now is passed over.
     """
-    out, manifest, size = job.finished.out, job.finished.manifest, job.finished.settings.config.batch_size
+    out, size = job.finished.out, job.finished.settings.config.batch_size
+    # read again: another process may have finished everything while this one loaded its models
+    manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
     for k, names in mine.items():
         claims[k], parts = [], []
         for name in names:
             if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
                 continue
+            claims[k].append(handle)
             # others may have finished everything and removed parts/, whose records are in the manifest then
             if not (out / PARTS / SETTINGS_FILE).is_file():
                 manifest = Manifest.open(out)
             # asked again under the lock: another process may have finished the part and given its lock back since
             if finished_part(out, manifest, k, name):
-                lock.release(handle)
+                lock.release(claims[k].pop())
             else:
-                claims[k].append(handle)
                 parts.append(name)
         rows = job.shards[k].rows
         if not parts:

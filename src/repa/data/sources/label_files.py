@@ -55,7 +55,7 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     for number, (name, _) in enumerate(
         pairs, start=2 if suffix in (".csv", ".tsv") else 1
     ):  # row 1 of those are the columns
-        if not name:
+        if name in (None, ""):  # which 0 is not
             raise UserError(f"Row {number} of {path} names no image: fill in the column of names.")
     return by_name(pairs, names, path)
 

@@ -274,7 +274,11 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
             value = _text(slices.read(*cls), f"{key}.cls in {name}").strip() or None
         if meta is not ABSENT:
             where = f"{key}.json in {name}"
-            told = json_object(slices.read(*meta), where).get(label)
+            try:
+                told = json_object(slices.read(*meta), where).get(label)
+            except UserError:
+                if value is None:  # beside a .cls it may be anything, such as a list of boxes
+                    raise
             # The name of a class may stand in the one and its number in the other.
             if value is None:
                 value = _label(told, where)
