@@ -242,6 +242,13 @@ def test_features_can_be_added_later(folder, tmp_path, fakes, by):
         assert "tiny" in prepare(folder, tmp_path / "out", FULL.override(features=())).features
 
 
+def test_an_encoder_is_added_by_any_of_its_names(folder, tmp_path, fakes):
+    prepare(folder, tmp_path / "out", SMALL)
+    assert [*add_features(tmp_path / "out", "dinov2-vit-b", form="int8").features] == ["dinov2-b"]
+    assert open_data(tmp_path / "out").features["dinov2-b"].form == "int8"
+    assert not (tmp_path / "out" / "parts").exists()
+
+
 def test_features_without_stored_images_come_from_the_source(folder, tmp_path, fakes):
     lean = FULL.override(store_images=False, features=())
     prepare(folder, tmp_path / "out", lean)

@@ -59,7 +59,7 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
         )
     for path in sorted(folder.glob("reference/*.npz")):  # which evaluations keep: a zip holds a checksum of each array
         load_npz(path, "a reference", remedy="Remove it, and it is computed again.")
-    # the manifest has no checksum of its own: its counts are compared with the labels when these are read
+    # compares the counts of the manifest with the labels, where its checksum was removed by hand
     _ = open_data(folder).small_labels
     return done
 

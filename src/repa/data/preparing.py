@@ -33,6 +33,7 @@ from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, Read, from_shards, from_source
 from repa.data.sources.opening import open_source
 from repa.data.writing import Counter, Report, write_shard
+from repa.encoders import canonical
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -165,7 +166,7 @@ def add_features(
     Raises:
         UserError: the folder holds no images, or the encoder cannot be loaded.
     """
-    out = Path(out)
+    out, spec = Path(out), canonical(spec)
     with lock.shared(out, "repa prepare"):
         manifest = Manifest.open(out)
         if not manifest.config.store_images:
