@@ -249,6 +249,12 @@ def test_a_hostile_manifest_cannot_write_elsewhere(store, tmp_path):
     assert not list(tmp_path.rglob("escaped*"))
 
 
+def test_a_manifest_that_was_changed_is_named_by_its_url(store):
+    store.pipe("/data/manifest.json", store.cat("/data/manifest.json").replace(b'"num_images": ', b'"num_images": 1'))
+    with pytest.raises(UserError, match=r"^memory://data/manifest\.json is not as it was written"):
+        open_data("memory://data")
+
+
 def test_a_run_on_a_url_is_the_run_on_the_folder_in_everything_but_the_order(data_folder, tmp_path):
     """The same rows under the same names; only which batch they come in differs."""
     here, there = open_data(data_folder), open_data(f"file://{data_folder}")

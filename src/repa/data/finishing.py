@@ -74,7 +74,7 @@ def _text_facts(form: str, part: Part) -> TextField:
 def _captioned(out: Path, shards: list[Shard]) -> int | None:
     """Images that have captions, among the originals; None where no shard has a file of them."""
     files_of = [shard.captions.file for shard in shards if shard.captions and not shard.flipped]
-    lines = [line for file in files_of for line in (out / file).read_bytes().splitlines()]
+    lines = (line for file in files_of for line in (out / file).read_bytes().splitlines())
     return sum(line != b"[]" for line in lines) if files_of else None
 
 

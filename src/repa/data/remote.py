@@ -108,7 +108,10 @@ class RemoteFiles:
         data = self._try(MANIFEST, lambda place: self.fs.cat_file(place))
         folder = self.folder / "manifests" / hashlib.sha256(data).hexdigest()
         files.write_bytes(folder / MANIFEST, data)
-        return Manifest.open(folder)
+        try:
+            return Manifest.open(folder)
+        except UserError as error:  # it names the copy, of which the user knows nothing
+            raise UserError(str(error).replace(str(folder), self.url.rstrip("/"))) from error
 
     def path(self, record: StoredFile) -> Path:
         """The local copy of a file; one that is fetched now is compared with its checksum. Thread-safe."""
