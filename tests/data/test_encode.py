@@ -423,6 +423,22 @@ def test_what_was_finished_while_models_were_loaded_is_not_made_again(folder, tm
     assert not (out / "parts").exists()
 
 
+def test_processes_with_other_weights_at_the_same_time_make_no_data_set(folder, tmp_path, fakes, monkeypatch):
+    out, real = tmp_path / "out", preparing.load_model
+
+    def slow(*arguments):
+        monkeypatch.setattr(preparing, "load_model", real)
+        with monkeypatch.context() as patch:
+            patch.setattr(fakes[1], "identity", {"sha256": "of other weights"})
+            prepare(folder, out, FULL, rank=1, world=2)
+        return real(*arguments)
+
+    monkeypatch.setattr(preparing, "load_model", slow)
+    with pytest.raises(UserError, match=r"were made by another tiny .*sha256"):
+        prepare(folder, out, FULL, rank=0, world=2)
+    assert not (out / "manifest.json").exists()
+
+
 def test_a_prepared_folder_is_finished_by_whoever_sees_it_first(folder, tmp_path, fakes):
     """Two processes may both find that all is done; the second finds the manifest of the first."""
     prepare(folder, tmp_path / "out", FULL, rank=0, world=2)

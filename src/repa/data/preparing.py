@@ -250,6 +250,9 @@ def _make(job: Job) -> Manifest | None:
     with lock.held(out / PARTS / "finish.lock"):
         now = FinishedParts(out, settings, len(job.shards))
         if all(len(there) == len(now.names) for there in now.parts):
+            # two that began at the same time saw nothing of each other's models before
+            for name, part in now.parts[0].items():
+                _require_same_model(now, name, part.identity)
             return finish(now)
     return before if is_done else None  # parts/ is of a process that adds another encoder
 
