@@ -38,7 +38,14 @@ def small_recipes(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "RUNS", runs)
 
 
-def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
+def table_of(said):
+    """The rows of the table by their headings."""
+    rows = [line for line in said.splitlines() if "│" in line or "┃" in line]
+    assert {"aligned to", "steps"} <= {row.strip("│┃ ").partition("  ")[0].strip() for row in rows}
+    return rows
+
+
+def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "quick"
     command = ["quickstart", "--source", str(image_folder), "--out", str(out)]
     assert run(command) == 0
@@ -68,9 +75,23 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys):
     assert "32 pixels, of sides of about" in said
     assert "features of lite0" in said
 
-    before = {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
-    assert run(command) == 0  # again: nothing is left to do but the page
-    assert before == {p: p.read_bytes() for p in out.rglob("checkpoints/*/*")}
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr(quickstart, "run_together", None)  # again: nothing is left to do
+    monkeypatch.setattr(quickstart, "_compute_reference", None)
+    assert run(command) == 0
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    again = capsys.readouterr().out
+    assert table_of(again) == table_of(said)
+    assert "Both trainings are complete" in again
+    (out / "report.html").unlink()
+    assert run(command) == 0
+    assert "--preview.features lite0" in (out / "report.html").read_text()
+    asked = []
+    monkeypatch.setattr(quickstart, "run_together", lambda trainings: asked.extend(trainings) or 3)
+    monkeypatch.setattr(quickstart, "_compute_reference", lambda data, extractor: None)
+    assert run([*command, "--num-steps", "6"]) == 3  # more steps, another seed: not finished
+    assert run([*command, "--seed", "1"]) == 3
+    assert len(asked) == 4
     assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # with mirrored copies
 
 

@@ -13,15 +13,17 @@ from pydantic import Field
 from repa.base import extras
 from repa.base.config import option
 from repa.base.reporting import duration
-from repa.cli import options, prepare
+from repa.cli import options, prepare, train
 from repa.cli.console import ProgressBar, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
 from repa.recipes.small import RESOLUTION, Choice, choose, extractor_for, patches_of
+from repa.runs import layout
 from repa.training.config import TrainConfig
 
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
+PAGE = "report.html"
 PHOTOGRAPHS = "photographs"
 GRID = 8  # side of the token grid of both sizes, for the target's features
 NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their features are computed for the distances
@@ -72,20 +74,26 @@ def main(argv: list[str]) -> int:
         skip_bad=is_own,
     )
     prepare.start(source, data, config)
-    _compute_reference(data, choice.changes["preview.features"])
     flags = _flags(choice.changes)
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *flags] for n in RUNS]
-    say("", "Both trainings side by side:")
-    if code := run_together(trainings):
-        return code
+    if all(_is_finished(words) for words in trainings):
+        say("", "Both trainings are complete.")
+    else:
+        _compute_reference(data, choice.changes["preview.features"])
+        say("", "Both trainings side by side:")
+        if code := run_together(trainings):
+            return code
     commands = [
         shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
         "# which is the same as",
         shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
         *(shlex.join(["repa", *words]) for words in trainings),
-        shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / "report.html")]),
+        shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / PAGE)]),
     ]
-    _report(folder, data, commands, time.perf_counter() - begin)
+    if not _has_page(folder):
+        say("Drawing the page.")
+        _write_page(folder, data, commands, time.perf_counter() - begin)
+    _say_table(folder, time.perf_counter() - begin)
     if not is_own:
         say("The same with your own images, a folder or zip of 20 to 100,000 (folders inside are classes):")
         say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
@@ -129,6 +137,24 @@ def _compute_reference(data: Path, extractor: str) -> None:
         reference_of(open_data(data), load_extractor(extractor), extractor, bar)
 
 
+def _is_finished(training: list[str]) -> bool:
+    """Is nothing left to do for this command line of `repa train`?"""
+    from repa.base import dist
+    from repa.data import open_data
+    from repa.training.resolve import is_finished
+
+    given, config = train.of_recipe(train.TrainArguments, training[1:])
+    return is_finished(config, open_data(given.data), Path(given.out), dist.own_device())
+
+
+def _has_page(folder: Path) -> bool:
+    """Is there a page, younger than all that the runs logged?"""
+    page, logs = folder / PAGE, [folder / name / layout.METRICS for name in RUNS]
+    return all(path.is_file() for path in (page, *logs)) and page.stat().st_mtime_ns > max(
+        log.stat().st_mtime_ns for log in logs
+    )
+
+
 def _program() -> list[str]:
     """How to call this program again: as it was called where it is not on the PATH."""
     called = Path(sys.argv[0])
@@ -144,12 +170,12 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> None:
+def _write_page(folder: Path, data: Path, commands: list[str], seconds: float) -> None:
     import numpy as np
 
     from repa.base import files
     from repa.data import open_data
-    from repa.report import machine_facts, summary_table, write_report
+    from repa.report import machine_facts, write_report
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
@@ -160,17 +186,22 @@ def _report(folder: Path, data: Path, commands: list[str], seconds: float) -> No
     images = dataset.gather("images", shown).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     captions = [names[label] for label in dataset.labels[shown]] if len(names) > 1 else []
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    page = write_report(
-        runs, folder / "report.html", title="repa quickstart: the same SiT without and with alignment", names=list(RUNS),
+    write_report(
+        runs, folder / PAGE, title="repa quickstart: the same SiT without and with alignment", names=list(RUNS),
         facts={
             **machine_facts(), "Time of this command": duration(seconds), "Its peak memory": files.size(_peak_memory()),
             "Size of its folder": files.size(size),
         },
         commands=commands, training_images=images, training_captions=captions,
     )  # fmt: skip
+
+
+def _say_table(folder: Path, seconds: float) -> None:
+    from repa.report import summary_table
+
     say()
-    print_table(summary_table(runs))
-    say("", f"{page}: open it in a browser. This command took {duration(seconds)}.")
+    print_table(summary_table([folder / name for name in RUNS]))
+    say("", f"{folder / PAGE}: open it in a browser. This command took {duration(seconds)}.")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

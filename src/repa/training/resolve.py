@@ -156,9 +156,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     if files.well_formed(str(run)) != str(run):
         raise UserError(f"{run} is not UTF-8 text, which TensorBoard's files need: give --out another name.")
     if path.is_file():
-        before = TrainConfig.load(path)
-        same = config.override(**{name: before.model_dump()[name] for name in layout.CHANGEABLE})
-        if lines := difference(before, same):
+        if lines := _changed(run, config):
             raise UserError(
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
                 f"`repa train {run} --data {data.folder} --out {run}`, or choose another --out."
@@ -175,6 +173,25 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_ours`).
     files.write_sealed(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
+
+
+def _changed(run: Path, config: TrainConfig) -> list[str]:
+    """What a run's own configuration says otherwise, of that which may not change."""
+    before = TrainConfig.load(run / layout.CONFIG)
+    same = config.override(**{name: before.model_dump()[name] for name in layout.CHANGEABLE})
+    return difference(before, same)
+
+
+def is_finished(config: TrainConfig, data: DataSet, run: Path, device: torch.device) -> bool:
+    """Has the run in this folder all steps that are asked for? Told from small files, without building its network.
+
+    False also where the folder is of another configuration or of other data, which `claim_folder` reports.
+    """
+    if not (run / layout.CONFIG).is_file() or not (steps := layout.checkpoint_steps(run)):
+        return False
+    config = resolve(first_choices(config, run, device).applied(config), data, device)
+    same_data = files.read_object(run / layout.DATA) == data.summary()
+    return steps[-1] >= config.num_steps and same_data and not _changed(run, config)
 
 
 def _ours(name: str) -> bool:
