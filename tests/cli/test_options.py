@@ -9,6 +9,7 @@ from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.analyse import CknnaArguments, ProbeArguments
 from repa.cli.evaluate import EvaluateArguments
+from repa.cli.export import ExportArguments
 from repa.cli.main import command_of
 from repa.cli.prepare import PrepareArguments
 from repa.cli.report import ReportArguments
@@ -213,6 +214,23 @@ def test_help_shows_every_field_with_its_default(capsys):
     assert "(default: 32)" in text
     assert "--optimizer.learning-rate" in text
     assert "--alignments.0.loss" in text
+
+
+@pytest.mark.parametrize(
+    ("cls", "line"),
+    [
+        (ExportArguments, "usage: repa export RUN OUT [--OPTION VALUE ...]"),
+        (TrainArguments, "usage: repa train RECIPE --data DATA --out OUT [--OPTION VALUE ...]"),
+        (PrepareArguments, "usage: repa prepare SOURCE [OUT] [--OPTION VALUE ...]"),
+        (CknnaArguments, "usage: repa analyse cknna RUNS... --data DATA [--OPTION VALUE ...]"),
+    ],
+)
+def test_usage_names_each_word_once(cls, line, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(cls, ["--help"])
+    first, empty, description, *_ = capsys.readouterr().out.splitlines()
+    assert (first, empty) == (line, "")
+    assert description.split()[:3] == str(cls.__doc__).split()[:3]
 
 
 def test_a_field_without_a_default_is_asked_for_by_its_own_name():

@@ -105,22 +105,43 @@ def file_of(flag: str, path: str | Path, suffix: str) -> Path:
 def print_help(cls: type[Command], values: Config | None) -> None:
     import tyro
 
-    usage = " ".join(["repa", cls.verb, *map(str.upper, cls.positional)])
     given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
     # What must be given stands on top.
     ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
-    # tyro colours its page on a terminal whatever NO_COLOR says: other outputs get none
-    page = io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
+    page = _Page()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
         tyro.cli(
-            ordered, args=["--help"], prog=usage, description=" ".join(str(cls.__doc__).split()),
+            ordered, args=["--help"], description=" ".join(str(cls.__doc__).split()),
             default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )  # fmt: skip
-    if isinstance(page, io.StringIO):
-        print(page.getvalue(), end="")
+    # The first paragraph is tyro's usage, which knows no words without a flag.
+    print(usage(cls), page.getvalue().partition("\n\n")[2], sep="\n\n", end="")
+
+
+class _Page(io.StringIO):
+    """What tyro prints. It colours its page on a terminal whatever NO_COLOR says, so this is none where that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def isatty(self) -> bool:
+        return self.is_coloured
+
+
+def usage(cls: type[Command]) -> str:
+    """The words of a verb and the options that it needs: "usage: repa train RECIPE --data DATA --out OUT [--OPTION VALUE ...]"."""
+    words = [name.rstrip(".") for name in cls.positional]
+    is_needed = {name: info.is_required() for name, info in cls.model_fields.items()}
+    shown = [
+        name.upper() if is_needed[word] else f"[{name.upper()}]"
+        for name, word in zip(cls.positional, words, strict=True)
+    ]
+    needed = [f"{option(name)} {name.upper()}" for name in is_needed if is_needed[name] and name not in words]
+    return " ".join(["usage: repa", cls.verb, *shown, *needed, "[--OPTION VALUE ...]"])
 
 
 def _read(cls: type[Command], argv: list[str]) -> tuple[list[str], list[tuple[str, Any]]]:
