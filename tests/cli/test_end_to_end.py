@@ -17,8 +17,11 @@ from PIL import Image
 
 import repa
 from repa.autoencoders import load_autoencoder
+from repa.base.dist import own_device
 from repa.base.rng import SampleStreams
+from repa.cli import options
 from repa.cli.main import run
+from repa.cli.sample import SampleArguments
 from repa.runs import layout, read_metrics
 from repa.training import TrainConfig
 
@@ -203,5 +206,11 @@ def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, hou
     assert "Traceback" not in err
     assert [row["step"] for row in read_metrics(run_folder) if row["kind"] == "train"] == list(range(1, step + 1))
     repa_run(*shlex.split(again)[1:])
-    assert "150 steps done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "150 steps done" in said
+    # The paper's 250 network calls an image are not for a CPU.
+    _, _, *words = shlex.split(said.partition("Next: ")[2])
+    sampling = options.parse(SampleArguments, words)
+    expected = ("heun", 25) if own_device().type == "cpu" else ("euler_maruyama", 250)
+    assert (sampling.run, sampling.sampler, sampling.steps) == (str(run_folder), *expected)
     assert [row["step"] for row in read_metrics(run_folder) if row["kind"] == "train"] == list(range(1, 151))
