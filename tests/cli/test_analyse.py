@@ -150,6 +150,19 @@ def test_neighbours(data_folder, tmp_path, capsys):
     assert picture(tmp_path / "n.png").std() > 10
 
 
+def test_neighbours_of_a_run_s_samples_lie_in_the_run(random_run, data_folder, tmp_path):
+    sample = ["sample", str(random_run), "--num-images", "3", "--sampler", "euler", "--steps", "1", "--out", "s.npz"]
+    assert run(sample) == 0
+    compare = ["analyse", "neighbours", "s.npz", "--data", str(data_folder), "--neighbours", "2"]
+    assert run(compare) == 0
+    _, rows = read(random_run / "analysis" / "neighbours.json")
+    assert len(rows) == 3
+    assert not (tmp_path / "neighbours.json").exists()
+    (tmp_path / "s.json").unlink()  # of samples whose run is not known
+    assert run(compare) == 0
+    assert read(tmp_path / "neighbours.json")[1] == rows
+
+
 def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
     run_, data = str(random_run), str(data_folder)
     assert "'cknn'" in refused(capsys, "cknn")

@@ -1,5 +1,6 @@
 """The analyses whose result is a picture: `repa analyse pictures`, `progress` and `neighbours`."""
 
+import contextlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from repa.analysis.config import FOLDER, NeighboursConfig, checkpoints_of
+from repa.base import files
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.cli import options, tables
 from repa.cli.console import ProgressBar, say, short, speaks
 from repa.encoders import ENCODERS
 from repa.encoders.loading import LocalWeights, weights_for
+from repa.runs import layout
 from repa.sampling.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -87,8 +90,9 @@ class NeighboursArguments(NeighboursConfig, options.Command):
     """Folder of prepared data that the model was trained on."""
     held_out: str = ""
     """Folder of prepared data that it was not trained on; empty compares each training image with its nearest other."""
-    out: str = "neighbours.json"
-    """Name of the .json. The .csv and .png are written next to it."""
+    out: str = ""
+    """Name of the .json. The .csv and .png are written next to it. Empty: analysis/neighbours.json in the run that `repa sample`
+    made the samples of, and in the current folder for other samples."""
 
 
 def pictures(argv: list[str], held: ExitStack) -> int:
@@ -153,7 +157,8 @@ def progress(argv: list[str], held: ExitStack) -> int:
 def neighbours(argv: list[str], held: ExitStack) -> int:
     given = options.parse(NeighboursArguments, argv)
     config = options.part(NeighboursConfig, given)
-    out = tables.output(held, given.out, Path())
+    run = _run_of(Path(given.samples))
+    out = tables.output(held, given.out, Path("neighbours.json") if run is None else run / FOLDER / "neighbours.json")
     import numpy as np
 
     from repa.analysis import find_copies
@@ -188,6 +193,16 @@ def neighbours(argv: list[str], held: ExitStack) -> int:
     write_png(picture_table(rows, labels, columns), out.with_suffix(".png"))
     say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, next to their nearest images.")
     return 0
+
+
+def _run_of(samples: Path) -> Path | None:
+    """The run folder that is named in the record beside samples of `repa sample`, where it is there."""
+    record = samples.resolve().with_suffix(".json")
+    run: object = None
+    if samples.suffix in (".npz", "") and record.is_file():
+        with contextlib.suppress(UserError):  # beside other images a file of this name may hold anything
+            run = files.read_object(record).get("run")
+    return Path(run) if isinstance(run, str) and (Path(run) / layout.CONFIG).is_file() else None
 
 
 def _of_one_process(what: str) -> "torch.device":
