@@ -86,6 +86,18 @@ def test_reached_at_the_first_evaluation_is_a_bound(tmp_path):
     assert "at least 2.0 times fewer steps (at most 50 instead of 100)" in sentence
 
 
+def test_reached_at_the_first_evaluation_when_the_baseline_was_there_already_says_nothing(tmp_path):
+    baseline = fake_run(tmp_path / "b", distances={40: 10.0, 100: 10.0})
+    aligned = fake_run(tmp_path / "a", aligned=True, distances={60: 9.0, 100: 8.0})
+    found = speedup(baseline, aligned)
+    assert found.is_too_coarse
+    assert not found.is_supported
+    sentence, notes, _ = verdict(read_runs([baseline, aligned]))
+    assert "fewer" not in sentence
+    assert "more steps" not in sentence
+    assert any("--preview.score-every 20" in note for note in notes)
+
+
 def test_slower_is_said_as_slower(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={10: 12.0, 50: 10.0}, num_steps=50)
     aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 100: 10.0})
@@ -132,7 +144,11 @@ def test_a_run_that_was_stopped_early_is_compared_at_its_own_end(tmp_path):
 
 
 def test_one_evaluation_each_is_no_curve(tmp_path):
-    assert "at the only step to compare: 5.00 against 10.00" in sentence_of(tmp_path, {100: 10.0}, {100: 5.0})
+    sentence = sentence_of(tmp_path, {100: 10.0}, {100: 5.0})
+    assert "in the only evaluation to compare, 5.00 against 10.00 at 100 steps" in sentence
+    assert "--preview.score-every 20" in sentence
+    assert "fewer" not in sentence
+    assert summary_table([tmp_path / "b", tmp_path / "a"])[1]["steps to the baseline's"] == "too few evaluations"
     apart = sentence_of(tmp_path / "apart", {100: 10.0}, {50: 5.0})
     assert "not compared: Fréchet distance 5.00 at 50 steps and 10.00 at 100 steps" in apart
 

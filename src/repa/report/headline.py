@@ -15,6 +15,7 @@ from repa.report.speedups import Group, GroupSpeedup, Reached, Speedup, group_sp
 from repa.report.summary import config_differences
 from repa.report.text import count, factor, figure, listed, times, with_deviation
 
+EVALUATIONS = 5  # that make a curve
 FEW = 5  # seeds: below, a standard deviation is itself only roughly known
 
 
@@ -83,7 +84,10 @@ def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
     start = f"With one seed each, {ours}’s {what}"
     higher = "lower" if overlap.difference < 0 else "higher" if overlap.difference > 0 else "no lower"
     if num == 1:
-        sentence = f"{start} is {higher} than {theirs}’s at the only step to compare: {ends} at {end}."
+        sentence = (
+            f"{start} is {higher} than {theirs}’s in the only evaluation to compare, {ends} at {end}: one evaluation shows "
+            f"no curve and no speed-up. {_measure_more(found)}"
+        )
     elif overlap.num_lower == num or overlap.num_higher == num:
         sentence = f"{start} is {higher} than {theirs}’s at all {num} compared steps: {ends} at {end}."
     elif overlap.crosses:
@@ -99,7 +103,7 @@ def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
 def _reached(found: Speedup, theirs: str) -> str:
     """'It reached the baseline's final distance in 2.4 times fewer steps (424 instead of 1,000).'; empty without support."""
     there, ratio = found.aligned, found.times_steps
-    if there is None or ratio is None or not found.is_supported or (there.is_bound and ratio <= 1):
+    if there is None or ratio is None or not found.is_supported:
         return ""
     first = found.baseline.step < found.baseline_final["step"]
     instead = (
@@ -109,6 +113,13 @@ def _reached(found: Speedup, theirs: str) -> str:
     gain = f"in {gain} steps" if gain[0].isdigit() or there.is_bound else f"in {gain} number of steps"
     least = "at most " if there.is_bound else ""
     return f"It reached {theirs}’s final value {gain} ({least}{count(there.step)} instead of {instead})."
+
+
+def _measure_more(found: Speedup) -> str:
+    """How to get a curve, for runs that were measured once, or too late."""
+    every = max(1, int(found.baseline_final["step"]) // EVALUATIONS)
+    options = f"--preview.num-scored 500 --preview.score-every {every}"
+    return f"For more evaluations train both again into new folders with `{options}`."
 
 
 def _value_at(row: dict) -> str:
@@ -126,6 +137,12 @@ def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
     target = f"{theirs}’s final distance ({_value_at(found.baseline_final)})"
     if reached is None:
         notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_value_at(found.aligned_best)}.")
+    elif found.is_too_coarse:
+        if len(found.overlap.steps) > 1:  # of a single one the headline says it
+            notes.append(
+                f"{_first_upper(ours)} had {target} at its first evaluation already, and {theirs} no later, so no speed-up is "
+                f"stated. {_measure_more(found)}"
+            )
     elif not found.is_supported:
         why = "was above it again later" if not reached.stays else "does not end lower at equal steps"
         at = f"at {count(reached.step)} steps"
@@ -217,7 +234,12 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
     if len(found.baseline.runs) == 1:
         notes.append("There is one baseline: how much its distance moves with the seed was not measured.")
     counting = [pair for pair in found.pairs if pair.is_supported]
-    if len(counting) < len(found.pairs):
+    if coarse := [pair for pair in found.pairs if pair.is_too_coarse]:
+        notes.append(
+            f"{len(coarse)} of {len(found.pairs)} aligned runs had the baseline’s final distance at the first evaluation, and the "
+            f"baseline no later, so no mean speed-up is stated. {_measure_more(coarse[0])}"
+        )
+    elif len(counting) < len(found.pairs):
         notes.append(
             f"{len(counting)} of {len(found.pairs)} aligned runs reached the baseline’s final distance, stayed at or below it "
             "and end lower, so no mean speed-up is stated."
@@ -257,7 +279,8 @@ def _without_comparison(groups: Sequence[Group]) -> Verdict:
             notes.append("No run was trained with alignment, so no speed-up is stated.")
         else:
             notes.append(
-                "The baseline and the aligned runs share no evaluation made in the same way, so no speed-up is stated."
+                "The baseline and the aligned runs share no evaluation made in the same way, so no speed-up is stated. Measure "
+                "each with the same options, as in `repa evaluate RUN --reference DATA --num-images 500 --features tiny-judge`."
             )
         if len({protocol for _, protocol in measured}) > 1:
             notes.append("These distances were made in different ways and do not compare with each other.")

@@ -68,9 +68,14 @@ class Speedup:
     def is_supported(self) -> bool:
         """Does the whole curve support a factor? Not where the aligned run lost the distance again or ends behind a
         baseline that it seems to have overtaken: one early point is then all that there is."""
-        if self.aligned is None or not self.aligned.stays or not self.overlap.steps:
+        if self.aligned is None or self.is_too_coarse or not self.aligned.stays or not self.overlap.steps:
             return False
         return self.overlap.difference < 0 or (self.times_steps or 0.0) <= 1
+
+    @property
+    def is_too_coarse(self) -> bool:
+        """Was the aligned run there at its first evaluation, and the baseline no later? When it got there is then unknown."""
+        return self.aligned is not None and self.aligned.is_bound and (self.times_steps or 0.0) <= 1
 
     @property
     def times_steps(self) -> float | None:

@@ -79,12 +79,15 @@ def summary_table(runs: Sequence[Path | RunRecord]) -> list[dict[str, str]]:
 def reached_text(found: Speedup | None) -> str:
     """'566', '≤ 200' when the first evaluation was there already, 'not reached', or a dash when nothing is compared.
 
-    A distance that was lost again or is followed by a worse end says so: one early point is no speed-up.
+    A distance that was lost again or is followed by a worse end says so: one early point is no speed-up. So does a run that
+    was measured too seldom.
     """
     if found is None:
         return NONE
     if found.aligned is None:
         return "not reached"
+    if found.is_too_coarse:
+        return "too few evaluations"
     step = f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
     return step if found.is_supported else f"{step}, not kept"
 
