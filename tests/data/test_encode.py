@@ -264,8 +264,11 @@ def test_features_without_stored_images_come_from_the_source(folder, tmp_path, f
 def test_a_bad_image_refuses_the_source_by_name_and_number(folder, tmp_path):
     for name in ("ants/004.png", "ants/003.png"):
         spoil(folder / name)
-    with pytest.raises(UserError, match=r"^2 of the images 4 to 6 .* The first: ants/003\.png is not .*--skip-bad"):
+    with pytest.raises(
+        UserError, match=r"^2 of the images 4 to 6 .* The first: ants/003\.png is not .*--skip-bad"
+    ) as error:
         prepare(folder, tmp_path / "out", SMALL)
+    assert "after the 3 images that are finished" in str(error.value)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["images-00000.npy", "labels-00000.npy"]
 
 

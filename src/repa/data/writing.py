@@ -67,10 +67,11 @@ def write_shard(
             counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
         # at the end of the shard, so that the count is that of all its images; inside the block, so that no file appears
         if bad and not skip_bad:
-            rows = planned.rows
+            rows, finished = planned.rows, counter.done - len(planned.rows)
             raise UserError(
                 f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
-                f"{bad[0][1].rstrip('.')}. Fix or remove them, or leave out all such images with --skip-bad."
+                f"{bad[0][1].rstrip('.')}. The same command with --skip-bad leaves out all such images, and goes on after the "
+                f"{finished:,} images that are finished. Or fix or remove them, and prepare into a new folder."
             )
     captions, records = writer.captions(), writer.records()
     for name, identity in identities.items():
