@@ -126,8 +126,7 @@ class FileSource(Source):
                 spec = "TABLE.csv:COLUMN with what it says"
             raise UserError(
                 f"{where} has {'no' if is_one else 'both'} folders of classes{', but' if is_one else ' and'} {printable(file)}, which "
-                f"looks like labels: give --labels {printable(spec)}, another column or file, --labels folders, or --labels none "
-                "for one class."
+                f"looks like labels: give --labels {printable(spec)}, another column or file, or --labels {_without_a_file(paths)}."
             )
 
     def _require_no_labels_beside(self, where: str, beside: Sequence[str]) -> None:
@@ -168,7 +167,7 @@ class FileSource(Source):
             if len(found) > 1:
                 raise UserError(
                     f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
-                    f"--labels {Path(where) / file}:{found[0]}, or give --labels folders or none."
+                    f"--labels {Path(where) / file}:{found[0]}, or give --labels {_without_a_file(paths)}."
                 )
             if not found:
                 continue
@@ -176,7 +175,7 @@ class FileSource(Source):
             if key is None:
                 raise UserError(
                     f"{file} of {where} has the column {found[0]!r}, but none that names the images: call it 'file_name', or give "
-                    "--labels folders or none."
+                    f"--labels {_without_a_file(paths)}."
                 )
             pairs = [(str(row.get(key, "")), row.get(found[0])) for row in rows]
             other = by_name(pairs, paths, f"{file} of {where}")
@@ -222,6 +221,12 @@ class FileSource(Source):
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
         """The bytes of a file by its path in the source; `name` is for messages."""
+
+
+def _without_a_file(paths: Sequence[str]) -> str:
+    """What --labels may be without a file of labels: folders are offered only where images lie in some."""
+    in_folders = any("/" in path for path in paths)
+    return "folders (each is a class) or none (one class)" if in_folders else "none for one class"
 
 
 def _stem(path: str) -> str:
