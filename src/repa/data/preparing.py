@@ -282,10 +282,8 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     claims: dict[int, list[BaseFileLock]] = {}
-    pieces, made = (
-        _claimed(job, mine, claims, counter),
-        functools.partial(encode, models=models, skip_bad=config.skip_bad),
-    )
+    pieces = _claimed(job, mine, claims, counter)
+    made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     try:
         with (
             contextlib.closing(job.read(pieces)) as read,
