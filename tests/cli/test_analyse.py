@@ -108,6 +108,12 @@ def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys
     assert picture(tmp_path / "p.png").std() > 10
 
 
+def test_probe_of_an_encoder_alone_has_no_columns_of_runs(data_folder, tmp_path, capsys):
+    words = ["analyse", "probe", "tiny", "--data", str(data_folder), "--val", str(data_folder), "--epochs", "1"]
+    assert run([*words, "--learning-rates", "0.01", "--out", "p.json"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["run", "features", "top-1"]
+
+
 def test_encoders(data_folder, tmp_path, capsys):
     words = ["analyse", "encoders", str(data_folder), "--encoders", "tiny", "tiny-judge", "--neighbours", "5"]
     assert run([*words, "--epochs", "2", "--out", "e.json"]) == 0

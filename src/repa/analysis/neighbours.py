@@ -101,9 +101,8 @@ def find_copies(
     else:
         others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))
         real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
-    near = near._replace(
-        indices=torch.from_numpy(indices)[near.indices]
-    )  # from those that were looked at to rows of the data
+    # From places among those that were looked at to rows of the data.
+    near = near._replace(indices=torch.from_numpy(indices)[near.indices])
     return Copies(near, real, compare(near.distances[:, 0], real))
 
 

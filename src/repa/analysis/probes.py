@@ -49,9 +49,8 @@ class ProbeImages:
         sets = tuple((d, spaced_rows(d, num)) for d in (data, val) if d is not None)
         labels = tuple(torch.from_numpy(d.gather("labels", indices)) for d, indices in sets)
         split = None
-        if (
-            val is None
-        ):  # a fifth is kept for the test, drawn once: every block and noise level is tested on the same images
+        if val is None:
+            # A fifth is kept for the test, drawn once: every block and noise level is tested on the same images.
             order = torch.randperm(len(labels[0]), generator=rng.generator(seed, "probe split"))
             num_train = round(TRAIN_SHARE * len(order))
             split = order.split([num_train, len(order) - num_train])
@@ -216,9 +215,8 @@ def linear_probes(
     _check(train_features, train_labels, test_features, test_labels)
     num_train, dim = train_features.shape
     features, labels = train_features.to(device), train_labels.to(device).long()
-    num_classes = (
-        int(max(labels.max(), test_labels.max())) + 1
-    )  # a class that is only tested can never be right, and counts
+    # A class that is only tested can never be right, and counts.
+    num_classes = int(max(labels.max(), test_labels.max())) + 1
     # momentum None: the features are fixed, so the plain mean over all batches is their statistic
     norm = nn.BatchNorm1d(dim, affine=False, momentum=None).to(device)
     heads = [_zero_linear(dim, num_classes).to(device) for _ in learning_rates]

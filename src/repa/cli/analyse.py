@@ -218,7 +218,9 @@ def probe(argv: list[str], held: ExitStack) -> int:
     num_rates = len(config.learning_rates)
     columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f"}
     columns |= {"lr": "lr|g"} if num_rates > 1 else {}
-    say(*tables.in_columns(shown, {key: title for key, title in columns.items() if any(key in row for row in shown)}))
+    # Encoders have no steps, noise levels or blocks, and runs no kinds of features.
+    used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
+    say(*tables.in_columns(shown, used))
     if num_rates > 1:
         say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
     return _draw_depths(shown, "top1", "top-1 accuracy", out)

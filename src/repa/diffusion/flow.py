@@ -242,9 +242,8 @@ class Flow:
             squared = self._weight(c) * squared
         losses = {"denoising": squared.mean(dim=(1, 2, 3))}  # (N,)
         if self._cosine or other is not None:
-            x_t = (
-                c.alpha * x + c.sigma * noise
-            )  # Eq. 1 in the loss's own precision: the network's x_t may have been rounded
+            # Eq. 1 in the loss's own precision: the network's x_t may have been rounded.
+            x_t = c.alpha * x + c.sigma * noise
             velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
         if other is not None:  # away from the velocity of another image
             losses["contrastive"] = -self.contrastive * (velocity - other).square().mean(dim=(1, 2, 3))

@@ -77,8 +77,8 @@ def _folder_of(hub: str, weights: str, local_files_only: bool) -> Path:
     """The folder of the hub's cache with the configuration and the weights."""
     from huggingface_hub import hf_hub_download
 
-    files = [hf_hub_download(hub, file, local_files_only=local_files_only) for file in (CONFIG, weights)]
-    return Path(files[-1]).parent
+    found = [hf_hub_download(hub, file, local_files_only=local_files_only) for file in (CONFIG, weights)]
+    return Path(found[-1]).parent
 
 
 def download(name: str, hub: str, by_hand: str) -> Path:

@@ -128,9 +128,8 @@ class NpzImages(Images):
         if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
             return
         self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
-        whole = (
-            self._info.file_size == self._start + self.num * self._size
-        )  # nothing after the images, which none reads
+        # Nothing lies after the images, which nobody would read.
+        whole = self._info.file_size == self._start + self.num * self._size
         if self._next == self.num and whole and self._checksum != self._info.CRC:
             raise UserError(
                 f"{self.path} is damaged: arr_0 has another checksum than when it was written. Copy or make it again."

@@ -46,11 +46,8 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
     net = InceptionV3()
     try:
         net.load_state_dict(read_weights(path, f"Give {FILE}."))
-    except (
-        RuntimeError,
-        TypeError,
-        AttributeError,
-    ) as error:  # other tensors than the network's; no dictionary of tensors
+    # Other tensors than the network's; no dictionary of tensors.
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not hold the weights of Inception-v3 ({reason}): give {FILE}.") from error
     # 1.4 times as fast as (N, C, H, W) on a CPU (docs/evaluation.md); on CUDA what half precision convolves without transposing

@@ -237,9 +237,8 @@ def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
             hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
             context = ProjectorContext(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
         cost = cost_of(term, functools.partial(term.project, hidden, context))
-        if (
-            alignment.projector_of
-        ):  # shared: its parameters are those of the term that owns it, its products are its own
+        # Shared: its parameters are those of the term that owns it, its products are its own.
+        if alignment.projector_of:
             cost = cost._replace(parameters=0)
         total = Cost(*map(sum, zip(total, cost, strict=True)))
     return total

@@ -105,7 +105,7 @@ def cifar10_jit() -> TrainConfig:
 
 
 def cifar10_pixelrepa() -> TrainConfig:
-    """The same as cifar10-jit, aligned to the encoder inside the package, `tiny` through an adapter."""
+    """The same as cifar10-jit, aligned to the encoder inside the package, `tiny`, through an adapter."""
     adapter = "adapter:masked=0.2,class_tokens=4"
     return cifar10_jit().override(alignments=(AlignmentConfig(target="tiny", depth=2, projector=adapter, weight=0.1),))
 

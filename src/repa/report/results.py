@@ -44,9 +44,8 @@ METRICS = {
 }
 
 
-Accuracies = Mapping[
-    tuple[str, int], float
-]  # (name of the run, step) -> per cent, of the linear probe of its best block
+# (name of the run, step) -> per cent, of the linear probe of its best block
+Accuracies = Mapping[tuple[str, int], float]
 
 
 @dataclass(frozen=True)

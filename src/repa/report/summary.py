@@ -160,10 +160,8 @@ def _describe(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
-    if (
-        isinstance(value, Mapping) and "name" in value
-    ):  # an identity: the name, and what tells it from others of that name
-        # A checksum tells an autoencoder from another of the same name.
+    # An identity: the name, and the checksum that tells it from others of that name.
+    if isinstance(value, Mapping) and "name" in value:
         checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
         seed = f", seed {value['seed']}" if "seed" in value else ""
         return f"{value['name']}{seed}" + (f", checksum {' '.join(checksums)}" if checksums else "")
