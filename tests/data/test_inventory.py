@@ -457,7 +457,7 @@ def test_a_tar_with_one_folder_around_the_classes(tmp_path):
 
 def test_metadata_between_semicolons_and_with_several_rows_an_image(tmp_path):
     tree(tmp_path, "0.png", "1.png")
-    (tmp_path / "metadata.csv").write_text("file_name;label;text\n0.png;a;one\n1.png;b;two\n./0.png;a;three\n")
+    (tmp_path / "metadata.csv").write_text("File_Name;label;text\n0.png;a;one\n1.png;b;two\n./0.png;a;three\n")
     source = open_source(tmp_path)
     assert (classes(source), source.captions(0)) == (["a", "b"], ("one", "three"))
     (tmp_path / "metadata.csv").write_text("file_name;label\n0.png;a\n1.png;b\n0.png;b\n")

@@ -89,6 +89,26 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
     assert open_data(out).text is None
 
 
+def test_finished_tokens_of_captions_stay_where_an_encoder_is_removed(source, tmp_path, monkeypatch):
+    out, real, calls = tmp_path / "out", preparing.write_shard, []
+    prepare(source, out, CONFIG.override(text="", features=("tiny",)))
+
+    def stops(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(preparing, "write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        add_text(out, TINY)
+    remove(out, "features:tiny")
+    add_text(out)
+    assert len(calls) == 3 + 2  # two shards were finished before
+    prepare(source, tmp_path / "whole", CONFIG)
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_what_is_refused(source, folder, tmp_path):
     out = tmp_path / "out"
     prepare(source, out, CONFIG)

@@ -144,7 +144,8 @@ def remove(out: str | Path, name: str) -> Manifest | None:
             path.unlink()
         if name.startswith("features:"):
             (out / basis_name(part)).unlink(missing_ok=True)
-        if manifest and set(config.features) <= set(manifest.features):  # nothing is left to make
+        asked = {BASE, *config.features, *([TEXT] if config.text else [])}
+        if manifest and asked <= manifest.parts:  # nothing is left to make
             remove_parts(out)
         return manifest
 

@@ -200,7 +200,7 @@ class FileSource(Source):
         try:
             for row in (row for _, rows in self._metadata() for row in rows):
                 if texts := next((t for key in CAPTION_COLUMNS if (t := caption_values(row.get(key)))), ()):
-                    path = plain_path(str(row.get("file_name", "")))
+                    path = plain_path(next((str(row[key]) for key in row if key.lower() == "file_name"), ""))
                     written[path] = (*written.get(path, ()), *texts)
         except UserError:
             return {}
