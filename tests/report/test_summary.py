@@ -151,6 +151,9 @@ def test_one_evaluation_each_is_no_curve(tmp_path):
     assert summary_table([tmp_path / "b", tmp_path / "a"])[1]["steps to the baseline's"] == "too few evaluations"
     apart = sentence_of(tmp_path / "apart", {100: 10.0}, {50: 5.0})
     assert "not compared: Fréchet distance 5.00 at 50 steps and 10.00 at 100 steps" in apart
+    assert "--preview.score-every 20" in apart
+    rows = summary_table([tmp_path / "apart" / name for name in "ba"])
+    assert rows[1]["steps to the baseline's"] == "too few evaluations"
 
 
 def test_of_several_aligned_runs_the_headline_is_of_the_one_that_ends_lowest(tmp_path):

@@ -77,7 +77,7 @@ def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
         ours_last, theirs_last = (_value_at(row) for row in (found.aligned_final, found.baseline_final))
         return (
             f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
-            f"{what} {ours_last} and {theirs_last}."
+            f"{what} {ours_last} and {theirs_last}. {_measure_more(found)}"
         )
     num, ends = len(overlap.steps), f"{figure(overlap.aligned[-1])} against {figure(overlap.baseline[-1])}"
     end = f"{count(overlap.steps[-1])} steps"
@@ -137,8 +137,8 @@ def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
     target = f"{theirs}’s final distance ({_value_at(found.baseline_final)})"
     if reached is None:
         notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_value_at(found.aligned_best)}.")
-    elif found.is_too_coarse:
-        if len(found.overlap.steps) > 1:  # of a single one the headline says it
+    elif found.is_too_coarse or not found.overlap.steps:
+        if len(found.overlap.steps) > 1:  # of one or none the headline says it
             notes.append(
                 f"{_first_upper(ours)} had {target} at its first evaluation already, and {theirs} no later, so no speed-up is "
                 f"stated. {_measure_more(found)}"

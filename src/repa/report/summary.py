@@ -86,7 +86,7 @@ def reached_text(found: Speedup | None) -> str:
         return NONE
     if found.aligned is None:
         return "not reached"
-    if found.is_too_coarse:
+    if found.is_too_coarse or not found.overlap.steps:
         return "too few evaluations"
     step = f"≤ {count(found.aligned.step)}" if found.aligned.is_bound else count(found.aligned.step)
     return step if found.is_supported else f"{step}, not kept"
