@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base import files
-from repa.base.config import read_yaml
+from repa.base.config import leaves, read_yaml
 from repa.base.errors import UserError
 
 CONFIG = "config.yaml"
@@ -168,20 +168,8 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
 
 def fixed_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What a run computes, of its configuration as plain values: dotted name -> value; for the record of a checkpoint."""
-    found: dict[str, str] = {}
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else str(key))
-        elif isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
-            for place, inner in enumerate(value):
-                walk(inner, f"{name}.{place}")
-        else:
-            found[name] = repr(list(value) if isinstance(value, tuple) else value)
-
-    walk({key: value for key, value in config.items() if key not in CHANGEABLE}, "")
-    return found
+    fixed = leaves({name: value for name, value in config.items() if name not in CHANGEABLE})
+    return {name: repr(list(value) if isinstance(value, tuple) else value) for name, value in fixed.items()}
 
 
 def require_settings(run: Path, step: int, recorded: Any, config: Mapping[str, Any]) -> None:
