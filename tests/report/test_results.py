@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 import yaml
@@ -160,6 +161,22 @@ def test_damaged_results_are_named(tmp_path):
     file.write_text("[]")
     with pytest.raises(UserError, match="holds no results of `repa evaluate`"):
         add_evaluations(read_runs([run]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_samples": "many"}, "num_samples is 'many'"),
+        ({"made": ["a"]}, "made is ['a']"),
+        ({"encoder": "inception"}, "encoder is 'inception'"),
+        ({"reference_sha256": 12}, "reference_sha256 is 12"),
+        ({"made": {"step": 100, "weak_sha256": 12}}, "made.weak_sha256 is 12"),
+    ],
+)
+def test_results_of_other_types_are_refused(tmp_path, changes, named):
+    file = results_file(tmp_path / "x.json", FIVE, **{"made": None, **changes})
+    with pytest.raises(UserError, match=re.escape(f"x.json is damaged: {named}.")):
+        add_evaluations(read_runs([fake_run(tmp_path / "a")]), [file])
 
 
 def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):

@@ -27,6 +27,11 @@ PROTOCOL = (
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
 SAME = {"fid": DISTANCE, "fd": DISTANCE}
+# of a results file: part -> key -> type; "" is the file itself
+KINDS: dict[str, dict[str, type]] = {
+    "": {"made": dict, "encoder": dict, "arithmetic": dict, "num_samples": int, "reference_sha256": str},
+    "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
+}
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
 
 Protocol = tuple[tuple[str, str], ...]
@@ -221,6 +226,14 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
         )
+    # A file may come from anyone: a number where text is expected would end the report in the middle of its page.
+    for part, kinds in KINDS.items():
+        given = results.get(part) if part else results
+        for key, kind in kinds.items():
+            if isinstance(given, dict) and not isinstance(given.get(key), kind | None):
+                raise UserError(
+                    f"{file} is damaged: {f'{part}.{key}' if part else key} is {given[key]!r:.60}. Make it again by `repa evaluate`."
+                )
     made = results.get("made") or {}
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
     return {
