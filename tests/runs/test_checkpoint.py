@@ -150,6 +150,13 @@ def test_a_state_file_cut_in_half_is_said(tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_a_state_file_without_its_checksum_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, make(5)) / layout.STATE_FILE
+    files.write_json(path, files.read_json(path))
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        load_checkpoint(tmp_path)
+
+
 def test_a_foreign_state_file_names_no_file_elsewhere(tmp_path):
     elsewhere = tmp_path / "model.safetensors"
     folder = save_checkpoint(tmp_path / "run", make(5))

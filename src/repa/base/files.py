@@ -174,8 +174,12 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequ
     write_text(path, text.getvalue())
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, sealed: bool = False) -> Any:
     """What a JSON file holds, of a sealed one the rest.
+
+    Args:
+        path: the file.
+        sealed: refuse a file without its seal, as nobody changes this one by hand.
 
     Raises:
         UserError: it is none, gives a key twice, holds NaN or Infinity, which JSON lacks, or is not what was sealed.
@@ -186,6 +190,8 @@ def read_json(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
+    if sealed and seal is None:
+        raise UserError(f"{path} is damaged: it lacks {SEAL!r}.")
     if seal is not None and seal != _seal_of(values):
         raise UserError(
             f"{path} is not as it was written: restore it from a copy or make it again. If you changed it by hand, remove its "
@@ -208,9 +214,9 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def read_object(path: str | Path, **entries: type | tuple[type, ...]) -> dict[str, Any]:
+def read_object(path: str | Path, sealed: bool = False, /, **entries: type | tuple[type, ...]) -> dict[str, Any]:
     """A JSON file that must hold an object with these entries of these types: whoever made it may have written anything."""
-    values = read_json(path)
+    values = read_json(path, sealed)
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")
     for name, kind in entries.items():

@@ -283,8 +283,7 @@ def write_state(folder: Path, checkpoint: Checkpoint, checksums: Mapping[str, st
 def _read_state(folder: Path, step: int) -> dict[str, Any]:
     """state.json of a checkpoint; UserError when it is not what was written there."""
     path = folder / layout.STATE_FILE
-    state = files.read_object(path, step=int, counters=dict, sha256=dict)
-    # With a further entry, its checksum has lost its name.
+    state = files.read_object(path, True, step=int, counters=dict, sha256=dict)
     if len(state) != 3 or state["step"] != step:
         raise UserError(f"{path} is damaged: it is not what was written.")
     # A checkpoint from elsewhere opens no file elsewhere.
