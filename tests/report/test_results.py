@@ -179,6 +179,16 @@ def test_results_of_other_types_are_refused(tmp_path, changes, named):
         add_evaluations(read_runs([fake_run(tmp_path / "a")]), [file])
 
 
+def test_rows_of_metrics_of_other_types_are_refused(tmp_path):
+    run = fake_run(tmp_path / "a")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"kind": "eval", "step": 100, "fd": 9.0, "features": "tiny", "num_samples": "many"}) + "\n"
+        )
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: num_samples is 'many'"):
+        read_runs([run])
+
+
 def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):
     """While training, too, where a row names it by the judge's own name."""
     run = fake_run(tmp_path / "a", distances={100: 3.0})

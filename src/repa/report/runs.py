@@ -127,6 +127,8 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)
     # The number of images at a step follows from the configuration, which the record reads.
     train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
+    for row in evals:
+        _require_kinds(path / layout.METRICS, "", row, "Remove that line.")
     return replace(run, train=train, evals=in_order(map(_preview_row, evals)))
 
 
@@ -226,14 +228,8 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
         )
-    # A file may come from anyone: a number where text is expected would end the report in the middle of its page.
-    for part, kinds in KINDS.items():
-        given = results.get(part) if part else results
-        for key, kind in kinds.items():
-            if isinstance(given, dict) and not isinstance(given.get(key), kind | None):
-                raise UserError(
-                    f"{file} is damaged: {f'{part}.{key}' if part else key} is {given[key]!r:.60}. Make it again by `repa evaluate`."
-                )
+    for part in KINDS:
+        _require_kinds(file, part, results.get(part) if part else results, "Make it again by `repa evaluate`.")
     made = results.get("made") or {}
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
     return {
@@ -254,6 +250,13 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         "run": made.get("run"),
         "samples": str(results.get("samples")),
     }
+
+
+def _require_kinds(file: Path, part: str, given: Any, remedy: str) -> None:
+    """A file may come from anyone: a number where text is expected would end the report in the middle of its page."""
+    for key, kind in KINDS[part].items():
+        if isinstance(given, dict) and not isinstance(given.get(key), kind | None):
+            raise UserError(f"{file} is damaged: {f'{part}.{key}' if part else key} is {given[key]!r:.60}. {remedy}")
 
 
 def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
