@@ -83,7 +83,7 @@ def endure(num_kills: int, config, data_folder, whole, folder: Path) -> int:
     reference, duration = whole
     stream, kills, torn, finished, number = random.Random(0), 0, 0, 0, 0
     while kills < num_kills or finished == 0:
-        run, seconds = folder / str(number), stream.uniform(0, duration / 3)  # so that each run is hit a few times
+        run, seconds = folder / str(number), stream.uniform(0, duration * 2 / 3)  # the first third is the first step
         if kills == num_kills:
             seconds = 60.0
         done = not killed(config, data_folder, run, seconds, setting_up=stream.random() < 0.1)
