@@ -243,7 +243,7 @@ def test_the_records_of_an_encoder_whose_name_begins_alike_stay(folder, tmp_path
 
 
 def test_an_encoder_that_was_asked_for_in_vain_can_be_given_up(folder, tmp_path, fakes, monkeypatch):
-    """Its weights cannot be had: without it the folder is whole again."""
+    """Its weights cannot be loaded: without it the folder is whole again."""
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL)
     both = FULL.override(features=("tiny", "dinov2-b"))

@@ -57,13 +57,8 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     assert "differs" in finding.trouble
 
 
-def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
-    prepare(source, tmp_path / "whole", CONFIG)
-    out = tmp_path / "out"
-    prepare(source, out, CONFIG.override(text=""))
-    before = content(out)
-    assert open_data(out).text is None
-
+def interrupt_at_the_third_shard(monkeypatch):
+    """A list that grows with each shard that is written from now on, the third of which is interrupted."""
     real, calls = preparing.write_shard, []
 
     def stops(*arguments, **options):
@@ -73,6 +68,17 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(preparing, "write_shard", stops)
+    return calls
+
+
+def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
+    prepare(source, tmp_path / "whole", CONFIG)
+    out = tmp_path / "out"
+    prepare(source, out, CONFIG.override(text=""))
+    before = content(out)
+    assert open_data(out).text is None
+
+    calls = interrupt_at_the_third_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         add_text(out, TINY)
     assert open_data(out).text is None  # the old manifest holds until all is there
@@ -90,16 +96,9 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
 
 
 def test_finished_tokens_of_captions_stay_where_an_encoder_is_removed(source, tmp_path, monkeypatch):
-    out, real, calls = tmp_path / "out", preparing.write_shard, []
+    out = tmp_path / "out"
     prepare(source, out, CONFIG.override(text="", features=("tiny",)))
-
-    def stops(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(preparing, "write_shard", stops)
+    calls = interrupt_at_the_third_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         add_text(out, TINY)
     remove(out, "features:tiny")

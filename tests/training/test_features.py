@@ -99,7 +99,7 @@ def test_stored_tokens_are_read_as_long_as_they_are_wanted():
     assert EncoderFeatures(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
 
 
-def test_where_an_encoder_cannot_be_had_the_stored_tokens_are_named(monkeypatch):
+def test_where_an_encoder_cannot_be_loaded_the_stored_tokens_are_named(monkeypatch):
     def absent(name, **_):
         raise UserError(f"no weights of {name}.")
 

@@ -42,7 +42,7 @@ def features_of(name: str, features: Given, part: Literal["patches", "attention"
 def frames_as_images(
     block: str, student: Tensor, target: Tensor | None, grid: Grid | None
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Frames of a video become images of their own: (N F, T, D), (N F, M, G) and F; 1 of images."""
+    """Each frame of a video becomes an image: (N F, T, D), (N F, M, G) and F; 1 of images."""
     if target is not None and len(target) != len(student):
         raise UserError(
             f"The network saw {len(student)} samples, but the features are of {len(target)}: give the features of the same images."

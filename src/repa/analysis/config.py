@@ -24,7 +24,7 @@ FOLDER = layout.ANALYSIS  # in a run folder: what `repa analyse` found there, an
 class ImagesConfig(Config):
     """Which images, how many at a time, and where what is collected from them lies."""
 
-    # not `num`: torchrun takes --num for an abbreviation of its own --numa-binding
+    # not `num`: torchrun takes --num for an abbreviation of its --numa-binding
     num_images: int = Field(10_000, ge=0)
     """Images, evenly spaced over the data; 0 takes all. The paper compares 10,000, and probes all."""
     batch_size: int = Field(64, ge=1)

@@ -61,7 +61,7 @@ def compare_encoders(
     require_images(data)
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
     require_neighbours(config.neighbours, images.sizes[0])
-    for spec in config.encoders:  # missing weights are said before the first encoder works for an hour
+    for spec in config.encoders:  # missing weights are reported before the first encoder works for an hour
         load_encoder_of(data, spec, weights=config.weights_of(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))
     epochs = Stages(heads_progress, [config.epochs] * len(config.encoders))

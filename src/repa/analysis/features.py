@@ -101,7 +101,7 @@ def features_of_encoder(
 
 
 def features_in(encoder: VisionEncoder, data: DataSet, grid: int) -> list[str]:
-    """ "patches", and "pooled" where the encoder has a summary of its own."""
+    """ "patches", and "pooled" where the encoder gives a vector of the whole image."""
     first = encoder(pixels(data, np.arange(1)), grid)
     return [PATCHES] if first.pooled is None else [PATCHES, POOLED]
 

@@ -48,7 +48,7 @@ def latents(run: LoadedRun, data: DataSet, indices: np.ndarray, seed: int) -> Te
         moments = torch.from_numpy(data.gather("moments", indices)).float().to(device_of(run))
     else:
         moments = run.autoencoder.encode(pixels(data, indices).to(device_of(run)))
-    # Of a purpose of its own: with the noise's own seed an image and its noise would be correlated.
+    # A separate purpose: with the noise's seed an image and its noise would be correlated.
     streams = SampleStreams(fold(seed, "posterior"), indices, moments.device)
     return run.autoencoder.sample(moments, noise=streams.randn(run.autoencoder.channels, *moments.shape[2:]))
 
@@ -111,7 +111,7 @@ def collect_hidden(
 ) -> dict[int, Tensor]:
     """Run noised latents through the model with no class given: depth -> (N, D), the mean over tokens, float32 on CPU.
 
-    Rows are in the order of `latents`. Each is noised by a stream of its own, so it depends neither on the batches nor
+    Rows are in the order of `latents`. Each is noised by its own stream, so it depends neither on the batches nor
     on t: the same noise is seen at every noise level.
 
     Args:

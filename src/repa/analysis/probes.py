@@ -123,7 +123,7 @@ def probe_of_encoder(
     progress: Progress = silent,
     heads_progress: Progress = silent,
 ) -> Rows:
-    """Rows {features, lr, top1, top5} of a frozen encoder: of its averaged patches, and of its own pooled features if it has any.
+    """Rows {features, lr, top1, top5} of a frozen encoder: of its averaged patches, and of its pooled features if it has any.
 
     Progress is told as by `probe_of_run`.
     """

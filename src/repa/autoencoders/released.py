@@ -209,7 +209,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         model, report = load(str(source), output_loading_info=True, **where, **options)
     except UserError:
         raise
-    # Several libraries read a part of it, each with errors of its own.
+    # Several libraries read a part of it, each with its own errors.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error

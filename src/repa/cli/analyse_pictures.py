@@ -28,7 +28,7 @@ LONGEST_NAME = 16  # letters of the name of a class
 
 class PicturesArguments(options.CheckpointOfRun):
     """Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, next
-    to the images. Each picture has components of its own, shared by all images of a column.
+    to the images. Each picture has its own components, shared by all images of a column.
     """
 
     verb = "analyse pictures"

@@ -46,7 +46,7 @@ def preview_hooks(
 
     def make(config: TrainConfig, autoencoder: Autoencoder) -> Sequence[Hook]:
         preview = config.preview
-        # Pictures and scores have intervals of their own; the hook runs at steps of either.
+        # Pictures and scores have different intervals; the hook runs at steps of either.
         every = math.gcd(preview.every, preview.scored_every)
         if not every:
             return ()

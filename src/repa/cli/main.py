@@ -159,7 +159,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of any script in a locale of few letters; stderr does so anyway
         sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews have ways to end of their own
+    for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews handle them themselves
         signal.signal(number, _stop)
     code = run(sys.argv[1:])
     if launch.place(strict=False).world > 1 or code > 128:

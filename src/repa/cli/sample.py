@@ -54,7 +54,7 @@ class SampleArguments(SamplesOfRun):
     """run folder"""
     out: str
     """Name of an .npz, such as samples.npz; a name without an ending makes a folder of PNG files."""
-    # Not `num`: torchrun takes --num for an abbreviation of its own --numa-binding.
+    # Not `num`: torchrun takes --num for an abbreviation of its --numa-binding.
     num_images: int = Field(64, ge=1)
     """Number of images."""
     folders: str = ""

@@ -30,6 +30,8 @@ class Finding(NamedTuple):
     """Root mean square of the difference over that of the stored values; None when it could not be found."""
     trouble: str
     """What is wrong, or why it could not be compared; empty when all is well."""
+    is_compared: bool = True
+    """False without the model's weights, which is no fault of the data."""
 
 
 def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | None = None) -> int:
@@ -113,7 +115,7 @@ def _compare(
         if isinstance(model, FeatureFields) and tokens and (stated := tokens.basis):
             model.use_basis(load_npy(Path(data.folder, stated.file), "a basis of tokens"), stated.sha256)
     except UserError as error:
-        return Finding(field, None, f"not encoded again: {error}")
+        return Finding(field, None, f"not encoded again: {error}", is_compared=False)
     # before any image: with other weights the difference says nothing, and the reason is known
     for key, value in (facts.identity if facts else manifest.autoencoder).items():
         if model.identity.get(key) != value:

@@ -193,7 +193,7 @@ class Loader:
         if self._side is None:
             text = text and text.to(lambda rows: rows.to(self.device))
             return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions)
-        # on a stream of its own the copy runs beside the computation of another step; the event tells when it is through
+        # on a second stream the copy runs beside the computation of another step; the event tells when it is through
         with torch.cuda.stream(self._side):
             fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
             text = text and text.to(lambda rows: rows.pin_memory().to(self.device, non_blocking=True))

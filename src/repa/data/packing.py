@@ -119,6 +119,6 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
     covariance = square / count - torch.outer(mean, mean)
     _, vectors = torch.linalg.eigh(covariance.cpu())  # in ascending order
     directions = vectors.flip(1)[:, :num_directions].T  # (K, D)
-    # an eigenvector has no sign of its own, and libraries differ in the one they give: the largest entry is made positive
+    # the sign of an eigenvector is arbitrary, and libraries differ in the one they give: the largest entry is made positive
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return torch.cat([mean.cpu()[None], directions * largest.sign()]).float().numpy()

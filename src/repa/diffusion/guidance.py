@@ -108,7 +108,7 @@ class ClassifierFree(Extrapolation):
         if not self.active(t):
             return conditional
         if is_stream and self.streams is not None:
-            # REG guides the vectors of streams by a scale of their own.
+            # REG guides the vectors of streams by another scale.
             return predictions[NULL] + self.streams * (conditional - predictions[NULL])
         mixed = super().mix(predictions, t)
         if self.channels and not is_stream:

@@ -47,7 +47,7 @@ class Process(Protocol):
     ) -> dict[str, Tensor]:
         """Terms (N,), to be summed, of the network's output at training times t; "denoising" is among them.
 
-        t is (N,), or (N, 1, H, W) where the parts of an image have times of their own. `other` (N, C, H, W) is the velocity of
+        t is (N,), or (N, 1, H, W) where the parts of an image have different times. `other` (N, C, H, W) is the velocity of
         another image, for a process that is contrastive.
         """
         ...

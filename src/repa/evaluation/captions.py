@@ -95,7 +95,7 @@ class CaptionAgreement:
         return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
 
     def _distinct(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The distinct sets of words that prompts have (P, V), and of each prompt the number of its own (N,)."""
+        """The distinct sets of words that prompts have (P, V), and the number of each prompt's set (N,)."""
         return torch.unique(self._present([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
 
 

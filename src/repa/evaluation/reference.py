@@ -141,7 +141,7 @@ def accumulator_of(extractor: Extractor) -> torch.device:
 
 
 def _place(images: Images, extractor: Extractor, spec: str) -> Path:
-    # What the file is a function of: an extractor of other weights, settings or arithmetic gets a file of its own.
+    # What the file is a function of: an extractor of other weights, settings or arithmetic gets another file.
     key = [spec, extractor.identity]
     if images.home is not None:
         folder = images.home / "reference"

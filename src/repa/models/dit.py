@@ -168,7 +168,7 @@ class DiT(OnHub):
             deep = self._routed(self.router, x, context, taps, seen)
             x = self.router.merge(x, deep, keep, path_dropped)
             x = self._through(range(last + 1, len(self.blocks) + 1), x, context, taps, seen)
-        # Norm and projection apart: tokens of streams share the norm and have projections of their own.
+        # Norm and projection apart: tokens of streams share the norm, and each stream has its own projection.
         x = self.final_layer.normed(x, silu_c)
         tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
         seen.prediction["x"] = self._image(tokens)

@@ -91,7 +91,7 @@ class Hooked(Backbone):
             raise UserError(
                 "A hooked network has hidden taps alone and takes all tokens: leave attention and routing out."
             )
-        # Registered for this pass alone: a copy of the network, as its average is, has blocks of its own, and no hook to undo.
+        # Registered for this pass alone: a copy of the network, as its average is, has other blocks, and no hook to undo.
         hidden: dict[Tap, Tensor] = {}
         hooks = [
             self.blocks[tap.depth - 1].register_forward_hook(functools.partial(_keep, hidden, tap)) for tap in taps

@@ -85,7 +85,7 @@ def norm_kernel() -> "JITFunction":
     import triton.language as tl
 
     @triton.jit
-    def backward(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
+    def backward(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own types
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS: tl.constexpr, PADDED: tl.constexpr
     ):  # fmt: skip
         # int64 where the number of an image is multiplied: offsets in large batches pass the range of int32.

@@ -1,7 +1,7 @@
 """MMDiT, the text-to-image network of REPA (arXiv 2410.06940, appendix; the block is of arXiv 2403.03206).
 
 N batch, C channels, T tokens of the grid, S text tokens, E their width, D width, h heads. Text and image are two streams
-with weights of their own that meet in one attention over [text, image].
+with separate weights that meet in one attention over [text, image].
 """
 
 from collections.abc import Sequence

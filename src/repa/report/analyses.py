@@ -112,7 +112,7 @@ def _called(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) 
     if row["depth"] is None:
         return row
     asked = Path(str(row["run"])).name
-    # Folders of the same name are told apart by where they lie: beside the run that holds the file.
+    # Several runs may have folders of one name: the one next to the run that holds the file is meant.
     fitting = [run for run in records if run.path.resolve().name == asked]
     beside = [run for run in fitting if run.path.resolve().parent == home.path.resolve().parent]
     found = [home] if home in fitting else beside if len(beside) == 1 else fitting

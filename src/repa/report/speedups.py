@@ -149,7 +149,7 @@ def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> R
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration and one data set, each with a seed of its own; often just one."""
+    """Runs of one configuration and one data set, each with another seed; often just one."""
 
     name: str
     runs: tuple[RunRecord, ...]

@@ -176,7 +176,7 @@ def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Owne
 
 
 def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
-    """Whether this process sees the checkpoint that the main one sees; it may have a folder of its own, or none."""
+    """Whether this process sees the checkpoint that the main one sees; it may see another folder, or none."""
     try:
         return _read_state(folder, state["step"]) == state
     except UserError:

@@ -143,7 +143,7 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    """SiT-XL/2 for a named size, SiT/2 for one of its own."""
+    """SiT-XL/2 for a named size, SiT/2 for any other."""
     family, _, rest = model["name"].partition("-")
     own = any(model.get(name) for name in ("hidden_dim", "depth", "num_heads"))
     return f"{family}/{rest.partition('/')[2]}" if own else model["name"]

@@ -68,7 +68,7 @@ class Predictions:
         null: of N samples, what stands for "none"; None: what the network says itself.
         sharing: of a DDT, when its encoder runs; None: always.
         most: rows that a pass takes; None: any number. Where the samples with and without their condition are more, each of
-            the two has a pass of its own. A DDT whose encoder is shared has one pass of both, as it keeps what that found.
+            the two has its own pass. A DDT whose encoder is shared has one pass of both, as it keeps what that found.
     """
 
     model: Backbone

@@ -47,7 +47,7 @@ LIMIT = 2**36  # bytes of samples that are held at a time
 class OneBehind:
     """A thread that does one piece of work at a time; a second piece waits for the first, so memory holds two batches at most.
 
-    On CUDA the thread has a stream of its own, which begins after what the caller had queued. Elsewhere the work is done at
+    On CUDA the thread has its own stream, which begins after what the caller had queued. Elsewhere the work is done at
     once, as it would take the cores from the sampler.
 
     Args:

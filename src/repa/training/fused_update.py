@@ -75,7 +75,7 @@ def update_kernel() -> "JITFunction":
     import triton.language as tl
 
     @triton.jit
-    def update(  # type: ignore[no-untyped-def]  # Triton reads annotations as types of its own
+    def update(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own types
         addresses, sizes, owner, start, of_each, of_all, new1, new2, beta2, eps, BLOCK: tl.constexpr
     ):  # fmt: skip
         program = tl.program_id(0)

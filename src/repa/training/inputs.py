@@ -30,7 +30,7 @@ class EncoderFeatures:
     """Features by encoder name for a batch.
 
     Stored features are used where the data has all that is wanted of an encoder; otherwise the encoder is loaded and run
-    on the images, under inference mode and in the precision of the run. On CUDA it runs one batch ahead, on a stream of its own.
+    on the images, under inference mode and in the precision of the run. On CUDA it runs one batch ahead, on another stream.
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
@@ -155,7 +155,7 @@ def _stores(data: DataSet, need: Need) -> bool:
 
 
 def _loaded(name: str, config: TrainConfig, data: DataSet, device: torch.device) -> VisionEncoder:
-    """An encoder whose tokens are not stored; where it cannot be had, the error names those that are."""
+    """An encoder whose tokens are not stored; if it cannot be loaded, the error names the encoders whose tokens are."""
     try:
         return load_encoder(name, weights=weights_for(name, config.feature_weights), device=device)
     except UserError as error:

@@ -142,7 +142,7 @@ class Objective(nn.Module):
         return draws._replace(other={name: self._before(part, noise[name], t, rows) for name, part in clean.items()})
 
     def _visible(self, num: int, step: int, device: torch.device) -> State:
-        """Tokens that masking projectors see, each term from a stream of its own."""
+        """Tokens that masking projectors see, each term from its own stream."""
         found = {}
         for term in self.terms():
             if term.masked is not None:

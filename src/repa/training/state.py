@@ -136,7 +136,7 @@ def build_state(
     `empty_text` (1, S, E) is what stands for "no text" in a network that reads text.
     `config.init` is read for a new run; later a checkpoint takes its place, and it need not exist any more.
 
-    Network and projectors are initialised from streams of their own: a run with another alignment, or none, starts from
+    Network and projectors are initialised from separate streams: a run with another alignment, or none, starts from
     the same network.
     """
     # The order below matters: initial weights, then LoRA, then the averages, which copy both; after them what changes how the
