@@ -3,16 +3,19 @@
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from repa.base.errors import UserError
+from repa.cli import main
 from repa.report import write_report
 from repa.report.pictures import tile
-from repa.runs import layout
+from repa.runs import MetricsLog, layout
 from tests.report.fakes import config, fake_run
 
 VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
@@ -150,6 +153,29 @@ def test_a_run_that_has_nothing_yet(tmp_path):
     (run / layout.METRICS).unlink()
     (run / layout.DATA).unlink()
     assert "has not logged a single step yet" in page_of([run], tmp_path / "r.html").text
+
+
+def test_settings_that_did_not_make_the_results_are_refused(random_run, tmp_path):
+    run = Path(shutil.copytree(random_run, tmp_path / "run"))
+    page_of([run], tmp_path / "r.html")
+    path = run / layout.CONFIG
+    path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 256"))
+    for command in (["report", str(run), "--out", str(tmp_path / "r.html")], ["show", str(run)]):
+        assert main.run(command) == 2
+    with pytest.raises(UserError, match="says batch_size: 256, but the checkpoint of step 20 is of batch_size: 8"):
+        write_report([run], tmp_path / "r.html")
+
+
+def test_rows_that_a_checkpoint_knows_and_the_file_lost_are_told(random_run, tmp_path):
+    run = Path(shutil.copytree(random_run, tmp_path / "run"))
+    log = MetricsLog(run)
+    for step in (10, 20):
+        log.row("train", step, loss=0.5)
+    log.close()
+    path = run / layout.METRICS
+    assert "lost rows" not in page_of([run], tmp_path / "r.html").text
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert "run: metrics.jsonl has lost rows: it has none of step 20" in page_of([run], tmp_path / "r.html").text
 
 
 def test_missing_previews_leave_a_gap(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from repa.base.errors import UserError
 from repa.report import config_differences, read_run, read_runs, speedup, summary_rows, summary_table, verdict
 from repa.runs import layout
+from repa.runs.checkpoint import Checkpoint, write_state
 from tests.report.fakes import ALIGNMENT, PROTOCOL, config, fake_run
 
 
@@ -231,6 +232,7 @@ def test_summary_row(tmp_path):
         {"a": np.zeros((3, 5), np.float32), "b": np.zeros(4, np.float32)},
         _made(layout.checkpoint_folder(aligned, 200)) / layout.MODEL_FILE,
     )
+    write_state(layout.checkpoint_folder(aligned, 200), Checkpoint(200, {}, {}), {})
     (row,) = summary_rows([aligned])
     assert (row["frechet_distance"], row["frechet_step"], row["steps"], row["seconds"]) == (20.0, 60, 200, 400.0)
     # last tenth of 20 rows: steps 190 and 200, losses -0.59 and -0.60

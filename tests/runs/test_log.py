@@ -52,6 +52,18 @@ def test_a_line_cut_anywhere_is_left_out(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_a_file_that_lost_rows_says_so_when_training_continues(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    (tmp_path / layout.METRICS).write_text((tmp_path / layout.METRICS).read_text().splitlines(keepends=True)[0])
+    log = MetricsLog(tmp_path, resume_step=2)
+    log.close()
+    assert "none of step 2" in log.lost
+    write(tmp_path, [1, 2, 3])
+    log = MetricsLog(tmp_path, resume_step=2)
+    log.close()
+    assert log.lost == ""
+
+
 def test_another_digit_in_a_row_is_noticed(tmp_path):
     log = MetricsLog(tmp_path)
     log.row("train", 1, loss=0.5, alignment={"tiny@1": -0.25})

@@ -120,13 +120,18 @@ def _whether_here(name: str) -> str:
 
 
 def _show_run(run: Path) -> None:
-    from repa.runs.log import read_metrics
+    from repa.runs.checkpoint import recorded_settings
+    from repa.runs.log import lost_rows, read_metrics
 
-    rows = list(read_metrics(run))
     steps = layout.checkpoint_steps(run)
+    if steps:
+        layout.require_settings(run, steps[-1], recorded_settings(run, steps[-1]), layout.read_config(run))
+    rows = list(read_metrics(run))
     say(
         f"run {run}: {rows[-1]['step'] if rows else 0:,} steps logged, checkpoints {', '.join(map(str, steps)) or 'none'}"
     )
+    if lost := lost_rows(run, rows, steps):
+        say(f"note: {lost}")
     size = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
     say(f"size on disk {files.size(size)}")
     say(*(run / layout.CONFIG).read_text(encoding="utf-8").split("\n"))

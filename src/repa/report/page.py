@@ -79,6 +79,7 @@ def write_report(
         checked_images(training_images, "training_images")
     records, others = add_evaluations(read_runs(runs, names), results)
     analyses, groups, said = read_analyses(records), grouped(records), verdict(records)
+    said.notes.extend(f"{run.name}: {run.lost}" for run in records if run.lost)
     probed = accuracies(analyses)
     measured, speedups = find_results(groups, others, probed), group_speedups(groups)
     learning, constant = logged(records)

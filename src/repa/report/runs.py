@@ -16,7 +16,8 @@ from repa.base.errors import UserError, printable
 from repa.base.files import read_json, read_object, well_formed
 from repa.evaluation.config import INCEPTION
 from repa.runs import layout
-from repa.runs.log import read_metrics
+from repa.runs.checkpoint import recorded_settings
+from repa.runs.log import lost_rows, read_metrics
 
 # The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
 PROTOCOL = (
@@ -48,6 +49,7 @@ class RunRecord:
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]  # by step; of repeated evaluations (same step and protocol) the last
     events: list[dict[str, Any]]
+    lost: str = ""  # a sentence when rows of its metrics are gone
 
     @property
     def seed(self) -> Any:
@@ -120,11 +122,16 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     """
     path = Path(path)
     config = layout.read_config(path)
+    steps = layout.checkpoint_steps(path)
+    if steps:
+        layout.require_settings(path, steps[-1], recorded_settings(path, steps[-1]), config)
     data = read_object(path / layout.DATA) if (path / layout.DATA).is_file() else {}
+    # Read after the checkpoints are listed: training writes a row first.
     rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
-    run = RunRecord(path, name or path.resolve().name, config, data, [], [], events)
+    lost = lost_rows(path, rows, steps)
+    run = RunRecord(path, name or path.resolve().name, config, data, [], [], events, lost)
     # The number of images at a step follows from the configuration, which the record reads.
     train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
     for row in evals:

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -40,6 +40,21 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def lost_rows(run: Path, rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> str:
+    """A sentence when metrics.jsonl has no training row of one of the checkpoints of these `steps`, else an empty text.
+
+    Training writes the row before the checkpoint, so such a row was there: the file was cut, or a crash of the machine lost it.
+    """
+    logged = {row["step"] for row in rows if row.get("kind") == "train"}
+    lost = [step for step in steps if step not in logged]
+    if not lost or not (run / layout.METRICS).is_file():  # a run that was converted has none
+        return ""
+    return (
+        f"{layout.METRICS} has lost rows: it has none of step {lost[0]:,}, whose checkpoint was written after it. Restore the file from a "
+        "copy, or take the curves for incomplete."
+    )
+
+
 def _line(row: dict[str, Any]) -> str:
     """A row as it is written, with a checksum of the rest of it."""
     return json.dumps({**row, CRC: _crc_of(row)}) + "\n"
@@ -72,10 +87,12 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0, *, project: str = "", config: Mapping[str, Any] | None = None):
         self.main = dist.is_main()
+        self.lost = ""  # a sentence when rows before `resume_step` are gone
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run) if row["step"] <= resume_step]
+        self.lost = lost_rows(run, kept, [resume_step] if resume_step else [])
         files.write_text(run / layout.METRICS, "".join(map(_line, kept)) if resume_step else "")
         self.boards: list[Board] = [WeightsAndBiases(run, project, config or {})] if project else []
         with contextlib.suppress(ImportError):  # an optional extra: repa[tensorboard]

@@ -151,6 +151,9 @@ def _train(
     started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
     log.line(started)
     log.row("event", state.step, message=started)
+    if log.lost:
+        say(f"{run}: {log.lost}")
+        log.row("event", state.step, message=log.lost)
     module, groups = running(objective, config, device), objective.trained_groups()
     batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
