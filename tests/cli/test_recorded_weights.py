@@ -89,6 +89,15 @@ def test_no_flag_is_needed_twice(image_folder, tiny_config, tmp_path, refused, m
     assert "--feature-weights" in said
 
 
+def test_weights_of_an_encoder_that_never_runs_are_refused(tiny_config, data_folder, tmp_path, refused):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(tiny_config.override(preview={}).to_yaml())
+    train = ["train", recipe, "--data", data_folder, "--out", tmp_path / "run"]
+    for name, why in (("tiny", f"whose tokens {data_folder} holds"), ("tiny-judge", "which this run does not compute")):
+        assert f"has no effect for {name}, {why}" in refused(*train, "--feature-weights", f"{name}=w.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_other_settings_says_how_to_go_on(tiny_config, data_folder, tmp_path, refused):
     recipe, out = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())

@@ -74,7 +74,8 @@ def test_what_is_refused(text_run, random_run, tmp_path, captioned_data):
     for run, change, sentence in (
         (text_run, {"prompt": ()}, "trained on captions"),
         (text_run, {"negative_prompt": "blue"}, "guidance"),
-        (text_run, {"labels": "dark"}, "does not exist"),
+        (text_run, {"labels": "0"}, "trained on captions"),
+        (text_run, {"labels": "dark"}, "trained on captions"),
         (text_run, {"prompt": (), "prompt_file": str(tmp_path / "no.txt")}, "no such file"),
         (random_run, {}, "on labels, not on texts"),
     ):

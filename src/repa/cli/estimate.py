@@ -57,7 +57,7 @@ class EstimateArguments(TrainConfig, options.Command):
 
     def idle(self) -> dict[str, str]:
         of_device = {"device": "with --tflops, which stands for it"} if self.tflops else {}
-        return super().idle() | of_device
+        return super().idle() | of_device | ({} if self.devices > 1 else {"parallel": "with one device"})
 
     @field_validator("device")
     @classmethod

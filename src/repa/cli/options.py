@@ -83,6 +83,11 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
     return given
 
 
+def names_given(cls: type[Command], argv: list[str]) -> list[str]:
+    """Dotted names of the settings that the arguments of a verb name, for what only its files tell to be idle."""
+    return [".".join(_parts(flag)) for flag, _ in _read(cls, argv)[1]]
+
+
 def first(cls: type[Command], argv: list[str], name: str) -> str | None:
     """The value of the first positional field `name`, given as a word or by its flag: a recipe is needed before the rest is read."""
     words, settings = _read(cls, argv)

@@ -83,6 +83,8 @@ class PrepareArguments(PrepareConfig, options.Command):
         unread |= (
             {} if self.features else dict.fromkeys(("grid", "feature_forms", "feature_weights"), "without --features")
         )
+        if self.autoencoder == "pixels" and not (self.features or self.text):
+            unread |= {"precision": "without --autoencoder, --features or --text"}
         if not self.out:
             read = {*removing, "only", "text", "text_weights", "text_form", "feature_weights", "feature_forms"}
             unread |= dict.fromkeys(

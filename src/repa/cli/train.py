@@ -2,10 +2,12 @@
 
 import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repa.base import launch
+from repa.base.config import refuse_idle
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
 from repa.evaluation.config import EvaluateConfig
@@ -37,12 +39,16 @@ class TrainArguments(TrainConfig, options.Command):
     out: str
     """Run folder."""
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if launch.place().world > 1 else {"parallel": "with one process"})
+
 
 def main(argv: list[str]) -> int:
     given, config = of_recipe(TrainArguments, argv)
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
-    stopped_by = start(config, given.data, Path(given.out), command=_again(argv))
+    typed = options.names_given(TrainArguments, argv)
+    stopped_by = start(config, given.data, Path(given.out), command=_again(argv), typed=typed)
     # SIGTERM is how schedulers end a job: the checkpoint is written, which is no failure.
     return 130 if stopped_by == signal.SIGINT else 0
 
@@ -78,19 +84,24 @@ def about_passes(config: TrainConfig, num_images: int) -> str:
     )
 
 
-def start(config: TrainConfig, data_folder: str | Path, run: Path, command: str = "") -> signal.Signals | None:
+def start(
+    config: TrainConfig, data_folder: str | Path, run: Path, command: str = "", typed: Sequence[str] = ()
+) -> signal.Signals | None:
     """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check.
 
-    `command` is what the user types to continue; empty: the same command as before.
+    `command` is what the user types to continue; empty: the same command as before. `typed` names the settings that the user
+    gave, which are refused where these data make them idle.
     """
     from repa.base import dist
     from repa.cli.hooks import preview_hooks
     from repa.data import open_data
     from repa.training import train
+    from repa.training.inputs import idle_with
 
     device = dist.setup()
     with dist.together():
         data = open_data(data_folder)
+        refuse_idle(idle_with(config, data), typed)
         # What is streamed is checked as it arrives.
         if data.num_bytes <= CHECKED_AT_START and not data.stream:
             data.check()

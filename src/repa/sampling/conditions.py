@@ -102,6 +102,8 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
             f"{run.folder} was trained on captions: say what to sample, as in --prompt 'a photograph of a cat', "
             "--prompt-file FILE or --prompt-data DATA."
         )
+    if "labels" in config.changed and not run.model.num_classes:
+        raise UserError(f"{run.folder} was trained on captions, not on labels: leave --labels out.")
     if config.negative_prompt and not config.guidance:
         raise UserError("A negative prompt is what guidance moves away from: give --guidance cfg:scale=4 too.")
     # Texts first: a file that cannot be read is reported before gigabytes of weights are.

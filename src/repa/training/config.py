@@ -207,7 +207,7 @@ class TrainConfig(Config):
         if self.preview.every or self.preview.scored_every:
             check_trained(self.preview.guidance, self.label_dropout, self.model.path_drop)
         text = self.text or self.text_weights
-        if text and parse_spec(self.model.backbone)[0] in BACKBONES and not reads_text(self.model.backbone):
+        if text and not self._may_read_text:
             raise ValueError(
                 f"text is {text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
             )
@@ -261,9 +261,14 @@ class TrainConfig(Config):
             ("head_weight", not self.model.heads, "without --model.heads"),
             ("compile_scope", not self.compile, "without --compile"),
             ("keep_every", not self.keep_checkpoints, "with --keep-checkpoints 0, which keeps all"),
+            ("model.text_shape", not self._may_read_text, "without a backbone that reads text"),
             ("model.separate_times", not self.diffusion.token_times, "without --diffusion.token-times"),
         )
         return super().idle() | {name: why for name, is_idle, why in unread if is_idle}
+
+    @property
+    def _may_read_text(self) -> bool:
+        return parse_spec(self.model.backbone)[0] not in BACKBONES or reads_text(self.model.backbone)
 
     def _check_lora(self) -> None:
         if not self.init:

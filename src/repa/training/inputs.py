@@ -15,7 +15,7 @@ from repa.conditions import Text, load_text_encoder
 from repa.conditions.contract import TextEncoder
 from repa.data import Batch, DataSet
 from repa.data.dataset import require_same_encoder
-from repa.encoders import load_encoder
+from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import Features, VisionEncoder
 from repa.encoders.loading import weights_for
 from repa.models import Condition
@@ -146,6 +146,17 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 def wanted_by(config: TrainConfig) -> tuple[Need, ...]:
     """All that a run wants of encoders."""
     return merged_needs([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
+
+
+def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
+    """`config.idle` of what only the data tell: local weights of encoders that this run never computes."""
+    running = [need.encoder for need in wanted_by(config) if not _stores(data, need)]
+    running += [config.preview.features] * bool(config.preview.scored_every)
+    for name in (canonical(pair.rpartition("=")[0]) for pair in config.feature_weights):
+        if name not in map(canonical, running):
+            why = f"whose tokens {data.folder} holds" if name in data.features else "which this run does not compute"
+            return {"feature_weights": f"for {name}, {why}"}
+    return {}
 
 
 def _stores(data: DataSet, need: Need) -> bool:
