@@ -43,7 +43,7 @@ def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
         assert torch.equal(autoencoder.encode(images), expected.encode(images))
     with pytest.raises(UserError, match="no setting 'hubb'.*Did you mean 'hub'"):
         AUTOENCODERS.check("kl:hubb=owner/plain")
-    with pytest.raises(UserError, match=r"cannot be loaded: owner/none is neither .* of its folder vae, and give"):
+    with pytest.raises(UserError, match=r"owner/none.* could not be fetched .* of its folder vae"):
         load_autoencoder("kl:hub=owner/none,subfolder=vae")
     with pytest.raises(UserError, match="'kl' needs weights: .*'kl:hub=owner/name,subfolder=vae'"):
         load_autoencoder("kl")
@@ -65,7 +65,7 @@ def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
     ],
 )
 def test_every_name_comes_from_its_repository(name, repository, subfolder, hub, kl_folder, tiny_folder, dc_folder):
-    with pytest.raises(UserError, match=f"{name!r} cannot be loaded: {repository} is neither"):
+    with pytest.raises(UserError, match=rf"{name!r} \({repository}\) .*could not be fetched"):
         load_autoencoder(name)
     folder = dc_folder if name == "dc-ae-f32" else tiny_folder if name.startswith("tae") else kl_folder
     hub(repository, folder, subfolder)
@@ -77,7 +77,7 @@ def test_a_downloaded_pipeline_or_its_vae_alone(kl_folder, tmp_path):
     alone = load_autoencoder("sd3-vae", weights=tmp_path / "vae").identity
     assert load_autoencoder("sd3-vae", weights=tmp_path).identity == alone
     assert load_autoencoder("kl:subfolder=vae", weights=tmp_path).identity["sha256"] == alone["sha256"]
-    with pytest.raises(UserError, match="from the folder .*config.json"):
+    with pytest.raises(UserError, match="holds no config.json"):
         load_autoencoder("sdxl-vae", weights=tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_folder_of_another_family(name, kind, kl_folder, tiny_folder, dc_folde
             assert load_autoencoder(name, weights=folder).name == name
         else:
             held = json.loads((folder / "config.json").read_text())["_class_name"]
-            with pytest.raises(UserError, match=f"{name!r} is a Autoencoder.*holds a {held}: name other weights"):
+            with pytest.raises(UserError, match=f"type {held!r}, but the autoencoder {name!r} is of type 'Autoencoder"):
                 load_autoencoder(name, weights=folder)
 
 
@@ -122,15 +122,17 @@ def test_a_folder_of_another_family(name, kind, kl_folder, tiny_folder, dc_folde
 def test_a_file_that_is_missing(name, kind, tmp_path, request):
     folder = shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / name)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=f"{name!r} cannot be loaded from the folder .*diffusion_pytorch_model"):
+    with pytest.raises(
+        UserError, match=f"holds no diffusion_pytorch_model.safetensors, which the autoencoder {name!r} needs"
+    ):
         load_autoencoder(name, weights=folder)
 
 
 @pytest.mark.parametrize("place", ["{}/nowhere", "./nowhere", "../nowhere"])
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers.AutoencoderKL.load_config", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     source = place.format(tmp_path)
-    with pytest.raises(UserError, match=f"there is no folder {source}"):
+    with pytest.raises(UserError, match=f"There is no folder {source}"):
         load_autoencoder("sd-vae-ft-ema", weights=source)
 
 

@@ -201,16 +201,11 @@ def test_registers_are_neither_invented_nor_dropped(name, other, tmp_path):
 
 
 def test_the_files_are_found_where_their_own_code_keeps_them(tmp_path, monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def hub(repository, file, local_files_only):
-        assert local_files_only, "the hub was asked although the file is there"
-        raise LocalEntryNotFoundError("not here")
-
     monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     kept = SimpleNamespace(
         dinov2=tmp_path / "torch" / "hub" / "checkpoints" / "dinov2_vitb14_reg4_pretrain.pth",
         clip=tmp_path / ".cache" / "clip" / "ViT-L-14.pt",

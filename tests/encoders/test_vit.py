@@ -259,7 +259,9 @@ def test_another_family_is_refused(made, name, other):
 
 def test_a_file_where_only_a_folder_will_do(tmp_path):
     (tmp_path / "siglip.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"siglip-b must be a folder with config\.json and model\.safetensors: no"):
+    with pytest.raises(
+        UserError, match=r"holds no config\.json, which the encoder siglip-b needs: give weights=FOLDER"
+    ):
         load_encoder("siglip-b", weights=tmp_path / "siglip.pt")
 
 
@@ -283,7 +285,7 @@ def test_no_network_is_said_in_words(name, hub, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         load_encoder(name)
-    for words in (name, hub, "cannot be reached", "weights=F", str(tmp_path / "encoders")):
+    for words in (name, hub, "could not be fetched", "weights=F", str(tmp_path / "encoders")):
         assert words in str(error.value)
 
 
@@ -295,36 +297,30 @@ def test_a_folder_in_the_cache_is_found_by_the_encoders_name(made, monkeypatch, 
 
 
 def test_a_licence_to_accept_is_said_in_words(monkeypatch, tmp_path):
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
-    def hub(repository, file, local_files_only):
-        if local_files_only:
-            raise LocalEntryNotFoundError("not here")
+    def hub(repository, **_):
         raise GatedRepoError(f"gated: {repository}", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setenv("REPA_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
-    with pytest.raises(UserError, match=r"dinov3-vitb16-pretrain-lvd1689m.*accepted their licence"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(UserError, match=r"dinov3-vitb16-pretrain-lvd1689m.*accept its licence"):
         load_encoder("dinov3-b")
 
 
 def test_a_repository_from_before_safetensors_is_fetched(made, monkeypatch, tmp_path):
     """facebook/vit-mae-large has no model.safetensors."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-
-    def hub(repository, file, local_files_only):
-        assert repository == "facebook/vit-mae-large"
-        if local_files_only:
-            raise LocalEntryNotFoundError("not here")
-        if file == "model.safetensors":
-            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
-        return str(tmp_path / file)
-
     folder, _ = made["mae-l"]
-    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+
+    def hub(repository, allow_patterns, **_):
+        assert repository == "facebook/vit-mae-large"
+        if "pytorch_model.bin" in allow_patterns:
+            torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        return str(tmp_path)
+
     monkeypatch.setenv("REPA_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     assert load_encoder("mae-l").weights_file == tmp_path / "pytorch_model.bin"
 
 

@@ -156,7 +156,7 @@ def test_a_network_is_saved_loaded_and_uploaded_as_is_usual(random_dit, tmp_path
     x_t, t, labels = inputs([0.13, 0.82])
     assert torch.equal(call(loaded, x_t, t, labels).prediction, call(model, x_t, t, labels).prediction)
     assert all(p.requires_grad for p in loaded.parameters())
-    with pytest.raises(UserError, match="check the name"):
+    with pytest.raises(UserError, match="check its name"):
         DiT.from_pretrained(tmp_path / "nothing")
 
     done = {}

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from repa.autoencoders import RELEASED
 from repa.autoencoders.contract import Autoencoder
-from repa.base import extras, trust
+from repa.base import extras, faults
 from repa.base.errors import UserError
+from repa.base.hub import CONFIG, Repository, weights_named
 
+WEIGHTS = weights_named("diffusion_pytorch_model", "diffusion_pytorch_model")
 STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")  # what a RAE's encoder does not tell
 
 
@@ -184,40 +186,27 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         raise UserError(
             f"The autoencoder {name!r} is diffusers' {kind}, which diffusers {diffusers.__version__} does not have: install a newer one."
         )
-    local = Path(source).is_dir()
-    if not local and (Path(source).is_absolute() or str(source).startswith(".")):  # which no name on the hub is
-        raise UserError(
-            f"The autoencoder {name!r} cannot be loaded: there is no folder {source}. Give one with config.json and "
-            "diffusion_pytorch_model.safetensors as --autoencoder-weights FOLDER."
-        )
-    if local:
-        inside = Path(source) / subfolder
-        source, subfolder = inside if inside.is_dir() else source, ""
-        trust.require_own_weights(Path(source))
-    where = {"local_files_only": local, "subfolder": subfolder or None}
-    # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option for
-    # little memory diffusers needs no accelerate, and prints no notice that it is absent.
-    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    try:
-        config = diffusers.AutoencoderKL.load_config(str(source), **where)
-        # Before the model is built: some keys of a config.json make diffusers fetch code.
-        trust.require_plain_model(config, f"config.json of {source}")
-        found = config.get("_class_name", kind)
-        if found != kind:
-            raise UserError(f"The autoencoder {name!r} is a {kind}, but {source} holds a {found}: name other weights.")
-        load = getattr(diffusers, kind).from_pretrained
-        model, report = load(str(source), output_loading_info=True, **where, **options)
-    except UserError:
-        raise
+    inside = f" of its folder {subfolder}" if subfolder else ""
+    by_hand = f"give a folder with {CONFIG} and {WEIGHTS[0]}{inside} as --autoencoder-weights FOLDER"
+    repository = Repository(f"autoencoder {name!r}", str(source), ((CONFIG,), WEIGHTS), by_hand, subfolder)
+    if (folder := Path(source)).is_dir():
+        folder = part if (part := folder / subfolder).is_dir() else folder
+    elif folder.is_absolute() or str(source).startswith("."):  # which no name on the hub is
+        raise UserError(f"There is no folder {source} for the autoencoder {name!r}: {by_hand}.")
+    else:
+        folder = repository.folder()
+    repository.check(folder, (kind,), "_class_name")
     # Several libraries read a part of it, each with its own errors.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(_not_loaded(name, source, subfolder, local, reason)) from error
+    with faults.reading(folder, f"weights of the autoencoder {name!r}", damaged=(Exception,)):
+        # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option
+        # for little memory diffusers needs no accelerate, and prints no notice that it is absent.
+        model, report = getattr(diffusers, kind).from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
     # diffusers only warns, and leaves missing tensors random.
     strays = [*report["missing_keys"], *report["unexpected_keys"]]
     if strays:
-        reason = f"its weights do not fit, for example {strays[0]!r}"
-        raise UserError(_not_loaded(name, source, subfolder, local, reason))
+        raise UserError(f"{folder} does not fit its {CONFIG}, for example {strays[0]!r}: download or copy it again.")
     return model
 
 
@@ -231,15 +220,3 @@ def _diffusers() -> Any:
             f"diffusers cannot be imported ({reason}): remove a torchvision built for another torch."
         ) from error
     return diffusers
-
-
-def _not_loaded(name: str, source: str | Path, subfolder: str, local: bool, reason: str) -> str:
-    if local:
-        return f"The autoencoder {name!r} cannot be loaded from the folder {source}: {reason}."
-    return (
-        f"The autoencoder {name!r} cannot be loaded: {source} is neither a folder here nor on the hub of "
-        f"Hugging Face or in its cache. Where there is a network, accept its licence if it asks for that, download "
-        f"config.json and diffusion_pytorch_model.safetensors{f' of its folder {subfolder}' if subfolder else ''}, "
-        f"and give that folder as --autoencoder-weights FOLDER. "
-        f"(The hub's client said: {reason})"
-    )

@@ -213,4 +213,8 @@ def _is_temporary(name: object, path: Path) -> bool:
 def _first_line(error: BaseException) -> str:
     """The reason alone: no colours, no advice of the library's own."""
     text = ANSI.sub("", str(error.args[0] if isinstance(error, KeyError) and error.args else error)).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    first, _, rest = text.partition("\n")
+    # As torch tells tensors that do not fit: what is wrong stands below.
+    if first.endswith(":"):
+        first = " ".join((first, *rest.split()))
+    return first[:300] or type(error).__name__

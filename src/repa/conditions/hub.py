@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from repa.base import extras, faults, files, trust
+from repa.base import extras, faults, files
 from repa.base.errors import UserError
+from repa.base.hub import CONFIG, Repository, found_of, weights_named
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.families import TextFamily, text_family_of
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = weights_named("model", "pytorch_model")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json",
     "added_tokens.json",
@@ -84,8 +84,8 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
     padding = "zero at padding" if family.masked else "all tokens, padding too"
     identity = {
         "name": name,
-        "weights_sha256": _checksum(folder, ("*.safetensors",) if list(folder.glob("*.safetensors")) else ("*.bin",)),
-        "tokenizer_sha256": _checksum(folder, TOKENIZER),
+        "weights_sha256": _checksum(found_of(WEIGHTS, folder)),
+        "tokenizer_sha256": _checksum([path for file in sorted(TOKENIZER) if (path := folder / file).is_file()]),
         "preprocessing": f"{num_tokens} tokens; {f'output of block {layer}' if layer else 'last hidden states'}; {padding}",
     }
     tokenizer = read_tokenizer(name, folder)
@@ -97,57 +97,12 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
 def locate_text_encoder(name: str, weights: Path | None) -> tuple[TextFamily, Path]:
     """The family of an encoder, and the checked folder of its weights and tokenizer: see `load_hub`."""
     family, size = text_family_of(name)
-    folder = weights or _found(name, family.hub[size])
-    _check_folder(name, family, folder)
-    return family, folder
-
-
-def _found(name: str, hub: str) -> Path:
-    """Our cache folder, the hub's, or the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     shelf = files.cache_folder() / "text" / name
-    if shelf.exists():
-        return shelf
-    wanted = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER]
-    # The cache first, and without the network: an interrupted download leaves a snapshot that lacks its weights.
-    try:
-        found = Path(snapshot_download(hub, allow_patterns=wanted, local_files_only=True))
-        if any((found / file).is_file() for file in WEIGHTS):
-            return found
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        found = Path(snapshot_download(hub, allow_patterns=wanted))
-        if not any((found / file).is_file() for file in WEIGHTS):  # repositories from before safetensors
-            found = Path(snapshot_download(hub, allow_patterns=[*wanted, "pytorch_model*"]))
-        return found
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise UserError(
-            f"The text encoder {name} ({hub}) is not on this machine and the hub cannot be reached: run once with a network, or "
-            f"give the folder of a copy of that repository as its weights, or put it in {shelf}."
-        ) from error
-
-
-def _check_folder(name: str, family: TextFamily, folder: Path) -> None:
-    """Raises UserError unless it holds a configuration, weights and a tokenizer, of a model of this family."""
-    for wanted in ((CONFIG,), WEIGHTS, TOKENIZER):
-        if not any((folder / file).is_file() for file in wanted):
-            raise UserError(
-                f"{folder} holds no {wanted[0]}: the text encoder {name} needs a folder as on the hub, with {CONFIG}, weights and "
-                "a tokenizer."
-            )
-    # transformers would read the network that an adapter names, wherever that lies.
-    if (folder / ADAPTER).exists():
-        raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
-    trust.require_own_weights(folder)
-    config = files.read_object(folder / CONFIG)
-    trust.require_plain_model(config, folder / CONFIG)
-    found = config.get("model_type")
-    if found not in family.model_types:
-        allowed = " or ".join(map(repr, family.model_types))
-        raise UserError(f"{folder} holds a model of type {found!r}, but the text encoder {name} is of type {allowed}.")
+    by_hand = f"give the folder of a copy of {family.hub[size]} as its weights, or put it in {shelf}"
+    repository = Repository(f"text encoder {name}", family.hub[size], ((CONFIG,), WEIGHTS, TOKENIZER), by_hand)
+    folder = weights or (shelf if shelf.exists() else repository.folder())
+    repository.check(folder, family.model_types)
+    return family, folder
 
 
 def read_network(name: str, model: str, folder: Path) -> Any:
@@ -181,9 +136,8 @@ def read_tokenizer(name: str, folder: Path) -> Any:
     return tokenizer
 
 
-def _checksum(folder: Path, patterns: Sequence[str]) -> str:
-    """Of all files that match, by name."""
+def _checksum(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+    for path in paths:
         digest.update(f"{path.name} {files.sha256(path)}\n".encode())
     return digest.hexdigest()

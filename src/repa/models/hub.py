@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from repa.base import files, lock
 from repa.base.errors import UserError
+from repa.base.hub import CONFIG, Repository
 from repa.models.contract import Backbone
 from repa.models.layers import Block
 
@@ -31,22 +32,12 @@ class OnHub(Backbone):
             UserError: there is no such folder or repository, or it holds another kind of network.
         """
         # Imported here: it builds a DiT, which is made of this class.
-        from repa.models.exported import CONFIG, WEIGHTS, load_exported
+        from repa.models.exported import WEIGHTS, load_exported
 
         folder = Path(name)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-            try:
-                folder = Path(
-                    snapshot_download(str(name), revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])
-                )
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                raise UserError(
-                    f"{name} is not a local folder, and could not be loaded from the hub ({str(error).splitlines()[0]}): "
-                    "check the name, or give a folder of `repa export`."
-                ) from None
+            repository = Repository("network", str(name), ((CONFIG,), (WEIGHTS,)), "give a folder of `repa export`")
+            folder = repository.fetched(revision=revision, token=token)
         return load_exported(folder).requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,0 +1,114 @@
+"""A model as a folder, as transformers and diffusers write it: in the cache of the Hugging Face hub, fetched into it, or a copy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from repa.base import files, trust
+from repa.base.errors import UserError
+
+CONFIG, ADAPTER, INDEX = "config.json", "adapter_config.json", ".index.json"
+
+
+def weights_named(stem: str, pickled: str) -> tuple[str, ...]:
+    """The files that weights may lie in, whole or as an index of parts, in the order in which a library looks for them."""
+    return tuple(f"{name}{end}" for name in (f"{stem}.safetensors", f"{pickled}.bin") for end in ("", INDEX))
+
+
+class Repository(NamedTuple):
+    """A model of the hub, or a folder with the same files."""
+
+    what: str
+    """In messages, as "encoder dinov2-b"."""
+    name: str
+    """owner/name on the hub."""
+    groups: tuple[tuple[str, ...], ...]
+    """A folder needs one file of each group; messages name the first."""
+    by_hand: str
+    """What to do without the hub, as "give FOLDER"."""
+    subfolder: str = ""
+
+    def folder(self) -> Path:
+        """Of the hub's cache, which is filled where it lacks a file."""
+        return self.cached() or self.fetched()
+
+    def cached(self) -> Path | None:
+        """The folder of the hub's cache, when it is whole. Asks nobody: without a network nothing waits for a time-out."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.name, f"{self.subfolder}/{CONFIG}".lstrip("/"))
+        if not isinstance(path, str):
+            return None
+        # An interrupted download leaves a folder that lacks its weights, or parts of them.
+        return None if self.lacks(Path(path).parent) else Path(path).parent
+
+    def fetched(self, revision: str | None = None, token: str | None = None) -> Path:
+        """The folder of the hub's cache, with what the hub has now.
+
+        Raises:
+            UserError: the hub has no such repository, asks for a licence, or cannot be reached.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        remedy = "check its name and the network"
+        try:
+            # What can be pickled is taken only of repositories from before safetensors.
+            for pickled in (False, True):
+                wanted = self._patterns(pickled)
+                root = snapshot_download(self.name, allow_patterns=wanted, revision=revision, token=token)
+                if not (absent := self.lacks(folder := Path(root, self.subfolder))):
+                    return folder
+            reason = f"it has no {absent}"
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            if isinstance(error, GatedRepoError):
+                remedy = "accept its licence on the hub's page and log in (hf auth login)"
+        raise UserError(
+            f"The {self.what} ({self.name}) is not on this machine and could not be fetched from the hub ({reason}): {remedy}, or "
+            f"{self.by_hand}."
+        )
+
+    def _patterns(self, pickled: bool) -> list[str]:
+        names = [name for group in self.groups for name in group if pickled or ".bin" not in name]
+        # model.safetensors.index.json -> model-*.safetensors
+        parts = [name.removesuffix(INDEX).replace(".", "-*.", 1) for name in names if name.endswith(INDEX)]
+        return [f"{self.subfolder}/{pattern}".lstrip("/") for pattern in (*names, *parts)]
+
+    def lacks(self, folder: Path) -> str:
+        """The first file that a folder should hold and does not; empty when it holds all."""
+        return next((group[0] for group in self.groups if not found_of(group, folder)), "")
+
+    def check(self, folder: Path, kinds: Sequence[str], key: str = "model_type") -> dict[str, Any]:
+        """The configuration of a folder, whose `key` says which of `kinds` its model is.
+
+        Raises:
+            UserError: a file is missing, the model is of another kind, or its libraries would fetch code or read files elsewhere.
+        """
+        if name := self.lacks(folder):
+            raise UserError(f"{folder} holds no {name}, which the {self.what} needs: {self.by_hand}.")
+        # transformers would read the network that an adapter names, wherever that lies.
+        if (folder / ADAPTER).exists():
+            raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
+        trust.require_own_weights(folder)
+        config = files.read_object(folder / CONFIG)
+        trust.require_plain_model(config, folder / CONFIG)
+        if (found := config.get(key)) not in kinds:
+            allowed = " or ".join(map(repr, kinds))
+            raise UserError(
+                f"{folder} holds a model of type {found!r:.80}, but the {self.what} is of type {allowed}: give its own folder."
+            )
+        return config
+
+
+def found_of(group: Sequence[str], folder: Path) -> list[Path]:
+    """The file of a group that a library reads, or its parts where it is an index; none where one of them is missing."""
+    name = next((name for name in group if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    paths = [folder / name]
+    if name.endswith(INDEX):
+        paths = sorted(
+            {folder / str(part) for part in files.read_object(paths[0], weight_map=dict)["weight_map"].values()}
+        )
+    return paths if all(path.is_file() for path in paths) else []
