@@ -87,8 +87,8 @@ def test_huge_and_zero_half_precision_tokens_give_finite_losses_and_gradients(na
 
 @pytest.mark.parametrize("temperature", ["0", "-1.0", "warm"])
 def test_nt_xent_refuses_a_temperature_that_is_not_positive(temperature):
-    with pytest.raises(UserError, match="temperature above 0"):
-        LOSSES.build(f"nt_xent:temperature={temperature}")(*pair())
+    with pytest.raises(UserError, match="'temperature' of the loss .* was given"):
+        LOSSES.build(f"nt_xent:temperature={temperature}")
 
 
 def test_nt_xent_refuses_a_batch_without_negatives():

@@ -1,8 +1,10 @@
+import contextlib
 import sys
 import textwrap
 
 import pytest
 
+from repa.alignment import LOSSES, TARGETS
 from repa.base.errors import UserError
 from repa.base.registry import Registry, parse_spec
 from repa.diffusion import SAMPLERS
@@ -36,6 +38,23 @@ def test_unknown_settings_are_refused_before_anything_is_imported():
     with pytest.raises(UserError, match="no setting 'lats'.*Did you mean 'last'"):
         SAMPLERS.check("euler_maruyama:lats=0.04")
     assert SAMPLERS.check("euler_maruyama:last=0.04") == "euler_maruyama:last=0.04"
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_right"),
+    [("nt_xent:temperature=1", True), ("nt_xent:temperature=0", False), ("nt_xent:temperature=true", False),
+     ("nt_xent:temperature=1e999", False), ("attention_ce:heads=2.0", False), ("gram:norm=l1,margin=0", True),
+     ("gram:norm=l2", False)],
+)  # fmt: skip
+def test_values_are_those_that_the_annotations_allow(spec, is_right):
+    """Both where a configuration is read, by the source, and where the function is built, by its signature."""
+    for read in (LOSSES.check, LOSSES.build):
+        with contextlib.nullcontext() if is_right else pytest.raises(UserError, match="was given"):
+            read(spec)
+
+
+def test_a_text_may_look_like_a_number():
+    assert TARGETS.check("run:path=2024,depth=3") == "run:path=2024,depth=3"
 
 
 def test_a_setting_that_must_be_given_is_asked_for_when_the_configuration_is_read():

@@ -95,22 +95,18 @@ class AlignmentConfig(Config):
             raise UserError(f"times needs 0 <= low < high <= 1, but got {value[0]}, {value[1]}.")
         return value
 
-    @field_validator("schedule")
-    @classmethod
-    def _schedule(cls, value: str) -> str:
-        # Ours are plain Python, so an impossible value is found by a call; to try a private one would import its module here.
-        if parse_spec(value)[0] in SCHEDULES.table:
-            SCHEDULES.build(value)(0)
-        return value
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         encoder, settings = self.encoder
-        if type(layer := settings.get("layer", 1)) is not int or layer < 1:
+        part, layer = settings.get("part", "patches"), settings.get("layer")
+        if part not in ("patches", "attention", "all"):
+            raise UserError(f"an encoder has the parts patches, attention and all, but the target says part={part!r}.")
+        if layer is not None if part != "attention" else type(layer) is not int or layer < 1:
             raise UserError(
-                f"the target {self.target!r} names the layer {layer!r}: give a block of its encoder, counted from 1, as layer=9."
+                f"the target {self.target!r} has the layer {layer!r}: with part=attention give a block of its encoder, counted from "
+                "1, as layer=9, and else none."
             )
-        if encoder and (settings.get("part") == "attention") != (self.tap == "attention"):
+        if encoder and (part == "attention") != (self.tap == "attention"):
             raise UserError(
                 f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "
                 "part=attention and layer=N, and only it."

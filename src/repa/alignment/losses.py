@@ -7,9 +7,11 @@ the norms under- or overflow, which is a known source of NaN.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from repa.base import dist
@@ -44,20 +46,18 @@ def looks_at_other_images(loss: Callable) -> bool:
     return always(**getattr(loss, "keywords", {})) if callable(always) else bool(always)
 
 
-def cosine(student: Tensor, target: Tensor, *, axis: str = "channels") -> Tensor:
+def cosine(student: Tensor, target: Tensor, *, axis: Literal["channels", "tokens"] = "channels") -> Tensor:
     """Eq. 8 with the negative cosine similarity: (N, T, F), (N, T, F) -> (N,) in [-1, 1].
 
     axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens: what the
     released code of SRA does by a default argument, kept to reproduce it.
     """
-    if axis not in ("channels", "tokens"):
-        raise UserError(f"The loss 'cosine' needs axis channels or tokens, but got {axis!r}.")
     dim = -1 if axis == "channels" else 1
     return -(_unit(student, dim) * _unit(target, dim)).sum(dim).mean(-1)  # (N,)
 
 
 @compares_images()
-def nt_xent(student: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+def nt_xent(student: Tensor, target: Tensor, *, temperature: PositiveFloat = 0.07) -> Tensor:
     """Eq. 8 with a normalised temperature-scaled cross entropy: (N, T, F), (N, T, F) -> (N,), at least 0.
 
     For image n and token position p, with unit vectors h (student) and y (target):
@@ -73,9 +73,8 @@ def nt_xent(student: Tensor, target: Tensor, *, temperature: float = 0.07) -> Te
     several processes give what one process with the whole batch gives. Every process must hold the same N.
 
     Raises:
-        UserError: the global batch holds one image (there is no negative), or the temperature is not positive.
+        UserError: the global batch holds one image: there is no negative.
     """
-    _positive("nt_xent", "temperature", temperature)
     own, others = _unit(student), dist.gather(_unit(target))  # (N, T, F), (M, T, F)
     (num_images, num_tokens, _), num_candidates = own.shape, len(others)
     if num_candidates < 2:
@@ -88,9 +87,8 @@ def nt_xent(student: Tensor, target: Tensor, *, temperature: float = 0.07) -> Te
     return losses.view(num_images, num_tokens).mean(-1)  # (N,)
 
 
-def smooth_l1(student: Tensor, target: Tensor, *, beta: float = 0.05) -> Tensor:
+def smooth_l1(student: Tensor, target: Tensor, *, beta: PositiveFloat = 0.05) -> Tensor:
     """Quadratic below `beta`, linear above, mean over tokens and channels: (N, T, F) twice -> (N,) (SRA, arXiv 2505.02831)."""
-    _positive("smooth_l1", "beta", beta)
     return F.smooth_l1_loss(student, target, beta=beta, reduction="none").flatten(1).mean(1)
 
 
@@ -101,7 +99,10 @@ def mse(student: Tensor, target: Tensor) -> Tensor:
 
 @compares_relations
 @compares_images(lambda scope="sample", **_: scope == "batch")
-def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 0.0, scope: str = "sample") -> Tensor:
+def gram(
+    student: Tensor, target: Tensor, *, norm: Literal["mse", "l1", "relu"] = "mse", margin: NonNegativeFloat = 0.0,
+    scope: Literal["sample", "batch"] = "sample",
+) -> Tensor:  # fmt: skip
     """How the cosines between tokens differ from those of the target: (N, T, F), (N, T, G) -> (N,).
 
     With S(u)[i, j] = cos(u_i, u_j) and d = S(student) - S(target), the mean over all pairs of norm(d). Widths may differ.
@@ -112,12 +113,6 @@ def gram(student: Tensor, target: Tensor, *, norm: str = "mse", margin: float = 
         margin: of |d| (for relu, of d) that costs nothing.
         scope: sample compares the tokens of an image; batch the tokens of all images of all processes, (M T)^2 pairs.
     """
-    if norm not in ("mse", "l1", "relu") or scope not in ("sample", "batch"):
-        raise UserError(
-            f"The loss 'gram' needs norm mse, l1 or relu and scope sample or batch, but got {norm!r}, {scope!r}."
-        )
-    if not (isinstance(margin, (int, float)) and margin >= 0):
-        raise UserError(f"The loss 'gram' needs a margin of at least 0, but got {margin!r}.")
     own, wanted = _unit(student), _unit(target)  # (N, T, F), (N, T, G)
     if scope == "batch":
         # With gradient, unlike in nt_xent: here the student's tokens stand on both sides of a pair.
@@ -134,9 +129,9 @@ def crepa(
     student: Tensor,
     target: Tensor,
     *,
-    frames: int,
-    distance: int = 1,
-    temperature: float = 1.0,
+    frames: PositiveInt,
+    distance: NonNegativeInt = 1,
+    temperature: PositiveFloat = 1.0,
     normalize: bool = False,
 ) -> Tensor:
     """CREPA (arXiv 2506.09229), for videos: a frame's tokens point towards its own features and those of its neighbours.
@@ -145,12 +140,9 @@ def crepa(
 
     (N, frames * P, F) twice, frame by frame -> (N,). With `normalize` the weights of a frame sum to 1; the paper's do not.
     """
-    _positive("crepa", "temperature", temperature)
-    possible = type(frames) is type(distance) is int and frames >= 1 and distance >= 0
-    if not possible or student.shape[1] % frames:
+    if student.shape[1] % frames:
         raise UserError(
-            f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens and a distance >= 0, but got "
-            f"{frames!r} and {distance!r}."
+            f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens, but got {frames}."
         )
     own, wanted = (_unit(x).unflatten(1, (frames, -1)) for x in (student, target))  # (N, frames, P, F)
     cosines = torch.einsum("nipf,njpf->nij", own, wanted) / own.shape[2]  # (N, frames, frames)
@@ -162,14 +154,12 @@ def crepa(
     return -(weights * cosines).sum((1, 2)) / frames  # (N,)
 
 
-def attention_ce(student: Tensor, target: Tensor, *, heads: int = 12) -> Tensor:
+def attention_ce(student: Tensor, target: Tensor, *, heads: PositiveInt = 12) -> Tensor:
     """HASTE (arXiv 2505.16792): cross entropy of the student's attention with the target's, logits (N, h, T, T) -> (N,).
 
     The mean over rows and over the first `heads` heads of both, or fewer where one has fewer. Logits hold the factor
     head_dim^-0.5 already.
     """
-    if type(heads) is not int or heads < 1:
-        raise UserError(f"The loss 'attention_ce' needs a whole number of heads >= 1, but got {heads!r}.")
     if student.ndim != 4 or student.shape[2:] != target.shape[2:]:
         raise UserError(
             f"The loss 'attention_ce' needs logits (N, h, T, T) of one grid, but got {tuple(student.shape)} and "
@@ -182,8 +172,9 @@ def attention_ce(student: Tensor, target: Tensor, *, heads: int = 12) -> Tensor:
 
 @compares_images()
 def dispersive(
-    student: Tensor, target: None = None, *, temperature: float = 0.5, normalize: bool = False, scope: str = "global"
-) -> Tensor:
+    student: Tensor, target: None = None, *, temperature: PositiveFloat = 0.5, normalize: bool = False,
+    scope: Literal["global", "device"] = "global",
+) -> Tensor:  # fmt: skip
     """Dispersive loss (arXiv 2506.09027): (N, T, D) -> (N,), the same number for each image.
 
         log mean_ij exp(-|z_i - z_j|^2 / (T D temperature)),   z the tokens of an image as one vector, i = j included
@@ -194,9 +185,6 @@ def dispersive(
     Args:
         scope: global spreads the images of all processes apart, device those of each process by itself.
     """
-    _positive("dispersive", "temperature", temperature)
-    if scope not in ("global", "device"):
-        raise UserError(f"The loss 'dispersive' needs scope global or device, but got {scope!r}.")
     own = student.flatten(1)  # (N, T D)
     own = F.normalize(own, dim=1) if normalize else own * own.shape[1] ** -0.5
     others = dist.gather_with_gradient(own) if scope == "global" else own  # (M, T D)
@@ -210,11 +198,6 @@ def dispersive(
 
 def _unit(x: Tensor, dim: int = -1) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
-
-
-def _positive(loss: str, name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and value > 0):
-        raise UserError(f"The loss {loss!r} needs a {name} above 0, but got {value!r}.")
 
 
 def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
@@ -262,8 +245,6 @@ def zscore(tokens: Tensor, *, alpha: float = 0.6) -> Tensor:
     Mean and unbiased standard deviation are over the tokens of an image, per channel. What all patches share says
     nothing about places; alpha is the part of it that is taken away.
     """
-    if not isinstance(alpha, (int, float)):
-        raise UserError(f"The token normalisation 'zscore' needs a number as 'alpha', but got {alpha!r}.")
     if tokens.shape[1] < 2:
         raise UserError(
             "The token normalisation 'zscore' needs at least 2 tokens per image, but got 1: use token_norm none."

@@ -4,9 +4,10 @@ They are trained with the model and have no use afterwards. An impossible settin
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch.nn as nn
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
@@ -27,24 +28,20 @@ def sees_condition(projector: Callable) -> Callable:
     return projector
 
 
-def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: int = 2048) -> nn.Sequential:
+def mlp(hidden_dim: int, feature_dim: int, grid: Grid = None, *, width: PositiveInt = 2048) -> nn.Sequential:
     """The paper's projector: three linear layers with SiLU between.
 
     Its state-dict keys (0, 2, 4) are those of the published checkpoints.
     """
-    if type(width) is not int or width < 1:
-        raise UserError(f"The projector 'mlp' needs a whole number >= 1 as 'width', but got {width!r}.")
     layers = nn.Sequential(
         nn.Linear(hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, feature_dim)
     )
     return _initialise(layers)
 
 
-def mlp2(hidden_dim: int, feature_dim: int, grid: Grid = None, *, ratio: float = 2) -> nn.Sequential:
+def mlp2(hidden_dim: int, feature_dim: int, grid: Grid = None, *, ratio: PositiveFloat = 2) -> nn.Sequential:
     """SRA's projector (arXiv 2505.02831): two linear layers with SiLU between, `ratio` times as wide as the tap."""
-    if not (isinstance(ratio, (int, float)) and ratio * hidden_dim >= 1):
-        raise UserError(f"The projector 'mlp2' needs a positive number as 'ratio', but got {ratio!r}.")
-    width = int(ratio * hidden_dim)
+    width = max(1, int(ratio * hidden_dim))
     return _initialise(nn.Sequential(nn.Linear(hidden_dim, width), nn.SiLU(), nn.Linear(width, feature_dim)))
 
 
@@ -63,10 +60,10 @@ def none(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Identity:
     return nn.Identity()
 
 
-def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: int = 3) -> nn.Module:
+def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: PositiveInt = 3) -> nn.Module:
     """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
-    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
-        raise UserError(f"The projector 'conv' needs an odd whole number as 'kernel', but got {kernel!r}.")
+    if kernel % 2 == 0:
+        raise UserError(f"The projector 'conv' needs an odd kernel, which keeps the grid's size, but got {kernel}.")
     return _initialise(TokenConvolution(hidden_dim, feature_dim, kernel, grid))
 
 
@@ -77,10 +74,10 @@ def adapter(
     grid: Grid,
     num_classes: int,
     *,
-    masked: float = 0.2,
-    depth: int = 2,
-    heads: int = 0,
-    class_tokens: int = 32,
+    masked: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+    depth: PositiveInt = 2,
+    heads: NonNegativeInt = 0,
+    class_tokens: PositiveInt = 32,
 ) -> nn.Module:
     """PixelREPA's projector (arXiv 2603.14366): some tokens masked, then blocks of JiT with the condition of the network.
 
@@ -90,14 +87,8 @@ def adapter(
         heads: of their attention; 0: as many as there are with a width of 64.
         class_tokens: copies of the class in front of the grid.
     """
-    if type(depth) is not int or type(class_tokens) is not int or depth < 1 or class_tokens < 1:
-        raise UserError(
-            f"The projector 'adapter' needs whole numbers >= 1 as 'depth' and 'class_tokens', but got {depth!r}, {class_tokens!r}."
-        )
-    if not (isinstance(masked, (int, float)) and 0 <= masked < 1):
-        raise UserError(f"The projector 'adapter' needs 'masked' of at least 0 and below 1, but got {masked!r}.")
     heads = heads or max(1, hidden_dim // 64)
-    if type(heads) is not int or heads < 1 or hidden_dim % (4 * heads):
+    if hidden_dim % (4 * heads):
         raise UserError(
             f"The projector 'adapter' needs heads whose width is a multiple of 4, but {hidden_dim} channels over {heads!r} heads "
             "have none: choose another heads=."

@@ -4,9 +4,10 @@ A target says what it needs to see, so that only what the terms of a run need is
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from repa.alignment import TARGETS
@@ -99,12 +100,6 @@ class EncoderTarget(Target):
     """Features of a frozen encoder: `part` patches, attention (logits of block `layer`) or all ([pooled; patches])."""
 
     def __init__(self, encoder: str, dim: int, part: str = "patches", layer: int = 0):
-        if part not in ("patches", "attention", "all"):
-            raise UserError(f"An encoder has the parts patches, attention and all, but the target says part={part!r}.")
-        if (part == "attention") != (layer > 0):
-            raise UserError(
-                "A target with part=attention names a block of its encoder with layer=9; other parts do not."
-            )
         self.encoder, self.part, self.layer = encoder, part, layer
         self.dim, self.prefix = dim, part == "all"
         self.need = Need.of(encoder, part, layer)
@@ -183,32 +178,34 @@ class TextTarget(Target):
         return (tokens * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
 
 
-def text(model: Backbone, tap: Tap, *, width: int = 0) -> Target:
+def text(model: Backbone, tap: Tap, *, width: PositiveInt | None = None) -> Target:
     """The mean of the caption's stored tokens (REED, arXiv 2507.08980); needs `pool`, so that both sides are one vector.
 
     Args:
         width: E of the stored tokens; a run fills it in from its data.
     """
-    if type(width) is not int or width < 1:
+    if width is None:
         raise UserError(
             "The target text needs to know how wide the tokens are, which a run takes from its data: give text:width=768."
         )
     return TextTarget(width)
 
 
-def block(model: Backbone, tap: Tap, *, depth: int) -> Target:
+def block(model: Backbone, tap: Tap, *, depth: PositiveInt) -> Target:
     """Another block of the same pass (LayerSync, arXiv 2510.12581)."""
     return OwnTarget(model.checked(Tap(depth, tap.kind)), model)
 
 
-def ema(model: Backbone, tap: Tap, *, depth: int, earlier: float = 0.0, cleanest: bool = False) -> Target:
+def ema(
+    model: Backbone, tap: Tap, *, depth: PositiveInt, earlier: Annotated[float, Field(ge=0, le=1)] = 0.0, cleanest: bool = False
+) -> Target:  # fmt: skip
     """A block of the averaged network at a less noisy time (SRA, arXiv 2505.02831: earlier=0.2; Self-Flow: cleanest)."""
-    if not 0 <= earlier <= 1:
-        raise UserError(f"The target ema needs 'earlier' between 0 and 1, but got {earlier!r}.")
     return AveragedTarget(model.checked(Tap(depth, tap.kind)), model, float(earlier), cleanest)
 
 
-def run(model: Backbone, tap: Tap, *, path: str, depth: int, step: int = -1, scale: float = 30.0) -> Target:
+def run(
+    model: Backbone, tap: Tap, *, path: str, depth: PositiveInt, step: int = -1, scale: NonNegativeFloat = 30.0
+) -> Target:
     """Guided features of a frozen run (Self-Transcendence, arXiv 2601.07773, second stage).
 
     The run's averaged network, frozen, sees the same images, noise and times with their labels and without; the target is
@@ -218,8 +215,6 @@ def run(model: Backbone, tap: Tap, *, path: str, depth: int, step: int = -1, sca
         path: run folder.
         step: of its checkpoint; -1 the newest, which the run's configuration then names.
     """
-    if not (isinstance(scale, (int, float)) and scale >= 0):
-        raise UserError(f"The target run needs a scale of at least 0, but got {scale!r}.")
     # In the averaged network's place: both are another network's answer to the same images, and a run looks at one of them.
     target = AveragedTarget(model.checked(Tap(depth, tap.kind)), model, 0.0, False)
     target.run, target.scale = str(path), float(scale)

@@ -7,9 +7,8 @@ mean of the weights, by a broadcast of (N, 1, 1, 1) with (N,).
 import math
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
-
-from repa.base.errors import UserError
 
 
 def constant(t: Tensor) -> Tensor:
@@ -27,8 +26,6 @@ def cosine(t: Tensor) -> Tensor:
     return (0.5 * math.pi * t).cos().square()
 
 
-def sigmoid(t: Tensor, *, slope: float = 10.0) -> Tensor:
+def sigmoid(t: Tensor, *, slope: PositiveFloat = 10.0) -> Tensor:
     """1 / (1 + exp(slope (t - 0.5))): a soft step down at t = 0.5."""
-    if not (isinstance(slope, (int, float)) and slope > 0):
-        raise UserError(f"The weight over times 'sigmoid' needs a slope above 0, but got {slope!r}.")
     return torch.sigmoid(slope * (0.5 - t))

@@ -9,12 +9,28 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator
+import pydantic
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from repa.base.errors import UserError, choices, nearest, one_of
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
+
+# What the source of a table's functions may annotate their settings with, beside Python's own types.
+ANNOTATIONS = {"Annotated": Annotated, "Literal": Literal, **{
+    name: getattr(pydantic, name)
+    for name in ("Field", "PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
+}}  # fmt: skip
+VALUES = ConfigDict(strict=True, allow_inf_nan=False)  # `true` is not a number, 3.0 not a whole one
+
+
+class Setting(NamedTuple):
+    """What a function or class says of one of its settings."""
+
+    annotation: Any
+    """The type that its values are checked by; Any of code that is not ours, which checks its own."""
+    is_required: bool
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -87,7 +103,7 @@ class Registry:
 
     def settings(self, name: str) -> list[str]:
         """Names of the settings that a spec of it takes."""
-        return sorted(_keyword_settings(self.table[name])[0])
+        return sorted(_keyword_settings(self.table[name]))
 
     def target(self, spec: str) -> str:
         """The "module:attr" that a spec names; raises UserError with the nearest name when there is none."""
@@ -106,14 +122,14 @@ class Registry:
         name, settings = parse_spec(spec)
         target = self.target(spec)
         if name in self.table:
-            self._check_settings(spec, settings, *_keyword_settings(target))
+            self._check_settings(spec, settings, _keyword_settings(target))
         return spec
 
     def build(self, spec: str) -> Any:
         """The object a spec names: a function with its settings bound, or an instance of a class."""
-        _, settings = parse_spec(spec)
+        name, settings = parse_spec(spec)
         component = self.load(spec)
-        self._check_settings(spec, settings, *_settings_of(component))
+        self._check_settings(spec, settings, _settings_of(component, is_ours=name in self.table))
         if inspect.isclass(component):
             return component(**settings)
         return functools.partial(component, **settings) if settings else component
@@ -151,20 +167,29 @@ class Registry:
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
         )
 
-    def _check_settings(self, spec: str, settings: dict, allowed: set[str], required: set[str]) -> None:
-        if SETTING in allowed & settings.keys():  # code of the user's own within a spec of ours
-            inner = str(settings[SETTING])
+    def _check_settings(self, spec: str, given: dict[str, Any], known: dict[str, Setting]) -> None:
+        if SETTING in known.keys() & given.keys():  # code of the user's own within a spec of ours
+            inner = str(given[SETTING])
             if not DOTTED.fullmatch(inner):
                 raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
             require_trusted(self.kind, inner)
-        if missing := sorted(required - settings.keys()):
+        if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
             name, _ = parse_spec(spec)
             raise UserError(
                 f"The {self.kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=..."
             )
-        for key in settings:
-            if key not in allowed:
-                raise UserError(f"The {self.kind} {spec!r} has no setting {key!r}{choices(key, sorted(allowed))}")
+        for key, value in given.items():
+            if key not in known:
+                raise UserError(f"The {self.kind} {spec!r} has no setting {key!r}{choices(key, sorted(known))}")
+            try:
+                # A text may look like a number, as the name of a folder.
+                checked = str(value) if known[key].annotation is str else value
+                TypeAdapter(known[key].annotation, config=VALUES).validate_python(checked)
+            except ValidationError as error:
+                reason = error.errors(include_url=False)[0]["msg"]
+                raise UserError(
+                    f"The setting {key!r} of the {self.kind} {spec!r} was given {value!r}: {reason[0].lower()}{reason[1:]}."
+                ) from None
 
 
 def declared(component: Any, name: str) -> Any:
@@ -190,29 +215,36 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
         raise UserError(f"{error} Also allowed: {one_of(others)}.{nearest(text, also)}") from None
 
 
-def _settings_of(component: Any) -> tuple[set[str], set[str]]:
-    """What a spec may set of an imported function or class, and what it must."""
+def _settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
+    """What a spec may set of an imported function or class."""
     # What is positional of a function is given by its caller; of a class nothing is, as the registry itself builds it.
     kinds = [inspect.Parameter.KEYWORD_ONLY, *[inspect.Parameter.POSITIONAL_OR_KEYWORD] * inspect.isclass(component)]
     parameters = [p for p in inspect.signature(component).parameters.values() if p.kind in kinds]
-    return {p.name for p in parameters}, {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    return {
+        p.name: Setting(p.annotation if is_ours and p.annotation is not p.empty else Any, p.default is p.empty)
+        for p in parameters
+    }
 
 
 # From the source and not by inspect.signature, which needs the module and with it torch: a configuration is checked before that.
 @functools.cache
-def _keyword_settings(target: str) -> tuple[set[str], set[str]]:
+def _keyword_settings(target: str) -> dict[str, Setting]:
     """`_settings_of` what a table names as `module:attr`, read without an import."""
     node = _definition(target)
     if isinstance(node, ast.ClassDef):
         init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
         node = init[0] if init else node
-    named: dict[str, ast.expr | None]
+    named: list[tuple[str, ast.expr | None, ast.expr | None]]
     if isinstance(node, ast.FunctionDef):
-        named = {a.arg: default for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)}
+        arguments = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        named = [(a.arg, a.annotation, default) for a, default in arguments]
     else:  # a dataclass has no written __init__
         fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
-        named = {f.target.id: f.value for f in fields if isinstance(f.target, ast.Name)}
-    return set(named), {name for name, default in named.items() if default is None}
+        named = [(f.target.id, f.annotation, f.value) for f in fields if isinstance(f.target, ast.Name)]
+    return {
+        name: Setting(eval(ast.unparse(kind), ANNOTATIONS) if kind else Any, default is None)
+        for name, kind, default in named
+    }
 
 
 def _definition(target: str) -> ast.ClassDef | ast.FunctionDef:

@@ -19,13 +19,6 @@ def check_prediction(prediction: str) -> str:
     return prediction
 
 
-def check_numbers(what: str, **settings: object) -> None:
-    """UserError unless all are finite numbers: settings come from spec strings, where `std=one` is text and `std=true` a bool."""
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"The setting {name!r} of the {what} must be a number, but got {value!r}.")
-
-
 def written(specs: tuple[str, ...]) -> tuple[str, ...]:
     """Guidances in one way of writing, so that records compare: defaults left out, and those that change nothing, as of scale 1."""
     found = []
@@ -37,7 +30,9 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
             found.append(spec)
         elif changes:
             # Defaults of a dataclass are attributes of its class.
-            values = {key: value for key, value in vars(guidance).items() if value != getattr(type(guidance), key)}
+            values = {
+                key: value for key, value in vars(guidance).items() if value != getattr(type(guidance), key, None)
+            }
             told = [f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()]
             found.append(f"{name}:{','.join(told)}")
     return tuple(found)
@@ -67,8 +62,7 @@ def check_trained(guidances: Iterable[str], label_dropout: float | None, path_dr
 
 def check_shift(shift: float) -> float:
     """The shift itself. Code with t = 1 at the data writes the inverse number; refusing it here catches the commonest mix-up."""
-    check_numbers("time shift", shift=shift)
-    if shift < 1:
+    if not 1 <= shift < math.inf:
         inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
         raise UserError(
             f"A time shift must be at least 1, which pushes times towards noise (t = 1), but got {shift}{inverse}."

@@ -9,13 +9,14 @@ Without respacing it is the `Process` of the objective ddpm.
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Generator, Tensor
 
 from repa.base.errors import UserError
-from repa.diffusion.config import check_numbers
 from repa.diffusion.denoiser import Denoiser
 from repa.diffusion.flow import DiscreteVariancePreserving, Interpolant
 from repa.diffusion.predictions import SIGMA_MIN
@@ -206,16 +207,13 @@ def ddim(
     randn_like: RandnLike = torch.randn_like,
     callback: Callback | None = None,
     *,
-    eta: float = 0.0,
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Tensor:
     """DDIM on integer strides; a learned variance is ignored. NFE = num_steps.
 
     eta = 0 is deterministic, eta = 1 draws the noise of the posterior q(x_{k-1} | x_k, x).
     """
     _check_noise(denoiser)
-    check_numbers("sampler ddim", eta=eta)
-    if not 0 <= eta <= 1:
-        raise UserError(f"The setting eta of ddim lies between 0 and 1, but got {eta}.")
     process = ImprovedDDPM().respaced(num_steps, integer_stride=True)
     x = to_state(noise)
     for k in reversed(range(num_steps)):
