@@ -83,6 +83,13 @@ def test_distances_grow_with_corruption(data, extractor, images):
     assert found[-1]["precision"] < 0.5
 
 
+def test_a_covariance_is_summed_only_where_a_distance_needs_it(data, extractor, images, monkeypatch):
+    known, updated = reference_of(data, extractor, "tiny-judge"), []
+    monkeypatch.setattr("repa.evaluation.measure.Statistics.update", lambda self, features: updated.append(features))
+    assert evaluate([images], extractor, known, ("kd", "precision", "recall")).keys() == {"kd", "precision", "recall"}
+    assert not updated
+
+
 def test_precision_and_recall_are_not_each_other(data, extractor, images):
     """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]

@@ -43,3 +43,5 @@ def test_mistakes():
         kernel_distance(x, y)
     with pytest.raises(UserError, match=r"\(12, 4\) and \(12, 3\)"):
         kernel_distance(x, y[:, :3])
+    with pytest.raises(UserError, match="finite"):
+        kernel_distance(x, y / 0, subset_size=5)

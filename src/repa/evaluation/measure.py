@@ -24,6 +24,7 @@ from repa.metrics import (
 
 NEIGHBOURS = 3  # k of precision and recall
 KERNEL_SUBSET = 1000  # features in each subset of the kernel distance
+NEED_SUMS = {"fid", "fd"}
 NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not only their sums
 
 
@@ -78,7 +79,8 @@ def measure(
     score, rows, places = RunningScore(), [], []
     for indices, images in stream:
         seen = extractor(images)
-        statistics.update(seen.pooled)
+        if NEED_SUMS & set(metrics):  # the covariance of wide features costs more than small networks do
+            statistics.update(seen.pooled)
         for each in caption_measures:
             each.update(indices, images, seen.pooled)
         if "sfid" in metrics:
@@ -92,8 +94,8 @@ def measure(
             rows.append(seen.pooled.cpu())
             places.append(indices)
     found: dict[str, float] = {}
-    statistics.reduce()
-    if {"fid", "fd"} & set(metrics):
+    if NEED_SUMS & set(metrics):
+        statistics.reduce()
         found["fid" if "fid" in metrics else "fd"] = _distance(reference.statistics, statistics)
     if "sfid" in metrics:
         spatial.reduce()

@@ -52,7 +52,7 @@ def kernel_distance(
     Each subset draws `subset_size` features from each set without repetition. Unbiased: small values can be negative.
 
     Raises:
-        UserError: widths differ, or a set has fewer features than a subset.
+        UserError: widths differ, a set has fewer features than a subset, or one is not finite.
     """
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise UserError(
@@ -64,6 +64,8 @@ def kernel_distance(
             f"The kernel distance needs subsets of 2 to {min(len(reference), len(samples))} features and at least one "
             f"of them, but got subset_size={subset_size} and num_subsets={num_subsets}."
         )
+    if not (reference.isfinite().all() and samples.isfinite().all()):
+        raise UserError("The kernel distance needs finite features, but got NaN or infinity: check the images.")
     generator = rng.generator(seed, "kernel_distance")
     total = 0.0
     for _ in range(num_subsets):

@@ -149,15 +149,17 @@ def _write_samples(
     starts = range(0, num, config.batch_size)
     # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
+    before = _found(parts)
     with OneBehind(device) as behind:
         for done, start in enumerate(mine):
-            if _found(parts, start) is None:
+            if start not in before:
                 drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
                 behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
             progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
     if dist.is_main():
-        paths = [path for start in starts if (path := _found(parts, start))]
+        found = _found(parts)
+        paths = [found[start] for start in starts if start in found]
         if len(paths) < len(starts):  # processes on machines without a common file system
             raise UserError(
                 f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
@@ -231,9 +233,9 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
     dist.barrier()
 
 
-def _found(parts: Path, start: int) -> Path | None:
-    """The part that begins with image `start`, when it is there."""
-    return next((path for path in parts.glob(f"{start:09d}-*.npy") if PART.fullmatch(path.name)), None)
+def _found(parts: Path) -> dict[int, Path]:
+    """The parts that are there, by their first image."""
+    return {int(path.name.partition("-")[0]): path for path in parts.glob("*.npy") if PART.fullmatch(path.name)}
 
 
 def _part(path: Path) -> np.ndarray:
