@@ -80,11 +80,11 @@ def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys
         (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-judge. Choose fd, kd"),
         (["--preview.metrics", "fud"], "fud"),
         (["--preview.features", "inceptoin"], "inception"),
-        (["--preview.num-scored", "0", "--preview.score-every", "5"], "preview.score_every is 5, but preview.num_scored is 0"),
+        (["--preview.num-scored", "0", "--preview.score-every", "5"], "--preview.score-every is 5, but --preview.num-scored is 0"),
     ):  # fmt: skip
         assert repa([*common, *words]) == 2
         assert sentence in capsys.readouterr().err
-    with pytest.raises(UserError, match="score_every"):
+    with pytest.raises(UserError, match="--preview.score-every is"):
         TrainConfig.parse({"preview": {"score_every": 5}})
 
 

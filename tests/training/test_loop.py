@@ -296,16 +296,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
     [
         (
             {"model": {"name": "SiT-S/8", "hidden_dim": 32, "depth": 2, "num_heads": 2, "latent_size": 32}},
-            "latent_size is 32",
+            "--model.latent-size is 32",
         ),
         (
             {"model": {"name": "SiT-S/4", "hidden_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}},
-            "num_classes is 7",
+            "--model.num-classes is 7",
         ),
         ({"autoencoder": "sd-vae-ft-mse"}, "prepared with 'pixels'"),
         ({"alignments": ({"target": "dinov9", "depth": 1},)}, "dinov9"),
         ({"batch_size": 0}, "batch_size"),
-        ({"feature_weights": ("dino-b=somewhere",)}, "feature_weights names 'dino-b'"),
+        ({"feature_weights": ("dino-b=somewhere",)}, "--feature-weights names 'dino-b'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tiny_config, run_training, tmp_path):

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused(captioned_data, config, data_folder, tmp_p
         start(config, data_folder, tmp_path / "a")
     with pytest.raises(UserError, match="--text"):
         start(config, captioned_data / "plain", tmp_path / "b")
-    with pytest.raises(UserError, match="text_shape"):
+    with pytest.raises(UserError, match="--model.text-shape"):
         start(
             config.override(model=config.model.override(text_shape=(5, 8))), captioned_data / "stored", tmp_path / "c"
         )

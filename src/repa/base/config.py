@@ -27,16 +27,17 @@ class Config(BaseModel):
             info.description = info.description and " ".join(info.description.split())
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+    def parse(cls, values: dict[str, Any], where: str = "", *, typed: bool = False) -> Self:
         """Validate a plain dictionary; raises UserError with one sentence for the first mistake.
 
         `where`: the file that says so. Names of private code in it need `--trust` (base/trust.py).
+        `typed`: the settings were options of a command line, and the sentence names them so.
         """
         try:
             with contents_of(where) if where else contextlib.nullcontext():
                 return cls.model_validate(values)
         except ValidationError as error:
-            sentence = explain(cls, error)
+            sentence = explain(cls, error, typed)
             raise UserError(sentence if where in sentence else f"{where}: {sentence}") from None
 
     @classmethod
@@ -143,19 +144,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def explain(model: type[BaseModel], error: ValidationError) -> str:
-    """The first validation error as a sentence: field, what was given, what is allowed, the nearest name."""
+def explain(model: type[BaseModel], error: ValidationError, typed: bool = False) -> str:
+    """The first validation error as a sentence: field, what was given, what is allowed, the nearest name.
+
+    `typed`: a field is named as an option, --alignments.0.depth.
+    """
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
+    shown = option(field) if typed else f"setting {field!r}"
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(model, first["loc"][:-1])
         return f"unknown setting {field!r}{choices(str(first['loc'][-1]), allowed)}"
     if first["type"] == "missing":
-        return f"setting {field!r} is missing."
+        return f"{shown} is missing."
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{field}: {message}" if field else message
-    return f"setting {field!r} was given {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
+        return f"{option(field) if typed else field}: {message}" if field else message
+    return f"{shown} was given {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
 
 
 def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:

@@ -77,7 +77,7 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
             raise UserError(
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
-    given = cls.parse(start)
+    given = cls.parse(start, typed=True)
     # Only what was typed: a recipe may hold settings that another option makes idle.
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
     return given
@@ -110,9 +110,16 @@ def file_of(flag: str, path: str | Path, suffix: str) -> Path:
 def print_help(cls: type[Command], values: Config | None) -> None:
     import tyro
 
-    given = {name: info.default if not info.is_required() else tyro.MISSING for name, info in cls.model_fields.items()}
+    def defaults(model: type[BaseModel]) -> dict[str, Any]:
+        return {n: tyro.MISSING if info.is_required() else info.default for n, info in model.model_fields.items()}
+
+    given = defaults(cls)
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
+    for name, info in cls.model_fields.items():
+        # Of alignments and streams that a run lacks, the options of a first one: else nobody would find how to add it.
+        if (item := _item_model(info.annotation)) and not given[name]:
+            given[name] = (item.model_construct(**defaults(item)),)
     # What must be given stands on top.
     ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))

@@ -25,8 +25,8 @@ CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `rep
 class TrainArguments(TrainConfig, options.Command):
     """Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared
     data. The same command continues after any stop; give another --num-steps to train longer. With a recipe, the
-    values shown are its own, and its alignments are set by number: --alignments.0.weight 0.3; the number after the
-    last adds one.
+    values shown are its own. Alignments are set by number, the first is 0, and the number after the last adds one:
+    --alignments.0.target dinov2-b --alignments.0.depth 8 --alignments.0.weight 0.5 (docs/training.md).
     """
 
     verb = "train"

@@ -159,14 +159,14 @@ class DiffusionConfig(Config):
         size = name.partition("-")[2]
         if learn_sigma and self.objective == "flow":
             raise UserError(
-                f"{name} also predicts a variance, which the objective flow does not train: choose diffusion.objective "
+                f"{name} also predicts a variance, which the objective flow does not train: choose --diffusion.objective "
                 f"ddpm, or 'SiT-{size}', the same network without it."
             )
         if not learn_sigma and self.objective == "ddpm":
             with_variance = "" if name.startswith("JiT") else f"'DiT-{size}', the same network with it, or "
             raise UserError(
                 f"The objective ddpm trains a variance too, which {name} does not predict: choose {with_variance}"
-                "diffusion.objective flow."
+                "--diffusion.objective flow."
             )
 
     def check_sampler(self, spec: str) -> str:

@@ -202,9 +202,7 @@ class Flow:
 
     def __init__(self, config: DiffusionConfig):
         if config.shift == "auto":
-            raise UserError(
-                "diffusion.shift auto needs the shape of the latents: DiffusionConfig.for_latents((C, H, W))."
-            )
+            raise UserError("The shift auto needs the shape of the latents: DiffusionConfig.for_latents((C, H, W)).")
         self.path: Interpolant = PATHS.build(config.path)
         self.prediction = config.prediction
         self._times: Callable[..., Tensor] = TIMESTEPS.build(config.timesteps)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from repa.base.config import Config
+from repa.base.config import Config, option
 from repa.base.errors import UserError, nearest
 from repa.base.registry import Spec, parse_spec
 from repa.models import BACKBONES
@@ -195,7 +195,7 @@ class ModelConfig(Config):
     def _fits_together(self) -> Self:
         check_dimensions(*self.dims(), latent_size=self.latent_size)
         if self.name.startswith("JiT") and parse_spec(self.backbone)[0] == "dit":
-            raise UserError(f"{self.name} is a JiT, but the backbone is dit: give model.backbone jit too.")
+            raise UserError(f"{self.name} is a JiT, but the backbone is dit: give --model.backbone jit too.")
         hidden_dim, _, num_heads, _ = self.dims()
         if self.rotary and hidden_dim // num_heads % 4:
             raise UserError(
@@ -248,9 +248,11 @@ class ModelConfig(Config):
                 f"The backbone {backbone!r} has no learned variance, which {self.name} has: give a name that begins with SiT."
             )
         if asked:
-            option, default = asked[0], fields[asked[0]].default
+            name, default = asked[0], fields[asked[0]].default
+            typed = " ".join(map(str, default)) if isinstance(default, tuple) else default
             raise UserError(
-                f"The backbone {backbone!r} has no {option}: set model.{option} to {default!r}, or choose the backbone dit."
+                f"The backbone {backbone!r} has no {name}: give {option(f'model.{name}')} {typed}".rstrip()
+                + ", or choose the backbone dit."
             )
 
     def kwargs(self) -> dict[str, Any]:

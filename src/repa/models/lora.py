@@ -47,7 +47,7 @@ def use_lora(model: Backbone, rank: int) -> list[str]:
     smallest = min(min(layer.weight.shape) for layer in layers.values())
     if rank >= smallest:
         raise UserError(
-            f"lora.rank is {rank}, but the smallest matrix has {smallest} rows or columns: choose a smaller one, such as 16."
+            f"--lora.rank is {rank}, but the smallest matrix has {smallest} rows or columns: choose a smaller one, such as 16."
         )
     model.requires_grad_(False)
     for layer in layers.values():

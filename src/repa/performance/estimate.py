@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from repa.alignment import Alignment, ProjectorContext
+from repa.base.config import option
 from repa.base.errors import UserError
 from repa.base.registry import parse_spec
 from repa.data.config import split_format
@@ -154,7 +155,7 @@ def estimate(
     if config.batch_size % (num_devices * config.accumulate):
         raise UserError(
             f"A batch of {config.batch_size} images cannot be shared equally by {num_devices} devices in "
-            f"{config.accumulate} parts: choose another batch_size."
+            f"{config.accumulate} parts: choose another --batch-size."
         )
     autoencoder = autoencoder_cost(config.autoencoder, resolution, config.autoencoder_weights or None)
     # What training reads off the data is known here from the autoencoder's shape.
@@ -162,7 +163,7 @@ def estimate(
     for name, value in facts.items():
         if getattr(config.model, name) not in (0, value):
             raise UserError(
-                f"model.{name} is {getattr(config.model, name)}, but {config.autoencoder} makes {value} of {resolution} "
+                f"{option(f'model.{name}')} is {getattr(config.model, name)}, but {config.autoencoder} makes {value} of {resolution} "
                 "pixels: give another --resolution or --autoencoder."
             )
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)

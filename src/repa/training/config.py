@@ -77,15 +77,15 @@ class PreviewConfig(Config):
     def _something_to_score(self) -> Self:
         if outside := {"autoguidance", "representation"} & {parse_spec(spec)[0] for spec in self.guidance}:
             raise ValueError(
-                f"the guidance {min(outside)} needs another run or an image, which previews do not have: leave it out of preview.guidance"
+                f"the guidance {min(outside)} needs another run or an image, which previews do not have: leave it out of --preview.guidance"
             )
         if self.score_every and not self.num_scored:
             raise ValueError(
-                f"preview.score_every is {self.score_every}, but preview.num_scored is 0: give it a number of samples"
+                f"--preview.score-every is {self.score_every}, but --preview.num-scored is 0: give it a number of samples"
             )
         if self.num_scored == 1:
             raise ValueError(
-                "preview.num_scored is 1, and a distribution needs two samples: give more, or 0 to measure none"
+                "--preview.num-scored is 1, and a distribution needs two samples: give more, or 0 to measure none"
             )
         return self
 
@@ -209,13 +209,13 @@ class TrainConfig(Config):
         text = self.text or self.text_weights
         if text and not self._may_read_text:
             raise ValueError(
-                f"text is {text!r}, but the backbone {self.model.backbone!r} reads no text: choose the backbone mmdit"
+                f"--text is {text!r}, but the backbone {self.model.backbone!r} reads no text: choose --model.backbone mmdit"
             )
         depth = self.model.dims().depth
         for index, alignment in enumerate(self.alignments):
             if alignment.depth > depth:
                 raise ValueError(
-                    f"alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
+                    f"--alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
                 )
         # The key names the projector in checkpoints and the curve in logs.
         keys = [a.key for a in self.alignments]
@@ -236,12 +236,12 @@ class TrainConfig(Config):
                     choices(alignment.projector_of, keys[:index]) if index else ", and it is the first: leave it out"
                 )
                 raise ValueError(
-                    f"alignments.{index}.projector_of is {alignment.projector_of!r}, which is not an alignment before it{remedy}"
+                    f"--alignments.{index}.projector-of is {alignment.projector_of!r}, which is not an alignment before it{remedy}"
                 )
         names = [s.name for s in self.streams]
         if "x" in names or len(names) != len(set(names)):
             raise ValueError(
-                f"the streams are called {', '.join(names)}: each needs a name that no other has, and none is x"
+                f"the streams are called {', '.join(names)}: each needs a --streams.0.name that no other has, and none is x"
             )
         if self.diffusion.objective == "ddpm" and self.streams:
             raise ValueError(
@@ -249,7 +249,7 @@ class TrainConfig(Config):
             )
         if self.diffusion.token_times and self.streams:
             raise ValueError(
-                "diffusion.token_times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
+                "--diffusion.token-times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
             )
         if self.lora.rank:
             self._check_lora()
@@ -273,35 +273,37 @@ class TrainConfig(Config):
     def _check_lora(self) -> None:
         if not self.init:
             raise ValueError(
-                f"lora.rank is {self.lora.rank}, but init is empty, and a LoRA updates a trained network: give a run or a checkpoint"
+                f"--lora.rank is {self.lora.rank}, but --init is empty, and a LoRA updates a trained network: give a run or a checkpoint"
             )
         for name, given, instead in (
-            ("ema_widths", self.ema_widths, "ema_decays"),
-            ("parallel", self.parallel == "fsdp" and "fsdp", "ddp"),
-            ("fp8", self.fp8, "bf16"),
-            ("optimizer.name", self.optimizer.name == "muon" and "muon", "adamw"),
+            ("--ema-widths", " ".join(map(str, self.ema_widths)), "--ema-decays"),
+            ("--parallel", self.parallel == "fsdp" and "fsdp", "ddp"),
+            ("--fp8", self.fp8, "bf16"),
+            ("--optimizer.name", self.optimizer.name == "muon" and "muon", "adamw"),
         ):
             if given:
                 raise ValueError(
-                    f"{name} {given} does not go with lora.rank {self.lora.rank}: choose {instead}, or train all weights"
+                    f"{name} {given} does not go with --lora.rank {self.lora.rank}: choose {instead}, or train all weights"
                 )
 
     def _check_step(self) -> None:
         if self.batch_size % self.accumulate:
-            raise ValueError(f"a batch_size of {self.batch_size} is not divisible by accumulate {self.accumulate}")
+            raise ValueError(
+                f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}: choose a multiple of it"
+            )
         if self.accumulate > 1:
             self._check_accumulation()
         if self.optimizer.name == "muon" and self.parallel == "fsdp":
             raise ValueError(
-                "the optimizer muon needs each matrix whole, and parallel fsdp divides them: choose ddp, or adamw"
+                "the optimizer muon needs each matrix whole, and --parallel fsdp divides them: choose ddp, or adamw"
             )
         if self.fused_update and self.optimizer.name != "adamw":
             raise ValueError(
-                f"fused_update is AdamW's, but the optimizer is {self.optimizer.name}: choose adamw, or leave it out"
+                f"--fused-update is AdamW's, but the optimizer is {self.optimizer.name}: choose adamw, or leave it out"
             )
         if self.snapshot_every and not self.ema_widths:
             raise ValueError(
-                "snapshot_every keeps the averages of ema_widths, of which there are none: give some, such as 0.05 0.1"
+                "--snapshot-every keeps the averages of --ema-widths, of which there are none: give some, such as 0.05 0.1"
             )
 
     def _check_accumulation(self) -> None:
@@ -328,6 +330,6 @@ def _other_pass(target: str) -> tuple:
 def refuse_accumulation(key: str, loss: str, accumulate: int) -> None:
     """A part of the batch is another batch to a loss that compares its images."""
     raise UserError(
-        f"accumulate is {accumulate}, but the loss {loss!r} of the alignment {key!r} compares the images of the whole batch: "
-        "choose accumulate 1, or the loss cosine."
+        f"--accumulate is {accumulate}, but the loss {loss!r} of the alignment {key!r} compares the images of the whole batch: "
+        "choose 1, or the loss cosine."
     )

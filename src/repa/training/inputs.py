@@ -252,7 +252,7 @@ class TextConditions:
             return config
         found, asked = tuple(self.empty.tokens.shape[1:]), config.model.text_shape
         if asked != (0, 0) and asked != found:
-            raise UserError(f"model.text_shape is {asked}, but {config.text} gives {found}: leave it out.")
+            raise UserError(f"--model.text-shape is {asked}, but {config.text} gives {found}: leave it out.")
         return config.override(model=config.model.override(text_shape=found))
 
     def _read_for_targets(self, data: DataSet) -> None:

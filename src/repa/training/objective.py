@@ -96,7 +96,7 @@ class Objective(nn.Module):
         if looking and diffusion.token_times:
             raise UserError(
                 f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} takes one time an image, but "
-                "diffusion.token_times gives two: leave that out, or take the projector mlp."
+                "--diffusion.token-times gives two: leave that out, or take the projector mlp."
             )
         self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from repa.base import dist, files, launch
-from repa.base.config import difference
+from repa.base.config import difference, option
 from repa.base.errors import UserError
 from repa.base.precision import resolved
 from repa.base.registry import parse_spec
@@ -75,11 +75,11 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         asked = getattr(config.model, name)
         if asked and asked != value:
             raise UserError(
-                f"model.{name} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
+                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
             )
     if config.autoencoder and config.autoencoder != data.autoencoder:
         raise UserError(
-            f"autoencoder is {config.autoencoder!r}, but the data in {data.folder} was prepared with {data.autoencoder!r}: "
+            f"--autoencoder is {config.autoencoder!r}, but the data in {data.folder} was prepared with {data.autoencoder!r}: "
             f"leave it out, or run `repa prepare` with --autoencoder {config.autoencoder}."
         )
     patch = config.model.dims().patch_size
@@ -97,7 +97,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
     for name, _, _ in (pair.rpartition("=") for pair in config.feature_weights):
         if canonical(name) not in map(canonical, encoders):
             raise UserError(
-                f"feature_weights names {name!r}, but this run uses {', '.join(dict.fromkeys(encoders))}: leave it out, or name one "
+                f"--feature-weights names {name!r}, but this run uses {', '.join(dict.fromkeys(encoders))}: leave it out, or name one "
                 "of these."
             )
     return config.override(
