@@ -92,3 +92,15 @@ def test_a_loss_that_compares_the_batch_is_not_told_to_take_it_in_parts(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("does not fit in the 0.1 GB" in line for line in lines)
     assert not any("--accumulate" in line for line in lines)
+
+
+def test_images_are_those_of_the_data_or_of_the_run(data_folder, random_run, capsys):
+    def head(*argv):
+        assert run(["estimate", *argv, "--samples", "1"]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert "epochs of 40 images" in head(str(random_run))
+    assert "epochs of 7 images" in head(str(random_run), "--images", "7")
+    of_data = head("quickstart", "--data", str(data_folder), "--model.patch-overlap", "0")
+    assert "latents 3 x 16 x 16 of pixels" in of_data
+    assert "epochs of 40 images" in of_data

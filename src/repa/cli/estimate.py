@@ -1,11 +1,13 @@
-"""`repa estimate RECIPE --images N --devices K [overrides]`."""
+"""`repa estimate RECIPE --data DATA --devices K [overrides]`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
 from repa.autoencoders import AUTOENCODER
+from repa.base import files
 from repa.base.errors import choices
 from repa.base.reporting import duration
 from repa.cli import options
@@ -15,6 +17,7 @@ from repa.diffusion.config import Guidances
 from repa.performance import MEMORY, PEAKS
 from repa.recipes import RECIPES
 from repa.recipes.figures import IMAGES as IMAGENET
+from repa.runs import layout
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,10 +35,12 @@ class EstimateArguments(TrainConfig, options.Command):
 
     recipe: str
     """recipe name, .yaml file, or run folder"""
-    images: int = Field(IMAGENET, ge=1)
-    """Images of the data set; ImageNet's training set has 1,281,167."""
-    classes: int = Field(1000, ge=0)
-    """Classes of the data set."""
+    data: str = ""
+    """Folder that `repa prepare` made, whose images, classes, side and autoencoder are counted with."""
+    images: int = Field(0, ge=0)
+    """Images of the data set; 0 takes those of --data or of the run, otherwise the 1,281,167 of ImageNet's training set."""
+    classes: int = Field(0, ge=0)
+    """Classes of the data set; 0 takes those of --data or of the run, otherwise ImageNet's 1,000."""
     devices: int = Field(1, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
@@ -47,7 +52,7 @@ class EstimateArguments(TrainConfig, options.Command):
     utilisation: float = Field(0.35, gt=0, le=1)
     """Share of the peak that the run reaches (MFU); `repa bench` measures it."""
     resolution: int = Field(0, ge=0)
-    """Side of the images, in pixels; 0 takes that of the recipe or the run, or else 256."""
+    """Side of the images, in pixels; 0 takes that of --data, the recipe or the run, otherwise 256."""
     samples: int = Field(50_000, ge=1)
     """Images to sample after training."""
     sample_steps: int = Field(250, ge=1)
@@ -71,7 +76,17 @@ class EstimateArguments(TrainConfig, options.Command):
 
 def main(argv: list[str]) -> int:
     given, config = of_recipe(EstimateArguments, argv)
-    # A run takes these two from its data, and there are none yet.
+    images, classes, resolution = given.images, given.classes, given.resolution
+    if given.data:
+        from repa.data import open_data
+
+        data = open_data(given.data)
+        images, classes, resolution = images or len(data), classes or data.num_classes, resolution or data.resolution
+        config = config.override(autoencoder=config.autoencoder or data.autoencoder)
+    elif (trained_on := Path(given.recipe) / layout.DATA).is_file():
+        images = images or files.read_object(trained_on, num_images=int)["num_images"]
+    images, classes = images or IMAGENET, classes or 1000
+    # A run takes the autoencoder from its data; without data the recipe knows whether its images are the latents.
     pixels = RECIPES[given.recipe].pixels if given.recipe in RECIPES else 0
     if not config.autoencoder:
         config = config.override(autoencoder="pixels" if pixels else AUTOENCODER)
@@ -80,17 +95,17 @@ def main(argv: list[str]) -> int:
     from repa.diffusion import build_process
     from repa.performance.estimate import estimate, passes_of, side_of
 
-    resolution = given.resolution or pixels or side_of(config)
+    resolution = resolution or pixels or side_of(config)
     found = estimate(
-        config, num_images=given.images, num_devices=given.devices, resolution=resolution,
-        rate=peak * 1e12 * given.utilisation, num_classes=given.classes,
+        config, num_images=images, num_devices=given.devices, resolution=resolution,
+        rate=peak * 1e12 * given.utilisation, num_classes=classes,
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
     memory = given.memory or (0 if given.tflops else MEMORY[given.device])
     whose = "a device" if given.memory or given.tflops else f"one {given.device}"
-    fits = fitting(found, memory, whose, given.classes, resolution) if memory else []
+    fits = fitting(found, memory, whose, classes, resolution) if memory else []
     say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits))
-    if note := about_passes(found.config, given.images):
+    if note := about_passes(found.config, images):
         say("", note)
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
     say(*sampling(found, passes_of(*asked), given))
@@ -100,7 +115,7 @@ def main(argv: list[str]) -> int:
 def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
     """Lines for people; `fits` say whether it fits into the memory of a device."""
     config, model = found.config, found.config.model
-    whose = " (ImageNet; give --images for yours)" if found.num_images == IMAGENET else ""
+    whose = " (ImageNet; --data DATA or --images counts with yours)" if found.num_images == IMAGENET else ""
     head = (
         f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
         f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
