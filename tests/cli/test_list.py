@@ -3,13 +3,17 @@
 import re
 
 import pytest
+import yaml
 
 from repa.base.errors import FITS, choices
-from repa.cli import main
-from repa.cli.list import REGISTRIES
+from repa.cli import main, options
+from repa.cli.list import KINDS, REGISTRIES, kinds
+from repa.cli.main import command_of
 from repa.cli.show import shown_names
 from repa.encoders import ENCODERS, load_encoder
 from repa.encoders.families import GRID, PACKAGED, facts_of
+from repa.recipes import RECIPES, load_recipe
+from repa.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -22,8 +26,13 @@ def printed(capsys):
 
 
 def test_every_kind_says_what_its_names_are(printed):
-    kinds = printed("list").split()
-    assert set(REGISTRIES) < set(kinds)
+    assert set(KINDS) == set(kinds()) > set(REGISTRIES)
+    shown = {line.partition(" ")[0]: line for line in printed("list").splitlines()}
+    for kind, (_, taken) in KINDS.items():
+        assert shown[kind].endswith(f"repa {taken}")
+        verb, *options_of_it = taken.split()
+        for flag in options_of_it:
+            options.annotation(command_of(verb, [])[0], flag[2:])  # raises for an option that is not there
     for kind, registry in REGISTRIES.items():
         lines = printed("list", kind).splitlines()
         for name in registry:
@@ -77,6 +86,28 @@ def test_every_listed_name_can_be_shown(printed):
         assert printed("show", name).strip(), name
     assert "dinov2-b" in shown_names()
     assert set(ENCODERS) < set(shown_names())
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_show_prints_of_a_recipe_is_the_recipe(name, every, printed):
+    text = printed("show", name, *["--all"] * every)
+    assert TrainConfig.parse(yaml.safe_load(text)) == load_recipe(name)
+
+
+def test_show_prints_what_differs_and_what_everybody_looks_for(printed, random_run):
+    lines = printed("show", "sit-xl2-repa").splitlines()
+    assert {"- target: dinov2-b", "  loss: cosine", "  weight: 0.5", "batch_size: 256"} <= set(lines)
+    assert not any("qk_norm" in line for line in lines)
+    assert re.search(r"^  qk_norm: none +# Normalise queries", printed("show", "sit-xl2-repa", "--all"), re.M)
+    assert "- target: tiny" in printed("show", str(random_run)).splitlines()
+    assert re.search(r"^  sampler: heun +# Sampler", printed("show", str(random_run), "--all"), re.M)
+
+
+def test_a_run_is_shown_as_its_file_has_it_without_trust(printed, tmp_path):
+    (tmp_path / "config.yaml").write_text("lora: 3\nmodel: {backbone: mylab.nets.unet}\nmine: {a: 1}\n")
+    lines = printed("show", str(tmp_path)).splitlines()
+    assert {"lora: 3", "  backbone: mylab.nets.unet", "mine: {a: 1}"} <= set(lines)
 
 
 def test_on_a_terminal_rows_are_wrapped_to_its_width(monkeypatch, printed):

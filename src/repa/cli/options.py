@@ -118,7 +118,7 @@ def print_help(cls: type[Command], values: Config | None) -> None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
     for name, info in cls.model_fields.items():
         # Of alignments and streams that a run lacks, the options of a first one: else nobody would find how to add it.
-        if (item := _item_model(info.annotation)) and not given[name]:
+        if (item := item_model(info.annotation)) and not given[name]:
             given[name] = (item.model_construct(**defaults(item)),)
     # What must be given stands on top.
     ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
@@ -203,7 +203,7 @@ def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
     current: Any = cls
     parts = _parts(flag)
     for depth, part in enumerate(parts):
-        if _is_model(current):
+        if is_model(current):
             fields = current.model_fields
             if part not in fields:
                 meant = _meant(cls, parts, fields)
@@ -213,7 +213,7 @@ def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
             current = fields[part].annotation
             if whole and fields[part].metadata:  # which pydantic takes off the outermost type
                 current = Annotated[current, *fields[part].metadata]
-        elif (item := _item_model(current)) and part.isdecimal():
+        elif (item := item_model(current)) and part.isdecimal():
             current = item
         else:
             above = ".".join(parts[:depth]).replace("_", "-")
@@ -239,9 +239,9 @@ def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
     """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
     nested: list[tuple[type[BaseModel], str]] = []
     for name, info in cls.model_fields.items():
-        if _is_model(info.annotation):
+        if is_model(info.annotation):
             nested.append((info.annotation, f"{above}{name}."))
-        elif item := _item_model(info.annotation):
+        elif item := item_model(info.annotation):
             nested.append((item, f"{above}{name}.0."))
         else:
             yield above + name
@@ -251,13 +251,13 @@ def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
 
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
     """The value of a flag out of the words after it, and the words that are not its own."""
-    if _is_model(annotation):
+    if is_model(annotation):
         names = ", ".join(option(f"{flag}.{name}") for name in annotation.model_fields)
         raise UserError(f"--{flag} stands for several options: give {names}.")
     if typing.get_origin(annotation) is tuple:
         types = typing.get_args(annotation)
         if Ellipsis in types:
-            return ([], given) if _item_model(annotation) else (given, [])
+            return ([], given) if item_model(annotation) else (given, [])
         if len(given) < len(types):
             raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
         return given[: len(types)], given[len(types) :]
@@ -293,10 +293,12 @@ def _parts(flag: str) -> list[str]:
     return flag.replace("-", "_").split(".")
 
 
-def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Does a field of this type hold settings of its own?"""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _item_model(annotation: Any) -> Any:
+def item_model(annotation: Any) -> Any:
+    """The model of the entries of a list, such as those of alignments; None for other types."""
     arguments = typing.get_args(annotation)
-    return arguments[0] if typing.get_origin(annotation) is tuple and arguments and _is_model(arguments[0]) else None
+    return arguments[0] if typing.get_origin(annotation) is tuple and arguments and is_model(arguments[0]) else None

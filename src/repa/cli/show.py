@@ -1,6 +1,12 @@
 """`repa show NAME`: anything that has a name or a folder, in words."""
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
 
 from repa.base import files
 from repa.base.errors import UserError, nearest
@@ -15,6 +21,14 @@ from repa.encoders.families import PACKAGED, facts_of, family_of
 from repa.models.config import dimensions, model_names
 from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
+from repa.training.config import TrainConfig
+
+# What everybody looks for in a recipe: shown also where it is the default.
+ALWAYS = {
+    "": {"alignments", "batch_size", "num_steps", "ema_decay"}, "model": {"name"}, "diffusion": {"prediction"},
+    "alignments": {"loss", "weight", "projector"}, "optimizer": {"name", "learning_rate"},
+}  # fmt: skip
+Rows = list[tuple[str, str]]  # a line of YAML, what it means
 
 
 class ShowArguments(options.Command):
@@ -25,6 +39,8 @@ class ShowArguments(options.Command):
 
     name: str
     """a name of `repa list`, a data folder or a run folder"""
+    all: bool = False
+    """Every setting of a recipe or a run, each with its meaning; without it those that differ from the defaults."""
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +48,10 @@ def main(argv: list[str]) -> int:
     path = Path(given.name)
     if given.name in RECIPES:
         # The promise is a comment, so that the whole output is a .yaml file that `repa train` takes.
-        say(*(f"# {line}".rstrip() for line in RECIPES[given.name].promise.splitlines()))
-        say(*load_recipe(given.name).to_yaml().split("\n"))
+        say(*(f"# {line}".rstrip() for line in RECIPES[given.name].promise.splitlines()), "")
+        say(*_configuration(load_recipe(given.name).model_dump(mode="json"), given))
     elif (path / layout.CONFIG).is_file():
-        _show_run(path)
+        _show_run(path, given)
     elif (path / MANIFEST).is_file():
         say(*Manifest.open(path).describe())
     elif shown := _named(given.name):
@@ -43,7 +59,7 @@ def main(argv: list[str]) -> int:
     else:
         raise UserError(
             f"{given.name!r} is not a run folder, a data folder or a name that `repa list` knows."
-            f"{nearest(given.name, shown_names())}"
+            f"{nearest(given.name, shown_names())} `repa list recipes` prints the recipes, `repa list` the other kinds of names."
         )
     return 0
 
@@ -119,13 +135,44 @@ def _whether_here(name: str) -> str:
     return f"on this machine in {found}" if found else "not on this machine yet"
 
 
-def _show_run(run: Path) -> None:
+def _configuration(values: Mapping[str, Any], given: ShowArguments) -> list[str]:
+    """The settings of a recipe or a run as YAML."""
+    if given.all:
+        return table({"": _settings(TrainConfig, values, every=True)})
+    lines = [line for line, _ in _settings(TrainConfig, values)]
+    command = shlex.join(["repa", "show", given.name, "--all"])
+    return [*lines, "", f"# The other settings are at their defaults: {command} prints them too, and their meaning."]
+
+
+def _settings(cls: type[BaseModel], values: Mapping[str, Any], above: str = "", *, every: bool = False) -> Rows:
+    """`values`, those of the model `cls`, as a file may hold them; without `every`, those that differ from the defaults."""
+    rows: Rows = []
+    defaults = cls.model_construct().model_dump(mode="json")
+    for name, value in values.items():
+        info = cls.model_fields.get(name)
+        about = f"# {info.description}" if info else ""
+        inner = info and (info.annotation if options.is_model(info.annotation) else options.item_model(info.annotation))
+        if inner and isinstance(value, Mapping):
+            found = _settings(inner, value, name, every=every)
+            rows += [(f"{name}:", about), *((f"  {line}", what) for line, what in found)] if found else []
+        elif inner and isinstance(value, list) and value:
+            rows.append((f"{name}:", about))
+            for each in value:
+                found = _settings(inner, each, name, every=every)
+                rows += [(f"{'  ' if i else '- '}{line}", what) for i, (line, what) in enumerate(found)]
+        elif every or name in ALWAYS.get(above, ()) or name not in defaults or value != defaults[name]:
+            shown = yaml.safe_dump(value, default_flow_style=True, width=1_000, allow_unicode=True)
+            rows.append((f"{name}: {shown.splitlines()[0]}", about))  # below a plain value stands the end mark
+    return rows
+
+
+def _show_run(run: Path, given: ShowArguments) -> None:
     from repa.runs.checkpoint import recorded_settings
     from repa.runs.log import lost_rows, read_metrics
 
-    steps = layout.checkpoint_steps(run)
+    config, steps = layout.read_config(run), layout.checkpoint_steps(run)
     if steps:
-        layout.require_settings(run, steps[-1], recorded_settings(run, steps[-1]), layout.read_config(run))
+        layout.require_settings(run, steps[-1], recorded_settings(run, steps[-1]), config)
     rows = list(read_metrics(run))
     say(
         f"run {run}: {rows[-1]['step'] if rows else 0:,} steps logged, checkpoints {', '.join(map(str, steps)) or 'none'}"
@@ -134,4 +181,5 @@ def _show_run(run: Path) -> None:
         say(f"note: {lost}")
     size = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
     say(f"size on disk {files.size(size)}")
-    say(*(run / layout.CONFIG).read_text(encoding="utf-8").split("\n"))
+    # As the file has them: to look at a run, nobody needs to trust what it names.
+    say("", *_configuration(config, given))
