@@ -68,6 +68,7 @@ def test_mistakes_are_answered(folder):
     "lie",
     [
         {"scaling_factor": "x"}, {"encoder_num_hidden_layers": "x"}, {"encoder_num_hidden_layers": 2**31}, {"patch_size": 0},
+        {"encoder_hidden_size": 2**17},
         {"encoder_norm_mean": "x"}, {"encoder_hidden_size": -1}, {"quantization_config": {"quant_method": "x"}},
     ],
 )  # fmt: skip

@@ -185,7 +185,8 @@ def copied(folder, out, file="", **changes):
 def test_a_configuration_that_would_fetch_code_is_refused(folders, tmp_path):
     hostile = (
         {"attn_implementation": "evil/kernel"}, {"quantization_config": {"quant_method": "gptq"}}, {"use_kernels": True},
-        {"text_config": {"attn_implementation": "evil/kernel"}}, {"num_layers": 2**31},
+        {"text_config": {"attn_implementation": "evil/kernel"}}, {"num_layers": 2**31}, {"num_layers": 900},
+        {"d_model": 2**17}, {"vocab_size": 2**40}, {"num_labels": 2**31},
     )  # fmt: skip
     for number, changes in enumerate(hostile):
         with pytest.raises(UserError, match=r"config\.json"):

@@ -184,3 +184,15 @@ def test_damaged_weights_are_refused(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(UserError, match="does not fit"):
         load_encoder("dinov2-b", weights=folder)
+
+
+@both
+@pytest.mark.parametrize(
+    "lie", [{"hidden_size": 2**17}, {"num_hidden_layers": 900}, {"mlp_ratio": 2**30}, {"num_labels": 2**31}]
+)
+def test_a_configuration_allocates_no_more_than_its_weights_hold(folders, name, lie, tmp_path):
+    shutil.copytree(folders[name], tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))
+    with pytest.raises(UserError, match=r"config\.json (describes a larger network|has num_)"):
+        load_encoder(name, weights=tmp_path / "copy")

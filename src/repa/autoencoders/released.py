@@ -20,7 +20,8 @@ from repa.autoencoders import RELEASED
 from repa.autoencoders.contract import Autoencoder
 from repa.base import extras, faults
 from repa.base.errors import UserError
-from repa.base.hub import CONFIG, Repository, weights_named
+from repa.base.hub import CONFIG, Repository, found_of, weights_named
+from repa.base.weights import no_larger_than
 
 WEIGHTS = weights_named("diffusion_pytorch_model", "diffusion_pytorch_model")
 STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")  # what a RAE's encoder does not tell
@@ -195,12 +196,15 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
         raise UserError(f"There is no folder {source} for the autoencoder {name!r}: {by_hand}.")
     else:
         folder = repository.folder()
-    repository.check(folder, (kind,), "_class_name")
+    config = repository.check(folder, (kind,), "_class_name")
     # Several libraries read a part of it, each with its own errors.
+    model_class = getattr(diffusers, kind)
     with faults.reading(folder, f"weights of the autoencoder {name!r}", damaged=(Exception,)):
+        with no_larger_than(found_of(WEIGHTS, folder), folder / CONFIG):
+            model_class.from_config(config)
         # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option
         # for little memory diffusers needs no accelerate, and prints no notice that it is absent.
-        model, report = getattr(diffusers, kind).from_pretrained(
+        model, report = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
     # diffusers only warns, and leaves missing tensors random.

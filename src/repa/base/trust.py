@@ -28,8 +28,8 @@ FETCHING = (
     "use_kernels",
     "quantization_config",
 )
-COUNTS = ("layers", "_blocks", "depth")  # in the names of keys that count what is built one by one
-MOST_LAYERS = 1_000  # that a config.json may ask for
+# Words in the names of keys that count what is built one by one, and the most of it that a config.json may ask for.
+COUNTS = {"layers": 1_000, "_blocks": 1_000, "depth": 1_000, "labels": 100_000}
 
 _trusted: set[str] = set()  # modules, and whole names that were typed
 _commands = 0  # that are running: 1 in `repa VERB`, 0 in a program that imports repa
@@ -147,8 +147,9 @@ def require_plain_model(values: Any, file: object, of: str = "") -> None:
             raise UserError(
                 f"{file} sets {key}, by which code from elsewhere would run here: remove that line, or take other weights."
             )
-        if any(word in str(key) for word in COUNTS) and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"{file} asks for {value:,} layers ({key}): more than {MOST_LAYERS:,} are refused.")
+        most = min((most for word, most in COUNTS.items() if word in str(key)), default=None)
+        if most and isinstance(value, int) and value > most:
+            raise UserError(f"{file} has {key} {value:,}: more than {most:,} are refused.")
         require_plain_model(value, file, str(key))
 
 

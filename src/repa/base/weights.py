@@ -14,18 +14,20 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from repa.base import faults
 from repa.base.errors import UserError
-from repa.base.files import once
+from repa.base.files import once, size
 
 MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors have a tenth of it
+DESCRIBED = 16  # bytes that a tensor's name, type and shape take in a file at the least
 CHUNK = 2**20  # bytes of a record at a time, for its checksum
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
            "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # numpy's scalars -> the codes of struct
@@ -75,6 +77,39 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
             _require_mappable(archive, path)
         # Mapped: what is not used of a training checkpoint, such as its optimizer, is never read into memory.
         return _unpickled(path, mmap=True)
+
+
+@contextlib.contextmanager
+def no_larger_than(paths: Sequence[Path], config: Path) -> Iterator[None]:
+    """Networks that are built in the block take no memory, and are an error as soon as they outgrow the files of their weights.
+
+    For a trial before a network is built of a config.json, which may come from anyone, and ask for any size in a few bytes.
+    Those with too many layers or too wide ones are found alike: a tensor takes place in a file, and so does each number.
+
+    Args:
+        paths: the files of the weights.
+        config: what describes the networks.
+
+    Raises:
+        UserError: the networks have more tensors or numbers than the files can hold.
+    """
+    num_bytes = sum(path.stat().st_size for path in paths)
+    left = 2 * num_bytes  # networks that share a tensor register it once for each place
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 0 if parameter is None else parameter.numel() + DESCRIBED
+        if left < 0:
+            raise UserError(
+                f"{config} describes a larger network than its weights can be of ({size(num_bytes)}): download or copy both again."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
 
 
 def _unpickled(path: Path, mmap: bool) -> Any:

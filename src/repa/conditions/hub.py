@@ -10,6 +10,7 @@ import torch
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.base.hub import CONFIG, Repository, found_of, weights_named
+from repa.base.weights import no_larger_than
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.families import TextFamily, text_family_of
 
@@ -109,8 +110,11 @@ def read_network(name: str, model: str, folder: Path) -> Any:
     """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
     transformers = extras.need("transformers", f"The text encoder {name}")
     remedy = "Download or copy them again."
+    kind = getattr(transformers, model)
     with faults.reading(folder, f"weights of the text encoder {name}", remedy, damaged=(Exception,)):
-        net, report = getattr(transformers, model).from_pretrained(
+        with no_larger_than(found_of(WEIGHTS, folder), folder / CONFIG):
+            kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        net, report = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     # transformers would leave these at random values, with a warning.

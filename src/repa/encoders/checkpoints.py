@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.base.hub import CONFIG, Repository, found_of
-from repa.base.weights import read_weights
+from repa.base.weights import no_larger_than, read_weights
 from repa.encoders.families import TORCH_HUB, Family, Original
 from repa.encoders.originals import convert_original, state_dict_of
 
@@ -85,6 +85,8 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     try:
         with faults.reading(file, f"weights of the encoder {name}", "Download or copy it again."):
             config, tensors = _contents(name, family, original, file, model.config_class)
+        with no_larger_than([file], file if original else file.parent / CONFIG):
+            model(config, **family.build)
         net, report = model.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **family.build
         )
