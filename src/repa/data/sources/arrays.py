@@ -1,5 +1,6 @@
 """Images in arrays: .npy, .npz with their labels, and the binary version of CIFAR-10 and CIFAR-100."""
 
+import functools
 import hashlib
 import os
 import zipfile
@@ -13,7 +14,7 @@ from PIL import Image
 from repa.base import faults, files
 from repa.base.errors import UserError, choices
 from repa.data.sources.archives import Members, open_zip
-from repa.data.sources.contract import Classes, Source, no_classes
+from repa.data.sources.contract import Classes, Source, one_class
 from repa.data.sources.labels import classes_of, named
 
 IMAGE_KEYS = ("images", "image", "arr_0", "x", "x_train", "data")
@@ -37,8 +38,6 @@ class ArraySource(Source):
     in memory.
     """
 
-    opened_here = ("_images",)  # pickle copies the content of a memory map, and each worker would hold all images
-
     def __init__(self, path: Path, labels: str = "", *, image: str = "", label: str = ""):
         """
         Args:
@@ -53,13 +52,13 @@ class ArraySource(Source):
             raise UserError(f"{path} is one array and has no key {image!r}: leave out the setting 'image'.")
         if path.suffix.lower() != ".npy":
             self._key = _Npz(path).choose(self._key, IMAGE_KEYS, "images")
-        self._open_here()
         self._require_images(self._images)
         self._last = _channels_last(self._images.shape, path)
         self._identify(self._classes(labels, str(label)), path.name, sha256=_fingerprint(path))
 
-    def _open_here(self) -> None:
-        self._images = _Npz(self.path).array(self._key) if self._key else load_array(self.path)
+    @functools.cached_property
+    def _images(self) -> np.ndarray:
+        return _Npz(self.path).array(self._key) if self._key else load_array(self.path)
 
     def name(self, index: int) -> str:
         return f"{self.path.name}[{index}]"
@@ -81,16 +80,15 @@ class ArraySource(Source):
     def _classes(self, labels: str, key: str) -> Classes:
         num = len(self._images)
         if labels == "none":
-            return self._one_class(num)
+            return one_class(num, labels)
         if labels.endswith(".npy"):
-            self.labels_from = labels
             return self._checked(load_array(Path(labels)), labels)
         if labels:
             raise UserError(
                 f"labels was given {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file."
             )
         if self.path.suffix.lower() == ".npy":
-            return no_classes(num)
+            return one_class(num)
         archive = _Npz(self.path)
         if not key and not any(name in archive.names for name in LABEL_KEYS):
             if others := [
@@ -101,11 +99,10 @@ class ArraySource(Source):
                     f"{self.path}:label={others[0]}, or give --labels none for one class."
                 )
             self.left_out = self._others(archive)
-            return no_classes(num)
+            return one_class(num)
         key = archive.choose(key, LABEL_KEYS, "labels")
         self.left_out = self._others(archive, key)
-        self.labels_from = f"the array {key!r}"
-        return self._checked(archive.array(key), f"{key!r} of {self.path}")
+        return self._checked(archive.array(key), f"the array {key!r} of {self.path.name}")
 
     def _others(self, archive: "_Npz", label: str = "") -> dict[str, int]:
         return {f"array {name!r}": 1 for name in archive.names if name not in (label, self._key)}
@@ -240,8 +237,6 @@ def is_cifar(folder: Path) -> bool:
 class CifarSource(Source):
     """A folder such as cifar-10-batches-bin or cifar-100-binary."""
 
-    opened_here = ("_records",)
-
     def __init__(self, folder: Path, labels: str = "", *, split: str = "train", label: str = "fine"):
         """
         Args:
@@ -259,19 +254,19 @@ class CifarSource(Source):
         kind = "ten" if ten else label
         self.paths = [folder / name for name in (CIFAR_10 if ten else CIFAR_100)[split]]
         self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
-        self._open_here()
         self._ends = np.cumsum([len(records) for records in self._records])
         column = 1 if kind == "fine" else 0
         numbers = np.concatenate([records[:, column] for records in self._records]).astype(np.int64)
         if labels == "none":
-            classes = self._one_class(len(numbers))
+            classes = one_class(len(numbers), labels)
         else:
             classes = named(numbers, _class_names(folder, kind), self.name, str(folder))
-            self.labels_from = "the classes of CIFAR-10" if ten else f"the {kind} classes of CIFAR-100"
+            classes = classes._replace(origin="the classes of CIFAR-10" if ten else f"the {kind} classes of CIFAR-100")
         self._identify(classes, folder.name, split=split, sha256=[files.sha256(path) for path in self.paths])
 
-    def _open_here(self) -> None:
-        self._records = [self._map(path) for path in self.paths]
+    @functools.cached_property
+    def _records(self) -> list[np.ndarray]:
+        return [self._map(path) for path in self.paths]
 
     def name(self, index: int) -> str:
         file, record = self._find(index)

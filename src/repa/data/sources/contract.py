@@ -1,5 +1,6 @@
 """The contract of a source of images, and what file names mean: patterns, splits of a data set, junk of a system."""
 
+import functools
 import glob
 import hashlib
 import io
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
@@ -48,17 +49,13 @@ class Classes(NamedTuple):
 
     labels: np.ndarray  # (N,) int64
     names: list[str]
+    origin: str
+    """Where the labels came from, as `repa prepare` reports it."""
 
 
-def no_classes(num: int) -> Classes:
-    """One class for all."""
-    return Classes(np.zeros(num, np.int64), [ONE_CLASS])
-
-
-def labels_digest(classes: Classes) -> str:
-    """A checksum of the labels and the names of their classes."""
-    names = "\n".join(classes.names).encode()
-    return hashlib.sha256(classes.labels.tobytes() + names).hexdigest()
+def one_class(num: int, labels: str = "", *, why: str = "nothing label-like") -> Classes:
+    """One class for all images: because the user asked for it, or because the source says no more."""
+    return Classes(np.zeros(num, np.int64), [ONE_CLASS], f"{'--labels none' if labels == 'none' else why}: one class")
 
 
 class Source(ABC):
@@ -73,7 +70,7 @@ class Source(ABC):
     """What it is and a checksum of its list: equal for equal images, wherever they lie."""
     has_captions: bool = False
     """Whether any image may have one."""
-    labels_from: str = "nothing label-like: one class"
+    labels_from: str = ""
     """Where the labels came from, as `repa prepare` reports it."""
     left_out: Mapping[str, int] = MappingProxyType({})
     """What of the source is not taken, and how often: "files .txt2" -> 3."""
@@ -131,29 +128,20 @@ class Source(ABC):
         """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
         return None
 
-    opened_here: ClassVar[tuple[str, ...]] = ()
-    """Attributes that no other process can use, as open files: `_open_here` sets them in each."""
-
-    def _open_here(self) -> None:  # noqa: B027 (most sources have none)
-        """Set the attributes of `opened_here`."""
-
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in self.opened_here}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open_here()
+        """All but cached properties: open files and memory maps, which no other process can use, are opened again in each."""
+        kept = functools.cached_property
+        return {
+            key: value for key, value in self.__dict__.items() if not isinstance(getattr(type(self), key, None), kept)
+        }
 
     def _identify(self, classes: Classes, name: str, *, with_labels: bool = True, **facts: Any) -> None:
         """Set the classes, and the identity from facts such as checksums of contents."""
-        self.labels, self.class_names = classes
-        digest = {"labels_sha256": labels_digest(classes)} if with_labels else {}
-        self.identity = {"name": name, "num_images": len(self), **facts, **digest}
-
-    def _one_class(self, num: int) -> Classes:
-        """One class for all `num` images, because the user asked for it."""
-        self.labels_from = "--labels none: one class"
-        return no_classes(num)
+        self.labels, self.class_names, self.labels_from = classes
+        if with_labels:
+            names = "\n".join(self.class_names).encode()
+            facts["labels_sha256"] = hashlib.sha256(self.labels.tobytes() + names).hexdigest()
+        self.identity = {"name": name, "num_images": len(self), **facts}
 
     def _sampled_digest(self, num: int, *, strict: bool = False) -> str:
         """A checksum of the contents of SAMPLED images at equal distances: names and sizes may stay when pictures change.

@@ -24,7 +24,7 @@ from repa.data.sources.contract import (
     caption_values,
     is_hidden,
     json_object,
-    no_classes,
+    one_class,
     plain_text,
     read_image_file,
 )  # fmt: skip
@@ -75,27 +75,25 @@ class FileSource(Source):
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
         given = self._given_classes(where, paths, labels)
-        if given is None:
-            classes, self.labels_from = from_folders(where, paths, labels)
-            if not labels:
-                self._require_nothing_label_like(where, paths, unknown, is_one=len(classes.names) == 1)
+        classes = given or from_folders(where, paths, labels)
+        if given is None and not labels:
+            self._require_nothing_label_like(where, paths, unknown, is_one=len(classes.names) == 1)
         # classes that are folders are in the list of paths
-        self._identify(given or classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
+        self._identify(classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""
         if labels == "none":
-            return self._one_class(len(paths))
+            return one_class(len(paths), labels)
         if labels.partition(":")[0] == "folders":
             return None
         if labels:
-            self.labels_from = labels
             return from_file(labels, paths)
         if LISTING in self._described:
-            self.labels_from, name, data = LISTING, f"{LISTING} of {where}", self.read(LISTING, LISTING)
+            name, data = f"{LISTING} of {where}", self.read(LISTING, LISTING)
             with faults.reading(name, "JSON"):
                 listing = json.loads(data, object_pairs_hook=files.once)
-            return from_listing(listing, paths, name)
+            return from_listing(listing, paths, name)._replace(origin=LISTING)
         return self._from_metadata(where, paths)
 
     def _require_nothing_label_like(
@@ -184,8 +182,7 @@ class FileSource(Source):
                     f"{' and '.join(METADATA)} of {where} give its images other labels: remove one of the two, or give --labels "
                     f"{Path(where) / file}:{found[0]}."
                 )
-            if classes is None:
-                classes, self.labels_from = other, f"the column {found[0]!r} of {file}"
+            classes = classes or other._replace(origin=f"the column {found[0]!r} of {file}")
         return classes
 
     def _metadata(self) -> Iterator[tuple[str, Rows]]:
@@ -309,7 +306,6 @@ class CocoSource(Source):
     """
 
     has_captions = True
-    labels_from = "nothing: captions have no classes"
 
     def __init__(self, annotations: Path, *, images: str = ""):
         values = files.read_object(annotations, images=list, annotations=list)
@@ -326,7 +322,8 @@ class CocoSource(Source):
         self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
         digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
         digest.update(self._sampled_digest(len(names), strict=True).encode())
-        self._identify(no_classes(len(names)), annotations.name, with_labels=False, sha256=digest.hexdigest())
+        classes = one_class(len(names), why="captions have no classes")
+        self._identify(classes, annotations.name, with_labels=False, sha256=digest.hexdigest())
 
     def name(self, index: int) -> str:
         return printable(self._names[index])

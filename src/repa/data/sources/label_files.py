@@ -57,7 +57,7 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     ):  # row 1 of those are the columns
         if name in (None, ""):  # which 0 is not
             raise UserError(f"Row {number} of {path} names no image: fill in the column of names.")
-    return by_name(pairs, names, path)
+    return by_name(pairs, names, path)._replace(origin=spec)
 
 
 def _pairs_of_parquet(path: str, column: str) -> list[tuple[Any, Any]]:

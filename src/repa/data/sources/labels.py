@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from repa.base.errors import UserError, nearest, printable
-from repa.data.sources.contract import SPLITS, Classes, no_classes, plain_text, splits_among
+from repa.data.sources.contract import SPLITS, Classes, one_class, plain_text, splits_among
 
 # a larger label is an id or a time, and would make as many names and rows of the embedding as it counts
 MAX_CLASSES = 1_000_000
@@ -33,7 +33,7 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
     Args:
         values: int or str for each image; None and "" are missing.
         name_of: what to call image i in a message.
-        where: what they were read from, for messages.
+        where: what they were read from, for messages and reports.
 
     Raises:
         UserError: a label is missing, no whole number from 0 on, or of another type.
@@ -62,7 +62,7 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
                     "way, or give the classes names that are no numbers."
                 )
         if set(numbers) == {-1, 1}:
-            return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"])
+            return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"], where)
         return _numbered(numbers, name_of, where)
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) < len(values):
@@ -72,16 +72,17 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
             f"The labels in {where} are numbers such as {number} and names such as {printable(name)!r}: write numbers for all, or "
             "names for all."
         )
-    return classes_by_name(texts)
+    return classes_by_name(texts, where)
 
 
-def classes_by_name(texts: Sequence[str]) -> Classes:
+def classes_by_name(texts: Sequence[str], origin: str) -> Classes:
     """The classes of images from the name of each one's class. Names that are all numbers are sorted by value, others as texts."""
     # at most 15 digits, which a float holds exactly: a longer one would compare as equal to its neighbour
     numbers = all(re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]+)?", name) for name in set(texts))
     names = sorted(set(texts), key=lambda name: (float(name) if numbers else 0.0, name))
     position = {name: label for label, name in enumerate(names)}
-    return Classes(np.array([position[text] for text in texts], np.int64), [printable(name) for name in names])
+    labels = np.array([position[text] for text in texts], np.int64)
+    return Classes(labels, [printable(name) for name in names], origin)
 
 
 def _is_whole(value: Any) -> bool:
@@ -95,7 +96,7 @@ def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) 
                 f"The label of {name_of(index)} in {where} is {_short(label)}: labels are 0 to {MAX_CLASSES - 1:,}. "
                 "Correct it, or set labels to 'none'."
             )
-    return Classes(np.array(labels, np.int64), [str(label) for label in range(max(labels, default=0) + 1)])
+    return Classes(np.array(labels, np.int64), [str(label) for label in range(max(labels, default=0) + 1)], where)
 
 
 def _short(label: int) -> str:
@@ -112,7 +113,7 @@ def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str
             f"The label of {name_of(index)} in {where} is {labels[index]}, but there are {len(names)} classes: "
             "correct it, or set labels to 'none'."
         )
-    return Classes(labels.astype(np.int64), [printable(name) for name in names])
+    return Classes(labels.astype(np.int64), [printable(name) for name in names], where)
 
 
 def label_columns(there: Iterable[str]) -> list[str]:
@@ -130,7 +131,7 @@ def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
         )
     pairs = listing["labels"]
     if pairs is None:
-        return no_classes(len(names))
+        return one_class(len(names), why=f"null in {where}")
     if not isinstance(pairs, list):
         raise UserError(f"'labels' in {where} is {type(pairs).__name__}: it must be a list of [path, label] or null.")
     for pair in pairs:
@@ -185,8 +186,8 @@ def _near(table: Mapping[str, Any], name: str) -> list[str]:
     return [str(key) for key in table if str(key).rpartition("/")[2] == base][:5] or ([str(first)] if first else [])
 
 
-def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Classes, str]:
-    """The classes that folders are, and a sentence about which.
+def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
+    """The classes that folders are.
 
     "" and "folders" take the first folder of each path, "folders:2" the second, "folders:last" the one that holds the
     image, "folders:path" all of them. Where "" could mean two things, it is refused with the choices.
@@ -201,7 +202,7 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
         level = prefix.count("/") + 2 if prefix else 1
     depths = {path.count("/") for path in paths}
     if not labels and depths == {0}:
-        return no_classes(len(paths)), "no folders: one class"
+        return one_class(len(paths), why="no folders")
     if depths == {0}:
         raise UserError(
             f"labels was given {labels!r}, but no image of {where} lies in a folder: give --labels none for one class."
@@ -230,7 +231,7 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> tuple[Cl
     if deeper and not labels:
         shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
         which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"
-    return classes_by_name(folders), which
+    return classes_by_name(folders, which)
 
 
 def _level(labels: str) -> int | None:

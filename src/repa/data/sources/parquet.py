@@ -25,7 +25,7 @@ class ParquetSource(TableSource):
     Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
     """
 
-    opened_here = ("_lock", "_opened", "_column")
+    _lock = threading.RLock()  # of the class, and so of each process
 
     def __init__(self, shards: Sequence[str], labels: str = "", **columns: str):
         """
@@ -36,7 +36,6 @@ class ParquetSource(TableSource):
         """
         self.shards = list(shards)
         require_one_split(self.shards)
-        self._open_here()
         where = named_by_first(self.shards)
         schema = self._open(0).schema_arrow
         if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
@@ -107,13 +106,14 @@ class ParquetSource(TableSource):
         """A file, opened in each process, so that no other process moves its position."""
         return self._opened(shard, os.getpid())
 
-    def _open_here(self) -> None:
-        self._lock = threading.RLock()
-        self._opened = functools.lru_cache(KEPT)(lambda shard, process: _open(self.shards[shard]))
-        # column -> what reads a group of it, and keeps some
-        self._column = functools.cache(
-            lambda name: functools.lru_cache(KEPT)(functools.partial(self._read_group, name))
-        )
+    @functools.cached_property
+    def _opened(self) -> Callable[[int, int], Any]:
+        return functools.lru_cache(KEPT)(lambda shard, process: _open(self.shards[shard]))
+
+    @functools.cached_property
+    def _column(self) -> Callable[[str], Callable[[int], Any]]:
+        """Column -> what reads a group of it, and keeps some."""
+        return functools.cache(lambda name: functools.lru_cache(KEPT)(functools.partial(self._read_group, name)))
 
 
 def _open(where: str) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.base.rng import fold
-from repa.data.sources.contract import Classes, Source
+from repa.data.sources.contract import Classes, Source, one_class
 
 FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
 CLOSE = 0.8  # a crop of a smaller share is called close
@@ -107,8 +107,6 @@ class PhotographSource(Source):
     With captions=true each is also shown in one of three lights, and two captions say what is seen.
     """
 
-    labels_from = "the photographs: each is a class"
-
     def __init__(
         self, labels: str = "", *, num: int = 10_000, seed: int = 0, smallest: float = SMALLEST, captions: bool = False
     ):
@@ -121,11 +119,12 @@ class PhotographSource(Source):
             raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.")
         self.seed, self.smallest, self.has_captions = seed, smallest, captions
         self._names = list(load_photographs())
-        classes = Classes(np.arange(num, dtype=np.int64) % len(self._names), self._names)
-        classes = self._one_class(num) if labels == "none" else classes
+        numbers = np.arange(num, dtype=np.int64) % len(self._names)
+        classes = Classes(numbers, self._names, "the photographs: each is a class")
         self._identify(
-            classes, "photographs", seed=seed, smallest=float(smallest), captions=captions, sha256=checksum()
-        )
+            one_class(num, labels) if labels == "none" else classes, "photographs",
+            seed=seed, smallest=float(smallest), captions=captions, sha256=checksum(),
+        )  # fmt: skip
 
     def name(self, index: int) -> str:
         return f"photograph {index}"

@@ -17,7 +17,7 @@ from repa.base import files
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import PrepareConfig
-from repa.data.sources.contract import Source
+from repa.data.sources.contract import Source, one_class
 from repa.data.sources.folders import LISTING, FolderSource, scan
 from repa.data.sources.labels import from_listing
 
@@ -78,10 +78,10 @@ class ReferenceSource(Source):
                 "square and a whole number of times smaller. Encode the images again."
             )
         classes = from_listing(files.read_json(listing), self._moments, str(listing))
+        classes = classes._replace(origin=f"{MOMENTS}/{LISTING}")
         self._require_agreement(classes.labels)
-        self.labels_from = f"{MOMENTS}/{LISTING}"
         if labels == "none":
-            classes = self._one_class(len(classes.labels))
+            classes = one_class(len(classes.labels), labels)
         digest = self._images.identity["sha256"]
         self._identify(classes, root.name, sha256=digest, moments=list(self.moments_shape))
 

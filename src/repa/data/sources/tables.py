@@ -22,7 +22,7 @@ from repa.data.sources.contract import (
     Source,
     caption_values,
     named_by_first,
-    no_classes,
+    one_class,
     read_image_file,
     require_image_size,
 )  # fmt: skip
@@ -102,9 +102,6 @@ class TableSource(Source):
         self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
         self._class_names = columns[label].class_names if label else ()
         self.has_captions = bool(self._caption)
-        self.labels_from = f"no column of labels among {', '.join(columns)}: one class"
-        if label:
-            self.labels_from = f"the column {label!r}"
         self.left_out = {  # what is called as captions are, and holds something else
             f"column {name!r}, which holds no texts": 1
             for name in CAPTION_COLUMNS
@@ -123,12 +120,10 @@ class TableSource(Source):
         """
         if not num:
             raise UserError(f"{where} holds no rows: give a file or split with images.")
-        if labels == "none":
-            classes = self._one_class(num)
-        elif self._label:
+        if self._label and labels != "none":
             classes = self._classes(values(), f"the column {self._label!r} of {where}")
         else:
-            classes = no_classes(num)
+            classes = one_class(num, labels, why="no column of labels")
         sampled = self._sampled_digest(num) if is_local else ""
         name = Path(where).name if "://" in where or not where.startswith("hf:") else where
         self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from repa.data.sources.contract import (
     caption_values,
     is_remote,
     json_object,
-    no_classes,
+    one_class,
     require_one_split,
     stem_of,
 )
@@ -46,8 +46,6 @@ class WebDataset(Source):
     Every shard is read once when the source is opened first, for an index that is kept in the cache folder. The label
     of a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
     """
-
-    opened_here = ("_open",)
 
     def __init__(
         self,
@@ -85,13 +83,15 @@ class WebDataset(Source):
         self.left_out_endings = list(others)
         self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        self._open_here()
         classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
-        self._open_here()  # closes what was read for the identity, which is long ago when images are read
+        self.__dict__.pop(
+            "_open", None
+        )  # closes what was read for the identity, which is long ago when images are read
 
-    def _open_here(self) -> None:
-        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
+    @functools.cached_property
+    def _open(self) -> Callable[[int], Slices]:
+        return functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
 
     def name(self, index: int) -> str:
         return f"{printable(self.keys[index])} in {self._shard_name(self._shard_of(index))}"
@@ -109,25 +109,20 @@ class WebDataset(Source):
 
     def _classes(self, labels: str, written: list[str | None], label: str) -> Classes:
         if labels == "none":
-            return self._one_class(len(self.keys))
+            return one_class(len(self.keys), labels)
         if labels == "tars":
-            self.labels_from = "the name of each tar"
             per_shard = np.diff(self._ends, prepend=0).tolist()
-            return classes_by_name(
-                [stem_of(s) for s, num in zip(self.shards, per_shard, strict=True) for _ in range(num)]
-            )
+            names = [stem_of(s) for s, num in zip(self.shards, per_shard, strict=True) for _ in range(num)]
+            return classes_by_name(names, "the name of each tar")
         if labels.partition(":")[0] == "folders":
-            classes, self.labels_from = from_folders(self._shard_name(0), self.keys, labels)
-            return classes
+            return from_folders(self._shard_name(0), self.keys, labels)
         if labels:
-            self.labels_from = labels
             return from_file(labels, self.keys)
         require_one_split(self.shards)
         if any(value is not None for value in written):
-            self.labels_from = f".cls, or {label!r} in the .json of each sample"
-            return classes_of(written, self.name, "its shard (.cls, or the label in .json)")
+            return classes_of(written, self.name, f"its shard (.cls, or {label!r} in the .json)")
         self._require_nothing_label_like()
-        return no_classes(len(self.keys))
+        return one_class(len(self.keys))
 
     def _require_nothing_label_like(self) -> None:
         """Refuse where something but .cls and .json looks like labels, and name the choice."""
