@@ -1,15 +1,13 @@
 """The rows of the tables of REPA (arXiv 2410.06940) as recipes: the configuration, and the promise with commands and figures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
-from repa.base.reporting import columns
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.figures import FACTOR, REPA, Figures, printed, steps_text
+from repa.recipes.figures import FACTOR, PUBLISHED, Figures, figures_table, first_and_last, printed, steps_text
 from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
@@ -41,7 +39,7 @@ class Row:
 
     @property
     def figures(self) -> tuple[Figures, ...]:
-        return REPA.get(self.name, ())
+        return PUBLISHED.get(self.name, ())
 
     @property
     def alignment(self) -> dict[str, Any] | None:
@@ -58,11 +56,7 @@ class Row:
     @property
     def unguided(self) -> list[Figures]:
         """Those sampled without guidance."""
-        return [figures for figures in self.figures if figures.sampler and not figures.guidance]
-
-    @property
-    def guided(self) -> list[Figures]:
-        return [figures for figures in self.figures if figures.guidance]
+        return [figures for figures in self.figures if figures.guidance == "none"]
 
     @property
     def num_steps(self) -> int:
@@ -149,12 +143,11 @@ def subject(row: Row) -> str:
 
 def _headline(row: Row) -> str:
     """'FID 7.9 at 400K, 5.9 at 4M, 1.42 guided': the first result of the full length, the last, the best guided one."""
-    whole = [figures for figures in row.figures if not figures.guidance and figures.step >= row.num_steps]
-    guided = [figures.fid for figures in row.guided]
-    ends = dict.fromkeys([*whole[:1], *whole[-1:]])
-    parts = [f"{printed(figures.fid)} at {steps_text(figures.step)}" for figures in ends]
-    parts += [f"{printed(min(guided))} guided"] if guided else []
-    return f"FID {', '.join(parts)}" if parts else "no figure known"
+    whole = [f for f in row.figures if f.guidance in ("none", "not stated") and f.step >= row.num_steps]
+    guided = [f.fid for f in row.figures if f.guidance not in ("none", "not stated")]
+    if not whole:
+        return "no figure known"
+    return f"FID {first_and_last(whole)}" + (f", {printed(min(guided))} guided" if guided else "")
 
 
 def promise(row: Row, sampling: SampleConfig | None) -> str:
@@ -171,7 +164,7 @@ def promise(row: Row, sampling: SampleConfig | None) -> str:
             f"Hardware and time: {expected_time(row)}",
             *([f"For the figures after more steps add --num-steps {max(longer)} to `train`."] if longer else []),
         ],
-        figures_lines(row.figures),
+        figures_table(row.figures),
     )
 
 
@@ -190,13 +183,3 @@ def expected_time(row: Row) -> str:
         return "not stated in the paper."
     hours = row.num_steps / row.steps_per_second / 3600
     return f"{row.steps_per_second:g} steps per second on 8 H100, {hours:.1f} h for {steps_text(row.num_steps)} steps."
-
-
-def figures_lines(figures: Sequence[Figures]) -> list[str]:
-    """The paper's figures, one line each."""
-    if not figures:
-        return ["The paper's figures are not known here."]
-    heads = ("steps", "FID", "sFID", "IS", "precision", "recall", "probe %", "guidance")
-    how = [(f"--guidance {f.guidance}" if f.guidance else "none") if f.sampler else "not known" for f in figures]
-    cells = [[f"{f.step:,}", *map(printed, f[1:7]), words] for f, words in zip(figures, how, strict=True)]
-    return columns([heads, *cells], right=range(7))

@@ -162,7 +162,7 @@ def _measured_as_in_the_paper(run: RunRecord, given: Mapping[str, Any]) -> bool:
 def _sampled_as(figures: Figures, given: Mapping[str, Any]) -> bool:
     asked = figures.sampling
     asked["guidance"] = asked["guidance"] or "off"
-    return bool(figures.sampler) and all(given.get(key) == value for key, value in asked.items())
+    return figures.sampler != "" and all(given.get(key) == value for key, value in asked.items())
 
 
 def _printed(figures: Figures) -> dict[str, Spread]:
