@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from repa.evaluation.extractors import InceptionExtractor
-from repa.metrics import InceptionFeatures
+from repa.metrics import ImageFeatures
 from repa.metrics.inception_weights import SHA256, LoadedInception
 
 PUBLISHED = SHA256 + "0" * 56
@@ -19,7 +19,7 @@ class Small(nn.Module):
 
     def forward(self, images, precision):
         x = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
-        return InceptionFeatures(*(x @ mix for mix in self.mix))
+        return ImageFeatures(*(x @ mix for mix in self.mix))
 
 
 def small_inception(checksum=PUBLISHED):

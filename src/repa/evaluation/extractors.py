@@ -1,7 +1,7 @@
 """Feature extractors for metrics: Inception, or the pooled features of an encoder, behind one contract."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,8 @@ from repa.base.precision import autocast
 from repa.encoders import load_encoder
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.config import INCEPTION, OF_ENCODERS, OF_INCEPTION
-from repa.metrics import load_inception
+from repa.metrics import ImageFeatures, load_inception
 from repa.metrics.inception_weights import LoadedInception
-
-
-class Extracted(NamedTuple):
-    """Features of a batch, float32, on the extractor's device."""
-
-    pooled: Tensor  # (N, D)
-    spatial: Tensor | None = None  # (N, 2023), Inception's
-    logits: Tensor | None = None  # (N, 1008), Inception's
 
 
 class EncoderExtractor:
@@ -41,14 +33,14 @@ class EncoderExtractor:
         return next(self.encoder.parameters()).device
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Extracted:
+    def __call__(self, images: Tensor) -> ImageFeatures:
         """uint8 (N, 3, S, S) -> features."""
         with autocast(self.device, self.precision):
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
         # Known only now: a private encoder says so by what it gives.
         if pooled is None:
             raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
-        return Extracted(pooled.float())
+        return ImageFeatures(pooled.float())
 
 
 class InceptionExtractor:
@@ -72,9 +64,9 @@ class InceptionExtractor:
     def device(self) -> torch.device:
         return self.net.fc.weight.device
 
-    def __call__(self, images: Tensor) -> Extracted:
+    def __call__(self, images: Tensor) -> ImageFeatures:
         """uint8 (N, 3, H, W) -> features."""
-        return Extracted(*self.net(images, self.precision))
+        return self.net(images, self.precision)
 
 
 Extractor = EncoderExtractor | InceptionExtractor

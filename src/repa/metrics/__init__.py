@@ -7,7 +7,7 @@ from repa.base.lazy import exports
 if TYPE_CHECKING:
     from repa.metrics.distances import frechet_distance as frechet_distance
     from repa.metrics.distances import kernel_distance as kernel_distance
-    from repa.metrics.inception import InceptionFeatures as InceptionFeatures
+    from repa.metrics.inception import ImageFeatures as ImageFeatures
     from repa.metrics.inception import InceptionV3 as InceptionV3
     from repa.metrics.inception_weights import load_inception as load_inception
     from repa.metrics.manifold import PrecisionRecall as PrecisionRecall

@@ -19,14 +19,14 @@ SIDE = 299  # pixels that the network sees
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, the ADM evaluator's choice
 
 
-class InceptionFeatures(NamedTuple):
-    """What the metrics need of a batch of images, float32."""
+class ImageFeatures(NamedTuple):
+    """What the metrics need of a batch of images, float32. The last two are Inception's alone."""
 
-    pool: Tensor
-    """(N, 2048): pool_3, for FID, KID, precision and recall."""
-    spatial: Tensor
+    pooled: Tensor
+    """(N, D), of Inception pool_3 (N, 2048): for Fréchet and kernel distances, precision and recall."""
+    spatial: Tensor | None = None
     """(N, 2023): the first 7 channels of mixed_6/conv on their 17 x 17 grid in the order H, W, C, for sFID."""
-    logits: Tensor
+    logits: Tensor | None = None
     """(N, 1008): without the bias of the last layer, for the inception score."""
 
 
@@ -59,7 +59,7 @@ class InceptionV3(nn.Module):
         return super().train(False)
 
     @torch.inference_mode()
-    def forward(self, images: Tensor, precision: str = "fp32") -> InceptionFeatures:
+    def forward(self, images: Tensor, precision: str = "fp32") -> ImageFeatures:
         """Features of uint8 (N, 3, H, W), whatever the caller's autocast.
 
         Args:
@@ -78,7 +78,7 @@ class InceptionV3(nn.Module):
                 x, branch1x1 = self._convolved(x)
             pool = x.float().mean((2, 3))  # (N, 2048)
             spatial = branch1x1[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
-            return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)  # the ADM evaluator leaves the bias out
+            return ImageFeatures(pool, spatial, pool @ self.fc.weight.T)  # the ADM evaluator leaves the bias out
 
     def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, 299, 299) -> what is pooled, and what sFID compares."""
