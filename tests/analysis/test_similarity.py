@@ -168,3 +168,9 @@ def test_mistakes():
         cknna(a, b, variant="plato")
     with pytest.raises(UserError, match="at least 4"):
         cka(a[:3], b[:3], unbiased=True)
+
+
+@pytest.mark.parametrize("variant", ["paper", "platonic", "platonic-clamped"])
+def test_unrelated_features_have_about_the_share_of_neighbours(variant):
+    a, b = (torch.randn(500, width, generator=torch.Generator().manual_seed(width)) for width in (128, 384))
+    assert 0.25 < cknna(a, b, k=10, variant=variant) / (10 / 500) < 4

@@ -59,6 +59,7 @@ def test_cknna_of_two_checkpoints(random_run, data_folder, tmp_path, capsys):
     assert rows[0]["cknna"] != rows[4]["cknna"]
     assert told["analysis"] == "cknna"
     assert told["variant"] == "paper"
+    assert told["chance"] == 5 / 40
     assert picture(tmp_path / "found/c.png").std() > 10
     out = capsys.readouterr().out
     assert f"{rows[-1]['cknna']:.4f}" in out.splitlines()[8]
@@ -96,7 +97,8 @@ def test_the_two_numbers_called_cknna_never_share_a_name(random_run, data_folder
 def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys):
     words = ["analyse", "probe", str(random_run), "tiny", "--data", str(data_folder), "--val", str(data_folder)]
     assert run([*words, "--times", "0", "--learning-rates", "1e-9", "0.01", "--epochs", "20", "--out", "p.json"]) == 0
-    _, rows = read(tmp_path / "p.json")
+    told, rows = read(tmp_path / "p.json")
+    assert told["chance"] == 0.5  # of two classes of twenty images each
     assert [(row["run"], row["depth"], row.get("features"), row["lr"]) for row in rows] == [
         ("random", 1, None, 1e-9), ("random", 1, None, 0.01), ("random", 2, None, 1e-9), ("random", 2, None, 0.01),
         ("tiny", None, "patches", 1e-9), ("tiny", None, "patches", 0.01),

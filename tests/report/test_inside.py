@@ -95,9 +95,24 @@ def test_pictures_are_shown_and_drawings_of_rows_are_not_shown_twice(tmp_path):
     section = write_report([run], tmp_path / "r.html").read_text().split("Inside the networks")[1]
     assert len(re.findall(r"<img[^>]*alt=\"r: Tokens as colours", section)) == 1
     assert section.count("<img") == 1
+    analysis_file(run, "neighbours", "neighbours", [], verdict={"share_near": 0.25, "threshold": 0.5})
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(run / layout.ANALYSIS / "neighbours.png")
+    section = write_report([run], tmp_path / "r.html").read_text().split("Inside the networks")[1]
+    assert section.count("<img") == 2
+    assert "25.0 % of the samples" in section
+    analysis_file(run, "neighbours", "neighbours", [], verdict={"share_near": "many", "threshold": None})
+    assert "% of the samples" not in write_report([run], tmp_path / "r.html").read_text()
     (run / layout.ANALYSIS / "pictures.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"pictures\.png is not a readable image"):
         write_report([run], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(("chance", "is_said"), [(0.25, True), ("a lot", False), (None, False)])
+def test_the_caption_says_what_to_hold_a_cknna_against(chance, is_said, tmp_path):
+    run = fake_run(tmp_path / "r")
+    analysis_file(run, "cknna-e", "cknna", rows_of("r", [0.1, 0.2]), encoder="e", chance=chance)
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert ("0.2500, neighbours / images" in page) == is_said
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,17 @@ class NeighboursConfig(Config):
     """Images at a time."""
 
 
+def meaning_of(measure: str, chance: float | None) -> str:
+    """What to hold a value of "cknna", "cka", "cka-unbiased" or "probe" against; `chance`: k / images, or the share of the
+    largest class."""
+    return {
+        "cknna": f"1: the encoder itself; about {chance or 0:.4f}, neighbours / images: unrelated features",
+        "cka": "1: the encoder itself, also turned or scaled; unrelated features: more than 0, the more the fewer images",
+        "cka-unbiased": "1: the encoder itself, also turned or scaled; about 0: unrelated features",
+        "probe": f"guessing the largest class: {chance or 0:.4f}",
+    }[measure]
+
+
 class RunCheckpoint(NamedTuple):
     """One network of a run."""
 

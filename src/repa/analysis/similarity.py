@@ -47,7 +47,7 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> floa
         variant: which of the three.
 
     Returns:
-        1 for a representation with itself; NaN when nothing can be told, as when all features are equal.
+        1 for a representation with itself, about k / n for unrelated ones; NaN when nothing can be told, as when all features are equal.
 
     Raises:
         UserError: a and b are not of the same n images, k does not fit n, or the variant is unknown.

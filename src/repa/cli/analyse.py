@@ -16,6 +16,7 @@ from repa.analysis.config import (
     RunCheckpoint,
     SimilarityConfig,
     checkpoints_of,
+    meaning_of,
 )
 from repa.base.errors import UserError, choices
 from repa.base.reporting import columns
@@ -151,13 +152,19 @@ def cknna(argv: list[str], held: ExitStack) -> int:
     name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / name)
     from repa.analysis import cknna_of_run
+    from repa.analysis.hidden import spaced_rows
+    from repa.data import open_data
 
     rows = _rows_of_each(
         checkpoints, given, lambda run, data, name, bars: cknna_of_run(run, data, config, bars.of(name))
     )
-    tables.write(out, tables.how(config.measure, given), rows)
+    how = tables.how(config.measure, given)
+    if config.measure == "cknna":
+        how["chance"] = config.neighbours / len(spaced_rows(open_data(given.data), config.num_images))
+    tables.write(out, how, rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
     say(*tables.in_columns(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))
+    say(meaning_of(config.measure, how.get("chance")))
     return _draw_depths(rows, config.measure, f"{title} with {config.encoder}", out)
 
 
@@ -212,7 +219,9 @@ def probe(argv: list[str], held: ExitStack) -> int:
             progress = bars.of(spec), bars.of(f"heads of {spec}", "epochs")
             found = probe_of_encoder(encoder, spec, data, config, val, *progress)
         rows += [{"run": spec, "step": None, "t": None, "depth": None, **row} for row in found]
-    tables.write(out, tables.how("probe", given), rows)
+    counts = (val or data).manifest.class_counts
+    how = {**tables.how("probe", given), "chance": max(counts) / sum(counts)}
+    tables.write(out, how, rows)
     # One line for each place: the rates are a grid over which a head is chosen, and only files hold them all.
     shown = best(rows, "top1")
     num_rates = len(config.learning_rates)
@@ -220,7 +229,7 @@ def probe(argv: list[str], held: ExitStack) -> int:
     columns |= {"lr": "lr|g"} if num_rates > 1 else {}
     # Encoders have no steps, noise levels or blocks, and runs no kinds of features.
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
-    say(*tables.in_columns(shown, used))
+    say(*tables.in_columns(shown, used), meaning_of("probe", how["chance"]))
     if num_rates > 1:
         say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
     return _draw_depths(shown, "top1", "top-1 accuracy", out)
@@ -231,6 +240,7 @@ def encoders(argv: list[str], held: ExitStack) -> int:
     config = options.part(EncodersConfig, given)
     out = tables.output(held, given.out, Path()) if given.out else None
     from repa.analysis import compare_encoders
+    from repa.analysis.hidden import spaced_rows
     from repa.base import dist
     from repa.data import open_data
 
@@ -244,6 +254,7 @@ def encoders(argv: list[str], held: ExitStack) -> int:
         say("", f"CKNNA ({config.variant}, k = {config.neighbours}) to each other")
         columns = {"encoder": "encoder", **{name: f"{name}|.4f" for name in config.encoders}}
         say(*tables.in_columns(found.matrix(), columns))
+        say(meaning_of("cknna", config.neighbours / len(spaced_rows(data, config.num_images))))
     if out is not None:
         tables.write(out, {**tables.how("encoders", given), "device": str(device)}, found.rows())
         say(f"{out} and .csv.")

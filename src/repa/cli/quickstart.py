@@ -14,7 +14,7 @@ from repa.base import extras
 from repa.base.config import option
 from repa.base.reporting import duration
 from repa.cli import options, prepare, train
-from repa.cli.console import ProgressBar, say
+from repa.cli.console import LINE_EVERY, ProgressBar, say
 from repa.cli.together import run_together
 from repa.data.config import PrepareConfig
 from repa.recipes import load_recipe
@@ -80,7 +80,12 @@ def main(argv: list[str]) -> int:
         say("", "Both trainings are complete.")
     else:
         _compute_reference(data, choice.changes["preview.features"])
-        say("", "Both trainings side by side:")
+        say(
+            "",
+            f"Both trainings side by side, {choice.changes.get('num_steps', recipes['baseline'].num_steps):,} steps each, on half of "
+            "the cores each: minutes.",
+            f"The first line of progress comes once both have started, then one every {LINE_EVERY:.0f} s with the time that is left.",
+        )
         if code := run_together(trainings):
             return code
     commands = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from markupsafe import Markup, escape
 
+from repa.analysis.config import meaning_of
 from repa.base import extras
 from repa.base.errors import escaped
 from repa.base.files import write_text
@@ -226,9 +227,9 @@ def _distance_curve(records: Sequence[RunRecord], protocol: Protocol, number: in
     has_seeds = len(grouped(records)) < len(records)
     seeds = " Thin: each seed; strong: their mean at the steps that all have." if has_seeds else ""
     caption = {
-        "step": f"{distance_name(protocol)}, lower is better: {how_made(protocol)}.{seeds} Lines are straight "
-        "between evaluations. A dotted level is the baseline’s last value, a ring marks where an aligned run first reached "
-        "it. First values far above the rest may be cut off.",
+        "step": f"{distance_name(protocol)}, lower is better, 0 is the reference itself: {how_made(protocol)}.{seeds} "
+        "Lines are straight between evaluations. A dotted level is the baseline’s last value, a ring marks where "
+        "an aligned run first reached it. First values far above the rest may be cut off.",
         "seconds": "The same against training time as the runs logged it: what a step costs is in it.",
         "images": "The same against training images, repetitions counted: steps times batch size.",
     }
@@ -270,7 +271,10 @@ def _analysis_caption(analysis: Analysis) -> str:
         parts.append(data)
     if analysis.kind == "cknna":
         parts.append(f"k = {given.get('neighbours')}, the {given.get('variant')} variant")
-    return f"{_capital(analysis.label)} of each block: {'; '.join(parts)}. t = 0 is data."
+    caption = f"{_capital(analysis.label)} of each block: {'; '.join(parts)}. t = 0 is data."
+    chance = given.get("chance")
+    known = is_number(chance) or analysis.kind in ("cka", "cka-unbiased")
+    return f"{caption} {_capital(meaning_of(analysis.kind, chance))}." if known else caption
 
 
 def _capital(words: str) -> str:
