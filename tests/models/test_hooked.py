@@ -85,7 +85,7 @@ def test_what_it_refuses():
             hooked()(state, t, condition, taps)
     with pytest.raises(UserError, match="did not run"):
         hooked(blocks=("unused",))(state, t, condition, (Tap(1),))
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="of width 4, not 5"):
         hooked(hidden_dim=5)(state, t, condition, (Tap(1),))
     with pytest.raises(UserError):
         hooked(blocks=("conv", "conv"))

@@ -178,13 +178,30 @@ class Backbone(nn.Module, ABC):
         self.latent_channels, self.patch_size, self.hidden_dim, self.depth = channels, patch_size, hidden_dim, depth
         self.grid, self.state_shapes = (height // patch_size, width // patch_size), {"x": (channels, height, width)}
 
-    def run(self, block: nn.Module, *arguments: Any) -> Any:
-        """What a block gives; where `checkpoint_activations` is set, it is computed again in the backward pass."""
+    def run(
+        self, depth: int, *arguments: Any, taps: tuple[Tap, ...], seen: dict[Tap, Tensor], front: int = 0
+    ) -> list[Tensor]:
+        """What block `depth` gives; what is tapped there is added to `seen`.
+
+        It is called with `arguments` and whether its attention is tapped, and gives tokens, those of the image last, and then
+        logits (N, h, S + T, S + T) or None. Of the S = `front` tokens in front of the grid, logits keep none and hidden taps
+        the last `prefix_tokens`. Where `checkpoint_activations` is set, the block is computed again in the backward pass.
+        """
+        block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
         if self.checkpoint_activations and torch.is_grad_enabled():
             # A block draws no random numbers, so their state need not be saved. The non-reentrant form also
             # gives gradients where the input of the first block needs none.
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return block(*arguments)
+            given = checkpoint(block, *arguments, tapped, use_reentrant=False, preserve_rng_state=False)
+        else:
+            given = block(*arguments, tapped)
+        *tokens, logits = given
+        if tapped:
+            seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
+        if Tap(depth) in taps:
+            cut = front - self.prefix_tokens
+            # The tokens themselves where none is cut off: their gradients are then summed as those of a hook on the block.
+            seen[Tap(depth)] = tokens[-1][:, cut:] if cut else tokens[-1]
+        return tokens
 
     def completed(self, condition: Condition) -> Condition:
         """The condition with everything that the network reads: one that reads text adds the empty one where there is none."""

@@ -196,7 +196,7 @@ class DDT(Backbone):
         seen: dict[Tap, Tensor] = {}
         heads: dict[int, Tensor] = {}
         for depth in range(1, self.encoder_depth + 1):
-            tokens = self._block(depth, tokens, modulation, rotation, taps, seen, self.front)
+            (tokens,) = self.run(depth, tokens, modulation, None, rotation, taps=taps, seen=seen, front=self.front)
             if str(depth) in self.heads:
                 base = F.silu(time[:, None] + tokens[:, self.front :])  # (N, T, D)
                 out = self.heads[str(depth)](base, self._modulation(base))
@@ -211,7 +211,7 @@ class DDT(Backbone):
         rotation = None if self.head_rotation is None else self.head_rotation()
         seen = dict(encoded.taps)
         for depth in range(self.encoder_depth + 1, self.depth + 1):
-            tokens = self._block(depth, tokens, modulation, rotation, taps, seen, 0)
+            (tokens,) = self.run(depth, tokens, modulation, None, rotation, taps=taps, seen=seen)
         out = self.final_layer(tokens, modulation)  # (N, T, p * p * C)
         return Output({"x": unpatchify(out, self.grid, self.patch_size)}, seen, encoded.heads)
 
@@ -219,25 +219,6 @@ class DDT(Backbone):
         """What the linear layers of adaLN are given."""
         # RAE's modulations begin with a SiLU, and its code hands them what went through one already: its weights expect both.
         return F.silu(vector) if self.silu_twice else vector
-
-    def _block(
-        self,
-        depth: int,
-        tokens: Tensor,
-        modulation: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        taps: tuple[Tap, ...],
-        seen: dict[Tap, Tensor],
-        front: int,
-    ) -> Tensor:
-        """Run block `depth`, and add to `seen` what is tapped there, without the `front` tokens."""
-        block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
-        tokens, logits = self.run(block, tokens, modulation, None, tapped, rotation)
-        if tapped:
-            seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
-        if Tap(depth) in taps:
-            seen[Tap(depth)] = tokens[:, front:]
-        return tokens
 
 
 def _wide(tokens: Tensor) -> Tensor:

@@ -179,16 +179,10 @@ class DiT(OnHub):
 
     def _through(self, depths: range, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output) -> Tensor:
         """Tokens x (N, P + T, D) after some blocks, whose taps and heads are written into `seen`."""
-        silu_c, mask, rotation = context
         for depth in depths:
-            block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
-            x, logits = self.run(block, x, silu_c, mask, tapped, rotation)
-            if tapped:
-                seen.taps[Tap(depth, "attention")] = logits[:, :, self.prefix_tokens :, self.prefix_tokens :]
-            if Tap(depth) in taps:
-                seen.taps[Tap(depth)] = x
+            (x,) = self.run(depth, x, *context, taps=taps, seen=seen.taps, front=self.prefix_tokens)
             if str(depth) in self.heads:
-                tokens = self.heads[str(depth)](x[:, self.prefix_tokens :], silu_c)
+                tokens = self.heads[str(depth)](x[:, self.prefix_tokens :], context.silu_c)
                 seen.heads[depth] = self._image(tokens)
         return x
 

@@ -11,7 +11,8 @@ from repa.base.errors import UserError
 from repa.base.registry import Registry
 from repa.models.config import ModelConfig
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
-from repa.models.taps import find_blocks, width_of
+from repa.models.image_tokens import image_tokens
+from repa.models.taps import Pass, find_blocks, width_of
 
 NETS = Registry("network", {})  # of the user's own, by dotted name
 NO_COMPILE = "A hooked network cannot be compiled, since hooks break its graph: turn compile off."
@@ -92,10 +93,8 @@ class Hooked(Backbone):
                 "A hooked network has hidden taps alone and takes all tokens: leave attention and routing out."
             )
         # Registered for this pass alone: a copy of the network, as its average is, has other blocks, and no hook to undo.
-        hidden: dict[Tap, Tensor] = {}
-        hooks = [
-            self.blocks[tap.depth - 1].register_forward_hook(functools.partial(_keep, hidden, tap)) for tap in taps
-        ]
+        given: dict[Tap, Any] = {}
+        hooks = [self.blocks[tap.depth - 1].register_forward_hook(functools.partial(_keep, given, tap)) for tap in taps]
         try:
             times = t.of_tokens() if isinstance(t, TwoTimes) else t
             prediction = self._call(self.net, state, times, condition)
@@ -103,23 +102,18 @@ class Hooked(Backbone):
             for hook in hooks:
                 hook.remove()
         for tap in taps:
-            if tap not in hidden:
+            if tap not in given:
                 raise UserError(f"Block {tap} did not run, so that it has nothing to tap: tap another block.")
-        return Output({"x": prediction}, {tap: self._tokens(tap, hidden[tap]) for tap in taps}, {})
+        return Output({"x": prediction}, {tap: self._tokens(tap, given[tap]) for tap in taps}, {})
 
-    def _tokens(self, tap: Tap, hidden: Tensor) -> Tensor:
-        """(N, T, D) of whatever the block gave."""
-        num_tokens = self.grid[0] * self.grid[1]
-        if hidden.ndim == 4 and tuple(hidden.shape[1:]) == (self.hidden_dim, *self.grid):
-            return hidden.flatten(2).transpose(1, 2)
-        if hidden.ndim == 3 and hidden.shape[1] >= num_tokens and hidden.shape[2] == self.hidden_dim:
-            # The tokens in front of the grid (class, registers) are left out.
-            return hidden[:, hidden.shape[1] - num_tokens :]
-        raise UserError(
-            f"Block {tap} gives {tuple(hidden.shape)}, which is neither (N, {self.hidden_dim}, {self.grid[0]}, "
-            f"{self.grid[1]}) nor (N, at least {num_tokens}, {self.hidden_dim}): correct hidden_dim or grid, or tap "
-            f"another block."
-        )
+    def _tokens(self, tap: Tap, output: Any) -> Tensor:
+        """(N, T, D) of whatever the block gave: of several tensors the first; without the tokens in front of the grid."""
+        found = image_tokens(Pass(output, None), None, None, where=str(tap), grid=self.grid, output=0).tokens
+        if found.shape[2] != self.hidden_dim:
+            raise UserError(
+                f"Block {tap} gives tokens of width {found.shape[2]}, not {self.hidden_dim}: correct hidden_dim, or tap another block."
+            )
+        return found
 
 
 def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
@@ -163,6 +157,6 @@ def _predict(net: nn.Module, state: State, t: Tensor, condition: Condition) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
-def _keep(hidden: dict[Tap, Tensor], tap: Tap, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-    """A hook: what a block gave, or the first of several."""
-    hidden[tap] = output if isinstance(output, Tensor) else output[0]
+def _keep(given: dict[Tap, Any], tap: Tap, block: nn.Module, inputs: tuple, output: Any) -> None:
+    """A hook."""
+    given[tap] = output

@@ -103,16 +103,11 @@ class JiT(Backbone):
         silu_c = F.silu(self.t_embedder(t) + label)
         seen: dict[Tap, Tensor] = {}
         front, rotation = 0, self.rotation()  # class tokens that are in front of the grid
-        for depth, block in enumerate(self.blocks, start=1):
+        for depth in range(1, self.depth + 1):
             if self.in_context_posemb is not None and depth == self.class_tokens_from + 1:
                 front, rotation = self.class_tokens, self.rotation(self.class_tokens)
                 x = torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)  # (N, S + T, D)
-            tapped = Tap(depth, "attention") in taps
-            x, logits = self.run(block, x, silu_c, None, tapped, rotation)
-            if tapped:
-                seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
-            if Tap(depth) in taps:
-                seen[Tap(depth)] = x[:, front:]
+            (x,) = self.run(depth, x, silu_c, None, rotation, taps=taps, seen=seen, front=front)
         tokens = self.final_layer(x[:, front:], silu_c)  # (N, T, p * p * C)
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size)}, seen, {})
 

@@ -234,7 +234,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, tapped: bool = False, rotation: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, mask: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None, tapped: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(output (N, T, D), logits (N, h, T, T) when `tapped`).
 
@@ -386,19 +386,19 @@ class Block(nn.Module):
         x: Tensor,
         silu_c: Conditioning,
         mask: Tensor | None = None,
-        tapped: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
+        tapped: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, T, D), silu_c of it, mask (N, T, T) -> (x, attention logits (N, h, T, T) when `tapped`)."""
         if self.adaLN_modulation is None:
-            attention, logits = self.attn(self.norm1(x), mask, tapped, rotation)
+            attention, logits = self.attn(self.norm1(x), mask, rotation, tapped)
             x = x + attention
             return x + self.mlp(self.norm2(x)), logits
         # The order of the six in the rows of DiT's released weights.
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
             self.adaLN_modulation, silu_c, x, 6
         )
-        attention, logits = self.attn(self._modulated(self.norm1, x, shift_attn, scale_attn), mask, tapped, rotation)
+        attention, logits = self.attn(self._modulated(self.norm1, x, shift_attn, scale_attn), mask, rotation, tapped)
         x = torch.addcmul(x, gate_attn, attention)
         return torch.addcmul(x, gate_mlp, self.mlp(self._modulated(self.norm2, x, shift_mlp, scale_mlp))), logits
 

@@ -133,13 +133,8 @@ class MMDiT(Backbone):
         if condition.text_mask is not None:
             mask = F.pad(condition.text_mask, (0, image.shape[1]), value=True)[:, None]  # (N, 1, S + T)
         seen: dict[Tap, Tensor] = {}
-        for depth, block in enumerate(self.blocks, start=1):
-            tapped = Tap(depth, "attention") in taps
-            text, image, logits = self.run(block, text, image, silu_c, mask, tapped)
-            if tapped:
-                seen[Tap(depth, "attention")] = logits
-            if Tap(depth) in taps:
-                seen[Tap(depth)] = image
+        for depth in range(1, self.depth + 1):
+            text, image = self.run(depth, text, image, silu_c, mask, taps=taps, seen=seen)
         tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C), wider where patches overlap
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)}, seen, {})
 
