@@ -13,7 +13,7 @@ from PIL import Image
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
-from repa.data import PrepareConfig, add_features, encoding, open_data, open_source, prepare, preparing, writing
+from repa.data import PrepareConfig, add, encoding, open_data, open_source, prepare, preparing, writing
 from repa.data.planning import make_plan
 from repa.data.progress import record_path
 from tests.data.conftest import all_rows, content, pack, spoil
@@ -156,7 +156,7 @@ def test_lost_tokens_are_made_anew_from_the_stored_images(folder, tmp_path, fake
     prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
     before = content(tmp_path / "out")
     (tmp_path / "out" / name).unlink()
-    add_features(tmp_path / "out", "tiny")
+    add(tmp_path / "out", "features:tiny")
     assert content(tmp_path / "out") == before
 
 
@@ -215,24 +215,24 @@ def test_a_folder_with_other_things_is_left_alone(folder, tmp_path):
         prepare(folder, folder / "ants" / "000.png", SMALL)
 
 
-@pytest.mark.parametrize("by", ["prepare", "add_features"])
+@pytest.mark.parametrize("by", ["prepare", "add"])
 def test_features_can_be_added_later(folder, tmp_path, fakes, by):
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL.override(features=()))
     plain = content(tmp_path / "out")
 
-    def add(progress=None):
+    def again(progress=None):
         if by == "prepare":
             prepare(folder, tmp_path / "out", FULL, progress=progress)
         else:
             shutil.rmtree(folder, ignore_errors=True)  # the source is not needed
-            add_features(tmp_path / "out", "tiny", progress=progress)
+            add(tmp_path / "out", "features:tiny", progress=progress)
 
     with pytest.raises(Killed):
-        add(killed_after(4))
+        again(killed_after(4))
     assert not open_data(tmp_path / "out").features  # the old data stays usable
     calls = fakes[1].calls
-    add()
+    again()
     assert fakes[1].calls - calls == 5
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert {k: v for k, v in content(tmp_path / "out").items() if k in plain and k != "manifest.json"} == {
@@ -244,7 +244,7 @@ def test_features_can_be_added_later(folder, tmp_path, fakes, by):
 
 def test_an_encoder_is_added_by_any_of_its_names(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", SMALL)
-    assert [*add_features(tmp_path / "out", "dinov2-vit-b", form="int8").features] == ["dinov2-b"]
+    assert [*add(tmp_path / "out", "features:dinov2-vit-b", form="int8").features] == ["dinov2-b"]
     assert open_data(tmp_path / "out").features["dinov2-b"].form == "int8"
     assert not (tmp_path / "out" / "parts").exists()
 
@@ -253,7 +253,7 @@ def test_features_without_stored_images_come_from_the_source(folder, tmp_path, f
     lean = FULL.override(store_images=False, features=())
     prepare(folder, tmp_path / "out", lean)
     with pytest.raises(UserError, match="holds no images to encode: run `repa prepare` on the source"):
-        add_features(tmp_path / "out", "tiny")
+        add(tmp_path / "out", "features:tiny")
     prepare(folder, tmp_path / "out", lean.override(features=("tiny",)))
     prepare(folder, tmp_path / "whole", FULL)
     data, whole = open_data(tmp_path / "out"), open_data(tmp_path / "whole")
@@ -294,7 +294,7 @@ def test_a_shard_of_bad_images_is_empty(folder, tmp_path, fakes):
     assert [s.num for s in manifest.shards] == [3, 0, 3, 2]
     labels = all_rows(open_data(tmp_path / "out"), "labels")
     assert labels.tolist() == [0] * 4 + [1] * 4
-    add_features(tmp_path / "out", "tiny")
+    add(tmp_path / "out", "features:tiny")
     assert open_data(tmp_path / "out").gather("features.tiny", np.arange(8)).shape == (8, 4, 3)
 
 

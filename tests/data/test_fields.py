@@ -9,7 +9,7 @@ import torch
 from repa.base import lock
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.data import Manifest, PrepareConfig, add_features, encoding, open_data, prepare, preparing, remove
+from repa.data import Manifest, PrepareConfig, add, encoding, open_data, prepare, preparing, remove
 from repa.data.packing import read_basis, unpack
 from tests.data.conftest import all_rows, content, spoil
 from tests.oracles import packing as oracle
@@ -177,7 +177,7 @@ def test_a_field_that_is_removed_leaves_the_others_alone(folder, tmp_path, fakes
     out, config = tmp_path / "out", FULL.override(features=("tiny", "dinov2-b"), feature_forms=("dinov2-b=pca2-int8",))
     prepare(folder, out, FULL)
     before = content(out)
-    add_features(out, "dinov2-b", form="pca2-int8")
+    add(out, "features:dinov2-b", form="pca2-int8")
     assert open_data(out).manifest.config == config
     manifest = remove(out, "features:dinov2-b")
     assert content(out) == before

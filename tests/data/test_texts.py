@@ -9,7 +9,7 @@ import torch
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.conditions import load_text_encoder, words
-from repa.data import PrepareConfig, add_text, check_bytes, check_models, open_data, prepare, preparing, remove
+from repa.data import PrepareConfig, add, check_bytes, check_models, open_data, prepare, preparing, remove
 from repa.data.manifest import Manifest
 from tests.data.conftest import content
 
@@ -80,10 +80,10 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
 
     calls = interrupt_at_the_third_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        add_text(out, TINY)
+        add(out, f"text:{TINY}")
     assert open_data(out).text is None  # the old manifest holds until all is there
-    assert add_text(out, TINY, rank=0, world=2) is None  # not its share alone
-    assert add_text(out).text.num_tokens == 5
+    assert add(out, f"text:{TINY}", rank=0, world=2) is None  # not its share alone
+    assert add(out, "text").text.num_tokens == 5
     assert len(calls) == 3 + 2  # two shards were finished before
     assert content(out) == content(tmp_path / "whole")
     assert prepare(source, out, CONFIG) == Manifest.open(out)
@@ -100,9 +100,9 @@ def test_finished_tokens_of_captions_stay_where_an_encoder_is_removed(source, tm
     prepare(source, out, CONFIG.override(text="", features=("tiny",)))
     calls = interrupt_at_the_third_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        add_text(out, TINY)
+        add(out, f"text:{TINY}")
     remove(out, "features:tiny")
-    add_text(out)
+    add(out, "text")
     assert len(calls) == 3 + 2  # two shards were finished before
     prepare(source, tmp_path / "whole", CONFIG)
     assert content(out) == content(tmp_path / "whole")
@@ -122,7 +122,7 @@ def test_what_is_refused(source, folder, tmp_path):
         prepare(folder, tmp_path / "other", CONFIG)
     prepare(folder, tmp_path / "plain", CONFIG.override(text=""))
     with pytest.raises(UserError, match="no captions"):
-        add_text(tmp_path / "plain", TINY)
+        add(tmp_path / "plain", f"text:{TINY}")
 
 
 def test_manifests_and_rows_that_do_not_fit_are_refused(source, tmp_path):

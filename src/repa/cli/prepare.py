@@ -114,7 +114,7 @@ def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = (
     """Prepare in this process: its share of the work, when torchrun started several. Returns whether the data are whole now."""
     from repa.data import prepare
 
-    return _work(out, "images", partial(prepare, source, out, config, only=only)) is not None
+    return _work(out, partial(prepare, source, out, config, only=only)) is not None
 
 
 def _add(folder: Path, given: PrepareArguments) -> None:
@@ -125,23 +125,24 @@ def _add(folder: Path, given: PrepareArguments) -> None:
         raise UserError(
             f"--only {wrong[0]} needs the source too: only features:ENCODER and text come from what is stored."
         )
-    from repa.data import add_features, add_text
+    from repa.data import add
 
-    if TEXT in given.only:
-        text = partial(add_text, folder, given.text, weights=given.text_weights, form=given.text_form)
-        _work(folder, "shards", text)
-    for spec in (ENCODERS.check(part.removeprefix(FEATURES)) for part in given.only if part != TEXT):
-        features = partial(add_features, folder, spec, weights=given.weights.get(spec), form=given.forms[spec])
-        _work(folder, "images", features)
+    for part in given.only:
+        weights, form, spec = given.text_weights, str(given.text_form), given.text
+        if part != TEXT:
+            spec = ENCODERS.check(part.removeprefix(FEATURES))
+            weights, form = given.weights.get(spec, ""), given.forms[spec]
+        one = f"{TEXT}:{spec}" if part == TEXT else f"{FEATURES}{spec}"
+        _work(folder, partial(add, folder, one, weights=weights or None, form=form))
 
 
-def _work(folder: Path, unit: str, share: Callable[..., Manifest | None]) -> Manifest | None:
+def _work(folder: Path, share: Callable[..., Manifest | None]) -> Manifest | None:
     """Do this process's share, with a bar, and say what the folder holds then; None: other processes are not done yet."""
     from repa.base import dist
 
     rank, world = launch.place()[:2]  # they never meet, so no group is joined
     title = f"preparing {folder.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
-    with ProgressBar(title, unit) as bar:
+    with ProgressBar(title, "images") as bar:
         manifest = share(rank=rank, world=world, progress=bar, device=dist.own_device())
     if manifest is None:
         say(

@@ -19,7 +19,7 @@ from repa.conditions import load_text_encoder
 from repa.data.config import BASE, TEXT, PrepareConfig, split_format
 from repa.data.manifest import PARTS, basis_name
 from repa.data.packing import pack, principal_basis, to_float16
-from repa.data.progress import Piece, PlannedShard
+from repa.data.progress import FinishedParts, Piece, PlannedShard
 from repa.data.reading import DecodedImages, Read, sample_pieces
 from repa.data.sources.reference_layout import require_same_moments
 from repa.encoders import load_encoder
@@ -190,6 +190,16 @@ def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields
     if part in (BASE, TEXT):
         return (BaseFields if part == BASE else TextFields)(config, device)
     return FeatureFields(part, config, device)
+
+
+def require_same_model(finished: FinishedParts, name: str, identity: dict[str, Any]) -> None:
+    """Raises UserError where finished parts were made by another model than the one that `identity` tells."""
+    for part in (there[name] for there in finished.parts if name in there):
+        if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
+            raise UserError(
+                f"The finished shards in {finished.out} were made by another {identity.get('spec', name)} "
+                f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
+            )
 
 
 def encode(

@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
+from typing import ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from filelock import BaseFileLock
@@ -15,22 +15,12 @@ from repa.base import files, lock
 from repa.base.ahead import by_processes, by_threads
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
-from repa.data.encoding import FeatureFields, encode, load_model
+from repa.data.encoding import FeatureFields, encode, load_model, require_same_model
 from repa.data.finishing import finish
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
-from repa.data.progress import (
-    FinishedParts,
-    Piece,
-    PlannedShard,
-    Settings,
-    chosen_parts,
-    finished_part,
-    plan_shards,
-    record_path,
-    started,
-)
+from repa.data.manifest import PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
+from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
-from repa.data.reading import FromCaptions, Read, from_shards, from_source
+from repa.data.reading import FromCaptions, Read, claimed, from_shards, from_source
 from repa.data.sources.opening import open_source
 from repa.data.writing import Counter, Report, write_shard
 from repa.encoders import canonical
@@ -146,35 +136,48 @@ def prepare(
 
 
 @repeated
-def add_features(
+def add(
     out: str | Path,
-    spec: str,
+    part: str,
     *,
     weights: str | None = None,
     form: str = "fp16",
     **execution: Unpack[Execution],
 ) -> Manifest | None:
-    """Add the tokens of one more encoder to a prepared folder, from its stored images: the source is not needed.
+    """Add the tokens of one more encoder to a prepared folder, from its stored images or captions: the source is not needed.
 
     Args:
         out: a folder made by `prepare`.
-        spec: a name of ENCODERS or a dotted name.
+        part: "features:ENCODER"; "text:ENCODER", or "text" for the text encoder of the folder's settings.
         weights: local weights of that encoder; None for its own.
-        form: how its tokens are stored: fp16, int8, pcaK or pcaK-int8.
+        form: how its tokens are stored: fp16, int8, of images also pcaK or pcaK-int8.
         execution: as for `prepare`.
 
     Raises:
-        UserError: the folder holds no images, or the encoder cannot be loaded.
+        UserError: the folder holds no images or captions, or tokens of another text encoder, or the encoder cannot be loaded.
     """
-    out, spec = Path(out), canonical(spec)
+    out, (kind, _, spec) = Path(out), part.partition(":")
     with lock.shared(out, "repa prepare"):
         manifest = Manifest.open(out)
-        if not manifest.config.store_images:
+        config, num_shards = manifest.config, len(manifest.shards)
+        if kind == TEXT:
+            if not any(shard.captions for shard in manifest.shards):
+                raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
+            begun = started(out)
+            assert begun is not None  # it has a manifest
+            config = begun.config  # with what an interrupted call asked for
+            text = {"text": spec, "text_form": form} if spec else {}
+            config = config.override(**text, text_weights=weights or config.text_weights)
+            if not config.text:
+                raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
+            return _make(_of_captions(out, Settings.of(manifest, config), num_shards, execution))
+        if kind != "features" or not spec:
+            raise UserError(f"{part!r} cannot be added to {out}: give features:ENCODER or text:ENCODER.")
+        if not config.store_images:
             raise UserError(
                 f"{out} holds no images to encode: run `repa prepare` on the source with --features {spec}."
             )
-        config = manifest.config
-        if spec not in config.features:
+        if (spec := canonical(spec)) not in config.features:
             forms = (*config.feature_forms, f"{spec}={form}")
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
@@ -184,42 +187,8 @@ def add_features(
         reader = ShardReader(out, manifest.shards)
         shards = [PlannedShard(range(*ends)) for ends in zip(reader.starts.tolist(), reader.ends.tolist(), strict=True)]
         read = functools.partial(by_threads, functools.partial(from_shards, reader), depth=AHEAD)
-        finished = FinishedParts(out, Settings.of(manifest, config), len(shards))
+        finished = FinishedParts(out, Settings.of(manifest, config), num_shards)
         return _make(Job(finished, shards, [spec], read, **execution))
-
-
-@repeated
-def add_text(
-    out: str | Path,
-    spec: str = "",
-    *,
-    weights: str | None = None,
-    form: str = "fp16",
-    **execution: Unpack[Execution],
-) -> Manifest | None:
-    """Add the tokens of the captions to a prepared folder that holds captions: the source is not needed.
-
-    Args:
-        out: a folder made by `prepare`.
-        spec: a text encoder; "" takes that of the folder's settings.
-        weights, form, execution: as for `add_features`; form is fp16 or int8.
-
-    Raises:
-        UserError: the folder holds no captions, or tokens of another text encoder.
-    """
-    out = Path(out)
-    with lock.shared(out, "repa prepare"):
-        manifest = Manifest.open(out)
-        if not any(shard.captions for shard in manifest.shards):
-            raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
-        text = {"text": spec, "text_form": form} if spec else {}
-        begun = started(out)
-        assert begun is not None  # it has a manifest
-        before = begun.config  # with what an interrupted call asked for
-        config = before.override(**text, text_weights=weights or before.text_weights)
-        if not config.text:
-            raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-        return _make(_of_captions(out, Settings.of(manifest, config), len(manifest.shards), execution))
 
 
 def _of_captions(out: Path, asked: Settings, num_shards: int, execution: Execution) -> Job:
@@ -252,7 +221,7 @@ def _make(job: Job) -> Manifest | None:
         if all(len(there) == len(now.names) for there in now.parts):
             # two that began at the same time saw nothing of each other's models before
             for name, part in now.parts[0].items():
-                _require_same_model(now, name, part.identity)
+                require_same_model(now, name, part.identity)
             return finish(now)
     return before if is_done else None  # parts/ is of a process that adds another encoder
 
@@ -266,7 +235,7 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
     needed = {*lost, *itertools.chain(*mine.values())}
     models = {name: load_model(name, config, device) for name in job.parts if name in needed}
     for name, model in models.items():
-        _require_same_model(job.finished, name, model.identity)
+        require_same_model(job.finished, name, model.identity)
     nums = [len(planned.rows) for planned in job.shards]
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
     files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
@@ -275,14 +244,14 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
         if isinstance(model, FeatureFields) and model.num_directions:
             # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's
             model.use_stored_basis(out, job.read, job.shards)
-            _require_same_model(job.finished, name, model.identity)
+            require_same_model(job.finished, name, model.identity)
 
     # a pipeline of three: workers read, one thread encodes, this one writes, so that the device waits for none of the others
     total = sum(nums[k] for k in share)
     counter = Counter(job.progress, total, total - sum(nums[k] for k in mine))
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     claims: dict[int, list[BaseFileLock]] = {}
-    pieces = _claimed(job, mine, claims, counter)
+    pieces = claimed(out, job.shards, mine, claims, config.batch_size)
     made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     try:
         with (
@@ -291,53 +260,13 @@ def _make_shards(job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[
         ):
             # batches come in the order of the shards, so that one is open at a time
             for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
-                identities = {name: models[name].identity for name in names}
-                write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
+                if names:
+                    identities = {name: models[name].identity for name in names}
+                    write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
+                else:  # others have made it, or make it now
+                    counter.done += nums[k]
                 for handle in claims.pop(k):  # after the records, or another process would make the parts again
                     lock.release(handle)
     finally:
         for handle in itertools.chain(*claims.values()):
             lock.release(handle)
-
-
-def _claimed(
-    job: Job, mine: Mapping[int, Sequence[str]], claims: dict[int, list[BaseFileLock]], counter: Counter
-) -> Iterator[Piece]:
-    """Pieces of the shards of `mine`, each of which is claimed as its first piece is asked for.
-
-    Equal commands share a folder: the parts of a shard are locked while they are made. `claims` gets the locks of each shard;
-    what another process has made meanwhile or makes now is passed over.
-    """
-    out, size = job.finished.out, job.finished.settings.config.batch_size
-    # read again: another process may have finished everything while this one loaded its models
-    manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
-    for k, names in mine.items():
-        claims[k], parts = [], []
-        for name in names:
-            if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
-                continue
-            claims[k].append(handle)
-            # others may have finished everything and removed parts/, whose records are in the manifest then
-            if not (out / PARTS / SETTINGS_FILE).is_file():
-                manifest = Manifest.open(out)
-            # asked again under the lock: another process may have finished the part and given its lock back since
-            if finished_part(out, manifest, k, name):
-                lock.release(claims[k].pop())
-            else:
-                parts.append(name)
-        rows = job.shards[k].rows
-        if not parts:
-            counter.done += len(rows)
-            continue
-        for at in range(0, max(len(rows), 1), size):  # a shard without images has an empty piece
-            yield Piece(k, rows[at : at + size], job.shards[k].flipped, tuple(parts))
-
-
-def _require_same_model(finished: FinishedParts, name: str, identity: dict[str, Any]) -> None:
-    """Raises UserError where finished parts were made by another model than the one that `identity` tells."""
-    for part in (there[name] for there in finished.parts if name in there):
-        if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
-            raise UserError(
-                f"The finished shards in {finished.out} were made by another {identity.get('spec', name)} "
-                f"(different: {', '.join(changed)}): give the same weights, or choose another folder."
-            )

@@ -1,4 +1,4 @@
-"""What the models are given of a piece: images of a source, decoded and cropped; images or captions that are stored."""
+"""What this process makes, piece by piece, and what its models are given: images of a source, stored images or captions."""
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import BaseFileLock
 
+from repa.base import lock
 from repa.base.errors import UserError
 from repa.data.captions import lines_of, texts_of
-from repa.data.manifest import Shard
-from repa.data.progress import Piece, PlannedShard
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Shard
+from repa.data.progress import Piece, PlannedShard, finished_part, record_path
 from repa.data.reader import ShardReader
 from repa.data.sources.contract import Source
 
@@ -27,6 +29,39 @@ class DecodedImages(NamedTuple):
 
 
 Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, DecodedImages], None, None]]
+
+
+def claimed(
+    out: Path,
+    shards: Sequence[PlannedShard],
+    parts: Mapping[int, Sequence[str]],
+    claims: dict[int, list[BaseFileLock]],
+    size: int,
+) -> Iterator[Piece]:
+    """Pieces of the shards that `parts` names, each of which is claimed as its first piece is asked for.
+
+    Equal commands share a folder: the parts of a shard are locked while they are made. `claims` gets the locks of each shard.
+    One that another process has made meanwhile, or makes now, has a single piece without images and parts.
+    """
+    # read again: another process may have finished everything while this one loaded its models
+    manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
+    for k, names in parts.items():
+        claims[k], mine = [], []
+        for name in names:
+            if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
+                continue
+            claims[k].append(handle)
+            # others may have finished everything and removed parts/, whose records are in the manifest then
+            if not (out / PARTS / SETTINGS_FILE).is_file():
+                manifest = Manifest.open(out)
+            # asked again under the lock: another process may have finished the part and given its lock back since
+            if finished_part(out, manifest, k, name):
+                lock.release(claims[k].pop())
+            else:
+                mine.append(name)
+        rows = shards[k].rows if mine else range(0)
+        for at in range(0, max(len(rows), 1), size):  # a shard without images has an empty piece
+            yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(mine))
 
 
 def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, DecodedImages]:

@@ -85,9 +85,8 @@ class WebDataset(Source):
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
         classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
-        self.__dict__.pop(
-            "_open", None
-        )  # closes what was read for the identity, which is long ago when images are read
+        # closes what was read for the identity, which is long ago when images are read
+        self.__dict__.pop("_open", None)
 
     @functools.cached_property
     def _open(self) -> Callable[[int], Slices]:
