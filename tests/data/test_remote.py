@@ -224,7 +224,7 @@ def test_shards_are_fetched_ahead_and_only_the_wanted_fields(store, fetched, mon
 def test_mistakes_are_said(store, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"There is no memory://nothing/manifest\.json"):
         open_data("memory://nothing")
-    with pytest.raises(UserError, match=r"nosuch://data cannot be opened: .*nosuch"):
+    with pytest.raises(UserError, match=r"nosuch://data/manifest\.json cannot be opened: .*nosuch"):
         open_data("nosuch://data")
     for value in ("many", "0", "-3", "inf", "nan"):
         monkeypatch.setenv("REPA_STREAM_GB", value)

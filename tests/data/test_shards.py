@@ -143,7 +143,7 @@ def test_changed_bytes_are_found_by_check(out):
     path.write_bytes(data)
     opened = open_data(out)  # the size is right
     with pytest.raises(
-        UserError, match=r"images-00002\.npy has other bytes than when it was written: delete it and run"
+        UserError, match=r"1 of \d+ files in .* are not as they were written \(images-00002\.npy\): delete them and run"
     ):
         opened.check()
 

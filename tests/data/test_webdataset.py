@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from repa.base.errors import UserError
-from repa.data import open_source, remote
+from repa.data import open_source
 from repa.data.remote import fetch_shard
 from repa.data.sources import contract, webdataset
 from repa.data.sources.contract import expand
@@ -253,8 +254,8 @@ def test_processes_wait_for_one_another(tmp_path, cache):
     [
         ("pipe:echo broken >&2; exit 3", r"failed with code 3 \(broken\)"),
         ("pipe:true", "cannot be read as an uncompressed tar file|holds no images"),
-        ("file:///nowhere/x.tar", "cannot be fetched: FileNotFoundError"),
-        ("nosuchstore://x/y.tar", "cannot be fetched: ValueError"),
+        ("file:///nowhere/x.tar", "There is no file:///nowhere/x.tar"),
+        ("nosuchstore://x/y.tar", "cannot be opened: "),
         ("https://example.invalid/x.zip", r"remote files must be \.tar or \.parquet"),
     ],
 )
@@ -281,7 +282,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_shard(tmp_path / "away.tar", pictures())
-    monkeypatch.setattr(remote.shutil, "copyfileobj", full)
+    monkeypatch.setattr(LocalFileSystem, "get_file", full)
     with pytest.raises(UserError, match="disk is full"):
         open_source(f"file://{tmp_path}/away.tar")
 

@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base import files
 from repa.base.arrays import load_npy, load_npz
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.dataset import DataSet, open_data
 from repa.data.encoding import FeatureFields, load_model
-from repa.data.manifest import Manifest
 from repa.data.packing import read_basis, unpack
 from repa.data.reading import DecodedImages
 
@@ -35,34 +33,15 @@ class Finding(NamedTuple):
 
 
 def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | None = None) -> int:
-    """Compare every file with its checksum; returns how many bytes were read.
+    """`DataSet.check` of a folder, of the references that evaluations keep in it, and of the counts of its labels.
 
-    Args:
-        folder: a finished folder.
-        report: called with (bytes done, bytes in all, file).
-
-    Raises:
-        UserError: names every file that is missing, of another size or of other bytes, the first five of them; or a reference of
-            an evaluation that is damaged.
+    Returns how many bytes of prepared files were read; raises UserError for what is missing, or is not as it was written.
     """
-    folder = Path(folder)
-    records = Manifest.open(folder).records
-    total, done, damaged = sum(record.size for record in records), 0, []
-    for record in records:
-        if not record.intact(folder) or files.sha256(folder / record.file) != record.sha256:
-            damaged.append(record.file)
-        done += record.size
-        if report:
-            report(done, total, record.file)
-    if damaged:
-        raise UserError(
-            f"{len(damaged)} of {len(records)} files in {folder} are not as they were written ({', '.join(damaged[:5])}): "
-            "delete them and run the same `repa prepare` again, which makes them again."
-        )
-    for path in sorted(folder.glob("reference/*.npz")):  # which evaluations keep: a zip holds a checksum of each array
+    data = open_data(folder)
+    done = data.check(report)
+    for path in sorted(Path(folder).glob("reference/*.npz")):  # a zip holds a checksum of each array
         load_npz(path, "a reference", remedy="Remove it, and it is computed again.")
-    # compares the counts of the manifest with the labels, where its checksum was removed by hand
-    _ = open_data(folder).small_labels
+    _ = data.small_labels  # compared with the manifest, whose own checksum may have been removed by hand
     return done
 
 

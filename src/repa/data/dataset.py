@@ -1,7 +1,7 @@
 """A prepared folder, local or on an object store: what it holds, its rows, and the weights that made them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.files import sha256
 from repa.data.captions import Captions, TextReader
-from repa.data.manifest import Manifest, damaged
+from repa.data.manifest import Manifest
 from repa.data.packing import read_basis
 from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
@@ -130,11 +130,29 @@ class DataSet:
             return None
         return read_basis(self.reader.path(facts.basis).parent, facts, device)
 
-    def check(self) -> None:
-        """Compare the bytes of every file with its checksum; raises UserError, which names the first that changed."""
-        for record in self.manifest.records:
-            if sha256(path := self.reader.path(record)) != record.sha256:
-                raise UserError(damaged(path, "has other bytes than when it was written"))
+    def check(self, report: Callable[[int, int, str], None] | None = None) -> int:
+        """Compare the bytes of every file with its checksum; returns how many bytes were read.
+
+        Args:
+            report: called with (bytes done, bytes in all, file).
+
+        Raises:
+            UserError: names the files of other bytes, the first five of them.
+        """
+        records, changed, done = self.manifest.records, [], 0
+        total = sum(record.size for record in records)
+        for record in records:
+            if sha256(self.reader.path(record)) != record.sha256:
+                changed.append(record.file)
+            done += record.size
+            if report:
+                report(done, total, record.file)
+        if changed:
+            raise UserError(
+                f"{len(changed)} of {len(records)} files in {self.folder} are not as they were written "
+                f"({', '.join(changed[:5])}): delete them and run the same `repa prepare` again, which makes them again."
+            )
+        return done
 
     def summary(self) -> dict[str, Any]:
         """What identifies the data of a run; features may be added later without changing it."""

@@ -8,14 +8,13 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from repa.base import files, lock
 from repa.base.errors import UserError
@@ -28,7 +27,6 @@ LIMIT_VARIABLE = "REPA_STREAM_GB"  # environment variable: size of the cache in 
 DEFAULT_LIMIT = 100.0
 FETCHERS = 4  # threads; an object store sends to one connection more slowly than the network could
 PAUSES = (1.0, 4.0)  # seconds before another try: stores refuse a request now and then
-CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 def is_url(path: str | Path) -> bool:
@@ -89,29 +87,23 @@ class RemoteFiles:
     """The files of a data set under a URL.
 
     Raises:
-        UserError: no such protocol, its package is not installed, or a bad cache size.
+        UserError: a bad cache size.
     """
 
     def __init__(self, url: str):
-        import fsspec
-
-        self.url, self.limit = url, _limit()
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{url} cannot be opened: {error}.") from error
+        self.url, self.limit = url.rstrip("/"), _limit()
         self.folder = files.cache_folder() / "streams"
         self.cache = FileCache(self.folder, self.limit)
 
     def manifest(self) -> Manifest:
         """Fetch and check the manifest, at every call: nothing in the cache tells whether it has changed."""
-        data = self._try(MANIFEST, lambda place: self.fs.cat_file(place))
+        data = _from_store(f"{self.url}/{MANIFEST}", lambda store, place: store.cat_file(place))
         folder = self.folder / "manifests" / hashlib.sha256(data).hexdigest()
         files.write_bytes(folder / MANIFEST, data)
         try:
             return Manifest.open(folder)
         except UserError as error:  # it names the copy, of which the user knows nothing
-            raise UserError(str(error).replace(str(folder), self.url.rstrip("/"))) from error
+            raise UserError(str(error).replace(str(folder), self.url)) from error
 
     def path(self, record: StoredFile) -> Path:
         """The local copy of a file; one that is fetched now is compared with its checksum. Thread-safe."""
@@ -122,7 +114,7 @@ class RemoteFiles:
             )
 
         def fetch(temporary: Path) -> None:
-            self._try(record.file, lambda place: self.fs.get_file(place, str(temporary)))
+            _from_store(f"{self.url}/{record.file}", lambda store, place: store.get_file(place, str(temporary)))
             if files.sha256(temporary) != record.sha256:
                 raise UserError(f"{self.url}/{record.file} has other bytes than its manifest says. Copy it again.")
 
@@ -135,25 +127,6 @@ class RemoteFiles:
                 f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT_VARIABLE} allows {self.limit / 1e9:.1f}: "
                 "raise it, or prepare the data with a smaller --shard-size."
             )
-
-    def _try(self, name: str, action: Callable[[str], Result]) -> Result:
-        """The result of an action on a file there, tried again after a pause when it fails."""
-        place = f"{self.root.rstrip('/')}/{name}"
-        for pause in (*PAUSES, None):
-            try:
-                return action(place)
-            except FileNotFoundError:
-                raise UserError(
-                    f"There is no {self.url.rstrip('/')}/{name}: copy a whole folder of `repa prepare`."
-                ) from None
-            except Exception as error:  # each store raises other exceptions
-                if is_of_disk(error):
-                    raise  # the disk here, which atomic_path explains
-                if pause is None:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    raise UserError(f"{self.url.rstrip('/')}/{name} cannot be fetched: {reason}.") from error
-                time.sleep(pause)
-        raise AssertionError
 
 
 class FetchAhead:
@@ -189,21 +162,37 @@ def fetch_shard(url: str, limit: int) -> Path:
     cache = FileCache(files.cache_folder() / "sources" / "shards", limit)
     key = hashlib.sha256(url.encode()).hexdigest()
     command = url.removeprefix("pipe:")
-    return cache.path(key, "shard", lambda path: _copy(url, path) if command == url else _run(command, path))
+
+    def fetch(path: Path) -> None:
+        if command == url:
+            _from_store(url, lambda store, place: store.get_file(place, str(path)))
+        else:
+            _run(command, path)
+
+    return cache.path(key, "shard", fetch)
 
 
-def _copy(url: str, path: Path) -> None:
+def _from_store(url: str, action: Callable[[Any, str], Result]) -> Result:
+    """The result of an action on a file of a store, given fsspec's file system and the place there; tried again after a pause."""
     import fsspec
 
     try:
-        with fsspec.open(url, "rb") as source, open(path, "wb") as target:
-            shutil.copyfileobj(source, target, CHUNK)
-    except ImportError as error:
-        raise UserError(f"{url} needs a package that is not installed: {error}.") from error
-    except Exception as error:  # each store raises other errors, many of which are not OSErrors
-        if is_of_disk(error) or (isinstance(error, OSError) and error.filename == str(path)):
-            raise  # the disk here, which atomic_path explains
-        raise UserError(f"{url} cannot be fetched: {type(error).__name__}: {error}.") from error
+        store, place = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be opened: {error}.") from error
+    for pause in (*PAUSES, None):
+        try:
+            return action(store, place)
+        except FileNotFoundError:
+            raise UserError(f"There is no {url}: check the address, and that everything was copied.") from None
+        except Exception as error:  # each store raises other exceptions
+            if is_of_disk(error):
+                raise  # the disk here, which atomic_path explains
+            if pause is None:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(f"{url} cannot be fetched: {reason}.") from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def _run(command: str, path: Path) -> None:
