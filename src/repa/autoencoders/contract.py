@@ -7,18 +7,18 @@ mean alone, of an autoencoder without a posterior.
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repa.base.errors import UserError
+from repa.base.frozen import Frozen, load_frozen
 from repa.base.precision import Float32Default
-from repa.base.registry import parse_spec
 from repa.base.weights import digest_of
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Frozen):
     """A frozen autoencoder. A subclass gives `moments` and `images`, on floats in [-1, 1] and unscaled latents.
 
     Attributes:
@@ -143,10 +143,6 @@ class Autoencoder(nn.Module):
         for name, _ in list(self.named_children()):
             delattr(self, name)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: it is frozen."""
-        return super().train(False)
-
     def _check_images(self, images: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(
@@ -213,19 +209,7 @@ def load_autoencoder(
     """
     from repa.autoencoders import AUTOENCODERS
 
-    component = AUTOENCODERS.build(spec)
-    if isinstance(component, Autoencoder):  # a class, which the registry has made an instance of
-        if weights is not None:
-            raise UserError(f"The autoencoder {spec!r} takes no weights, but got {weights}: leave them out.")
-        autoencoder = component
-    else:
-        autoencoder = component(parse_spec(spec)[0], weights)
-        if not isinstance(autoencoder, Autoencoder):
-            raise UserError(
-                f"The autoencoder {spec!r} must be a repa.autoencoders.Autoencoder, but {type(autoencoder).__name__} came back: "
-                "return one from it."
-            )
-    return autoencoder.to(device).eval().requires_grad_(False)
+    return load_frozen(AUTOENCODERS, Autoencoder, spec, weights, device)
 
 
 def require_same_autoencoder(recorded: object, autoencoder: Autoencoder, where: object) -> None:

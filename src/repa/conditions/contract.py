@@ -1,11 +1,12 @@
 """What every frozen text encoder promises: texts in, a fixed number of token features out."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from repa.base.frozen import Frozen
 
 MAX_LETTERS = 10_000  # of a text; what follows is beyond every tokenizer's limit, and costs it time
 
@@ -23,8 +24,8 @@ class Text(NamedTuple):
         return Text(change(self.tokens), None if self.mask is None else change(self.mask))
 
 
-class TextEncoder(nn.Module, ABC):
-    """A frozen text encoder: always in eval mode, never with gradients. Kinds implement `encode`.
+class TextEncoder(Frozen):
+    """Always in eval mode, never with gradients. Kinds implement `encode`.
 
     A text is encoded alone: its features depend neither on the other texts of a call nor on their number.
 
@@ -43,23 +44,12 @@ class TextEncoder(nn.Module, ABC):
     masked: bool
     identity: dict[str, Any]
 
-    def train(self, mode: bool = True) -> "TextEncoder":
-        """Stays in eval mode: a frozen encoder must not change when the model around it starts to train."""
-        return super().train(False)
-
-    def round_weights(self, dtype: torch.dtype) -> None:
-        """Keep the weights of products in `dtype`, for use under an autocast to it, which would round them in every forward: the
-        features are the same, the memory is half. T5-XXL is 19 GB in float32."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Text:
         """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other."""
         text = self.encode([text[:MAX_LETTERS] for text in texts])
         return Text(text.tokens.float(), text.mask)
 
-    @abstractmethod
     def encode(self, texts: Sequence[str]) -> Text:
         """As `forward`."""
+        raise NotImplementedError

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.base.registry import parse_spec
 
 if TYPE_CHECKING:
     import torch
@@ -30,19 +29,13 @@ def load_text_encoder(
     Raises:
         UserError: unknown name; weights missing, damaged or another model's; neither network nor cached weights.
     """
+    from repa.base.frozen import given_weights, load_frozen
     from repa.conditions import TEXT_ENCODERS
     from repa.conditions.contract import TextEncoder
 
-    weights = Path(weights).expanduser() if weights else None
-    if weights is not None and not weights.exists():
-        raise UserError(f"weights={weights} for the text encoder {spec} does not exist: give a folder that does.")
-    name, _ = parse_spec(TEXT_ENCODERS.check(spec))
-    encoder = TEXT_ENCODERS.build(spec)(name, weights)
-    if not isinstance(encoder, TextEncoder):
-        raise UserError(
-            f"The text encoder {spec} must be a repa.conditions.TextEncoder, but {type(encoder).__name__} came back."
-        )
-    return encoder.to(device).requires_grad_(False).eval()
+    TEXT_ENCODERS.check(spec)
+    path = given_weights(weights, f"text encoder {spec}")
+    return load_frozen(TEXT_ENCODERS, TextEncoder, spec, path, device)
 
 
 def prompts_in(path: Path) -> list[str]:

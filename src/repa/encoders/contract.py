@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from repa.base import files
 from repa.base.errors import UserError
+from repa.base.frozen import Frozen
 
 
 class Features(NamedTuple):
@@ -29,8 +30,8 @@ class Features(NamedTuple):
         return Features(change(self.patches), None if self.pooled is None else change(self.pooled), attention)
 
 
-class VisionEncoder(nn.Module):
-    """A frozen encoder: always in eval mode, never with gradients. Families implement `extract`.
+class VisionEncoder(Frozen):
+    """Always in eval mode, never with gradients. Families implement `extract`.
 
     Computes in the dtype of its weights (float32 as loaded) or of the caller's autocast; the features come in the dtype
     that this gives.
@@ -49,22 +50,7 @@ class VisionEncoder(nn.Module):
         self.net = net.requires_grad_(False).eval()
         self.name, self.dim, self.patch_size = name, dim, patch_size
         self.preprocessing, self.weights_file = preprocessing, weights_file
-        super().train(False)
-
-    def train(self, mode: bool = True) -> "VisionEncoder":
-        """Stays in eval mode: a frozen target must not change when the model around it starts to train."""
-        return super().train(False)
-
-    def round_weights(self, dtype: torch.dtype) -> None:
-        """Keep the weights of products (linear, convolution) in `dtype`, for use under an autocast to it.
-
-        Autocast would round them so in every forward: the features are the same bit for bit, the memory is half. Norms
-        and positions stay as they are.
-        """
-        for module in self.net.modules():
-            # Only what autocast rounds: norms compute in float32 under autocast, and rounded they would differ.
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int, attention: tuple[int, ...] = ()) -> Features:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator
 
 from repa.base.errors import UserError
-from repa.base.registry import Registry, parse_spec
+from repa.base.registry import Registry
 from repa.encoders.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -78,18 +78,9 @@ def load_encoder(
     Raises:
         UserError: unknown name; weights missing, damaged or another model's; neither network nor cached weights.
     """
+    from repa.base.frozen import given_weights, load_frozen
     from repa.encoders import ENCODERS
     from repa.encoders.contract import VisionEncoder
 
     spec = ENCODERS.check(spec)
-    # A shell does not expand the ~ of ENCODER=~/folder.
-    weights = None if weights is None else Path(weights).expanduser()
-    if weights is not None and not weights.exists():
-        raise UserError(f"weights={weights} for the encoder {spec} does not exist: give a file or folder that does.")
-    name, _ = parse_spec(spec)
-    encoder = ENCODERS.build(spec)(name, weights)
-    if not isinstance(encoder, VisionEncoder):
-        raise UserError(
-            f"The encoder {spec} must be a repa.encoders.VisionEncoder, but {type(encoder).__name__} came back: return one from it."
-        )
-    return encoder.to(device)
+    return load_frozen(ENCODERS, VisionEncoder, spec, given_weights(weights, f"encoder {spec}"), device)

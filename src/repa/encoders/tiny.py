@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repa.base import faults
 from repa.base.errors import UserError
 from repa.encoders.contract import Features, VisionEncoder, resize
 
@@ -96,14 +96,8 @@ def load_tiny(name: str, weights: Path | None) -> TinyEncoder:
             "give one, or leave its weights out."
         )
     net = ConvNet(SHAPES[name])
-    try:
+    with faults.reading(path, f"the weights of the encoder {name}", "Give another file, or leave its weights out."):
         net.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} does not hold the weights of the encoder {name}, or is damaged ({reason}): give another file, or leave its "
-            "weights out."
-        ) from error
     return TinyEncoder(
         net.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stubs do not know it
         name=name,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
+from repa.base.frozen import Frozen
 from repa.base.precision import autocast, exact_float32
 
 SIDE = 299  # pixels that the network sees
@@ -30,8 +31,11 @@ class ImageFeatures(NamedTuple):
     """(N, 1008): without the bias of the last layer, for the inception score."""
 
 
-class InceptionV3(nn.Module):
-    """uint8 images of any side in, features out; frozen. `load_inception` gives it its weights."""
+class InceptionV3(Frozen):
+    """uint8 images of any side in, features out; `load_inception` gives it its weights.
+
+    Frozen: the statistics of its normalisation are part of the metric.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,10 +57,6 @@ class InceptionV3(nn.Module):
         self.Mixed_7c = InceptionE(2048, average=False)
         self.fc = nn.Linear(2048, 1008)
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "InceptionV3":
-        """Stays in eval mode: the statistics of its normalisation are part of the metric."""
-        return super().train(False)
 
     @torch.inference_mode()
     def forward(self, images: Tensor, precision: str = "fp32") -> ImageFeatures:
