@@ -1,8 +1,12 @@
 """Arrays in files that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
 
+import contextlib
+import os
+import struct
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 
@@ -28,14 +32,70 @@ def load_npz(
             raise UserError(
                 f"{path} is refused: it unpacks to {files.size(size)}, more than {kind} may ({files.size(limit)}). {remedy}".rstrip()
             )
-        with np.load(path, allow_pickle=False) as arrays:
+        with _no_objects(), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files if names is None or name in names}
 
 
-def load_npy(path: str | Path, kind: str, remedy: str = "") -> np.ndarray:
-    """The array of an .npy; UserError when it is missing, damaged or holds Python objects."""
-    with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
-        return np.load(path, allow_pickle=False)
+def load_npy(path: str | Path, kind: str, remedy: str = "", *, mapped: bool = False) -> np.ndarray:
+    """The array of an .npy, or a memory map of it; UserError when it is missing, damaged or holds Python objects."""
+    with faults.reading(path, kind, remedy, missing=f"There is no file {path}."), _no_objects():
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+
+
+def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: int = LIMIT) -> np.ndarray:
+    """One array of an .npz: as a memory map where it lies there as it is, which np.load has not; else as `load_npz` gives it."""
+    with faults.reading(f"{name!r} of {path}", kind, remedy), _no_objects():
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+        if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1:  # neither packed nor encrypted
+            return _mapped(path, member)
+        return load_npz(path, kind, (name,), remedy=remedy, limit=limit)[name]
+
+
+def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
+    start = data_offset(path, member)
+    with open(path, "rb") as file:
+        file.seek(start)
+        shape, fortran, dtype = read_header(file)
+        offset = file.tell()
+    if dtype.hasobject:
+        raise ValueError("Object arrays")
+    # in Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
+    num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
+    if offset - start + num_bytes != member.file_size or offset + num_bytes > os.path.getsize(path):
+        raise ValueError("it is cut short")
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    return np.memmap(path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type of the array of an .npy that begins here."""
+    version = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+
+
+def data_offset(path: str | Path, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member of a zip begin: after its local header of 30 bytes, its name and its extra field."""
+    # the directory at the end does not tell: the local header may have another extra field than its copy there
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise zipfile.BadZipFile("Bad signature")
+    return member.header_offset + 30 + name + extra
+
+
+@contextlib.contextmanager
+def _no_objects() -> Iterator[None]:
+    """NumPy's refusal of Python objects, in words that say what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
+            raise ValueError(
+                "it holds Python objects, which can run any program when they are read; save plain numbers"
+            ) from error
+        raise
 
 
 def save_npy(path: str | Path, array: np.ndarray) -> None:

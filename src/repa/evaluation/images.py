@@ -3,14 +3,13 @@
 An .npz is ADM's format: memory-mapped in the zip where its images are stored, else read as a stream.
 """
 
-import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from repa.base import dist, faults
-from repa.base.arrays import load_npz
+from repa.base.arrays import data_offset, load_npz, read_header
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
 from repa.data import DataSet, Source, open_data, open_source
@@ -80,10 +79,10 @@ class NpzImages(Images):
             self._archive = zipfile.ZipFile(path)
             self._info = self._archive.getinfo("arr_0.npy")
             self._file = self._archive.open(self._info)
-            shape, fortran, dtype = _read_header(self._file)
+            shape, fortran, dtype = read_header(self._file)
             self._start = self._file.tell()
             stored = self._info.compress_type == zipfile.ZIP_STORED
-            begin = _data_offset(path, self._info) if stored else 0
+            begin = data_offset(path, self._info) if stored else 0
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images so.")
         self.num, self.height, self.width, _ = shape
@@ -193,16 +192,3 @@ def open_images(where: str | Path, resolution: int | None = None) -> Images:
     if is_url(where) or (path / MANIFEST).is_file() or (path / PARTS).is_dir():
         return DataImages(open_data(where))
     return SourceImages(open_source(str(where), labels="none"), str(where), resolution)
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
-
-
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header of 30 bytes, its name and its extra field."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))
-    return info.header_offset + 30 + name + extra

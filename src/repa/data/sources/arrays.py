@@ -2,18 +2,15 @@
 
 import functools
 import hashlib
-import os
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from repa.base import faults, files
+from repa.base import files
+from repa.base.arrays import load_npy, map_npz
 from repa.base.errors import UserError, choices
-from repa.data.sources.archives import Members, open_zip
+from repa.data.sources.archives import open_zip
 from repa.data.sources.contract import Classes, Source, one_class
 from repa.data.sources.labels import classes_of, named
 
@@ -58,7 +55,7 @@ class ArraySource(Source):
 
     @functools.cached_property
     def _images(self) -> np.ndarray:
-        return _Npz(self.path).array(self._key) if self._key else load_array(self.path)
+        return _Npz(self.path).array(self._key) if self._key else load_npy(self.path, "an array", mapped=True)
 
     def name(self, index: int) -> str:
         return f"{self.path.name}[{index}]"
@@ -82,7 +79,7 @@ class ArraySource(Source):
         if labels == "none":
             return one_class(num, labels)
         if labels.endswith(".npy"):
-            return self._checked(load_array(Path(labels)), labels)
+            return self._checked(load_npy(labels, "an array"), labels)
         if labels:
             raise UserError(
                 f"labels was given {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file."
@@ -117,35 +114,13 @@ class ArraySource(Source):
         return classes_of(labels.reshape(num).tolist(), self.name, where)
 
 
-def load_array(path: Path) -> np.ndarray:
-    """An .npy file as a memory map; raises UserError when it is none, cut short, or holds pickles."""
-    with faults.reading(path, "an array"):
-        return _unpickled(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def _unpickled(read: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `read` gives; its ValueError about Python objects in words that say what to do."""
-    try:
-        return read()
-    except ValueError as error:
-        if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
-            raise ValueError(
-                "it holds Python objects, which can run any program when they are read; save plain numbers"
-            ) from error
-        raise
-
-
 class _Npz:
     """The arrays of an .npz by name, without trusting it."""
 
     def __init__(self, path: Path):
         self.path = path
-        # np.load of an .npz has no memory map: it would read all images to give one
         with open_zip(path) as archive:
-            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        self._members = Members(path, members)
-        self._packed = {m.filename: (m.compress_type, m.file_size, m.flag_bits) for m in members}
-        self.names = [name.removesuffix(".npy") for name in self._members.names]
+            self.names = sorted(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
     def choose(self, given: str, usual: tuple[str, ...], what: str) -> str:
         """The key asked for, or the one usual name that is there."""
@@ -158,37 +133,7 @@ class _Npz:
         return found[0]
 
     def array(self, name: str) -> np.ndarray:
-        method, size, flags = self._packed[f"{name}.npy"]
-        index = self._members.find(f"{name}.npy")
-        assert index is not None
-        with faults.reading(f"{name!r} of {self.path}", "an array"):
-            if method == zipfile.ZIP_STORED and not flags & 1:  # the array lies there as it is
-                return _unpickled(lambda: self._map(index, size))
-            if size > MAX_UNPACKED:
-                raise ValueError(
-                    f"it is compressed and unpacks to {files.size(size)}, more than {files.size(MAX_UNPACKED)}; "
-                    "save it with np.savez, or as .npy"
-                )
-            with np.load(self.path, allow_pickle=False) as archive:
-                return _unpickled(lambda: archive[name])
-
-    def _map(self, index: int, size: int) -> np.ndarray:
-        """A memory map of a member that is neither packed nor encrypted."""
-        start = self._members.locate(index)
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            offset = file.tell()
-        if dtype.hasobject:
-            raise ValueError("Object arrays")
-        # in Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
-        num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
-        if offset - start + num_bytes != size or offset + num_bytes > os.path.getsize(self.path):
-            raise ValueError("it is cut short")
-        order: Literal["F", "C"] = "F" if fortran else "C"
-        return np.memmap(self.path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)
+        return map_npz(self.path, "an array", name, remedy="Save it with np.savez, or as .npy.", limit=MAX_UNPACKED)
 
 
 def _fingerprint(path: Path) -> str:
