@@ -59,7 +59,7 @@ def test_verbs(refused):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["train"], "`repa train` needs recipe"),
+        (["train"], "`repa train` needs RECIPE"),
         (["train", "quickstart"], "`repa train` needs --data"),
         (["train", "quikstart", "--data", "d", "--out", "o"], "recipe 'quikstart'"),
         (["train", "nothing.yaml", "--data", "d", "--out", "o"], "no configuration file nothing.yaml"),
@@ -71,7 +71,7 @@ def test_verbs(refused):
         (["prepare", "photographs:nmu=3", "o", "--resolution", "32"], "Did you mean 'num'?"),
         (["sample", "nowhere", "--out", "s.npz"], "nowhere is not a run folder"),
         (["evaluate", "nothing.npz", "--reference", "nowhere"], "There is no file nothing.npz"),
-        (["report"], "needs runs"),
+        (["report"], "needs RUNS"),
         (["report", "nowhere"], "nowhere"),
         (["show", "quickstrat"], "Did you mean 'quickstart'?"),
         (["list", "recipe"], "Did you mean 'recipes'?"),

@@ -162,7 +162,7 @@ def test_the_recipe_is_found_anywhere(argv):
         ("r more --out s", "does not know what to do with 'more'"),
         ("r --out s -n 3", "'-n' .*two dashes"),
         ("r --out s -- 3", "'--' .*two dashes"),
-        ("--out s", r"needs run \(run folder\)"),
+        ("--out s", r"needs RUN \(run folder\)"),
         ("r", r"needs --out \(Name of an .npz"),
         ("r --out s --bs 3", "Did you mean '--batch-size'"),
     ],
@@ -197,6 +197,9 @@ def test_mistakes(argv, sentence):
         ("--diffusion.path straight", "path 'straight'"),
         ("--optimizer.learning-rate nan", "--optimizer.learning-rate was given 'nan'"),
         ("--label-dropout 1.5", "less than or equal to 1"),
+        ("--preview.guidance cfg:scale=2 3", r"^--preview\.guidance: Unknown guidance '3'"),
+        ("--ema-decays 0.9 2", r"^--ema-decays was given '2'"),
+        ("--batch-size 3 --accumulate 2", r"a multiple of it\.$"),
     ],
 )
 def test_mistakes_in_a_recipe(argv, sentence):

@@ -57,7 +57,7 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     assert "feature_forms of tiny: int8 -> fp16" in repa("prepare", SOURCE, "data", "--feature-forms", "fp16")[1]
     code, text = repa("prepare", SOURCE, "data", "--resolution", "32")
     assert code == 2
-    assert "config.resolution: 16 -> 32" in text
+    assert "resolution: 16 -> 32" in text
     code, text = repa("prepare", "data", "--only", "features:tiny-judge", "--feature-forms", "pca8")
     assert code == 0
     features = open_data("data").features

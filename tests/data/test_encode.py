@@ -163,10 +163,10 @@ def test_lost_tokens_are_made_anew_from_the_stored_images(folder, tmp_path, fake
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"resolution": 12}, "config.resolution: 8 -> 12"),
-        ({"autoencoder": "pixels"}, "config.autoencoder: kl -> pixels"),
-        ({"shard_size": 4}, "config.shard_size: 3 -> 4"),
-        ({"grid": 3}, "config.grid: 0 -> 3"),
+        ({"resolution": 12}, "resolution: 8 -> 12"),
+        ({"autoencoder": "pixels"}, "autoencoder: kl -> pixels"),
+        ({"shard_size": 4}, "shard_size: 3 -> 4"),
+        ({"grid": 3}, "grid: 0 -> 3"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

@@ -270,5 +270,5 @@ def test_moments_in_half_precision_are_near_those_of_float32(folder, tmp_path, p
     exact, half = (all_rows(open_data(tmp_path / name), "moments").astype(np.float64) for name in ("fp32", "half"))
     error = np.sqrt(np.mean((half - exact) ** 2) / np.mean(exact**2))
     assert 1e-5 < error < {"bf16": 0.02, "fp16": 0.003}[precision]
-    with pytest.raises(UserError, match=f"config.precision: fp32 -> {precision}"):
+    with pytest.raises(UserError, match=f"precision: fp32 -> {precision}"):
         prepare(folder, tmp_path / "fp32", config.override(precision=precision))

@@ -150,8 +150,9 @@ def explain(model: type[BaseModel], error: ValidationError, typed: bool = False)
     `typed`: a field is named as an option, --alignments.0.depth.
     """
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    shown = option(field) if typed else f"setting {field!r}"
+    field = ".".join(map(str, first["loc"]))
+    name = _typed(model, first["loc"]) if typed else field
+    shown = name if typed else f"setting {field!r}"
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(model, first["loc"][:-1])
         return f"unknown setting {field!r}{choices(str(first['loc'][-1]), allowed)}"
@@ -159,8 +160,22 @@ def explain(model: type[BaseModel], error: ValidationError, typed: bool = False)
         return f"{shown} is missing."
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{option(field) if typed else field}: {message}" if field else message
+        message += "" if message.endswith((".", "?", "!")) else "."
+        return f"{name}: {message}" if field else message
     return f"{shown} was given {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
+
+
+def _typed(model: type[BaseModel], location: tuple) -> str:
+    """The option of a place in a configuration: values of one option have no number there, entries with options of their own have."""
+    inside: type[BaseModel] | None = model
+    names: list[str] = []
+    for part in location:
+        if isinstance(part, str):
+            info = inside.model_fields.get(part) if inside else None
+            inside = _model_in(info.annotation) if info else None
+        if isinstance(part, str) or inside:
+            names.append(str(part))
+    return option(".".join(names))
 
 
 def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:

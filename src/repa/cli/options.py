@@ -6,7 +6,9 @@ tyro draws the help pages; it does not parse, because its errors are boxes and o
 import contextlib
 import io
 import os
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -73,7 +75,7 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
     _place(start, words, cls)
     for name, info in cls.model_fields.items():
         if info.is_required() and name not in start:
-            shown = name if name in [p.rstrip(".") for p in cls.positional] else option(name)
+            shown = name.upper() if name in [p.rstrip(".") for p in cls.positional] else option(name)
             raise UserError(
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
@@ -130,7 +132,10 @@ def print_help(cls: type[Command], values: Config | None) -> None:
             default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )  # fmt: skip
     # The first paragraph is tyro's usage, which knows no words without a flag.
-    print(usage(cls), page.getvalue().partition("\n\n")[2], sep="\n\n", end="")
+    about, _, tables = page.getvalue().partition("\n\n")[2].partition("\n\n")
+    about = textwrap.fill(about, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    # tyro's own parser wants one of the two; here a switch stands alone, and a truth may follow.
+    print(usage(cls), about, tables.replace("{True,False}", "[true|false]"), sep="\n\n", end="")
 
 
 class _Page(io.StringIO):

@@ -62,7 +62,7 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     # not by `difference`: each call names only its own encoders, so that the two lists of forms differ without a conflict
     both = [name for name in new.features if name in old.features]
     lines = [
-        f"config.feature_forms of {name}: {old.forms[name]} -> {new.forms[name]}"
+        f"feature_forms of {name}: {old.forms[name]} -> {new.forms[name]}"
         for name in both
         if old.forms[name] != new.forms[name]
     ]
@@ -76,6 +76,8 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     asked = asked.override(config=new)
     was = before.override(config=old.override(**same), inventory=asked.inventory)
     lines += [line if len(line) <= MOST_SHOWN else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
+    # Settings are named as options are, without the part of the record that holds them.
+    lines = [line.removeprefix("config.") for line in lines]
     if lines:
         raise UserError(
             f"{out} holds data of another source or configuration ({'; '.join(lines[:5])}): "

@@ -22,7 +22,7 @@ from typing import Any
 
 from repa.base import files
 from repa.base.config import leaves, read_yaml
-from repa.base.errors import UserError
+from repa.base.errors import UserError, one_of
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -49,6 +49,7 @@ SECTIONS = {
     "autoencoder": str, "autoencoder_weights": str,
 }  # fmt: skip
 
+FEW = 4  # runs within a folder that a sentence names
 WEIGHTS = ".safetensors"
 PART_OF = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 MODEL_FILE = "model.safetensors"
@@ -154,7 +155,11 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration of a run as plain values; its sections have the types of SECTIONS, and `needed` are there."""
     path = Path(run) / CONFIG
     if not path.is_file():
-        raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.")
+        inside = [found.parent for found in sorted(Path(run).glob(f"*/{CONFIG}"))]
+        meant = f" Did you mean {one_of(inside)}?" if 0 < len(inside) <= FEW else ""
+        raise UserError(
+            f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.{meant}"
+        )
     values = read_yaml(path)
     # Whoever reads plain values relies on these types, and a folder may come from anyone.
     for name, kind in SECTIONS.items():
