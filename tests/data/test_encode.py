@@ -16,6 +16,7 @@ from repa.base.images import adm_centre_crop
 from repa.data import PrepareConfig, add, encoding, open_data, open_source, prepare, preparing, writing
 from repa.data.planning import make_plan
 from repa.data.progress import record_path
+from repa.encoders.loading import weights_for
 from tests.data.conftest import all_rows, content, pack, spoil
 
 SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
@@ -495,7 +496,7 @@ def test_a_real_configuration_names_its_mistakes():
             PrepareConfig.parse(values)
     config = PrepareConfig(resolution=8, features=("dinov2-vit-b",), feature_weights=("dinov2-vit-b=w/x",))
     assert config.features == ("dinov2-b",)
-    assert config.weights == {"dinov2-b": "w/x"}
+    assert weights_for("dinov2-b", config.feature_weights) == "w/x"
 
 
 def test_more_workers_than_a_machine_takes_are_refused(folder, tmp_path):

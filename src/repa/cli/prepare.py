@@ -16,6 +16,7 @@ from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
 from repa.encoders import ENCODERS
+from repa.encoders.loading import weights_for
 
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
@@ -131,7 +132,7 @@ def _add(folder: Path, given: PrepareArguments) -> None:
         weights, form, spec = given.text_weights, str(given.text_form), given.text
         if part != TEXT:
             spec = ENCODERS.check(part.removeprefix(FEATURES))
-            weights, form = given.weights.get(spec, ""), given.forms[spec]
+            weights, form = weights_for(spec, given.feature_weights) or "", given.forms[spec]
         one = f"{TEXT}:{spec}" if part == TEXT else f"{FEATURES}{spec}"
         _work(folder, partial(add, folder, one, weights=weights or None, form=form))
 

@@ -85,7 +85,7 @@ class PrepareConfig(Config):
         """Check what is given for single encoders; forms are written as one ENCODER=FORM for each that is not fp16."""
         forms = [text.rpartition("=") for text in self.feature_forms]
         named = {
-            "feature_weights": [*self.weights],
+            "feature_weights": [canonical(pair.rpartition("=")[0]) for pair in self.feature_weights],
             "feature_forms": [canonical(encoder) for encoder, _, _ in forms if encoder],
         }
         for setting, encoders in named.items():
@@ -98,12 +98,6 @@ class PrepareConfig(Config):
         written = tuple(f"{name}={form}" for name, form in self.forms.items() if split_format(form) != (0, "fp16"))
         object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
         return self
-
-    @functools.cached_property
-    def weights(self) -> dict[str, str]:
-        """Encoder -> the local folder or file given for it, if one was."""
-        pairs = [pair.rpartition("=") for pair in reversed(self.feature_weights)]  # the first counts
-        return {canonical(encoder): path for encoder, _, path in pairs}
 
     @functools.cached_property
     def forms(self) -> dict[str, str]:

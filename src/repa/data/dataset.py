@@ -18,6 +18,7 @@ from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
+from repa.encoders.loading import weights_for
 
 # a byte an image instead of a read of 8 bytes at another place of another file for each image of each batch
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
@@ -189,14 +190,13 @@ def autoencoder_weights(data: DataSet, given: str) -> str:
 
 def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) -> tuple[str, ...]:
     """Pairs ENCODER=PATH: those given, then for other `encoders` those of `prepare` that still exist."""
-    named = {canonical(pair.rpartition("=")[0]) for pair in given}
-    found = {spec: encoder_weights(data, spec) for spec in encoders if canonical(spec) not in named}
-    return (*given, *(f"{spec}={path}" for spec, path in found.items() if path))
+    missing = dict.fromkeys(spec for spec in encoders if not weights_for(spec, given))
+    return (*given, *(f"{spec}={path}" for spec in missing if (path := encoder_weights(data, spec))))
 
 
 def encoder_weights(data: DataSet, spec: str) -> str | None:
     """Path of the local weights that made an encoder's stored features, or None."""
-    recorded = data.manifest.config.weights.get(canonical(spec))
+    recorded = weights_for(spec, data.manifest.config.feature_weights)
     return recorded if recorded and _checksum(data, spec) and Path(recorded).exists() else None
 
 
@@ -204,10 +204,9 @@ def load_encoder_of(
     data: DataSet, spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> VisionEncoder:
     """As `load_encoder`; without `weights`, those that `prepare` was given, which must have the recorded checksum."""
-    if weights:
-        return load_encoder(spec, weights=weights, device=device)
-    encoder = load_encoder(spec, weights=encoder_weights(data, spec), device=device)
-    if encoder_weights(data, spec):
+    recorded = None if weights else encoder_weights(data, spec)
+    encoder = load_encoder(spec, weights=weights or recorded, device=device)
+    if recorded:
         require_same_encoder(data, spec, encoder)
     return encoder
 

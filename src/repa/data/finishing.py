@@ -24,6 +24,7 @@ from repa.data.manifest import (
     remove_parts,
 )
 from repa.data.progress import FinishedParts, Part, started
+from repa.encoders import canonical
 
 
 def finish(finished: FinishedParts) -> Manifest:
@@ -46,12 +47,9 @@ def finish(finished: FinishedParts) -> Manifest:
             counts += np.bincount(load_npy(out / made.files["labels"].file, "labels"), minlength=len(counts))
     encoders = [name for name in first if name not in (BASE, TEXT)]
     manifest = Manifest(
-        source=settings.source,
-        config=settings.config,
+        **settings.override(inventory=settings.inventory.override(captioned=_captioned(out, shards))).model_dump(),
         num_images=sum(shard.num for shard in shards),
-        class_names=settings.class_names,
-        class_counts=tuple(int(count) for count in counts),
-        inventory=settings.inventory.override(captioned=_captioned(out, shards)),
+        class_counts=tuple(counts.tolist()),
         autoencoder=first[BASE].identity,
         features={name: _facts(out, name, settings.config.forms.get(name, "fp16"), first[name]) for name in encoders},
         text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
@@ -172,7 +170,7 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
     return config.override(
         features=[spec for spec in config.features if spec != part],
         feature_forms=[f"{spec}={form}" for spec, form in config.forms.items() if spec != part],
-        feature_weights=[f"{spec}={path}" for spec, path in config.weights.items() if spec != part],
+        feature_weights=[pair for pair in config.feature_weights if canonical(pair.rpartition("=")[0]) != part],
     )
 
 

@@ -180,23 +180,28 @@ class Inventory(Config):
     """Images with captions, flipped copies not counted; None where the source has none."""
 
 
-class Manifest(Config):
-    """A whole data set."""
+class Settings(Config):
+    """What a folder is prepared from, and how: parts/settings.json, which is written before any work."""
+
+    source: dict[str, Any]
+    """What the images are made from, and a checksum of its list."""
+    config: PrepareConfig
+    """How they are made."""
+    class_names: tuple[Annotated[str, AfterValidator(printable)], ...]
+    """Names of the classes, in the order of the labels."""
+    inventory: Inventory = Inventory()
+    """Where labels came from, and what was left out."""
+
+
+class Manifest(Settings):
+    """A whole data set: what was asked for, and what was made."""
 
     version: int = VERSION
     """Format of this file."""
-    source: dict[str, Any]
-    """What the images were made from, and a checksum of its list."""
-    config: PrepareConfig
-    """How they were made."""
     num_images: int = Field(ge=1)
     """Images in all shards, flipped copies included."""
-    class_names: tuple[Annotated[str, AfterValidator(printable)], ...]
-    """Names of the classes, in the order of the labels."""
     class_counts: tuple[int, ...]
     """Images of each class, flipped copies not counted."""
-    inventory: Inventory = Inventory()
-    """Where labels came from, and what was left out."""
     autoencoder: dict[str, Any]
     """Which autoencoder, which weights."""
     features: dict[Annotated[str, Spec(ENCODERS)], FeatureField]
@@ -246,6 +251,10 @@ class Manifest(Config):
             nums = {f.shape[:1] for field, f in shard.text.items() if field != "text_rows"}
             if found and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
                 raise ValueError(f"shard {number} holds tokens of captions that are not those of its images")
+
+    def settings(self, **changes: Any) -> Settings:
+        """What was asked for, with some of it changed."""
+        return Settings.parse({**self.model_dump(include=set(Settings.model_fields)), **changes})
 
     @property
     def parts(self) -> set[str]:

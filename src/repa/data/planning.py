@@ -14,7 +14,8 @@ from repa.base.ahead import by_processes
 from repa.base.errors import UserError
 from repa.data.config import TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
-from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, plan_shards
+from repa.data.manifest import Settings
+from repa.data.progress import FinishedParts, PlannedShard, chosen_parts, plan_shards
 from repa.data.reading import DecodedImages, Read, from_source, pieces_at
 from repa.data.sources.opening import open_source
 

@@ -17,8 +17,8 @@ from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, encode, load_model, require_same_model
 from repa.data.finishing import finish
-from repa.data.manifest import PARTS, SETTINGS_FILE, Inventory, Manifest, remove_parts
-from repa.data.progress import FinishedParts, PlannedShard, Settings, chosen_parts, plan_shards, started
+from repa.data.manifest import PARTS, SETTINGS_FILE, Inventory, Manifest, Settings, remove_parts
+from repa.data.progress import FinishedParts, PlannedShard, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, Read, claimed, from_shards, from_source
 from repa.data.sources.opening import open_source
@@ -170,7 +170,7 @@ def add(
             config = config.override(**text, text_weights=weights or config.text_weights)
             if not config.text:
                 raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
-            return _make(_of_captions(out, Settings.of(manifest, config), num_shards, execution))
+            return _make(_of_captions(out, manifest.settings(config=config), num_shards, execution))
         if kind != "features" or not spec:
             raise UserError(f"{part!r} cannot be added to {out}: give features:ENCODER or text:ENCODER.")
         if not config.store_images:
@@ -187,7 +187,7 @@ def add(
         reader = ShardReader(out, manifest.shards)
         shards = [PlannedShard(range(*ends)) for ends in zip(reader.starts.tolist(), reader.ends.tolist(), strict=True)]
         read = functools.partial(by_threads, functools.partial(from_shards, reader), depth=AHEAD)
-        finished = FinishedParts(out, Settings.of(manifest, config), num_shards)
+        finished = FinishedParts(out, manifest.settings(config=config), num_shards)
         return _make(Job(finished, shards, [spec], read, **execution))
 
 

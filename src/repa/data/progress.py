@@ -7,38 +7,19 @@ Processes share only these files. preparing.py asks for them before its work and
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
 from repa.data.config import BASE, TEXT, PrepareConfig, array_name
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Inventory, Manifest, Shard, fields_of
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Settings, Shard, fields_of
 
 # weights are compared by their checksums and labels by that of the source: a copy elsewhere is the same
 MAY_CHANGE = (
     "batch_size", "num_workers", "skip_bad", "labels", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
 MOST_SHOWN = 100  # characters: of longer differences (a thousand class names) only the field is named
-
-
-class Settings(Config):
-    """What a folder is being prepared from and how: parts/settings.json, which is written before any work."""
-
-    source: dict[str, Any]
-    """Identity of the source."""
-    class_names: tuple[str, ...]
-    """Its classes."""
-    config: PrepareConfig
-    """How it is prepared."""
-    inventory: Inventory = Inventory()
-    """What was found in the source, for reports."""
-
-    @classmethod
-    def of(cls, manifest: Manifest, config: PrepareConfig) -> Self:
-        """The settings of a finished folder, with another configuration."""
-        names, inventory = manifest.class_names, manifest.inventory
-        return cls(source=manifest.source, class_names=names, config=config, inventory=inventory)
 
 
 class Part(Config):
@@ -102,8 +83,7 @@ def started(out: Path) -> Settings | None:
     if (values := _read_record(settings)) is not None:
         return Settings.parse(values, where=str(settings))
     if (out / MANIFEST).is_file():
-        manifest = Manifest.open(out)
-        return Settings.of(manifest, manifest.config)
+        return Manifest.open(out).settings()
     own = (PARTS, "lock")
     if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(own) for path in out.iterdir())):
         raise UserError(f"{out} is not an empty folder and holds no prepared data: choose another one.")
