@@ -8,8 +8,8 @@ from repa.diffusion import build_process
 from repa.models import build
 from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe
-from repa.recipes.figures import PUBLISHED
 from repa.recipes.networks import NETWORKS
+from repa.recipes.published import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig

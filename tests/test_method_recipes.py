@@ -11,10 +11,10 @@ from repa.data import open_data
 from repa.encoders.contract import Features, VisionEncoder
 from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
-from repa.recipes.figures import PUBLISHED, figures_table, headline
 from repa.recipes.methods import METHODS, method_recipes
 from repa.recipes.networks import NETWORKS, network_recipes
 from repa.recipes.paper import ROWS
+from repa.recipes.published import PUBLISHED, headline, results_table
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
@@ -186,7 +186,7 @@ def test_small_recipes_train_as_they_are(name, data_folder, tmp_path):
 
 
 def test_figures_have_a_column_for_each_way_of_drawing_labels():
-    heads, *lines = figures_table(PUBLISHED["internal-guidance"])
+    heads, *lines = results_table(PUBLISHED["internal-guidance"])
     titles = {labels: f"FID, labels {labels}" for labels in ("random", "balanced", "not stated")}
     for line, figure in zip(lines, PUBLISHED["internal-guidance"], strict=True):
         found = {labels: line[heads.index(title) :][: len(title)].strip() for labels, title in titles.items()}

@@ -15,11 +15,11 @@ from repa.data import PrepareConfig, open_data, prepare
 from repa.encoders import ENCODERS
 from repa.models import build
 from repa.recipes import RECIPES, load_recipe
-from repa.recipes.figures import printed
 from repa.recipes.methods import method_recipes
 from repa.recipes.networks import network_recipes
 from repa.recipes.own_images import own_image_recipes
 from repa.recipes.paper import ROWS
+from repa.recipes.published import printed
 from repa.report import read_run, write_report
 from repa.report.results import row_of, without_paper
 from repa.report.speedups import grouped

@@ -182,7 +182,7 @@ def test_the_network_is_left_as_it_was():
     average = copy.deepcopy(net)
     average(torch.zeros_like(x))  # looks at nothing of ours
     expected = sum(
-        0.5 * aligner._place(name).term.compare(tokens, features).mean() for name, tokens in aligner.taps().items()
+        0.5 * aligner._term_called(name).term.compare(tokens, features).mean() for name, tokens in aligner.taps().items()
     )
     twin = copy.deepcopy(aligner)  # as peft makes for modules_to_save
     assert torch.equal(twin(features), expected)
@@ -296,7 +296,7 @@ def test_only_images_of_some_times_count():
     net(x)
     (tokens,) = aligner.taps().values()
     t = torch.tensor([0.1, 0.9, 0.5, 0.6])
-    losses = aligner._place("blocks.1").term.compare(tokens, features)
+    losses = aligner._term_called("blocks.1").term.compare(tokens, features)
     torch.testing.assert_close(aligner(features, t=t), 0.5 * (losses[0] + losses[2]) / 4)
     net(x)
     with pytest.raises(UserError, match="give t"):

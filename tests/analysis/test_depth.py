@@ -8,7 +8,7 @@ import torch
 
 from repa.analysis import depth_effects
 from repa.analysis.config import DepthConfig
-from repa.analysis.depth import left_out
+from repa.analysis.depth import without_block
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.data import open_data
@@ -24,7 +24,7 @@ def run(random_run):
 
 
 def test_is_the_change_of_a_network_whose_block_does_nothing(run, data_folder):
-    """A block whose gates are zero hands on its input; its outputs are those of `left_out`."""
+    """A block whose gates are zero hands on its input; its outputs are those of `without_block`."""
     rows = depth_effects(run, open_data(data_folder), CONFIG)
     assert [(row["t"], row["depth"]) for row in rows] == [(t, depth) for t in (0.3, 0.8) for depth in (1, 2)]
     assert all(row["change"] > 1e-3 for row in rows)
@@ -70,7 +70,7 @@ def test_a_block_of_two_streams_leaves_both_as_they_came(text_run):
     model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[:2]))
     state = {"x": torch.randn(2, *model.state_shapes["x"])}
     condition = model.completed(Condition(torch.zeros(2, dtype=torch.int64)))
-    with left_out(model, 1):
+    with without_block(model, 1):
         model(state, torch.full((2,), 0.5), condition)
     (before, after) = seen
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

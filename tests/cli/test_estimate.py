@@ -57,8 +57,8 @@ def test_a_note_above_a_thousand_passes(steps, noted, capsys):
 def test_parts_of_a_large_batch_are_divisors_found_by_their_roots():
     """Counting through 10^10 images a device would take an hour."""
     found = SimpleNamespace(config=SimpleNamespace(batch_size=2 * 10**10, accumulate=4), num_devices=2)
-    with patch.object(fitting, "_with", lambda found, accumulate: accumulate):
-        parts = [accumulate for _, accumulate in fitting._accumulated(found)]
+    with patch.object(fitting, "_with_settings", lambda found, accumulate: accumulate):
+        parts = [accumulate for _, accumulate in fitting._more_accumulation(found)]
     assert parts[:5] == [5, 8, 10, 16, 20]
     assert len(parts) == 11 * 11 - 3
 

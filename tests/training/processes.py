@@ -27,7 +27,7 @@ def probes(config, autoencoder) -> list[Hook]:
     def probe(state) -> dict[str, float]:
         model = state.model
         x = torch.ones(1, *model.state_shapes["x"])
-        with state.whole_average() as average, torch.no_grad():
+        with state.full_average() as average, torch.no_grad():
             output = (
                 call(average, x, torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)) if dist.is_main() else None
             )

@@ -14,7 +14,7 @@ from repa.encoders.contract import Features
 from repa.models import Condition, Hooked
 from repa.runs import read_metrics
 from repa.training import TrainConfig, train
-from repa.training.inputs import wanted_by
+from repa.training.inputs import encoder_needs
 from repa.training.loop import backward
 from repa.training.resolve import with_streams
 from repa.training.state import build_state
@@ -130,13 +130,15 @@ def one_step(config: TrainConfig, *, compiled: bool = False, seed: int = 0):
     x, labels = torch.randn(NUM, 3, 8, 8, generator=stream), torch.randint(3, (NUM,), generator=stream)
     patches, pooled = torch.randn(NUM, TOKENS, WIDTH, generator=stream), torch.randn(NUM, WIDTH, generator=stream)
     logits = torch.randn(NUM, 2, TOKENS, TOKENS, generator=stream)
-    features = {n.encoder: Features(patches, pooled, {1: logits} if n.attention else None) for n in wanted_by(config)}
+    features = {
+        n.encoder: Features(patches, pooled, {1: logits} if n.attention else None) for n in encoder_needs(config)
+    }
     clean = objective.clean(x, features)
     state.step = 1
     module = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
     losses = backward(state, module, clean, Condition(labels), features)
     gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    update(state, objective.trained_groups())
+    update(state, objective.clipped_together())
     return losses, gradients, objective
 
 

@@ -13,7 +13,7 @@ from repa.encoders import load_encoder
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic
 from repa.training import TrainConfig, inputs
-from repa.training.inputs import EncoderFeatures, one_ahead
+from repa.training.inputs import EncoderFeatures, prefetched
 
 CPU = torch.device("cpu")
 TINY = AlignmentConfig(target="tiny", depth=1)
@@ -149,7 +149,7 @@ def test_one_ahead_asks_for_the_next_before_it_hands_out_the_one_in_front(num):
             yield number
 
     got = []
-    for number in one_ahead(items()):
+    for number in prefetched(items()):
         got.append(number)
         assert len(asked) == min(number + 2, num)
     assert got == list(range(num))

@@ -16,7 +16,7 @@ from repa.runs import read_metrics
 from repa.runs.checkpoint import OwnedTensor
 from repa.training import Objective, OptimizerConfig, TrainConfig
 from repa.training.state import build_optimizer, load_named_state, named_state
-from repa.training.update import clip, learning_rate, set_learning_rate, step_unless
+from repa.training.update import clip, learning_rate, set_learning_rate, step_unless_skipped
 from tests.oracles.muon import orthogonalised
 
 GOOD, SKIPPED = torch.zeros(()), torch.ones(())
@@ -80,7 +80,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it(size):
                 [norm] = clip(optimizer, [list(objective.parameters())], 1.0)
             else:
                 norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-            step_unless(GOOD, optimizer)
+            step_unless_skipped(GOOD, optimizer)
             assert not hasattr(optimizer, "grad_scale")
             found.append(norm)
         found.append(weights(objective))
@@ -108,7 +108,7 @@ def test_the_rate_scales_the_step():
         before = weights(objective)
         gradients(objective, 1)
         set_learning_rate(optimizer, rate)
-        step_unless(GOOD, optimizer)
+        step_unless_skipped(GOOD, optimizer)
         moved.append([new - old for new, old in zip(weights(objective), before, strict=True)])
     for a, b in zip(*moved, strict=True):
         torch.testing.assert_close(3 * a, b, rtol=1e-3, atol=1e-6)
@@ -135,7 +135,7 @@ def test_muon_steps_along_the_orthogonalised_momentum(precision, tolerance):
         before = dict(zip(names, weights(objective), strict=True))
         for each, other in ((objective, optimizer), (plain, adamw)):
             gradients(each, seed)
-            step_unless(GOOD, other)
+            step_unless_skipped(GOOD, other)
         for name, p in objective.named_parameters():
             if p.ndim != 2 or "blocks" not in name or "adaln" in name.lower():
                 continue
@@ -157,7 +157,7 @@ def test_muon_in_bf16_is_that_of_torch_to_the_bit():
     for seed in (1, 2, 3):
         gradients(objective, seed)
         gradients(other, seed)
-        step_unless(GOOD, optimizer)
+        step_unless_skipped(GOOD, optimizer)
         reference.step()
     assert same(objective.model.matrices(), other.model.matrices())
 
@@ -170,7 +170,7 @@ def test_a_skipped_step_leaves_no_trace(name, first):
     for seed, skipped in ((1, first), (2, False), (3, True), (4, False)):
         gradients(objective, seed, float("nan") if skipped else None)
         before = weights(objective)
-        step_unless(SKIPPED if skipped else GOOD, optimizer)
+        step_unless_skipped(SKIPPED if skipped else GOOD, optimizer)
         assert same(before, weights(objective)) == skipped
         if not skipped:
             gradients(other, seed)
@@ -189,7 +189,7 @@ def test_four_steps_are_two_and_a_restart_and_two(name):
     for seed in (1, 2):
         for each, other in ((whole, optimizer), (halves, first)):
             gradients(each, seed)
-            step_unless(GOOD, other)
+            step_unless_skipped(GOOD, other)
     saved = {key: value.clone() for key, value in named_state(first, halves).items()}
     again, second = make(name)
     again.load_state_dict(halves.state_dict())
@@ -198,7 +198,7 @@ def test_four_steps_are_two_and_a_restart_and_two(name):
         for each, other in ((whole, optimizer), (again, second)):
             gradients(each, seed)
             set_learning_rate(other, 0.02)
-            step_unless(GOOD, other)
+            step_unless_skipped(GOOD, other)
     assert same(weights(whole), weights(again))
 
 

@@ -59,8 +59,8 @@ class Alignment(nn.Module):
         self.target, self.prefix_tokens = target or Target(), prefix_tokens
         self.tap = Tap(config.depth, config.tap)
         projector = PROJECTORS.build(config.projector)
-        self.looks_at_condition = bool(declared(projector, "sees_condition"))
-        classes = (num_classes,) if self.looks_at_condition else ()
+        self.sees_condition = bool(declared(projector, "sees_condition"))
+        classes = (num_classes,) if self.sees_condition else ()
         self.loss = LOSSES.build(config.loss)
         # Relations between tokens have no width, so a tap without a projector is compared as wide as it is.
         relations = declared(self.loss, "compares_relations")
@@ -91,7 +91,7 @@ class Alignment(nn.Module):
             config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens,
             num_classes=model.num_classes,
         )  # fmt: skip
-        if target.prefix and term.looks_at_condition:
+        if target.prefix and term.sees_condition:
             raise UserError(
                 f"The projector {config.projector!r} takes the tokens of the grid alone, and the target {config.target!r} has one for "
                 "the whole image: take part=patches, or the projector mlp."
@@ -105,7 +105,7 @@ class Alignment(nn.Module):
         comparing = looks_at_other_images(self.loss)
         needs = {
             "the tap attention": self.tap.kind == "attention",
-            f"the projector {self.config.projector}": self.looks_at_condition
+            f"the projector {self.config.projector}": self.sees_condition
             or parse_spec(self.config.projector)[0] == "conv",
             "resample target": self.config.resample == "target",
             f"the loss {self.config.loss}, which compares places of several images,": comparing,
@@ -128,7 +128,7 @@ class Alignment(nn.Module):
     @property
     def masked(self) -> float | None:
         """Share of the tap's tokens that its projector is not to see in training; None: it masks none."""
-        return getattr(self._projector, "masked", None) if self.looks_at_condition else None
+        return getattr(self._projector, "masked", None) if self.sees_condition else None
 
     def forward(self, seen: Seen) -> Tensor:
         """Eq. 8, per image, (N,): lower is better. Gradients reach the tap and the projector, never the target."""
@@ -138,14 +138,12 @@ class Alignment(nn.Module):
         # The projector learns and the network does not notice: its weights stay those of a run without the term, to the bit.
         if self.config.measure_only:
             student = student.detach()
-        context = (
-            ProjectorContext(seen.t, seen.condition, seen.visible.get(self.key)) if self.looks_at_condition else None
-        )
-        loss = self.compare(*self._kept(student, target, seen.output.kept), context)
-        return self.at_times(loss, seen.t) if self.looks_at_times else loss
+        context = ProjectorContext(seen.t, seen.condition, seen.visible.get(self.key)) if self.sees_condition else None
+        loss = self.compare(*self._match_routed(student, target, seen.output.kept), context)
+        return self.at_times(loss, seen.t) if self.depends_on_time else loss
 
     @property
-    def looks_at_times(self) -> bool:
+    def depends_on_time(self) -> bool:
         """Does it count less, or not at all, for images of some times?"""
         return (*self.config.times, self.config.time_weight) != (0.0, 1.0, "constant")
 
@@ -175,7 +173,9 @@ class Alignment(nn.Module):
         """
         if self.tap.kind == "attention":
             with no_autocast(student.device):
-                return self.loss(_precise(student), None if target is None else _precise(target.detach()))
+                return self.loss(
+                    _at_least_float32(student), None if target is None else _at_least_float32(target.detach())
+                )
         if student.ndim != 3 or (target is not None and len(target) != len(student)):
             given = f"{tuple(student.shape)}" + ("" if target is None else f" and {tuple(target.shape)}")
             raise UserError(
@@ -185,19 +185,19 @@ class Alignment(nn.Module):
         projected = self.project(student, context)  # (N, T, F)
         # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
         with no_autocast(student.device):
-            projected = _precise(projected)
+            projected = _at_least_float32(projected)
             if target is None:
                 return self.loss(projected, None)
             self._check_width(target)
             # Detached also where the target is a block of this network: it must not move towards what it is to teach.
-            projected, matched = self._match(projected, _precise(target.detach()), kept)
+            projected, matched = self._match(projected, _at_least_float32(target.detach()), kept)
             # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
             # image's tokens, so that a target does not depend on which of them are kept in this step.
             matched = self.token_norm(matched)
             if kept is not None:
                 assert self.grid is not None  # a network that keeps tokens has told it
                 prefix = matched.shape[1] - self.grid[0] * self.grid[1]
-                matched = torch.cat([matched[:, :prefix], _take(matched[:, prefix:], kept)], 1)
+                matched = torch.cat([matched[:, :prefix], _select_tokens(matched[:, prefix:], kept)], 1)
             return self.loss(projected, matched)  # (N,)
 
     def share_projector_of(self, other: "Alignment") -> None:
@@ -219,7 +219,7 @@ class Alignment(nn.Module):
         """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
         if self.config.pool:
             student = student.mean(1, keepdim=True)  # (N, 1, D)
-        if not self.looks_at_condition:
+        if not self.sees_condition:
             return self._projector(student)
         if context is None:
             raise UserError(
@@ -236,7 +236,7 @@ class Alignment(nn.Module):
         parameters = [p.sum() for p in self.parameters()]
         return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())
 
-    def _kept(
+    def _match_routed(
         self, student: Tensor, target: Tensor | None, kept: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Student, target and the ids of the student's tokens where the target has all of them (None: both have the same).
@@ -250,7 +250,7 @@ class Alignment(nn.Module):
         routed = student.shape[1] == front + kept.shape[1]
         if target is None or not (self.target.own and target.shape[1] == kept.shape[1]):
             return student, target, kept if routed else None
-        return (student if routed else _take(student, kept)), target, None
+        return (student if routed else _select_tokens(student, kept)), target, None
 
     def _match(self, projected: Tensor, target: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both on one grid, (N, T, F) and (N, T, F); of the student's tokens those that it has."""
@@ -274,11 +274,11 @@ class Alignment(nn.Module):
             )
 
 
-def _take(tokens: Tensor, kept: Tensor) -> Tensor:
+def _select_tokens(tokens: Tensor, kept: Tensor) -> Tensor:
     """(N, T, F) -> (N, K, F): those of `kept` (N, K)."""
     return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def _precise(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     """At least float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

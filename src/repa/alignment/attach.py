@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.given import Given, at_their_times, checked_grid, features_of, frames_as_images, side_of
+from repa.alignment.given import Given, checked_grid, features_of, frames_as_images, square_side, weighted_by_times
 from repa.alignment.losses import resize_tokens
 from repa.base import dist
 from repa.base.errors import UserError, choices
@@ -62,7 +62,7 @@ class Aligner(nn.Module):
         self.values: dict[str, Tensor] = {}
         self.steps = 0
         self._watcher = Watcher(net)
-        self._places: dict[str, _Place] = {}
+        self._terms: dict[str, _AttachedTerm] = {}
 
     def add(
         self,
@@ -111,14 +111,14 @@ class Aligner(nn.Module):
         for each in found:
             named = {"name": each.name, **settings}
             config = AlignmentConfig.parse({"target": target, "depth": 1, "tap": tap, **named})
-            if config.key in self._places:
+            if config.key in self._terms:
                 raise UserError(f"There is a term {config.key!r} already: give this one another name.")
             width = self._width(each, hidden_dim, config, features, other is not None)
             feature_dim = (features or width) if width else 0
             term = Alignment(config, width, feature_dim, None if grid is None else (grid[-2], grid[-1]))
             if config.projector_of:
-                term.share_projector_of(self._place(config.projector_of).term)
-            if term.looks_at_condition:
+                term.share_projector_of(self._term_called(config.projector_of).term)
+            if term.sees_condition:
                 raise UserError(
                     f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
                     "or conv."
@@ -126,7 +126,7 @@ class Aligner(nn.Module):
             # Beside the block, wherever a large network keeps it.
             weight = next(each.module.parameters(), None)
             self.terms[config.module] = term.to(None if weight is None else weight.device)
-            self._places[config.key] = _Place(term, each.name, other and other.name, grid, output, text, width)
+            self._terms[config.key] = _AttachedTerm(term, each.name, other and other.name, grid, output, text, width)
             self._watcher.watch(each, attention=tap == "attention")
             if other:
                 self._watcher.watch(other)
@@ -151,12 +151,12 @@ class Aligner(nn.Module):
 
     def weight(self, name: str) -> float:
         """Lambda of a term at this step."""
-        return self._place(name).term.weight(self.steps)
+        return self._term_called(name).term.weight(self.steps)
 
     @property
     def active(self) -> bool:
         """Does a term count at this step that looks at features? If not, the encoder need not run."""
-        terms = [place.term for place in self._places.values()]
+        terms = [attached.term for attached in self._terms.values()]
         return any(term.weight(self.steps) and term.config.target == "features" for term in terms)
 
     def forward(
@@ -175,14 +175,14 @@ class Aligner(nn.Module):
         """
         total: Tensor | float = 0.0
         self.values = {}
-        if not self._places:
+        if not self._terms:
             raise UserError("This aligner has no terms: it was detached. Attach again.")
-        for name, place in self._places.items():
-            weight = place.term.weight(self.steps)
+        for name, attached in self._terms.items():
+            weight = attached.term.weight(self.steps)
             if weight == 0:
-                total = total + place.term.untouched()
+                total = total + attached.term.untouched()
                 continue
-            loss = self._loss(name, place, features, t, grid)
+            loss = self._loss(name, attached, features, t, grid)
             self.values[name] = loss.detach().mean()
             total = total + weight * loss.mean()
         # Forgotten: the next call must not see this pass again, and its activations would stay in memory until then.
@@ -204,13 +204,13 @@ class Aligner(nn.Module):
 
     def taps(self) -> dict[str, Tensor]:
         """Term -> tokens (N, T, D) of the network's last pass, for analysis, or as features of another network's aligner."""
-        return {name: self._tokens(place.block, place, None).tokens for name, place in self._places.items()}
+        return {name: self._tokens(attached.block, attached, None).tokens for name, attached in self._terms.items()}
 
     def step(self) -> None:
         """An optimiser step is done: schedules move on."""
         self.steps += 1
-        for name, place in self._places.items():
-            schedule = place.term.schedule
+        for name, attached in self._terms.items():
+            schedule = attached.term.schedule
             # The mean of all processes: a schedule that stopped in one of them alone would part their gradients.
             if hasattr(schedule, "watches") and schedule.watches(self.steps) and name in self.values:
                 schedule.observe(self.steps, float(dist.mean_over(self.values[name])))
@@ -218,11 +218,11 @@ class Aligner(nn.Module):
     def detach(self) -> None:
         """Take the hooks out of the network, which is then as before."""
         self._watcher.close()
-        self._places.clear()
+        self._terms.clear()
 
     def get_extra_state(self) -> Tensor:
         """Where schedules stand, as bytes of JSON: a tensor, as safetensors hold nothing else."""
-        schedules = {name: place.term.schedule for name, place in self._places.items()}
+        schedules = {name: attached.term.schedule for name, attached in self._terms.items()}
         observed = {name: schedule.state() for name, schedule in schedules.items() if hasattr(schedule, "watches")}
         text = json.dumps({"steps": self.steps, "schedules": observed})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
@@ -234,72 +234,72 @@ class Aligner(nn.Module):
             if type(steps) is not int or steps < 0:
                 raise ValueError(f"steps is {steps!r}")
             for name, values in observed.items():
-                self._place(name).term.schedule.load(values)
+                self._term_called(name).term.schedule.load(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"The state of an aligner is damaged, or of other terms: {error}.") from error
         self.steps = steps
 
     def extra_repr(self) -> str:
         lines, kind = [], self._watcher.kind
-        for name, place in self._places.items():
-            config = place.term.config
+        for name, attached in self._terms.items():
+            config = attached.term.config
             lines.append(
-                f"{name}: {config.tap} of {kind}, {config.loss} against {place.against}, weight {config.weight}"
+                f"{name}: {config.tap} of {kind}, {config.loss} against {attached.target_name}, weight {config.weight}"
             )
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """A table for notebooks: each term, where it looks, its weight now and its last loss."""
         rows = []
-        for name, place in self._places.items():
-            config, value = place.term.config, self.values.get(name)
+        for name, attached in self._terms.items():
+            config, value = attached.term.config, self.values.get(name)
             weight, last = f"{self.weight(name):g}", "" if value is None else f"{value:.4f}"
-            cells = (name, place.block, config.tap, config.loss, place.against, weight, last)
+            cells = (name, attached.block, config.tap, config.loss, attached.target_name, weight, last)
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
         titles = ("term", "block", "tap", "loss", "against", "weight", "last loss")
         head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<p>Aligner of {html.escape(self._watcher.kind)}, step {self.steps}</p><table><tr>{head}</tr>{body}</table>"
 
-    def _place(self, name: str) -> "_Place":
-        if name not in self._places:
-            raise UserError(f"Unknown term {name!r}{choices(name, self._places)}")
-        return self._places[name]
+    def _term_called(self, name: str) -> "_AttachedTerm":
+        if name not in self._terms:
+            raise UserError(f"Unknown term {name!r}{choices(name, self._terms)}")
+        return self._terms[name]
 
     def _loss(
-        self, name: str, place: "_Place", features: Given, t: Tensor | None, grid: tuple[int, ...] | None
+        self, name: str, attached: "_AttachedTerm", features: Given, t: Tensor | None, grid: tuple[int, ...] | None
     ) -> Tensor:
         """(N,) of one term."""
-        term = place.term
+        term = attached.term
         if term.tap.kind == "attention":
-            student = self._attention(place, grid)
-            return at_their_times(term, t, term.compare(student, features_of(name, features, "attention")))
-        student, grid = self._tokens(place.block, place, grid)
+            student = self._attention(attached, grid)
+            return weighted_by_times(term, t, term.compare(student, features_of(name, features, "attention")))
+        student, grid = self._tokens(attached.block, attached, grid)
         if term.config.measure_only:
             student = student.detach()
         elif torch.is_grad_enabled() and not student.requires_grad:
             raise UserError(
-                f"The output of block {place.block} depends on no trained weight, or was computed without gradients: train weights "
+                f"The output of block {attached.block} depends on no trained weight, or was computed without gradients: train weights "
                 "of this block or in front of it."
             )
-        if place.width and student.shape[2] != place.width:
+        if attached.width and student.shape[2] != attached.width:
             raise UserError(
-                f"Block {place.block} gives tokens of width {student.shape[2]}, but its projector was built for {place.width}: "
+                f"Block {attached.block} gives tokens of width {student.shape[2]}, but its projector was built for {attached.width}: "
                 f"attach with hidden_dim={student.shape[2]}."
             )
         target: Tensor | None = None
-        if place.other:
-            target = self._tokens(place.other, place, grid).tokens.detach()
+        if attached.other:
+            target = self._tokens(attached.other, attached, grid).tokens.detach()
         elif term.config.target == "features":
             target = features_of(name, features, "patches")
-        student, target, frames = frames_as_images(place.block, student, target, grid)
+        student, target, frames = frames_as_images(attached.block, student, target, grid)
         if target is not None and target.shape[1] != student.shape[1] and term.config.resample == "student":
-            rows_columns = (grid[-2], grid[-1]) if grid else (side_of(place.block, student.shape[1]),) * 2
+            rows_columns = (grid[-2], grid[-1]) if grid else (square_side(attached.block, student.shape[1]),) * 2
             target = resize_tokens(target.float(), student.shape[1], rows_columns)
         loss_name = parse_spec(term.config.loss)[0]
-        if target is not None and not place.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
+        if target is not None and not attached.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
             raise UserError(
-                f"Without a projector the loss {loss_name!r} needs tokens of one width, but block {place.block} gives "
+                f"Without a projector the loss {loss_name!r} needs tokens of one width, but block {attached.block} gives "
                 f"{student.shape[2]} and the target has {target.shape[2]}: take projector='mlp', or loss='gram'."
             )
         # A network in half precision without autocast gives taps that a projector in float32 cannot multiply.
@@ -307,33 +307,35 @@ class Aligner(nn.Module):
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
         loss = term.compare(student, target).unflatten(0, (-1, frames)).mean(1)  # (N,)
-        return at_their_times(term, t, loss)
+        return weighted_by_times(term, t, loss)
 
-    def _tokens(self, block: str, place: "_Place", grid: tuple[int, ...] | None) -> Tokens:
+    def _tokens(self, block: str, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tokens:
         record = self._watcher.record
         if block not in record.passes:
             raise UserError(
                 f"Block {block} has not run since the last call of the aligner: run the network first. A network that was compiled "
                 "must be attached to before its first run."
             )
-        grid = checked_grid(grid) if grid is not None else place.grid
+        grid = checked_grid(grid) if grid is not None else attached.grid
         seen, patch = record.passes[block], self._watcher.patch
-        return image_tokens(seen, record.image, patch, where=block, grid=grid, output=place.output, text=place.text)
+        return image_tokens(
+            seen, record.image, patch, where=block, grid=grid, output=attached.output, text=attached.text
+        )
 
-    def _attention(self, place: "_Place", grid: tuple[int, ...] | None) -> Tensor:
+    def _attention(self, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tensor:
         """Logits (N, h, T, T) between the tokens of the image."""
-        logits = self._watcher.record.attention.get(place.block)
+        logits = self._watcher.record.attention.get(attached.block)
         if logits is None:
             raise UserError(
-                f"No self-attention of block {place.block} was seen: it must run before the aligner is called, call PyTorch's "
+                f"No self-attention of block {attached.block} was seen: it must run before the aligner is called, call PyTorch's "
                 "scaled_dot_product_attention, and not be compiled. Otherwise take tap='hidden'."
             )
-        number = self._tokens(place.block, place, grid).tokens.shape[1]
-        cut = slice(logits.shape[-1] - number, None) if place.text == "front" else slice(number)
+        number = self._tokens(attached.block, attached, grid).tokens.shape[1]
+        cut = slice(logits.shape[-1] - number, None) if attached.text == "front" else slice(number)
         return logits[..., cut, cut]
 
 
-class _Place(NamedTuple):
+class _AttachedTerm(NamedTuple):
     """A term and where it looks; see `Aligner.add`."""
 
     term: Alignment
@@ -345,6 +347,6 @@ class _Place(NamedTuple):
     width: int  # of the tap, where a projector knows it; else 0
 
     @property
-    def against(self) -> str:
+    def target_name(self) -> str:
         """The target by name."""
         return self.other or self.term.config.target

@@ -73,9 +73,9 @@ def frames_as_images(
     return student.unflatten(1, (frames, -1)).flatten(0, 1), target, frames
 
 
-def at_their_times(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
+def weighted_by_times(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
     """The losses of images as they count at their times."""
-    if not term.looks_at_times:
+    if not term.depends_on_time:
         return loss
     if t is None:
         raise UserError(
@@ -92,7 +92,7 @@ def checked_grid(grid: tuple[int, ...]) -> Grid:
     return grid
 
 
-def side_of(block: str, num_tokens: int) -> int:
+def square_side(block: str, num_tokens: int) -> int:
     """Of the square that the tokens of a block form; raises UserError where they form none."""
     try:
         return grid_side(num_tokens)

@@ -53,7 +53,7 @@ def cosine(student: Tensor, target: Tensor, *, axis: Literal["channels", "tokens
     released code of SRA does by a default argument, kept to reproduce it.
     """
     dim = -1 if axis == "channels" else 1
-    return -(_unit(student, dim) * _unit(target, dim)).sum(dim).mean(-1)  # (N,)
+    return -(_unit_vectors(student, dim) * _unit_vectors(target, dim)).sum(dim).mean(-1)  # (N,)
 
 
 @compares_images()
@@ -75,7 +75,7 @@ def nt_xent(student: Tensor, target: Tensor, *, temperature: PositiveFloat = 0.0
     Raises:
         UserError: the global batch holds one image: there is no negative.
     """
-    own, others = _unit(student), dist.gather(_unit(target))  # (N, T, F), (M, T, F)
+    own, others = _unit_vectors(student), dist.gather(_unit_vectors(target))  # (N, T, F), (M, T, F)
     (num_images, num_tokens, _), num_candidates = own.shape, len(others)
     if num_candidates < 2:
         raise UserError(
@@ -113,7 +113,7 @@ def gram(
         margin: of |d| (for relu, of d) that costs nothing.
         scope: sample compares the tokens of an image; batch the tokens of all images of all processes, (M T)^2 pairs.
     """
-    own, wanted = _unit(student), _unit(target)  # (N, T, F), (N, T, G)
+    own, wanted = _unit_vectors(student), _unit_vectors(target)  # (N, T, F), (N, T, G)
     if scope == "batch":
         # With gradient, unlike in nt_xent: here the student's tokens stand on both sides of a pair.
         all_own, all_wanted = (dist.gather_with_gradient(x).flatten(0, 1) for x in (own, wanted))  # (M T, F)
@@ -144,7 +144,7 @@ def crepa(
         raise UserError(
             f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens, but got {frames}."
         )
-    own, wanted = (_unit(x).unflatten(1, (frames, -1)) for x in (student, target))  # (N, frames, P, F)
+    own, wanted = (_unit_vectors(x).unflatten(1, (frames, -1)) for x in (student, target))  # (N, frames, P, F)
     cosines = torch.einsum("nipf,njpf->nij", own, wanted) / own.shape[2]  # (N, frames, frames)
     places = torch.arange(frames, device=student.device)
     apart = (places[:, None] - places).abs().to(own.dtype)
@@ -196,7 +196,7 @@ def dispersive(
     return (-distances / temperature).exp().mean().log().expand(len(student))
 
 
-def _unit(x: Tensor, dim: int = -1) -> Tensor:
+def _unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
 
 

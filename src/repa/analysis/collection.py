@@ -51,27 +51,27 @@ def collect(
         assert not dist.active(), "several processes need a folder to share"
         parts = []
         for rows in chunks:
-            parts.append(_stored(make(rows, fields), rows, store))
+            parts.append(_as_stored(make(rows, fields), rows, store))
             progress(rows.stop, num)
         return lambda field: torch.from_numpy(np.concatenate([part[field] for part in parts]))
     folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    with _tidied(folder) if dist.is_main() else contextlib.nullcontext():
+    with _without_leftovers(folder) if dist.is_main() else contextlib.nullcontext():
         if dist.is_main():
             files.write_json(folder / IDENTITY, identity)  # for people: the folder's name is a checksum
         dist.barrier()  # nobody writes while it is tidied
         for rows in chunks[dist.rank() :: dist.world()]:
             # By field: a command that asks for more depths than the last one makes only those.
-            if missing := [field for field in fields if _found(folder, field, rows) is None]:
-                made = _stored(make(rows, missing), rows, store)
+            if missing := [field for field in fields if _read_chunk(folder, field, rows) is None]:
+                made = _as_stored(make(rows, missing), rows, store)
                 if rows is chunks[0]:  # the first chunk shows how wide the features are
                     needed = sum(x.nbytes for x in made.values()) * len(chunks)
                     files.require_space(folder, needed, f"Keeping the features of {num:,} images")
                 for field, x in made.items():
-                    save_npy(folder / f"{_stem(field, rows)}-{_checksum(x)}.npy", x)
+                    save_npy(folder / f"{_chunk_name(field, rows)}-{_checksum(x)}.npy", x)
             # The other processes are as far: asking them would make all wait at every chunk.
             progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
         dist.barrier()
-    return lambda field: torch.from_numpy(np.concatenate([_read(folder, field, rows) for rows in chunks]))
+    return lambda field: torch.from_numpy(np.concatenate([_require_chunk(folder, field, rows) for rows in chunks]))
 
 
 def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
@@ -111,7 +111,7 @@ class Stages:
 
 
 @contextlib.contextmanager
-def _tidied(folder: Path) -> Iterator[None]:
+def _without_leftovers(folder: Path) -> Iterator[None]:
     """Remove what killed processes left in a cache folder, unless another process fills it now, which is welcome to."""
     # Not `lock.alone`, which refuses the second: two commands that fill one folder write the same bytes under the same names.
     path = folder / ".filling.lock"
@@ -127,7 +127,7 @@ def _tidied(folder: Path) -> Iterator[None]:
         lock.release(taken)
 
 
-def _stem(field: str, rows: range) -> str:
+def _chunk_name(field: str, rows: range) -> str:
     return f"{field}-{rows.start:09d}"
 
 
@@ -135,9 +135,9 @@ def _checksum(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x).data).hexdigest()[:16]
 
 
-def _found(folder: Path, field: str, rows: range) -> np.ndarray | None:
+def _read_chunk(folder: Path, field: str, rows: range) -> np.ndarray | None:
     """The rows that the cache holds; a file that is not what its name says is removed, and they are made again."""
-    for path in folder.glob(f"{_stem(field, rows)}-*.npy"):
+    for path in folder.glob(f"{_chunk_name(field, rows)}-*.npy"):
         try:
             array = load_npy(path, "features", "Remove it, and it is made again.")
         except UserError:
@@ -148,7 +148,7 @@ def _found(folder: Path, field: str, rows: range) -> np.ndarray | None:
     return None
 
 
-def _stored(made: dict[str, Tensor], rows: range, store: str) -> dict[str, np.ndarray]:
+def _as_stored(made: dict[str, Tensor], rows: range, store: str) -> dict[str, np.ndarray]:
     """The fields of some rows in the type in which they are kept."""
     found = {}
     for field, x in made.items():
@@ -161,7 +161,7 @@ def _stored(made: dict[str, Tensor], rows: range, store: str) -> dict[str, np.nd
     return found
 
 
-def _read(folder: Path, field: str, rows: range) -> np.ndarray:
-    if (array := _found(folder, field, rows)) is None:
+def _require_chunk(folder: Path, field: str, rows: range) -> np.ndarray:
+    if (array := _read_chunk(folder, field, rows)) is None:
         raise UserError(f"{folder} lost rows {rows.start} to {rows.stop - 1} of {field}: run the same command again.")
     return array

@@ -18,8 +18,8 @@ from repa.analysis.hidden import (
     check_run,
     device_of,
     latents,
-    no_class,
     noised,
+    null_condition,
     require_images,
     require_neighbours,
     spaced_rows,
@@ -44,7 +44,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
     stages = Stages(progress, [len(indices)] * (1 + len(config.times)))
     grid = encoder.grid_for(data.resolution)
     load = features_of_encoder(encoder, config.encoder, grid, [PATCHES], config, data, indices, stages.next())
-    measure = _measure(load(PATCHES).to(device), config)
+    measure = _similarity_to(load(PATCHES).to(device), config)
     rows: Rows = []
     for t in config.times:
         hidden = hidden_of_run(run, depths, t, config, data, indices, stages.next())
@@ -56,7 +56,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
     return rows
 
 
-def _measure(target: Tensor, config: SimilarityConfig) -> Callable[[Tensor], float]:
+def _similarity_to(target: Tensor, config: SimilarityConfig) -> Callable[[Tensor], float]:
     """What compares hidden states (n, D) with the target (n, E), whose own neighbours are found once."""
     if config.measure != "cknna":
         return lambda hidden: cka(hidden, target, unbiased=config.measure == "cka-unbiased")
@@ -82,10 +82,10 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
         x = latents(run, data, part, config.seed)
         for t in config.times:
             x_t, times = noised(run.path, x, part, t, config.seed)
-            whole = _prediction(run, x_t, times)  # once: every block is compared with it
+            whole = _predict(run, x_t, times)  # once: every block is compared with it
             for depth in depths:
-                with left_out(run.model, depth):
-                    without = _prediction(run, x_t, times)
+                with without_block(run.model, depth):
+                    without = _predict(run, x_t, times)
                 moved = (whole - without).flatten(1).norm(dim=1)  # (n,)
                 change = moved / whole.flatten(1).norm(dim=1).clamp_min(1e-12)  # a fresh network predicts 0
                 sums[t, depth] += float(change.double().sum())
@@ -96,12 +96,12 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
     return [{**row, "share": row["change"] / of_all[row["t"]] if of_all[row["t"]] else 0.0} for row in rows]
 
 
-def left_out(model: Backbone, depth: int) -> RemovableHandle:
+def without_block(model: Backbone, depth: int) -> RemovableHandle:
     """A context in which the block hands on its input in place of its output: every stream of it, as text and image of an MMDiT."""
-    return model.blocks[depth - 1].register_forward_hook(_as_it_came)
+    return model.blocks[depth - 1].register_forward_hook(_return_inputs)
 
 
-def _as_it_came(block: nn.Module, inputs: tuple, output: Any) -> Any:
+def _return_inputs(block: nn.Module, inputs: tuple, output: Any) -> Any:
     if not isinstance(output, tuple):
         return inputs[0]
     made = list(output)
@@ -112,5 +112,7 @@ def _as_it_came(block: nn.Module, inputs: tuple, output: Any) -> Any:
     return tuple(made)
 
 
-def _prediction(run: LoadedRun, x_t: Tensor, times: Tensor) -> Tensor:
-    return run.model({"x": x_t}, run.process.network_time(times), no_class(run.model, x_t)).prediction["x"].float()
+def _predict(run: LoadedRun, x_t: Tensor, times: Tensor) -> Tensor:
+    return (
+        run.model({"x": x_t}, run.process.network_time(times), null_condition(run.model, x_t)).prediction["x"].float()
+    )

@@ -82,7 +82,7 @@ def compare_encoders(
             "encoder": spec, "dim": encoder.dim, "grid": grid,
             **{name: loads[0](name).double().mean().item() if name in shown else None for name in STRUCTURE},
             "top1": accuracy["top1"], "top5": accuracy["top5"],
-            "images_per_second": dist.from_main(_speed(encoder, data, grid, config.batch_size)),
+            "images_per_second": dist.from_main(_images_per_second(encoder, data, grid, config.batch_size)),
             "bytes_fp16": 2 * grid**2 * encoder.dim,
             "bytes_int8": grid**2 * (encoder.dim + 4),  # and a float32 scale for each token
         })  # fmt: skip
@@ -94,17 +94,17 @@ def compare_encoders(
     return Comparison(rows, pairs)
 
 
-def _speed(encoder: VisionEncoder, data: DataSet, grid: int, batch_size: int) -> float:
+def _images_per_second(encoder: VisionEncoder, data: DataSet, grid: int, batch_size: int) -> float:
     """Images a second that the encoder takes, resizing included; after one batch that does not count."""
     # The images lie on the device already: their way there is the data's, not the encoder's.
     images = pixels(data, np.arange(min(batch_size, data.num_images))).to(next(encoder.parameters()).device)
-    _wait_for(encoder, images, grid)
+    _run_and_wait(encoder, images, grid)
     begin, done = time.perf_counter(), 0
     while not done or time.perf_counter() - begin < SECONDS:
-        _wait_for(encoder, images, grid)
+        _run_and_wait(encoder, images, grid)
         done += len(images)
     return done / (time.perf_counter() - begin)
 
 
-def _wait_for(encoder: VisionEncoder, images: torch.Tensor, grid: int) -> None:
+def _run_and_wait(encoder: VisionEncoder, images: torch.Tensor, grid: int) -> None:
     encoder(images, grid).patches[0, 0, 0].item()  # the number itself: a GPU would answer before it has worked

@@ -61,7 +61,7 @@ def hidden_of_run(
         return {field(depth): x for depth, x in hidden.items()}
 
     cache = Path(config.cache) if config.cache else run.folder / FOLDER / "cache" if run.folder else None
-    facts = {"t": t, "seed": config.seed, "data": _facts(data, indices)}
+    facts = {"t": t, "seed": config.seed, "data": _facts_of_images(data, indices)}
     identity = {} if cache is None else {**_identity_of_run(run), **facts}  # a checksum of weights takes seconds
     fields = [field(depth) for depth in depths]
     return collect(cache, identity, fields, len(indices), make, store=config.store, progress=progress)
@@ -96,7 +96,7 @@ def features_of_encoder(
         return STRUCTURE[name](features.patches)[:, None].cpu()  # (n, 1)
 
     cache = Path(config.cache) if config.cache else files.cache_folder() / FOLDER
-    identity = {"encoder": encoder.identity, "spec": spec, "grid": grid, "data": _facts(data, indices)}
+    identity = {"encoder": encoder.identity, "spec": spec, "grid": grid, "data": _facts_of_images(data, indices)}
     return collect(cache, identity, names, len(indices), make, store=config.store, progress=progress)
 
 
@@ -117,5 +117,5 @@ def _identity_of_run(run: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _facts(data: DataSet, indices: np.ndarray) -> dict[str, Any]:
+def _facts_of_images(data: DataSet, indices: np.ndarray) -> dict[str, Any]:
     return {**data.summary(), "rows": hashlib.sha256(indices.tobytes()).hexdigest()}

@@ -18,10 +18,10 @@ def spaced_rows(data: DataSet, num: int) -> np.ndarray:
     """`num` rows evenly over the data, which lies class by class; all when num is 0 or more than there are. No mirrored copies."""
     # In order and not drawn: neighbouring rows are of one class, so even spacing takes of each class its share.
     originals = data.originals
-    return originals.start + originals.step * evenly(len(originals), num or len(originals))
+    return originals.start + originals.step * evenly_spaced_indices(len(originals), num or len(originals))
 
 
-def evenly(total: int, num: int) -> np.ndarray:
+def evenly_spaced_indices(total: int, num: int) -> np.ndarray:
     """At most `num` of the numbers 0 to total - 1, evenly spaced, ascending: int64."""
     return np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(np.int64))
 
@@ -165,10 +165,10 @@ def hidden_states(model: Backbone, x_t: Tensor, t: Tensor, depths: Sequence[int]
     are not known here.
     """
     require_latents_alone(model)
-    output = model({"x": x_t}, t, no_class(model, x_t), tuple(Tap(depth) for depth in depths))
+    output = model({"x": x_t}, t, null_condition(model, x_t), tuple(Tap(depth) for depth in depths))
     return {tap.depth: tokens[:, model.prefix_tokens :] for tap, tokens in output.taps.items()}
 
 
-def no_class(model: Backbone, x_t: Tensor) -> Condition:
+def null_condition(model: Backbone, x_t: Tensor) -> Condition:
     """What the network is told when no class is given, for each of x_t."""
     return model.null(Condition(torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.hidden import batches, evenly, pixels, require_images, require_neighbours, spaced_rows
+from repa.analysis.hidden import batches, evenly_spaced_indices, pixels, require_images, require_neighbours, spaced_rows
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
@@ -96,7 +96,7 @@ def find_copies(
     near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
     if held_out is None:
         # Each training image against the others: how near images of this data come that are not copies.
-        own = torch.from_numpy(evenly(len(trained), config.num_held_out))
+        own = torch.from_numpy(evenly_spaced_indices(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
         others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))

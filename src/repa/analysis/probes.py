@@ -212,7 +212,7 @@ def linear_probes(
     Raises:
         UserError: shapes do not fit, a label is negative, a feature is not finite, or fewer than 2 training images.
     """
-    _check(train_features, train_labels, test_features, test_labels)
+    _check_sets(train_features, train_labels, test_features, test_labels)
     num_train, dim = train_features.shape
     features, labels = train_features.to(device), train_labels.to(device).long()
     # A class that is only tested can never be right, and counts.
@@ -261,7 +261,7 @@ def _accuracy(
     return Accuracy((rank == 0).double().mean().item(), (rank < 5).double().mean().item() if num_classes > 5 else None)
 
 
-def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:
+def _check_sets(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
             raise UserError(

@@ -81,14 +81,14 @@ def _join(backend: str) -> None:
         absent = list(range(world))
         while absent := [other for other in absent if not store.check([f"here/{other}"])]:
             if time.monotonic() > deadline:
-                raise UserError(_alone(f"processes {', '.join(map(str, absent[:8]))}", minutes))
+                raise UserError(_timeout_sentence(f"processes {', '.join(map(str, absent[:8]))}", minutes))
             time.sleep(0.05)
     except (td.DistError, TimeoutError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            _alone(f"the other processes at {where}", minutes) + f" (PyTorch said: {reason[:200]})"
+            _timeout_sentence(f"the other processes at {where}", minutes) + f" (PyTorch said: {reason[:200]})"
         ) from error
     finally:
         note.cancel()
@@ -97,7 +97,7 @@ def _join(backend: str) -> None:
     td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
-def _alone(whom: str, minutes: float) -> str:
+def _timeout_sentence(whom: str, minutes: float) -> str:
     return (
         f"Waited {minutes:g} minutes for {whom}, which did not come: check whether they started and reach each other, or set "
         f"{launch.JOIN} to wait longer."
@@ -132,7 +132,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _messages() -> Mailbox:
+def _mailbox_of_group() -> Mailbox:
     """Of the group that this process is in, made with it or by a caller."""
     global _mailbox
     store = td.distributed_c10d._get_default_store()
@@ -202,7 +202,7 @@ def from_main(value: Value) -> Value:
     """The main process's (picklable) value on every process."""
     if not active():
         return value
-    return _messages().from_main(value)
+    return _mailbox_of_group().from_main(value)
 
 
 def on_main(function: Callable[[], Value]) -> Value:
@@ -250,7 +250,7 @@ def gather_objects(value: Value) -> list[Value]:
     """The (small, picklable) value of every process, in rank order."""
     if not active():
         return [value]
-    return _messages().gather(value)
+    return _mailbox_of_group().gather(value)
 
 
 def any_process(flags: list[bool], device: torch.device) -> list[bool]:

@@ -36,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The data is on disk (fsync) before the name changes, so a kill at any moment leaves the old file or the new one.
     """
-    with _beside(Path(path), _empty_file) as temporary:
+    with _temporary_beside(Path(path), _empty_file) as temporary:
         yield temporary
         sync(temporary)
         _permit(temporary, 0o666)
@@ -47,7 +47,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Like atomic_path for a folder of several files; an existing folder at `path` is an error of ours."""
     path = os.path.realpath(path)  # a folder replaces an empty one, but no link to it
-    with _beside(Path(path), tempfile.mkdtemp) as temporary:
+    with _temporary_beside(Path(path), tempfile.mkdtemp) as temporary:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             if entry.is_dir():
@@ -59,7 +59,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
+def _temporary_beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
     """What `make` makes next to `path`, for a block that gives it the name `path` at its end; errors of the disk name `path`."""
     temporary = None
     try:

@@ -107,7 +107,7 @@ class Previews:
             "weights": "ema", "sampler": self.preview.sampler, "steps": self.preview.num_steps, "labels": self.sampling.labels,
             "guidance": list(self.preview.guidance), "decoder": self.preview.decoder or self.autoencoder.name,
         }  # fmt: skip
-        with state.whole_average() as model:
+        with state.full_average() as model:
             names = tuple(self.data.class_names)
             loaded = LoadedRun(
                 model, self.config.diffusion, self.autoencoder, state.step, "ema", names, label_dropout=self.config.label_dropout,

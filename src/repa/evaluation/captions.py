@@ -67,7 +67,7 @@ class CaptionAgreement:
         self.prompts = prompts
         self.rows: list[Tensor] = []
         self.places: list[Tensor] = []
-        x, y = features.double().cpu(), self._present(told)  # (M, D), (M, V)
+        x, y = features.double().cpu(), self._word_matrix(told)  # (M, D), (M, V)
         self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
         self.base = y.mean(0)  # (V,), how frequent each word is
         x = (x - self.mean) / self.std
@@ -84,19 +84,19 @@ class CaptionAgreement:
     def result(self) -> dict[str, float]:
         x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
         predicted = self.base + x @ self.weights  # (N, V)
-        words, own = self._distinct(self.prompts[: len(x)])  # (P, V), (N,)
+        words, own = self._distinct_word_sets(self.prompts[: len(x)])  # (P, V), (N,)
         # -|p - w|^2 / u without |p|^2 / u, which is the same for all prompts of a sample: one product instead of (N, P, V) differences.
         of_words, told = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
         own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ told - of_words, own)
         return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
 
-    def _present(self, told: Sequence[set[str]]) -> Tensor:
+    def _word_matrix(self, told: Sequence[set[str]]) -> Tensor:
         """(n, V): 1 where a caption has the word."""
         return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
 
-    def _distinct(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _distinct_word_sets(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The distinct sets of words that prompts have (P, V), and the number of each prompt's set (N,)."""
-        return torch.unique(self._present([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
+        return torch.unique(self._word_matrix([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
 
 
 class ClipScore:

@@ -18,7 +18,7 @@ OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
 OF_CAPTIONS: tuple[Metric, ...] = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
 OF_NEIGHBOURS: tuple[Metric, ...] = ("precision", "recall")
 OF_CLIP: tuple[Metric, ...] = ("clip_score", "clip_agreement")
-ASIDE = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
+ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
 
 
 def metrics_of(features: str) -> tuple[Metric, ...]:
@@ -87,7 +87,7 @@ class EvaluateConfig(FeaturesConfig):
     @property
     def wanted(self) -> tuple[Metric, ...]:
         """The metrics, chosen or usual."""
-        return self.metrics or tuple(name for name in metrics_of(self.features) if name not in ASIDE)
+        return self.metrics or tuple(name for name in metrics_of(self.features) if name not in ON_REQUEST)
 
 
 class ReferenceConfig(FeaturesConfig):

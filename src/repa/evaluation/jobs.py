@@ -95,7 +95,7 @@ def evaluate_stream(
     # Of statistics in a file the number of images may not be known, and what neighbours need is there or not.
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
-    extractor = _extractor(config, opened, device)
+    extractor = _load_extractor(config, opened, device)
     real = load_reference(opened, extractor, config.features, config.batch_size, progress)
     check_measurable(extractor, real, config.wanted)
     measures = _caption_measures(config, prompts, num, opened, real, device)
@@ -105,7 +105,7 @@ def evaluate_stream(
         "num_samples": num,
         "num_reference": real.statistics.count,
         "num_reference_neighbours": None if real.subset is None else len(real.subset),
-        "warnings": _warnings(extractor, num, config.wanted),
+        "warnings": _warnings_about(extractor, num, config.wanted),
         "samples": samples,
         "made": None if made is None else {**made, "time": TIME},
         "reference": str(reference),
@@ -171,7 +171,7 @@ def make_reference(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
     files.require_writable(out)  # before an hour of features is lost
-    extractor = _extractor(config, images, device)
+    extractor = _load_extractor(config, images, device)
     reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():
         write_reference(out, reference, images, extractor, config.features)
@@ -179,7 +179,7 @@ def make_reference(
     return reference
 
 
-def _extractor(config: FeaturesConfig, reference: object, device: torch.device) -> Extractor:
+def _load_extractor(config: FeaturesConfig, reference: object, device: torch.device) -> Extractor:
     """By the weights that are given, else those that `prepare` found, when the reference is its folder."""
     weights = config.features_weights or None
     if not weights and isinstance(reference, DataImages) and config.features != INCEPTION:
@@ -207,7 +207,7 @@ def provenance(extractor: Extractor, config: EvaluateConfig, device: torch.devic
     }
 
 
-def _warnings(extractor: Extractor, num: int, metrics: Sequence[str]) -> list[str]:
+def _warnings_about(extractor: Extractor, num: int, metrics: Sequence[str]) -> list[str]:
     warnings = []
     if num < extractor.dim and {"fid", "sfid", "fd"} & set(metrics):
         warnings.append(

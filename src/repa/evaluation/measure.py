@@ -108,7 +108,9 @@ def measure(
         samples = gather_rows(rows, places)
         rows.clear()  # they are in `samples`: held twice no longer than that
         assert reference.subset is not None
-        found |= _of_rows(reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours)
+        found |= _metrics_of_features(
+            reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours
+        )
     for each in caption_measures:
         found |= each.result()
     # In the order asked for, each with its shuffled control where it has one.
@@ -145,7 +147,9 @@ def _distance(real: Moments, statistics: Statistics) -> float:
     return frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
 
 
-def _of_rows(reference: Tensor, samples: Tensor, metrics: Sequence[str], neighbours: str) -> dict[str, float]:
+def _metrics_of_features(
+    reference: Tensor, samples: Tensor, metrics: Sequence[str], neighbours: str
+) -> dict[str, float]:
     found: dict[str, float] = {}
     if {"kid", "kd"} & set(metrics):
         # KID's subsets have 1,000; of fewer images the whole set is one.

@@ -94,10 +94,10 @@ def kept_reference(
     It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written; nowhere, when
     that cannot be written either.
     """
-    path = _place(images, extractor, spec)
+    path = _kept_path(images, extractor, spec)
     # The main process looks for all: were the file seen by some alone, the others would wait for them for ever.
     if dist.from_main(path.is_file()):
-        return _read(path)
+        return _read_kept(path)
     reference = compute_reference(images, extractor, batch_size, progress)
     if dist.is_main():
         try:
@@ -140,23 +140,23 @@ def accumulator_of(extractor: Extractor) -> torch.device:
     return extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
 
 
-def _place(images: Images, extractor: Extractor, spec: str) -> Path:
+def _kept_path(images: Images, extractor: Extractor, spec: str) -> Path:
     # What the file is a function of: an extractor of other weights, settings or arithmetic gets another file.
     key = [spec, extractor.identity]
     if images.home is not None:
         folder = images.home / "reference"
-        path = folder / _name(extractor, key)
+        path = folder / _file_name(extractor, key)
         if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
             return path
     # In the shared cache the images are part of the name too; in their own folder they need not be.
-    return files.cache_folder() / "reference" / _name(extractor, [*key, images.identity])
+    return files.cache_folder() / "reference" / _file_name(extractor, [*key, images.identity])
 
 
-def _name(extractor: Extractor, key: list) -> str:
+def _file_name(extractor: Extractor, key: list) -> str:
     return f"{extractor.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
 
 
-def _read(path: Path) -> Reference:
+def _read_kept(path: Path) -> Reference:
     again = "Remove it, and it is computed again."
     arrays = load_npz(path, "a reference", remedy=again)
     with faults.reading(path, "a reference", again):

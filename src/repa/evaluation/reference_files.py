@@ -65,7 +65,7 @@ class ReferenceFile:
             )
         if self.extractor is not None and self.extractor != [spec, extractor.identity]:
             raise UserError(
-                f"{self.path} holds {_called(*self.extractor)}, but samples are to be measured in {_called(spec, extractor.identity)}: "
+                f"{self.path} holds {_named(*self.extractor)}, but samples are to be measured in {_named(spec, extractor.identity)}: "
                 "give the same --features, --features-weights and --features-precision."
             )
         with faults.reading(self.path, "a reference"):
@@ -82,7 +82,7 @@ class ReferenceFile:
         return reference
 
 
-def _called(spec: str, identity: dict[str, Any]) -> str:
+def _named(spec: str, identity: dict[str, Any]) -> str:
     arithmetic = f", {identity['precision']}" if "precision" in identity else ""
     return f"features of {spec} (weights {str(identity.get('weights_sha256'))[:12]}{arithmetic})"
 

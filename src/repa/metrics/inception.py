@@ -75,12 +75,12 @@ class InceptionV3(Frozen):
         with exact_float32(device):
             x = (resize_as_tensorflow(images.to(device).float(), SIDE) - 128) / 128  # (N, 3, 299, 299)
             with autocast(device, precision):
-                x, branch1x1 = self._convolved(x)
+                x, branch1x1 = self._convolve(x)
             pool = x.float().mean((2, 3))  # (N, 2048)
             spatial = branch1x1[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
             return ImageFeatures(pool, spatial, pool @ self.fc.weight.T)  # the ADM evaluator leaves the bias out
 
-    def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, 299, 299) -> what is pooled, and what sFID compares."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
@@ -99,10 +99,10 @@ def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
     Output pixel i lies at i * H / side of the input: pixels are points, their centres are not shifted by half a pixel, and
     shrinking is not antialiased. F.interpolate has no such mode, so the two nearest rows and columns are mixed here.
     """
-    return _mix(_mix(images, 3, side), 2, side)  # along rows first, as there
+    return _interpolate(_interpolate(images, 3, side), 2, side)  # along rows first, as there
 
 
-def _mix(images: Tensor, dim: int, side: int) -> Tensor:
+def _interpolate(images: Tensor, dim: int, side: int) -> Tensor:
     size = images.shape[dim]
     place = torch.arange(side, device=images.device, dtype=torch.float32) * (size / side)  # float32 as in TensorFlow
     low = place.long().clamp(max=size - 1)  # rounding may put the last place on the edge itself

@@ -38,7 +38,7 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
     """
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"There is no file {weights} with Inception's weights: give the path of {FILE}.")
-    path = Path(weights) if weights is not None else _cached()
+    path = Path(weights) if weights is not None else _cached_or_downloaded()
     # Part of every figure's record: only by the published weights can it be compared with a paper's.
     checksum = files.sha256(path)
     if weights is None and not checksum.startswith(SHA256):
@@ -55,34 +55,34 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
     return LoadedInception(net, checksum)
 
 
-def _cached() -> Path:
+def _cached_or_downloaded() -> Path:
     """The first file that is there; the main process fetches it when none is."""
     # One process downloads, and all hear what went wrong: others that waited for the file alone would wait for ever.
-    problem = _download() if dist.is_main() and _found() is None else ""
+    problem = _download() if dist.is_main() and _cached_file() is None else ""
     problem = dist.from_main(problem)
-    if (path := _found()) is not None:
+    if (path := _cached_file()) is not None:
         return path
     raise UserError(
         f"The weights of Inception-v3 are not on this machine and could not be fetched from {URL} "
         f"({problem or 'they were fetched to another machine'}): give --features-weights FILE (of `repa train`: "
-        f"--feature-weights inception=FILE), put the file at {_places()[0]}, or measure in the features of an encoder inside "
+        f"--feature-weights inception=FILE), put the file at {_cache_paths()[0]}, or measure in the features of an encoder inside "
         "this package with --features tiny-judge (--preview.features tiny-judge)."
     )
 
 
-def _places() -> list[Path]:
+def _cache_paths() -> list[Path]:
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     return [files.cache_folder() / "metrics" / FILE, hub / FILE, hub / ALSO]
 
 
-def _found() -> Path | None:
-    return next((place for place in _places() if place.is_file()), None)
+def _cached_file() -> Path | None:
+    return next((place for place in _cache_paths() if place.is_file()), None)
 
 
 def _download() -> str:
     """Fetch the file and compare its checksum; returns what went wrong, or nothing."""
     try:
-        with files.atomic_path(_places()[0]) as temporary:
+        with files.atomic_path(_cache_paths()[0]) as temporary:
             torch.hub.download_url_to_file(URL, str(temporary), hash_prefix=SHA256, progress=False)
     except (OSError, RuntimeError, HTTPException) as error:  # no network; other bytes than expected; cut off
         return str(error)

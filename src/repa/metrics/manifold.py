@@ -151,17 +151,17 @@ def _smallest(distances: Tensor, num: int) -> Tensor:
 
 def _distances_in_half(u: Tensor, v: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m) float32 that holds float16 values, or float32 ones where any of those overflowed."""
-    rounded = _expand(_round(u), _round(v), _round)
+    rounded = _squared_distances_rounded(_to_half(u), _to_half(v), _to_half)
     # The evaluator computes a whole block again in float32 when one of its distances passes 65,504.
-    return rounded if rounded.isfinite().all() else _expand(u, v, lambda x: x)
+    return rounded if rounded.isfinite().all() else _squared_distances_rounded(u, v, lambda x: x)
 
 
-def _expand(u: Tensor, v: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+def _squared_distances_rounded(u: Tensor, v: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """|u|^2 - 2 u.v + |v|^2, clamped at 0, in the evaluator's order."""
     squares_u, squares_v = (rounding(rounding(x.square()).sum(1)) for x in (u, v))
     products = rounding(u @ v.T)  # (n, m)
     return rounding(rounding(squares_u[:, None] - rounding(2 * products)) + squares_v).clamp_(min=0)
 
 
-def _round(x: Tensor) -> Tensor:
+def _to_half(x: Tensor) -> Tensor:
     return x.half().float()

@@ -19,7 +19,7 @@ from repa.encoders.loading import weights_for
 from repa.models import Condition
 from repa.performance.costs import encoder_cost
 from repa.training.config import TrainConfig
-from repa.training.inputs import EncoderFeatures, TextConditions, wanted_by
+from repa.training.inputs import EncoderFeatures, TextConditions, encoder_needs
 from repa.training.resolve import resolve, with_streams
 
 ATTENTION_HEADS = 12  # of an encoder whose attention is random: those of a ViT-B
@@ -79,7 +79,7 @@ def random_batch(config: TrainConfig, width: int, device: torch.device) -> Itera
     shape = (model.latent_channels, model.latent_size, model.latent_size)
     config = config.override(model=model, diffusion=config.diffusion.for_latents(shape))
 
-    dims = dict.fromkeys((need.encoder for need in wanted_by(config)), width)
+    dims = dict.fromkeys((need.encoder for need in encoder_needs(config)), width)
     config = with_streams(config, dims)
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
     batch = synthetic.batch(config, device, resolution=1)  # no encoder looks at the images
@@ -120,7 +120,7 @@ class Synthetic:
         labels = torch.randint(max(1, config.model.num_classes), (num,), generator=stream)
         tokens = {
             need.encoder: random_features(num, self.grid**2, self.widths[need.encoder], need, stream, device)
-            for need in wanted_by(config)
+            for need in encoder_needs(config)
             if need.encoder in self.widths
         }
         return Batch(labels.to(device), images.to(device), moments.to(device), tokens)

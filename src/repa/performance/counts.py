@@ -18,7 +18,7 @@ from repa.models.config import ROUTING, ModelConfig
 from repa.models.routing import placeholder, tokens_at
 from repa.performance.batches import random_condition, random_features
 from repa.training.config import TrainConfig
-from repa.training.inputs import wanted_by
+from repa.training.inputs import encoder_needs
 from repa.training.objective import Draws, Objective
 
 
@@ -33,7 +33,7 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         tokens = model.grid[0] * model.grid[1]
         alignments = [Alignment.of(a, model, dims) for a in config.alignments]
         objective = Objective(model, alignments, config.diffusion, label_dropout=0.0, seed=0, streams=config.streams)
-        features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in wanted_by(config)}
+        features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in encoder_needs(config)}
         clean = objective.clean(torch.zeros(num, channels, size, size), features)
         zeros = torch.zeros(num)
         keep = placeholder(model.route, num, model.grid)
@@ -79,11 +79,11 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     grid = (model.latent_size // model.dims().patch_size,) * 2
     routed, routed_block = (route.last - route.first + 1 if route else 0), 0
     with FakeTensorMode():
-        one, two = (_kept(config, depth, dims) for depth in (alike, alike + 1))
+        one, two = (_saved_bytes_of_blocks(config, depth, dims) for depth in (alike, alike + 1))
         # The difference is a block's: what lies before, behind and in the terms is in both.
         block = two - one
         if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
-            first, second = (_kept(config, 1 + number, dims, number) for number in (1, 2))
+            first, second = (_saved_bytes_of_blocks(config, 1 + number, dims, number) for number in (1, 2))
             routed_block = second - first
             one = first - routed_block
     if config.checkpoint_activations:  # of every block its input, of one at a time the rest
@@ -92,7 +92,7 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     return one + (model.dims().depth - routed - alike) * block + routed * routed_block
 
 
-def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
+def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
     """Of a network of `depth` blocks, the last `routed` of them in its route: what three images need more than two, so that weights
     do not count; nt_xent has no loss for one image."""
     shape: dict[str, Any] = {"depth": depth, "heads": (1,) * bool(config.model.heads)}
@@ -103,7 +103,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
     model = build(config.model.override(**shape))
     tokens = model.grid[0] * model.grid[1]
     terms = [
-        Alignment(a, model.hidden_dim, _width(a, model, dims), model.grid, num_classes=model.num_classes)
+        Alignment(a, model.hidden_dim, _target_width(a, model, dims), model.grid, num_classes=model.num_classes)
         for a in config.alignments
     ]
     whole, route = config.model.routing, model.route  # of the network, and of this small one
@@ -121,7 +121,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
         output = model(
             state, t, model.completed(Condition(torch.zeros(num, dtype=torch.int64))), tuple(set(taps)), keep
         )
-        losses = [_compared(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
+        losses = [_loss_of_tap(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
         predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
         return sum(losses) + sum(predicted)
 
@@ -130,7 +130,7 @@ def _kept(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0
         return saved_bytes(lambda: forward(3), *seen) - saved_bytes(lambda: forward(2), *seen)
 
 
-def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
+def _target_width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
     """Of the term's target, on a network of which only the width is that of the run."""
     encoder, _ = alignment.encoder
     if encoder or parse_spec(alignment.target)[0] in ("latent", "text"):
@@ -138,7 +138,7 @@ def _width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) ->
     return model.hidden_dim
 
 
-def _compared(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
+def _loss_of_tap(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
     """The loss of a tap of the first block against tokens that are there."""
     if term.tap.kind == "attention":
         return term.compare(tap, torch.randn(tap.shape))

@@ -26,8 +26,8 @@ from repa.performance.costs import AutoencoderCost, EncoderCost, autoencoder_cos
 from repa.performance.counts import activation_bytes
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
-from repa.training.inputs import wanted_by
-from repa.training.resolve import steps_of, with_streams
+from repa.training.inputs import encoder_needs
+from repa.training.resolve import steps_of_epochs, with_streams
 from repa.training.scaling import faster
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
@@ -169,10 +169,10 @@ def estimate(
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
     shape = (model.latent_channels, model.latent_size, model.latent_size)
     config = config.override(
-        model=model, diffusion=config.diffusion.for_latents(shape), num_steps=steps_of(config, num_images)
+        model=model, diffusion=config.diffusion.for_latents(shape), num_steps=steps_of_epochs(config, num_images)
     )
     grid = model.latent_size // model.dims().patch_size
-    needs = wanted_by(config)
+    needs = encoder_needs(config)
     names = [need.encoder for need in needs]
     encoders = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
     dims = {name: encoder.dim for name, encoder in encoders.items()}
@@ -181,9 +181,9 @@ def estimate(
     return Estimate(
         config=config, num_images=num_images, num_devices=num_devices, rate=rate,
         network=model_cost(config.model, token_times=each), sampled=model_cost(config.model, kept="all").forward,
-        short=model_cost(config.model, kept="none").forward, averaged=_averaged(config),
+        short=model_cost(config.model, kept="none").forward, averaged=_averaged_flops(config),
         storable=bool(needs) and not any(need.attention for need in needs),
-        projectors=_projectors(config, dims), encoders=encoders, autoencoder=autoencoder,
+        projectors=_projector_cost(config, dims), encoders=encoders, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes
     return Passes(asked.total() - asked["routed"], asked["routed"])
 
 
-def _averaged(config: TrainConfig) -> int:
+def _averaged_flops(config: TrainConfig) -> int:
     """One forward of the averaged network, or two of a frozen one with guidance, serve all terms that look at it."""
     targets = [parse_spec(alignment.target) for alignment in config.alignments]
     found = [(name, settings) for name, settings in targets if name in ("ema", "run")]
@@ -224,7 +224,7 @@ def _averaged(config: TrainConfig) -> int:
     return passes * model_cost(config.model, token_times=each, kept="all").forward
 
 
-def _projectors(config: TrainConfig, dims: dict[str, int]) -> Cost:
+def _projector_cost(config: TrainConfig, dims: dict[str, int]) -> Cost:
     """Of all alignments together. A projector's backward is not asked for the gradient of what it sees when it measures only."""
     total = Cost(0, 0, 0)
     width = config.model.dims().hidden_dim

@@ -28,7 +28,7 @@ def needed(found: Estimate, *, cached: bool = False) -> float:
 
 def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[Way]:
     """Changes with which the run fits in `room` bytes, those first that leave the training as it is; of each kind the mildest."""
-    sparing = _with(found, checkpoint_activations=True)
+    sparing = _with_settings(found, checkpoint_activations=True)
     dims = {name: encoder.dim for name, encoder in found.encoders.items()}
     sparing = replace(sparing, activations=activation_bytes(sparing.config, dims))
     ways = []
@@ -42,13 +42,13 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
             )
         )
     if found.num_devices > 1 and found.parallel == "ddp":
-        divided = _with(found, parallel="fsdp")
+        divided = _with_settings(found, parallel="fsdp")
         ways.append(Way("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
-    ways += _first_that_fits(_accumulated(found), room, "the same gradient, in parts")
+    ways += _first_that_fits(_more_accumulation(found), room, "the same gradient, in parts")
     ways.append(Way("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
     # Two changes at once are offered only where no single one is enough: they cost more and hide which helps.
     if not any(way.needed <= room for way in ways):
-        both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _accumulated(sparing))
+        both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _more_accumulation(sparing))
         ways += _first_that_fits(both, room, "both")
     ways += _first_that_fits(_smaller_batches(found), room, "another training: fewer images a step")
     ways = [way for way in ways if way.needed <= room]
@@ -63,18 +63,18 @@ def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: 
     return [way for way in found if way.needed <= room][:1]
 
 
-def _with(found: Estimate, **changes: Any) -> Estimate:
+def _with_settings(found: Estimate, **changes: Any) -> Estimate:
     return replace(found, config=found.config.override(**changes))
 
 
-def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
+def _more_accumulation(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     images = found.config.batch_size // found.num_devices
     # Only divisors leave micro-batches of equal size; those above the root follow from those below.
     small = [parts for parts in range(1, math.isqrt(images) + 1) if images % parts == 0]
     for parts in sorted({*small, *(images // parts for parts in small)}):
         if parts > found.config.accumulate:
             try:
-                smaller = _with(found, accumulate=parts)
+                smaller = _with_settings(found, accumulate=parts)
             except UserError:  # a loss compares the images of the whole batch
                 return
             yield f"--accumulate {parts}", smaller
@@ -83,7 +83,7 @@ def _accumulated(found: Estimate) -> Iterator[tuple[str, Estimate]]:
 def _smaller_batches(found: Estimate) -> Iterator[tuple[str, Estimate]]:
     size = found.config.batch_size // 2
     while size and size % (found.num_devices * found.config.accumulate) == 0:
-        yield f"--batch-size {size}", _with(found, batch_size=size)
+        yield f"--batch-size {size}", _with_settings(found, batch_size=size)
         size //= 2
 
 

@@ -18,7 +18,7 @@ from repa.performance.batches import BatchSource, latents
 from repa.performance.counts import flops_per_image
 from repa.training import loop
 from repa.training.config import TrainConfig
-from repa.training.parallel import running
+from repa.training.parallel import wrapped
 from repa.training.state import build_state
 from repa.training.update import update
 
@@ -81,8 +81,8 @@ class MeasuredStep:
     def __init__(self, config: TrainConfig, source: BatchSource, device: torch.device):
         self.config, self.source, self.device = config, source, device
         self.state = build_state(config, dict(source.dims), device)
-        self.module = running(self.state.objective, config, device)
-        self.groups = self.state.objective.trained_groups()
+        self.module = wrapped(self.state.objective, config, device)
+        self.groups = self.state.objective.clipped_together()
 
     def __call__(self) -> None:
         self.backward(*next(self.source.feed))
@@ -170,12 +170,16 @@ def table(figures: Sequence[Measurement]) -> str:
 
 def advise(now: Measurement, others: Sequence[Measurement]) -> list[Advice]:
     """What would make the step `now` faster, the most first; empty when nothing that was measured would."""
-    found = [_switch(now, other) for other in others if other.images_per_second > now.images_per_second]
-    found += [part for part in (_encoder(now), _data(now), _update(now)) if part is not None]
+    found = [_advise_settings(now, other) for other in others if other.images_per_second > now.images_per_second]
+    found += [
+        part
+        for part in (_advise_stored_features(now), _advise_faster_disk(now), _advise_larger_batch(now))
+        if part is not None
+    ]
     return sorted((advice for advice in found if advice.gain >= WORTH), reverse=True)
 
 
-def _switch(now: Measurement, other: Measurement) -> Advice:
+def _advise_settings(now: Measurement, other: Measurement) -> Advice:
     changes = []
     if other.precision != now.precision:
         changes.append(f"--precision {other.precision}")
@@ -191,7 +195,7 @@ def _switch(now: Measurement, other: Measurement) -> Advice:
     )
 
 
-def _encoder(now: Measurement) -> Advice | None:
+def _advise_stored_features(now: Measurement) -> Advice | None:
     share = now.share("encoder")
     if now.features != "online":
         return None
@@ -201,7 +205,7 @@ def _encoder(now: Measurement) -> Advice | None:
     )
 
 
-def _data(now: Measurement) -> Advice | None:
+def _advise_faster_disk(now: Measurement) -> Advice | None:
     computing = sum(now.parts.values()) - now.parts["data"]
     # A reader that keeps up is hidden behind the computation of other steps: a faster disk gains nothing.
     if now.parts["data"] <= computing:
@@ -213,7 +217,7 @@ def _data(now: Measurement) -> Advice | None:
     )
 
 
-def _update(now: Measurement) -> Advice | None:
+def _advise_larger_batch(now: Measurement) -> Advice | None:
     share = now.share("optimizer") + now.share("averages")
     return Advice(
         # A doubled batch needs half as many updates for the same images: half of their share goes away.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.figures import PUBLISHED, figures_table, headline
 from repa.recipes.paper import commands_of
+from repa.recipes.published import PUBLISHED, headline, results_table
 from repa.recipes.recipe import Recipe, paragraphs
 from repa.recipes.small import cifar10
 from repa.training.config import StreamConfig, TrainConfig
@@ -53,7 +53,7 @@ class Method:
 
 
 def irepa(place: Scale) -> Parts:
-    return _terms(_encoder(place, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
+    return _terms(_encoder_term(place, projector="conv", token_norm="zscore:alpha=0.6", weight=1.0))
 
 
 def haste(place: Scale) -> Parts:
@@ -66,7 +66,7 @@ def haste(place: Scale) -> Parts:
         )
         for k in range(4)
     ]  # fmt: skip
-    return _terms(_encoder(place, schedule=stop), *attention)
+    return _terms(_encoder_term(place, schedule=stop), *attention)
 
 
 def reg(place: Scale) -> Parts:
@@ -134,20 +134,20 @@ def dispersive_last(place: Scale) -> Parts:
 def reed(place: Scale) -> Parts:
     """50K of 400K steps of warm-up, an eighth."""
     steps = 125 if place is SMALL else 50_000
-    return {**_terms(_encoder(place)), "denoising_schedule": f"warmup:steps={steps}"}
+    return {**_terms(_encoder_term(place)), "denoising_schedule": f"warmup:steps={steps}"}
 
 
 def urepa(place: Scale) -> Parts:
-    tokens = _encoder(place, resample="target", name="tokens")
-    return _terms(tokens, _relations(place, "gram", 1.5, resample="target", projector_of="tokens"))
+    tokens = _encoder_term(place, resample="target", name="tokens")
+    return _terms(tokens, _relation_term(place, "gram", 1.5, resample="target", projector_of="tokens"))
 
 
 def trd(place: Scale) -> Parts:
-    return _terms(_relations(place, "gram:norm=l1,margin=0.1", 0.5))
+    return _terms(_relation_term(place, "gram:norm=l1,margin=0.1", 0.5))
 
 
 def sara(place: Scale) -> Parts:
-    return _terms(_encoder(place, name="tokens"), _relations(place, "gram", 0.5, projector_of="tokens"))
+    return _terms(_encoder_term(place, name="tokens"), _relation_term(place, "gram", 0.5, projector_of="tokens"))
 
 
 def internal_guidance(place: Scale) -> Parts:
@@ -173,10 +173,10 @@ def sprint(place: Scale) -> Parts:
     return {"model": route | blocks, "diffusion": DiffusionConfig(timesteps="logit_normal")}
 
 
-_OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
+_BLOCKS_OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
 METHODS: dict[str, Method] = {
     "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
-    "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
+    "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_BLOCKS_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
     "reed": Method(
         "REED's warm-up", "2507.08980", "encoder.md", reed,
         (
@@ -211,7 +211,7 @@ METHODS: dict[str, Method] = {
     "self-flow": Method(
         "Self-Flow", "2603.06507", "self.md", self_flow, ("Weight and blocks are chosen here, as no training code was released.",)
     ),
-    "layersync": Method("LayerSync", "2510.12581", "self.md", layersync, (_OF_B,)),
+    "layersync": Method("LayerSync", "2510.12581", "self.md", layersync, (_BLOCKS_OF_B,)),
     "vae-repa": Method(
         "VAE-REPA", "2601.17830", "self.md", vae_repa, ("Loss, weight and projector are chosen here, as no code was released.",)
     ),
@@ -232,7 +232,7 @@ METHODS: dict[str, Method] = {
         ("The weight 0.05 is chosen here.", "It can be combined with REPA: repa train sit-xl2-repa --diffusion.contrastive 0.05."),
     ),
     "internal-guidance": Method(
-        "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_OF_B,),
+        "internal guidance", "2512.24176", "internal-guidance.md", internal_guidance, (_BLOCKS_OF_B,),
         "internal:head={aligned},scale=1.4",
     ),
     "tread": Method(
@@ -260,18 +260,18 @@ _WITHOUT_ATTENTION = ("haste",)  # the encoder inside the package is a convoluti
 
 def method_recipes() -> dict[str, Recipe]:
     """`sit-b2-irepa`, `sit-xl2-irepa`, `cifar10-irepa` and so on."""
-    full = {f"{place.name}-{key}": _full(place, key) for place in (B, XL) for key in METHODS}
-    return full | {f"{SMALL.name}-{key}": _small(key) for key in METHODS if key not in _WITHOUT_ATTENTION}
+    full = {f"{place.name}-{key}": _on_imagenet(place, key) for place in (B, XL) for key in METHODS}
+    return full | {f"{SMALL.name}-{key}": _on_cifar10(key) for key in METHODS if key not in _WITHOUT_ATTENTION}
 
 
-def _full(place: Scale, key: str) -> Recipe:
+def _on_imagenet(place: Scale, key: str) -> Recipe:
     """On ImageNet."""
     name, method, known = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
         ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
         commands_of(name, guidance=method.guidance.format(aligned=place.aligned)),
-        figures_table(known),
+        results_table(known),
     ]
     return Recipe(
         lambda: method_config(method, place, TrainConfig(model=ModelConfig(name=place.model))),
@@ -281,7 +281,7 @@ def _full(place: Scale, key: str) -> Recipe:
     )
 
 
-def _small(key: str) -> Recipe:
+def _on_cifar10(key: str) -> Recipe:
     """Everything but the method is as in the recipe cifar10."""
     method = METHODS[key]
     about = f"cifar10 with {method.title} (arXiv {method.paper})"
@@ -305,13 +305,13 @@ def _terms(*terms: AlignmentConfig) -> Parts:
     return {"alignments": terms}
 
 
-def _encoder(place: Scale, **settings: Any) -> AlignmentConfig:
+def _encoder_term(place: Scale, **settings: Any) -> AlignmentConfig:
     """REPA's term."""
     return AlignmentConfig(
         **{"target": place.encoder, "depth": place.aligned, "projector": place.projector, **settings}
     )
 
 
-def _relations(place: Scale, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
+def _relation_term(place: Scale, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
     """The relations between tokens in place of the tokens."""
-    return _encoder(place, loss=loss, weight=weight, name="relations", **settings)
+    return _encoder_term(place, loss=loss, weight=weight, name="relations", **settings)

@@ -12,7 +12,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import SIZES, ModelConfig, dimensions
-from repa.recipes.figures import PUBLISHED, figures_table, headline
+from repa.recipes.published import PUBLISHED, headline, results_table
 from repa.recipes.recipe import EIGHT, Recipe, commands, paragraphs
 from repa.recipes.small import cifar10
 from repa.training.config import OptimizerConfig, TrainConfig
@@ -140,11 +140,11 @@ class PaperNetwork:
     group: str = "Other latents, and DDT"
 
 
-_OF_B = (
+_TRAINING_OF_B = (
     "The B is trained here with batches of 256, 1e-4 and 400K steps, as SiT-B/2 is; the paper's figures are of the XL."
 )
-_STARTS = "Blocks start as the identity (adaLN-Zero) and matrices by Xavier, as in DiT; the released code leaves some at PyTorch's default."
-_OF_JIT = (
+_XAVIER = "Blocks start as the identity (adaLN-Zero) and matrices by Xavier, as in DiT; the released code leaves some at PyTorch's default."
+_NOTES_OF_JIT = (
     "As in the papers: the clean image is predicted and the velocity that it implies compared, batch 1024, AdamW 2e-4 after 5 epochs",
     "of warm-up, beta2 0.95, gradients not clipped, two averages, mirrored images, 600 epochs of 1.28 million images.",
     "Not as there: the mirrored copies are stored; their figures are of torch-fidelity, with its own reference. The released H also",
@@ -161,7 +161,7 @@ NETWORKS = {
             "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, no clipping, mirrored images, times by the logit-normal law.",
             "For 800 epochs add --num-steps 1000800 to `train`; the paper then guides with cfg:scale=6.7,high=0.875,channels=3.",
             "The shift 1 / 0.3 is of the sampler alone, and guidance is of 3 of the 32 channels, as in the released code.",
-            _OF_B,
+            _TRAINING_OF_B,
         ),
     ),
     "ddt": PaperNetwork(
@@ -171,8 +171,8 @@ NETWORKS = {
         (
             "As in the paper: batch 256, AdamW 1e-4 with beta2 0.95, times by the logit-normal law, a projector of the network's width.",
             "The paper's target of other grids is resized bilinearly; here the grids are the same.",
-            f"{_OF_B} Its aligned block, 4, is chosen here.",
-            _STARTS,
+            f"{_TRAINING_OF_B} Its aligned block, 4, is chosen here.",
+            _XAVIER,
         ),
         flip=False,
     ),
@@ -184,20 +184,20 @@ NETWORKS = {
             "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, clip 1, EMA 0.9995, mirrored images, the shift of the latents' size.",
             "Not as there: the paper lowers the rate from epoch 40 to a tenth at epoch 800; these 80 epochs have it constant.",
             "The S is the weak network of autoguidance: --guidance autoguidance:scale=1.42 --weak runs/rae-dh-s.",
-            f"{_OF_B} It has batches of 256 and EMA 0.9999.",
-            _STARTS,
+            f"{_TRAINING_OF_B} It has batches of 256 and EMA 0.9999.",
+            _XAVIER,
         ),
     ),
     "jit": PaperNetwork(
         "on pixels", "2511.13720", "pixels.md", jit,
-        {"jit-b16": ("B", "JiT-B/16"), "jit-h16": ("H", "JiT-H/16")}, _JIT_SAMPLING, _OF_JIT,
+        {"jit-b16": ("B", "JiT-B/16"), "jit-h16": ("H", "JiT-H/16")}, _JIT_SAMPLING, _NOTES_OF_JIT,
         scales={"B": 2.9, "H": 2.2}, group="JiT, on pixels",
     ),
     "pixelrepa": PaperNetwork(
         "with PixelREPA's adapter", "2603.14366", "pixels.md", pixelrepa,
         {f"jit-{size.lower()}16-pixelrepa": (size, f"JiT-{size}/16") for size in "BLH"}, _JIT_SAMPLING,
         (
-            *_OF_JIT,
+            *_NOTES_OF_JIT,
             "The target's tokens are those of DINOv2 at 224 pixels, 16 x 16; the released code cuts 256 pixels into patches of 16.",
         ),
         scales={"B": 3.1, "L": 2.8, "H": 2.4}, group="JiT, on pixels",
@@ -226,7 +226,7 @@ def _recipe(name: str, key: str) -> Recipe:
         [f"{name}: {model} {network.title}, arXiv {network.paper}. docs/methods/{network.page} explains it."],
         list(network.notes),
         commands(name, f"imagenet256-{autoencoder}", prepare, sampling),
-        figures_table(figures),
+        results_table(figures),
     ]
     known = headline(figures, model, guided=bool(network.scales))
     about = f"{model} {network.title} (arXiv {network.paper}): {known}"
@@ -254,7 +254,7 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
         ],
         [
             "FID of 40,192 samples, one of the first caption of each validation image in their order, against the validation images.",
-            *figures_table(figures),
+            *results_table(figures),
             "Users of the released code report 8.35 where the paper has 4.73; why is not known.",
         ],
     ]  # fmt: skip

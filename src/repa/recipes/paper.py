@@ -7,7 +7,15 @@ from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.figures import FACTOR, PUBLISHED, Figures, figures_table, first_and_last, printed, steps_text
+from repa.recipes.published import (
+    FACTOR,
+    PUBLISHED,
+    PublishedResult,
+    first_and_last,
+    printed,
+    results_table,
+    steps_text,
+)
 from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
@@ -38,7 +46,7 @@ class Row:
     note: str = ""
 
     @property
-    def figures(self) -> tuple[Figures, ...]:
+    def figures(self) -> tuple[PublishedResult, ...]:
         return PUBLISHED.get(self.name, ())
 
     @property
@@ -54,7 +62,7 @@ class Row:
         return "ddpm" if self.model.startswith("DiT") else "flow"
 
     @property
-    def unguided(self) -> list[Figures]:
+    def unguided(self) -> list[PublishedResult]:
         """Those sampled without guidance."""
         return [figures for figures in self.figures if figures.guidance == "none"]
 
@@ -67,7 +75,7 @@ class Row:
 _SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."
 _L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's figure: sit-l2-repa-dinov2-b-ntxent."
 _INTERVAL = "Guidance is on for t in [0, 0.7] of this time, in which t = 0 is data."
-_512 = "Figures of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
+_512 = "PublishedResult of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
 _NEGATIVES = (
     "The paper names neither the temperature nor the negatives of NT-Xent: docs/methods.md says which are taken."
 )
@@ -164,7 +172,7 @@ def promise(row: Row, sampling: SampleConfig | None) -> str:
             f"Hardware and time: {expected_time(row)}",
             *([f"For the figures after more steps add --num-steps {max(longer)} to `train`."] if longer else []),
         ],
-        figures_table(row.figures),
+        results_table(row.figures),
     )
 
 

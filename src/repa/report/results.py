@@ -14,8 +14,8 @@ from repa.base.errors import in_markdown
 from repa.diffusion.config import DiffusionConfig
 from repa.evaluation.config import INCEPTION
 from repa.models.config import ModelConfig
-from repa.recipes.figures import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, Figures, printed
 from repa.recipes.paper import ROWS, Row
+from repa.recipes.published import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, PublishedResult, printed
 from repa.report.headline import Verdict
 from repa.report.runs import (
     DISTANCE,
@@ -159,13 +159,13 @@ def _measured_as_in_the_paper(run: RunRecord, given: Mapping[str, Any]) -> bool:
     return same_data and all(given.get(key) == value for key, value in asked.items())
 
 
-def _sampled_as(figures: Figures, given: Mapping[str, Any]) -> bool:
+def _sampled_as(figures: PublishedResult, given: Mapping[str, Any]) -> bool:
     asked = figures.sampling
     asked["guidance"] = asked["guidance"] or "off"
     return figures.sampler != "" and all(given.get(key) == value for key, value in asked.items())
 
 
-def _printed(figures: Figures) -> dict[str, Spread]:
+def _printed(figures: PublishedResult) -> dict[str, Spread]:
     """Our names of the paper's columns; the probe's accuracy is in per cent there too."""
     values = {DISTANCE: figures.fid, **{key: getattr(figures, key) for key in METRICS if hasattr(figures, key)}}
     return {key: spread([value]) for key, value in values.items() if value is not None}
@@ -230,7 +230,7 @@ def write_csv(out: Path, tables: Sequence[Table]) -> None:
     columns = dict.fromkeys(
         ["name", "source", "iterations", "images", "num_runs", *(key for row in rows for key in row)]
     )
-    # Figures first, how they were made after; sorting is stable.
+    # PublishedResult first, how they were made after; sorting is stable.
     files.write_csv(out, rows, sorted(columns, key=lambda key: key in PROTOCOL and 1 + PROTOCOL.index(key)))
 
 

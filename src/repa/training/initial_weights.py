@@ -65,7 +65,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
         raise UserError(
             f"A run starts from weights of a DiT alone, but its network is a {type(objective.model).__name__}: leave init out."
         )
-    start, own = _read(source, num_heads), objective.model.state_dict()
+    start, own = _read_source(source, num_heads), objective.model.state_dict()
     _check_sizes(source, start, objective.model, num_heads)
     state = dict(start.state)
     # Classes of other data mean something else. The null row means the same everywhere, and guidance rests on it.
@@ -112,7 +112,7 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
     return network.to(device).eval().requires_grad_(False)
 
 
-def _read(source: str, num_heads: int) -> Start:
+def _read_source(source: str, num_heads: int) -> Start:
     kind, colon, file = source.partition(":")
     path = Path(source)
     if (path / layout.CONFIG).is_file():
@@ -121,7 +121,7 @@ def _read(source: str, num_heads: int) -> Start:
             raise UserError(f"init is {path}, which has no checkpoint yet: train it first, or give another run.")
         where = str(path / layout.CONFIG)
         heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
-        projectors = _projectors(config.get("alignments", ()), checkpoint.projectors, where)
+        projectors = _projectors_by_term(config.get("alignments", ()), checkpoint.projectors, where)
         return Start(merged_weights(checkpoint.ema), heads, projectors)
     if (path / CONFIG).is_file():
         exported, state = read_exported(path)
@@ -132,7 +132,7 @@ def _read(source: str, num_heads: int) -> Start:
         arguments = constructor_arguments(ema, num_heads)
         # An unnamed size has the heads that the configuration gives, as nothing else tells them.
         named = heads_of_named(arguments["hidden_dim"], arguments["depth"])
-        projectors = _projectors(imported.settings["alignments"], imported.checkpoint.projectors, file)
+        projectors = _projectors_by_term(imported.settings["alignments"], imported.checkpoint.projectors, file)
         return Start(ema, named, projectors)
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
     raise UserError(
@@ -141,7 +141,7 @@ def _read(source: str, num_heads: int) -> Start:
     )
 
 
-def _projectors(
+def _projectors_by_term(
     alignments: Iterable[dict[str, Any]], state: Mapping[str, Tensor], where: str
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Each alignment's state dict out of that of all."""

@@ -34,13 +34,13 @@ class EncoderFeatures:
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
-        self.wanted = wanted = wanted_by(config)
-        self.cached = tuple(need.encoder for need in wanted if _stores(data, need))
+        self.wanted = wanted = encoder_needs(config)
+        self.cached = tuple(need.encoder for need in wanted if _has_stored(data, need))
         self.pooled = any(need.pooled for need in wanted)
         missing = [need for need in wanted if need.encoder not in self.cached]
         if missing and not data.has_images:
             names = " ".join(need.encoder for need in wanted)
-            raise UserError(_lacks(data, missing[0], names))
+            raise UserError(_missing_sentence(data, missing[0], names))
         self.grid = config.model.latent_size // config.model.dims().patch_size
         self.notes = [
             f"The stored tokens of {name!r} form a grid of {data.features[name].grid} and are resampled to the network's "
@@ -49,7 +49,7 @@ class EncoderFeatures:
             if data.features[name].grid != self.grid
         ]
         self.device, self.precision, self.latents_of_images = device, config.precision, not data.has_moments
-        self.encoders = {need.encoder: _loaded(need.encoder, config, data, device) for need in missing}
+        self.encoders = {need.encoder: _load(need.encoder, config, data, device) for need in missing}
         for name, encoder in self.encoders.items():
             # Patches may be read while attention is computed: both must be by the same weights.
             require_same_encoder(data, name, encoder)
@@ -69,7 +69,7 @@ class EncoderFeatures:
 
     def reads_images(self, needs: Sequence[Need]) -> bool:
         """Whether a step with these `needs` needs images too: for an encoder, or as latents."""
-        return self.latents_of_images or self._computes(needs)
+        return self.latents_of_images or self._runs_encoder(needs)
 
     def __call__(self, batch: Batch, needs: Sequence[Need]) -> dict[str, Features]:
         """Features of the encoders in `needs`; the others are not run."""
@@ -89,8 +89,8 @@ class EncoderFeatures:
     ) -> Iterator[tuple[Batch, dict[str, Features]]]:
         """Each batch of the steps `step`, `step` + 1, ... with the features that its step needs."""
         checked: set[str] = set()
-        started = (self._start(batch, wanted(number)) for number, batch in enumerate(batches, step))
-        for batch, features, computed in one_ahead(started) if self.stream else started:
+        started = (self._start_features(batch, wanted(number)) for number, batch in enumerate(batches, step))
+        for batch, features, computed in prefetched(started) if self.stream else started:
             if computed is not None:
                 torch.cuda.current_stream(self.device).wait_event(computed)
             # Once for each encoder, as this waits for the device; later the guards skip a step that is not finite. An encoder
@@ -108,14 +108,14 @@ class EncoderFeatures:
                 f"Features of {name!r}, {origin}, are not finite: check the weights of the encoder, and run `repa check DATA --full`."
             )
 
-    def _computes(self, needs: Sequence[Need]) -> bool:
+    def _runs_encoder(self, needs: Sequence[Need]) -> bool:
         return any(need.encoder in self.encoders for need in needs)
 
-    def _start(
+    def _start_features(
         self, batch: Batch, needs: Sequence[Need]
     ) -> tuple[Batch, dict[str, Features], "torch.cuda.Event | None"]:
         """The features of a batch, or on CUDA the promise of them: the event tells when they are there."""
-        if self.stream is None or not self._computes(needs):
+        if self.stream is None or not self._runs_encoder(needs):
             return batch, self(batch, needs), None
         main = torch.cuda.current_stream(self.device)
         # The images are copied to the device on the main stream, and must have arrived.
@@ -133,7 +133,7 @@ class EncoderFeatures:
         return batch, features, self.stream.record_event()
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetched(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, each asked for before the one in front of it is handed out."""
     items = iter(items)
     for front in items:
@@ -143,14 +143,14 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
         yield front
 
 
-def wanted_by(config: TrainConfig) -> tuple[Need, ...]:
+def encoder_needs(config: TrainConfig) -> tuple[Need, ...]:
     """All that a run wants of encoders."""
     return merged_needs([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
 
 
 def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
     """`config.idle` of what only the data tell: local weights of encoders that this run never computes."""
-    running = [need.encoder for need in wanted_by(config) if not _stores(data, need)]
+    running = [need.encoder for need in encoder_needs(config) if not _has_stored(data, need)]
     running += [config.preview.features] * bool(config.preview.scored_every)
     for name in (canonical(pair.rpartition("=")[0]) for pair in config.feature_weights):
         if name not in map(canonical, running):
@@ -159,13 +159,13 @@ def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
     return {}
 
 
-def _stores(data: DataSet, need: Need) -> bool:
+def _has_stored(data: DataSet, need: Need) -> bool:
     """Whether the data has all that is wanted of an encoder; attention is never stored."""
     facts = data.features.get(need.encoder)
     return facts is not None and not need.attention and (facts.pooled or not need.pooled)
 
 
-def _loaded(name: str, config: TrainConfig, data: DataSet, device: torch.device) -> VisionEncoder:
+def _load(name: str, config: TrainConfig, data: DataSet, device: torch.device) -> VisionEncoder:
     """An encoder whose tokens are not stored; if it cannot be loaded, the error names the encoders whose tokens are."""
     try:
         return load_encoder(name, weights=weights_for(name, config.feature_weights), device=device)
@@ -178,7 +178,7 @@ def _loaded(name: str, config: TrainConfig, data: DataSet, device: torch.device)
         raise UserError(f"{error} Or align to tokens that the data holds ({stored}): {change}.") from error
 
 
-def _lacks(data: DataSet, need: Need, names: str) -> str:
+def _missing_sentence(data: DataSet, need: Need, names: str) -> str:
     if need.encoder in data.features:
         what = "attention" if need.attention else "vectors of whole images"
         return (
@@ -191,7 +191,7 @@ def _lacks(data: DataSet, need: Need, names: str) -> str:
     )
 
 
-def chosen_text(config: TrainConfig, data: DataSet) -> str:
+def text_encoder_of(config: TrainConfig, data: DataSet) -> str:
     """The text encoder of a run: the one asked for, else that of the stored tokens; "" for a network that reads none.
 
     Raises:
@@ -231,7 +231,7 @@ class TextConditions:
         self.empty: Text | None = None
         if not config.text:
             if any(parse_spec(term.target)[0] == "text" for term in config.alignments):
-                self._read_for_targets(data)
+                self._read_text_for_targets(data)
             return
         if data.text and data.manifest.config.text == config.text:
             self.reads, self.identity = "tokens", data.text.identity
@@ -247,7 +247,7 @@ class TextConditions:
     def completed(self, config: TrainConfig) -> TrainConfig:
         """With the shape of the text, which the network and terms with the target text are built for."""
         if self.width:
-            config = config.override(alignments=[_with_width(term, self.width) for term in config.alignments])
+            config = config.override(alignments=[_with_text_width(term, self.width) for term in config.alignments])
         if self.empty is None:
             return config
         found, asked = tuple(self.empty.tokens.shape[1:]), config.model.text_shape
@@ -255,7 +255,7 @@ class TextConditions:
             raise UserError(f"--model.text-shape is {asked}, but {config.text} gives {found}: leave it out.")
         return config.override(model=config.model.override(text_shape=found))
 
-    def _read_for_targets(self, data: DataSet) -> None:
+    def _read_text_for_targets(self, data: DataSet) -> None:
         """Stored tokens, for terms whose target is text, of a network that reads none."""
         if not data.text:
             raise UserError(
@@ -277,7 +277,7 @@ class TextConditions:
             return encoder(texts)
 
 
-def _with_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
+def _with_text_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
     """A target text that says how wide the tokens of the data are."""
     name, settings = parse_spec(term.target)
     return term if name != "text" or "width" in settings else term.override(target=f"text:width={width}")

@@ -48,7 +48,7 @@ class TrainingLog:
     def write(self, losses: Losses, norm: Tensor) -> None:
         """The row of this step. Raises UserError when too many steps in a row had to be skipped."""
         state, config = self.state, self.state.config
-        row = {**_means(losses), "grad_norm": float(norm), **state.guard.row()}  # waits for the device
+        row = {**_global_means(losses), "grad_norm": float(norm), **state.guard.row()}  # waits for the device
         elapsed, steps = time.perf_counter() - self.since, state.step - self.since_step
         self.since_step = state.step
         self.restart()
@@ -70,10 +70,10 @@ class TrainingLog:
         self.log.line(
             f"step {state.step}/{config.num_steps}: denoising loss {row['denoising']:.4f}, {rate:.1f} images/s"
         )
-        self.log.row("train", state.step, seconds=state.seconds, **_nested(state.metrics))
+        self.log.row("train", state.step, seconds=state.seconds, **_nested_by_slash(state.metrics))
 
 
-def _means(losses: Losses) -> dict[str, float]:
+def _global_means(losses: Losses) -> dict[str, float]:
     """Loss and terms, means over the global batch, as Python numbers."""
     names = ["loss", *losses.terms]
     # Stacked, so that all terms cost one reduction and one wait for the device.
@@ -81,7 +81,7 @@ def _means(losses: Losses) -> dict[str, float]:
     return dict(zip(names, dist.mean_over(means).tolist(), strict=True))
 
 
-def _nested(values: dict[str, float]) -> dict[str, Any]:
+def _nested_by_slash(values: dict[str, float]) -> dict[str, Any]:
     """'alignment/tiny@3' becomes {'alignment': {'tiny@3': ...}}."""
     out: dict[str, Any] = {}
     for name, value in values.items():

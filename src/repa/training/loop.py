@@ -27,8 +27,8 @@ from repa.training.config import TrainConfig
 from repa.training.initial_weights import is_new_run
 from repa.training.inputs import EncoderFeatures, TextConditions, TimedIterator
 from repa.training.log import TrainingLog
-from repa.training.objective import Draws, Losses, rows_of
-from repa.training.parallel import running, without_reduction
+from repa.training.objective import Draws, Losses, select_samples
+from repa.training.parallel import without_reduction, wrapped
 from repa.training.resolve import (
     claim_folder,
     first_choices,
@@ -78,7 +78,7 @@ def train(
         UserError: another process trains this run, or processes that should share the work were given different work.
     """
     with dist.locked(run, "repa train"):
-        state, encoders, texts = _continued(config, data, run, device)
+        state, encoders, texts = _open_run(config, data, run, device)
         if state.step >= state.config.num_steps:
             say(f"{run} is complete: {state.step:,} of {state.config.num_steps:,} steps.")
             return Finished(state.step)
@@ -89,7 +89,7 @@ def train(
                 f"{config.epochs:g} epochs of {len(data):,} images are {state.config.num_steps:,} steps; "
                 f"--epochs 0 trains {config.num_steps:,}."
             )
-        autoencoder, loader = _sources(state, data, encoders, texts, device)
+        autoencoder, loader = _open_autoencoder_and_loader(state, data, encoders, texts, device)
         hooks = make_hooks(state.config, autoencoder)
         # Stored moments need scale and shift alone, and only previews decode.
         if data.has_moments and not hooks:
@@ -99,7 +99,7 @@ def train(
         return _train(state, run, encoders, texts, autoencoder, loader, hooks, progress, say)
 
 
-def _continued(
+def _open_run(
     config: TrainConfig, data: DataSet, run: Path, device: torch.device
 ) -> tuple[TrainState, EncoderFeatures, TextConditions]:
     """The run as its newest checkpoint left it, or at step 0, in a folder that is this run's; every mismatch is reported."""
@@ -126,7 +126,7 @@ def _continued(
     return state, encoders, texts
 
 
-def _sources(
+def _open_autoencoder_and_loader(
     state: TrainState, data: DataSet, encoders: EncoderFeatures, texts: TextConditions, device: torch.device
 ) -> tuple[Autoencoder, Loader]:
     """Where latents and batches come from. Where a weight is 0, its encoder is not run, and nothing is read for it."""
@@ -154,7 +154,7 @@ def _train(
     if log.lost:
         say(f"{run}: {log.lost}")
         log.row("event", state.step, message=log.lost)
-    module, groups = running(objective, config, device), objective.trained_groups()
+    module, groups = wrapped(objective, config, device), objective.clipped_together()
     batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
     training_log, saved = TrainingLog(state, run, log, batches, device, say), time.monotonic()
@@ -179,12 +179,16 @@ def _train(
                     writer.settle(device)
             last = state.step == config.num_steps
             # Row, previews, checkpoint, in this order: a kill in between repeats what it cut short, as nothing claims it was done.
-            hooks_due = [hook for hook in hooks if _due(hook.every, state.step) or last]
+            hooks_due = [hook for hook in hooks if _is_due(hook.every, state.step) or last]
             save_due = (
-                last or stop or time_is_up or _due(config.save_every, state.step) or _due(config.keep_every, state.step)
+                last
+                or stop
+                or time_is_up
+                or _is_due(config.save_every, state.step)
+                or _is_due(config.keep_every, state.step)
             )
-            snapshot_due = _due(config.snapshot_every, state.step)
-            if _due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:
+            snapshot_due = _is_due(config.snapshot_every, state.step)
+            if _is_due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:
                 training_log.write(losses, norms[0])
             progress(state)
             for hook in hooks_due:
@@ -210,30 +214,32 @@ def backward(
 ) -> Losses:
     """Add the gradient of a step's mean loss over N rows to the parameters; returns the detached losses of all rows.
 
-    The rows are taken in `accumulate` equal parts, to need less memory. Each adds its share of the mean, so the gradient is
+    The rows are taken in `accumulate` equal micro-batches, to need less memory. Each adds its share of the mean, so the gradient is
     that of all rows.
 
     Args:
-        module: the objective as it runs, see `running`.
+        module: the objective as it runs, see `wrapped`.
         clean, condition, features: of this process's N images.
     """
     objective, config, device = state.objective, state.config, clean["x"].device
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
     # What a term reads in addition to the trained network; outside of DDP and torch.compile, which know the trained one alone.
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
-    parts = [(clean, condition, features, draws)]
+    micro_batches = [(clean, condition, features, draws)]
     if config.accumulate > 1:
         size = len(clean["x"]) // config.accumulate
-        parts = [_part(slice(i * size, (i + 1) * size), *parts[0]) for i in range(config.accumulate)]
+        micro_batches = [
+            _micro_batch(slice(i * size, (i + 1) * size), *micro_batches[0]) for i in range(config.accumulate)
+        ]
     found: list[Losses] = []
-    for clean, condition, features, draws in parts:
-        last = len(found) + 1 == len(parts)
+    for clean, condition, features, draws in micro_batches:
+        last = len(found) + 1 == len(micro_batches)
         with contextlib.nullcontext() if last else without_reduction(module):
             with autocast(device, config.precision):
                 averaged = None if network is None else objective.averaged(network, clean, condition, draws)
                 losses = module(clean, condition, features, draws, weights, averaged)
             state.guard.scaled(losses.total.mean() / config.accumulate).backward()
-        # Detached, or the graphs of all parts would be alive at once.
+        # Detached, or the graphs of all micro-batches would be alive at once.
         found.append(Losses(losses.total.detach(), losses.terms))
     return Losses(
         torch.cat([losses.total for losses in found]),
@@ -241,12 +247,12 @@ def backward(
     )
 
 
-def _part(
+def _micro_batch(
     rows: slice, clean: State, condition: Condition, features: Mapping[str, Features], draws: Draws
 ) -> tuple[State, Condition, Mapping[str, Features], Draws]:
     """Some of the images, with all that belongs to them."""
     seen = {name: found.map(lambda x: x[rows]) for name, found in features.items()}
-    return rows_of(clean, rows), condition.rows(rows), seen, draws.rows(rows)
+    return select_samples(clean, rows), condition.rows(rows), seen, draws.rows(rows)
 
 
 @torch.no_grad()
@@ -265,5 +271,5 @@ def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Te
     return autoencoder.sample(moments, noise=noise[dist.rank() * num : (dist.rank() + 1) * num])
 
 
-def _due(every: int, step: int) -> bool:
+def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0

@@ -45,7 +45,7 @@ class Draws(NamedTuple):
 
     def rows(self, part: slice) -> "Draws":
         """Those of some rows: a micro-batch's."""
-        return Draws._make(None if each is None else rows_of(each, part) for each in self)
+        return Draws._make(None if each is None else select_samples(each, part) for each in self)
 
 
 class Objective(nn.Module):
@@ -92,7 +92,7 @@ class Objective(nn.Module):
         self.label_dropout, self.seed = label_dropout, seed
         self.taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.taps}))
         self.averaged_taps: tuple[Tap, ...] = tuple(sorted({tap for a in alignments for tap in a.target.averaged}))
-        looking = [a.config for a in alignments if a.looks_at_condition]
+        looking = [a.config for a in alignments if a.sees_condition]
         if looking and diffusion.token_times:
             raise UserError(
                 f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} takes one time an image, but "
@@ -129,8 +129,8 @@ class Objective(nn.Module):
         dropped = torch.rand(num, generator=stream, device=x.device) < self.label_dropout
         for name in (s.name for s in self.streams):
             noise[name] = torch.randn((num, *clean[name].shape[1:]), generator=stream, device=x.device)
-        t = self._token_times(drawn, stream)
-        averaged, visible = self._averaged_times(t, stream), self._visible(num, step, x.device)
+        t = self._two_times(drawn, stream)
+        averaged, visible = self._times_of_average(t, stream), self._draw_visible(num, step, x.device)
         keep, path = None, None
         if self.model.route:
             # From a stream apart: a run with a route, and one without, draw the same times and noise.
@@ -139,9 +139,11 @@ class Objective(nn.Module):
         draws = Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path).rows(rows)
         if not self.process.contrastive:
             return draws
-        return draws._replace(other={name: self._before(part, noise[name], t, rows) for name, part in clean.items()})
+        return draws._replace(
+            other={name: self._previous_velocities(part, noise[name], t, rows) for name, part in clean.items()}
+        )
 
-    def _visible(self, num: int, step: int, device: torch.device) -> State:
+    def _draw_visible(self, num: int, step: int, device: torch.device) -> State:
         """Tokens that masking projectors see, each term from its own stream."""
         found = {}
         for term in self.terms():
@@ -151,14 +153,14 @@ class Objective(nn.Module):
                 found[term.config.key] = scores >= term.masked
         return found
 
-    def _before(self, part: Tensor, noise: Tensor, t: Times, rows: slice) -> Tensor:
+    def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, rows: slice) -> Tensor:
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
         times = self._times_of(map_times(t, lambda x: x.roll(1, 0)[rows]), part)
         assert isinstance(self.process, Flow)  # as it is contrastive
         return self.process.velocity(before, noise.roll(1, 0)[rows], times)
 
-    def _token_times(self, t: Tensor, stream: torch.Generator) -> Times:
+    def _two_times(self, t: Tensor, stream: torch.Generator) -> Times:
         """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
 
         Without token_times the times (N,) as they are.
@@ -172,7 +174,7 @@ class Objective(nn.Module):
         first = scores.argsort(1).argsort(1) < round(self.token_times * rows * columns)  # (N, T)
         return TwoTimes(torch.stack([t, second], 1), ~first)
 
-    def _averaged_times(self, t: Times, stream: torch.Generator) -> Times | None:
+    def _times_of_average(self, t: Times, stream: torch.Generator) -> Times | None:
         """The averaged network's times: earlier by u * `earlier`, u ~ U(0, 1) for each time of an image, or its cleanest time."""
         if not self.averaging:
             return None
@@ -238,7 +240,7 @@ class Objective(nn.Module):
         denoising = self._denoising(output.prediction["x"], clean, draws)  # Eq. 4, or Eq. 10 for DDPM
         total = torch.stack(list(denoising.values())).sum(0)  # (N,)
         terms = {name: loss.detach() for name, loss in denoising.items()}
-        for name, weight, loss in self._further(output, clean, draws):
+        for name, weight, loss in self._head_and_stream_losses(output, clean, draws):
             total = total + weight * loss
             terms[name] = loss.detach()
         of_denoising, *lambdas = weights.unbind()
@@ -279,7 +281,7 @@ class Objective(nn.Module):
         terms = [a.target.need for a in self.terms() if a.target.need and a.weight(step) != 0]
         return merged_needs([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
-    def trained_groups(self) -> list[list[nn.Parameter]]:
+    def clipped_together(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together.
 
         A projector that only measures is its own group: its gradient must not change the scale of the network's.
@@ -306,15 +308,17 @@ class Objective(nn.Module):
         other = None if draws.other is None else draws.other["x"]
         return self.process.losses(prediction, x, draws.noise["x"], self._times_of(draws.t, x), other)
 
-    def _further(self, output: Output, clean: State, draws: Draws) -> list[tuple[str, float, Tensor]]:
+    def _head_and_stream_losses(self, output: Output, clean: State, draws: Draws) -> list[tuple[str, float, Tensor]]:
         """(name, weight, loss (N,)) of the network's heads (internal guidance) and of the streams (REG)."""
         found = []
         for depth, prediction in output.heads.items():
             losses = self._denoising(prediction, clean, draws)
             found.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
         for stream in self.streams:
-            answer, vector, noise = (_pixel(part[stream.name]) for part in (output.prediction, clean, draws.noise))
-            other = None if draws.other is None else _pixel(draws.other[stream.name])
+            answer, vector, noise = (
+                _as_one_pixel(part[stream.name]) for part in (output.prediction, clean, draws.noise)
+            )
+            other = None if draws.other is None else _as_one_pixel(draws.other[stream.name])
             losses = self.process.losses(answer, vector, noise, self._times_of(draws.t, vector), other)
             loss = losses["denoising"] + losses["contrastive"] if draws.other else losses["denoising"]
             found.append((f"stream/{stream.name}", stream.weight, loss))
@@ -334,12 +338,12 @@ def map_times(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
     return t.map(function) if isinstance(t, TwoTimes) else function(t)
 
 
-def _pixel(vector: Tensor) -> Tensor:
+def _as_one_pixel(vector: Tensor) -> Tensor:
     """A vector (N, F) is an image of one pixel to the process."""
     return vector[:, :, None, None]
 
 
-def rows_of(values: Any, part: slice) -> Any:
+def select_samples(values: Any, part: slice) -> Any:
     """Some of the samples: of a tensor, of two times an image, or of each tensor of a state."""
     if isinstance(values, dict):
         return {name: value[part] for name, value in values.items()}

@@ -58,7 +58,7 @@ def mesh_sides(world: int, local_world: int) -> tuple[int, ...]:
     return (world // local_world, local_world) if several else (world,)
 
 
-def running(objective: Objective, config: TrainConfig, device: torch.device) -> nn.Module:
+def wrapped(objective: Objective, config: TrainConfig, device: torch.device) -> nn.Module:
     """The module to call: the objective itself, or DDP around it, which averages gradients while the backward goes on."""
     module: nn.Module = objective
     if dist.active() and config.parallel == "ddp":
@@ -92,7 +92,7 @@ def without_reduction(objective: nn.Module) -> contextlib.AbstractContextManager
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def gather_whole(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = False) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: bool = False) -> dict[str, Tensor]:
     """Those of the tensors that are `mine`, whole, on the CPU; all processes must ask for the same; `copy`: never views."""
     out = {}
     for name, tensor in tensors.items():
@@ -103,7 +103,7 @@ def gather_whole(tensors: Mapping[str, Tensor], mine: Container[str], *, copy: b
     return out
 
 
-def placed_like(owned: OwnedTensor, like: Tensor) -> Tensor:
+def distribute_like(owned: OwnedTensor, like: Tensor) -> Tensor:
     """A tensor that one process has read, as this one holds it: its part, laid out as `like`; one of another shape is kept whole.
 
     All processes must ask at once.
@@ -123,4 +123,6 @@ def placed_like(owned: OwnedTensor, like: Tensor) -> Tensor:
 def load(module: nn.Module, state: Mapping[str, OwnedTensor]) -> None:
     """load_state_dict of whole tensors into a module that may be in parts."""
     own = module.state_dict()
-    module.load_state_dict({n: placed_like(owned, own[n]) if n in own else owned.value for n, owned in state.items()})
+    module.load_state_dict(
+        {n: distribute_like(owned, own[n]) if n in own else owned.value for n, owned in state.items()}
+    )

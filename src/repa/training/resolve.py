@@ -20,7 +20,7 @@ from repa.encoders import canonical
 from repa.models.cost import model_cost
 from repa.runs import layout
 from repa.training.config import TrainConfig
-from repa.training.inputs import chosen_text, wanted_by
+from repa.training.inputs import encoder_needs, text_encoder_of
 from repa.training.parallel import mesh_sides
 from repa.training.scaling import faster
 
@@ -92,8 +92,8 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
     # An impossible number of steps is reported now and not by the first preview, hours later.
     if (config.preview.every or config.preview.scored_every) and sampler in DDPM_SAMPLERS:
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
-    alignments = [term.override(target=_pinned(term.target)) for term in config.alignments]
-    encoders = [*(need.encoder for need in wanted_by(config)), config.preview.features]
+    alignments = [term.override(target=_with_step(term.target)) for term in config.alignments]
+    encoders = [*(need.encoder for need in encoder_needs(config)), config.preview.features]
     for name, _, _ in (pair.rpartition("=") for pair in config.feature_weights):
         if canonical(name) not in map(canonical, encoders):
             raise UserError(
@@ -107,27 +107,27 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         autoencoder=data.autoencoder,
         autoencoder_weights=dataset.autoencoder_weights(data, config.autoencoder_weights),
         feature_weights=dataset.feature_weights(data, config.feature_weights, encoders),
-        **_text(config, data),
+        **_text_settings(config, data),
         precision=resolved(config.precision, device),
-        num_steps=steps_of(config, len(data)),
+        num_steps=steps_of_epochs(config, len(data)),
     )
 
 
-def steps_of(config: TrainConfig, num_images: int) -> int:
+def steps_of_epochs(config: TrainConfig, num_images: int) -> int:
     """Those of `epochs` passes over the data, if they are fewer than were asked for."""
     passes = math.ceil(config.epochs * num_images / config.batch_size)
     return min(config.num_steps, max(1, passes)) if config.epochs else config.num_steps
 
 
-def _text(config: TrainConfig, data: DataSet) -> dict[str, str]:
+def _text_settings(config: TrainConfig, data: DataSet) -> dict[str, str]:
     """The text encoder, and where its weights lay when the data was prepared by it."""
-    text = chosen_text(config, data)
+    text = text_encoder_of(config, data)
     of_data = data.manifest.config
     known = of_data.text_weights if data.text and of_data.text == text and Path(of_data.text_weights).exists() else ""
     return {"text": text, "text_weights": config.text_weights or known}
 
 
-def _pinned(target: str) -> str:
+def _with_step(target: str) -> str:
     """A target "run:path=..." with the step that its newest checkpoint has now, so that going on later sees the same network."""
     name, settings = parse_spec(target)
     if name != "run" or settings.get("step", -1) >= 0:
@@ -156,12 +156,12 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     if files.well_formed(str(run)) != str(run):
         raise UserError(f"{run} is not UTF-8 text, which TensorBoard's files need: give --out another name.")
     if path.is_file():
-        if lines := _changed(run, config):
+        if lines := _changed_settings(run, config):
             raise UserError(
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
                 f"`repa train {run} --data {data.folder} --out {run}`, or choose another --out."
             )
-    elif run.is_dir() and any(not _ours(file.name) for file in run.iterdir()):
+    elif run.is_dir() and any(not _is_leftover(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
     summary = data.summary() | ({"text": text} if text else {})
     if path.is_file() and (before_data := files.read_object(run / layout.DATA)) != summary:
@@ -170,12 +170,12 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
             "choose another --out, or give the data it was started with."
         )
-    # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_ours`).
+    # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_is_leftover`).
     files.write_sealed(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
 
 
-def _changed(run: Path, config: TrainConfig) -> list[str]:
+def _changed_settings(run: Path, config: TrainConfig) -> list[str]:
     """What a run's own configuration says otherwise, of that which may not change."""
     before = TrainConfig.load(run / layout.CONFIG)
     same = config.override(**{name: before.model_dump()[name] for name in layout.CHANGEABLE})
@@ -191,10 +191,10 @@ def is_finished(config: TrainConfig, data: DataSet, run: Path, device: torch.dev
         return False
     config = resolve(first_choices(config, run, device).applied(config), data, device)
     same_data = files.read_object(run / layout.DATA) == data.summary()
-    return steps[-1] >= config.num_steps and same_data and not _changed(run, config)
+    return steps[-1] >= config.num_steps and same_data and not _changed_settings(run, config)
 
 
-def _ours(name: str) -> bool:
+def _is_leftover(name: str) -> bool:
     """Whether a file is what a kill amid `claim_folder` leaves behind."""
     return name == layout.DATA or (
         name.startswith((f".{layout.DATA}.", f".{layout.CONFIG}.")) and name.endswith(".tmp")

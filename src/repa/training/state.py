@@ -25,7 +25,7 @@ from repa.training.config import TrainConfig, refuse_accumulation
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
-from repa.training.parallel import gather_whole, load, placed_like, shard
+from repa.training.parallel import distribute_like, gather_full, load, shard
 from repa.training.update import EMA, Guard, MuonAdamW, adamw, exponential, power_function
 
 
@@ -70,7 +70,7 @@ class TrainState:
         wanted: dict[str, set[str]] = {file: set() for file in files}
         for part, names in mine.items():
             wanted[layout.whole_name(part)].update(names)
-        whole = {file: gather_whole(state, wanted[file], copy=copy) for file, state in files.items()}
+        whole = {file: gather_full(state, wanted[file], copy=copy) for file, state in files.items()}
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
         counters[SETTINGS] = layout.fixed_settings(self.config.model_dump(mode="json"))
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
@@ -84,7 +84,7 @@ class TrainState:
         for width in self.config.ema_widths:
             average = self.averages[weights_name(width)].model
             parameters = {name: p for name, p in average.named_parameters() if name in trained}
-            averages[width] = gather_whole(parameters, trained if dist.is_main() else ())
+            averages[width] = gather_full(parameters, trained if dist.is_main() else ())
         dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
@@ -116,7 +116,7 @@ class TrainState:
             self.step, self.seconds = step, counters["seconds"]
 
     @contextlib.contextmanager
-    def whole_average(self) -> Iterator[Backbone]:
+    def full_average(self) -> Iterator[Backbone]:
         """The average as a network that any process can run without the others; all processes must enter together."""
         if not dist.is_sharded(next(self.ema.model.parameters())):
             yield self.ema.model
@@ -217,7 +217,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved:
         tensors.setdefault(name, {})[what] = value
     # load_state_dict knows parameters by their number alone, in the order of the groups.
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {what: placed_like(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
+    state = {i: {what: distribute_like(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from repa.training.state import TrainState
 
 SPIKE = 10.0  # times the running median
-REMEMBERED, ENOUGH = 100, 10  # rows of the median; rows before it says anything
+MEDIAN_ROWS, LEAST_ROWS = 100, 10  # rows of the median; rows before it says anything
 # The rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -50,7 +50,7 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
     if state.config.fused_update:
         step_and_average(state.optimizer, state.ema, state.step, skip)
     else:
-        step_unless(skip, state.optimizer)
+        step_unless_skipped(skip, state.optimizer)
         state.ema.update(state.step, skip)
     # None and not zeros: the next backward writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
@@ -76,7 +76,7 @@ class Guard:
         self.skipped, self.in_row, self.largest, self.good = (torch.zeros((), device=device) for _ in range(4))
         self.scale = torch.full((), FIRST_SCALE if self.scales else 1.0, device=device)
         self._reported = 0.0
-        self._norms: deque[float] = deque(maxlen=REMEMBERED)
+        self._norms: deque[float] = deque(maxlen=MEDIAN_ROWS)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What to call backward on."""
@@ -122,7 +122,7 @@ class Guard:
             notes.append(
                 f"{new} of the steps up to {step:,} had a gradient that is not finite and were skipped{lowered}."
             )
-        usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else float("inf")
+        usual = statistics.median(self._norms) if len(self._norms) >= LEAST_ROWS else float("inf")
         if row["grad_norm_max"] > SPIKE * usual:
             notes.append(
                 f"The gradient norm rose to {row['grad_norm_max']:.3g} by step {step:,}, "
@@ -246,7 +246,7 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x if wide else x.T
 
 
-def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def step_unless_skipped(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """A step of the optimizer, or none where `skip` (a float on the device) is 1: decided there, nothing waits.
 
     Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
@@ -311,7 +311,7 @@ class EMA:
 
 @torch.no_grad()
 def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: Tensor) -> None:
-    """`step_unless` and `ema.update` after step t, on CUDA in one pass.
+    """`step_unless_skipped` and `ema.update` after step t, on CUDA in one pass.
 
     The first step makes the optimizer's state, so it takes the two calls, as does one in which a parameter has no gradient.
     """
@@ -321,7 +321,7 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
     # What is averaged and not optimised would be left behind by the kernel, which goes through the optimizer's parameters.
     whole = has_all and averages.keys() <= {*group["params"]}
     if skip.device.type != "cuda" or not whole:
-        step_unless(skip, optimizer)
+        step_unless_skipped(skip, optimizer)
         ema.update(t, skip)
         return
     rows = []

@@ -1,4 +1,4 @@
-"""What papers report, as data: `figures.csv` has the tables of REPA and of the methods around it. Free of torch.
+"""What papers report, as data: `published.csv` has the tables of REPA and of the methods around it. Free of torch.
 
 FIDs are of 50,000 samples of ImageNet at 256 pixels, by the average of the weights, in Inception features. Exactly as many
 images of every class (balanced labels) give about 0.1 less than labels drawn at random, so the two never stand in one column.
@@ -25,7 +25,7 @@ NUMBERS = {
 }  # fmt: skip
 
 
-class Figures(NamedTuple):
+class PublishedResult(NamedTuple):
     """What a paper reports of one network; None where it gives no figure."""
 
     step: int
@@ -50,13 +50,13 @@ class Figures(NamedTuple):
         return {"sampler": self.sampler, "steps": 250, "guidance": [] if self.guidance == "none" else [self.guidance]}
 
 
-def _read() -> dict[str, tuple[Figures, ...]]:
-    found: dict[str, tuple[Figures, ...]] = {}
-    with resources.files(__package__).joinpath("figures.csv").open(encoding="utf-8") as lines:
+def _read() -> dict[str, tuple[PublishedResult, ...]]:
+    found: dict[str, tuple[PublishedResult, ...]] = {}
+    with resources.files(__package__).joinpath("published.csv").open(encoding="utf-8") as lines:
         for line in csv.DictReader(lines):
             values: dict[str, Any] = {key: float(line[key]) if line[key] else None for key in NUMBERS}
             values |= {key: line[key] for key in ("sampler", "guidance", "model", "labels", "note")}
-            figures = Figures(int(line["step"]), **values)
+            figures = PublishedResult(int(line["step"]), **values)
             found[line["of"]] = (*found.get(line["of"], ()), figures)
     return found
 
@@ -77,20 +77,20 @@ def steps_text(number: int) -> str:
     return f"{number / 1e6:g}M" if number >= 1_000_000 else f"{number // 1000}K"
 
 
-def headline(figures: Sequence[Figures], model: str, *, guided: bool = False) -> str:
+def headline(figures: Sequence[PublishedResult], model: str, *, guided: bool = False) -> str:
     """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
     # A paper's own baseline is another method.
     own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
     return f"FID {first_and_last(own)}" if own else f"no {'guided' if guided else 'unguided'} figure known"
 
 
-def first_and_last(figures: Sequence[Figures]) -> str:
+def first_and_last(figures: Sequence[PublishedResult]) -> str:
     """'5.0 at 200K, 1.8 at 4M'."""
     ends = dict.fromkeys([min(figures, key=lambda f: f.step), max(figures, key=lambda f: f.step)])
     return ", ".join(f"{printed(f.fid)} at {steps_text(f.step)}" for f in ends)
 
 
-def figures_table(figures: Sequence[Figures]) -> list[str]:
+def results_table(figures: Sequence[PublishedResult]) -> list[str]:
     """The papers' figures, one line each; a FID stands in the column of the way in which its labels were drawn."""
     if not figures:
         return ["No figure of a paper is known here."]
