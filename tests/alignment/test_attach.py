@@ -182,7 +182,8 @@ def test_the_network_is_left_as_it_was():
     average = copy.deepcopy(net)
     average(torch.zeros_like(x))  # looks at nothing of ours
     expected = sum(
-        0.5 * aligner._term_called(name).term.compare(tokens, features).mean() for name, tokens in aligner.taps().items()
+        0.5 * aligner._term_called(name).term.compare(tokens, features).mean()
+        for name, tokens in aligner.taps().items()
     )
     twin = copy.deepcopy(aligner)  # as peft makes for modules_to_save
     assert torch.equal(twin(features), expected)
