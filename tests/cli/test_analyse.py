@@ -59,7 +59,7 @@ def test_cknna_of_two_checkpoints(random_run, data_folder, tmp_path, capsys):
     assert rows[0]["cknna"] != rows[4]["cknna"]
     assert told["analysis"] == "cknna"
     assert told["variant"] == "paper"
-    assert told["chance"] == 5 / 40
+    assert (told["num_images"], told["chance"]) == (40, 5 / 40)
     assert picture(tmp_path / "found/c.png").std() > 10
     out = capsys.readouterr().out
     assert f"{rows[-1]['cknna']:.4f}" in out.splitlines()[8]

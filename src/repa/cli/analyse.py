@@ -158,9 +158,10 @@ def cknna(argv: list[str], held: ExitStack) -> int:
     rows = _rows_of_each(
         checkpoints, given, lambda run, data, name, bars: cknna_of_run(run, data, config, bars.of(name))
     )
-    how = tables.how(config.measure, given)
+    num = len(spaced_rows(open_data(given.data), config.num_images))  # which may be fewer than were asked for
+    how = {**tables.how(config.measure, given), "num_images": num}
     if config.measure == "cknna":
-        how["chance"] = config.neighbours / len(spaced_rows(open_data(given.data), config.num_images))
+        how["chance"] = config.neighbours / num
     tables.write(out, how, rows)
     title = config.measure.upper().replace("-UNBIASED", ", unbiased") + (variant and f" ({variant})")
     say(*tables.in_columns(rows, {**COLUMNS, config.measure: f"{title}|.4f"}))

@@ -218,7 +218,8 @@ def inventory(manifest: Manifest) -> list[str]:
         for what, count in manifest.inventory.left_out.items()
     ]
     if manifest.skipped:
-        left_out.append(f"{len(manifest.skipped):,} unreadable images ({_some(manifest.skipped)})")
+        images = "images" if len(manifest.skipped) > 1 else "image"
+        left_out.append(f"{len(manifest.skipped):,} unreadable {images} ({_some(manifest.skipped)})")
     if left_out:
         lines.append(f"left out    {'; '.join(left_out)}")
     return lines

@@ -338,7 +338,7 @@ class Manifest(Settings):
                 else []
             ),
             f"fields       {', '.join(fields)}{', captions' if any(s.captions for s in self.shards) else ''}",
-            f"on disk      {files.size(size)} in {len(self.shards)} shards",
+            f"on disk      {files.size(size)} in {len(self.shards):,} shard{'s' * (len(self.shards) > 1)}",
         ]
         return [*lines, *([f"left out     {len(self.skipped)} unreadable"] if self.skipped else [])]
 
