@@ -55,6 +55,7 @@ def collect(
             progress(rows.stop, num)
         return lambda field: torch.from_numpy(np.concatenate([part[field] for part in parts]))
     folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    dist.on_main(lambda: files.require_place(cache, f"The cache {cache}"))
     with _without_leftovers(folder) if dist.is_main() else contextlib.nullcontext():
         if dist.is_main():
             files.write_json(folder / IDENTITY, identity)  # for people: the folder's name is a checksum

@@ -27,6 +27,9 @@ def load_npz(
     with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
         # Sizes are in the zip's directory: a bomb is refused before anything of it is unpacked.
         with zipfile.ZipFile(path) as archive:
+            # numpy writes no comments: one that a flipped bit made swallows the arrays behind it.
+            if any(member.comment for member in archive.infolist()):
+                raise zipfile.BadZipFile("its directory is damaged")
             members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
         if (size := sum(member.file_size for member in members)) > limit:
             raise UserError(
