@@ -150,6 +150,14 @@ def test_columns_that_are_called_as_labels_are(column, tmp_path):
     assert column in source.labels_from
 
 
+def test_columns_that_no_rule_knows_are_named_with_how_to_take_one(tmp_path):
+    file = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"image": [png(0), png(1)], "text": ["a", "b"], "species": ["owl", "cat"]}), file)
+    source = open_source(file)
+    assert (len(source.class_names), f"there are species: {file}:label=species takes one" in source.labels_from) == (1, True)
+    assert open_source(f"{file}:label=species").class_names == ["cat", "owl"]
+
+
 def test_two_columns_that_could_be_the_label_are_refused(tmp_path):
     parquet.write_table(pa.table({"image": [png()], "fine_label": [1], "coarse_label": [0]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="label=fine_label"):

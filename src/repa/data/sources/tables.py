@@ -102,6 +102,10 @@ class TableSource(Source):
         self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
         self._class_names = columns[label].class_names if label else ()
         self.has_captions = bool(self._caption)
+        others = [name for name in columns if name not in (image, label, self._caption, *CAPTION_COLUMNS)]
+        self._unlabelled = "no column of labels"
+        if others:
+            self._unlabelled += f" (there are {', '.join(others)}: {where}:label={others[0]} takes one)"
         self.left_out = {  # what is called as captions are, and holds something else
             f"column {name!r}, which holds no texts": 1
             for name in CAPTION_COLUMNS
@@ -123,7 +127,7 @@ class TableSource(Source):
         if self._label and labels != "none":
             classes = self._classes(values(), f"the column {self._label!r} of {where}")
         else:
-            classes = one_class(num, labels, why="no column of labels")
+            classes = one_class(num, labels, why=self._unlabelled)
         sampled = self._sampled_digest(num) if is_local else ""
         name = Path(where).name if "://" in where or not where.startswith("hf:") else where
         self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())
