@@ -1,12 +1,16 @@
 """CKNNA and CKA of a whole run, with a stand-in for the network whose hidden states can be foretold."""
 
+import shutil
+
 import pytest
 import torch
 
-from repa.analysis import cknna_of_run
-from repa.analysis.config import SimilarityConfig
+from repa.analysis import cknna_of_run, features
+from repa.analysis.config import SimilarityConfig, checkpoints_of
+from repa.base import files
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
+from repa.runs import layout, load_run
 from tests.analysis.stand_ins import Rearranged
 from tests.oracles import analysis as oracle
 
@@ -89,12 +93,23 @@ def test_features_are_collected_once_and_again_when_something_changes(run, data,
 
 def test_weights_are_known_by_the_checksum_of_their_file(random_run, data, monkeypatch):
     """Not read again for every noise level; two checkpoints, and two averages of one, have caches of their own."""
-    from repa.analysis import features
-    from repa.base import files
-    from repa.runs import layout, load_run
-
     monkeypatch.setattr(features, "digest_of", lambda tensors: pytest.fail("read the weights again"))
     runs = [load_run(random_run, weights, step=step) for weights, step in (("ema", 20), ("ema", 10), ("model", 20))]
     identities = [features._identity_of_run(loaded)["weights"] for loaded in runs]
     assert len(set(identities)) == 3
     assert identities[0] == files.sha256(layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE)
+
+
+def test_a_run_that_cannot_be_written_keeps_its_features_in_the_cache_of_the_user(tmp_path, monkeypatch):
+    assert features._cache_of(tmp_path) == tmp_path / "analysis" / "cache"
+    monkeypatch.setattr(features.os, "access", lambda folder, mode: False)
+    assert features._cache_of(tmp_path) == files.cache_folder() / "analysis"
+
+
+def test_the_newest_checkpoint_is_chosen_when_it_is_loaded(random_run, tmp_path):
+    """Training may remove the one that was the newest when the command began."""
+    run = tmp_path / "run"
+    shutil.copytree(random_run, run)
+    (chosen,) = checkpoints_of([run])
+    shutil.rmtree(layout.checkpoint_folder(run, 20))
+    assert chosen.load("ema", "", "cpu").step == 10

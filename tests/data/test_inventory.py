@@ -154,7 +154,10 @@ def test_columns_that_no_rule_knows_are_named_with_how_to_take_one(tmp_path):
     file = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"image": [png(0), png(1)], "text": ["a", "b"], "species": ["owl", "cat"]}), file)
     source = open_source(file)
-    assert (len(source.class_names), f"there are species: {file}:label=species takes one" in source.labels_from) == (1, True)
+    assert (len(source.class_names), f"there are species: {file}:label=species takes one" in source.labels_from) == (
+        1,
+        True,
+    )
     assert open_source(f"{file}:label=species").class_names == ["cat", "owl"]
 
 

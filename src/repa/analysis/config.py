@@ -172,7 +172,7 @@ class RunCheckpoint(NamedTuple):
 
     label: str  # the run's folder name, or its path where several have that name
     run: Path
-    step: int
+    step: int | None  # None: the newest when it is loaded, as training may have removed by then what is the newest now
 
     def load(self, weights: str, autoencoder_weights: str, device: "torch.device | str") -> "LoadedRun":
         """The network with these weights: averaged (ema), raw (model), or another average by its name."""
@@ -196,11 +196,11 @@ def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: 
     ]
 
 
-def _steps_of(run: Path, asked: Sequence[int], most: int) -> Sequence[int]:
+def _steps_of(run: Path, asked: Sequence[int], most: int) -> Sequence[int | None]:
     layout.read_config(run)
     steps = layout.checkpoint_steps(run)
     if not steps:
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
     if missing := [step for step in asked if step not in steps]:
         raise UserError(f"{run} has no checkpoint of step {missing[0]}: there are {', '.join(map(str, steps))}.")
-    return asked or layout.evenly_spaced(steps, most)
+    return asked or ([None] if most == 1 else layout.evenly_spaced(steps, most))

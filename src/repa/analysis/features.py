@@ -1,6 +1,7 @@
 """Features averaged over tokens, of a run's blocks or of an encoder, for images of prepared data; collected once."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,18 @@ def hidden_of_run(
         )
         return {field(depth): x for depth, x in hidden.items()}
 
-    cache = Path(config.cache) if config.cache else run.folder / FOLDER / "cache" if run.folder else None
+    cache = Path(config.cache) if config.cache else _cache_of(run.folder) if run.folder else None
     facts = {"t": t, "seed": config.seed, "data": _facts_of_images(data, indices)}
     identity = {} if cache is None else {**_identity_of_run(run), **facts}  # a checksum of weights takes seconds
     fields = [field(depth) for depth in depths]
     return collect(cache, identity, fields, len(indices), make, store=config.store, progress=progress)
+
+
+def _cache_of(run: Path) -> Path:
+    """In the run's folder, or the user's cache where nothing can be written there."""
+    own = run / FOLDER / "cache"
+    there = next(folder for folder in (own, *own.parents) if folder.exists())
+    return own if os.access(there, os.W_OK) else files.cache_folder() / FOLDER
 
 
 def features_of_encoder(
