@@ -182,9 +182,9 @@ def test_bad_cifar_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"data_batch_3\.bin is missing"):
         open_source(folder)
     for spec, message in (
-        (f"{folder}:split=val", "split was given 'val'.* train or test"),
+        (f"{folder}:split=val", "'split' of the source .* was given 'val': .*'train' or 'test'"),
         (f"{folder}:label=coarse", "is CIFAR-10, which has one kind of label"),
-        (f"{folder}:label=10", "label was given 10"),
+        (f"{folder}:label=10", "'label' of the source .* was given 10"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(spec)

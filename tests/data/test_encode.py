@@ -320,8 +320,6 @@ def test_grey_and_palette_and_deep_images_mix(tmp_path):
 
 
 def test_mistakes_that_the_models_reveal(folder, tmp_path, fakes):
-    with pytest.raises(UserError, match="resolution is 10, but kl shrinks images 4 times"):
-        prepare(folder, tmp_path / "out", FULL.override(resolution=10))
     with pytest.raises(UserError, match="store_images is off, but pixels stores no moments"):
         prepare(folder, tmp_path / "out", SMALL.override(store_images=False))
     assert not (tmp_path / "out").exists()

@@ -137,7 +137,7 @@ def test_captions_say_what_is_seen():
     assert len(photographs.unseen()) == 10
     assert photographs.captions_of("owl", "bright", True) == ("a bright picture of an owl, close", "owl, bright, close")
     assert photographs.captions_of("books", "", False) == ("a picture of books", "books")
-    with pytest.raises(UserError, match="true or false"):
+    with pytest.raises(UserError, match="valid boolean"):
         open_source("photographs:captions=2")
 
 

@@ -117,8 +117,8 @@ def test_identity_follows_the_list_of_files_not_the_place(folder, tmp_path):
         (lambda root: root, "holds no images"),
         (lambda root: (root / "a.zip").write_bytes(b"not a zip") and root / "a.zip", "cannot be read as a zip file"),
         (lambda root: "photographs:number=3", "'number'.* num.*seed.* 'num'"),
-        (lambda root: "photographs:num=0", "photographs:num was given 0"),
-        (lambda root: "photographs:seed=x", "photographs:seed was given 'x'"),
+        (lambda root: "photographs:num=0", "'num' of the source .* was given 0"),
+        (lambda root: "photographs:seed=x", "'seed' of the source .* was given 'x'"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, make, message):

@@ -86,7 +86,7 @@ def test_keys_of_the_json_are_chosen_by_settings(tmp_path):
     assert (source.class_names, source.labels.tolist()) == (["n5", "n7"], [1, 0])
     assert source.captions(0) == ("one", "two")
     assert open_source(path).labels.tolist() == [0, 0]
-    with pytest.raises(UserError, match=r"'lable'.* image, label, caption or cache.* 'label'"):
+    with pytest.raises(UserError, match=r"'lable'.* cache, caption, image or label.* 'label'"):
         open_source(f"{path}:lable=wnid")
 
 
@@ -188,7 +188,7 @@ def test_compressed_shards_and_missing_ones_are_refused(tmp_path):
         (tmp_path / "a.tar.gz", "There is no source"),
         (tmp_path / "z.tar", "cannot be read as an uncompressed tar file"),
         (tmp_path / "{a,b}.tar", r"There is no file .*b\.tar', of"),
-        (f"{tmp_path}/a.tar:cache=0", "cache was given 0"),
+        (f"{tmp_path}/a.tar:cache=0", r"'cache' of the source .* was given 0"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(spec)

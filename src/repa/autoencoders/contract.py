@@ -161,7 +161,7 @@ class Autoencoder(Frozen):
         if height % self.factor or width % self.factor:
             raise UserError(
                 f"The autoencoder {self.name!r} takes images whose sides are multiples of {self.factor}, "
-                f"but got {height} x {width}: crop or resize them first."
+                f"but got {height} x {width}: crop or resize them first, or choose another --resolution."
             )
 
     def _check_channels(self, tensor: Tensor, channels: int, what: str) -> None:

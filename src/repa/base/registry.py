@@ -122,14 +122,14 @@ class Registry:
         name, settings = parse_spec(spec)
         target = self.target(spec)
         if name in self.table:
-            self._check_settings(spec, settings, _keyword_settings(target))
+            check_settings(self.kind, spec, settings, _keyword_settings(target))
         return spec
 
     def build(self, spec: str) -> Any:
         """The object a spec names: a function with its settings bound, or an instance of a class."""
         name, settings = parse_spec(spec)
         component = self.load(spec)
-        self._check_settings(spec, settings, _settings_of(component, is_ours=name in self.table))
+        check_settings(self.kind, spec, settings, settings_of(component, is_ours=name in self.table))
         if inspect.isclass(component):
             return component(**settings)
         return functools.partial(component, **settings) if settings else component
@@ -167,29 +167,29 @@ class Registry:
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
         )
 
-    def _check_settings(self, spec: str, given: dict[str, Any], known: dict[str, Setting]) -> None:
-        if SETTING in known.keys() & given.keys():  # code of the user's own within a spec of ours
-            inner = str(given[SETTING])
-            if not DOTTED.fullmatch(inner):
-                raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
-            require_trusted(self.kind, inner)
-        if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
-            name, _ = parse_spec(spec)
+
+def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str, Setting]) -> None:
+    """UserError for settings that a spec of this kind must have, has not, or cannot have with these values."""
+    if SETTING in known.keys() & given.keys():  # code of the user's own within a spec of ours
+        inner = str(given[SETTING])
+        if not DOTTED.fullmatch(inner):
+            raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
+        require_trusted(kind, inner)
+    if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
+        name, _ = parse_spec(spec)
+        raise UserError(f"The {kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=...")
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"The {kind} {spec!r} has no setting {key!r}{choices(key, sorted(known))}")
+        try:
+            # A text may look like a number, as the name of a folder.
+            checked = str(value) if known[key].annotation is str else value
+            TypeAdapter(known[key].annotation, config=VALUES).validate_python(checked)
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"]
             raise UserError(
-                f"The {self.kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=..."
-            )
-        for key, value in given.items():
-            if key not in known:
-                raise UserError(f"The {self.kind} {spec!r} has no setting {key!r}{choices(key, sorted(known))}")
-            try:
-                # A text may look like a number, as the name of a folder.
-                checked = str(value) if known[key].annotation is str else value
-                TypeAdapter(known[key].annotation, config=VALUES).validate_python(checked)
-            except ValidationError as error:
-                reason = error.errors(include_url=False)[0]["msg"]
-                raise UserError(
-                    f"The setting {key!r} of the {self.kind} {spec!r} was given {value!r}: {reason[0].lower()}{reason[1:]}."
-                ) from None
+                f"The setting {key!r} of the {kind} {spec!r} was given {value!r}: {reason[0].lower()}{reason[1:]}."
+            ) from None
 
 
 def declared(component: Any, name: str) -> Any:
@@ -215,7 +215,7 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
         raise UserError(f"{error} Also allowed: {one_of(others)}.{nearest(text, also)}") from None
 
 
-def _settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
+def settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
     """What a spec may set of an imported function or class."""
     # What is positional of a function is given by its caller; of a class nothing is, as the registry itself builds it.
     kinds = [inspect.Parameter.KEYWORD_ONLY, *[inspect.Parameter.POSITIONAL_OR_KEYWORD] * inspect.isclass(component)]
@@ -229,7 +229,7 @@ def _settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
 # From the source and not by inspect.signature, which needs the module and with it torch: a configuration is checked before that.
 @functools.cache
 def _keyword_settings(target: str) -> dict[str, Setting]:
-    """`_settings_of` what a table names as `module:attr`, read without an import."""
+    """`settings_of` what a table names as `module:attr`, read without an import."""
     node = _definition(target)
     if isinstance(node, ast.ClassDef):
         init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]

@@ -43,11 +43,6 @@ class BaseFields:
         self.model = model = load_autoencoder(
             config.autoencoder, weights=config.autoencoder_weights or None, device=device
         )
-        if config.resolution % model.factor:
-            raise UserError(
-                f"resolution is {config.resolution}, but {config.autoencoder} shrinks images {model.factor} times: "
-                "choose a multiple of that."
-            )
         model.check_resolution(config.resolution, config.resolution)
         if not (config.store_images or model.stores_moments):
             raise UserError(

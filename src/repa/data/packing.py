@@ -99,10 +99,7 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
 
     Args:
         batches: tokens (n, T, D), as many as shall be looked at; sums are in float64.
-        num_directions: K.
-
-    Raises:
-        UserError: K above D.
+        num_directions: K, at most D.
     """
     # sums of the first and second powers: tokens are looked at once, and only D x D numbers stay. In float64, as the
     # covariance is a difference of two sums that are nearly equal where the mean is large
@@ -112,10 +109,7 @@ def principal_basis(batches: Iterable[Tensor], num_directions: int) -> np.ndarra
         count, total, square = count + len(x), total + x.sum(0), square + x.T @ x
     assert count, "no tokens to find directions of"
     mean = total / count
-    if num_directions > len(mean):
-        raise UserError(
-            f"These are tokens of {len(mean)} numbers, fewer than {num_directions} directions: ask for fewer."
-        )
+    assert num_directions <= len(mean), (num_directions, len(mean))
     covariance = square / count - torch.outer(mean, mean)
     _, vectors = torch.linalg.eigh(covariance.cpu())  # in ascending order
     directions = vectors.flip(1)[:, :num_directions].T  # (K, D)

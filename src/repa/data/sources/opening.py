@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from repa.base.errors import UserError, choices
-from repa.base.registry import parse_spec
+from repa.base.errors import UserError
+from repa.base.registry import Setting, check_settings, parse_spec, settings_of
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
 from repa.data.sources.contract import EXTENSIONS, Source, expand, is_hidden, is_pattern, is_remote
@@ -51,14 +51,12 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
         return open_table(spec, labels)
     path, settings = _split(str(spec))
     opened = _kind(path, labels)
-    arguments = inspect.signature(opened).parameters.values()
-    allowed = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
-    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-        allowed += COLUMNS
-    for key in settings:
-        if key not in allowed:
-            raise UserError(f"{str(spec)!r} has no setting {key!r}{choices(key, allowed)}")
-    return opened(**settings)
+    known = settings_of(opened, is_ours=True)
+    if any(argument.kind is argument.VAR_KEYWORD for argument in inspect.signature(opened).parameters.values()):
+        known |= dict.fromkeys(COLUMNS, Setting(str, is_required=False))
+    check_settings("source", str(spec), settings, known)
+    # settings are read as Python values where they can be: what is called 1 is a text again
+    return opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:

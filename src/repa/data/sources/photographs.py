@@ -3,12 +3,12 @@
 import functools
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from repa.base.errors import UserError
 from repa.base.images import decode_image
 from repa.base.rng import fold
 from repa.data.sources.contract import Classes, Source, one_class
@@ -108,15 +108,9 @@ class PhotographSource(Source):
     """
 
     def __init__(
-        self, labels: str = "", *, num: int = 10_000, seed: int = 0, smallest: float = SMALLEST, captions: bool = False
-    ):
-        if type(captions) is not bool:
-            raise UserError(f"photographs:captions was given {captions!r}: it is true or false.")
-        for key, value, least in (("num", num, 1), ("seed", seed, 0)):
-            if type(value) is not int or value < least:
-                raise UserError(f"photographs:{key} was given {value!r}: it is an integer of at least {least}.")
-        if type(smallest) not in (int, float) or not 0.1 <= smallest <= 1:
-            raise UserError(f"photographs:smallest was given {smallest!r}: it is a share of the side, from 0.1 to 1.")
+        self, labels: str = "", *, num: PositiveInt = 10_000, seed: NonNegativeInt = 0,
+        smallest: Annotated[float, Field(ge=0.1, le=1)] = SMALLEST, captions: bool = False,
+    ):  # fmt: skip
         self.seed, self.smallest, self.has_captions = seed, smallest, captions
         self._names = list(load_photographs())
         numbers = np.arange(num, dtype=np.int64) % len(self._names)

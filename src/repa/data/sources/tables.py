@@ -75,8 +75,6 @@ class TableSource(Source):
         Raises:
             UserError: a column is missing, or it is not clear which one is meant.
         """
-        # settings are read as Python values where they can be; names of columns are texts
-        image, label, caption = str(image), str(label), str(caption)
         for key, name in (("image", image), ("label", label), ("caption", caption)):
             if name and name not in columns:
                 there = ", ".join(columns) or "none"
@@ -212,9 +210,9 @@ def open_hub(
     name: str,
     labels: str = "",
     *,
-    config: str | None = None,
+    config: str = "",
     split: str = "train",
-    revision: str | None = None,
+    revision: str = "",
     streaming: bool = False,
     **columns: str,
 ) -> DatasetSource:
@@ -229,7 +227,9 @@ def open_hub(
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"'hf:{name}' names no data set of the hub: write hf:OWNER/NAME.")
     datasets = _library()
-    table = _loading(lambda: datasets.load_dataset(name, config, split=split, revision=revision), f"hf:{name}")
+    table = _loading(
+        lambda: datasets.load_dataset(name, config or None, split=split, revision=revision or None), f"hf:{name}"
+    )
     return DatasetSource(table, f"hf:{name}", labels, **columns)
 
 

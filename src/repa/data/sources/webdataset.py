@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import PositiveFloat
 
 from repa.base import faults, files
 from repa.base.arrays import load_npz
@@ -55,7 +56,7 @@ class WebDataset(Source):
         image: str = "",
         label: str = "label",
         caption: str = "caption",
-        cache: float = 64,
+        cache: PositiveFloat = 64,
     ):
         """
         Args:
@@ -67,12 +68,10 @@ class WebDataset(Source):
             caption: key of the caption in the .json.
             cache: GiB of copies of remote shards to keep.
         """
-        if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not cache > 0:
-            raise UserError(f"cache was given {cache!r}: it is the size of the cache of shards in GiB, more than 0.")
         self.shards = list(shards)
-        self._caption = str(caption)
+        self._caption = caption
         self._cache_limit = int(cache * 2**30)
-        indices = [index_of(shard, str(image), str(label), self._cache_limit) for shard in self.shards]
+        indices = [index_of(shard, image, label, self._cache_limit) for shard in self.shards]
         self._sizes = [index.size for index in indices]
         self._ends = np.cumsum([len(index.keys) for index in indices])
         self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
@@ -83,7 +82,7 @@ class WebDataset(Source):
         self.left_out_endings = list(others)
         self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        classes = self._classes(labels, [value for index in indices for value in index.labels], str(label))
+        classes = self._classes(labels, [value for index in indices for value in index.labels], label)
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
         # closes what was read for the identity, which is long ago when images are read
         self.__dict__.pop("_open", None)
