@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from repa.report.text import count, figure
 from repa.runs import layout
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from PIL import Image
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
@@ -55,33 +55,26 @@ SAMPLE_PIXELS = 128  # side of an image that stands alone
 MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
 
 
-class Sample(NamedTuple):
-    """One image as a data URI, and what is written under it: the name of its class, or nothing."""
-
-    uri: str
-    caption: str
-
-
-class Tile(NamedTuple):
-    """A square-ish grid of images as a data URI, and its size in stored pixels."""
+class Picture(NamedTuple):
+    """A PNG as a data URI, its size in stored pixels, and what it shows: the name of a class, a sentence, or nothing."""
 
     uri: str
     width: int
     height: int
-    num_images: int
+    caption: str = ""
+
+    @classmethod
+    def of(cls, image: Image.Image, caption: str = "") -> Self:
+        buffer = io.BytesIO()
+        # Pages are mailed and committed: smaller is worth the time.
+        image.save(buffer, "PNG", optimize=True)
+        uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return cls(uri, *image.size, caption)
 
     def shown(self, target: int) -> tuple[int, int]:
         """Size on the page: the largest whole multiple of stored pixels within `target`, or `target` if none is."""
         factor = target // self.width or target / self.width
         return round(self.width * factor), round(self.height * factor)
-
-
-class Cell(NamedTuple):
-    """One run at one step of the sample grid; no tile where that run has no preview then."""
-
-    tile: Tile | None
-    distance: str
-    alt: str
 
 
 def sample_pictures(
@@ -99,7 +92,7 @@ def sample_pictures(
     return {
         "steps": steps,
         "cell_width": min(CELL_WIDTH, GRID_WIDTH // max(len(steps), 1)),
-        "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(cell.tile for cell in cells)],
+        "grid": [(run, cells) for run, cells in zip(records, grid, strict=True) if any(tile for tile, _ in cells)],
         "top_samples": [(run, found) for run, found in last if run in leaders],
         "other_samples": [(run, found) for run, found in last if run not in leaders],
         "training_samples": [] if training_images is None else samples(training_images, training_captions),
@@ -117,24 +110,26 @@ def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Grou
     return [*groups[:1], *sorted(groups[1:], key=last_distance)]
 
 
-def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Sample]:
+def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Picture]:
     """Of the last step; under them the captions, or the names of their classes."""
     step = layout.preview_steps(run.path)[-1]
     return samples(read_preview(run, step), captions or preview_classes(run, step))
 
 
-def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> Cell:
+def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> tuple[Picture | None, str]:
+    """One run at one step of the sample grid: its preview, where it has one, and the distance, where that was measured."""
     rows = [row for row in run.distances(protocol) if row["step"] == step]
     distance = figure(rows[-1][DISTANCE]) if rows else ""
     if not has_preview(run, step):
-        return Cell(None, distance, "")
-    drawn = tile(read_preview(run, step))
+        return None, distance
+    images = read_preview(run, step)
     score = f", {distance_name(protocol)} {distance}" if protocol is not None and distance else ""
-    return Cell(drawn, distance, f"{drawn.num_images} samples of {run.name} at {count(step)} steps{score}")
+    num = min(len(images), MOST_IMAGES)
+    return tile(images, f"{num} samples of {run.name} at {count(step)} steps{score}"), distance
 
 
-def tile(images: np.ndarray) -> Tile:
-    """uint8 (N, H, W, C) -> a tile of the first 16, rows of 4."""
+def tile(images: np.ndarray, caption: str = "") -> Picture:
+    """uint8 (N, H, W, C) -> the first 16 as one picture, rows of 4."""
     from PIL import Image
 
     images = checked_images(images)[:MOST_IMAGES]
@@ -142,10 +137,10 @@ def tile(images: np.ndarray) -> Tile:
     # BOX averages pixels within a cell; a longer filter would mix images across the gaps.
     if max(picture.size) > MOST_PIXELS:
         picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.BOX)
-    return Tile(_uri(picture), *picture.size, len(images))
+    return Picture.of(picture, caption)
 
 
-def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Sample]:
+def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Picture]:
     """uint8 (N, H, W, C) -> the first 16, one by one, each of at most 128 stored pixels a side."""
     from PIL import Image
 
@@ -153,7 +148,7 @@ def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Sample]:
     for index, image in enumerate(checked_images(images)[:MOST_IMAGES]):
         picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
         picture.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS), Image.Resampling.LANCZOS)
-        found.append(Sample(_uri(picture), captions[index] if index < len(captions) else ""))
+        found.append(Picture.of(picture, captions[index] if index < len(captions) else ""))
     return found
 
 
@@ -219,14 +214,7 @@ def has_preview(run: RunRecord, step: int) -> bool:
     return Path(layout.preview(run.path, step, ".npz")).is_file()
 
 
-class AnalysisPicture(NamedTuple):
-    """A picture that `repa analyse` made, and what it shows."""
-
-    tile: Tile
-    caption: str
-
-
-def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
+def analysis_pictures(run: RunRecord) -> list[Picture]:
     """Pictures in the folder of analyses, except those of rows that the page itself draws."""
     found = []
     for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
@@ -239,7 +227,7 @@ def analysis_pictures(run: RunRecord) -> list[AnalysisPicture]:
         picture = decode_image(data, str(file))
         picture.thumbnail((MOST_OF_ANALYSIS, MOST_OF_ANALYSIS))
         caption = f"{CAPTIONS.get(file.stem, file.stem)} {_verdict(content.get('verdict'))}".rstrip()
-        found.append(AnalysisPicture(Tile(_uri(picture), *picture.size, 1), caption))
+        found.append(Picture.of(picture, caption))
     return found
 
 
@@ -254,19 +242,9 @@ def _verdict(found: Any) -> str:
     )
 
 
-def _uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    # Pages are mailed and committed: smaller is worth the time.
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 SHOWN = 4  # samples of each run and step, 2 x 2
-# inches
-CELL, GAP = 1.36, 0.1  # side of those four, room between cells
-NAME, NUMBER, ABOVE, BELOW = 1.0, 0.24, 0.42, 0.5  # a run's name, under a cell, steps above, the curve's label below
-CURVE, CURVE_LABELS = 4.4, 0.75
-PICTURE = 1.05  # side of a picture in a table
+# inches: side of those four, of a picture in a table, of the curve beside them, and of a letter in front of a row
+CELL, PICTURE, CURVE, LETTER = 1.45, 1.05, 5.2, 0.1
 
 
 def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: Sequence[str] | None = None) -> Path:
@@ -277,70 +255,65 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     Raises UserError when there is neither a preview nor a logged step.
     """
     records, _ = add_evaluations(read_runs(runs, names))
-    drawn = [(index, run) for index, run in enumerate(records) if layout.preview_steps(run.path)]
-    if not drawn and not any(run.steps for run in records):
+    shown = [run for run in records if layout.preview_steps(run.path)]
+    if not shown and not any(run.steps for run in records):
         raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
     steps, protocol = preview_columns(records), common_protocol(records)
-    groups = group_indices(records, grouped(records))
-    rows = max(len(drawn), 2)  # the curve needs the height of two
-    width = NAME + len(steps) * (CELL + GAP) if drawn else 0.0
-    size = width + CURVE_LABELS + CURVE + 0.2, ABOVE + rows * (CELL + NUMBER) + BELOW
-    picture = new_figure(figsize=size, facecolor="white")
-    for row, (index, run) in enumerate(drawn):
-        _draw_row(picture, run, steps, row, colour(groups[index]), protocol)
-    box = [width + CURVE_LABELS, BELOW, CURVE, size[1] - BELOW - ABOVE / 2]
-    axes = picture.add_axes((box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]))
-    kind = "frechet_distance" if any(run.protocols for run in records) else "denoising"
-    draw_curves(axes, records, kind, protocol=protocol)
+    height = max(len(shown), 2) * (CELL + 0.25) + 0.3  # the curve needs the height of two rows
+    width = LETTER * max((len(run.name) for run in shown), default=0) + len(steps) * CELL
+    picture = new_figure(figsize=(width + CURVE, height), layout="constrained", facecolor="white")
+    beside: Figure | SubFigure = picture
+    if shown:
+        left, beside = picture.subfigures(1, 2, width_ratios=(width, CURVE))  # type: ignore[misc]  # an array of the two
+        groups = dict(zip((run.name for run in records), group_indices(records, grouped(records)), strict=True))
+        axes = _place_pictures(
+            left, [[_four_samples(run, step) for step in steps] for run in shown], [run.name for run in shown],
+            [f"{count(step)} steps" for step in steps], fontsize=10, interpolation="lanczos",
+        )  # fmt: skip
+        for row, run in zip(axes, shown, strict=True):
+            row[0].yaxis.label.set(color=colour(groups[run.name]), weight="bold")
+            found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)}
+            for place, step in zip(row, steps, strict=True):
+                place.set_xlabel(figure(found[step]) if step in found else "", fontsize=10, color=TEXT)
+    kind = DISTANCE if any(run.protocols for run in records) else "denoising"
+    draw_curves(beside.add_subplot(), records, kind, protocol=protocol)
     return write_png(picture, out)
 
 
-def _draw_row(
-    picture: Figure, run: RunRecord, steps: Sequence[int], row: int, run_colour: str, protocol: Protocol | None
-) -> None:
-    """The name of a run, and its samples at every step with their distance."""
-    width, height = picture.get_size_inches()
-    bottom = height - ABOVE - (row + 1) * (CELL + NUMBER) + NUMBER
-    style: dict[str, Any] = {"fontsize": 10, "color": TEXT, "va": "center", "parse_math": False}
-    picture.text(
-        (NAME - 0.12) / width, (bottom + CELL / 2) / height, run.name, **{**style, "color": run_colour}, ha="right", weight="bold"
-    )  # fmt: skip
-    found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)}
-    for column, step in enumerate(steps):
-        left = NAME + column * (CELL + GAP)
-        middle = (left + CELL / 2) / width
-        if row == 0:
-            picture.text(middle, (height - ABOVE / 2) / height, f"{count(step)} steps", **style, ha="center")
-        if has_preview(run, step):
-            axes = picture.add_axes((left / width, bottom / height, CELL / width, CELL / height))
-            images = read_preview(run, step)
-            chosen = images[np.linspace(0, len(images) - 1, SHOWN).round().astype(int)]
-            axes.imshow(tile_pixels(chosen, 2), interpolation="lanczos", aspect="auto")
-            axes.set_axis_off()
-        if step in found:
-            picture.text(middle, (bottom - NUMBER / 2) / height, figure(found[step]), **style, ha="center")
+def _four_samples(run: RunRecord, step: int) -> np.ndarray | None:
+    """RGBA (H, W, 4) of samples evenly chosen from a preview, where there is one."""
+    if not has_preview(run, step):
+        return None
+    images = read_preview(run, step)
+    return tile_pixels(images[np.linspace(0, len(images) - 1, SHOWN).round().astype(int)], 2)
 
 
 def picture_table(
     pictures: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Figure:
     """Pictures uint8 (H, W, 3) in rows and columns, enlarged without smoothing, each row and column with its label."""
-    num_rows, num_columns = len(pictures), max(map(len, pictures))
-    beside = 0.2 + 0.065 * max((len(part) for label in row_labels for part in label.split("\n")), default=0)
-    above = 0.1 + 0.17 * max((label.count("\n") + 1 for label in column_labels if label), default=0)
-    size = beside + PICTURE * num_columns, above + PICTURE * num_rows + 0.1
-    picture = new_figure(figsize=size, facecolor="white")
-    for r, row in enumerate(pictures):
-        bottom = (PICTURE * (num_rows - 1 - r) + 0.1) / size[1]
-        picture.text(
-            (beside - 0.1) / size[0], bottom + PICTURE / 2 / size[1], row_labels[r] if row_labels else "",
-            ha="right", va="center", fontsize=8, color=TEXT, parse_math=False,
-        )  # fmt: skip
-        for c, pixels in enumerate(row):
-            box = ((beside + PICTURE * c) / size[0], bottom, 0.96 * PICTURE / size[0], 0.96 * PICTURE / size[1])
-            axes = picture.add_axes(box)
-            axes.imshow(pixels, interpolation="nearest")
-            axes.set_axis_off()
-            if r == 0 and c < len(column_labels):
-                axes.set_title(column_labels[c], fontsize=8, color=TEXT, pad=3, parse_math=False)
+    letters = max((len(part) for label in row_labels for part in label.split("\n")), default=0)
+    size = 0.1 + 0.65 * LETTER * letters + PICTURE * max(map(len, pictures)), 0.3 + PICTURE * len(pictures)
+    picture = new_figure(figsize=size, layout="constrained", facecolor="white")
+    _place_pictures(picture, pictures, row_labels, column_labels, fontsize=8, interpolation="nearest")
     return picture
+
+
+def _place_pictures(
+    figure: Figure | SubFigure, pictures: Sequence[Sequence[np.ndarray | None]], row_labels: Sequence[str],
+    column_labels: Sequence[str], *, fontsize: int, interpolation: str,
+) -> np.ndarray:  # fmt: skip
+    """Axes (rows, columns), each with its picture, if any; labels stand in front of rows and above columns."""
+    axes = figure.subplots(len(pictures), max(map(len, pictures)), squeeze=False)
+    style: dict[str, Any] = {"fontsize": fontsize, "color": TEXT, "parse_math": False}
+    for place in axes.flat:
+        place.set(xticks=[], yticks=[], frame_on=False)
+    for row, images in zip(axes, pictures, strict=True):
+        for place, image in zip(row, images, strict=False):
+            if image is not None:
+                place.imshow(image, interpolation=interpolation)
+    for place, label in zip(axes[:, 0], row_labels, strict=False):
+        place.set_ylabel(label, rotation=0, ha="right", va="center", **style)
+    for place, label in zip(axes[0], column_labels, strict=False):
+        place.set_title(label, pad=3, **style)
+    return axes
