@@ -29,7 +29,7 @@ def test_every_kind_says_what_its_names_are(printed):
     assert set(KINDS) == set(kinds()) > set(REGISTRIES)
     shown = {line.partition(" ")[0]: line for line in printed("list").splitlines()}
     for kind, (_, taken) in KINDS.items():
-        assert shown[kind].endswith(f"repa {taken}")
+        assert shown[kind].endswith(f"  {taken}")
         verb, *options_of_it = taken.split()
         for flag in options_of_it:
             options.annotation(command_of(verb, [])[0], flag[2:])  # raises for an option that is not there

@@ -19,22 +19,22 @@ from repa.recipes import RECIPES
 
 # kind -> what its names stand for, the command and option that take one
 KINDS = {
-    "autoencoders": ("networks between pixels and latents", "prepare --autoencoder"),
+    "autoencoders": ("between pixels and latents", "prepare --autoencoder"),
     "backbones": ("networks that can be trained", "train --model.backbone"),
-    "encoders": ("frozen vision networks, to align to and to measure with", "train --alignments.0.target"),
-    "guidances": ("what samples are steered by", "sample --guidance"),
-    "losses": ("how hidden tokens and target are compared", "train --alignments.0.loss"),
+    "encoders": ("frozen vision networks", "train --alignments.0.target"),
+    "guidances": ("what steers samples", "sample --guidance"),
+    "losses": ("compare hidden tokens and target", "train --alignments.0.loss"),
     "models": ("sizes of the network", "train --model.name"),
-    "paths": ("ways from data to noise", "train --diffusion.path"),
-    "projectors": ("maps from hidden tokens to the target's width", "train --alignments.0.projector"),
-    "recipes": ("complete configurations of a training", "train"),
-    "samplers": ("ways from noise to images", "sample --sampler"),
-    "schedules": ("weight of an alignment over training", "train --alignments.0.schedule"),
-    "targets": ("what hidden tokens are compared with, besides encoders", "train --alignments.0.target"),
-    "text-encoders": ("frozen networks that read captions", "prepare --text"),
-    "time-weights": ("weight of an alignment over noise levels", "train --alignments.0.time-weight"),
-    "times": ("distributions of noise levels in training", "train --diffusion.timesteps"),
-    "token-norms": ("normalisation of the target's tokens", "train --alignments.0.token-norm"),
+    "paths": ("from data to noise", "train --diffusion.path"),
+    "projectors": ("from hidden tokens to the target", "train --alignments.0.projector"),
+    "recipes": ("configurations of a training", "train"),
+    "samplers": ("from noise to images", "sample --sampler"),
+    "schedules": ("weight of a term over training", "train --alignments.0.schedule"),
+    "targets": ("what tokens are compared with", "train --alignments.0.target"),
+    "text-encoders": ("frozen networks for captions", "prepare --text"),
+    "time-weights": ("weight of a term over noise", "train --alignments.0.time-weight"),
+    "times": ("noise levels in training", "train --diffusion.timesteps"),
+    "token-norms": ("scaling of the target's tokens", "train --alignments.0.token-norm"),
 }
 NOTES = {
     "autoencoders": 'All but pixels need pip install "repa[latents]"',
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int:
     given = options.parse(ListArguments, argv)
     every = kinds()
     if not given.kind:
-        say(*table({"": [(kind, about, f"repa {taken}") for kind, (about, taken) in KINDS.items()]}), "")
-        say("repa list KIND prints the names of a kind, repa show NAME what is known of one.")
-        say("Settings follow a colon, as in --alignments.0.loss nt_xent:temperature=0.1.")
+        say(*table({"": [(kind, about, taken) for kind, (about, taken) in KINDS.items()]}), "")
+        say("Right: the command and the option that take a name. repa list KIND prints the names of a kind,")
+        say("repa show NAME what one is. Settings follow a colon: --alignments.0.loss nt_xent:temperature=0.1.")
     elif given.kind in every:
         about, taken = KINDS[given.kind]
         say(f"# {about}: repa {taken} NAME", *table(every[given.kind]()))
