@@ -140,3 +140,10 @@ def test_processes_are_told_their_share_by_torchrun(repa, tmp_path):
         assert shards == [f"labels-0000{k}.npy" for k in ((1, 3) if rank == "1" else range(4))]
         assert (b"share 1 of 2" in done.stderr) == (rank == "0")
     assert open_data("data").num_images == 30
+
+
+def test_what_comes_next_names_recipes_for_the_side_of_the_images(repa):
+    text = repa("prepare", "photographs:num=2", "data", "--resolution", "64", "--num-workers", "0")[1]
+    assert "Next: repa train RECIPE --data data --out RUN   (for 64 pixels own-images-64;" in text
+    text = repa("prepare", "photographs:num=2", "other", "--resolution", "32", "--num-workers", "0")[1]
+    assert "(for 32 pixels quickstart, quickstart-repa, cifar10, cifar10-repa;" in text

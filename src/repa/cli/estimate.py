@@ -101,10 +101,11 @@ def main(argv: list[str]) -> int:
         rate=peak * 1e12 * given.utilisation, num_classes=classes,
     )  # fmt: skip
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
+    theirs = "" if {"device", "tflops"} & given.model_fields_set else "; --device or --tflops for yours"
     memory = given.memory or (0 if given.tflops else MEMORY[given.device])
     whose = "a device" if given.memory or given.tflops else f"one {given.device}"
     fits = fitting(found, memory, whose, classes, resolution) if memory else []
-    say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed)", fits))
+    say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed{theirs})", fits))
     if note := about_passes(found.config, images):
         say("", note)
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift

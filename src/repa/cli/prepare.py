@@ -17,9 +17,12 @@ from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
 from repa.encoders import ENCODERS
 from repa.encoders.loading import weights_for
+from repa.recipes import RECIPES
+from repa.recipes.own_images import GROUP
 
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
+FIRST_GROUPS = ("Small runs", GROUP)  # of recipes, those to begin with
 CLASSES_SHOWN = 10  # with their counts; the manifest has all
 
 
@@ -107,8 +110,16 @@ def main(argv: list[str]) -> int:
     else:
         is_whole = start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
         if is_whole:
-            say(f"Next: repa train RECIPE --data {given.out} --out RUN   (repa list recipes names them)")
+            fitting = _recipes_for(given)
+            some = f"for {given.resolution} pixels {', '.join(fitting)}; " if fitting else ""
+            say(f"Next: repa train RECIPE --data {given.out} --out RUN   ({some}repa list recipes names all)")
     return 0
+
+
+def _recipes_for(given: PrepareArguments) -> list[str]:
+    """Recipes to begin with, that train a SiT on pixels of this side; those of latents fit all sides, and are many."""
+    fitting = {n: each for n, each in RECIPES.items() if each.pixels == given.resolution and each.group in FIRST_GROUPS}
+    return [n for n, each in fitting.items() if given.autoencoder == "pixels" and each().model.backbone == "dit"]
 
 
 def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
