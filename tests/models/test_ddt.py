@@ -114,6 +114,8 @@ def test_mistakes_are_answered():
         network(heads=(4,))
     with pytest.raises(UserError, match="sinusoid or fourier"):
         network(times="sine")
+    with pytest.raises(ValueError, match="'times'.*'sine'"):
+        ModelConfig(backbone="ddt:head_depth=1,times=sine")
     complete = {"latent_size": 4, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 3, "num_heads": 2}
     with pytest.raises(UserError, match="'ddt' has no separate_times"):
         build(ModelConfig(backbone="ddt:head_depth=1", separate_times=True, **complete))

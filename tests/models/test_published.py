@@ -41,7 +41,7 @@ def test_repa_checkpoints(tmp_path, repa_state, wrapped):
             "legacy": published.legacy_repa(repa_state, depth=2),
         }[wrapped]
         torch.save(content, path)
-    state, projectors = load_published(path, "repa")
+    state, projectors, *_ = load_published(path, "repa")
     layers = {f"0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     assert projectors.keys() == layers | {"1.0.weight"}
     assert torch.equal(projectors["0.2.bias"], repa_state["projectors.0.2.bias"])
@@ -54,7 +54,7 @@ def test_repa_checkpoints(tmp_path, repa_state, wrapped):
 def test_sit_is_reversed_in_time_and_sign(random_dit, learn_sigma):
     sit = random_dit(learn_sigma=learn_sigma).state_dict()
     before = {key: value.clone() for key, value in sit.items()}
-    state, projectors = load_published(sit, "sit")
+    state, projectors, *_ = load_published(sit, "sit")
     assert projectors == {}
     assert all(torch.equal(sit[key], before[key]) for key in sit)  # what was given is left as it was
     x_t, t, labels = inputs()
@@ -65,7 +65,7 @@ def test_sit_is_reversed_in_time_and_sign(random_dit, learn_sigma):
 
 
 def test_dit_keeps_the_variance_channels(random_dit):
-    state, _ = load_published(random_dit(learn_sigma=True).state_dict(), "dit")
+    state = load_published(random_dit(learn_sigma=True).state_dict(), "dit").ema
     x_t, _, labels = inputs()
     t = torch.tensor([3.0, 980.0])
     expected, _ = dit.forward(state, x_t, t, labels, num_heads=2)

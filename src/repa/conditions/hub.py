@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
@@ -64,7 +65,7 @@ class HubText(TextEncoder):
         return Text(hidden * mask[..., None], mask)
 
 
-def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0) -> HubText:
+def load_hub(name: str, weights: Path | None, *, tokens: NonNegativeInt = 0, layer: NonNegativeInt = 0) -> HubText:
     """`name` is FAMILY-SIZE; `weights` a folder like the hub's repository, or None for our cache, the hub's cache, or the hub.
 
     Args:
@@ -77,10 +78,10 @@ def load_hub(name: str, weights: Path | None, *, tokens: int = 0, layer: int = 0
     family, folder = locate_text_encoder(name, weights)
     net, num_tokens = read_network(name, family.model, folder), tokens or family.num_tokens
     blocks = net.config.num_hidden_layers
-    if type(layer) is not int or not 0 <= layer <= blocks:
+    if layer > blocks:
         raise UserError(f"The text encoder {name} has blocks 1 to {blocks}, but got layer={layer!r}.")
     limit = net.config.max_position_embeddings if family.model == "CLIPTextModel" else 4096
-    if type(num_tokens) is not int or not 1 <= num_tokens <= limit:
+    if num_tokens > limit:
         raise UserError(f"The text encoder {name} takes 1 to {limit} tokens of a text, but got tokens={num_tokens!r}.")
     padding = "zero at padding" if family.masked else "all tokens, padding too"
     identity = {

@@ -6,8 +6,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from repa.base.errors import UserError
@@ -67,17 +69,18 @@ def positions(num: int, dim: int) -> Tensor:
     return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def load_words(name: str, weights: Path | None, *, tokens: int = 16, width: int = 64) -> WordHashes:
+def load_words(
+    name: str,
+    weights: Path | None,
+    *,
+    tokens: Annotated[int, Field(ge=1, le=512)] = 16,
+    width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 64,
+) -> WordHashes:
     """A vector for each word, seeded by its letters: no weights, nothing learned; for tests and the demonstration.
 
     Raises:
-        UserError: weights are given, or sizes are not even, positive numbers.
+        UserError: weights are given.
     """
     if weights is not None:
         raise UserError(f"The text encoder {name} has no weights, but got {weights}: leave them out.")
-    possible = type(tokens) is type(width) is int and 1 <= tokens <= 512 and 2 <= width <= 4096
-    if not possible or width % 2:
-        raise UserError(
-            f"{name} takes tokens from 1 to 512 and an even width from 2 to 4096, but got {tokens} and {width}."
-        )
     return WordHashes(name, tokens, width)

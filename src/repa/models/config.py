@@ -255,19 +255,16 @@ class ModelConfig(Config):
                 + ", or choose the backbone dit."
             )
 
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments of DiT, once the fields taken from the data are filled (num_classes 0 is then unlabelled data)."""
+    def sizes(self) -> dict[str, Any]:
+        """Arguments that all networks of ours take, once those taken from the data are filled."""
         assert min(self.latent_size, self.latent_channels) > 0, "latent_size and latent_channels come from the data"
-        return {
-            **self.dims()._asdict(),
-            "latent_size": self.latent_size,
-            "latent_channels": self.latent_channels,
-            "num_classes": self.num_classes,
-            "learn_sigma": self.learn_sigma,
-            **{name: getattr(self, name) for name in BLOCK_OPTIONS},
-            "heads": self.heads,
-            "streams": dict(self.streams),
-            "separate_times": self.separate_times,
-            "patch_overlap": self.patch_overlap,
-            "route": self.routing,
-        }
+        return {**self.dims()._asdict(), **self.given("latent_size", "latent_channels")}
+
+    def given(self, *fields: str) -> dict[str, Any]:
+        """Some fields, by name."""
+        return {name: getattr(self, name) for name in fields}
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of DiT (num_classes 0 is unlabelled data)."""
+        own = self.given("num_classes", "learn_sigma", *BLOCK_OPTIONS, "heads", "separate_times", "patch_overlap")
+        return {**self.sizes(), **own, "streams": dict(self.streams), "route": self.routing}

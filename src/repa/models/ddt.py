@@ -91,7 +91,7 @@ class DDT(Backbone):
         final_norm: str | None = None,
         positions: bool = False,
         extent: float = 0.0,
-        times: str = "sinusoid",
+        times: Literal["sinusoid", "fourier"] = "sinusoid",
         max_period: float = 10_000.0,
         silu_twice: bool = False,
         time_tokens: int = 0,
@@ -235,7 +235,7 @@ def ddt(
     final_norm: str = "",
     positions: bool = False,
     extent: float = 0.0,
-    times: str = "sinusoid",
+    times: Literal["sinusoid", "fourier"] = "sinusoid",
     max_period: float = 10_000.0,
     silu_twice: bool = False,
     time_tokens: int = 0,
@@ -248,8 +248,7 @@ def ddt(
     """
     config.require_plain(allowed=("heads", *BlockOptions._fields, "rotary"))
     return DDT(
-        **config.dims()._asdict(), **{name: getattr(config, name) for name in (*BlockOptions._fields, "rotary", "heads")},
-        latent_size=config.latent_size, latent_channels=config.latent_channels, num_classes=config.num_classes,
+        **config.sizes(), **config.given("num_classes", *BlockOptions._fields, "rotary", "heads"),
         head_depth=head_depth, head_dim=head_dim, head_heads=head_heads, final_norm=final_norm or None, positions=positions,
         extent=extent, times=times, max_period=max_period, silu_twice=silu_twice, time_tokens=time_tokens,
         class_tokens=class_tokens,

@@ -117,13 +117,9 @@ def jit(
 ) -> JiT:
     """The backbone `jit` with the sizes of the configuration; those left out are the paper's."""
     config.require_plain()
-    sizes = config.dims()
     given = {"bottleneck": bottleneck, "class_tokens_from": class_tokens_from}
-    own = {**further_sizes(sizes), **{name: value for name, value in given.items() if value is not None}}
-    return JiT(
-        **sizes._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
-        num_classes=config.num_classes, class_tokens=class_tokens, **own,
-    )  # fmt: skip
+    own = {**further_sizes(config.dims()), **{name: value for name, value in given.items() if value is not None}}
+    return JiT(**config.sizes(), num_classes=config.num_classes, class_tokens=class_tokens, **own)
 
 
 def further_sizes(sizes: Dimensions) -> dict[str, int]:

@@ -142,11 +142,10 @@ class MMDiT(Backbone):
 def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
     """The backbone `mmdit` with the sizes of the configuration; a text size that is not known yet is CLIP-L's."""
     config.require_plain(allowed=("patch_overlap",))
+    text_shape = config.text_shape if any(config.text_shape) else CLIP_L
     return MMDiT(
-        **config.dims()._asdict(), latent_size=config.latent_size, latent_channels=config.latent_channels,
-        text_shape=config.text_shape if any(config.text_shape) else CLIP_L, reference_init=reference_init,
-        patch_overlap=config.patch_overlap,
-    )  # fmt: skip
+        **config.sizes(), text_shape=text_shape, patch_overlap=config.patch_overlap, reference_init=reference_init
+    )
 
 
 class TokenStream(nn.Module):

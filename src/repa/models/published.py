@@ -8,7 +8,7 @@ timestep embedding is linear in [cos f t, sin f t], and what is linear in these 
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,25 +34,23 @@ class Published(NamedTuple):
     """All that is used of a released checkpoint, as state dicts of `DiT` and of its projectors (see load_published)."""
 
     ema: StateDict
-    projectors: StateDict  # of the EMA weights
+    projectors: StateDict  # of the EMA weights; "0.2.weight" is layer 2 of projector 0
     model: StateDict  # the raw weights; empty when the file has one set only
     steps: int | None  # steps of training, where the file tells
     settings: dict[str, Any]  # how it was trained, as its own code named it; empty when the file does not tell
     taken: str  # which weights of the file these are, as a sentence
 
 
-def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str) -> tuple[StateDict, StateDict]:
-    """State dicts of DiT and of the projectors from a released checkpoint; the second is empty for SiT and DiT.
+def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str, weights: str = "") -> Published:
+    """A released checkpoint; projectors are those of a REPA.
 
     Args:
         path_or_state_dict: a .pt or .safetensors file, or what it holds: a bare state dict, or a training checkpoint
-            {"ema": ..., "model": ..., "args": ...}, of which the EMA weights are taken.
+            {"ema": ..., "model": ..., "args": ...}.
         kind: "repa" (sihyun-yu/REPA), "sit" (willisma/SiT) or "dit" (facebookresearch/DiT). A SiT is turned into our
             convention, t = 1 is noise and velocity = noise - data, and loses the variance channels that it never uses;
             a DiT keeps them.
-
-    Returns:
-        The projectors' keys are those of the file without "projectors.": "0.2.weight" is layer 2 of projector 0.
+        weights: the set to take where the file holds several averages; empty: its average, else its only one.
 
     Raises:
         UserError: a missing or damaged file, or one that is not a checkpoint of this kind.
@@ -60,16 +58,6 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
     _check_kind(kind)
     given = path_or_state_dict
     content, where = (given, "The state dict") if isinstance(given, Mapping) else (read_weights(given), str(given))
-    return _translate(choose_weights(content, where, kind)[0].tensors, where, kind)
-
-
-def read_published(path: str | Path, kind: str, weights: str = "") -> Published:
-    """A released checkpoint with its raw weights, steps and settings where it has them; errors as in load_published.
-
-    `weights` names the set to take where the file holds several averages.
-    """
-    _check_kind(kind)
-    content, where = read_weights(path), str(path)
     chosen, raw, taken = choose_weights(content, where, kind, weights)
     ema, projectors = _translate(chosen.tensors, where, kind)
     model = _translate(raw.tensors, where, kind)[0] if raw else {}
@@ -107,26 +95,23 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
 
 def from_sit(state: StateDict) -> StateDict:
     """v(x, t) = -v_SiT(x, 1 - t), by weights alone (SiT: t = 1 is data and velocity = data - noise)."""
-    state = dict(state)
-    channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        # SiT answers the variance in the last channels of each patch and never uses it: only the first half
-        # of the rows is the velocity. The sign turns because its velocity points from noise to data.
-        rows = state[name].unflatten(0, (patch_size**2, -1))[:, :channels]
-        state[name] = -rows.flatten(0, 1)
-    state[FIRST_TIME_LAYER] = reverse_time(state[FIRST_TIME_LAYER])
-    return state
+    # SiT answers the variance in the last channels of each patch and never uses it: the first half is the velocity.
+    return _reversed(state, lambda rows, channels: rows[:, :channels])
 
 
 def to_sit(state: StateDict) -> StateDict:
     """The inverse of from_sit (reversing time twice is the identity), with variance channels that are zero."""
-    state = dict(state)
+    return _reversed(state, lambda rows, channels: torch.cat([rows, torch.zeros_like(rows)], dim=1))
+
+
+def _reversed(state: StateDict, answers: Callable[[Tensor, int], Tensor]) -> StateDict:
+    """The other way in time, with the other sign; `answers` chooses the last layer's rows (p * p, channels of a patch, ...)."""
     channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = -state[name].unflatten(0, (patch_size**2, channels))
-        state[name] = torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1)
-    state[FIRST_TIME_LAYER] = reverse_time(state[FIRST_TIME_LAYER])
-    return state
+    last = {
+        name: answers(-state[name].unflatten(0, (patch_size**2, -1)), channels).flatten(0, 1)
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias")
+    }
+    return {**state, **last, FIRST_TIME_LAYER: reverse_time(state[FIRST_TIME_LAYER])}
 
 
 def reverse_time(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from repa.encoders import canonical
 from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
 from repa.models.exported import CONFIG, read_exported, require_digest
-from repa.models.published import MOST_STEPS, Published, check_keys, check_values, constructor_arguments, read_published
+from repa.models.published import MOST_STEPS, Published, check_keys, check_values, constructor_arguments, load_published
 from repa.runs import layout
 from repa.runs.checkpoint import SETTINGS, Checkpoint, save_checkpoint
 from repa.runs.layout import write_origin
@@ -63,7 +63,7 @@ def read_checkpoint(
     Raises:
         UserError: not a checkpoint of this kind, or one that no configuration describes.
     """
-    published = read_published(file, kind, weights)
+    published = load_published(file, kind, weights)
     model = _model_settings(published.ema, num_heads, kind, str(file))
     diffusion = {"objective": "ddpm"} if kind == "dit" else {"path": path or _path(published.settings, str(file))}
     if kind == "dit" and path:
