@@ -21,8 +21,8 @@ from repa.recipes.own_images import own_image_recipes
 from repa.recipes.paper import ROWS
 from repa.recipes.published import printed
 from repa.report import read_run, write_report
-from repa.report.results import row_of, without_paper
-from repa.report.speedups import grouped
+from repa.report.results import paper_row_of, unmatched_paper_rows
+from repa.report.speedups import group_seeds
 from repa.runs import load_run, read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training
@@ -346,7 +346,7 @@ def run_of(folder, name: str, **changes):
 
 @paper_recipes
 def test_a_run_is_known_by_its_configuration(name, tmp_path):
-    row = row_of(run_of(tmp_path / "run", name))
+    row = paper_row_of(run_of(tmp_path / "run", name))
     assert load_recipe(row.name) == load_recipe(name)  # two rows of the paper are the same run under other names
 
 
@@ -364,16 +364,18 @@ def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
         "data": {"diffusion": {"prediction": "data"}},
     }
     for name, changes in departures.items():
-        assert row_of(run_of(tmp_path / name, "sit-xl2-repa", **changes)) is None, name
+        assert paper_row_of(run_of(tmp_path / name, "sit-xl2-repa", **changes)) is None, name
     measured = {"alignments": [term.override(measure_only=True)]}  # its network never feels it: the baseline
-    assert row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured)).name == "sit-xl2"
+    assert paper_row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured)).name == "sit-xl2"
 
 
 def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
     known = run_of(tmp_path / "known", "sit-xl2-repa")
     other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
     at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
-    found = without_paper([], grouped([other, known, at_512]))  # nothing was measured that they could stand beside
+    found = unmatched_paper_rows(
+        [], group_seeds([other, known, at_512])
+    )  # nothing was measured that they could stand beside
     assert [(run.name, row.name) for run, row in found] == [("known", "sit-xl2-repa")]
     page = write_report([other, known], tmp_path / "both.html").read_text()
     section = page.split("What the paper reports")[1].split("</section>")[0]

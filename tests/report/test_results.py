@@ -12,9 +12,9 @@ from repa.base.errors import UserError
 from repa.recipes import load_recipe
 from repa.report import read_runs, write_report
 from repa.report.analyses import accuracies, read_analyses
-from repa.report.results import MOST_STEPS, results, shown, without_paper
+from repa.report.results import MOST_STEPS, cell_text, results, unmatched_paper_rows
 from repa.report.runs import add_evaluations
-from repa.report.speedups import grouped
+from repa.report.speedups import group_seeds
 from repa.report.text import how_made
 from repa.runs import layout
 from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file
@@ -25,7 +25,7 @@ FIVE = {"fid": 8.1, "sfid": 5.2, "inception_score": 120.0, "precision": 0.701, "
 
 def tables_of(runs, files=(), **settings):
     records, others = add_evaluations(read_runs(runs), files)
-    return results(grouped(records), others, accuracies(read_analyses(records)), **settings)
+    return results(group_seeds(records), others, accuracies(read_analyses(records)), **settings)
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_the_papers_lines_stand_beside_what_was_measured_as_the_paper_did(repa_x
     (table,) = tables_of([repa_xl])
     assert list(table.columns.values()) == ["FID ↓", "sFID ↓", "IS ↑", "Prec. ↑", "Rec. ↑", "Acc. ↑"]
     ours, *paper = table.lines
-    assert [shown(ours, key) for key in table.columns] == ["8.10", "5.20", "120.0", "0.70", "0.65", ""]
+    assert [cell_text(ours, key) for key in table.columns] == ["8.10", "5.20", "120.0", "0.70", "0.65", ""]
     assert (ours.step, ours.images) == (40, 40 * 256)
     assert all(line.is_of_paper for line in paper)
     at_400k = next(line for line in paper if line.step == 400_000)
-    assert [shown(at_400k, key) for key in table.columns] == ["7.9", "5.06", "122.6", "0.70", "0.65", "70.3"]
+    assert [cell_text(at_400k, key) for key in table.columns] == ["7.9", "5.06", "122.6", "0.70", "0.65", "70.3"]
     assert not any(line.values["frechet_distance"].mean == 1.42 for line in paper)  # guided
     records, _ = add_evaluations(read_runs([repa_xl]))
-    assert without_paper([table], grouped(records)) == []
+    assert unmatched_paper_rows([table], group_seeds(records)) == []
 
 
 @pytest.mark.parametrize(("autoencoder", "is_beside"), [("sd-vae-ft-ema", True), ("sd-vae-ft-mse", False)])
@@ -99,7 +99,7 @@ def test_another_data_set_is_not_the_papers(repa_xl):
     (table,) = tables_of([repa_xl])
     assert not table.has_paper
     records, _ = add_evaluations(read_runs([repa_xl]))
-    assert [row.name for _, row in without_paper([table], grouped(records))] == ["sit-xl2-repa"]
+    assert [row.name for _, row in unmatched_paper_rows([table], group_seeds(records))] == ["sit-xl2-repa"]
 
 
 def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):
@@ -112,9 +112,9 @@ def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):
     (table,) = tables_of(runs)
     (line,) = table.lines
     assert (line.name, line.num_runs) == ("b", 2)
-    assert shown(line, "frechet_distance") == "12.00 ± 2.83"
-    assert shown(line, "accuracy") == "40.00 (1 of 2)"  # the best block's, and of one run
-    assert shown(line, "recall") == ""
+    assert cell_text(line, "frechet_distance") == "12.00 ± 2.83"
+    assert cell_text(line, "accuracy") == "40.00 (1 of 2)"  # the best block's, and of one run
+    assert cell_text(line, "recall") == ""
 
 
 def test_many_steps_are_thinned_the_ends_stay_and_the_csv_has_all(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from repa.report import curve_figure, read_runs, summary_rows, verdict
 from repa.report.curves import mean_curve
-from repa.report.speedups import group_speedups, grouped, spread
+from repa.report.speedups import group_seeds, speedups_of_groups, spread
 from repa.runs import layout
 from tests.report.fakes import PROTOCOL, config, fake_run
 
@@ -37,7 +37,7 @@ def test_groups_are_of_runs_that_differ_in_the_seed_only(tmp_path):
         seeded(tmp_path / "again", 1),  # the same seed again is no further seed
         seeded(tmp_path / "data", 3, data={"source": "elsewhere"}),
     ]
-    found = grouped(read_runs(runs))
+    found = group_seeds(read_runs(runs))
     assert [[run.name for run in group.runs] for group in found] == [
         ["a-0", "a-1"],
         ["b"],
@@ -54,7 +54,7 @@ def test_groups_of_folders_with_one_name_are_called_by_it(tmp_path):
     runs = [seeded(tmp_path / f"try{seed}" / "base", seed) for seed in range(2)]
     records = read_runs(runs)
     assert [run.name for run in records] == ["try0/base", "try1/base"]
-    assert [group.name for group in grouped(records)] == ["base"]
+    assert [group.name for group in group_seeds(records)] == ["base"]
 
 
 def test_spread_is_of_the_sample():
@@ -66,7 +66,7 @@ def test_spread_is_of_the_sample():
 
 
 def test_speedup_over_seeds_pairs_equal_seeds(six):
-    (found,) = group_speedups(grouped(read_runs(six[::-1])))
+    (found,) = speedups_of_groups(group_seeds(read_runs(six[::-1])))
     assert found.by_seed
     factors = found.factors("steps")
     expected = [100 / 50, 100 / 40, 100 / 25]  # pairing any other seeds gives other factors
@@ -88,13 +88,13 @@ def test_images_count_the_batch(tmp_path):
     baseline = seeded(tmp_path / "b", 0, distances={50: 20.0, 100: 10.0})
     settings = {**config(True, seed=0), "batch_size": 64}
     aligned = fake_run(tmp_path / "a", aligned=True, settings=settings, distances={30: 20.0, 50: 10.0})
-    (found,) = group_speedups(grouped(read_runs([baseline, aligned])))
+    (found,) = speedups_of_groups(group_seeds(read_runs([baseline, aligned])))
     assert found.factors("steps").mean == pytest.approx(2.0)
     assert found.factors("images").mean == pytest.approx(1.0)  # half the steps with twice the batch
 
 
 def test_other_seeds_are_all_compared_with_all(six):
-    found = group_speedups(grouped(read_runs([six[0], *six[3::2]])))[0]
+    found = speedups_of_groups(group_seeds(read_runs([six[0], *six[3::2]])))[0]
     assert not found.by_seed
     assert len(found.pairs) == 2  # one baseline, two aligned runs
     assert {pair.target for pair in found.pairs} == {10.0}
@@ -108,7 +108,7 @@ def test_no_mean_where_not_all_got_there(six):
         if row["kind"] == "eval":
             row["frechet_distance"] = 50.0
     (six[1] / layout.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (found,) = group_speedups(grouped(read_runs(six)))
+    (found,) = speedups_of_groups(group_seeds(read_runs(six)))
     assert len(found.reached) == 2
     assert found.factors("steps") is None
     sentence, notes, _ = verdict(read_runs(six))

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from repa.report.runs import read_run as read_run
     from repa.report.runs import read_runs as read_runs
     from repa.report.speedups import Speedup as Speedup
-    from repa.report.speedups import group_speedups as group_speedups
-    from repa.report.speedups import grouped as grouped
+    from repa.report.speedups import group_seeds as group_seeds
     from repa.report.speedups import speedup as speedup
+    from repa.report.speedups import speedups_of_groups as speedups_of_groups
     from repa.report.summary import config_differences as config_differences
     from repa.report.summary import machine_facts as machine_facts
     from repa.report.summary import summary_rows as summary_rows

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VALUES = {"probe": "top1", "cknna": "cknna", "cka": "cka", "cka-unbiased": "cka-unbiased"}  # key of the rows
 NAMES = {"probe": "top-1 accuracy", "cknna": "CKNNA", "cka": "CKA", "cka-unbiased": "CKA, unbiased"}
 # settings that say which rows are there and how they were computed, not what they are
-ASIDE = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "learning_rates", "batch_size", "store", "repa",
+NOT_COMPARED = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "learning_rates", "batch_size", "store", "repa",
          "encoder_weights"}  # fmt: skip
 PANEL = 4.6, 3.5  # inches
 LEGEND = 1.3  # inches next to the curves
@@ -69,14 +69,16 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
     found: dict[str, Analysis] = {}
     for run in records:
         for file in sorted((run.path / layout.ANALYSIS).glob("*.json")):
-            content = _read(file)
+            content = _read_analysis(file)
             kind = content["analysis"]
             if kind not in VALUES:
                 continue
             # Rows that were found in different ways never share a curve.
-            settings = {key: value for key, value in content.items() if key not in ASIDE}
+            settings = {key: value for key, value in content.items() if key not in NOT_COMPARED}
             known = found.setdefault(json.dumps([kind, settings], sort_keys=True), Analysis(kind, settings))
-            known.rows.extend(_called(row, run, records) for row in content["rows"] if is_number(row.get(known.value)))
+            known.rows.extend(
+                _with_run_name(row, run, records) for row in content["rows"] if is_number(row.get(known.value))
+            )
     return [Analysis(each.kind, each.settings, best(each.rows, each.value)) for each in found.values() if each.rows]
 
 
@@ -89,7 +91,7 @@ def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], float]:
     return found
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_analysis(file: Path) -> dict[str, Any]:
     content = read_json(file)
     rows = content.get("rows") if isinstance(content, dict) else None
     if (
@@ -107,7 +109,7 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _called(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
+def _with_run_name(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
     """The row under the name that its run has in this report: the file says the folder's name, or its path."""
     if row["depth"] is None:
         return row
@@ -132,7 +134,7 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
     if not of_runs:
         raise UserError("There is nothing to draw: no row has a depth.")
     networks = list(dict.fromkeys((row["run"], row["step"]) for row in of_runs))
-    maps = [n for n in networks if len({row["t"] for row in of_runs if _network(row) == n}) > 1]
+    maps = [n for n in networks if len({row["t"] for row in of_runs if _network_of(row) == n}) > 1]
     steps = sorted({row["step"] for row in of_runs})
     panels = 1 + len(maps) + (len(steps) > 1)
     picture = new_figure(figsize=(PANEL[0] * panels + LEGEND * (1 + (len(steps) > 1)), PANEL[1]), layout="constrained")
@@ -141,13 +143,13 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
     finite = [row[value] for row in of_runs if not math.isnan(row[value])] or [0.0]  # NaN: a gap in curve and map
     ends = min(finite), max(finite)
     for panel, network in zip(axes[1:], maps, strict=False):
-        _draw_map(panel, [row for row in of_runs if _network(row) == network], value, label, ends)
+        _draw_map(panel, [row for row in of_runs if _network_of(row) == network], value, label, ends)
     if len(steps) > 1:
         _draw_training(axes[-1], of_runs, value, label)
     return picture
 
 
-def _network(row: dict[str, Any]) -> tuple[str, int]:
+def _network_of(row: dict[str, Any]) -> tuple[str, int]:
     return row["run"], row["step"]
 
 

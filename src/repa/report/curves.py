@@ -10,9 +10,9 @@ import numpy as np
 
 from repa.base.errors import UserError, choices
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
-from repa.report.speedups import Group, group_speedups, grouped
+from repa.report.speedups import SeedGroup, group_seeds, speedups_of_groups
 from repa.report.style import TEXT, colour, label_axes, legend_label, line_style, main_line, new_figure
-from repa.report.text import figure
+from repa.report.text import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ def logged(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
             moving.append(key)
         elif values:
             value = values.pop() * quantity.scale
-            sentences.append(quantity.form.format(f"{value:g}" if key != "peak_memory" else figure(value)))
+            sentences.append(quantity.form.format(f"{value:g}" if key != "peak_memory" else short_number(value)))
     return moving, sentences
 
 
@@ -125,7 +125,7 @@ def draw_curves(
 ) -> None:
     """What `curve_figure` draws, into given axes."""
     x_axis = _x_axis(runs, against)
-    groups = grouped(runs)
+    groups = group_seeds(runs)
     if kind == DISTANCE:
         protocol = protocol or common_protocol(runs)
         if protocol is not None:
@@ -169,7 +169,7 @@ def alignment_axis(runs: Sequence[RunRecord]) -> str:
     return "cosine similarity" if similarities <= {"cosine"} else "alignment (− loss)"
 
 
-def alignment_label(group: Group, name: str, single: bool) -> str:
+def alignment_label(group: SeedGroup, name: str, single: bool) -> str:
     label = group.label if single else f"{group.label}: {name}"
     trained = {f"{item.get('target')}@{item.get('depth')}" for item in group.runs[0].alignments}
     return label if name in trained else f"{label} (only measured)"
@@ -189,7 +189,7 @@ def smoothing_window(num_values: int) -> int:
 
 
 def _draw_training(
-    axes: Axes, group: Group, key: str, x_axis: XAxis, label: str, number: int, style: int = 0,
+    axes: Axes, group: SeedGroup, key: str, x_axis: XAxis, label: str, number: int, style: int = 0,
     quantity: Quantity = LOSS,
 ) -> None:  # fmt: skip
     """Of one run faint raw values and the running mean over them, of several the running means; `style` tells several
@@ -221,7 +221,7 @@ def _frame_settled(axes: Axes) -> None:
         axes.set_ylim(low - room, high + room)
 
 
-def draw_distances(axes: Axes, groups: Sequence[Group], x_axis: XAxis, protocol: Protocol) -> None:
+def draw_distances(axes: Axes, groups: Sequence[SeedGroup], x_axis: XAxis, protocol: Protocol) -> None:
     """Linear between evaluations, as the interpolation is."""
     drawn: list[Points] = []
     for number, group in enumerate(groups):
@@ -256,9 +256,9 @@ def _points(rows: Sequence[dict[str, Any]], x_axis: XAxis) -> Points:
     return {row["step"]: (row[x_axis.key] / x_axis.scale, row[DISTANCE]) for row in usable}
 
 
-def _mark_speedups(axes: Axes, groups: Sequence[Group], x_axis: XAxis, protocol: Protocol) -> None:
+def _mark_speedups(axes: Axes, groups: Sequence[SeedGroup], x_axis: XAxis, protocol: Protocol) -> None:
     """A ring where each aligned run first had the baseline's final distance, and that distance as a level if it is one."""
-    found = [each for each in group_speedups(groups) if each.pairs[0].protocol == protocol]
+    found = [each for each in speedups_of_groups(groups) if each.pairs[0].protocol == protocol]
     if not found:
         return
     levels = {pair.target for each in found for pair in each.pairs}

@@ -11,9 +11,9 @@ from repa.base.registry import parse_spec
 from repa.base.reporting import duration
 from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
-from repa.report.speedups import Group, GroupSpeedup, Reached, Speedup, group_speedups, grouped, spread
+from repa.report.speedups import Reached, SeedGroup, SeedSpeedup, Speedup, group_seeds, speedups_of_groups, spread
 from repa.report.summary import config_differences
-from repa.report.text import count, factor, figure, listed, times, with_deviation
+from repa.report.text import count, factor, listed, short_number, times, with_deviation
 
 EVALUATIONS = 5  # that make a curve
 FEW = 5  # seeds: below, a standard deviation is itself only roughly known
@@ -30,63 +30,65 @@ class Verdict(NamedTuple):
 
 def verdict(records: Sequence[RunRecord]) -> Verdict:
     """What the runs show, never more than they show."""
-    groups = grouped(records)
-    compared = group_speedups(groups)
+    groups = group_seeds(records)
+    compared = speedups_of_groups(groups)
     if not compared:
-        return _without_comparison(groups)
+        return _verdict_without_pairs(groups)
     # The headline is of the configuration that ends lowest: a factor may rest on one early evaluation.
     found = min(compared, key=_final_ratio)
-    ours, theirs = _names(found, records)
+    ours, theirs = _names_of_both(found, records)
     single = len(found.pairs) == 1
-    sentence = _of_one_pair(found.pairs[0], ours, theirs) if single else _of_pairs(found)
+    sentence = _sentence_of_pair(found.pairs[0], ours, theirs) if single else _sentence_over_seeds(found)
     if len(compared) > 1:
         sentence = f"Of {len(compared)} aligned configurations {found.aligned.name} ends lowest. {sentence}"
     differences = _other_differences(found)
-    notes = [*_details(ours, theirs, found.pairs[0])] if single else _notes_over_seeds(found)
+    notes = [*_notes_of_pair(ours, theirs, found.pairs[0])] if single else _notes_over_seeds(found)
     for other in compared:
         if other is not found:
             others = other.aligned.name, theirs
-            notes.append(_of_one_pair(other.pairs[0], *others) if len(other.pairs) == 1 else _of_pairs(other))
+            notes.append(
+                _sentence_of_pair(other.pairs[0], *others) if len(other.pairs) == 1 else _sentence_over_seeds(other)
+            )
     if single:
         notes.append(
             "One seed each: how much these distances would change with another seed was not measured, so a difference may "
             "be chance. `repa train --seed` trains more; runs that differ in the seed only are compared together."
         )
     notes += differences
-    return Verdict(sentence, notes, "" if differences else _meaning(ours, theirs, found.aligned.runs[0]))
+    return Verdict(sentence, notes, "" if differences else _explanation(ours, theirs, found.aligned.runs[0]))
 
 
-def _final_ratio(found: GroupSpeedup) -> float:
+def _final_ratio(found: SeedSpeedup) -> float:
     """The aligned distance over the baseline's at the last step that both have, on the mean; infinite without one."""
     ends = [(pair.overlap.aligned[-1], pair.overlap.baseline[-1]) for pair in found.pairs if pair.overlap.steps]
     theirs = sum(b for _, b in ends)
     return sum(a for a, _ in ends) / theirs if theirs else float("inf")
 
 
-def _names(found: GroupSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
+def _names_of_both(found: SeedSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
     """What the sentences call the two: their roles where just one run has each, else their names."""
     num_aligned = sum(run.is_aligned for run in records)
     ours = "the aligned run" if num_aligned == 1 else found.aligned.label
     return ours, "the baseline" if len(records) == num_aligned + 1 else found.baseline.label
 
 
-def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
+def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
     """Where the whole curves lie, and the factor where they support one."""
     what, overlap = distance_name(found.protocol), found.overlap
     if not overlap.steps:
-        ours_last, theirs_last = (_value_at(row) for row in (found.aligned_final, found.baseline_final))
+        ours_last, theirs_last = (_distance_at(row) for row in (found.aligned_final, found.baseline_final))
         return (
             f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
-            f"{what} {ours_last} and {theirs_last}. {_measure_more(found)}"
+            f"{what} {ours_last} and {theirs_last}. {_advice_to_evaluate(found)}"
         )
-    num, ends = len(overlap.steps), f"{figure(overlap.aligned[-1])} against {figure(overlap.baseline[-1])}"
+    num, ends = len(overlap.steps), f"{short_number(overlap.aligned[-1])} against {short_number(overlap.baseline[-1])}"
     end = f"{count(overlap.steps[-1])} steps"
     start = f"With one seed each, {ours}’s {what}"
     higher = "lower" if overlap.difference < 0 else "higher" if overlap.difference > 0 else "no lower"
     if num == 1:
         sentence = (
             f"{start} is {higher} than {theirs}’s in the only evaluation to compare, {ends} at {end}: one evaluation shows "
-            f"no curve and no speed-up. {_measure_more(found)}"
+            f"no curve and no speed-up. {_advice_to_evaluate(found)}"
         )
     elif overlap.num_lower == num or overlap.num_higher == num:
         sentence = f"{start} is {higher} than {theirs}’s at all {num} compared steps: {ends} at {end}."
@@ -97,10 +99,10 @@ def _of_one_pair(found: Speedup, ours: str, theirs: str) -> str:
         )
     else:
         sentence = f"{start} is lower than {theirs}’s at {overlap.num_lower} of {num} compared steps: {ends} at {end}."
-    return f"{sentence} {_reached(found, theirs)}".strip()
+    return f"{sentence} {_speedup_sentence(found, theirs)}".strip()
 
 
-def _reached(found: Speedup, theirs: str) -> str:
+def _speedup_sentence(found: Speedup, theirs: str) -> str:
     """'It reached the baseline's final distance in 2.4 times fewer steps (424 instead of 1,000).'; empty without support."""
     there, ratio = found.aligned, found.times_steps
     if there is None or ratio is None or not found.is_supported:
@@ -115,15 +117,15 @@ def _reached(found: Speedup, theirs: str) -> str:
     return f"It reached {theirs}’s final value {gain} ({least}{count(there.step)} instead of {instead})."
 
 
-def _measure_more(found: Speedup) -> str:
+def _advice_to_evaluate(found: Speedup) -> str:
     """How to get a curve, for runs that were measured once, or too late."""
     every = max(1, int(found.baseline_final["step"]) // EVALUATIONS)
     options = f"--preview.num-scored 500 --preview.score-every {every}"
     return f"For more evaluations train both again into new folders with `{options}`."
 
 
-def _value_at(row: dict) -> str:
-    return f"{figure(row[DISTANCE])} at {count(row['step'])} steps"
+def _distance_at(row: dict) -> str:
+    return f"{short_number(row[DISTANCE])} at {count(row['step'])} steps"
 
 
 def _first_upper(words: str) -> str:
@@ -131,35 +133,35 @@ def _first_upper(words: str) -> str:
     return words[0].upper() + words[1:] if words.startswith("the ") else words
 
 
-def _details(ours: str, theirs: str, found: Speedup) -> list[str]:
+def _notes_of_pair(ours: str, theirs: str, found: Speedup) -> list[str]:
     """What the headline does not say: how the step was found, the same in seconds, the lowest and the last evaluations."""
     notes, reached = [], found.aligned
-    target = f"{theirs}’s final distance ({_value_at(found.baseline_final)})"
+    target = f"{theirs}’s final distance ({_distance_at(found.baseline_final)})"
     if reached is None:
-        notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_value_at(found.aligned_best)}.")
+        notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_distance_at(found.aligned_best)}.")
     elif found.is_too_coarse or not found.overlap.steps:
         if len(found.overlap.steps) > 1:  # of one or none the headline says it
             notes.append(
                 f"{_first_upper(ours)} had {target} at its first evaluation already, and {theirs} no later, so no speed-up is "
-                f"stated. {_measure_more(found)}"
+                f"stated. {_advice_to_evaluate(found)}"
             )
     elif not found.is_supported:
         why = "was above it again later" if not reached.stays else "does not end lower at equal steps"
         at = f"at {count(reached.step)} steps"
         notes.append(f"{_first_upper(ours)} first had {target} {at}, but {why}: no speed-up is stated.")
     else:
-        notes.append(_interpolation(ours, reached))
+        notes.append(_interpolation_note(ours, reached))
         ratio, ours_took, theirs_took = found.times_seconds, reached.seconds, found.baseline.seconds
         if ratio and ours_took and theirs_took and not (reached.is_bound and ratio <= 1):
             spent = f"{duration(ours_took)} for {ours}, {duration(theirs_took)} for {theirs}"
             notes.append(f"In training time: {spent}, {times(ratio, 'less', 'more', reached.is_bound)}.")
     if found.aligned_final["step"] != found.baseline_final["step"]:
-        last = _value_at(found.aligned_final), _value_at(found.baseline_final)
+        last = _distance_at(found.aligned_final), _distance_at(found.baseline_final)
         notes.append(f"Last evaluations: {ours} {last[0]}, {theirs} {last[1]}.")
     return notes
 
 
-def _interpolation(ours: str, reached: Reached) -> str:
+def _interpolation_note(ours: str, reached: Reached) -> str:
     if reached.is_bound:
         return f"{_first_upper(ours)} had it at its first evaluation already, perhaps earlier."
     if reached.between[0] == reached.between[1]:
@@ -168,7 +170,7 @@ def _interpolation(ours: str, reached: Reached) -> str:
     return f"The step is linearly interpolated between the evaluations of {ours} at {first} and {second} steps."
 
 
-def _other_differences(found: GroupSpeedup) -> list[str]:
+def _other_differences(found: SeedSpeedup) -> list[str]:
     """Notes on what differs apart from the alignment, and from the seed where seeds are compared."""
     baseline, run = found.baseline.runs[0], found.aligned.runs[0]
     aside = ("alignments",) if len(found.pairs) == 1 else ("alignments", "seed")
@@ -181,7 +183,7 @@ def _other_differences(found: GroupSpeedup) -> list[str]:
     return notes
 
 
-def _meaning(ours: str, theirs: str, run: RunRecord) -> str:
+def _explanation(ours: str, theirs: str, run: RunRecord) -> str:
     """What was compared, where nothing but alignment differs; empty unless the alignment is to encoders."""
     if not all(parse_spec(str(item.get("target")))[0] in ENCODERS for item in run.alignments):
         return ""
@@ -192,7 +194,7 @@ def _meaning(ours: str, theirs: str, run: RunRecord) -> str:
     )
 
 
-def _of_pairs(found: GroupSpeedup) -> str:
+def _sentence_over_seeds(found: SeedSpeedup) -> str:
     """The last distances over seeds, in how many pairs the aligned run is lower, and the mean factor if all pairs have one."""
     pairs = [pair for pair in found.pairs if pair.overlap.steps]
     what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
@@ -209,8 +211,8 @@ def _of_pairs(found: GroupSpeedup) -> str:
     share = f"all {of_pairs}" if lower == num else f"{lower} of {of_pairs}" if lower else f"none of {of_pairs}"
     over = f"{len(found.aligned.runs)} seeds" if len(found.aligned.runs) > 1 else f"{len(found.baseline.runs)} seeds"
     sentence = (
-        f"Over {over}, {found.aligned.name} ends at a {what} of {with_deviation(ours, figure)} against "
-        f"{with_deviation(theirs, figure)} for {found.baseline.name} ({where}), lower in {share}"
+        f"Over {over}, {found.aligned.name} ends at a {what} of {with_deviation(ours, short_number)} against "
+        f"{with_deviation(theirs, short_number)} for {found.baseline.name} ({where}), lower in {share}"
     )
     sentence += "." if lower in (0, num) else ": the seeds disagree."
     if crossing:
@@ -225,7 +227,7 @@ def _of_pairs(found: GroupSpeedup) -> str:
     return sentence
 
 
-def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
+def _notes_over_seeds(found: SeedSpeedup) -> list[str]:
     notes = []
     if found.by_seed:
         notes.append("Each aligned run is compared with the baseline of its seed, which started from the same network.")
@@ -237,7 +239,7 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
     if coarse := [pair for pair in found.pairs if pair.is_too_coarse]:
         notes.append(
             f"{len(coarse)} of {len(found.pairs)} aligned runs had the baseline’s final distance at the first evaluation, and the "
-            f"baseline no later, so no mean speed-up is stated. {_measure_more(coarse[0])}"
+            f"baseline no later, so no mean speed-up is stated. {_advice_to_evaluate(coarse[0])}"
         )
     elif len(counting) < len(found.pairs):
         notes.append(
@@ -255,7 +257,7 @@ def _notes_over_seeds(found: GroupSpeedup) -> list[str]:
     return notes
 
 
-def _without_comparison(groups: Sequence[Group]) -> Verdict:
+def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
     """The last distance of every group, and why nothing is compared."""
     measured = [
         (group, protocols[0]) for group in groups if (protocols := [p for r in group.runs for p in r.protocols])
@@ -268,9 +270,9 @@ def _without_comparison(groups: Sequence[Group]) -> Verdict:
     for group, protocol in measured:
         last = [rows[-1] for run in group.runs if (rows := run.distances(protocol))]
         found = spread([row[DISTANCE] for row in last])
-        extent = f" ({figure(found.low)} to {figure(found.high)})" if found.num > 1 else ""
+        extent = f" ({short_number(found.low)} to {short_number(found.high)})" if found.num > 1 else ""
         steps = listed([count(step) for step in sorted({row["step"] for row in last})])
-        ends.append(f"{group.label}: {distance_name(protocol)} {figure(found.mean)}{extent} after {steps} steps")
+        ends.append(f"{group.label}: {distance_name(protocol)} {short_number(found.mean)}{extent} after {steps} steps")
     notes = []
     if sum(len(group.runs) for group in groups) > 1:
         if all(group.is_aligned for group in groups):

@@ -23,7 +23,7 @@ from repa.report.analyses import Analysis, accuracies, depth_figure, read_analys
 from repa.report.curves import QUANTITIES, alignment_axis, curve_figure, logged, smoothing_window
 from repa.report.headline import verdict
 from repa.report.pictures import analysis_pictures, checked_images, sample_pictures
-from repa.report.results import has_seeds, shown, speedup_cells, without_paper, write_csv, write_markdown
+from repa.report.results import cell_text, has_seeds, speedup_cells, unmatched_paper_rows, write_csv, write_markdown
 from repa.report.results import results as find_results
 from repa.report.runs import (
     DISTANCE,
@@ -35,10 +35,10 @@ from repa.report.runs import (
     is_number,
     read_runs,
 )
-from repa.report.speedups import group_indices, group_speedups, grouped
+from repa.report.speedups import group_indices, group_seeds, speedups_of_groups
 from repa.report.style import COLOURS, inline_svg
 from repa.report.summary import config_differences, data_facts, reached_text, summary_rows, summary_table
-from repa.report.text import count, figure, how_made, short_count
+from repa.report.text import count, how_made, short_count, short_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,24 +79,24 @@ def write_report(
     if training_images is not None:
         checked_images(training_images, "training_images")
     records, others = add_evaluations(read_runs(runs, names), results)
-    analyses, groups, said = read_analyses(records), grouped(records), verdict(records)
-    said.notes.extend(f"{run.name}: {run.lost}" for run in records if run.lost)
+    analyses, groups, headline = read_analyses(records), group_seeds(records), verdict(records)
+    headline.notes.extend(f"{run.name}: {run.lost}" for run in records if run.lost)
     probed = accuracies(analyses)
-    measured, speedups = find_results(groups, others, probed), group_speedups(groups)
+    measured, speedups = find_results(groups, others, probed), speedups_of_groups(groups)
     learning, constant = logged(records)
-    drawn = curves(records)
+    all_curves = curves(records)
     values = {
         "title": title,
-        "verdict": said,
+        "verdict": headline,
         "runs": records,
         "colour_of": group_indices(records, groups),
         "num_colours": len(COLOURS),
         "rows": summary_rows(records),
         "results": measured,
         "speedups": [speedup_cells(each) for each in speedups],
-        "reported": without_paper(measured, groups),
-        "top": drawn[0] if drawn else None,
-        "curves": drawn[1:],
+        "reported": unmatched_paper_rows(measured, groups),
+        "top": all_curves[0] if all_curves else None,
+        "curves": all_curves[1:],
         "learning": [learning_curve(records, key) for key in learning],
         "constant": constant,
         "analyses": [analysis_curve(each, number) for number, each in enumerate(analyses) if each.best],
@@ -112,7 +112,7 @@ def write_report(
     write_text(out, _environment().get_template("page.html").render(values))
     if tables:
         whole = find_results(groups, others, probed, thin=False)
-        write_markdown(out.with_suffix(".md"), title, said, measured, speedups, summary_table(records))
+        write_markdown(out.with_suffix(".md"), title, headline, measured, speedups, summary_table(records))
         write_csv(out.with_suffix(".csv"), whole)
     return out
 
@@ -125,18 +125,18 @@ def _environment() -> Any:
 
     # Names of runs and classes come from files: they are escaped, and a name that the template lacks is an error, not a gap.
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(source), autoescape=True, finalize=_written_out, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(source), autoescape=True, finalize=_without_control_characters, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "count": count, "duration": duration, "figure": figure, "how_made": how_made, "short_count": short_count,
-        "printed": printed, "reached_text": reached_text, "shown": shown, "has_seeds": has_seeds,
+        "count": count, "duration": duration, "short_number": short_number, "how_made": how_made, "short_count": short_count,
+        "printed": printed, "reached_text": reached_text, "cell_text": cell_text, "has_seeds": has_seeds,
         "distance_name": distance_name, "breakable": breakable,
     }  # fmt: skip
     return environment
 
 
-def _written_out(value: Any) -> Any:
+def _without_control_characters(value: Any) -> Any:
     """Texts on the page, without the characters that reorder what is read."""
     return type(value)(escaped(value)) if isinstance(value, str) else value
 
@@ -151,10 +151,10 @@ def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:
     aside = ("kind", "run", "samples")  # the same in every row, or a path
     keys = [key for key in dict.fromkeys(key for row in run.evals for key in row) if key not in aside]
     keys.sort(key=lambda key: key in PROTOCOL)  # the numbers first, how they were made after
-    return keys, [[_shown(row.get(key)) for key in keys] for row in run.evals]
+    return keys, [[_value_text(row.get(key)) for key in keys] for row in run.evals]
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -196,9 +196,12 @@ def learning_curve(records: Sequence[RunRecord], key: str) -> Curve:
     """A key of `QUANTITIES` against steps."""
     quantity = QUANTITIES[key]
     ends = [(run.name, y) for run in records if (y := run.series(key)[1])]
-    parts = [f"{name} from {figure(y[0] * quantity.scale)} to {figure(y[-1] * quantity.scale)}" for name, y in ends]
+    parts = [
+        f"{name} from {short_number(y[0] * quantity.scale)} to {short_number(y[-1] * quantity.scale)}"
+        for name, y in ends
+    ]
     alt = f"{quantity.label} against training steps: {'; '.join(parts)}."
-    words = f"{_capital(quantity.label)}."
+    words = f"{_capitalised(quantity.label)}."
     caption = _smoothed(records, words) if quantity.is_noisy else words
     return Curve(inline_svg(curve_figure(records, key), key, alt), caption)
 
@@ -218,13 +221,13 @@ def _distance_curve(records: Sequence[RunRecord], protocol: Protocol, number: in
     picture = curve_figure(records, DISTANCE, against=against, protocol=protocol)
     ends = [(run.name, rows[0], rows[-1]) for run in records if (rows := run.distances(protocol))]
     parts = [
-        f"{name} goes from {figure(first[DISTANCE])} at {count(first['step'])} steps "
-        f"to {figure(last[DISTANCE])} at {count(last['step'])} steps"
+        f"{name} goes from {short_number(first[DISTANCE])} at {count(first['step'])} steps "
+        f"to {short_number(last[DISTANCE])} at {count(last['step'])} steps"
         for name, first, last in ends
     ]
     axis = {"step": "training steps", "seconds": "time", "images": "training images"}[against]
     alt = f"{distance_name(protocol)} against {axis}: {'; '.join(parts)}."
-    has_seeds = len(grouped(records)) < len(records)
+    has_seeds = len(group_seeds(records)) < len(records)
     seeds = " Thin: each seed; strong: their mean at the steps that all have." if has_seeds else ""
     caption = {
         "step": f"{distance_name(protocol)}, lower is better, 0 is the reference itself: {how_made(protocol)}.{seeds} "
@@ -242,7 +245,7 @@ def _loss_curve(records: Sequence[RunRecord], kind: str, words: str) -> Curve:
     for row in summary_rows(records):
         final = row["alignment"] if kind == "alignment" else {"": row["denoising"]}
         parts += [f"{row['name']} {name} ends at {value:.3f}" for name, value in final.items() if value is not None]
-    alt = f"{_capital(kind)} against training steps: {'; '.join(parts)}."
+    alt = f"{_capitalised(kind)} against training steps: {'; '.join(parts)}."
     return Curve(inline_svg(curve_figure(records, kind), kind, alt), _smoothed(records, words))
 
 
@@ -250,7 +253,7 @@ def _smoothed(records: Sequence[RunRecord], what: str) -> str:
     """The caption of a curve that is smoothed."""
     window = max(smoothing_window(len(run.train)) for run in records)
     mean = f"centred mean over up to {window} rows"
-    if len(grouped(records)) < len(records):
+    if len(group_seeds(records)) < len(records):
         return f"{what} A line a seed: {mean if window > 1 else 'as logged'}."
     return f"{what} Faint: as logged; strong: {mean}." if window > 1 else f"{what} As logged."
 
@@ -271,11 +274,11 @@ def _analysis_caption(analysis: Analysis) -> str:
         parts.append(data)
     if analysis.kind == "cknna":
         parts.append(f"k = {given.get('neighbours')}, the {given.get('variant')} variant")
-    caption = f"{_capital(analysis.label)} of each block: {'; '.join(parts)}. t = 0 is data."
+    caption = f"{_capitalised(analysis.label)} of each block: {'; '.join(parts)}. t = 0 is data."
     chance = given.get("chance")
     known = is_number(chance) or analysis.kind in ("cka", "cka-unbiased")
-    return f"{caption} {_capital(meaning_of(analysis.kind, chance))}." if known else caption
+    return f"{caption} {_capitalised(meaning_of(analysis.kind, chance))}." if known else caption
 
 
-def _capital(words: str) -> str:
+def _capitalised(words: str) -> str:
     return words[0].upper() + words[1:]

@@ -28,9 +28,9 @@ from repa.report.runs import (
     is_number,
     read_runs,
 )
-from repa.report.speedups import Group, group_indices, grouped
+from repa.report.speedups import SeedGroup, group_indices, group_seeds
 from repa.report.style import TEXT, colour, new_figure, write_png
-from repa.report.text import count, figure
+from repa.report.text import count, short_number
 from repa.runs import layout
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Picture(NamedTuple):
 
 def sample_pictures(
     records: Sequence[RunRecord],
-    groups: Sequence[Group],
+    groups: Sequence[SeedGroup],
     training_images: np.ndarray | None,
     training_captions: Sequence[str],
 ) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def sample_pictures(
     }
 
 
-def _best_first(groups: Sequence[Group], protocol: Protocol | None) -> list[Group]:
+def _best_first(groups: Sequence[SeedGroup], protocol: Protocol | None) -> list[SeedGroup]:
     """The first group, then the others by the last distance of their first run, where all were measured alike."""
 
-    def last_distance(group: Group) -> float:
+    def last_distance(group: SeedGroup) -> float:
         rows = group.runs[0].distances(protocol)
         return rows[-1][DISTANCE] if rows else math.inf
 
@@ -119,7 +119,7 @@ def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Picture]
 def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> tuple[Picture | None, str]:
     """One run at one step of the sample grid: its preview, where it has one, and the distance, where that was measured."""
     rows = [row for row in run.distances(protocol) if row["step"] == step]
-    distance = figure(rows[-1][DISTANCE]) if rows else ""
+    distance = short_number(rows[-1][DISTANCE]) if rows else ""
     if not has_preview(run, step):
         return None, distance
     images = read_preview(run, step)
@@ -265,7 +265,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
     beside: Figure | SubFigure = picture
     if shown:
         left, beside = picture.subfigures(1, 2, width_ratios=(width, CURVE))  # type: ignore[misc]  # an array of the two
-        groups = dict(zip((run.name for run in records), group_indices(records, grouped(records)), strict=True))
+        groups = dict(zip((run.name for run in records), group_indices(records, group_seeds(records)), strict=True))
         axes = _place_pictures(
             left, [[_four_samples(run, step) for step in steps] for run in shown], [run.name for run in shown],
             [f"{count(step)} steps" for step in steps], fontsize=10, interpolation="lanczos",
@@ -274,7 +274,7 @@ def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: 
             row[0].yaxis.label.set(color=colour(groups[run.name]), weight="bold")
             found = {r["step"]: r[DISTANCE] for r in run.distances(protocol)}
             for place, step in zip(row, steps, strict=True):
-                place.set_xlabel(figure(found[step]) if step in found else "", fontsize=10, color=TEXT)
+                place.set_xlabel(short_number(found[step]) if step in found else "", fontsize=10, color=TEXT)
     kind = DISTANCE if any(run.protocols for run in records) else "denoising"
     draw_curves(beside.add_subplot(), records, kind, protocol=protocol)
     return write_png(picture, out)

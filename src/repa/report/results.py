@@ -28,8 +28,8 @@ from repa.report.runs import (
     protocol_of,
     settings_of,
 )
-from repa.report.speedups import Group, GroupSpeedup, Spread, spread
-from repa.report.text import count, figure, how_made, with_deviation
+from repa.report.speedups import SeedGroup, SeedSpeedup, Spread, spread
+from repa.report.text import count, how_made, short_number, with_deviation
 from repa.runs import layout
 
 MOST_STEPS = 8  # of one run in a table: the others are in the .csv
@@ -81,7 +81,7 @@ class Table:
 
 
 def results(
-    groups: Sequence[Group], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool = True
+    groups: Sequence[SeedGroup], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool = True
 ) -> list[Table]:
     """A table for each way of measuring, in the order of the runs; `thin` keeps few steps of each run."""
     rows = [row for group in groups for run in group.runs for row in run.evals] + [other.row for other in others]
@@ -91,24 +91,24 @@ def results(
     ]
 
 
-def without_paper(tables: Sequence[Table], groups: Sequence[Group]) -> list[tuple[RunRecord, Row]]:
+def unmatched_paper_rows(tables: Sequence[Table], groups: Sequence[SeedGroup]) -> list[tuple[RunRecord, Row]]:
     """Runs that train as a row of the paper, but are measured differently: nothing is shown next to them."""
     beside = {line.group for table in tables if table.has_paper for line in table.lines}
     runs = [group.runs[0] for number, group in enumerate(groups) if number not in beside]
-    return [(run, row) for run in runs if (row := row_of(run)) is not None and row.unguided]
+    return [(run, row) for run in runs if (row := paper_row_of(run)) is not None and row.unguided]
 
 
 def _table(
-    protocol: Protocol, groups: Sequence[Group], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool
+    protocol: Protocol, groups: Sequence[SeedGroup], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool
 ) -> Table:
     lines, is_thinned = [], False
     for number, group in enumerate(groups):
-        mine = _lines_of(group, number, protocol, accuracies)
+        mine = _measured_lines(group, number, protocol, accuracies)
         if thin and len(mine) > MOST_STEPS:
             mine, is_thinned = layout.evenly_spaced(mine, MOST_STEPS), True
         lines += mine
         if mine:
-            lines += _of_paper(group, number, protocol)
+            lines += _paper_lines(group, number, protocol)
     for other in others:
         if protocol_of(other.row) == protocol:
             values = {key: spread([other.row[key]]) for key in (DISTANCE, *METRICS) if is_number(other.row.get(key))}
@@ -116,7 +116,7 @@ def _table(
     return Table(protocol, lines, is_thinned)
 
 
-def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accuracies) -> list[Line]:
+def _measured_lines(group: SeedGroup, number: int, protocol: Protocol, accuracies: Accuracies) -> list[Line]:
     """A line for every step at which some run of the group was measured: means over the runs that were."""
     rows = [
         {**row, "accuracy": accuracies.get((run.name, row["step"]))}
@@ -134,15 +134,15 @@ def _lines_of(group: Group, number: int, protocol: Protocol, accuracies: Accurac
     return lines
 
 
-def _of_paper(group: Group, number: int, protocol: Protocol) -> list[Line]:
+def _paper_lines(group: SeedGroup, number: int, protocol: Protocol) -> list[Line]:
     """The paper's figures for a run that trains as one of its rows and was measured as that was."""
     run, given = group.runs[0], settings_of(protocol)
-    row = row_of(run)
+    row = paper_row_of(run)
     if row is None or not _measured_as_in_the_paper(run, given):
         return []
     name = f"the paper’s {row.name} ({row.table})"
     figures = [each for each in row.figures if _sampled_as(each, given)]
-    return [Line(name, each.step, _printed(each), group=number, is_of_paper=True) for each in figures]
+    return [Line(name, each.step, _paper_values(each), group=number, is_of_paper=True) for each in figures]
 
 
 def _measured_as_in_the_paper(run: RunRecord, given: Mapping[str, Any]) -> bool:
@@ -165,13 +165,13 @@ def _sampled_as(figures: PublishedResult, given: Mapping[str, Any]) -> bool:
     return figures.sampler != "" and all(given.get(key) == value for key, value in asked.items())
 
 
-def _printed(figures: PublishedResult) -> dict[str, Spread]:
+def _paper_values(figures: PublishedResult) -> dict[str, Spread]:
     """Our names of the paper's columns; the probe's accuracy is in per cent there too."""
     values = {DISTANCE: figures.fid, **{key: getattr(figures, key) for key in METRICS if hasattr(figures, key)}}
     return {key: spread([value]) for key, value in values.items() if value is not None}
 
 
-def row_of(run: RunRecord) -> Row | None:
+def paper_row_of(run: RunRecord) -> Row | None:
     """The row that a run trains as: the same network, alignment and batch, on latents of as many classes; else None."""
     return next((row for row in ROWS.values() if _trains_as(run, row)), None)
 
@@ -197,11 +197,11 @@ def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
     return len(found) == 1 and {**whole, **found[0]} == whole
 
 
-COUNTED = ("precision", "recall")  # shown with two decimals, as papers do
+TWO_DECIMALS = ("precision", "recall")  # shown with two decimals, as papers do
 
 
 def write_markdown(
-    out: Path, title: str, verdict: Verdict, tables: Sequence[Table], speedups: Sequence[GroupSpeedup],
+    out: Path, title: str, verdict: Verdict, tables: Sequence[Table], speedups: Sequence[SeedSpeedup],
     summary: Sequence[dict[str, str]],
 ) -> None:  # fmt: skip
     """What the page says in words and tables."""
@@ -210,7 +210,7 @@ def write_markdown(
     for table in tables:
         heading = ["", "Iter.", *table.columns.values(), *(["runs"] if has_seeds(table) else [])]
         rows = [
-            [line.name, "" if line.step is None else count(line.step), *(shown(line, key) for key in table.columns),
+            [line.name, "" if line.step is None else count(line.step), *(cell_text(line, key) for key in table.columns),
              *([str(line.num_runs)] if has_seeds(table) else [])]
             for line in table.lines
         ]  # fmt: skip
@@ -238,31 +238,31 @@ def has_seeds(table: Table) -> bool:
     return any(line.num_runs > 1 for line in table.lines)
 
 
-def shown(line: Line, key: str) -> str:
+def cell_text(line: Line, key: str) -> str:
     """A figure as a table has it: the paper's with its own decimals, over seeds with the standard deviation; else empty."""
     found = line.values.get(key)
     if found is None:
         return ""
     if line.is_of_paper:
         return printed(found.mean)
-    text = with_deviation(found, "{:.2f}".format if key in COUNTED else figure)
+    text = with_deviation(found, "{:.2f}".format if key in TWO_DECIMALS else short_number)
     return text if found.num == line.num_runs else f"{text} ({found.num} of {line.num_runs})"
 
 
-def speedup_cells(found: GroupSpeedup) -> dict[str, str]:
+def speedup_cells(found: SeedSpeedup) -> dict[str, str]:
     """Heading -> cell: factors are means over pairs with their range, and only there when every run got there."""
     pairs = found.pairs
     target = sum(pair.target for pair in pairs) / len(pairs)
     return {
         "aligned": found.aligned.label,
         "baseline": found.baseline.label,
-        "its final distance": figure(target),
+        "its final distance": short_number(target),
         "reached": f"{len(found.reached)} of {len(pairs)}",
         **{f"times fewer {of}": _factor(found, of) for of in ("steps", "seconds", "images")},
     }
 
 
-def _factor(found: GroupSpeedup, of: str) -> str:
+def _factor(found: SeedSpeedup, of: str) -> str:
     spread = found.factors(of)
     if spread is None:
         return ""

@@ -27,9 +27,9 @@ PROTOCOL = (
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
 DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
-SAME = {"fid": DISTANCE, "fd": DISTANCE}
+DISTANCE_KEYS = {"fid": DISTANCE, "fd": DISTANCE}
 # of a results file: part -> key -> type; "" is the file itself
-KINDS: dict[str, dict[str, type]] = {
+FIELD_TYPES: dict[str, dict[str, type]] = {
     "": {"made": dict, "encoder": dict, "arithmetic": dict, "num_samples": int, "reference_sha256": str},
     "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
 }
@@ -135,17 +135,17 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     # The number of images at a step follows from the configuration, which the record reads.
     train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
     for row in evals:
-        _require_kinds(path / layout.METRICS, "", row, "Remove that line.")
-    return replace(run, train=train, evals=in_order(map(_preview_row, evals)))
+        _require_types(path / layout.METRICS, "", row, "Remove that line.")
+    return replace(run, train=train, evals=merged_by_step(map(_preview_row, evals)))
 
 
 def with_evaluations(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
     """The run with the rows of results files in addition to those of its metrics."""
     timed = [{**row, "seconds": run.seconds_at.get(row["step"]), **run.images_at(row["step"])} for row in rows]
-    return replace(run, evals=in_order([*run.evals, *timed]))
+    return replace(run, evals=merged_by_step([*run.evals, *timed]))
 
 
-def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged_by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """By step; of repeated evaluations (same step and protocol) the last, with what only earlier ones measured."""
     latest: dict[tuple[int, Protocol], dict[str, Any]] = {}
     for row in rows:
@@ -215,12 +215,12 @@ def add_evaluations(
                     f"{file} does not say which checkpoint its samples are of: move it out of {layout.EVALUATIONS}, "
                     "and name it with --results."
                 )
-            found[run.path.resolve()].append(_decoded(row, run))
+            found[run.path.resolve()].append(_with_decoder(row, run))
     for file in map(Path, results):
         row = evaluation_row(file)
         folder = Path(row["run"]).resolve() if row["run"] else None
         if folder in known and row["step"] is not None:
-            found[folder].append(_decoded(row, known[folder]))
+            found[folder].append(_with_decoder(row, known[folder]))
         else:
             name = folder.name if folder else Path(row["samples"]).name
             others.append(OtherSamples(name, row))
@@ -235,8 +235,8 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
         )
-    for part in KINDS:
-        _require_kinds(file, part, results.get(part) if part else results, "Make it again by `repa evaluate`.")
+    for part in FIELD_TYPES:
+        _require_types(file, part, results.get(part) if part else results, "Make it again by `repa evaluate`.")
     made = results.get("made") or {}
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
     return {
@@ -259,9 +259,9 @@ def evaluation_row(file: Path) -> dict[str, Any]:
     }
 
 
-def _require_kinds(file: Path, part: str, given: Any, remedy: str) -> None:
+def _require_types(file: Path, part: str, given: Any, remedy: str) -> None:
     """A file may come from anyone: a number where text is expected would end the report in the middle of its page."""
-    for key, kind in KINDS[part].items():
+    for key, kind in FIELD_TYPES[part].items():
         if isinstance(given, dict) and not isinstance(given.get(key), kind | None):
             raise UserError(f"{file} is damaged: {f'{part}.{key}' if part else key} is {given[key]!r:.60}. {remedy}")
 
@@ -276,7 +276,7 @@ def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _decoded(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
+def _with_decoder(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
     """Samples whose file names no decoder were decoded by the run's own autoencoder."""
     return {**row, "decoder": row["decoder"] or run.config.get("autoencoder") or None}
 
@@ -313,7 +313,7 @@ def _preview_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def renamed(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics with its distance under one name; the features tell which it is."""
-    return {SAME.get(key, key): value for key, value in row.items()}
+    return {DISTANCE_KEYS.get(key, key): value for key, value in row.items()}
 
 
 def is_number(value: Any) -> TypeGuard[float]:

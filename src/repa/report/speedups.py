@@ -133,7 +133,7 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
             part = (previous[DISTANCE] - target) / drop  # in (0, 1]: previous is above the target, row is not
             between = (row["step"], row["step"]) if part == 1 else (previous["step"], row["step"])
             step = previous["step"] + part * (row["step"] - previous["step"])
-            return Reached(step, _mix(previous, row, "seconds", part), between, stays=stays)
+            return Reached(step, _interpolated(previous, row, "seconds", part), between, stays=stays)
         previous = row
     return None
 
@@ -148,7 +148,7 @@ def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> R
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs of one configuration and one data set, each with another seed; often just one."""
 
     name: str
@@ -178,7 +178,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, min(values), max(values), len(values))
 
 
-def grouped(records: Sequence[RunRecord]) -> list[Group]:
+def group_seeds(records: Sequence[RunRecord]) -> list[SeedGroup]:
     """Groups in the order of their first runs. Runs of the same seed are not a sample over seeds and stay separate."""
     members: list[tuple[str, list[RunRecord]]] = []
     for run in records:
@@ -189,27 +189,27 @@ def grouped(records: Sequence[RunRecord]) -> list[Group]:
             members.append((key, [run]))
         else:
             home.append(run)
-    groups = [Group(_name([run.name for run in runs]), tuple(runs)) for _, runs in members]
+    groups = [SeedGroup(_common_name([run.name for run in runs]), tuple(runs)) for _, runs in members]
     # Groups that would share a name, such as runs of one seed, are called by all their members.
     names = [group.name for group in groups]
     return [
-        group if names.count(group.name) == 1 else Group(" + ".join(run.name for run in group.runs), group.runs)
+        group if names.count(group.name) == 1 else SeedGroup(" + ".join(run.name for run in group.runs), group.runs)
         for group in groups
     ]
 
 
-def group_indices(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[int]:
+def group_indices(records: Sequence[RunRecord], groups: Sequence[SeedGroup]) -> list[int]:
     """For each run the number of its group."""
     places = {run.name: number for number, group in enumerate(groups) for run in group.runs}
     return [places[run.name] for run in records]
 
 
 @dataclass(frozen=True)
-class GroupSpeedup:
+class SeedSpeedup:
     """How soon the runs of a group had the final distance of baselines: a `Speedup` for each pair."""
 
-    baseline: Group
-    aligned: Group
+    baseline: SeedGroup
+    aligned: SeedGroup
     pairs: tuple[Speedup, ...]
     by_seed: bool  # each run with the baseline of its seed; else every run with every baseline
 
@@ -240,16 +240,16 @@ class GroupSpeedup:
         return spread([value * ratio for value in values])
 
 
-def group_speedups(groups: Sequence[Group]) -> list[GroupSpeedup]:
+def speedups_of_groups(groups: Sequence[SeedGroup]) -> list[SeedSpeedup]:
     """Every aligned group against the first group trained without alignment, where evaluations can be compared."""
     baseline = next((group for group in groups if not group.is_aligned), None)
     if baseline is None:
         return []
-    found = [_compared(baseline, group) for group in groups if group.is_aligned]
+    found = [_speedup_of_groups(baseline, group) for group in groups if group.is_aligned]
     return [each for each in found if each is not None]
 
 
-def _compared(baseline: Group, aligned: Group) -> GroupSpeedup | None:
+def _speedup_of_groups(baseline: SeedGroup, aligned: SeedGroup) -> SeedSpeedup | None:
     """Pairs of the same seed start from the same network and see the same data; other seeds pair all with all."""
     seeds = [{run.seed: run for run in group.runs} for group in (baseline, aligned)]
     by_seed = seeds[0].keys() == seeds[1].keys()
@@ -261,7 +261,7 @@ def _compared(baseline: Group, aligned: Group) -> GroupSpeedup | None:
     # Factors of pairs that were measured in different ways have no common mean.
     if len(found) < len(pairs) or len({pair.protocol for pair in found}) > 1:
         return None
-    return GroupSpeedup(baseline, aligned, tuple(found), by_seed)
+    return SeedSpeedup(baseline, aligned, tuple(found), by_seed)
 
 
 def _all_but_the_seed(run: RunRecord) -> str:
@@ -269,7 +269,7 @@ def _all_but_the_seed(run: RunRecord) -> str:
     return json.dumps([config, run.data], sort_keys=True, default=str)
 
 
-def _name(names: Sequence[str]) -> str:
+def _common_name(names: Sequence[str]) -> str:
     """'baseline' for runs/0/baseline and runs/1/baseline, and for baseline-0 and baseline-1."""
     if len(names) == 1:
         return names[0]
@@ -279,7 +279,7 @@ def _name(names: Sequence[str]) -> str:
     return re.sub(r"([-_. /=]+(seed)?[-_=]?\d*|seed\d*)$", "", common) or " + ".join(names)  # cifar10-1 is cifar10
 
 
-def _mix(a: dict[str, Any], b: dict[str, Any], key: str, part: float) -> float | None:
+def _interpolated(a: dict[str, Any], b: dict[str, Any], key: str, part: float) -> float | None:
     return a[key] + part * (b[key] - a[key]) if is_number(a.get(key)) and is_number(b.get(key)) else None
 
 

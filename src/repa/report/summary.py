@@ -14,10 +14,10 @@ from repa.base.errors import printable
 from repa.base.reporting import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
 from repa.report.speedups import Speedup, baseline_of, speedup
-from repa.report.text import count, figure
+from repa.report.text import count, short_number
 from repa.runs import layout
 
-NONE = "–"
+DASH = "–"
 TAIL = 0.1  # final training figures are means over this last part of the logged rows
 
 
@@ -46,8 +46,8 @@ def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
                 "frechet_step": last.get("step"),
                 "protocol": protocol if distances else None,
                 "speedup": speedup(baseline, run) if baseline is not None and run.is_aligned else None,
-                "denoising": _tail(run.series("denoising")[1]),
-                "alignment": {name: _tail(run.series(f"alignment/{name}")[1]) for name in run.alignment_names},
+                "denoising": _final_mean(run.series("denoising")[1]),
+                "alignment": {name: _final_mean(run.series(f"alignment/{name}")[1]) for name in run.alignment_names},
                 "steps": run.steps,
                 "seconds": max(seconds, default=None),
                 "images_per_second": median(rates) if rates else None,
@@ -63,17 +63,17 @@ def summary_table(runs: Sequence[Path | RunRecord]) -> list[dict[str, str]]:
         {
             "run": row["name"],
             "aligned to": "; ".join(row["alignments"]) or "nothing",
-            "Fréchet distance": _text(row["frechet_distance"], figure),
+            "Fréchet distance": _text_or_dash(row["frechet_distance"], short_number),
             "steps to the baseline's": reached_text(row["speedup"]),
-            "denoising loss": _text(row["denoising"], "{:.4f}".format),
-            "alignment": ", ".join(f"{value:.3f}" for value in row["alignment"].values() if value is not None) or NONE,
+            "denoising loss": _text_or_dash(row["denoising"], "{:.4f}".format),
+            "alignment": ", ".join(f"{value:.3f}" for value in row["alignment"].values() if value is not None) or DASH,
             "steps": count(row["steps"]),
-            "time": _text(row["seconds"], duration),
-            "images/s": _text(row["images_per_second"], figure),
+            "time": _text_or_dash(row["seconds"], duration),
+            "images/s": _text_or_dash(row["images_per_second"], short_number),
         }
         for row in summary_rows(runs)
     ]
-    return [{key: cell for key, cell in row.items() if any(other[key] != NONE for other in table)} for row in table]
+    return [{key: cell for key, cell in row.items() if any(other[key] != DASH for other in table)} for row in table]
 
 
 def reached_text(found: Speedup | None) -> str:
@@ -83,7 +83,7 @@ def reached_text(found: Speedup | None) -> str:
     was measured too seldom.
     """
     if found is None:
-        return NONE
+        return DASH
     if found.aligned is None:
         return "not reached"
     if found.is_too_coarse or not found.overlap.steps:
@@ -107,11 +107,11 @@ def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str
     """(setting, its value in each run) for every leaf of the configurations that is not the same in all."""
     configs = [leaves(run.config) for run in records]
     names = dict.fromkeys(name for each in configs for name in each)
-    table = [(name, [_shown(each.get(name)) for each in configs]) for name in names]
+    table = [(name, [_setting_text(each.get(name)) for each in configs]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
-def _shown(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     return "–" if value is None or value == [] or value == {} else str(value)
 
 
@@ -131,7 +131,7 @@ def machine_facts() -> dict[str, str]:
 
 def data_facts(records: Sequence[RunRecord]) -> dict[str, str]:
     """What the runs were trained on, from data.json; where runs differ, each one's with its name."""
-    described = {run.name: _describe(run.data) for run in records if run.data}
+    described = {run.name: _describe_data(run.data) for run in records if run.data}
     keys = dict.fromkeys(key for each in described.values() for key in each)
     facts = {}
     for key in keys:
@@ -141,10 +141,10 @@ def data_facts(records: Sequence[RunRecord]) -> dict[str, str]:
     return facts
 
 
-def _describe(data: Mapping[str, Any]) -> dict[str, str]:
+def _describe_data(data: Mapping[str, Any]) -> dict[str, str]:
     facts = {}
     if data.get("source") is not None:
-        facts["Source"] = _words(data["source"])
+        facts["Source"] = _identity_text(data["source"])
     if data.get("num_images") is not None:
         facts["Images"] = count(data["num_images"])
     if data.get("resolution") is not None:
@@ -155,20 +155,22 @@ def _describe(data: Mapping[str, Any]) -> dict[str, str]:
         facts["Classes"] = f"{len(names)}: {shown}{', …' if len(names) > 12 else ''}"
     for key, label in (("autoencoder", "Autoencoder"), ("features", "Alignment features")):
         if data.get(key):
-            facts[label] = _words(data[key])
+            facts[label] = _identity_text(data[key])
     return facts
 
 
-def _words(value: Any) -> str:
+def _identity_text(value: Any) -> str:
     # An identity: the name, and the checksum that tells it from others of that name.
     if isinstance(value, Mapping) and "name" in value:
         checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
         seed = f", seed {value['seed']}" if "seed" in value else ""
         return f"{value['name']}{seed}" + (f", checksum {' '.join(checksums)}" if checksums else "")
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} ({_words(item)})" if item or item == 0 else str(key) for key, item in value.items())
+        return ", ".join(
+            f"{key} ({_identity_text(item)})" if item or item == 0 else str(key) for key, item in value.items()
+        )
     if isinstance(value, (list, tuple)):
-        return ", ".join(_words(item) for item in value)
+        return ", ".join(_identity_text(item) for item in value)
     return str(value)
 
 
@@ -195,9 +197,9 @@ def num_parameters(run: Path) -> int | None:
     return num if found else None
 
 
-def _tail(values: Sequence[float]) -> float | None:
+def _final_mean(values: Sequence[float]) -> float | None:
     return fmean(values[-max(1, round(len(values) * TAIL)) :]) if values else None
 
 
-def _text(value: float | None, words: Callable[[float], str]) -> str:
-    return NONE if value is None else words(value)
+def _text_or_dash(value: float | None, words: Callable[[float], str]) -> str:
+    return DASH if value is None else words(value)

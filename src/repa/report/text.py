@@ -36,7 +36,7 @@ def short_count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def figure(value: float) -> str:
+def short_number(value: float) -> str:
     """A measured figure with about three or four digits that mean something: 240.1, 10.75, 0.0123."""
     size = abs(value)
     if size >= 100:
