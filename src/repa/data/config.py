@@ -71,15 +71,6 @@ class PrepareConfig(Config):
         parts = [pair.rpartition("=") for pair in pairs]
         return tuple(f"{encoder}{equals}{cls._absolute(path)}" for encoder, equals, path in parts)
 
-    @field_validator("features")
-    @classmethod
-    def _known_encoders(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        # compared as written out: a short name and its long one are one encoder, whose files would overwrite each other
-        for spec in specs:
-            if specs.count(spec) > 1:
-                raise ValueError(f"features name {spec!r} twice: name each encoder once")
-        return specs
-
     @model_validator(mode="after")
     def _settings_of_encoders(self) -> Self:
         """Check what is given for single encoders; forms are written as one ENCODER=FORM for each that is not fp16."""
@@ -119,7 +110,7 @@ class PrepareConfig(Config):
         for spec, name in zip(self.features, names[1:], strict=True):
             if names.count(name) > 1:
                 raise ValueError(
-                    f"the files of {spec!r} would be named like another's ({name}): leave one of the two out"
+                    f"features name {spec!r} twice, or two whose files are both {name}: leave one of the two out"
                 )
         return self
 

@@ -201,7 +201,7 @@ class CifarSource(Source):
         self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
         self._ends = np.cumsum([len(records) for records in self._records])
         column = 1 if kind == "fine" else 0
-        numbers = np.concatenate([records[:, column] for records in self._records]).astype(np.int64)
+        numbers = np.concatenate([records[:, column] for records in self._records]).tolist()
         if labels == "none":
             classes = one_class(len(numbers), labels)
         else:

@@ -42,9 +42,7 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
     for index, value in enumerate(values):
         # NaN, which is no number equal to itself, is how pandas writes a missing label
         if value is None or value == "" or value != value:
-            raise UserError(
-                f"{name_of(index)} has no label in {where}: give one to every image, or set labels to 'none'."
-            )
+            raise UserError(_missing(name_of(index), where))
         # True is an int of Python, but a column of booleans is an attribute, whose classes have no order
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
         if isinstance(value, bool) or not (whole or isinstance(value, (int, np.integer, str))):
@@ -104,16 +102,22 @@ def _short(label: int) -> str:
     return str(label) if abs(label) < 10**20 else "a number of more than 20 digits"
 
 
-def named(labels: np.ndarray, names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:
-    """Labels whose classes have names; raises UserError for a label without one."""
-    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
-    if len(bad):
-        index = int(bad[0])
-        raise UserError(
-            f"The label of {name_of(index)} in {where} is {labels[index]}, but there are {len(names)} classes: "
-            "correct it, or set labels to 'none'."
-        )
-    return Classes(labels.astype(np.int64), [printable(name) for name in names], where)
+def named(values: Sequence[Any], names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:
+    """Labels that are the numbers of classes with names; raises UserError for one that is missing or no such number."""
+    for index, value in enumerate(values):
+        if value is None:
+            raise UserError(_missing(name_of(index), where))
+        # -1 is how `datasets` writes that the labels of a test split are secret
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < len(names):
+            raise UserError(
+                f"The label of {name_of(index)} in {where} is {str(value)[:80]}, but there are {len(names)} classes, and a label is "
+                "the number of one: correct it, or set labels to 'none'."
+            )
+    return Classes(np.array(values, np.int64), [printable(name) for name in names], where)
+
+
+def _missing(name: str, where: str) -> str:
+    return f"{name} has no label in {where}: give one to every image, or set labels to 'none'."
 
 
 def label_columns(there: Iterable[str]) -> list[str]:

@@ -12,13 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from repa.base import extras
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import (
     CAPTION_COLUMNS,
-    Classes,
     Source,
     caption_values,
     named_by_first,
@@ -26,7 +23,7 @@ from repa.data.sources.contract import (
     read_image_file,
     require_image_size,
 )  # fmt: skip
-from repa.data.sources.labels import MAX_CLASSES, classes_of, label_columns, named
+from repa.data.sources.labels import classes_of, label_columns, named
 
 LABEL = "label"
 
@@ -123,27 +120,13 @@ class TableSource(Source):
         if not num:
             raise UserError(f"{where} holds no rows: give a file or split with images.")
         if self._label and labels != "none":
-            classes = self._classes(values(), f"the column {self._label!r} of {where}")
+            column, names = f"the column {self._label!r} of {where}", self._class_names
+            classes = named(values(), names, self.name, column) if names else classes_of(values(), self.name, column)
         else:
             classes = one_class(num, labels, why=self._unlabelled)
         sampled = self._sampled_digest(num) if is_local else ""
         name = Path(where).name if "://" in where or not where.startswith("hf:") else where
         self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())
-
-    def _classes(self, values: Sequence[Any], where: str) -> Classes:
-        """The classes in a column of labels; their names are kept where the table has them."""
-        if not self._class_names:
-            return classes_of(values, self.name, where)
-        for index, value in enumerate(values):
-            if value is None:
-                raise UserError(f"{self.name(index)} has no label in {where}: give it one, or set labels to 'none'.")
-            # -1 is how `datasets` writes that the labels of a test split are secret; `named` refuses it with a sentence
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -1 <= value < MAX_CLASSES:
-                raise UserError(
-                    f"{self.name(index)} has the label {str(value)[:80]!r} in {where}, whose classes have names: a label there is "
-                    "the number of a class. Correct it, or set labels to 'none'."
-                )
-        return named(np.array(values, np.int64), self._class_names, self.name, where)
 
     def contents(self, index: int) -> bytes:
         return image_bytes(self._cell(self._image, index), self.name(index))
