@@ -119,6 +119,8 @@ def _file_kind(name: str, labels: str) -> Callable[..., Source]:
         raise UserError(f"{name} is compressed as a whole, so that no image in it can be read alone: unpack it first.")
     if ending in (".pkl", ".pickle", ".pt", ".pth"):
         raise UserError(f"{name} is a pickle, which can run any program when it is read: save it as .npz or .npy.")
+    if ending in EXTENSIONS:
+        raise UserError(f"{name} is one image: give the folder that holds it, or a zip of images.")
     return partial(ZipSource, Path(name), labels)
 
 
