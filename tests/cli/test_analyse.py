@@ -175,7 +175,7 @@ def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
     run_, data = str(random_run), str(data_folder)
     assert "'cknn'" in refused(capsys, "cknn")
     assert "Did you mean 'cknna'" in refused(capsys, "cknn")
-    assert "needs runs (run folders)" in refused(capsys, "cknna", "--data", data)
+    assert "needs RUNS (run folders)" in refused(capsys, "cknna", "--data", data)
     assert "run folders, or encoders by name" in refused(capsys, "probe", "--data", data)
     assert "is not a run folder" in refused(capsys, "cknna", tmp_path, "--data", data)
     for what in (["pictures", "runs/x", "--data", data], ["progress", "runs/x"]):

@@ -105,7 +105,7 @@ def test_an_encoder_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["no-such-recipe"], "'no-such-recipe'"),
-        ([], "needs recipe"),
+        ([], "needs RECIPE"),
         (["quickstart", "--rounds", "0"], "rounds"),
         (["quickstart", "--precision", "int8"], "int8"),
         (["quickstart", "--data", "/nowhere"], "/nowhere"),
