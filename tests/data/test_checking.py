@@ -117,7 +117,7 @@ def test_a_plan_counts_what_is_left(folder, tmp_path, fakes):
     before = content(tmp_path / "out")
     assert make_plan(folder, tmp_path / "out", FULL, seconds=0.1).num_todo == 6  # shards 0 and 2
     assert content(tmp_path / "out") == before
-    with pytest.raises(UserError, match=r"config\.resolution: 8 -> 12"):
+    with pytest.raises(UserError, match=r"\(resolution: 8 -> 12"):
         make_plan(folder, tmp_path / "out", FULL.override(resolution=12))
     for path in folder.rglob("*.png"):
         spoil(path)
