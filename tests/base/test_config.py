@@ -1,4 +1,7 @@
+from typing import Annotated
+
 import pytest
+import yaml
 from pydantic import Field
 
 from repa.base.config import Config, difference
@@ -51,6 +54,19 @@ def test_mistakes_are_one_sentence_that_names_field_value_and_what_is_allowed(va
     assert "\n" not in message
     for part in wanted:
         assert part in message
+
+
+def test_a_number_is_not_written_true(tmp_path):
+    class Numbers(Config):
+        count: int = 1
+        rates: tuple[Annotated[float, Field(ge=0)], ...] = ()
+        is_fast: bool = False
+
+    assert Numbers.parse({"count": 2, "rates": [1], "is_fast": True}).is_fast
+    for values in ({"count": True}, {"rates": [0.5, False]}):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(UserError, match=f"{next(iter(values))}: a number was expected"):
+            Numbers.load(tmp_path / "c.yaml")
 
 
 def test_broken_files_are_sentences(tmp_path):

@@ -127,6 +127,8 @@ def test_a_column_of_parquet(edm, tmp_path):
         ("file,label\n00000/img0.png,a\n00000/img1.png,\n00001/img2.png,b\n", "00000/img1.png has no label in"),
         ("file,label\n00000/img0.png,a\n00000/img1.png\n00001/img2.png,b\n", "00000/img1.png has no label in"),
         ("file,label\n00000/img0.png,01\n00000/img1.png,1\n00001/img2.png,2\n", "'01' and '1' are the same one"),
+        ("file,label\n00000/img0.png,1\n00000/img1.png,two\n00001/img2.png,1.0\n", "'1' and '1.0' are the same one"),
+        ("file,label\n00000/img0.png,a\n00000/img1.png,NaN\n00001/img2.png,b\n", "00000/img1.png has no label in"),
         ("file,label\n,a\n", "Row 2 of .* names no image"),
         ("file,lable\nx,a\n", "no column 'label': it has 'file', 'lable'. Did you mean 'lable'"),
         ("id,label\nx,a\n", "no column that names the images: call it 'file_name'"),

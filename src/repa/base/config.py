@@ -4,10 +4,10 @@ import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from repa.base.errors import UserError, choices
 from repa.base.faults import require_plain
@@ -25,6 +25,18 @@ class Config(BaseModel):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         for info in cls.model_fields.values():  # the lines of a docstring are not those of a help page
             info.description = info.description and " ".join(info.description.split())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truths(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number is not written true: pydantic would take it for 1, as Python does."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = {getattr(each, "__origin__", each) for each in (kind, *get_args(kind))}
+        if kinds & {int, float} and bool not in kinds:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, bool):
+                    raise ValueError(f"a number was expected, but got {str(each).lower()}")
+        return value
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "", *, typed: bool = False) -> Self:
@@ -137,7 +149,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no configuration file {path}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
-        reason = str(error).replace("\n", " ")
+        reason = " ".join(str(error).replace(' in "<unicode string>",', " in").split())
         raise UserError(f"{path} cannot be read as YAML: {reason}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of settings, but holds {type(values).__name__}.")

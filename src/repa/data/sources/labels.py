@@ -40,8 +40,8 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
     """
     values = [plain_text(value) if isinstance(value, str) else value for value in values]
     for index, value in enumerate(values):
-        # NaN, which is no number equal to itself, is how pandas writes a missing label
-        if value is None or value == "" or value != value:
+        # NaN, which is no number equal to itself, is how pandas writes a missing label, and "nan" where it made texts of all
+        if value is None or value != value or (isinstance(value, str) and value.lower() in ("", "nan")):
             raise UserError(_missing(name_of(index), where))
         # True is an int of Python, but a column of booleans is an attribute, whose classes have no order
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
@@ -50,15 +50,15 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
                 f"The label of {name_of(index)} in {where} is {value!r}: a label is a whole number or the name of a class. "
                 "Convert the labels, or set them to 'none'."
             )
+    written: dict[int, str] = {}
+    for value in dict.fromkeys(value for value in values if isinstance(value, str) and _is_whole(value)):
+        if (first := written.setdefault(_number_of(value), value)) != value:
+            raise UserError(
+                f"Labels in {where} are numbers, but {first!r} and {value!r} are the same one: write it one way, or give the "
+                "classes names that are no numbers."
+            )
     if all(_is_whole(value) for value in values):
-        numbers = [int(value.partition(".")[0]) if isinstance(value, str) else int(value) for value in values]
-        written: dict[int, Any] = {}
-        for value, number in zip(values, numbers, strict=True):
-            if isinstance(value, str) and written.setdefault(number, value) != value:
-                raise UserError(
-                    f"The labels in {where} are numbers, but {written[number]!r} and {value!r} are the same one: write it one "
-                    "way, or give the classes names that are no numbers."
-                )
+        numbers = [_number_of(value) for value in values]
         if set(numbers) == {-1, 1}:
             return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"], where)
         return _numbered(numbers, name_of, where)
@@ -85,6 +85,10 @@ def classes_by_name(texts: Sequence[str], origin: str) -> Classes:
 
 def _is_whole(value: Any) -> bool:
     return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value) is not None
+
+
+def _number_of(value: Any) -> int:
+    return int(value.partition(".")[0]) if isinstance(value, str) else int(value)
 
 
 def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) -> Classes:
