@@ -159,7 +159,7 @@ def test_a_folder_whose_objective_does_not_fit_its_network(folder, tmp_path):
     config = yaml.safe_load((other / layout.CONFIG).read_text())
     del config["diffusion"]["objective"]  # as a run was written before there were two
     (other / layout.CONFIG).write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="DiT-S/4 also predicts a variance.*choose diffusion.objective ddpm"):
+    with pytest.raises(UserError, match="DiT-S/4 also predicts a variance.*choose --diffusion.objective ddpm"):
         load_run(other)
 
 

@@ -125,7 +125,7 @@ def test_six_steps_are_three_and_a_restart_and_three(config, run_training, tmp_p
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"diffusion": {"objective": "flow"}}, "DiT-S/4 also predicts a variance.*choose diffusion.objective ddpm, or 'SiT-S/4'"),
+        ({"diffusion": {"objective": "flow"}}, "DiT-S/4 also predicts a variance.*choose --diffusion.objective ddpm, or 'SiT-S/4'"),
         ({"model": {"name": "SiT-B/2"}}, "trains a variance too, which SiT-B/2 does not predict: choose 'DiT-B/2'.*or.*flow"),
         ({"diffusion": {"objective": "ddpm", "path": "vp"}}, "diffusion: path 'vp' is a setting of the objective flow"),
     ],

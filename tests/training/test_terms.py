@@ -14,7 +14,7 @@ from repa.data import open_data
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, DiT
-from repa.performance.estimate import _averaged
+from repa.performance.estimate import _averaged_flops
 from repa.runs import layout, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
 
@@ -184,7 +184,7 @@ def test_two_forwards_of_a_frozen_run_are_counted(tiny_config, random_run):
     config = second_stage(tiny_config, random_run)
     config = config.override(model=config.model.override(**complete))
     averaged = config.override(alignments=(AlignmentConfig(target="ema:depth=2", depth=1),))
-    assert _averaged(config) == 2 * _averaged(averaged) > 0
+    assert _averaged_flops(config) == 2 * _averaged_flops(averaged) > 0
 
 
 def with_text(tiny_config) -> TrainConfig:
