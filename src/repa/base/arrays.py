@@ -14,6 +14,7 @@ from repa.base import faults, files
 from repa.base.errors import UserError
 
 LIMIT = 4 * 2**30  # bytes of all arrays asked for, unpacked; a reference of Inception's 2,048 features has 0.2 GiB
+OBJECTS = "it holds Python objects, which can run any program when they are read; save plain numbers"
 
 
 def load_npz(
@@ -27,7 +28,7 @@ def load_npz(
     with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
         # Sizes are in the zip's directory: a bomb is refused before anything of it is unpacked.
         with zipfile.ZipFile(path) as archive:
-            # numpy writes no comments: one that a flipped bit made swallows the arrays behind it.
+            # NumPy writes no comments: one that a flipped bit made swallows the arrays behind it.
             if any(member.comment for member in archive.infolist()):
                 raise zipfile.BadZipFile("its directory is damaged")
             members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
@@ -62,8 +63,8 @@ def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
         shape, fortran, dtype = read_header(file)
         offset = file.tell()
     if dtype.hasobject:
-        raise ValueError("Object arrays")
-    # in Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
+        raise ValueError(OBJECTS)
+    # In Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
     num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
     if offset - start + num_bytes != member.file_size or offset + num_bytes > os.path.getsize(path):
         raise ValueError("it is cut short")
@@ -79,7 +80,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def data_offset(path: str | Path, member: zipfile.ZipInfo) -> int:
     """Where the bytes of a member of a zip begin: after its local header of 30 bytes, its name and its extra field."""
-    # the directory at the end does not tell: the local header may have another extra field than its copy there
+    # The directory at the end does not tell: the local header may have another extra field than its copy there
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
@@ -95,9 +96,7 @@ def _no_objects() -> Iterator[None]:
         yield
     except ValueError as error:
         if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
-            raise ValueError(
-                "it holds Python objects, which can run any program when they are read; save plain numbers"
-            ) from error
+            raise ValueError(OBJECTS) from error
         raise
 
 

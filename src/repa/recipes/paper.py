@@ -75,7 +75,7 @@ class Row:
 _SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."
 _L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's figure: sit-l2-repa-dinov2-b-ntxent."
 _INTERVAL = "Guidance is on for t in [0, 0.7] of this time, in which t = 0 is data."
-_512 = "PublishedResult of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
+_512 = "Figures of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
 _NEGATIVES = (
     "The paper names neither the temperature nor the negatives of NT-Xent: docs/methods.md says which are taken."
 )
