@@ -230,7 +230,7 @@ def write_csv(out: Path, tables: Sequence[Table]) -> None:
     columns = dict.fromkeys(
         ["name", "source", "iterations", "images", "num_runs", *(key for row in rows for key in row)]
     )
-    # PublishedResult first, how they were made after; sorting is stable.
+    # Figures first, how they were made after; sorting is stable.
     files.write_csv(out, rows, sorted(columns, key=lambda key: key in PROTOCOL and 1 + PROTOCOL.index(key)))
 
 
