@@ -5,7 +5,7 @@
 A SiT learns five classes of CIFAR-10; then peft's LoRA (rank 16, the network frozen) learns the other five from 500 images. Each seed
 trains one LoRA without alignment, one with the default term for pretrained networks (gram), one with REPA's cosine and its MLP. Printed are
 the denoising loss on images that nobody trained on, at noise that is the same for all, and the Fréchet distance of samples in the features
-of tiny-judge. OUT keeps the network and the samples of each (`lora.png`), and a second call goes on where the first one stopped.
+of tiny-classifier. OUT keeps the network and the samples of each (`lora.png`), and a second call goes on where the first one stopped.
 """
 
 import argparse
@@ -86,12 +86,12 @@ def train(
 
 
 @torch.no_grad()
-def judged(net: DiT, held: torch.Tensor, labels: torch.Tensor, num: int) -> tuple[float, float, torch.Tensor]:
+def measured(net: DiT, held: torch.Tensor, labels: torch.Tensor, num: int) -> tuple[float, float, torch.Tensor]:
     """Held-out denoising loss, Fréchet distance, and the samples as uint8 (num, 3, 32, 32)."""
     stream = torch.Generator().manual_seed(1234)
     rows = range(0, len(held), 64)
     loss = sum(denoising(net, held[r : r + 64], labels[r : r + 64], stream).item() for r in rows) / len(rows)
-    judge, asked = load_encoder("tiny-judge"), labels[torch.arange(num) % len(labels)]
+    extractor, asked = load_encoder("tiny-classifier"), labels[torch.arange(num) % len(labels)]
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return net({"x": x}, t, Condition(asked)).prediction["x"]
@@ -101,7 +101,7 @@ def judged(net: DiT, held: torch.Tensor, labels: torch.Tensor, num: int) -> tupl
     samples = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     found = []
     for batch in (samples, held):
-        features = torch.cat([judge(part, grid=1).pooled for part in batch.split(128)]).double()
+        features = torch.cat([extractor(part, grid=1).pooled for part in batch.split(128)]).double()
         found += [features.mean(0), features.T.cov()]
     return loss, frechet_distance(*found), samples
 
@@ -130,7 +130,7 @@ def main() -> None:
     held, held_labels = images_of(args.source, range(5, 10), 200, skip=100)
 
     print("| alignment | seed | held-out denoising loss | Fréchet distance | CPU ms a step |\n|---|---|---|---|---|")
-    loss, distance, samples = judged(net, held, held_labels, args.samples)
+    loss, distance, samples = measured(net, held, held_labels, args.samples)
     print(f"| before the LoRA | | {loss:.4f} | {distance:.2f} | |", flush=True)
     rows = [samples[:10]]
     for seed in range(args.seeds):
@@ -143,7 +143,7 @@ def main() -> None:
             start = time.process_time()
             train(lora, images, labels, args.steps, 2e-3, seed, term)
             cost = 1000 * (time.process_time() - start) / args.steps
-            loss, distance, samples = judged(lora, held, held_labels, args.samples)
+            loss, distance, samples = measured(lora, held, held_labels, args.samples)
             print(f"| {way} | {seed} | {loss:.4f} | {distance:.2f} | {cost:.0f} |", flush=True)
             if seed == 0:
                 rows.append(samples[:10])

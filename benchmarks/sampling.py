@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="euler_maruyama")
     parser.add_argument("--guidance", nargs="*", default=["cfg:scale=1.5"])
-    parser.add_argument("--features", default="tiny-judge")
+    parser.add_argument("--features", default="tiny-classifier")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     keep_freed_memory()

@@ -92,7 +92,7 @@ def main() -> None:
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")
     )
     parser.add_argument("--reference", type=Path, help="prepared data or .npz; default: the training images")
-    parser.add_argument("--features", nargs="+", default=["tiny-judge", "lite0"])
+    parser.add_argument("--features", nargs="+", default=["tiny-classifier", "lite0"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="after --: options of `repa train` for every run")
     args = parser.parse_args()

@@ -75,7 +75,7 @@ def commands(
         "train --async-save": Command(lambda out: [*train, "--out", out / "run", "--async-save", "true"], checkpoints),
         "sample": Command(lambda out: ["sample", random_run, *TINY, "--out", out / "s.npz"], ("s.npz", "s.png", "s.json")),
         "evaluate": Command(
-            lambda out: ["evaluate", root / "s.npz", "--reference", data_folder, "--features", "tiny-judge",
+            lambda out: ["evaluate", root / "s.npz", "--reference", data_folder, "--features", "tiny-classifier",
                          "--metrics", "fd", "--out", out / "e.json"],
             ("e.json",),
         ),

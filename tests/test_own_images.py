@@ -28,7 +28,7 @@ class Pictures(Source):
 
 @pytest.mark.parametrize(
     ("num", "flip", "steps", "extractor"),
-    [(20, True, 1000, "lite0"), (6_000, False, 1000, "lite0"), (50_000, False, 2000, "tiny-judge")],
+    [(20, True, 1000, "lite0"), (6_000, False, 1000, "lite0"), (50_000, False, 2000, "tiny-classifier")],
 )
 def test_by_the_data(num, flip, steps, extractor):
     choice = choose(Pictures(num, (500, 400)), 1000)
@@ -57,8 +57,8 @@ def test_without_its_package_the_small_extractor(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     choice = choose(Pictures(100, (500, 500)), 1000)
-    assert choice.changes["preview.features"] == "tiny-judge"
-    assert 'pip install "repa[judge]"' in choice.reasons[-1]
+    assert choice.changes["preview.features"] == "tiny-classifier"
+    assert 'pip install "repa[lite0]"' in choice.reasons[-1]
 
 
 @pytest.mark.parametrize(

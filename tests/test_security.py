@@ -144,7 +144,7 @@ def read_results(run):
         evaluation_row(file)
 
 
-MEASURED = ("--reference", "ROOT/data", "--features", "tiny-judge", "--metrics", "fd")
+MEASURED = ("--reference", "ROOT/data", "--features", "tiny-classifier", "--metrics", "fd")
 SHORT = ("--data", "ROOT/data", "--num-steps", "1", "--preview.every", "0")
 SHOWN = ("--data", "ROOT/data", "--num-images", "16", "--times", "0.5")
 RUN = {
@@ -172,11 +172,11 @@ DATA = {
     "check": command("check", "ROOT/data", "--full"),
     "check_models": python(lambda root, out: check_models(root / "data", num=2)),
     "show": command("show", "ROOT/data"),
-    "prepare": copied("data", "prepare", "OUT/copy", "--only", "features:tiny-judge"),
+    "prepare": copied("data", "prepare", "OUT/copy", "--only", "features:tiny-classifier"),
     "remove": copied("data", "prepare", "OUT/copy", "--remove", "features:tiny"),
     "evaluate": command("evaluate", "ROOT/data", *MEASURED),
-    "reference": command("evaluate", "reference", "ROOT/data", "--features", "tiny-judge", "--out", "OUT/r.npz"),
-    "encoders": command("analyse", "encoders", "--data", "ROOT/data", "--encoders", "tiny", "tiny-judge",
+    "reference": command("evaluate", "reference", "ROOT/data", "--features", "tiny-classifier", "--out", "OUT/r.npz"),
+    "encoders": command("analyse", "encoders", "--data", "ROOT/data", "--encoders", "tiny", "tiny-classifier",
                         "--num-images", "16", "--out", "OUT/t.json"),
     "neighbours": command("analyse", "neighbours", "ROOT/samples/s.npz", "--data", "ROOT/data", "--out", "OUT/n.json"),
     "sample": command("sample", "ROOT/run", *SMALL, "--out", "OUT/s.npz"),

@@ -3,11 +3,11 @@
     python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 46 --pooled 1 --across 0
     python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 42 --rate 1e-3 \
         --start src/repa/encoders/weights/tiny.safetensors --state build/tiny-2.pt
-    python tools/train_tiny.py judge  --data cifar10-train.zip --test cifar10-test.zip --minutes 12
+    python tools/train_tiny.py classifier --data cifar10-train.zip --test cifar10-test.zip --minutes 12
 
 `target` (the encoder `tiny`) sees no label: two augmented views of an image must agree, pooled and place by place. Its second
 command continues from the weights of the first, with the places of more weight.
-`judge` (`tiny-judge`) is trained on the labels. The same command resumes from --state; learning rate and
+`classifier` (`tiny-classifier`) is trained on the labels. The same command resumes from --state; learning rate and
 image size follow the processor time, so that other work on the machine changes nothing but how long it takes; --out is
 usable from the first checkpoint on.
 """
@@ -32,10 +32,10 @@ from repa.base.precision import autocast
 from repa.encoders import load_encoder
 from repa.encoders.tiny import SHAPES, ConvNet
 
-NAMES = {"target": "tiny", "judge": "tiny-judge"}
+NAMES = {"target": "tiny", "classifier": "tiny-classifier"}
 OBJECTIVES = {
     "target": "self-supervised: tokens of two views agree at the same place, within and across images; pooled features too",
-    "judge": "supervised: cross-entropy on the ten labels, label smoothing 0.1",
+    "classifier": "supervised: cross-entropy on the ten labels, label smoothing 0.1",
 }
 PRINT_SECONDS, CHECKPOINT_SECONDS = 15, 120
 BATCH = 256
@@ -155,7 +155,7 @@ def agree_across(here: Tensor, there: Tensor, seen: Tensor, temperature: float, 
     return 0.5 * (F.cross_entropy(logits.transpose(1, 2), own) + F.cross_entropy(logits, own))
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Ten classes from the pooled feature."""
 
     peak, decay = 4e-3, 0.05
@@ -252,7 +252,7 @@ class Training:
             assert isinstance(shipped, ConvNet)
             unfold(net, shipped, to_input(images[:2000]))
         dim = SHAPES[self.name].dim
-        model = Target(net, dim, args.pooled, args.across) if which == "target" else Judge(net, dim)
+        model = Target(net, dim, args.pooled, args.across) if which == "target" else Classifier(net, dim)
         self.peak = args.rate or model.peak
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=model.decay, betas=(0.9, 0.98))
@@ -341,7 +341,7 @@ def main() -> None:
     facts = fit(training, *train, args)
     net = folded(training.model.net, name)
     facts["linear_probe"] = f"{probe(net, train, test):.4f}"
-    if args.which == "judge":
+    if args.which == "classifier":
         correct = training.model.classifier(pooled_features(net, test[0])).argmax(1) == test[1]
         facts["test_accuracy"] = f"{correct.float().mean():.4f}"
     ship(net, args.out, facts)

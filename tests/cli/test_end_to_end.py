@@ -79,7 +79,7 @@ def test_a_run_folder_holds_what_it_should(name, aligned, house):
     for row in rows:
         if row["kind"] == "eval":
             assert row["frechet_distance"] > 0
-            assert (row["features"], row["num_samples"], row["nfe"]) == ("tiny-judge", 20, 5)
+            assert (row["features"], row["num_samples"], row["nfe"]) == ("tiny-classifier", 20, 5)
     assert layout.checkpoint_steps(folder) == [3, 6]
     assert layout.preview_steps(folder) == [3, 6]
     with np.load(layout.preview(folder, 6, ".npz"), allow_pickle=False) as archive:
@@ -124,7 +124,8 @@ def test_samples_distances_and_a_page(house, tmp_path, capsys):
         with np.load(out, allow_pickle=False) as archive:
             assert (archive["arr_0"].dtype, archive["arr_0"].shape) == (np.uint8, (10, 16, 16, 3))
         assert out.with_suffix(".png").is_file()
-        repa_run("evaluate", out, "--reference", house / "data", "--features", "tiny-judge", "--metrics", "fd", "kd", "precision", "recall",
+        repa_run("evaluate", out, "--reference", house / "data", "--features", "tiny-classifier",
+                 "--metrics", "fd", "kd", "precision", "recall",
                  "--out", results)  # fmt: skip
         found = json.loads(results.read_text())
         assert found["metrics"].keys() == {"fd", "kd", "precision", "recall"}

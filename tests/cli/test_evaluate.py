@@ -11,7 +11,7 @@ from repa.cli import main
 from repa.report.runs import evaluation_row, protocol_of
 from repa.runs import layout
 
-JUDGE = ("--features", "tiny-judge")
+FEATURES = ("--features", "tiny-classifier")
 SAMPLING = ("--num-images", "10", "--steps", "2", "--labels", "balanced", "--batch-size", "4", "--seed", "3")
 
 
@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, capsys):
     """In one pass the same figures as by way of a file, and the same record of how they were made."""
     metrics = ("--metrics", "fd", "kd", "precision", "recall")
-    arguments = ("--reference", data_folder, *JUDGE, *metrics, "--batch-size", 4)
+    arguments = ("--reference", data_folder, *FEATURES, *metrics, "--batch-size", 4)
     assert repa("evaluate", random_run, *SAMPLING, *arguments, "--out", tmp_path / "direct.json") == 0
     assert "10 samples against 40 images" in capsys.readouterr().out
     assert repa("sample", random_run, *SAMPLING, "--out", tmp_path / "s.npz") == 0
@@ -45,7 +45,7 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
     assert direct["made"]["nfe"] == file["made"]["nfe"] >= 2
     protocols = [protocol_of(evaluation_row(tmp_path / f"{name}.json")) for name in ("direct", "file")]
     assert protocols[0] == protocols[1]  # the report compares them
-    assert direct["encoder"]["name"] == "tiny-judge"
+    assert direct["encoder"]["name"] == "tiny-classifier"
     assert direct["arithmetic"]["neighbours"] == "float32"
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
 
@@ -53,8 +53,8 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
 def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path, capsys):
     run = shutil.copytree(random_run, tmp_path / "run")
     for _ in range(2):
-        assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *JUDGE, "--metrics", "fd") == 0
-    assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *JUDGE, "--checkpoint", 10) == 0
+        assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *FEATURES, "--metrics", "fd") == 0
+    assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *FEATURES, "--checkpoint", 10) == 0
     first, second = sorted((run / layout.EVALUATIONS).iterdir())  # the same measurement replaced its file
     assert first.name.startswith("0000010-ema-")
     assert json.loads(second.read_text())["made"]["step"] == 20
@@ -83,7 +83,7 @@ def test_what_cannot_end_well_is_said_before_a_sample_is_made(
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr("repa.sampling.generate", lambda *_: pytest.fail("sampled"))
     monkeypatch.setattr("repa.evaluation.jobs.load_extractor", lambda *_, **__: pytest.fail("looked"))
-    assert repa("evaluate", random_run, "--reference", data_folder, *JUDGE, *words) == 2
+    assert repa("evaluate", random_run, "--reference", data_folder, *FEATURES, *words) == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -91,17 +91,17 @@ def test_a_reference_of_too_few_images_is_said_first(data_folder, tmp_path, caps
     for name, num in (("s", 5), ("r", 3)):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((num, 16, 16, 3), np.uint8))
     monkeypatch.setattr("repa.evaluation.jobs.load_extractor", lambda *_, **__: pytest.fail("looked"))
-    assert repa("evaluate", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", *JUDGE) == 2
+    assert repa("evaluate", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", *FEATURES) == 2
     assert "r.npz has 3: give more" in capsys.readouterr().err
 
 
 def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, capsys):
     reference = tmp_path / "ref.npz"
-    assert repa("evaluate", "reference", data_folder, "--out", reference, *JUDGE) == 0
-    assert "statistics of 40 images in the features of tiny-judge" in capsys.readouterr().out
+    assert repa("evaluate", "reference", data_folder, "--out", reference, *FEATURES) == 0
+    assert "statistics of 40 images in the features of tiny-classifier" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
     for number, against in enumerate((data_folder, reference, image_folder)):
-        words = ("--reference", against, *JUDGE, "--out", tmp_path / f"{number}.json")
+        words = ("--reference", against, *FEATURES, "--out", tmp_path / f"{number}.json")
         assert repa("evaluate", tmp_path / "s.npz", *words) == 0
     found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)]
     assert found[0]["metrics"] == pytest.approx(found[1]["metrics"])
@@ -115,15 +115,15 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("RUN", "--reference", "DATA", *JUDGE), "is a run folder: say how many samples to make of it"),
-        (("S", "--reference", "DATA", *JUDGE, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--steps", "3"), "--steps has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
-        (("S", "--reference", "DATA", *JUDGE, "--out", "r.txt"), "--out is r.txt: give a name that ends in .json"),
-        (("S", "--reference", "DATA", *JUDGE, "--out", "S.json"), "is where `repa sample` says how"),
-        (("S", "--reference", "DATA", *JUDGE, "--metrics", "fid"), "'fid' is not measured in the features of tiny-judge"),
-        (("S", "--reference", "RUN", *JUDGE), "is a run folder: give the data that it was trained on"),
-        (("S", "--reference", "none.npz", *JUDGE), "There is no file none.npz"),
+        (("RUN", "--reference", "DATA", *FEATURES), "is a run folder: say how many samples to make of it"),
+        (("S", "--reference", "DATA", *FEATURES, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
+        (("S", "--reference", "DATA", *FEATURES, "--steps", "3"), "--steps has no effect here"),
+        (("S", "--reference", "DATA", *FEATURES, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
+        (("S", "--reference", "DATA", *FEATURES, "--out", "r.txt"), "--out is r.txt: give a name that ends in .json"),
+        (("S", "--reference", "DATA", *FEATURES, "--out", "S.json"), "is where `repa sample` says how"),
+        (("S", "--reference", "DATA", *FEATURES, "--metrics", "fid"), "'fid' is not measured in the features of tiny-classifier"),
+        (("S", "--reference", "RUN", *FEATURES), "is a run folder: give the data that it was trained on"),
+        (("S", "--reference", "none.npz", *FEATURES), "There is no file none.npz"),
         (("S", "--reference", "DATA", "--features", "incepton"), "inception"),
         (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),
         (("S", "--reference", "DATA"), "weights of Inception-v3 are not on this machine"),

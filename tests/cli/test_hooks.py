@@ -43,11 +43,11 @@ def test_intervals_are_separate(run):
 
 @pytest.mark.parametrize("step", [6, 12])  # measured only; measured and drawn
 def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
-    data, judge = open_data(data_folder), load_extractor("tiny-judge")
+    data, extractor = open_data(data_folder), load_extractor("tiny-classifier")
     row = rows(run)[step]
     config = SampleConfig(sampler="heun", steps=3, labels=row["labels"], precision="fp32")
     images = generate(load_run(run, step=step), config, range(20)).images
-    found = evaluate([images], judge, reference_of(data, judge, "tiny-judge"), PREVIEW["metrics"])
+    found = evaluate([images], extractor, reference_of(data, extractor, "tiny-classifier"), PREVIEW["metrics"])
     assert row["frechet_distance"] == pytest.approx(found["fd"], rel=1e-4)
     for name in ("kd", "precision", "recall"):
         assert row[name] == pytest.approx(found[name], rel=1e-3, abs=1e-6)
@@ -66,7 +66,7 @@ def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_fold
     values = rows(run)[2]
     assert lines == [
         f"run, step 1: preview in {layout.preview(run, 1, '.png')}",
-        f"run, step 2: fd {values['frechet_distance']:.4g} (8 samples in the features of tiny-judge); "
+        f"run, step 2: fd {values['frechet_distance']:.4g} (8 samples in the features of tiny-classifier); "
         f"preview in {layout.preview(run, 2, '.png')}",
     ]
     assert layout.preview(run, 2, ".png").is_file()
@@ -77,7 +77,7 @@ def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_fold
 def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):
     common = ["train", "quickstart", "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
     for words, sentence in (
-        (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-judge. Choose fd, kd"),
+        (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-classifier. Choose fd, kd"),
         (["--preview.metrics", "fud"], "fud"),
         (["--preview.features", "inceptoin"], "inception"),
         (["--preview.num-scored", "0", "--preview.score-every", "5"], "--preview.score-every is 5, but --preview.num-scored is 0"),

@@ -71,7 +71,7 @@ def test_what_show_tells_of_an_encoder(printed):
     assert "768" in shown
     assert 'pip install "repa[encoders]"' in shown
     assert "--alignments.0.target dinov2-b" in shown
-    assert "--features tiny-judge" in printed("show", "tiny-judge")
+    assert "--features tiny-classifier" in printed("show", "tiny-classifier")
 
 
 def test_one_name_of_two_kinds_shows_both(printed):

@@ -367,4 +367,4 @@ def test_what_makes_an_option_count_may_stand_anywhere():
 
 
 def test_a_recipe_may_hold_what_a_command_makes_idle():
-    assert train("--preview.every", "0", "--preview.num-scored", "0").preview.features == "tiny-judge"
+    assert train("--preview.every", "0", "--preview.num-scored", "0").preview.features == "tiny-classifier"

@@ -80,8 +80,8 @@ def test_a_few_steps_and_a_distance(prepared, tmp_path):
     assert rows[-1]["denoising"] < rows[0]["denoising"]
     assert rows[-1]["alignment"]["tiny@2"] < rows[0]["alignment"]["tiny@2"]
     images = torch.from_numpy(prepared.gather("images", np.arange(prepared.num_images)))
-    extractor = load_encoder("tiny-judge")
-    reference = reference_of(prepared, extractor, "tiny-judge")
+    extractor = load_encoder("tiny-classifier")
+    reference = reference_of(prepared, extractor, "tiny-classifier")
     noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
     distances = [evaluate([batch], extractor, reference)["fd"] for batch in (images, images.flip(-1), noisy)]

@@ -58,21 +58,21 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     code, text = repa("prepare", SOURCE, "data", "--resolution", "32")
     assert code == 2
     assert "resolution: 16 -> 32" in text
-    code, text = repa("prepare", "data", "--only", "features:tiny-judge", "--feature-forms", "pca8")
+    code, text = repa("prepare", "data", "--only", "features:tiny-classifier", "--feature-forms", "pca8")
     assert code == 0
     features = open_data("data").features
-    assert {name: facts.form for name, facts in features.items()} == {"tiny": "int8", "tiny-judge": "pca8"}
+    assert {name: facts.form for name, facts in features.items()} == {"tiny": "int8", "tiny-classifier": "pca8"}
     assert repa("prepare", SOURCE, "data", "--features", "tiny", "--feature-forms", "int8")[0] == 0  # as at first
     code, text = repa("show", "data")
     assert "30 of 20 classes at 16 pixels, and a flipped copy of each" in text
-    assert "tiny (4 x 4 x 192 as int8), tiny-judge (2 x 2 x 128 as pca8)" in text
+    assert "tiny (4 x 4 x 192 as int8), tiny-classifier (2 x 2 x 128 as pca8)" in text
     code, text = repa("check", "data", "--full", "--num-images", "4")
     assert code == 0
     assert "every file has the bytes that were written" in text
-    assert "features.tiny-judge          encoded again: relative error" in text
+    assert "features.tiny-classifier     encoded again: relative error" in text
     code, text = repa("prepare", "data", "--remove", "features:tiny")
-    assert "features:tiny removed. Left: labels, images, features.tiny-judge, pooled.tiny-judge." in text
-    assert list(open_data("data").features) == ["tiny-judge"]
+    assert "features:tiny removed. Left: labels, images, features.tiny-classifier, pooled.tiny-classifier." in text
+    assert list(open_data("data").features) == ["tiny-classifier"]
 
 
 def test_only_a_part_then_the_rest(repa):

@@ -93,7 +93,10 @@ def test_weights_of_an_encoder_that_never_runs_are_refused(tiny_config, data_fol
     recipe = tmp_path / "r.yaml"
     recipe.write_text(tiny_config.override(preview={}).to_yaml())
     train = ["train", recipe, "--data", data_folder, "--out", tmp_path / "run"]
-    for name, why in (("tiny", f"whose tokens {data_folder} holds"), ("tiny-judge", "which this run does not compute")):
+    for name, why in (
+        ("tiny", f"whose tokens {data_folder} holds"),
+        ("tiny-classifier", "which this run does not compute"),
+    ):
         assert f"has no effect for {name}, {why}" in refused(*train, "--feature-weights", f"{name}=w.safetensors")
     assert not (tmp_path / "run").exists()
 

@@ -51,7 +51,7 @@ def test_a_folder_of_pngs_holds_the_images_of_the_npz(random_run, tmp_path, caps
 
 def test_the_folder_can_be_measured(random_run, data_folder, tmp_path):
     settings = ("--num-images", "8", "--steps", "2", "--sampler", "euler")
-    reference = ("--reference", str(data_folder), "--features", "tiny-judge", "--metrics", "fd")
+    reference = ("--reference", str(data_folder), "--features", "tiny-classifier", "--metrics", "fd")
     found = []
     for name in ("s.npz", "s2"):
         assert run(["sample", str(random_run), "--out", str(tmp_path / name), *settings]) == 0

@@ -235,11 +235,11 @@ def test_a_removal_that_was_killed_is_continued(folder, tmp_path, plain, monkeyp
 
 
 def test_the_records_of_an_encoder_whose_name_begins_alike_stay(folder, tmp_path, fakes):
-    config = FULL.override(features=("tiny", "tiny-judge"))
-    prepare(folder, tmp_path / "out", config, only=("features:tiny", "features:tiny-judge"))
+    config = FULL.override(features=("tiny", "tiny-classifier"))
+    prepare(folder, tmp_path / "out", config, only=("features:tiny", "features:tiny-classifier"))
     remove(tmp_path / "out", "features:tiny")
     records = {path.name.rpartition("-")[0] for path in (tmp_path / "out" / "parts").glob("*-*.json")}
-    assert records == {"tiny-judge"}
+    assert records == {"tiny-classifier"}
 
 
 def test_an_encoder_that_was_asked_for_in_vain_can_be_given_up(folder, tmp_path, fakes, monkeypatch):

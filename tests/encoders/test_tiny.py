@@ -14,7 +14,7 @@ from repa.data.sources.photographs import load_photographs
 from repa.encoders import load_encoder
 
 WEIGHTS = Path(repa.encoders.__file__).parent / "weights"
-NAMES = ["tiny", "tiny-judge"]
+NAMES = ["tiny", "tiny-classifier"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_file_says_where_it_comes_from(name):
     assert dtypes == {torch.float16}
 
 
-@pytest.mark.parametrize(("name", "patch_size", "dim"), [("tiny", 4, 192), ("tiny-judge", 8, 128)])
+@pytest.mark.parametrize(("name", "patch_size", "dim"), [("tiny", 4, 192), ("tiny-classifier", 8, 128)])
 @pytest.mark.parametrize("grid", [4, 7])
 def test_shapes(encoders, name, patch_size, dim, grid):
     encoder = encoders[name]
@@ -88,11 +88,11 @@ def test_crops_of_one_place_are_nearer_than_of_others(encoders, crops):
     assert cosine.diagonal().mean() > others.mean() + 0.3
 
 
-def test_the_judge_sees_how_much_an_image_is_spoilt(encoders, crops):
+def test_the_classifier_sees_how_much_an_image_is_spoilt(encoders, crops):
     clean = crops[0].float()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     images = [(clean + strength * noise).clamp(0, 255).to(torch.uint8) for strength in (0, 2, 8, 24)]
-    pooled = [encoders["tiny-judge"](batch, 4).pooled for batch in images]
+    pooled = [encoders["tiny-classifier"](batch, 4).pooled for batch in images]
     small, medium, large = ((spoilt - pooled[0]).norm(dim=1).mean() for spoilt in pooled[1:])
     assert 0 < 1.5 * small < medium
     assert 1.5 * medium < large
@@ -114,7 +114,7 @@ def test_damaged_or_wrong_weights_are_refused(tmp_path):
     tensors = load_file(WEIGHTS / "tiny.safetensors")
     tensors.pop("head.bias")
     save_file(tensors, incomplete)
-    for path in (damaged, incomplete, WEIGHTS / "tiny-judge.safetensors"):
+    for path in (damaged, incomplete, WEIGHTS / "tiny-classifier.safetensors"):
         with pytest.raises(UserError, match=path.name):
             load_encoder("tiny", weights=path)
     with pytest.raises(UserError, match=r"\.safetensors file"):

@@ -328,7 +328,7 @@ def test_every_name_of_the_table_is_known():
     expected = {f"{stem}-{size}" for stem in ("dinov2", "dinov2-reg") for size in "sblg"}
     expected |= {
         "tiny",
-        "tiny-judge",
+        "tiny-classifier",
         "lite0",
         "dino-b",
         "mocov3-s",
@@ -354,7 +354,7 @@ def test_every_name_of_the_table_is_known():
         ("dinov3-vit-l", "dinov3-l"),
         ("dinov2reg-b", "dinov2-reg-b"),
         ("mylab.clip-vit-L", "mylab.clip-vit-L"),
-        ("tiny-judge", "tiny-judge"),
+        ("tiny-classifier", "tiny-classifier"),
     ],
 )
 def test_spellings_of_the_reference(spelling, name):

@@ -82,7 +82,7 @@ def test_clip_score_is_that_of_transformers(clip):
 
 def test_the_command_on_prepared_data_samples_and_runs(captioned_data, text_run, clip, tmp_path, capsys):
     data = str(captioned_data / "stored")
-    words = ["--features", "tiny-judge", "--metrics", "fd", "caption_agreement"]
+    words = ["--features", "tiny-classifier", "--metrics", "fd", "caption_agreement"]
     out = tmp_path / "real.json"
     assert repa(["evaluate", data, "--reference", data, *words, "--out", str(out)]) == 0
     metrics = json.loads(out.read_text())["metrics"]
@@ -103,7 +103,7 @@ def test_the_command_on_prepared_data_samples_and_runs(captioned_data, text_run,
 
 def test_what_is_refused(captioned_data, data_folder, tmp_path):
     np.savez(tmp_path / "plain.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
-    config = EvaluateConfig(features="tiny-judge", metrics=("caption_agreement",))
+    config = EvaluateConfig(features="tiny-classifier", metrics=("caption_agreement",))
     with pytest.raises(UserError, match="prompt"):
         evaluate_file(tmp_path / "plain.npz", captioned_data / "stored", config, device=CPU)
     (tmp_path / "plain.jsonl").write_text('{"prompt": "a"}\n' * 5)

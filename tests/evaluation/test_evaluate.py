@@ -36,7 +36,7 @@ def data(data_folder):
 
 @pytest.fixture(scope="module")
 def extractor():
-    return load_encoder("tiny-judge")
+    return load_encoder("tiny-classifier")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def save(path, images):
 
 
 def test_the_training_images_are_themselves(data, extractor, images):
-    found = evaluate(images.split(7), extractor, reference_of(data, extractor, "tiny-judge"), ALL)
+    found = evaluate(images.split(7), extractor, reference_of(data, extractor, "tiny-classifier"), ALL)
     assert found.keys() == set(ALL)
     assert found["fd"] < 1e-5
     assert (found["precision"], found["recall"]) == (1.0, 1.0)
@@ -73,7 +73,7 @@ def test_the_training_images_are_themselves(data, extractor, images):
 
 def test_distances_grow_with_corruption(data, extractor, images):
     found = [
-        evaluate([noisy(images, level)], extractor, reference_of(data, extractor, "tiny-judge"), ALL)
+        evaluate([noisy(images, level)], extractor, reference_of(data, extractor, "tiny-classifier"), ALL)
         for level in (0, 20, 60, 120)
     ]
     for name in ("fd", "kd"):
@@ -84,7 +84,7 @@ def test_distances_grow_with_corruption(data, extractor, images):
 
 
 def test_a_covariance_is_summed_only_where_a_distance_needs_it(data, extractor, images, monkeypatch):
-    known, updated = reference_of(data, extractor, "tiny-judge"), []
+    known, updated = reference_of(data, extractor, "tiny-classifier"), []
     monkeypatch.setattr("repa.evaluation.measure.Statistics.update", lambda self, features: updated.append(features))
     assert evaluate([images], extractor, known, ("kd", "precision", "recall")).keys() == {"kd", "precision", "recall"}
     assert not updated
@@ -93,13 +93,13 @@ def test_a_covariance_is_summed_only_where_a_distance_needs_it(data, extractor, 
 def test_precision_and_recall_are_not_each_other(data, extractor, images):
     """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]
-    found = evaluate([one_class], extractor, reference_of(data, extractor, "tiny-judge"), ("precision", "recall"))
+    found = evaluate([one_class], extractor, reference_of(data, extractor, "tiny-classifier"), ("precision", "recall"))
     assert found["precision"] == 1.0
     assert 0.4 < found["recall"] < 0.7
     grey = evaluate(
         [torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)],
         extractor,
-        reference_of(data, extractor, "tiny-judge"),
+        reference_of(data, extractor, "tiny-classifier"),
         ALL[2:],
     )
     assert grey == {"precision": 0.0, "recall": 0.0}
@@ -108,7 +108,7 @@ def test_precision_and_recall_are_not_each_other(data, extractor, images):
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_stream_gives_what_all_features_at_once_give(size, data, extractor, images, features):
     samples = noisy(images, 40)[:33]
-    found = evaluate(samples.split(size), extractor, reference_of(data, extractor, "tiny-judge"), ALL)
+    found = evaluate(samples.split(size), extractor, reference_of(data, extractor, "tiny-classifier"), ALL)
     real = features.double().numpy()
     fake = pooled(samples, extractor).double().numpy()
     wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
@@ -120,28 +120,30 @@ def test_the_stream_gives_what_all_features_at_once_give(size, data, extractor, 
 
 
 def test_only_what_is_asked_is_measured(data, extractor, images):
-    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-judge")).keys() == {"fd"}
-    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-judge"), ("recall",)).keys() == {"recall"}
+    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-classifier")).keys() == {"fd"}
+    assert evaluate([images], extractor, reference_of(data, extractor, "tiny-classifier"), ("recall",)).keys() == {
+        "recall"
+    }
 
 
 def test_a_file_of_samples(data, images, tmp_path):
     seen = []
     path = save(tmp_path / "s.npz", noisy(images, 20))
-    config = EvaluateConfig(features="tiny-judge", metrics=ALL, batch_size=16)
+    config = EvaluateConfig(features="tiny-classifier", metrics=ALL, batch_size=16)
     found = evaluate_file(path, data.folder, config, device=CPU, progress=lambda *counts: seen.append(counts))
     assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
     assert (found["num_samples"], found["num_reference"]) == (40, 40)
-    assert found["encoder"]["name"] == "tiny-judge"
-    extractor = load_encoder("tiny-judge")
+    assert found["encoder"]["name"] == "tiny-classifier"
+    extractor = load_encoder("tiny-classifier")
     assert found["metrics"] == evaluate(
-        noisy(images, 20).split(16), extractor, reference_of(data, extractor, "tiny-judge"), ALL
+        noisy(images, 20).split(16), extractor, reference_of(data, extractor, "tiny-classifier"), ALL
     )
     json.dumps(found)
 
 
 def test_features_in_half_precision_are_recorded_and_compared_with_such(data, images, tmp_path):
     """Kept references are of one arithmetic; a reference file of another one is refused."""
-    config = EvaluateConfig(features="tiny-judge", metrics=("fd",), features_precision="bf16", batch_size=16)
+    config = EvaluateConfig(features="tiny-classifier", metrics=("fd",), features_precision="bf16", batch_size=16)
     exact = config.override(features_precision="fp32")
     whole = save(tmp_path / "whole.npz", images)
     itself, path = evaluate_file(whole, data.folder, config, device=CPU), save(tmp_path / "s.npz", noisy(images, 20))
@@ -150,7 +152,7 @@ def test_features_in_half_precision_are_recorded_and_compared_with_such(data, im
     assert itself["metrics"]["fd"] < 1e-5  # the reference was computed in bf16 too
     assert 0 < abs(half["metrics"]["fd"] / fp32["metrics"]["fd"] - 1) < 0.01
     assert len(half["warnings"]) == len(fp32["warnings"]) + 1
-    own = ReferenceConfig(features="tiny-judge", features_precision="bf16")
+    own = ReferenceConfig(features="tiny-classifier", features_precision="bf16")
     make_reference(data.folder, tmp_path / "bf16.npz", own, device=CPU)
     assert evaluate_file(path, tmp_path / "bf16.npz", config, device=CPU)["metrics"] == half["metrics"]
     with pytest.raises(UserError, match=r"weights [0-9a-f]{12}, bf16\), but samples .*weights [0-9a-f]{12}\)"):
@@ -178,16 +180,16 @@ def test_too_few_images(num, data, images, tmp_path):
 
 def test_three_images_have_no_third_neighbour(data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:3])
-    config = EvaluateConfig(features="tiny-judge", metrics=("fd",))
+    config = EvaluateConfig(features="tiny-classifier", metrics=("fd",))
     assert evaluate_file(path, data.folder, config, device=CPU)["metrics"]["fd"] > 0
     with pytest.raises(UserError, match=r"need more than 3 images, but .*s\.npz has 3"):
-        evaluate_file(path, data.folder, EvaluateConfig(features="tiny-judge"), device=CPU)
+        evaluate_file(path, data.folder, EvaluateConfig(features="tiny-classifier"), device=CPU)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"features": "tiny-jugde"}, "Did you mean 'tiny-judge'"),
+        ({"features": "tiny-clasifier"}, "Did you mean 'tiny-classifier'"),
         ({"metrics": ("fdd",)}, "metrics.0' was given 'fdd'"),
         ({"metrics": ("fd",)}, "'fd'.* inception.* fid, sfid"),
         ({"features": "tiny", "metrics": ("is",)}, "'inception_score' is not measured in the features of tiny"),
@@ -206,35 +208,37 @@ class TestReference:
         return open_data(tmp_path / "d")
 
     def test_it_is_made_once(self, copy, extractor, features, monkeypatch):
-        first = reference_of(copy, extractor, "tiny-judge")
+        first = reference_of(copy, extractor, "tiny-classifier")
         real = features.double().numpy()
         np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
         np.testing.assert_allclose(first.statistics.covariance.numpy(), np.cov(real.T), atol=1e-6)
         torch.testing.assert_close(first.subset, features)
         monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
-        second = reference_of(copy, extractor, "tiny-judge")
+        second = reference_of(copy, extractor, "tiny-classifier")
         assert torch.equal(second.subset, first.subset)
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
         open_data(copy.folder).check()  # the data beside it is still whole data
 
     def test_another_encoder_has_its_own(self, copy, extractor):
-        assert reference_of(copy, extractor, "tiny-judge").subset.shape == (40, 128)
+        assert reference_of(copy, extractor, "tiny-classifier").subset.shape == (40, 128)
         assert reference_of(copy, load_encoder("tiny"), "tiny").subset.shape == (40, 192)
 
     @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"hello" * 100])
     def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, extractor):
-        first = reference_of(copy, extractor, "tiny-judge")
+        first = reference_of(copy, extractor, "tiny-classifier")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(UserError, match="cannot be read as a reference: .* Remove it, and it is computed again"):
-            reference_of(copy, extractor, "tiny-judge")
+            reference_of(copy, extractor, "tiny-classifier")
         path.unlink()
-        assert torch.equal(reference_of(copy, extractor, "tiny-judge").subset, first.subset)
+        assert torch.equal(reference_of(copy, extractor, "tiny-classifier").subset, first.subset)
 
     def test_a_subset_is_evenly_spaced(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)
         images = DataImages(copy)
-        found = kept_reference(images, load_extractor("tiny-judge"), "tiny-judge", batch_size=7)  # no multiple of 4
+        found = kept_reference(
+            images, load_extractor("tiny-classifier"), "tiny-classifier", batch_size=7
+        )  # no multiple of 4
         torch.testing.assert_close(found.subset, features[::4])
         assert found.statistics.count == 40
         assert reference.subset_of(25).tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
@@ -242,20 +246,20 @@ class TestReference:
 
     def test_mirrored_copies_are_no_reference(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(copy, "originals", range(25))
-        found = reference_of(copy, extractor, "tiny-judge")
+        found = reference_of(copy, extractor, "tiny-classifier")
         torch.testing.assert_close(found.subset, features[:25])
         assert found.statistics.count == 25
 
     def test_where_the_data_cannot_be_written_it_is_cached(self, copy, extractor, tmp_path, monkeypatch):
         monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        reference_of(copy, extractor, "tiny-judge")
+        reference_of(copy, extractor, "tiny-classifier")
         assert not (copy.folder / "reference").exists()
         assert len(list((tmp_path / "cache/reference").iterdir())) == 1
         monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
-        reference_of(copy, extractor, "tiny-judge")
+        reference_of(copy, extractor, "tiny-classifier")
 
     def test_data_without_images(self, copy, extractor, monkeypatch):
         monkeypatch.setattr(copy, "has_images", False)
         with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
-            reference_of(copy, extractor, "tiny-judge")
+            reference_of(copy, extractor, "tiny-classifier")

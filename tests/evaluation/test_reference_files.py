@@ -90,13 +90,13 @@ def test_images_alone_are_a_reference(tmp_path, real, samples):
 
 
 def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
-    extractor = EncoderExtractor(load_encoder("tiny-judge"))
+    extractor = EncoderExtractor(load_encoder("tiny-classifier"))
     for name, images in {"a": samples, "b": 255 - samples}.items():
         np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     distances = [
-        evaluate([samples], extractor, load_reference(open_reference(tmp_path / name, 16), extractor, "tiny-judge"))[
-            "fd"
-        ]
+        evaluate(
+            [samples], extractor, load_reference(open_reference(tmp_path / name, 16), extractor, "tiny-classifier")
+        )["fd"]
         for name in ("a.npz", "b.npz", "a.npz")
     ]
     assert distances[0] < 1e-5 < 1 < distances[1]
@@ -119,11 +119,11 @@ def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, mo
 
 
 def test_an_encoders_file(tmp_path, real, samples):
-    extractor = EncoderExtractor(load_encoder("tiny-judge"))
-    write_reference(tmp_path / "ref.npz", compute_reference(real, extractor), real, extractor, "tiny-judge")
+    extractor = EncoderExtractor(load_encoder("tiny-classifier"))
+    write_reference(tmp_path / "ref.npz", compute_reference(real, extractor), real, extractor, "tiny-classifier")
     opened = open_reference(tmp_path / "ref.npz", 16)
-    assert evaluate([samples], extractor, load_reference(opened, extractor, "tiny-judge"), ("fd",))["fd"] > 0
-    with pytest.raises(UserError, match="holds features of tiny-judge .* measured in features of inception"):
+    assert evaluate([samples], extractor, load_reference(opened, extractor, "tiny-classifier"), ("fd",))["fd"] > 0
+    with pytest.raises(UserError, match="holds features of tiny-classifier .* measured in features of inception"):
         load_reference(opened, small_inception(), "inception")
     with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare images of one size"):
         open_reference(tmp_path / "ref.npz", 8)
@@ -132,7 +132,7 @@ def test_an_encoders_file(tmp_path, real, samples):
 def test_statistics_are_whose_they_are(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
     with pytest.raises(UserError, match="statistics of Inception's features and no images"):
-        measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-judge")))
+        measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
     with pytest.raises(UserError, match="by the published weights of Inception, but other weights were given"):
         measured(path, samples, ("fid",), small_inception("0" * 64))
     extractor = small_inception()
@@ -140,7 +140,7 @@ def test_statistics_are_whose_they_are(tmp_path, real, samples):
     with pytest.raises(UserError, match="mu has 6 entries, the features have 2048"):
         measured(path, samples, ("fid",), extractor)
     with_images = adm_file(tmp_path / "images.npz", small_inception(), samples)
-    found = measured(with_images, samples, ("fd",), EncoderExtractor(load_encoder("tiny-judge")))
+    found = measured(with_images, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
     assert found["fd"] < 1e-5  # against its own images in the encoder's features
 
 

@@ -93,7 +93,7 @@ def fresh(whole: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(counts: Counter, wrong: list[str], what: str, code: object, said: str) -> None:
+def check(counts: Counter, wrong: list[str], what: str, code: object, said: str) -> None:
     counts[code] += 1
     if code not in (0, 2):
         wrong.append(f"{what}: {code}\n{said[-3000:]}")
@@ -111,7 +111,7 @@ def full_disks(whole: Path, folder: Path, lefts: list[int], verbs: list[str]) ->
             shutil.copytree(whole, folder, dirs_exist_ok=True)
             with contextlib.suppress(OSError), open(folder / "filler", "wb") as filler:
                 filler.write(b"\0" * max(shutil.disk_usage(folder).free - left, 0))
-            judge(counts, wrong, f"{verb}, {left} bytes left", *outcome(VERBS[verb](folder)))
+            check(counts, wrong, f"{verb}, {left} bytes left", *outcome(VERBS[verb](folder)))
     return counts, wrong
 
 
@@ -127,7 +127,7 @@ def limited_files(whole: Path, folder: Path, limits: list[int], verbs: list[str]
                 code, said = outcome(VERBS[verb](folder))
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            judge(counts, wrong, f"{verb}, files of at most {limit} bytes", code, said)
+            check(counts, wrong, f"{verb}, files of at most {limit} bytes", code, said)
     return counts, wrong
 
 
@@ -191,7 +191,7 @@ def failing_calls(whole: Path, folder: Path, verbs: list[str], each: int) -> tup
                 code, said = outcome(VERBS[verb](folder))
             if failing.calls < failing.fail_at:
                 break
-            judge(
+            check(
                 counts,
                 wrong,
                 f"{verb}, call {failing.fail_at} fails with {errno.errorcode[failing.number]}",
@@ -231,7 +231,7 @@ def test_read_only(whole, mount, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "d")], check=True)
     counts, wrong = Counter(), []
     for verb, argv in VERBS.items():
-        judge(counts, wrong, f"{verb}, read-only", *outcome(argv(tmp_path / "d")))
+        check(counts, wrong, f"{verb}, read-only", *outcome(argv(tmp_path / "d")))
     report("read-only disks", counts, wrong)
 
 

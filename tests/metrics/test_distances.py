@@ -63,7 +63,7 @@ def test_mistakes():
 
 
 def test_the_reference_evaluators_arithmetic_to_four_digits():
-    """float32 means, the root of an asymmetric product: on features as many and as spread as a judge's."""
+    """float32 means, the root of an asymmetric product: on features as many and as spread as an encoder's."""
     g = np.random.default_rng(0)
     mix = g.normal(size=(64, 64)) * np.linspace(1, 0.02, 64)
     x = np.maximum(g.normal(size=(3000, 64)) @ mix, 0).astype(np.float32)

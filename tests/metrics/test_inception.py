@@ -182,7 +182,9 @@ class TestWeights:
         assert not list((homes / "ours/metrics").iterdir())
 
     def test_no_network(self, homes):
-        with pytest.raises(UserError, match=r"not on this machine .*--features-weights FILE.*--features tiny-judge"):
+        with pytest.raises(
+            UserError, match=r"not on this machine .*--features-weights FILE.*--features tiny-classifier"
+        ):
             load_inception()
 
     def test_no_file(self, tmp_path):

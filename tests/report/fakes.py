@@ -9,7 +9,7 @@ import yaml
 from repa.runs import layout
 
 ALIGNMENT = {"target": "tiny", "depth": 3, "weight": 0.5, "loss": "cosine", "projector": "mlp:width=256"}
-PROTOCOL = {"features": "tiny-judge", "num_samples": 1000, "nfe": 20, "weights": "ema"}
+PROTOCOL = {"features": "tiny-classifier", "num_samples": 1000, "nfe": 20, "weights": "ema"}
 
 
 def config(aligned: bool, **changes) -> dict:

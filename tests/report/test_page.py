@@ -86,7 +86,7 @@ def test_whole_page(two, tmp_path):
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in svgs)
     for expected in (
         "1.3 times fewer steps (75 instead of 100)",
-        "features of tiny-judge",
+        "features of tiny-classifier",
         "1,000 samples",
         "20 network evaluations",
     ):

@@ -127,7 +127,7 @@ def test_many_steps_are_thinned_the_ends_stay_and_the_csv_has_all(tmp_path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
     assert [int(row["iterations"]) for row in rows] == list(range(10, 201, 10))
     assert float(rows[1]["frechet_distance"]) == 5.0
-    assert rows[0]["features"] == "tiny-judge"
+    assert rows[0]["features"] == "tiny-classifier"
 
 
 def test_samples_of_no_run_here_have_a_line(tmp_path):
@@ -190,13 +190,13 @@ def test_rows_of_metrics_of_other_types_are_refused(tmp_path):
 
 
 def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):
-    """While training, too, where a row names it by the judge's own name."""
+    """While training, too, where a row names it by the name of its encoder."""
     run = fake_run(tmp_path / "a", distances={100: 3.0})
     rows = [{"kind": "eval", "step": step, "fid": 500.0 / step, "features": "inception"} for step in (50, 100)]
     with open(run / layout.METRICS, "a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    inception, judged = tables_of([run])
-    assert list(judged.columns.values()) == ["Fréchet distance ↓"]
+    inception, classifier = tables_of([run])
+    assert list(classifier.columns.values()) == ["Fréchet distance ↓"]
     assert list(inception.columns.values()) == ["FID ↓"]
     assert [line.values["frechet_distance"].mean for line in inception.lines] == [10.0, 5.0]
     page = write_report([run], tmp_path / "r.html").read_text()

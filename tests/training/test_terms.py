@@ -31,7 +31,7 @@ def network() -> DiT:
 
 def objective(*terms, **settings) -> Objective:
     model = network()
-    built = [Alignment.of(AlignmentConfig(**term), model, {"tiny": 5, "tiny-judge": 6}) for term in terms]
+    built = [Alignment.of(AlignmentConfig(**term), model, {"tiny": 5, "tiny-classifier": 6}) for term in terms]
     return Objective(model, built, DiffusionConfig(), label_dropout=0.3, seed=3, **settings)
 
 
@@ -67,7 +67,7 @@ def test_two_terms_have_one_projector():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [({"projector": "mlp:width=8"}, "another projector"), ({"measure_only": True}, "another measure_only"),
-     ({"target": "tiny-judge"}, "a separate projector")],
+     ({"target": "tiny-classifier"}, "a separate projector")],
 )  # fmt: skip
 def test_projectors_that_cannot_be_shared(changes, told):
     with pytest.raises(UserError, match=told):

@@ -35,7 +35,7 @@ def test_a_configuration_of_before_these_settings_means_what_it_meant():
     """The fields that runs of version 0.1.0 wrote, for the settings that were renamed or added since."""
     old = {
         "optimizer": {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0},
-        "preview": {"every": 200, "num_images": 16, "num_scored": 500, "features": "tiny-judge", "sampler": "heun"},
+        "preview": {"every": 200, "num_images": 16, "num_scored": 500, "features": "tiny-classifier", "sampler": "heun"},
         "precision": "bf16", "ema_decay": 0.98,
     }  # fmt: skip
     config = TrainConfig.parse(old)

@@ -162,7 +162,7 @@ def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
 def test_figures_of_samples_are_those_of_one_process(random_run, data_folder, tmp_path):
     """Of a run that is sampled while it is measured, against data whose reference both make."""
     command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
-               "--features", "tiny-judge", "--out")  # fmt: skip
+               "--features", "tiny-classifier", "--out")  # fmt: skip
     results = []
     for launch in (torchrun, alone):
         shutil.rmtree(data_folder / "reference", ignore_errors=True)  # made by each

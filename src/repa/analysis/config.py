@@ -111,7 +111,7 @@ class ProbeConfig(HeadsConfig, HiddenConfig):
 class EncodersConfig(HeadsConfig, ImagesConfig):
     """Which encoders to compare."""
 
-    encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-judge")
+    encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-classifier")
     """Vision encoders."""
     encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
@@ -142,7 +142,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
 class NeighboursConfig(Config):
     """How samples are compared with training images."""
 
-    features: Annotated[str, Spec(ENCODERS)] = "tiny-judge"
+    features: Annotated[str, Spec(ENCODERS)] = "tiny-classifier"
     """Encoder whose features say how near two images are."""
     features_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""

@@ -76,7 +76,7 @@ def compare_encoders(
         accuracy: dict[str, Any] = {"top1": None, "top5": None}  # of data with one class
         if data.num_classes > 1:
             probed = probe_rows(images, features, config, config.seed, device, epochs.next())
-            # Encoders want different learning rates: each is judged by its best.
+            # Encoders want different learning rates: each is compared at its best.
             accuracy = max(probed, key=lambda row: row["top1"])
         rows.append({
             "encoder": spec, "dim": encoder.dim, "grid": grid,

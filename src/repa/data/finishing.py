@@ -176,6 +176,6 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
 
 def _numbered_files(folder: Path, ending: str, *names: str) -> list[Path]:
     """The files NAME-NUMBER.ENDING of fields or parts, also those that no manifest names: a killed removal left them."""
-    # not by a pattern such as tiny-*, which takes the files of tiny-judge too
+    # not by a pattern such as tiny-*, which takes the files of tiny-classifier too
     either = "|".join(re.escape(plain_name(name)) for name in names)
     return [path for path in folder.iterdir() if re.fullmatch(rf"(?:{either})-\d+\.{ending}", path.name)]

@@ -11,7 +11,7 @@ ENCODERS = EncoderRegistry(
     "encoder",
     {
         "tiny": "repa.encoders.tiny:load_tiny",
-        "tiny-judge": "repa.encoders.tiny:load_tiny",
+        "tiny-classifier": "repa.encoders.tiny:load_tiny",
         "lite0": "repa.encoders.lite:load_lite",
         **dict.fromkeys(families.encoder_names(), "repa.encoders.vit:load_vit"),
     },

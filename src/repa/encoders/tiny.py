@@ -1,4 +1,4 @@
-"""The two networks inside the package: `tiny`, an alignment target, and `tiny-judge`, which measures samples.
+"""The two networks inside the package: `tiny`, an alignment target, and `tiny-classifier`, which measures samples.
 
 docs/tiny-encoder.md tells how they were trained.
 """
@@ -32,7 +32,7 @@ class ConvNetShape(NamedTuple):
 
 SHAPES = {
     "tiny": ConvNetShape(stages=((64, 2, 1), (128, 2, 2)), dim=192),
-    "tiny-judge": ConvNetShape(stages=((32, 1, 0), (48, 2, 1), (96, 2, 1), (128, 2, 0)), dim=128),
+    "tiny-classifier": ConvNetShape(stages=((32, 1, 0), (48, 2, 1), (96, 2, 1), (128, 2, 0)), dim=128),
 }
 
 

@@ -66,7 +66,7 @@ def _cached_or_downloaded() -> Path:
         f"The weights of Inception-v3 are not on this machine and could not be fetched from {URL} "
         f"({problem or 'they were fetched to another machine'}): give --features-weights FILE (of `repa train`: "
         f"--feature-weights inception=FILE), put the file at {_cache_paths()[0]}, or measure in the features of an encoder inside "
-        "this package with --features tiny-judge (--preview.features tiny-judge)."
+        "this package with --features tiny-classifier (--preview.features tiny-classifier)."
     )
 
 

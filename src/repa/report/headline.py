@@ -282,7 +282,7 @@ def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
         else:
             notes.append(
                 "The baseline and the aligned runs share no evaluation made in the same way, so no speed-up is stated. Measure "
-                "each with the same options, as in `repa evaluate RUN --reference DATA --num-images 500 --features tiny-judge`."
+                "each with the same options, as in `repa evaluate RUN --reference DATA --num-images 500 --features tiny-classifier`."
             )
         if len({protocol for _, protocol in measured}) > 1:
             notes.append("These distances were made in different ways and do not compare with each other.")

@@ -60,7 +60,7 @@ class PreviewConfig(Config):
     """Steps between measurements; 0 measures at every preview."""
     metrics: tuple[str, ...] = ("fd",)
     """What is measured, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
-    features: Annotated[str, Spec(ENCODERS, also=("inception",))] = "tiny-judge"
+    features: Annotated[str, Spec(ENCODERS, also=("inception",))] = "tiny-classifier"
     """Features in which samples are measured: inception, or an encoder that the run is not aligned to."""
     sampler: Annotated[str, Spec(SAMPLERS)] = "heun"
     """Sampler of the previews."""

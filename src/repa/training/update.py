@@ -38,7 +38,7 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
 
     Where a norm is not finite nothing changes but its count.
     """
-    # The loss scale comes out before anything looks at the size of gradients; the guard judges the norms that clipping found
+    # The loss scale comes out before anything looks at the size of gradients; the guard checks the norms that clipping found
     # anyway; and the averages follow last, by the weights of this step.
     settings = state.config.optimizer
     state.guard.unscale(state.objective.parameters())
