@@ -89,10 +89,10 @@ def after(rows: list[dict[str, Any]], step: float) -> float | None:
 
 
 def table(out: Path, methods: list[str], seeds: list[int]) -> str:
-    """A Markdown table: a row per method, its seeds and their mean, and how it stands against the first."""
+    """A Markdown table: one row per method with its seeds, their mean and the change relative to the first method."""
     found = {method: [distances(out / "runs" / f"{method}-{seed}") for seed in seeds] for method in methods}
     cost = costs({method: step_of(out / "runs" / f"{method}-{seeds[0]}", out / "data") for method in methods})
-    heads = [*(f"seed {seed}" for seed in seeds), "mean", "against the first", "cost of a step", "at equal time"]
+    heads = [*(f"seed {seed}" for seed in seeds), "mean", "relative to the baseline", "cost of a step", "at equal time"]
     lines = ["| recipe | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     first = statistics.mean(rows[-1]["frechet_distance"] for rows in found[methods[0]])
     for method, runs in found.items():
