@@ -64,7 +64,7 @@ def measured(images: int, rounds: int, work: Path) -> dict[str, float]:
     found["decode and crop"] = seconds(lambda: [crop() for _ in range(20)], rounds) / 20
     pixels = torch.stack([crop() for _ in range(images)])
     autoencoder = AutoencoderKL(**SHAPES["sd-vae-ft-mse"])
-    autoencoder.save_pretrained(work / "vae")  # type: ignore[attr-defined]  # diffusers hides it behind a decorator
+    autoencoder.save_pretrained(work / "vae")
     Dinov2Model(Dinov2Config(patch_size=14, image_size=518)).save_pretrained(
         work / "encoder"
     )  # DINOv2-B is the default
