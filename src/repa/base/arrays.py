@@ -14,6 +14,7 @@ from repa.base import faults, files
 from repa.base.errors import UserError
 
 LIMIT = 4 * 2**30  # bytes of all arrays asked for, unpacked; a reference of Inception's 2,048 features has 0.2 GiB
+LOCAL_HEADER = struct.Struct("<26xHH")  # of a member of a zip: lengths of its name and of its extra field
 OBJECTS = "it holds Python objects, which can run any program when they are read; save plain numbers"
 
 
@@ -57,8 +58,8 @@ def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: 
 
 
 def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
-    start = data_offset(path, member)
     with open(path, "rb") as file:
+        start = data_offset(file.fileno(), member.header_offset)
         file.seek(start)
         shape, fortran, dtype = read_header(file)
         offset = file.tell()
@@ -78,15 +79,18 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 
 
-def data_offset(path: str | Path, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member of a zip begin: after its local header of 30 bytes, its name and its extra field."""
+def data_offset(zip_file: int, header_offset: int) -> int:
+    """Where the bytes of a member of a zip begin: after its local header, its name and its extra field.
+
+    Args:
+        zip_file: descriptor of the open file, whose position does not move.
+        header_offset: of the local header, as the directory says.
+    """
     # The directory at the end does not tell: the local header may have another extra field than its copy there
-    with open(path, "rb") as file:
-        file.seek(member.header_offset)
-        signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
-    if signature != b"PK\x03\x04":
+    header = files.read_at(zip_file, header_offset, LOCAL_HEADER.size)
+    if not header.startswith(b"PK\x03\x04"):
         raise zipfile.BadZipFile("Bad signature")
-    return member.header_offset + 30 + name + extra
+    return header_offset + len(header) + sum(LOCAL_HEADER.unpack(header))
 
 
 @contextlib.contextmanager

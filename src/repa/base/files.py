@@ -232,6 +232,15 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes from `offset` of an open file; raises EOFError when the file ends before."""
+    # pread has no position that another thread or a forked process could move
+    data = os.pread(file, size, offset)
+    if len(data) < size:
+        raise EOFError(f"the file ends {size - len(data):,} bytes too early")
+    return data
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from repa.base import dist, faults
-from repa.base.arrays import data_offset, load_npz, read_header
+from repa.base.arrays import map_npz, read_header
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
 from repa.data import DataSet, Source, open_data, open_source
@@ -81,8 +81,9 @@ class NpzImages(Images):
             self._file = self._archive.open(self._info)
             shape, fortran, dtype = read_header(self._file)
             self._start = self._file.tell()
-            stored = self._info.compress_type == zipfile.ZIP_STORED
-            begin = data_offset(path, self._info) if stored else 0
+            # The checksum of a zip is of the whole member, and so begins with the header of the array.
+            self._file.seek(0)
+            self._checksum = zlib.crc32(self._file.read(self._start))
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images so.")
         self.num, self.height, self.width, _ = shape
@@ -95,13 +96,9 @@ class NpzImages(Images):
             )
         self.identity = {"name": path.name, "shape": list(shape), "crc32": self._info.CRC}
         self._map = None
-        if fortran:  # images do not lie one after the other: nothing to stream or to sum up in order
-            self._map, self._next = load_npz(path, "images in Fortran order", ("arr_0",), remedy=REMEDY)["arr_0"], -1
-        elif stored and self.num:
-            self._map = np.memmap(path, np.uint8, "r", offset=begin + self._start, shape=shape)
-            # The checksum of a zip is of the whole member, and so begins with the header of the array.
-            self._checksum = zlib.crc32(np.memmap(path, np.uint8, "r", offset=begin, shape=(self._start,)).data)
-            self._next = 0
+        if fortran or self._info.compress_type == zipfile.ZIP_STORED:
+            self._map = map_npz(path, "images", "arr_0", remedy=REMEDY)
+            self._next = -1 if fortran else 0  # -1: images do not lie one after the other, as the checksum takes them
 
     def rows(self, indices: np.ndarray) -> Tensor:
         """Images `indices` (n,), ascending: uint8 (n, 3, H, W). A stream is cheapest read in order."""
@@ -127,9 +124,7 @@ class NpzImages(Images):
         if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
             return
         self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
-        # Nothing lies after the images, which nobody would read.
-        whole = self._info.file_size == self._start + self.num * self._size
-        if self._next == self.num and whole and self._checksum != self._info.CRC:
+        if self._next == self.num and self._checksum != self._info.CRC:
             raise UserError(
                 f"{self.path} is damaged: arr_0 has another checksum than when it was written. Copy or make it again."
             )

@@ -2,8 +2,6 @@
 
 import bisect
 import itertools
-import os
-import struct
 import tarfile
 import zipfile
 import zlib
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from repa.base import faults
+from repa.base import faults, files
+from repa.base.arrays import data_offset
 from repa.base.errors import UserError
 from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, Strings, is_hidden, require_safe_member
 from repa.data.sources.folders import FileSource
@@ -20,7 +19,6 @@ from repa.data.sources.label_files import TABLES
 
 # all that zip programs write unless told otherwise; `Members.read` bounds what each of these unpacks to
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of what follows it
 
 MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
 
@@ -31,14 +29,11 @@ class Slices:
     def __init__(self, path: Path):
         self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the object)
+        self.handle = self._file.fileno()
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`; raises EOFError when the file ends before."""
-        # pread has no position that another thread or a forked process could move
-        data = os.pread(self._file.fileno(), size, offset)
-        if len(data) < size:
-            raise EOFError(f"the file ends {size - len(data):,} bytes too early")
-        return data
+        return files.read_at(self.handle, offset, size)
 
     def __reduce__(self) -> tuple:
         return Slices, (self.path,)
@@ -54,19 +49,10 @@ class Members:
         self._facts = np.array(facts, MEMBER)
         self._slices = Slices(path)
 
-    def locate(self, index: int) -> int:
-        """Where the data of a member begins."""
-        # the directory at the end does not tell: the local header may have another extra field than its copy there
-        offset = int(self._facts[index]["offset"])
-        signature, name, extra = LOCAL_HEADER.unpack(self._slices.read(offset, LOCAL_HEADER.size))
-        if signature != b"PK\x03\x04":
-            raise zipfile.BadZipFile("Bad signature")
-        return offset + LOCAL_HEADER.size + name + extra
-
     def read(self, index: int) -> bytes:
         """The bytes of a member, never more than it declares; raises OSError, EOFError, BadZipFile or zlib.error."""
-        _, packed, size, crc, method = self._facts[index].item()
-        data = self._slices.read(self.locate(index), packed)
+        header, packed, size, crc, method = self._facts[index].item()
+        data = self._slices.read(data_offset(self._slices.handle, header), packed)
         if method == zipfile.ZIP_DEFLATED:  # zlib takes a size of 0 for no bound
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size) if size else b""
         if len(data) != size or zlib.crc32(data) != crc:
