@@ -24,7 +24,7 @@ def test_the_longest_unused_goes_first_and_files_under_way_stay(tmp_path):
 
 
 def test_what_a_killed_process_left_goes_when_its_file_is_fetched(tmp_path):
-    left = tmp_path / "aa" / ".file.1234.tmp"
+    left = tmp_path / "aa" / ".file.12345678.tmp"
     left.parent.mkdir()
     left.write_bytes(b"half")
     path = FileCache(tmp_path, 100).path("aa", "file", lambda path: path.write_bytes(b"whole"))

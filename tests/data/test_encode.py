@@ -127,7 +127,7 @@ def test_killed_between_writes(folder, tmp_path, fakes, monkeypatch, point):
             patch.setattr(files, "write_json", third)
         with pytest.raises(Killed):
             prepare(folder, tmp_path / "out", FULL)
-    left = ".features.tiny-00000.npy.abc.tmp" if point == "files.write_json" else ".manifest.json.abc.tmp"
+    left = ".features.tiny-00000.npy.abcdefgh.tmp" if point == "files.write_json" else ".manifest.json.abcdefgh.tmp"
     (tmp_path / "out" / left).write_bytes(b"left by SIGKILL")
     prepare(folder, tmp_path / "out", FULL)
     assert content(tmp_path / "out") == content(tmp_path / "whole")

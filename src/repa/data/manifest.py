@@ -11,7 +11,6 @@ DATA/
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -348,8 +347,4 @@ def remove_parts(folder: Path) -> None:
     # renamed first: a kill during the removal must not leave a folder with a part of its records
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=folder))
-    for path in folder.glob(f".{PARTS}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
-    for pattern in (f".{MANIFEST}.*.tmp", ".basis.*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    files.remove_leftovers(folder, lambda name: name in (PARTS, MANIFEST) or name.startswith("basis."))

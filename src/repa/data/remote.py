@@ -59,8 +59,7 @@ class FileCache:
                 if size in (None, path.stat().st_size):
                     os.utime(path)
                     return path
-            for left in path.parent.glob(f".{name}.*.tmp"):  # by a process that was killed: the lock is ours
-                left.unlink()
+            files.remove_leftovers(path.parent, name.__eq__)  # of a process that was killed: the lock is ours
             with files.atomic_path(path) as temporary:
                 fetch(temporary)
                 os.utime(temporary)

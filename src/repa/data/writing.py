@@ -113,8 +113,7 @@ class ShardWriter:
 
     def _place(self, name: str) -> Path:
         """Where a file goes; what a killed process has left of it is removed, as whoever writes a shard holds its lock."""
-        for path in self.folder.glob(f".{name}.*.tmp"):
-            path.unlink()
+        files.remove_leftovers(self.folder, name.__eq__)
         return self.folder / name
 
     def __enter__(self) -> "ShardWriter":
