@@ -128,20 +128,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> np.ndarray:
-    """Lay images row by row on white; returns uint8 (height, width, 3).
+def grid(images: Tensor, columns: int | None = None, padding: int = 2, background: int = 255) -> np.ndarray:
+    """Lay images row by row on a sheet; returns uint8 (height, width, C).
 
     Args:
-        images: uint8 (N, 3, H, W).
+        images: uint8 (N, C, H, W), RGB or RGBA.
         columns: images in a row; about a square when None.
-        padding: white pixels between images, none at the rim.
+        padding: pixels between images, none at the rim.
+        background: value of these pixels in every channel: white; 0 is transparent in RGBA.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"Images are uint8 (N, 3, H, W), but got {images.dtype} {tuple(images.shape)}.")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (3, 4):
+        raise ValueError(f"Images are uint8 (N, 3 or 4, H, W), but got {images.dtype} {tuple(images.shape)}.")
     num, channels, height, width = images.shape
     columns = min(columns or int(np.ceil(np.sqrt(num))), num)
     rows = -(-num // columns)
-    sheet = np.full((rows * (height + padding), columns * (width + padding), channels), 255, np.uint8)
+    sheet = np.full((rows * (height + padding), columns * (width + padding), channels), background, np.uint8)
     for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = index // columns * (height + padding), index % columns * (width + padding)
         sheet[top : top + height, left : left + width] = image

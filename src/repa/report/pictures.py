@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+import torch
 
 from repa.base import faults, files
 from repa.base.arrays import load_npz
 from repa.base.errors import UserError, printable
-from repa.base.images import decode_image
+from repa.base.images import decode_image, grid
 from repa.report.analyses import VALUES
 from repa.report.curves import draw_curves
 from repa.report.runs import (
@@ -154,15 +155,10 @@ def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Picture]:
 
 def tile_pixels(images: np.ndarray, columns: int = 4) -> np.ndarray:
     """uint8 (N, H, W, C) -> RGBA (H', W', 4), with transparent gaps."""
-    num, height, width, _ = images.shape
-    columns = min(columns, num)
-    rows, gap = -(-num // columns), max(1, width // 32)
-    canvas = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        canvas[top : top + height, left : left + width, :3] = image  # a single channel broadcasts to grey
-        canvas[top : top + height, left : left + width, 3] = 255
-    return canvas
+    opaque = np.full((*images.shape[:3], 4), 255, np.uint8)
+    opaque[..., :3] = images  # a single channel broadcasts to grey
+    gap = max(1, images.shape[2] // 32)
+    return grid(torch.from_numpy(opaque).permute(0, 3, 1, 2), columns, gap, background=0)
 
 
 def checked_images(images: np.ndarray, what: str = "Images") -> np.ndarray:

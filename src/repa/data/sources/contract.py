@@ -3,7 +3,6 @@
 import functools
 import glob
 import hashlib
-import io
 import json
 import re
 import unicodedata
@@ -14,11 +13,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import torch
 from PIL import Image
 
 from repa.base import faults, files
 from repa.base.errors import UserError
-from repa.base.images import adm_centre_crop, decode_image, image_endings
+from repa.base.images import adm_centre_crop, decode_image, encode_png, grid, image_endings, to_tensor
 from repa.data.config import PrepareConfig
 
 ONE_CLASS = "all"
@@ -87,12 +87,8 @@ class Source(ABC):
     def _repr_png_(self) -> bytes:
         """For notebooks: up to 16 images at equal distances, at 64 pixels."""
         number = min(16, len(self))
-        sheet = Image.new("RGB", (64 * min(number, 8), 64 * -(-number // 8)))
-        for place in range(number):
-            sheet.paste(self.image(place * len(self) // number, 64), (64 * (place % 8), 64 * (place // 8)))
-        content = io.BytesIO()
-        sheet.save(content, "PNG")
-        return content.getvalue()
+        shown = [to_tensor(self.image(place * len(self) // number, 64)) for place in range(number)]
+        return encode_png(grid(torch.stack(shown), columns=8, padding=0))
 
     def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (most images fit any)
         """Raises UserError for settings that these images cannot be prepared with.
