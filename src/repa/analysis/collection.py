@@ -6,7 +6,6 @@ CACHE/1f3a.../               one folder for what the features are a function of,
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def collect(
             parts.append(_as_stored(make(rows, fields), rows, store))
             progress(rows.stop, num)
         return lambda field: torch.from_numpy(np.concatenate([part[field] for part in parts]))
-    folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / files.json_sha256(identity)[:16]
     dist.on_main(lambda: files.require_place(cache, f"The cache {cache}"))
     with _without_leftovers(folder) if dist.is_main() else contextlib.nullcontext():
         if dist.is_main():

@@ -160,8 +160,12 @@ def write_sealed(path: str | Path, values: Mapping[str, Any]) -> None:
 
 def _seal_of(values: Mapping[str, Any]) -> str:
     # Through JSON first: tuples and keys that are numbers come back as lists and texts.
-    plain = json.loads(json.dumps(values))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json_sha256(json.loads(json.dumps(values)))
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value as JSON, whose keys are sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:

@@ -51,14 +51,19 @@ def place(*, strict: bool = True) -> Place:
 
 def join_minutes() -> float:
     """How long processes wait for each other at the start."""
-    text = os.environ.get(JOIN, str(JOIN_MINUTES))
+    return positive_number(JOIN, JOIN_MINUTES, "give minutes above 0, such as 10")
+
+
+def positive_number(variable: str, default: float, remedy: str) -> float:
+    """The number that an environment variable holds; raises UserError, with the remedy, for what is not one between 0 and a million."""
+    text = os.environ.get(variable, str(default))
     try:
-        minutes = float(text)
+        number = float(text)
     except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < 1e5:
-        raise UserError(f"The environment variable {JOIN} is {text!r}: give minutes above 0, such as 10.")
-    return minutes
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise UserError(f"The environment variable {variable} is {text!r}: {remedy}.")
+    return number
 
 
 def _pair(rank_name: str, world_name: str) -> tuple[int, int]:

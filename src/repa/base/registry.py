@@ -81,9 +81,6 @@ class Registry:
             rows.append(f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(settings)}</td></tr>")
         return f"<p>{html.escape(self.kind)}</p><table>{''.join(rows)}</table>"
 
-    def __getitem__(self, spec: str) -> Any:
-        return self.build(spec)
-
     def __contains__(self, name: str) -> bool:
         return name in self.table
 

@@ -1,8 +1,6 @@
 """`repa evaluate SAMPLES|RUN --reference REF ...` and `repa evaluate reference DATA --out ref.npz`."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,8 +105,7 @@ def main(argv: list[str]) -> int:
 def _name(given: EvaluateArguments, results: dict[str, Any]) -> str:
     """By what was measured: another reference or encoder is another file, the same measurement again replaces its own."""
     measured = [results["made"], results["reference"], results["encoder"], results["arithmetic"], [*results["metrics"]]]
-    digest = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{layout.step_name(results['made']['step'])}-{given.weights}-{digest}.json"
+    return f"{layout.step_name(results['made']['step'])}-{given.weights}-{files.json_sha256(measured)[:8]}.json"
 
 
 def _of_file(given: EvaluateArguments) -> dict[str, Any]:

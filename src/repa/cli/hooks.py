@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repa.autoencoders import Autoencoder, load_decoder
 from repa.base import dist, files
+from repa.base.arrays import save_npz
 from repa.base.images import grid, save_png
 from repa.conditions import load_text_encoder
 from repa.data import DataSet
@@ -182,7 +183,7 @@ def _save(
     images = torch.stack([image for _, image in sorted(rows, key=lambda row: row[0])])
     if prompts:
         files.write_json(layout.prompts_file(run), prompts.texts_of(range(len(images))))
-    with files.atomic_path(layout.preview(run, step, ".npz")) as temporary, open(temporary, "wb") as file:
-        labels = {"labels": np.resize(np.array(classes, np.int64), len(images))} if classes else {}
-        np.savez_compressed(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **labels)  # type: ignore[arg-type]  # no allow_pickle
+    labels = {"labels": np.resize(np.array(classes, np.int64), len(images))} if classes else {}
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), **labels}
+    save_npz(layout.preview(run, step, ".npz"), arrays, compressed=True)
     save_png(grid(images), layout.preview(run, step, ".png"))

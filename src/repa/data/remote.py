@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.faults import is_of_disk
+from repa.base.launch import positive_number
 from repa.data.manifest import MANIFEST, Manifest, StoredFile
 
 Result = TypeVar("Result")
 
 LIMIT_VARIABLE = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
-DEFAULT_LIMIT = 100.0
 FETCHERS = 4  # threads; an object store sends to one connection more slowly than the network could
 PAUSES = (1.0, 4.0)  # seconds before another try: stores refuse a request now and then
 
@@ -90,7 +90,8 @@ class RemoteFiles:
     """
 
     def __init__(self, url: str):
-        self.url, self.limit = url.rstrip("/"), _limit()
+        self.url = url.rstrip("/")
+        self.limit = 1e9 * positive_number(LIMIT_VARIABLE, 100.0, "it is the size of the cache in GB, such as 200")
         self.folder = files.cache_folder() / "streams"
         self.cache = FileCache(self.folder, self.limit)
 
@@ -203,16 +204,3 @@ def _run(command: str, path: Path) -> None:
         last = messages.read()[-300:].decode(errors="replace").strip().replace("\n", " ")
     if code:
         raise UserError(f"The command {command!r} failed with code {code}{f' ({last})' if last else ''}: correct it.")
-
-
-def _limit() -> float:
-    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit < float("inf"):
-        raise UserError(
-            f"The environment variable {LIMIT_VARIABLE} is {text!r}: it is the size of the cache in GB, such as 200."
-        )
-    return limit * 1e9

@@ -1,7 +1,6 @@
 """What samples are measured against: statistics of real images and the features of a subset of them, kept once computed."""
 
-import hashlib
-import json
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, faults, files
-from repa.base.arrays import load_npz
+from repa.base.arrays import load_npz, save_npz
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
@@ -100,11 +99,9 @@ def kept_reference(
         return _read_kept(path)
     reference = compute_reference(images, extractor, batch_size, progress)
     if dist.is_main():
-        try:
-            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **reference.arrays())  # type: ignore[arg-type]  # none of them is called allow_pickle
-        except (UserError, FileNotFoundError):  # nothing can be written there: the next command computes it again
-            pass
+        # Where nothing can be written the next command computes it again.
+        with contextlib.suppress(UserError, FileNotFoundError):
+            save_npz(path, reference.arrays())
     return reference
 
 
@@ -153,7 +150,7 @@ def _kept_path(images: Images, extractor: Extractor, spec: str) -> Path:
 
 
 def _file_name(extractor: Extractor, key: list) -> str:
-    return f"{extractor.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
+    return f"{extractor.name}-{files.json_sha256(key)[:12]}.npz"
 
 
 def _read_kept(path: Path) -> Reference:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import PositiveFloat
 
 from repa.base import faults, files
-from repa.base.arrays import load_npz
+from repa.base.arrays import load_npz, save_npz
 from repa.base.errors import UserError, printable
 from repa.data.remote import fetch_shard
 from repa.data.sources.archives import Slices, tar_samples
@@ -226,7 +226,7 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
         # a checksum would read the shard, which the index is there to avoid
         stat = path.stat()
         version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    key = hashlib.sha256(json.dumps([INDEX_VERSION, version, image, label]).encode()).hexdigest()[:32]
+    key = files.json_sha256([INDEX_VERSION, version, image, label])[:32]
     cached = files.cache_folder() / "sources" / "indices" / f"{key}.npz"
     # enough to open a source of a terabyte again: a remote shard is copied when an image of it is read
     if cached.is_file():
@@ -237,10 +237,8 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
             others = {str(ending): int(num) for ending, num in others.items()}
             return Index(keys, labels, arrays["parts"], int(arrays["size"]), others)
     index = _scan(fetch_shard(shard, cache_limit) if is_remote(shard) else path, shard, image, label)
-    # a file that is open, as np.savez gives a path the ending .npz
-    with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
-        text = json.dumps([index.keys, index.labels, index.others]).encode()
-        np.savez(file, text=np.frombuffer(text, np.uint8), parts=index.parts, size=index.size)
+    text = np.frombuffer(json.dumps([index.keys, index.labels, index.others]).encode(), np.uint8)
+    save_npz(cached, {"text": text, "parts": index.parts, "size": np.array(index.size)})
     return index
 
 
