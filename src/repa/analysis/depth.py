@@ -20,7 +20,6 @@ from repa.analysis.hidden import (
     latents,
     noised,
     null_condition,
-    require_images,
     require_neighbours,
     spaced_rows,
 )
@@ -38,7 +37,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
     indices = spaced_rows(data, config.num_images)
     if config.measure == "cknna":
         require_neighbours(config.neighbours, len(indices))
-    require_images(data)
+    data.require_images()
     device = device_of(run)
     encoder = load_encoder_of(data, config.encoder, weights=config.encoder_weights, device=device)
     stages = Stages(progress, [len(indices)] * (1 + len(config.times)))

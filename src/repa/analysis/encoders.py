@@ -11,7 +11,7 @@ import torch
 from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import EncodersConfig
 from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
-from repa.analysis.hidden import pixels, require_images, require_neighbours
+from repa.analysis.hidden import pixels, require_neighbours
 from repa.analysis.probes import ProbeImages, probe_rows
 from repa.analysis.similarity import cknna_of, neighbourhoods
 from repa.base import dist
@@ -58,7 +58,7 @@ def compare_encoders(
     Raises:
         UserError: an encoder whose weights are missing (before any work), data without images, too few of them.
     """
-    require_images(data)
+    data.require_images()
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
     require_neighbours(config.neighbours, images.sizes[0])
     for spec in config.encoders:  # missing weights are reported before the first encoder works for an hour

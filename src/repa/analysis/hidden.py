@@ -30,14 +30,9 @@ def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def require_images(data: DataSet) -> None:
-    if not data.has_images:
-        raise UserError(f"{data.folder} holds no images: prepare it with --store-images true.")
-
-
 def pixels(data: DataSet, indices: np.ndarray) -> Tensor:
     """uint8 (n, 3, R, R)."""
-    require_images(data)
+    data.require_images()
     return torch.from_numpy(data.gather("images", indices))
 
 
@@ -74,7 +69,7 @@ def check_run(run: LoadedRun, data: DataSet, depths: Sequence[int]) -> tuple[int
     for depth in depths:
         run.model.checked(Tap(depth))
     if not data.has_moments:
-        require_images(data)
+        data.require_images()
     # Latents of other weights or of another scale would pass through the network, and mean nothing to it.
     stored = data.manifest.autoencoder if data.has_moments else {}
     own = run.autoencoder.identity

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.hidden import batches, evenly_spaced_indices, pixels, require_images, require_neighbours, spaced_rows
+from repa.analysis.hidden import batches, evenly_spaced_indices, pixels, require_neighbours, spaced_rows
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
@@ -84,7 +84,7 @@ def find_copies(
         )
     indices = spaced_rows(data, config.num_images)
     require_neighbours(config.neighbours, len(indices))
-    require_images(data)
+    data.require_images()
     encoder = load_encoder_of(data, config.features, weights=config.features_weights, device=device)
     num_others = 0 if held_out is None else len(spaced_rows(held_out, config.num_held_out))
     stages = Stages(progress, [len(indices), num_samples, num_others])

@@ -40,21 +40,21 @@ def choices(given: object, allowed: Iterable[object], see: str = "") -> str:
     A list that is too long for a sentence gives way to the nearest name, or is cut. `see` is the command that prints all of it.
     """
     names = [str(name) for name in allowed]
-    near, listed = nearest(given, names), one_of(names)
-    if len(listed) > FITS and (see or near):
+    near, shown = nearest(given, names), listed(names)
+    if len(shown) > FITS and (see or near):
         all_of_them = f" `{see}` prints all {len(names)}." if see else ""
         if near:
             return f".{near}{all_of_them}"
-        return f". Choose {listed[:FITS].rpartition(', ')[0]}, ...{all_of_them}"
+        return f". Choose {shown[:FITS].rpartition(', ')[0]}, ...{all_of_them}"
     if not names:
         return ". There are none."
-    return f".{near}" if near and len(names) == 1 else f". Choose {listed}.{near}"
+    return f".{near}" if near and len(names) == 1 else f". Choose {shown}.{near}"
 
 
-def one_of(names: Sequence[object]) -> str:
+def listed(names: Sequence[object], word: str = "or") -> str:
     """'a, b or c'."""
     *others, last = map(str, names) if names else ("",)
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{', '.join(others)} {word} {last}" if others else last
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:

@@ -70,21 +70,15 @@ def alone(target: Path, doing: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it; the sentence says which, where and since when.
     """
-    path = lock_of(target)
-    files.require_place(path.parent, target)
-    lock = take(path)
-    if lock is None:
-        raise UserError(
-            f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
-        )
+    path = _usable_lock(target)
+    if (lock := take(path)) is None:
+        raise _refusal(target, path)
     if not lock.is_locked:
         warnings.warn(f"The file system of {target} has no locks: see that no other command writes it.", stacklevel=3)
     place = Path(os.path.abspath(target))  # "." has no name
     files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
     try:
-        # A record for others; the lock holds without it, on a full disk too.
-        with contextlib.suppress(OSError):
-            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
+        _sign(path, doing)
         yield
     finally:
         # Removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again.
@@ -108,16 +102,11 @@ def shared(target: Path, doing: str) -> Iterator[None]:
     """
     import fcntl  # absent on Windows, where the rest of the package may be imported
 
-    path = lock_of(target)
-    files.require_place(path.parent, target)
-    handle = _share(path)
-    if handle is None:
-        raise UserError(
-            f"{target} is being written by another command ({_holder(path)}): wait for it, or stop it first."
-        )
+    path = _usable_lock(target)
+    if (handle := _share(path)) is None:
+        raise _refusal(target, path)
     try:
-        with contextlib.suppress(OSError):
-            path.write_text(json.dumps(_record(doing)), encoding="utf-8")
+        _sign(path, doing)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -150,14 +139,24 @@ def _share(path: Path) -> int | None:
     return None
 
 
-def _record(doing: str) -> dict[str, str | int]:
-    return {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+def _usable_lock(target: Path) -> Path:
+    path = lock_of(target)
+    files.require_place(path.parent, target)
+    return path
 
 
-def _holder(path: Path) -> str:
+def _sign(path: Path, doing: str) -> None:
+    """Write who holds the lock, for others; it holds without this too, as on a full disk."""
+    record = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _refusal(target: Path, path: Path) -> UserError:
     try:
         with open(path, encoding="utf-8") as file:
-            holder = json.loads(file.read(1000))
-        return f"{holder['doing']}, process {holder['process']} on {holder['host']}, since {holder['since']}"
+            found = json.loads(file.read(1000))
+        holder = f"{found['doing']}, process {found['process']} on {found['host']}, since {found['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "which left no record"
+        holder = "which left no record"
+    return UserError(f"{target} is being written by another command ({holder}): wait for it, or stop it first.")

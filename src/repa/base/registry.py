@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from repa.base.errors import UserError, choices, nearest, one_of
+from repa.base.errors import UserError, choices, listed, nearest
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
 # What the source of a table's functions may annotate their settings with, beside Python's own types.
@@ -209,7 +209,7 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
         others = [other for other in also if other]
         if not others or "." in text:
             raise
-        raise UserError(f"{error} Also allowed: {one_of(others)}.{nearest(text, also)}") from None
+        raise UserError(f"{error} Also allowed: {listed(others)}.{nearest(text, also)}") from None
 
 
 def settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:

@@ -58,6 +58,11 @@ class DataSet:
         stored = ", ".join(self.manifest.fields)
         return f"DataSet({str(self.folder)!r}): {len(self)} images of {self.resolution} pixels, {self.num_classes} classes; {stored}"
 
+    def require_images(self, why: str = "") -> None:
+        """Raises UserError, which says what they are needed for, unless the images are stored."""
+        if not self.has_images:
+            raise UserError(f"{self.folder} holds no images{why}: prepare it with --store-images true.")
+
     @property
     def latent_channels(self) -> int:
         """Channels C of what the network sees: half of the moments (mean and deviation), all of those that are only means, or

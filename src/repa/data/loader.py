@@ -118,8 +118,7 @@ class Loader:
         """What is read for a step. Raises UserError when the data does not hold it."""
         fields = ["labels", *(["moments"] if self.data.has_moments else [])]
         if self._images(step):
-            if not self.data.has_images:
-                raise UserError(f"The data in {self.data.folder} holds no images: prepare it with --store-images.")
+            self.data.require_images()
             fields.append("images")
         for name in self._features(step):
             if name not in self.stored:

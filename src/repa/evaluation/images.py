@@ -134,8 +134,7 @@ class DataImages(Images):
     """The images of prepared data, mirrored copies left out."""
 
     def __init__(self, data: DataSet):
-        if not data.has_images:
-            raise UserError(f"{data.folder} holds no images to measure against: prepare it with --store-images true.")
+        data.require_images(" to measure against")
         self.data, self.where = data, str(data.folder)
         self.home = None if is_url(data.folder) else Path(data.folder)
         self.num = len(data.originals)

@@ -15,7 +15,7 @@ from repa.analysis.collection import best
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.report.runs import RunRecord, is_number
-from repa.report.style import TEXT, label_axes, legend_label, line_style, main_line, new_figure
+from repa.report.style import TEXT, draw_legend, label_axes, legend_label, line_style, main_line, new_figure
 from repa.runs import layout
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ NOT_COMPARED = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "l
          "encoder_weights"}  # fmt: skip
 PANEL = 4.6, 3.5  # inches
 LEGEND = 1.3  # inches next to the curves
+BESIDE = {
+    "loc": "center left",
+    "bbox_to_anchor": (1.0, 0.5),
+    "fontsize": 8,
+    "handlelength": 3.5,
+}  # where it hides no curve
 MOST_IN_LEGEND = 8
 
 Rows = Sequence[dict[str, Any]]
@@ -173,7 +179,7 @@ def _draw_depths(axes: Axes, rows: Rows, value: str, label: str) -> None:
     label_axes(axes, "depth (block)", label)
     axes.set_xticks(_ticks(sorted({row["depth"] for row in of_runs})))
     if len(series) + len(encoders) > 1:
-        _legend(axes)
+        draw_legend(axes, **BESIDE)
 
 
 def _series_name(one: tuple[str, int, float], series: Sequence[tuple[str, int, float]]) -> str:
@@ -209,14 +215,7 @@ def _draw_training(axes: Axes, rows: Rows, value: str, label: str) -> None:
         axes.plot(steps, best, label=legend_label(f"{run}, t = {t:g}"), **main_line(number))
     label_axes(axes, "training steps", f"{label}, best block")
     if len(series) <= MOST_IN_LEGEND:
-        _legend(axes)
-
-
-def _legend(axes: Axes) -> None:
-    """Beside the axes, where it hides no curve."""
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    for text in axes.legend(frameon=False, fontsize=8, labelcolor=TEXT, handlelength=3.5, **place).get_texts():
-        text.set_parse_math(False)
+        draw_legend(axes, **BESIDE)
 
 
 def _ticks(depths: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from repa.base.errors import UserError, choices
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
 from repa.report.speedups import SeedGroup, group_seeds, speedups_of_groups
-from repa.report.style import TEXT, colour, label_axes, legend_label, line_style, main_line, new_figure
+from repa.report.style import TEXT, colour, draw_legend, label_axes, legend_label, line_style, main_line, new_figure
 from repa.report.text import short_number
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def _finish(axes: Axes, label: str, x_label: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     label_axes(axes, x_label, label)
     if axes.get_legend_handles_labels()[0]:
-        for text in axes.legend(frameon=False, labelcolor=TEXT, fontsize=9).get_texts():
-            text.set_parse_math(False)  # a dollar in a run's name is a dollar
+        draw_legend(axes, fontsize=9)
     else:
         axes.text(0.5, 0.5, "not logged", color=TEXT, ha="center", transform=axes.transAxes)
 

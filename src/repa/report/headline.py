@@ -7,13 +7,14 @@ steps the aligned run is lower, and a factor only where the curve supports it (`
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from repa.base.errors import listed
 from repa.base.registry import parse_spec
 from repa.base.reporting import duration
 from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.speedups import Reached, SeedGroup, SeedSpeedup, Speedup, group_seeds, speedups_of_groups, spread
 from repa.report.summary import config_differences
-from repa.report.text import count, factor, listed, short_number, times, with_deviation
+from repa.report.text import count, factor, short_number, times, with_deviation
 
 EVALUATIONS = 5  # that make a curve
 FEW = 5  # seeds: below, a standard deviation is itself only roughly known
@@ -177,7 +178,9 @@ def _other_differences(found: SeedSpeedup) -> list[str]:
     notes = []
     others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] not in aside]
     if others:
-        notes.append(f"The configurations also differ in {listed(others)}: the comparison is not of alignment alone.")
+        notes.append(
+            f"The configurations also differ in {listed(others, 'and')}: the comparison is not of alignment alone."
+        )
     if baseline.data != run.data:
         notes.append("The runs were not trained on the same data (their data.json differ).")
     return notes
@@ -264,14 +267,14 @@ def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
     ]
     if not measured:
         trained = [f"{run.name} ({count(run.steps)} steps)" for group in groups for run in group.runs if run.steps]
-        what = f"Trained: {listed(trained)}. " if trained else "No run has logged a step yet. "
+        what = f"Trained: {listed(trained, 'and')}. " if trained else "No run has logged a step yet. "
         return Verdict(f"{what}There are no evaluations, so the page says nothing about the quality of samples.", [])
     ends = []
     for group, protocol in measured:
         last = [rows[-1] for run in group.runs if (rows := run.distances(protocol))]
         found = spread([row[DISTANCE] for row in last])
         extent = f" ({short_number(found.low)} to {short_number(found.high)})" if found.num > 1 else ""
-        steps = listed([count(step) for step in sorted({row["step"] for row in last})])
+        steps = listed([count(step) for step in sorted({row["step"] for row in last})], "and")
         ends.append(f"{group.label}: {distance_name(protocol)} {short_number(found.mean)}{extent} after {steps} steps")
     notes = []
     if sum(len(group.runs) for group in groups) > 1:

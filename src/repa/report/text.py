@@ -71,11 +71,6 @@ def how_made(protocol: Protocol) -> str:
     return "; ".join(filter(None, parts)) or "how it was made was not recorded"
 
 
-def listed(names: list[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def _guidance(given: Any) -> str:
     """'no guidance', 'guidance internal:scale=1.4 then cfg:scale=1.35,high=0.7'."""
     if given == "off":

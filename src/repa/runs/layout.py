@@ -22,7 +22,7 @@ from typing import Any
 
 from repa.base import files
 from repa.base.config import leaves, read_yaml
-from repa.base.errors import UserError, one_of
+from repa.base.errors import UserError, listed
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -156,7 +156,7 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     path = Path(run) / CONFIG
     if not path.is_file():
         inside = [found.parent for found in sorted(Path(run).glob(f"*/{CONFIG}"))]
-        meant = f" Did you mean {one_of(inside)}?" if 0 < len(inside) <= FEW else ""
+        meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
         raise UserError(
             f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.{meant}"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repa.base import files
-from repa.base.errors import UserError, nearest, one_of
+from repa.base.errors import UserError, listed, nearest
 from repa.base.rng import SampleStreams
 from repa.conditions import load_text_encoder
 from repa.conditions.loading import prompts_in
@@ -58,7 +58,7 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
         # WordNet's names, which ImageNet's classes are called by, name two kinds of crane alike.
         if run.class_names.count(part) > 1:
             numbers = [f"#{number}" for number, name in enumerate(run.class_names) if name == part]
-            raise UserError(f"{len(numbers)} classes are named {part}: write {one_of(numbers)}.")
+            raise UserError(f"{len(numbers)} classes are named {part}: write {listed(numbers)}.")
         if not 0 <= label < run.model.num_classes:
             known = f", such as {', '.join(run.class_names[:5])}" if run.class_names else ""
             raise UserError(
