@@ -112,6 +112,18 @@ def test_features_of_another_encoder_are_refused():
         build().compare(hidden, target[..., :5])
 
 
+@pytest.mark.parametrize(("own", "other"), [((2, 8), (4, 16)), ((4, 16), (2, 8)), ((3, 6), (6, 12))])
+def test_a_grid_that_is_no_square_is_resampled_to_the_targets(own, other):
+    """16, 64 and 18 tokens: the first two would also be squares."""
+    stream = torch.Generator().manual_seed(0)
+    hidden, target = (torch.randn(2, rows * columns, 5, generator=stream) for rows, columns in (own, other))
+    config = AlignmentConfig(target="features", depth=1, projector="none", resample="target")
+    resampled = oracle.bilinear if own < other else oracle.area
+    for n, loss in enumerate(Alignment(config, 5, 5, own).compare(hidden, target)):
+        maps = [resampled(hidden[n, :, channel].view(own).tolist(), *other) for channel in range(5)]
+        assert loss.item() == pytest.approx(oracle.cosine([torch.tensor(maps).flatten(1).T], [target[n]])[0], abs=1e-6)
+
+
 def test_grids_that_differ_must_be_square():
     hidden, target = inputs(tokens=9, target_tokens=10)
     with pytest.raises(UserError, match="10 tokens are not a square grid"):

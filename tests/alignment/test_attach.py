@@ -1,6 +1,7 @@
 """Alignment in networks of others: the right tokens, the engine's own loss, and nothing changed in the network."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -263,6 +264,72 @@ def test_frames_of_a_video_count_as_images_and_merge_where_the_autoencoder_merge
     net(x)
     with pytest.raises(UserError, match="frames"):
         aligner(torch.randn(2, 6, 5))
+
+
+class Convolved(nn.Module):
+    """Tokens of an image that is no square: 2 x 8 patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_size, self.embed, self.block = 2, nn.Conv2d(3, 8, 2, 2), Block(8)
+
+    def forward(self, x):
+        return self.block(self.embed(x).flatten(2).transpose(1, 2))
+
+
+def test_the_grid_of_the_input_is_that_of_convolution_and_resampling():
+    """16 tokens, which would also be a square of 4 x 4; the aligner was not told their grid."""
+    torch.manual_seed(0)
+    net, x, same, finer = Convolved(), torch.randn(2, 3, 4, 16), torch.randn(2, 16, 5), torch.randn(2, 64, 5)
+    settings = {"features": 5, "hidden_dim": 8, "loss": "cosine"}
+    aligner = repa.attach(net, "block", projector="conv", name="conv", **settings)
+    aligner.add("block", projector="linear", resample="target", name="resampled", **settings)
+    net(x)
+    (tokens, _) = aligner.taps().values()
+    aligner({"conv": same, "resampled": finer})
+    conv, linear = (aligner._term_called(name).term.projector for name in ("conv", "resampled"))
+    image = conv.conv(tokens.transpose(1, 2).unflatten(2, (2, 8)))
+    larger = nn.functional.interpolate(linear(tokens).transpose(1, 2).unflatten(2, (2, 8)), (4, 16), mode="bilinear")
+    for name, projected, target in (("conv", image, same), ("resampled", larger, finer)):
+        cosines = nn.functional.cosine_similarity(projected.flatten(2).transpose(1, 2), target, dim=-1)
+        torch.testing.assert_close(aligner.values[name], -cosines.mean().detach())
+
+
+def test_a_block_of_a_video_is_a_target_frame_by_frame():
+    net, _, _ = net_and_batch()
+    x = torch.randn(2, 2 * 6, 8)
+    aligner = repa.attach(net, "blocks.0", target="blocks.2", loss="cosine", token_norm="zscore", grid=(2, 2, 3))
+    aligner.add("blocks.2", target="none", loss="dispersive", name="seen", grid=(2, 2, 3))
+    net(x)
+    own, other = (tokens.unflatten(1, (2, 6)) for tokens in aligner.taps().values())  # (N, frames, T, D)
+    aligner()
+    other = (other - 0.6 * other.mean(2, keepdim=True)) / (other.std(2, keepdim=True) + 1e-6)
+    cosine = nn.functional.cosine_similarity(own, other, dim=-1).mean()
+    torch.testing.assert_close(aligner.values["blocks.0"], -cosine.detach())
+
+
+def test_crepa_compares_the_frames_of_a_video_with_each_other():
+    net, _, _ = net_and_batch()
+    x, features = torch.randn(2, 3 * 4, 8), torch.randn(2, 3, 16, 5)  # grids of 2 x 2 and 4 x 4
+    settings = {"features": 5, "hidden_dim": 8, "projector": "linear", "grid": (3, 2, 2)}
+    aligner = repa.attach(net, "blocks.1", loss="crepa:frames=3", name="crepa", **settings)
+    net(x)
+    (tokens,) = aligner.taps().values()
+    aligner(features)
+    own = aligner._term_called("crepa").term.projector(tokens).unflatten(1, (3, 4))
+    target = (
+        nn.functional.avg_pool2d(features.flatten(0, 1).mT.unflatten(2, (4, 4)), 2).flatten(2).mT.unflatten(0, (2, 3))
+    )
+    total = 0.0
+    for i in range(3):
+        for j in range(max(0, i - 1), min(3, i + 2)):
+            cosine = nn.functional.cosine_similarity(own[:, i], target[:, j], dim=-1).mean()
+            total -= math.exp(-abs(i - j)) * float(cosine.detach()) / 3
+    assert float(aligner.values["crepa"]) == pytest.approx(total, abs=1e-6)
+    other = repa.attach(net, "blocks.1", loss="crepa:frames=2", **settings)  # which would divide a frame's four tokens
+    net(x)
+    with pytest.raises(UserError, match="give crepa:frames=3"):
+        other(features)
 
 
 def test_text_behind_the_image():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repa.alignment import LOSSES, PROJECTORS, TIME_WEIGHTS, TOKEN_NORMS
+from repa.alignment import LOSSES, PROJECTORS, TIME_WEIGHTS, TOKEN_NORMS, Alignment, AlignmentConfig
 from tests import golden
 
 
@@ -80,7 +80,9 @@ def test_vavae_vf():
     for margin, name in ((0, "mdms_0"), (0.25, "mdms_0_25")):
         found = float(LOSSES.build(f"gram:norm=l1,margin={margin}")(own, target).mean())
         assert found == pytest.approx(wanted[name], rel=1e-9)
-    assert 1 + float(LOSSES.build("cosine")(own, target).mean()) == pytest.approx(wanted["mcos_0"], rel=1e-9)
+    for margin, name in ((0, "mcos_0"), (0.5, "mcos_0_5")):  # the loss is 1 - margin above -cosine
+        found = 1 - margin + float(LOSSES.build(f"cosine:margin={margin}")(own, target).mean())
+        assert found == pytest.approx(wanted[name], rel=1e-9)
 
 
 def test_self_transcendence():
@@ -105,7 +107,8 @@ def test_reed():
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [("distance=1", "d1_unnormalised_paper"), ("distance=1,normalize=true", "d1_tau1"), ("distance=0", "d0"),
-     ("distance=2,normalize=true", "d2_tau1_cumulative")],
+     ("distance=2,normalize=true", "d2_tau1_cumulative"),
+     ("distance=2,normalize=true,cumulative=false", "d2_tau1_adjacent")],
 )  # fmt: skip
 def test_crepa(settings, wanted):
     case = golden.load("crepa")
@@ -115,7 +118,7 @@ def test_crepa(settings, wanted):
     assert float(found.mean()) == pytest.approx(case["expected"][wanted], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("name", ["linear", "loglinear", "cosine", "sigmoid"])
 def test_reed_weights_over_times(name):
     """The released code multiplies the mean weight with the mean loss; here each image has the weight of its own time."""
     case = golden.load("reed")
@@ -127,6 +130,18 @@ def test_reed_weights_over_times(name):
     released = float(weights.mean() * losses.mean())
     assert released == pytest.approx(case["expected"][name]["proj_loss"], rel=1e-9)
     assert float((weights * losses).mean()) != pytest.approx(released, rel=1e-3)
+
+
+def test_reed_cuts_off_times():
+    """The released cut-off at 0.3 counts one of the two images, at times 0.2 and 0.6; so do the times of a term."""
+    case = golden.load("reed")
+    own, target = (golden.tensor(case["inputs"][name]) for name in ("z_img_tilde", "z_img"))
+    config = AlignmentConfig(target="features", depth=1, projector="none", times=(0.0, case["cutoffs"][0]))
+    term, loss = Alignment(config, own.shape[2], own.shape[2]), LOSSES.build("cosine")(own, target)
+    found = term.at_times(loss, torch.tensor(case["t"], dtype=torch.float64))
+    assert found.tolist() == [float(loss[0]), 0.0]
+    share = float((found != 0).double().mean())
+    assert share * case["expected"]["constant"]["proj_loss"] == pytest.approx(case["expected"]["cutoff"]["proj_loss"])
 
 
 def test_dispersive_is_the_formula_written_out():

@@ -11,6 +11,7 @@ from repa.alignment import SCHEDULES
         ("constant", {0: 1, 10**9: 1}),
         ("stop:step=10", {0: 1, 9: 1, 10: 0, 11: 0}),
         ("linear:steps=10", {0: 1, 1: 0.9, 5: 0.5, 10: 0, 20: 0}),
+        ("exponential:start=4,steps=10", {0: 1, 4: 1, 9: 0.1**0.5, 14: 0.1, 24: 0.01}),
         ("cosine:steps=12", {0: 1, 4: 0.75, 6: 0.5, 8: 0.25, 12: 0, 99: 0}),
     ],
 )

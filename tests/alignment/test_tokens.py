@@ -9,16 +9,25 @@ from tests.oracles import alignment as oracle
 
 @pytest.mark.parametrize(
     ("old", "new", "reference"),
-    [(6, 2, oracle.area), (8, 2, oracle.area), (3, 5, oracle.bilinear), (2, 4, oracle.bilinear)],
-)
+    [((6, 6), (2, 2), oracle.area), ((8, 8), (2, 2), oracle.area), ((3, 3), (5, 5), oracle.bilinear),
+     ((2, 2), (4, 4), oracle.bilinear), ((4, 16), (2, 8), oracle.area), ((2, 8), (3, 12), oracle.bilinear)],
+)  # fmt: skip
 def test_resize_equals_the_loops(old, new, reference):
-    tokens = torch.randn(2, old * old, 3, generator=torch.Generator().manual_seed(0))
-    got = resize_tokens(tokens, new * new)
-    assert got.shape == (2, new * new, 3)
+    tokens = torch.randn(2, old[0] * old[1], 3, generator=torch.Generator().manual_seed(0))
+    square = new[0] == new[1]
+    got = resize_tokens(tokens, new[0] * new[1], None if square else new)
+    assert got.shape == (2, new[0] * new[1], 3)
     for n in range(2):
         for channel in range(3):
-            expected = torch.tensor(reference(tokens[n, :, channel].view(old, old).tolist(), new))
-            assert torch.allclose(got[n, :, channel].view(new, new), expected, atol=1e-5)
+            expected = torch.tensor(reference(tokens[n, :, channel].view(old).tolist(), *new))
+            assert torch.allclose(got[n, :, channel].view(new), expected, atol=1e-5)
+
+
+def test_a_square_on_a_long_grid_is_averaged_over_rows_and_interpolated_over_columns():
+    tokens = torch.randn(1, 36, 1, generator=torch.Generator().manual_seed(0))
+    got = resize_tokens(tokens, 24, (2, 12), (6, 6)).view(2, 12)
+    expected = oracle.bilinear(oracle.area(tokens.view(6, 6).tolist(), 2, 6), 2, 12)
+    torch.testing.assert_close(got, torch.tensor(expected))
 
 
 def test_resize_keeps_rows_and_columns_apart():

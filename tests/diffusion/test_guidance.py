@@ -112,6 +112,21 @@ def test_the_parts_of_a_state_are_guided_one_by_one(streams, scale):
     assert found["class"].tolist() == [[10 + scale * (2 - 10)] * 3] * 2
 
 
+def test_internal_guidance_leaves_a_stream_as_it_was_guided_before():
+    """Heads predict the latents alone: after cfg, the vector of a stream has the scale of cfg and no other."""
+    layout = Layout({"x": (2, 1, 2), "class": (3,)})
+    values = {"conditional": (2.0, 2.0), "null": (10.0, 10.0), "head@8": (3.0, 2.0)}  # of the latents, of the stream
+
+    def network(x_t, t, names):
+        return {name: layout.pack({"x": torch.full((2, 2, 1, 2), values[name][0]), "class": torch.full((2, 3), values[name][1])})
+                for name in names}  # fmt: skip
+
+    found = of(network, "cfg:scale=2", "internal:head=8,scale=1.5", layout=layout)(torch.zeros(2, 7), 0.5)
+    cfg = 10 + 2 * (2 - 10)
+    assert layout.unpack(found)["class"].tolist() == [[cfg] * 3] * 2
+    assert layout.unpack(found)["x"].unique().tolist() == [3 + 1.5 * (cfg - 3)]
+
+
 def test_times_per_sample_are_guided_each_by_its_own():
     network = Network()
     guide = of(network, "cfg:scale=2,high=0.5")

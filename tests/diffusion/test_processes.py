@@ -236,6 +236,19 @@ def test_contrastive_flow_matching_is_that_of_the_released_code():
     assert float(found["contrastive"].mean()) == pytest.approx(0.05 * golden["expected"]["cfm_cls"], rel=1e-9)
 
 
+def test_contrastive_flow_matching_can_count_less_at_small_times():
+    """SR-DiT's linear weight is t. Its code multiplies vectors by a broadcast of all times; here each has its own."""
+    golden = load("cfm_uniform")
+    t = torch.tensor(golden["t"], dtype=torch.float64)
+    process = build_process(DiffusionConfig(contrastive=0.05, contrastive_times="linear"))
+    for names in (("x0", "eps", "v_hat"), ("c0", "eps_c", "c_hat")):
+        x, noise, predicted = (part if part.ndim == 4 else part[:, :, None, None] for part in of_golden(golden, *names))
+        found = process.losses(predicted, x, noise, t, process.velocity(x, noise, t).roll(1, 0))["contrastive"]
+        for n in range(3):
+            distance = (predicted[n] - (noise - x)[n - 1]).square().mean()
+            assert float(found[n]) == pytest.approx(-0.05 * golden["t"][n] * float(distance), rel=1e-9)
+
+
 def test_the_cosine_of_velocities_is_lightningdits():
     golden = load("velocity_cosine")
     predicted, velocity = of_golden(golden, "v_hat", "v")
@@ -258,7 +271,7 @@ def test_the_loss_of_a_head_is_that_of_internal_guidance():
 @pytest.mark.parametrize(
     "config",
     [{}, {"prediction": "data", "loss_weight": "velocity"}, {"velocity_cosine": 1.0}, {"contrastive": 0.1},
-     {"prediction": "noise", "path": "trigonometric"}],
+     {"contrastive": 0.1, "contrastive_times": "linear"}, {"prediction": "noise", "path": "trigonometric"}],
 )  # fmt: skip
 def test_times_of_the_pixels_that_are_all_the_same_are_one_time_an_image(config):
     process = build_process(DiffusionConfig(**config))

@@ -28,32 +28,31 @@ def _cos(a, b):
     return dot / math.sqrt(sum(float(x) ** 2 for x in a)) / math.sqrt(sum(float(y) ** 2 for y in b))
 
 
-def area(grid, size):
-    """Mean over the cells that each new cell covers (size divides the old one); (G, G) -> (size, size)."""
-    step = len(grid) // size
+def area(grid, rows, columns):
+    """Mean over the cells that each new cell covers (rows and columns divide the old ones)."""
+    down, across = len(grid) // rows, len(grid[0]) // columns
     return [
         [
-            sum(float(grid[r * step + i][c * step + j]) for i in range(step) for j in range(step)) / step**2
-            for c in range(size)
+            sum(float(grid[r * down + i][c * across + j]) for i in range(down) for j in range(across)) / (down * across)
+            for c in range(columns)
         ]
-        for r in range(size)
+        for r in range(rows)
     ]
 
 
-def bilinear(grid, size):
-    """Cell centres at (i + 1/2) / size, edges repeated; (G, G) -> (size, size)."""
-    old = len(grid)
+def bilinear(grid, rows, columns):
+    """Cell centres at (i + 1/2) / rows and (j + 1/2) / columns, edges repeated."""
 
-    def corners(i):
-        position = min(max((i + 0.5) * old / size - 0.5, 0.0), old - 1.0)
+    def corners(i, old, new):
+        position = min(max((i + 0.5) * old / new - 0.5, 0.0), old - 1.0)
         low = int(position)
         return low, min(low + 1, old - 1), position - low
 
-    result = [[0.0] * size for _ in range(size)]
-    for r in range(size):
-        top, bottom, v = corners(r)
-        for c in range(size):
-            left, right, h = corners(c)
+    result = [[0.0] * columns for _ in range(rows)]
+    for r in range(rows):
+        top, bottom, v = corners(r, len(grid), rows)
+        for c in range(columns):
+            left, right, h = corners(c, len(grid[0]), columns)
             upper = (1 - h) * float(grid[top][left]) + h * float(grid[top][right])
             lower = (1 - h) * float(grid[bottom][left]) + h * float(grid[bottom][right])
             result[r][c] = (1 - v) * upper + v * lower

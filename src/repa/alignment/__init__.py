@@ -60,6 +60,7 @@ SCHEDULES = Registry(
         "stop": "repa.alignment.schedules:stop",
         "linear": "repa.alignment.schedules:linear",
         "cosine": "repa.alignment.schedules:cosine",
+        "exponential": "repa.alignment.schedules:exponential",
         "plateau": "repa.alignment.schedules:Plateau",
     },
     base="callable",
@@ -68,7 +69,7 @@ SCHEDULES = Registry(
 # f(t (N,), **settings) -> (N,) multiplier of an image's loss; t = 0 is data
 TIME_WEIGHTS = Registry(
     "weight over times",
-    {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "sigmoid")},
+    {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "loglinear", "sigmoid")},
     listing="time-weights",
 )
 

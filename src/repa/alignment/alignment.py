@@ -9,12 +9,13 @@ from torch import Tensor
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.losses import looks_at_other_images, resize_tokens
+from repa.alignment.losses import grid_like, looks_at_other_images, resize_tokens
 from repa.alignment.targets import Seen, Target, build_target
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
 from repa.base.registry import declared, parse_spec
 from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
+from repa.models.layers import TokenConvolution
 
 
 class ProjectorContext(NamedTuple):
@@ -160,12 +161,15 @@ class Alignment(nn.Module):
         target: Tensor | None,
         kept: Tensor | None = None,
         context: ProjectorContext | None = None,
+        grid: tuple[int, int] | None = None,
+        frames: int = 1,
     ) -> Tensor:
         """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
 
         Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
         `kept` (N, K): the student has these tokens of its grid alone, where a network routes tokens. `context`: for a projector
-        that looks at the condition.
+        that looks at the condition. `grid`: (rows, columns) of this student's tokens; None: those that the term was built with.
+        `frames`: so many images after each other are a video, whose tokens the loss sees as one sequence: (N / frames,).
 
         Raises:
             UserError: the target has another width than the projector was built for, or the grids differ and one has no
@@ -182,7 +186,8 @@ class Alignment(nn.Module):
                 f"An alignment compares tokens (N, T, D) with those of as many images, but got {given}: tokens of a map (N, D, H, W) "
                 "are x.flatten(2).transpose(1, 2)."
             )
-        projected = self.project(student, context)  # (N, T, F)
+        grid = grid or self.grid
+        projected = self.project(student, context, grid)  # (N, T, F)
         # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
         with no_autocast(student.device):
             projected = _at_least_float32(projected)
@@ -190,14 +195,16 @@ class Alignment(nn.Module):
                 return self.loss(projected, None)
             self._check_width(target)
             # Detached also where the target is a block of this network: it must not move towards what it is to teach.
-            projected, matched = self._match(projected, _at_least_float32(target.detach()), kept)
+            projected, matched = self._match(projected, _at_least_float32(target.detach()), kept, grid)
             # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
             # image's tokens, so that a target does not depend on which of them are kept in this step.
             matched = self.token_norm(matched)
             if kept is not None:
-                assert self.grid is not None  # a network that keeps tokens has told it
-                prefix = matched.shape[1] - self.grid[0] * self.grid[1]
+                assert grid is not None  # a network that keeps tokens has told it
+                prefix = matched.shape[1] - grid[0] * grid[1]
                 matched = torch.cat([matched[:, :prefix], _select_tokens(matched[:, prefix:], kept)], 1)
+            if frames > 1:
+                projected, matched = (x.unflatten(0, (-1, frames)).flatten(1, 2) for x in (projected, matched))
             return self.loss(projected, matched)  # (N,)
 
     def share_projector_of(self, other: "Alignment") -> None:
@@ -215,10 +222,14 @@ class Alignment(nn.Module):
             )
         self.projector, self._sharing = nn.Identity(), [other]
 
-    def project(self, student: Tensor, context: ProjectorContext | None = None) -> Tensor:
-        """The tap as the loss sees it: (N, T, D) -> (N, T, F)."""
+    def project(
+        self, student: Tensor, context: ProjectorContext | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The tap as the loss sees it: (N, T, D) -> (N, T, F); `grid` as for `compare`."""
         if self.config.pool:
             student = student.mean(1, keepdim=True)  # (N, 1, D)
+        if isinstance(self._projector, TokenConvolution):
+            return self._projector(student, grid)
         if not self.sees_condition:
             return self._projector(student)
         if context is None:
@@ -252,18 +263,21 @@ class Alignment(nn.Module):
             return student, target, kept if routed else None
         return (student if routed else _select_tokens(student, kept)), target, None
 
-    def _match(self, projected: Tensor, target: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _match(
+        self, projected: Tensor, target: Tensor, kept: Tensor | None, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Both on one grid, (N, T, F) and (N, T, F); of the student's tokens those that it has."""
         prefix = 1 if self.target.prefix else 0
         head, target = target[:, :prefix], target[:, prefix:]
         if self.config.resample == "target":
-            tokens = resize_tokens(projected[:, prefix:], target.shape[1])
+            wanted = target.shape[1]
+            tokens = resize_tokens(projected[:, prefix:], wanted, grid and grid_like(wanted, grid), grid)
             return torch.cat([projected[:, :prefix], tokens], 1), torch.cat([head, target], 1)
         num = projected.shape[1] - prefix
         if kept is not None:
-            assert self.grid is not None
-            num = self.grid[0] * self.grid[1]
-        target = resize_tokens(target, num, self.grid)
+            assert grid is not None
+            num = grid[0] * grid[1]
+        target = resize_tokens(target, num, grid)
         return projected, torch.cat([head, target], 1) if prefix else target
 
     def _check_width(self, target: Tensor) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.given import Given, checked_grid, features_of, frames_as_images, square_side, weighted_by_times
-from repa.alignment.losses import resize_tokens
 from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
@@ -289,13 +288,16 @@ class Aligner(nn.Module):
             )
         target: Tensor | None = None
         if attached.other:
-            target = self._tokens(attached.other, attached, grid).tokens.detach()
+            target, own = self._tokens(attached.other, attached, grid)
+            target = target.detach()
+            if own is not None and len(own) == 3:
+                target = target.unflatten(1, (own[0], -1))
         elif term.config.target == "features":
             target = features_of(name, features, "patches")
         student, target, frames = frames_as_images(attached.block, student, target, grid)
-        if target is not None and target.shape[1] != student.shape[1] and term.config.resample == "student":
-            rows_columns = (grid[-2], grid[-1]) if grid else (square_side(attached.block, student.shape[1]),) * 2
-            target = resize_tokens(target.float(), student.shape[1], rows_columns)
+        rows_columns = (grid[-2], grid[-1]) if grid else None
+        if rows_columns is None and target is not None and target.shape[1] != student.shape[1]:
+            rows_columns = (square_side(attached.block, student.shape[1]),) * 2
         loss_name = parse_spec(term.config.loss)[0]
         if target is not None and not attached.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
             raise UserError(
@@ -306,7 +308,14 @@ class Aligner(nn.Module):
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
-        loss = term.compare(student, target).unflatten(0, (-1, frames)).mean(1)  # (N,)
+        if loss_name == "crepa":  # it compares the frames of a video, which count as images for all other losses
+            if frames > 1 and parse_spec(term.config.loss)[1]["frames"] != frames:
+                raise UserError(
+                    f"Block {attached.block} gives {frames} frames, but the loss is {term.config.loss!r}: give crepa:frames={frames}."
+                )
+            loss = term.compare(student, target, grid=rows_columns, frames=frames)  # (N,)
+        else:
+            loss = term.compare(student, target, grid=rows_columns).unflatten(0, (-1, frames)).mean(1)  # (N,)
         return weighted_by_times(term, t, loss)
 
     def _tokens(self, block: str, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tokens:

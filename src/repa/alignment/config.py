@@ -32,13 +32,13 @@ class AlignmentConfig(Config):
     """Lambda of Eq. 9: how much this term counts next to the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
-    """Multiplier of the weight over training: constant, stop:step=250000, warmup, linear:steps=400000, cosine:steps=400000, plateau."""
+    """Multiplier of the weight over training: constant, stop:step=250000, warmup, linear, cosine:steps=400000, exponential, plateau."""
 
     times: tuple[float, float] = (0.0, 1.0)
     """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
 
     time_weight: Annotated[str, Spec(TIME_WEIGHTS)] = "constant"
-    """How much it counts at each of these times: constant, linear, cosine, sigmoid:slope=10; all but constant less with more noise."""
+    """How much it counts at each time: constant; less with more noise: linear, loglinear, cosine, sigmoid:slope=10."""
 
     loss: Annotated[str, Spec(LOSSES)] = "cosine"
     """How projected tokens and target are compared: cosine, nt_xent:temperature=0.07, see `repa list losses`."""

@@ -46,14 +46,20 @@ def looks_at_other_images(loss: Callable) -> bool:
     return always(**getattr(loss, "keywords", {})) if callable(always) else bool(always)
 
 
-def cosine(student: Tensor, target: Tensor, *, axis: Literal["channels", "tokens"] = "channels") -> Tensor:
+def cosine(
+    student: Tensor, target: Tensor, *, axis: Literal["channels", "tokens"] = "channels", margin: NonNegativeFloat = 0.0
+) -> Tensor:
     """Eq. 8 with the negative cosine similarity: (N, T, F), (N, T, F) -> (N,) in [-1, 1].
 
-    axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens: what the
-    released code of SRA does by a default argument, kept to reproduce it.
+    Args:
+        axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens: what
+            the released code of SRA does by a default argument, kept to reproduce it.
+        margin: a cosine above 1 - margin counts as 1 - margin (0.5 in VA-VAE, arXiv 2501.01423).
     """
     dim = -1 if axis == "channels" else 1
-    return -(_unit_vectors(student, dim) * _unit_vectors(target, dim)).sum(dim).mean(-1)  # (N,)
+    cosines = (_unit_vectors(student, dim) * _unit_vectors(target, dim)).sum(dim)  # (N, T), or (N, F)
+    # Rounding takes a cosine near 1 above it: cut at 1, it would lose its gradient.
+    return -(cosines.clamp(max=1 - margin) if margin else cosines).mean(-1)  # (N,)
 
 
 @compares_images()
@@ -133,12 +139,14 @@ def crepa(
     distance: NonNegativeInt = 1,
     temperature: PositiveFloat = 1.0,
     normalize: bool = False,
+    cumulative: bool = True,
 ) -> Tensor:
     """CREPA (arXiv 2506.09229), for videos: a frame's tokens point towards its own features and those of its neighbours.
 
         loss = -mean_i sum_{|i - j| <= distance} exp(-|i - j| / temperature) mean_p cos(student[i, p], target[j, p])
 
     (N, frames * P, F) twice, frame by frame -> (N,). With `normalize` the weights of a frame sum to 1; the paper's do not.
+    Unless `cumulative`, the frames between a frame and those at `distance` are left out.
     """
     if student.shape[1] % frames:
         raise UserError(
@@ -148,7 +156,8 @@ def crepa(
     cosines = torch.einsum("nipf,njpf->nij", own, wanted) / own.shape[2]  # (N, frames, frames)
     places = torch.arange(frames, device=student.device)
     apart = (places[:, None] - places).abs().to(own.dtype)
-    weights = torch.where(apart <= distance, (-apart / temperature).exp(), 0.0)
+    seen = apart <= distance if cumulative else (apart == distance) | (apart == 0)
+    weights = torch.where(seen, (-apart / temperature).exp(), 0.0)
     if normalize:
         weights = weights / weights.sum(1, keepdim=True)
     return -(weights * cosines).sum((1, 2)) / frames  # (N,)
@@ -200,14 +209,16 @@ def _unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
 
 
-def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
+def resize_tokens(
+    tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None = None, own: tuple[int, int] | None = None
+) -> Tensor:
     """Resample a row-major token grid to another: (N, M, F) -> (N, num_tokens, F), the same tensor when M fits.
 
-    A smaller grid takes the mean over the area that each new token covers, a larger one is interpolated bilinearly.
+    Fewer rows or columns take the mean over the area that each new token covers, more are interpolated bilinearly.
 
     Args:
-        grid: (rows, columns) to resample to; None: a square of `num_tokens`. The tokens' own grid is a square, or has
-            the same ratio of sides.
+        grid: (rows, columns) to resample to; None: a square of `num_tokens`.
+        own: (rows, columns) of the tokens; None: with the ratio of sides of `grid`, or a square.
 
     Raises:
         UserError: the grids differ and one has no shape.
@@ -215,13 +226,11 @@ def resize_tokens(tokens: Tensor, num_tokens: int, grid: tuple[int, int] | None 
     if tokens.shape[1] == num_tokens:
         return tokens
     new = grid or (grid_side(num_tokens),) * 2
-    old = grid_like(tokens.shape[1], new)
+    old = own or grid_like(tokens.shape[1], new)
     image = tokens.transpose(1, 2).unflatten(2, old)  # (N, F, rows, columns)
-    # Both have one ratio of sides, so rows decide. Bilinear leaves out tokens of a grid more than twice as large.
-    if new < old:
-        image = F.interpolate(image, size=new, mode="area")
-    else:
-        image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
+    # Bilinear leaves out tokens of a grid more than twice as large. Either changes nothing where the side stays.
+    image = F.interpolate(image, size=[*map(min, old, new)], mode="area")
+    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
     return image.flatten(2).transpose(1, 2)  # (N, T, F)
 
 

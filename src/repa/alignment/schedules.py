@@ -8,7 +8,7 @@ Steps are optimiser steps, counted from 0.
 import math
 from collections.abc import Mapping
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 def constant(now: int, /) -> float:
@@ -34,6 +34,11 @@ def linear(now: int, /, *, steps: PositiveInt = 400_000) -> float:
 def cosine(now: int, /, *, steps: PositiveInt = 400_000) -> float:
     """From 1 at step 0 down half a cosine to 0 at `steps`."""
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, now / steps)))
+
+
+def exponential(now: int, /, *, start: NonNegativeInt = 750_000, steps: PositiveInt = 5_000_000) -> float:
+    """1 until `start`, then a tenth for every `steps` (SRA, arXiv 2505.02831: from epoch 149, a tenth in 1,000 epochs)."""
+    return 0.1 ** (max(0, now - start) / steps)
 
 
 class Plateau:

@@ -21,6 +21,11 @@ def linear(t: Tensor) -> Tensor:
     return 1 - t
 
 
+def loglinear(t: Tensor) -> Tensor:
+    """1 - log(1 + t): falls less than linear, to 0.31."""
+    return 1 - torch.log1p(t)
+
+
 def cosine(t: Tensor) -> Tensor:
     """cos(pi t / 2)^2: as linear, flat at both ends."""
     return (0.5 * math.pi * t).cos().square()

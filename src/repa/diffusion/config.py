@@ -95,6 +95,8 @@ class DiffusionConfig(Config):
     """Data prediction with loss_weight velocity: sigma is at least this where the loss and the samplers divide by it (JiT)."""
     contrastive: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of contrastive flow matching: the velocity is also pushed away from that of another image (arXiv 2506.05350)."""
+    contrastive_times: Literal["constant", "linear"] = "constant"
+    """How much it counts at a time: constant, always the same; linear, t times as much (SR-DiT)."""
     velocity_cosine: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
@@ -144,9 +146,9 @@ class DiffusionConfig(Config):
             )
 
     def idle(self) -> dict[str, str]:
-        if (self.prediction, self.loss_weight) == ("data", "velocity"):
-            return {}
-        return {"sigma_min": "without --prediction data and --loss-weight velocity"}
+        of_data = (self.prediction, self.loss_weight) == ("data", "velocity")
+        unread = {} if of_data else {"sigma_min": "without --prediction data and --loss-weight velocity"}
+        return unread if self.contrastive else unread | {"contrastive_times": "without --contrastive"}
 
     def for_latents(self, shape: Sequence[int]) -> Self:
         """With the shift that `auto` stands for with latents of this shape (C, H, W)."""

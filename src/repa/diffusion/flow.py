@@ -211,6 +211,7 @@ class Flow:
         self.sigma_min = config.sigma_min if of_data else SIGMA_MIN
         self._weight = self._of_velocity if of_data else WEIGHTS[config.loss_weight]
         self.contrastive, self._cosine = config.contrastive, config.velocity_cosine
+        self._contrast_by_time = config.contrastive_times == "linear"
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
         return time_shift(self._times(num, generator=generator, device=device), self.shift)
@@ -244,7 +245,10 @@ class Flow:
             x_t = c.alpha * x + c.sigma * noise
             velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
         if other is not None:  # away from the velocity of another image
-            losses["contrastive"] = -self.contrastive * (velocity - other).square().mean(dim=(1, 2, 3))
+            distance = (velocity - other).square()
+            if self._contrast_by_time:
+                distance = t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)) * distance
+            losses["contrastive"] = -self.contrastive * distance.mean(dim=(1, 2, 3))
         if self._cosine:
             cosine = F.cosine_similarity(velocity, target("velocity", c, x, noise), dim=1)  # (N, H, W)
             losses["velocity_cosine"] = self._cosine * (1 - cosine).mean(dim=(1, 2))

@@ -119,6 +119,11 @@ class Internal(Extrapolation):
     def other(self) -> str:
         return f"head@{self.head}"
 
+    def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
+        # Heads predict the latents alone; the vector of a stream stays as guidances before this one have made it.
+        is_stream = predictions[CONDITIONAL].ndim == 2
+        return predictions[CONDITIONAL] if is_stream else super().mix(predictions, t)
+
 
 @dataclass(frozen=True)
 class Auto(Extrapolation):

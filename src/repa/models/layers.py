@@ -496,7 +496,7 @@ class TokenConvolution(nn.Module):
         self.grid = grid
         self.conv = nn.Conv2d(dim, features, kernel, padding=kernel // 2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        grid = self.grid or (grid_side(tokens.shape[1]),) * 2
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        grid = grid or self.grid or (grid_side(tokens.shape[1]),) * 2
         image = tokens.transpose(1, 2).unflatten(2, grid)  # (N, D, rows, columns)
         return self.conv(image).flatten(2).transpose(1, 2)  # (N, T, F)
