@@ -188,7 +188,7 @@ def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
     )
     assert "encoder 'tinny'" in refused(capsys, "cknna", run_, "--data", data, "--encoder", "tinny")
     assert "There is no run folder runs/x" in refused(capsys, "probe", "runs/x", "--data", data)
-    assert "say where to write it" in refused(capsys, "probe", "tiny", "--data", data)
+    assert "has no run folder to write to" in refused(capsys, "probe", "tiny", "--data", data)
     assert "holds no prepared data" in refused(capsys, "cknna", run_, "--data", tmp_path)
     assert "ends in .json" in refused(capsys, "cknna", run_, "--data", data, "--out", "x.txt")
     assert "ends in .png" in refused(capsys, "pictures", run_, "--data", data, "--out", "x.json")

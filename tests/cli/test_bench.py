@@ -50,7 +50,7 @@ def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
     assert printed.count("Kernels: ") == 1  # of the recipe's own step, whose timeline is kept
     assert trace.exists()
     assert all(sum(row["profile"]["categories"].values()) > 0 for row in found["rows"])
-    assert "Next: " in printed or "Nothing that was measured" in printed
+    assert "Next: " in printed or "No measured setting" in printed
     for gain, sentence in found["advice"]:
         assert gain >= 1.03
         assert sentence in printed

@@ -115,14 +115,14 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("RUN", "--reference", "DATA", *FEATURES), "is a run folder: say how many samples to make of it"),
+        (("RUN", "--reference", "DATA", *FEATURES), "is a run folder: give the number of samples to generate"),
         (("S", "--reference", "DATA", *FEATURES, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
         (("S", "--reference", "DATA", *FEATURES, "--steps", "3"), "--steps has no effect here"),
         (("S", "--reference", "DATA", *FEATURES, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
         (("S", "--reference", "DATA", *FEATURES, "--out", "r.txt"), "--out is r.txt: give a name that ends in .json"),
-        (("S", "--reference", "DATA", *FEATURES, "--out", "S.json"), "is where `repa sample` says how"),
+        (("S", "--reference", "DATA", *FEATURES, "--out", "S.json"), "is the record of `repa sample` for"),
         (("S", "--reference", "DATA", *FEATURES, "--metrics", "fid"), "'fid' is not measured in the features of tiny-classifier"),
-        (("S", "--reference", "RUN", *FEATURES), "is a run folder: give the data that it was trained on"),
+        (("S", "--reference", "RUN", *FEATURES), "is a run folder: give its training data"),
         (("S", "--reference", "none.npz", *FEATURES), "There is no file none.npz"),
         (("S", "--reference", "DATA", "--features", "incepton"), "inception"),
         (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),

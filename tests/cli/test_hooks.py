@@ -71,7 +71,7 @@ def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_fold
     ]
     assert layout.preview(run, 2, ".png").is_file()
     assert told[-1][1:] == (8, 8)
-    assert ("looking at the training images", len(data), len(data)) in told or "looking" not in told[0][0]
+    assert ("features of the training images", len(data), len(data)) in told or "features of" not in told[0][0]
 
 
 def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):

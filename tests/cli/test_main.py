@@ -163,7 +163,7 @@ def test_ctrl_c_is_130(monkeypatch, capsys):
 
     monkeypatch.setattr("repa.cli.list.kinds", interrupt)
     assert main.run(["list"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "Run the same command again to continue" in capsys.readouterr().err
 
 
 LIGHT = """

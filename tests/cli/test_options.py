@@ -176,7 +176,7 @@ def test_mistakes(argv, sentence):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("--alignments.2.target tiny", "there are 1 entries, so the next one is number 1"),
+        ("--alignments.2.target tiny", "there are 1 entries, so use number 1 for the next one"),
         ("--alignments.1.target tiny", r"^--alignments\.1\.depth is missing"),
         ("--alignments.x.target tiny", r"--alignments has no part 'x', only numbered ones such as --alignments\.0"),
         ("--alignments.².target tiny", "has no part '²'"),

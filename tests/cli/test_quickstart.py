@@ -84,7 +84,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys, mo
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     again = capsys.readouterr().out
     assert table_of(again) == table_of(said)
-    assert "Both trainings are complete" in again
+    assert "Both runs are complete" in again
     (out / "report.html").unlink()
     assert run(command) == 0
     assert "--preview.features lite0" in (out / "report.html").read_text()

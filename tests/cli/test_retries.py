@@ -19,7 +19,7 @@ http.logger.warning("A token is missing.")
 def test_retries_are_one_sentence():
     done = subprocess.run([sys.executable, "-c", FETCH], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == [
-        "repa: The server does not answer; trying again for up to a minute.", "A token is missing.",
+        "repa: The server does not answer. Retrying for up to a minute.", "A token is missing.",
     ]  # fmt: skip
 
 

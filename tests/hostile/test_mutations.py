@@ -190,7 +190,7 @@ def attack(whole: Path, root: Path, kind: str, numbers: range) -> tuple[Counter,
             wrong.append(f"{kind} {number}: {'taken' if silent else code}\n{said[-3000:]}")
         elif code == 2:
             lines = [line for line in said.splitlines() if line.startswith("repa: ")]
-            if "every file has the bytes" not in said and len(lines) != 1:  # which begins the findings of `repa check`
+            if "all checksums match" not in said and len(lines) != 1:  # which begins the findings of `repa check`
                 wrong.append(f"{kind} {number}: {len(lines)} sentences\n{said[-2000:]}")
         if "\x1b" in said or "\u202e" in said:
             wrong.append(f"{kind} {number}: control characters were printed\n{said[-2000:]!r}")

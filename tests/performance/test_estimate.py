@@ -270,7 +270,7 @@ def test_the_command(capsys):
     assert "21.0 GB" in " ".join(table["latents"])
     assert "85.7 M" in " ".join(table["dinov2-b"])
     assert "time on 4 x a100 of 312 TFLOP/s at 50% utilisation (assumed)" in lines
-    assert {"encoders run in training", "stored tokens"} <= set(table)
+    assert {"encoders in every step", "stored tokens"} <= set(table)
     assert "50,000 samples, 250 steps, cfg:scale=1.8,high=0.7, on the same devices at the same utilisation" in lines
     assert float(table["images/s"][-1].replace(",", "")) > 100
     assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100", "--devices", "8"]) == 0
@@ -281,7 +281,7 @@ def test_the_command(capsys):
     assert run(["estimate", "cifar10-repa", *pixels]) == 0
     out = capsys.readouterr().out
     assert "153.6 MB" in out  # 50,000 x 3 x 32 x 32
-    assert "they are the latents" in out
+    assert "these are the latents" in out
     assert run(["estimate", "sit-b2", "--device", "h1000"]) == 2
     assert "Did you mean 'h100'?" in capsys.readouterr().err
 

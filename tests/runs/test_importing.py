@@ -76,7 +76,7 @@ def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsy
     (tmp_path / "other").mkdir()
     capsys.readouterr()
     assert convert(content, tmp_path / "other")[0] == 0
-    assert "Its projectors (2) were left out" in capsys.readouterr().out
+    assert "Its projectors (2) were dropped" in capsys.readouterr().out
     for options, sentence in [
         (("--targets", "tiny", "--depth", "2"), "has 2 projectors, but 1 encoders are named"),
         (("--targets", "tiny", "dinov2-b"), "does not say after which block its projectors stand"),

@@ -1,1 +1,1 @@
-"""The front door: parse, call one job, print. Nothing here computes."""
+"""The command line: parse options, run one job, print. Nothing here computes."""

@@ -1,4 +1,4 @@
-"""`repa analyse WHAT ...`: which analysis; those that write a table (cknna, probe, depth, encoders) are here."""
+"""`repa analyse WHAT ...`: the analyses that write a table (cknna, probe, depth, encoders)."""
 
 import importlib
 from collections.abc import Callable
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 # what -> module of cli, sentence
 WHATS = {
     "cknna": ("analyse", "similarity of hidden states to an encoder (CKNNA, CKA) at every depth and noise level"),
-    "probe": ("analyse", "linear probe of hidden states at every depth and noise level, and of encoders"),
-    "encoders": ("analyse", "which encoder to align to: structure, probe, similarity, speed and size in one table"),
-    "depth": ("analyse", "how far the prediction moves when a block is left out: where to align"),
-    "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, next to the images"),
+    "probe": ("analyse", "linear probes of hidden states at every depth and noise level, and of encoders"),
+    "encoders": ("analyse", "which encoder to align to: structure, probe, similarity, speed and size"),
+    "depth": ("analyse", "how much the prediction changes without a block"),
+    "pictures": ("analyse_pictures", "tokens of a run and of encoders as colours, beside the images"),
     "progress": ("analyse_pictures", "samples of several checkpoints and runs from the same noise"),
-    "neighbours": ("analyse_pictures", "the nearest training images of samples: did the model copy?"),
+    "neighbours": ("analyse_pictures", "the nearest training images of samples: has the model copied?"),
 }
 COLUMNS = {"run": "run", "step": "step|,", "t": "t|.2f", "depth": "depth"}  # of rows of runs
 COLUMNS_OF_ENCODERS = {
@@ -49,11 +49,11 @@ COLUMNS_OF_ENCODERS = {
 
 def usage() -> str:
     lines = columns([(f"  {what}", sentence) for what, (_, sentence) in WHATS.items()])
-    return "\n".join(["usage: repa analyse WHAT ...        repa analyse WHAT --help tells more", "", *lines])
+    return "\n".join(["usage: repa analyse WHAT ...        repa analyse WHAT --help prints the options", "", *lines])
 
 
 def arguments_of(what: str) -> type[options.Command]:
-    """The options of `repa analyse what`."""
+    """Class with the options of `repa analyse what`."""
     return getattr(_module_of(what), f"{what.capitalize()}Arguments")
 
 
@@ -79,30 +79,30 @@ class NetworksArguments(options.WeightsOfRun):
     data: str
     """Folder of prepared data."""
     checkpoints: tuple[int, ...] = ()
-    """Steps of checkpoints; empty takes the newest."""
+    """Steps of the checkpoints; empty: the newest."""
     out: str = ""
-    """Name of the .json. The .csv and .png are written next to it. Empty: in the folder analysis of the first run."""
+    """Name of the .json; the .csv and .png are written beside it. Empty: the folder analysis of the first run."""
 
 
 class CknnaArguments(NetworksArguments, SimilarityConfig):
-    """How alike the neighbourhoods of hidden states are to those of an encoder's tokens, for every depth, noise level
-    and checkpoint asked for. Writes rows (.json, .csv) and curves (.png).
+    """Similarity of hidden states to an encoder's tokens (CKNNA, CKA), by depth, noise level and checkpoint. Writes a
+    table (.json, .csv) and curves (.png).
     """
 
     verb = "analyse cknna"
 
 
 class DepthArguments(NetworksArguments, DepthConfig):
-    """How far the prediction moves when one block is left out, for every depth and noise level: which blocks matter,
-    and so where to align. Writes rows (.json, .csv) and curves (.png).
+    """Change of the prediction without one block, by depth and noise level: which blocks the network uses most. Writes
+    a table (.json, .csv) and curves (.png).
     """
 
     verb = "analyse depth"
 
 
 class ProbeArguments(NetworksArguments, ProbeConfig):
-    """Accuracy of linear classifiers on frozen features: hidden states of runs, or an encoder named in place of a run.
-    Writes rows (.json, .csv) and curves (.png).
+    """Accuracy of linear classifiers on frozen features: hidden states of runs, or an encoder named instead of a run.
+    Writes a table (.json, .csv) and curves (.png).
     """
 
     verb = "analyse probe"
@@ -110,26 +110,25 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
     runs: tuple[str, ...] = Field(min_length=1)
     """run folders, or encoders by name"""
     val: str = ""
-    """Folder of prepared data to test on; empty keeps a fifth of --data for it."""
+    """Folder of prepared data for testing; empty: a fifth of --data."""
     encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
     @property
     def encoders(self) -> list[str]:
-        """What is named in place of runs."""
+        """Names in `runs` that are not run folders."""
         return [name for name in self.runs if not Path(name).is_dir()]
 
     def idle(self) -> dict[str, str]:
         of_runs = ("depths", "times", "weights", "checkpoints", "autoencoder_weights")
         if len(self.encoders) == len(self.runs):
             return dict.fromkeys(of_runs, "without a run folder")
-        return {} if self.encoders else {"encoder_weights": "without an encoder named in place of a run"}
+        return {} if self.encoders else {"encoder_weights": "without an encoder in place of a run"}
 
 
 class EncodersArguments(EncodersConfig, options.Command):
-    """Which encoder should I align to? Spatial structure (LDS, CDS, RMSC: the higher, the more an encoder helped in
-    the study that proposed them), linear probe, similarity to the others, speed on this machine and size of stored
-    tokens.
+    """Compare encoders as alignment targets: spatial structure (LDS, CDS, RMSC; higher values predicted better FIDs in
+    arXiv 2512.10794), linear probe, similarity to each other, speed on this machine, and size of stored tokens.
     """
 
     verb = "analyse encoders"
@@ -138,15 +137,15 @@ class EncodersArguments(EncodersConfig, options.Command):
     data: str
     """folder of prepared data"""
     val: str = ""
-    """Folder of prepared data to test the probe on; empty keeps a fifth of the images for it."""
+    """Folder of prepared data for testing the probe; empty: a fifth of the images."""
     out: str = ""
-    """Name of a .json; the .csv is written next to it. Empty only prints."""
+    """Name of a .json; the .csv is written beside it. Empty: only print."""
 
 
 def cknna(argv: list[str], held: ExitStack) -> int:
     given = options.parse(CknnaArguments, argv)
     config = options.part(SimilarityConfig, given)
-    # Another variant is another number: never under the same name.
+    # Variants are not comparable, so each has its own file.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
     checkpoints = checkpoints_of(given.runs, given.checkpoints)
     name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
@@ -189,13 +188,13 @@ def probe(argv: list[str], held: ExitStack) -> int:
     config = options.part(ProbeConfig, given)
     for name in given.encoders:
         if "/" in name:  # a mistyped folder, which no encoder is called like
-            raise UserError(f"There is no run folder {name}: give the --out folder of a `repa train`.")
+            raise UserError(f"There is no run folder {name}: give the --out folder of `repa train`.")
         ENCODERS.check(name)
     runs = [name for name in given.runs if name not in given.encoders]
     checkpoints = checkpoints_of(runs, given.checkpoints)
     if not runs and not given.out:
         raise UserError(
-            "The probe of encoders alone lies in no run folder: say where to write it, as in --out probe.json."
+            "A probe of encoders alone has no run folder to write to: give a file, such as --out probe.json."
         )
     out = tables.output(held, given.out, Path(runs[0] if runs else "") / FOLDER / "probe.json")
     from repa.analysis import probe_of_encoder, probe_of_run
@@ -223,16 +222,18 @@ def probe(argv: list[str], held: ExitStack) -> int:
     counts = (val or data).manifest.class_counts
     how = {**tables.how("probe", given), "chance": max(counts) / sum(counts)}
     tables.write(out, how, rows)
-    # One line for each place: the rates are a grid over which a head is chosen, and only files hold them all.
+    # One line per block and noise level: the learning rates are a search grid, and only the files hold all of them.
     shown = best(rows, "top1")
     num_rates = len(config.learning_rates)
     columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f"}
     columns |= {"lr": "lr|g"} if num_rates > 1 else {}
-    # Encoders have no steps, noise levels or blocks, and runs no kinds of features.
+    # Encoders have no steps, noise levels and blocks; runs have no kinds of features.
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
     say(*tables.in_columns(shown, used), meaning_of("probe", how["chance"]))
     if num_rates > 1:
-        say(f"the best of {num_rates} learning rates on the test images, so a little optimistic; all are in {out}")
+        say(
+            f"the best of {num_rates} learning rates on the test images, which is a little optimistic; all are in {out}"
+        )
     return _draw_depths(shown, "top1", "top-1 accuracy", out)
 
 
@@ -267,7 +268,7 @@ def _rows_of_each(
     given: NetworksArguments,
     find: "Callable[[LoadedRun, DataSet, str, Bars], list[dict[str, Any]]]",
 ) -> list[dict[str, Any]]:
-    """{run, step, ...}: what `find` (run, data, its name, progress bars) finds in each checkpoint."""
+    """Rows {run, step, ...}: the results of `find(run, data, name, bars)` for each checkpoint."""
     from repa.base import dist
     from repa.data import open_data
 
@@ -282,7 +283,7 @@ def _rows_of_each(
 
 
 def _draw_depths(rows: list[dict[str, Any]], value: str, label: str, out: Path) -> int:
-    """A curve over depths next to the rows; rows of encoders alone have no depth and no picture."""
+    """Plot curves over depth beside the table; rows of encoders alone have no depth and no plot."""
     if not speaks():
         return 0
     if any(row["depth"] is not None for row in rows):
@@ -290,7 +291,7 @@ def _draw_depths(rows: list[dict[str, Any]], value: str, label: str, out: Path) 
         from repa.report.style import write_png
 
         write_png(depth_figure(rows, value, label), out.with_suffix(".png"))
-        say(f"{out}, .csv, and .png, which shows it.")
+        say(f"{out}, .csv and .png.")
     else:
         say(f"{out} and .csv.")
     return 0

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 MOST_CHECKPOINTS = 6
-MOST_COPIES = 8  # samples in the picture of neighbours: the nearest of all
+MOST_COPIES = 8  # samples in the picture of neighbours
 LONGEST_NAME = 16  # letters of the name of a class
 
 
 class PicturesArguments(options.CheckpointOfRun):
-    """Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, next
-    to the images. Each picture has its own components, shared by all images of a column.
+    """Tokens as colours: the first three principal components of encoders' tokens and of a run's hidden states, beside
+    the images. The images of a column share their components.
     """
 
     verb = "analyse pictures"
@@ -39,17 +39,17 @@ class PicturesArguments(options.CheckpointOfRun):
     data: str
     """Folder of prepared data."""
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny",)
-    """Vision encoders to show next to the run; `--encoders` alone shows none."""
+    """Vision encoders to show beside the run; `--encoders` without a value shows none."""
     encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
     depths: tuple[int, ...] = ()
-    """Blocks, counted from 1; empty takes a quarter, half, three quarters and all of the network."""
+    """Blocks, counted from 1; empty: at 1/4, 1/2, 3/4 and the end of the network."""
     times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.0, 0.5), min_length=1)
     """Noise levels t in [0, 1]; 0 is data."""
     images: tuple[int, ...] = ()
-    """Rows of the data; empty takes --num-images, evenly spaced."""
+    """Indices of images in the data; empty: --num-images evenly spaced ones."""
     num_images: int = Field(6, ge=1, le=64)
-    """How many images."""
+    """Number of images."""
     seed: int = 0
     """Seed of the noise."""
     out: str = ""
@@ -57,11 +57,11 @@ class PicturesArguments(options.CheckpointOfRun):
 
     def idle(self) -> dict[str, str]:
         of_encoders = {} if self.encoders else {"encoder_weights": "without --encoders"}
-        return of_encoders | ({"num_images": "with --images, which name the rows"} if self.images else {})
+        return of_encoders | ({"num_images": "with --images"} if self.images else {})
 
 
 class ProgressArguments(options.WeightsOfRun, SampleConfig):
-    """Samples of several checkpoints and runs from the same noise and labels, a row for each checkpoint."""
+    """Samples of several checkpoints and runs from the same noise and labels, one row per checkpoint."""
 
     verb = "analyse progress"
     positional = ("runs...",)
@@ -69,16 +69,16 @@ class ProgressArguments(options.WeightsOfRun, SampleConfig):
     runs: tuple[str, ...] = Field(min_length=1)
     """run folders"""
     checkpoints: tuple[int, ...] = ()
-    """Steps of checkpoints; empty takes up to six of each run, evenly spaced, the newest among them."""
+    """Steps of the checkpoints; empty: up to six of each run, evenly spaced, including the newest."""
     num_images: int = Field(8, ge=1, le=64)
-    """Images in a row."""
+    """Images per row."""
     out: str = ""
     """Name of the .png; empty: analysis/progress.png in the first run."""
 
 
 class NeighboursArguments(NeighboursConfig, options.Command):
-    """The nearest training images of samples in the features of an encoder, and whether samples come nearer to the
-    training images than real images that were not trained on do. Writes rows (.json, .csv) and a picture (.png).
+    """The nearest training images of samples in the features of an encoder, and the share of samples that are nearer
+    than held-out real images are. Writes a table (.json, .csv) and a picture (.png).
     """
 
     verb = "analyse neighbours"
@@ -89,10 +89,10 @@ class NeighboursArguments(NeighboursConfig, options.Command):
     data: str
     """Folder of prepared data that the model was trained on."""
     held_out: str = ""
-    """Folder of prepared data that it was not trained on; empty compares each training image with its nearest other."""
+    """Folder of prepared data outside the training data; empty: compare each training image with its nearest other image."""
     out: str = ""
-    """Name of the .json. The .csv and .png are written next to it. Empty: analysis/neighbours.json in the run that `repa sample`
-    made the samples of, and in the current folder for other samples."""
+    """Name of the .json; the .csv and .png are written beside it. Empty: analysis/neighbours.json in the run of the
+    samples, or in the current folder if that run is unknown."""
 
 
 def pictures(argv: list[str], held: ExitStack) -> int:
@@ -111,7 +111,7 @@ def pictures(argv: list[str], held: ExitStack) -> int:
 
     device, data = dist.setup(), open_data(given.data)
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
-        raise UserError(f"{given.data} has no image {wrong[0]}: its rows are 0 to {data.num_images - 1}.")
+        raise UserError(f"{given.data} has no image {wrong[0]}: give indices from 0 to {data.num_images - 1}.")
     indices = np.array(given.images) if given.images else spaced_rows(data, given.num_images)
     encoders = {
         spec: load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
@@ -122,7 +122,7 @@ def pictures(argv: list[str], held: ExitStack) -> int:
     if speaks():
         names = [short(data.class_names[label], LONGEST_NAME) for label in data.gather("labels", indices)]
         write_png(picture_table(list(zip(*columns.values(), strict=True)), names, list(columns)), out)
-        say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, next to {len(indices)} images.")
+        say(f"{out}: tokens of {checkpoint.label}, step {run.step:,}, beside {len(indices)} images.")
     return 0
 
 
@@ -139,7 +139,7 @@ def progress(argv: list[str], held: ExitStack) -> int:
     names: list[str] = []
     with ProgressBar("samples", "images") as bar:
         for each in checkpoints:
-            # A converted run is sampled as by its own code, unless an option says otherwise.
+            # A converted run uses the sampling defaults of its original code, unless an option overrides them.
             config = options.part(SampleConfig, given.as_origin_of(each.run)[0])
             run = prepared(each.load(given.weights, given.autoencoder_weights, device), config, device)
             row: list[Any] = []
@@ -173,7 +173,7 @@ def neighbours(argv: list[str], held: ExitStack) -> int:
     if (samples.height, samples.width) != (data.resolution, data.resolution):
         raise UserError(
             f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "
-            "compare images of one size."
+            "compare images of the same size."
         )
     with ProgressBar(f"features of {config.features}", "images") as bar:
         made = (images for _, images in samples.batches(config.batch_size))
@@ -184,19 +184,19 @@ def neighbours(argv: list[str], held: ExitStack) -> int:
     say(
         f"distance to the nearest training image, median: samples {verdict.median:.4f}, {what} {verdict.median_held_out:.4f}",
         f"nearer than {verdict.threshold:.4f}, as 1 % of the {what} are: {100 * verdict.share_near:.1f} % of the samples "
-        "(about 1 % where nothing is copied)",
+        "(about 1 % if nothing is copied)",
     )
     shown = found.beside(lambda i: samples.rows(np.array([i])), data, MOST_COPIES)
     rows = [list(images.permute(0, 2, 3, 1).numpy()) for images in shown.values()]
     labels = [f"sample {i}\n{found.near.distances[i, 0]:.3f}" for i in shown]
     columns = ["sample", *(f"{n + 1}. nearest" for n in range(config.neighbours))]
     write_png(picture_table(rows, labels, columns), out.with_suffix(".png"))
-    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, next to their nearest images.")
+    say(f"{out}, .csv, and .png: the {len(shown)} samples with the smallest distance, beside their nearest images.")
     return 0
 
 
 def _run_of(samples: Path) -> Path | None:
-    """The run folder that is named in the record beside samples of `repa sample`, where it is there."""
+    """The run folder in the record that `repa sample` writes beside samples; None if there is none."""
     record = samples.resolve().with_suffix(".json")
     run: object = None
     if samples.suffix in (".npz", "") and record.is_file():

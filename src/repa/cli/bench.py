@@ -13,9 +13,8 @@ from repa.recipes import load_recipe
 
 
 class BenchArguments(options.Command):
-    """Time a recipe's training step on this machine: images a second, share of the machine's matrix-product rate,
-    memory, and where the time goes. Ends with the next thing to change. Trains nothing, and writes nothing but
-    --out.
+    """Time a recipe's training step on this machine: images per second, MFU, memory, and the kernels that take the
+    time. Ends with advice. Trains nothing, and writes only --out and --trace.
     """
 
     verb = "bench"
@@ -24,24 +23,24 @@ class BenchArguments(options.Command):
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str = ""
-    """Folder that `repa prepare` made; empty: random latents and tokens of the size of ImageNet at 256 pixels."""
+    """Folder of prepared data; empty: random latents and tokens with the size of ImageNet at 256 pixels."""
     batch_size: tuple[int, ...] = ()
-    """Images in a step, one or more sizes; empty takes the recipe's."""
+    """One or more batch sizes; empty: the recipe's."""
     precision: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32", "bf16")
     """Precisions to measure in addition to the recipe's."""
     compiled: bool = False
-    """Measure compiled steps too, which takes minutes."""
+    """Also measure compiled steps, which takes minutes."""
     rounds: int = Field(5, ge=1)
-    """Rounds of measurement; each figure is their median."""
+    """Rounds of measurement; each result is their median."""
     token_width: int = Field(768, ge=1)
     """Without data: channels of the random target tokens; DINOv2-B has 768."""
     out: str = ""
-    """File (.json) for the figures, written after each row; empty writes none."""
+    """File (.json) for the results, updated after each row; empty: none."""
     trace: str = ""
-    """File (.json.gz) for the timeline of two of the recipe's own steps, for ui.perfetto.dev; empty writes none."""
+    """File (.json.gz) for the timeline of two steps of the recipe, for ui.perfetto.dev; empty: none."""
 
     def idle(self) -> dict[str, str]:
-        return {"token_width": "with --data, whose tokens have a width"} if self.data else {}
+        return {"token_width": "with --data"} if self.data else {}
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
         open_data(given.data)  # a wrong folder is reported before anything is measured
     for path in filter(None, (given.out, given.trace)):
         files.require_writable(path)
-    # The recipe's own step decides what is advised; the others are measured to compare it with.
+    # The advice is for the recipe's own step; the other steps are measured for comparison.
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)
@@ -90,14 +89,16 @@ def main(argv: list[str]) -> int:
         if given.out:
             files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows})
     say("", *table(figures).split("\n"), "")
-    # What is advised is relative to the step that the recipe itself takes.
+    # The advice is relative to the recipe's own step.
     now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
     advice = advise(now, [f for f in figures if f is not now])
     if not advice:
-        say(f"Nothing that was measured would make it faster: it runs at {now.utilisation:.0%} of the machine's rate.")
+        say(f"No measured setting makes it faster. Its MFU is {now.utilisation:.0%}.")
     for number, (_, sentence) in enumerate(advice):
         say(f"{'Next' if number == 0 else 'Then'}: {sentence}")
-    say(f"Memory at most: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'in all'}.")
+    say(
+        f"Peak memory: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'of the process'}."
+    )
     if given.out:
         files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows, "advice": advice})
     return 0

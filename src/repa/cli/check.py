@@ -1,4 +1,4 @@
-"""`repa check DATA`: are prepared data whole, and are they what their models make?"""
+"""`repa check DATA`: verify prepared data, optionally against the models that made them."""
 
 from pathlib import Path
 
@@ -11,9 +11,8 @@ from repa.encoders.loading import LocalWeights
 
 
 class CheckArguments(options.Command):
-    """Check a folder of prepared data: its manifest and the sizes of all files; with --full every byte against its
-    checksum, and a sample of its images, encoded again, against what is stored. Exit code 2 when something is
-    wrong.
+    """Check a folder of prepared data: its manifest and the sizes of all files. With --full, also verify the checksum
+    of every file, and encode a sample of the images again for comparison. The exit code is 2 if something is wrong.
     """
 
     verb = "check"
@@ -22,17 +21,17 @@ class CheckArguments(options.Command):
     data: str
     """folder of prepared data"""
     full: bool = False
-    """Read every byte, and encode a sample of the images again."""
+    """Verify all checksums, and encode a sample of the images again."""
     num_images: int = Field(64, ge=1)
-    """Images that are encoded again."""
+    """Number of images to encode again."""
     autoencoder_weights: str = ""
-    """Local folder of the autoencoder's weights; empty: they are looked for where `repa prepare` found them."""
+    """Local folder of the autoencoder's weights; empty: the location that `repa prepare` recorded."""
     feature_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
 
     def idle(self) -> dict[str, str]:
         whole = ("num_images", "autoencoder_weights", "feature_weights")
-        return dict.fromkeys(() if self.full else whole, "without --full, which reads and encodes again")
+        return dict.fromkeys(() if self.full else whole, "without --full")
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     manifest = open_data(given.data).manifest
     size = sum(record.size for record in manifest.records)
-    say(f"{given.data}: {len(manifest.records)} files of {files.size(size)} have the size that was written")
+    say(f"{given.data}: {len(manifest.records)} files of {files.size(size)} have the recorded size")
     return _full(Path(given.data), given) if given.full else 0
 
 
@@ -51,7 +50,7 @@ def _full(folder: Path, given: CheckArguments) -> int:
 
     with ProgressBar(f"reading {folder.name}", "bytes") as bar:
         check_bytes(folder, bar)
-    say("every file has the bytes that were written")
+    say("all checksums match")
     findings = check_models(
         folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights or None,
         feature_weights=given.feature_weights, device=dist.own_device(),

@@ -1,6 +1,6 @@
-"""`repa completion SHELL`: the script with which a shell completes verbs, options and names on TAB.
+"""`repa completion SHELL`: the script for tab completion of verbs, options and names.
 
-The script asks this program at each TAB (`repa completion --words ...`), so what it offers is what the verbs take.
+The script calls `repa completion --words ...` at each completion, so it offers exactly what the verbs accept.
 """
 
 import functools
@@ -41,7 +41,7 @@ complete -c repa -a '(__repa_words)'""",
 
 
 class CompletionArguments(options.Command):
-    """Print the script with which a shell completes `repa` on TAB. bash, in ~/.bashrc: eval "$(repa completion bash)".
+    """Print the script for tab completion of `repa`. bash, in ~/.bashrc: eval "$(repa completion bash)".
     zsh, in ~/.zshrc after compinit: eval "$(repa completion zsh)". fish, in ~/.config/fish/config.fish: repa
     completion fish | source.
     """
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def candidates(words: list[str]) -> list[str]:
-    """What the last word may become, of those after `repa`."""
+    """Completions of the last of the words after `repa`."""
     *before, word = [each for each in words if each != "="]  # bash cuts --flag=value into three
     try:
         return sorted(name for name in set(_allowed(before, word)) if name.startswith(word))
@@ -86,7 +86,7 @@ def _allowed(before: list[str], word: str) -> Iterable[str]:
 
 
 def _of_command(cls: type[options.Command], rest: list[str], word: str) -> Iterable[str]:
-    """Options, the values of one, or what a word without an option may be."""
+    """Options, values of an option, or values of a positional argument."""
     if word.startswith("-"):
         return [option(name) for name in (*options.names(cls), "help")]
     flags = [index for index, each in enumerate(rest) if each.startswith("--")]
@@ -99,7 +99,7 @@ def _of_command(cls: type[options.Command], rest: list[str], word: str) -> Itera
 
 
 def _of_word(name: str) -> Iterable[str]:
-    """The names for a positional field, where they are of a table."""
+    """The names for a positional field, if a table lists them."""
     from repa.cli import list as listing
     from repa.cli import show
     from repa.recipes import RECIPES
@@ -111,7 +111,7 @@ def _of_word(name: str) -> Iterable[str]:
 
 
 def _values(annotation: Any) -> Iterator[str]:
-    """The texts that a type allows, as far as they can be listed."""
+    """The texts that a type allows, if they can be listed."""
     if typing.get_origin(annotation) is Literal:
         yield from map(str, typing.get_args(annotation))
     elif isinstance(annotation, type):

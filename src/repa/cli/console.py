@@ -1,4 +1,4 @@
-"""What a command says: lines, tables, progress (a bar with rate and time left on a terminal, plain lines in a log), retries."""
+"""Output of a command: lines, tables, progress (a bar on a terminal, plain lines in a log), notes on retries."""
 
 import logging
 import shutil
@@ -16,40 +16,40 @@ from repa.base.reporting import duration
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-LINE_EVERY = 10.0  # seconds between plain lines when nobody watches
+LINE_EVERY = 10.0  # seconds between progress lines in a log
 NARROWEST = 24  # columns into which a sentence is wrapped
-MEASURED = 1.0  # seconds of work before its rate is worth telling
+MEASURED = 1.0  # seconds of work before a rate is shown
 _bars = True
 
 
 def draw_no_bars() -> None:
-    """Plain lines from now on, also on a terminal: another process writes there too."""
+    """Use plain lines from now on, also on a terminal: another process writes there too."""
     global _bars
     _bars = False
 
 
 def speaks() -> bool:
-    """Is this the process that talks?"""
+    """Whether this process prints."""
     return launch.place(strict=False).rank == 0
 
 
 def say(*lines: str) -> None:
-    """Lines from the main process only; control characters in names are written out."""
+    """Print lines in the main process only, with control characters escaped."""
     if speaks():
         print(*(map(printable, lines)), sep="\n", flush=True)
 
 
 def short(name: str, most: int) -> str:
-    """At most so many letters of a name."""
+    """A name cut to at most this many characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def table(groups: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
-    """Rows under their headings, in columns. On a terminal the last column is wrapped to its width; a log keeps one line a row."""
+    """Rows under their headings, in columns. On a terminal the last column is wrapped; a log has one line per row."""
     every = [row for rows in groups.values() for row in rows]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    # A log keeps one row a line, because wrapped rows are hard to search.
+    # A log has one row per line, because wrapped rows are hard to search.
     room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 0
     lines: list[str] = []
     for heading, rows in groups.items():
@@ -73,7 +73,8 @@ class ProgressBar:
         self.what, self.unit = printable(what), unit
         self.bar: Bar | None = None
         self.begin = self.said = time.perf_counter()
-        # A resumed job's rate counts only the work of this process: else the time left would be far too short.
+        # The rate of a resumed job counts only the work of this process; otherwise the remaining time would be too
+        # short.
         self.first: int | None = None
 
     def __enter__(self) -> "ProgressBar":
@@ -85,7 +86,7 @@ class ProgressBar:
             self.bar = Bar(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
-                console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(),  # else a log would lose its lines to the bar
+                console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(),  # otherwise the bar would swallow the lines of a log
             )  # fmt: skip
             self.task = self.bar.add_task(self.what, total=None, rate="", note="")
             self.bar.start()
@@ -93,8 +94,8 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         note, now = printable(note), time.perf_counter()
-        # A smaller count is another pass. The clock restarts with it, because models were loaded or another
-        # process worked before it.
+        # A smaller count starts another pass. The clock restarts, because loading models or another process took the
+        # time before it.
         if self.first is None or done < self.first:
             self.first, self.begin = done, now
         if not speaks():
@@ -107,7 +108,7 @@ class ProgressBar:
         elif now - self.said >= LINE_EVERY or done >= total:
             self.said = now
             left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
-            speed = f" ({_shown(rate)}/s{left})" if rate else ""  # work that is told once, when it is done, has none
+            speed = f" ({_shown(rate)}/s{left})" if rate else ""  # work that is reported once, at its end, has no rate
             print(
                 f"{self.what}: {done:,}/{total:,} {self.unit}{speed} {note}".rstrip(),
                 file=sys.stderr,
@@ -115,7 +116,7 @@ class ProgressBar:
             )
 
     def within(self, what: str, done: int, total: int) -> None:
-        """Work inside one unit of the task, such as the samples of a preview: next to the bar, or a line now and then."""
+        """Progress inside one unit of the task, such as the samples of a preview: beside the bar, or in occasional lines."""
         now, text = time.perf_counter(), printable(f"{what} {done:,}/{total:,}")
         if self.bar:
             self.bar.update(self.task, note=text)
@@ -129,12 +130,12 @@ class ProgressBar:
 
 
 def _shown(rate: float) -> str:
-    """Below 1, where one decimal would say little, two digits."""
+    """A rate as text; below 1 with two digits."""
     return f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 class Bars:
-    """One task after the other, each with its bar: a terminal shows one at a time."""
+    """Consecutive tasks with a bar each: a terminal shows one at a time."""
 
     def __init__(self) -> None:
         self._stack, self._shown = ExitStack(), ""
@@ -146,7 +147,7 @@ class Bars:
         self._stack.close()
 
     def of(self, what: str, unit: str = "images") -> Callable[[int, int], None]:
-        """What to call with (done, total): the first call shows the bar in place of another's."""
+        """A function to call with (done, total); its first call replaces the bar of the previous task."""
 
         def progress(done: int, total: int) -> None:
             if self._shown != what:
@@ -158,7 +159,7 @@ class Bars:
 
 
 class OneSentence(logging.Filter):
-    """Drops what libraries say while they try a network again and again; the first time, a sentence of ours stands for it."""
+    """Drops the messages of libraries about network retries; the first one is replaced by one line of ours."""
 
     said = False
 
@@ -167,13 +168,13 @@ class OneSentence(logging.Filter):
         if record.levelno >= logging.ERROR or not is_retry:
             return True
         if speaks() and not self.said:
-            print("repa: The server does not answer; trying again for up to a minute.", file=sys.stderr, flush=True)
+            print("repa: The server does not answer. Retrying for up to a minute.", file=sys.stderr, flush=True)
         self.said = True
         return False
 
 
 def tell_retries_once() -> None:
-    """From now on, in this process."""
+    """Install the filter in this process."""
     one = OneSentence()
     for name in ("huggingface_hub.utils._http", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(one)

@@ -17,37 +17,37 @@ class Network(Config):
     """What a checkpoint does not say about its network."""
 
     num_heads: int = Field(0, ge=0)
-    """Attention heads; 0 = those of the named size with this width and depth."""
+    """Attention heads; 0: those of the named size with this width and depth."""
 
 
 class ConvertArguments(options.Command):
-    """Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export` or a DiT
-    of diffusers. `repa sample` and `repa analyse` work on it, and `repa train --init` starts from it.
+    """Make a run folder from a checkpoint of REPA, SiT or DiT (.pt, .safetensors), a folder of `repa export`, or a
+    diffusers DiT. `repa sample`, `repa analyse` and `repa train --init` accept it.
     """
 
     verb = "convert"
     positional = ("checkpoint", "run")
 
     checkpoint: str
-    """.pt or .safetensors file, folder of `repa export`, or folder of a DiTTransformer2DModel of diffusers"""
+    """.pt or .safetensors file, folder of `repa export`, or folder of a diffusers DiTTransformer2DModel"""
     run: str
     """run folder to make"""
     kind: Literal["repa", "sit", "dit"] = "repa"
-    """Whose checkpoint it is: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT; not needed for an exported folder."""
+    """Code of the checkpoint: sihyun-yu/REPA, willisma/SiT or facebookresearch/DiT; not needed for an exported folder."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS)] = AUTOENCODER
     """Autoencoder of its latents; not needed for an exported folder."""
     autoencoder_weights: str = ""
-    """Local folder of the autoencoder's weights; empty takes the hub's."""
+    """Local folder of the autoencoder's weights; empty: the hub's."""
     model: Network = Network()
     """What a checkpoint does not say about its network."""
     targets: tuple[str, ...] = ()
-    """Encoders of a REPA's projectors, in order; empty = as the file says; without that the projectors are left out."""
+    """Targets of REPA's projectors, in order; empty: those named in the file, otherwise the projectors are dropped."""
     depth: int = Field(0, ge=0)
-    """Block after which those projectors read; 0 = as the file says."""
+    """Alignment depth of those projectors; 0: the depth named in the file."""
     weights: str = ""
-    """Which weights of the file to take, by their name in it (ema, model_ema, model ...); empty = its average."""
+    """Weights to use, by their name in the file (ema, model_ema, model, ...); empty: the average."""
     path: str = ""
-    """Path it was trained on (linear, trigonometric, vp); empty = as the file says, otherwise linear."""
+    """Path of its training (linear, trigonometric, vp); empty: the path named in the file, otherwise linear."""
 
     def idle(self) -> dict[str, str]:
         of_files = ("kind", "model.num_heads", "targets", "depth", "weights", "path")
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             source, given.kind, num_heads=given.model.num_heads, targets=given.targets, depth=given.depth, path=given.path,
             weights=given.weights,
         )  # fmt: skip
-    # What only the content tells: which options it answers itself.
+    # Only the content tells which options are redundant.
     unread = {}
     if "autoencoder" in imported.settings:
         unread["autoencoder"] = f"here: {source} records it"
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     if imported.taken:
         say(f"Its weights: {imported.taken}.")
     if imported.left_out:
-        say(f"Its projectors ({imported.left_out}) were left out: --targets and --depth name what they align to.")
+        say(f"Its projectors ({imported.left_out}) were dropped. To keep them, give their --targets and --depth.")
     say(
         f"Next: repa sample {run} --num-images 64 --out samples.npz, or repa train RECIPE --data DATA --out NEW --init {run}"
     )

@@ -9,9 +9,8 @@ from repa.cli.console import say
 
 
 class EmaArguments(options.Command):
-    """Make an average of a run's weights of any width after training, from its snapshots (train with --ema-widths 0.05
-    0.1 and --snapshot-every). The width is relative: the standard deviation of the steps that it averages, as a
-    share of all steps.
+    """Compute an average of a run's weights of any width after training, from its snapshots (train with --ema-widths
+    0.05 0.1 and --snapshot-every). The width is the standard deviation of the averaged steps relative to all steps.
     """
 
     verb = "ema"
@@ -22,7 +21,7 @@ class EmaArguments(options.Command):
     width: float = Field(gt=0, le=0.28)
     """Relative width, such as 0.05 (short) or 0.2 (long)."""
     step: int = Field(-1, ge=-1)
-    """Step of the snapshot to end at; -1 takes the newest."""
+    """Step of the last snapshot; -1: the newest."""
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    # Before a lock makes a folder of a name that was mistyped.
+    # Checked before the lock creates a folder for a mistyped name.
     layout.read_config(Path(given.run))
     averages = Path(given.run) / layout.AVERAGES
     with lock.alone(averages, "repa ema"):
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
             files.remove_leftovers(folder)
         step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)
     say(
-        f"{given.run}: made the weights {name} of step {step:,}. "
+        f"{given.run}: computed the weights {name} at step {step:,}. "
         f"Next: repa sample {given.run} --weights {name} --num-images 64 --out samples.npz"
     )
     return 0

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class EstimateArguments(TrainConfig, options.Command):
-    """What a recipe costs before anything is downloaded or trained: parameters, FLOPs, memory of a device, disk and
-    time, and whether stored target tokens pay. Any field of the recipe can be overridden as in `repa train`.
+    """Predict the cost of a recipe without downloading or training: parameters, FLOPs, device memory, disk, time, and
+    whether stored tokens pay off. Any setting of the recipe can be overridden as in `repa train`.
     """
 
     verb = "estimate"
@@ -36,32 +36,32 @@ class EstimateArguments(TrainConfig, options.Command):
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str = ""
-    """Folder that `repa prepare` made, whose images, classes, side and autoencoder are counted with."""
+    """Folder of prepared data, whose images, classes, resolution and autoencoder the estimate uses."""
     images: int = Field(0, ge=0)
-    """Images of the data set; 0 takes those of --data or of the run, otherwise the 1,281,167 of ImageNet's training set."""
+    """Number of images; 0: that of --data or of the run, otherwise ImageNet's 1,281,167."""
     classes: int = Field(0, ge=0)
-    """Classes of the data set; 0 takes those of --data or of the run, otherwise ImageNet's 1,000."""
+    """Number of classes; 0: that of --data or of the run, otherwise ImageNet's 1,000."""
     devices: int = Field(1, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
-    """Device, such as h100 or rtx4090; describe another by `--tflops` and `--memory`."""
+    """Device, such as h100 or rtx4090; for others give `--tflops` and `--memory`."""
     tflops: float = Field(0.0, ge=0)
-    """Peak TFLOP/s of a device in the precision of the run; 0 takes the table's."""
+    """Peak TFLOP/s of a device in the precision of the run; 0: that of --device."""
     memory: float = Field(0.0, ge=0)
-    """GB of memory of a device, for whether the run fits and what would make it fit; 0 takes the table's."""
+    """Memory of a device in GB, to predict whether the run fits; 0: that of --device."""
     utilisation: float = Field(0.35, gt=0, le=1)
-    """Share of the peak that the run reaches (MFU); `repa bench` measures it."""
+    """MFU: the share of the peak that the run reaches; `repa bench` measures it."""
     resolution: int = Field(0, ge=0)
-    """Side of the images, in pixels; 0 takes that of --data, the recipe or the run, otherwise 256."""
+    """Resolution in pixels; 0: that of --data, the recipe or the run, otherwise 256."""
     samples: int = Field(50_000, ge=1)
-    """Images to sample after training."""
+    """Number of samples after training."""
     sample_steps: int = Field(250, ge=1)
     """Steps of the sampler euler_maruyama."""
     sample_guidance: Guidances = ("cfg:scale=1.8,high=0.7",)
-    """Guidances of the samples; a guided step costs two passes of the network."""
+    """Guidances of the samples; a guided step takes two network calls."""
 
     def idle(self) -> dict[str, str]:
-        of_device = {"device": "with --tflops, which stands for it"} if self.tflops else {}
+        of_device = {"device": "with --tflops"} if self.tflops else {}
         return super().idle() | of_device | ({} if self.devices > 1 else {"parallel": "with one device"})
 
     @field_validator("device")
@@ -69,7 +69,7 @@ class EstimateArguments(TrainConfig, options.Command):
     def _known(cls, name: str) -> str:
         if name not in PEAKS:
             raise ValueError(
-                f"{name!r} is not in the table{choices(name, PEAKS)} For others give --tflops and --memory."
+                f"{name!r} is not a known device{choices(name, PEAKS)} For others give --tflops and --memory."
             )
         return name
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     elif (trained_on := Path(given.recipe) / layout.DATA).is_file():
         images = images or files.read_object(trained_on, num_images=int)["num_images"]
     images, classes = images or IMAGENET, classes or 1000
-    # A run takes the autoencoder from its data; without data the recipe knows whether its images are the latents.
+    # The autoencoder of a run is that of its data; without data the recipe tells whether images are the latents.
     pixels = RECIPES[given.recipe].pixels if given.recipe in RECIPES else 0
     if not config.autoencoder:
         config = config.override(autoencoder="pixels" if pixels else AUTOENCODER)
@@ -114,9 +114,9 @@ def main(argv: list[str]) -> int:
 
 
 def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
-    """Lines for people; `fits` say whether it fits into the memory of a device."""
+    """The estimate as lines of text, ending with `fits`."""
     config, model = found.config, found.config.model
-    whose = " (ImageNet; --data DATA or --images counts with yours)" if found.num_images == IMAGENET else ""
+    whose = "  (ImageNet; give --data or --images for yours)" if found.num_images == IMAGENET else ""
     head = (
         f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
         f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
@@ -136,7 +136,7 @@ def _networks(found: "Estimate") -> list[str]:
             _network(name, encoder.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
         )
     if found.autoencoder.stores_moments:
-        lines.append(_network(found.config.autoencoder, found.autoencoder.cost, "encodes, once an image"))
+        lines.append(_network(found.config.autoencoder, found.autoencoder.cost, "encodes once per image"))
     return lines
 
 
@@ -146,7 +146,7 @@ def _network(name: str, cost: "Cost", note: str) -> str:
 
 def _memory(found: "Estimate") -> list[str]:
     held = found.memory(cached=False)
-    lines = ["", f"memory of a device ({found.parallel}; without the workspace of kernels)"]
+    lines = ["", f"memory of a device ({found.parallel}; without kernel workspaces)"]
     return [
         *lines,
         *(_row(what, _size(size)) for what, size in held.items() if size),
@@ -155,7 +155,7 @@ def _memory(found: "Estimate") -> list[str]:
 
 
 def fitting(found: "Estimate", memory: float, whose: str, classes: int, resolution: int) -> list[str]:
-    """Whether it fits in `memory` GB, and what would make it fit."""
+    """Lines that tell whether it fits into `memory` GB, and what would make it fit."""
     from repa.performance.fitting import needed, ways_to_fit
 
     room = memory * 1e9
@@ -164,32 +164,33 @@ def fitting(found: "Estimate", memory: float, whose: str, classes: int, resoluti
     ways = ways_to_fit(found, room, num_classes=classes, resolution=resolution)
     said = f"  does not fit in the {memory:g} GB of {whose}"
     if not ways:
-        return [
-            f"{said}, nor with a smaller batch, checkpointing or a smaller network: take more devices, or larger ones"
-        ]
-    return [f"{said}; it fits with any of", *(f"    {w.options:<40}{_size(w.needed):>12}  {w.price}" for w in ways)]
+        return [f"{said}, nor with a smaller batch, checkpointing or a smaller network: use more or larger devices"]
+    return [
+        f"{said}; it fits with any of these:",
+        *(f"    {w.options:<40}{_size(w.needed):>12}  {w.price}" for w in ways),
+    ]
 
 
 def _disk(found: "Estimate") -> list[str]:
-    lines = ["", f"disk for {found.num_images:,} images (flipped copies double it)"]
+    lines = ["", f"disk for {found.num_images:,} images (--flip doubles it)"]
     pixels = 3 * (found.config.model.latent_size * found.autoencoder.factor) ** 2
-    use = "they are the latents"
+    use = "these are the latents"
     if found.autoencoder.stores_moments:
-        use = "needed only by encoders that run, and for metrics"
+        use = "only for encoders that run in training, and for metrics"
         lines.append(_row("latents", _size(found.num_images * found.moments_bytes())))
     lines.append(_row("images", _size(found.num_images * pixels), note=use))
     per_second = found.seen / found.training_seconds(cached=True)
     for name in found.encoders:
         for form in found.forms(name):
             size = found.tokens_bytes(name, form)
-            note = f"read at {size * per_second / 1e6:,.0f} MB/s by all devices together"
+            note = f"read at {size * per_second / 1e6:,.0f} MB/s by all devices"
             lines.append(_row(f"{name} as {form}", _size(found.num_images * size), note=note))
     return lines
 
 
 def _time(found: "Estimate", machine: str) -> list[str]:
     lines = ["", f"time on {machine}", _row("", "prepare", "train")]
-    for what, cached in (("encoders run in training", False), ("stored tokens", True)):
+    for what, cached in (("encoders in every step", False), ("stored tokens", True)):
         if cached and not found.storable:
             break
         times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
@@ -198,16 +199,16 @@ def _time(found: "Estimate", machine: str) -> list[str]:
 
 
 def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> list[str]:
-    """Lines about samples; a device reaches another share of its peak there than in training."""
+    """Lines about sampling, where the MFU differs from that of training."""
     rate = found.samples_per_second(passes)
     guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
-    around = f", {passes.short} of them around the blocks of the route" if passes.short else ""
+    around = f", {passes.short} of them without the routed blocks" if passes.short else ""
     head = f"{given.samples:,} samples, {given.sample_steps} steps{guided}, on the same devices at the same utilisation"
     flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
     return [
         "", head,
-        _row("passes of the network", f"{passes.whole + passes.short}", note=f"for each image{around}"),
-        _row("GFLOP/image", f"{flops:,.0f}", note=f"of them the decoder {decoder:,.0f}"),
+        _row("network calls", f"{passes.whole + passes.short}", note=f"per image{around}"),
+        _row("GFLOP/image", f"{flops:,.0f}", note=f"the decoder {decoder:,.0f} of them"),
         _row("images/s", f"{rate:,.3g}"),
         _row("time", duration(given.samples / rate)),
     ]  # fmt: skip

@@ -17,8 +17,8 @@ from repa.runs import layout
 
 
 class EvaluateArguments(SamplesOfRun, EvaluateConfig):
-    """Measure samples: an .npz with arr_0, a folder or zip of images, or a run folder, whose samples are made and
-    measured in one pass by the options of `repa sample`. Against a reference .npz (ADM's, or by `repa evaluate
+    """Compute metrics of samples: an .npz with arr_0, a folder or zip of images, or a run folder, from which samples
+    are generated with the options of `repa sample`. The reference is an .npz (ADM's, or from `repa evaluate
     reference`), prepared data, or images. `repa evaluate reference DATA --out ref.npz` makes a reference.
     """
 
@@ -30,23 +30,25 @@ class EvaluateArguments(SamplesOfRun, EvaluateConfig):
     reference: str
     """Reference .npz, prepared data, or images."""
     out: str = ""
-    """Name of a .json for the results; empty prints them, and keeps those of a run in its folder, for its report."""
+    """Name of a .json for the results; empty: print them, and for a run folder also store them in it, for the report."""
     num_images: int = Field(0, ge=0)
-    """Samples to make of a run folder."""
+    """Number of samples to generate from a run folder."""
 
     @property
     def is_run(self) -> bool:
-        """Are samples to be made of a run?"""
+        """Whether samples are generated from a run."""
         return (Path(self.samples) / layout.CONFIG).is_file()
 
     def idle(self) -> dict[str, str]:
         own = {*EvaluateConfig.model_fields, "samples", "reference", "out"}
         of_run = [name for name in type(self).model_fields if name not in own]
-        return super().idle() | dict.fromkeys(() if self.is_run else of_run, f"here: {self.samples} is no run folder")
+        return super().idle() | dict.fromkeys(
+            () if self.is_run else of_run, f"here: {self.samples} is not a run folder"
+        )
 
 
 class ReferenceArguments(ReferenceConfig, options.Command):
-    """Statistics of prepared data, a folder, a zip or an .npz of images, as a reference in the ADM evaluator's format."""
+    """Write the statistics of prepared data, a folder, a zip or an .npz of images as a reference in ADM's format."""
 
     verb = "evaluate reference"
     positional = ("data",)
@@ -58,7 +60,7 @@ class ReferenceArguments(ReferenceConfig, options.Command):
 
 
 def arguments_of(word: str) -> type[options.Command] | None:
-    """The options of `repa evaluate reference`."""
+    """Class with the options of `repa evaluate reference`."""
     return ReferenceArguments if word == "reference" else None
 
 
@@ -69,20 +71,18 @@ def main(argv: list[str]) -> int:
     if given.out:
         options.file_of("--out", given.out, ".json")
     if given.samples.endswith(".npz") and Path(given.out) == Path(given.samples).with_suffix(".json"):
-        raise UserError(f"{given.out} is where `repa sample` says how {given.samples} was made: choose another --out.")
+        raise UserError(f"{given.out} is the record of `repa sample` for {given.samples}: choose another --out.")
     if given.is_run and not given.num_images:
         raise UserError(
-            f"{given.samples} is a run folder: say how many samples to make of it, as in --num-images 50000."
+            f"{given.samples} is a run folder: give the number of samples to generate, such as --num-images 50000."
         )
     if (Path(given.reference) / layout.CONFIG).is_file():
-        raise UserError(
-            f"--reference {given.reference} is a run folder: give the data that it was trained on, or an .npz."
-        )
+        raise UserError(f"--reference {given.reference} is a run folder: give its training data, or an .npz.")
     of_run = Path(given.samples) / layout.EVALUATIONS
     written = Path(given.out) if given.out else of_run if given.is_run else None
     if written:
         files.require_writable(given.out or of_run / "results.json")
-    # The main process locks for all. The others are not in a group yet: it is joined once torch is imported.
+    # The main process locks for all. The others join the group later, once torch is imported.
     mine = written if launch.place().rank == 0 else None
     with lock.alone(mine, "repa evaluate") if mine else contextlib.nullcontext():
         if mine and not given.out:
@@ -96,14 +96,14 @@ def main(argv: list[str]) -> int:
     count = f"{results['num_reference']:,} images" if results["num_reference"] else "a reference of unknown size"
     say(f"in the features of {given.features}, {results['num_samples']:,} samples against {count}")
     if out is not None:
-        say(f"{out}: these figures, and how they were made")
+        say(f"{out}: these results and their settings")
     for warning in results["warnings"]:
         say(f"note: {warning}")
     return 0
 
 
 def _name(given: EvaluateArguments, results: dict[str, Any]) -> str:
-    """By what was measured: another reference or encoder is another file, the same measurement again replaces its own."""
+    """The file for these settings: the same evaluation replaces its file, and another reference or encoder has another."""
     measured = [results["made"], results["reference"], results["encoder"], results["arithmetic"], [*results["metrics"]]]
     return f"{layout.step_name(results['made']['step'])}-{given.weights}-{files.json_sha256(measured)[:8]}.json"
 
@@ -116,12 +116,12 @@ def _of_file(given: EvaluateArguments) -> dict[str, Any]:
     with Bars() as bars:
         return evaluate_file(
             given.samples, given.reference, options.part(EvaluateConfig, given), device=device,
-            progress=bars.of(f"looking at {given.samples}"), reference_progress=bars.of(f"looking at {given.reference}"),
+            progress=bars.of(f"features of {given.samples}"), reference_progress=bars.of(f"features of {given.reference}"),
         )  # fmt: skip
 
 
 def _of_run(given: EvaluateArguments) -> dict[str, Any]:
-    """Samples of a run, measured as they are made."""
+    """Generate samples of a run and evaluate them batch by batch."""
     import torch
 
     from repa.base import dist
@@ -142,7 +142,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         bar = bars.of(f"sampling {given.samples}")
         bar(0, num)
-        # Batches in turn: all processes are done with the same number of them, give or take one.
+        # Batches alternate between processes, so that their numbers differ by at most one.
         for start in range(dist.rank() * size, num, dist.world() * size):
             indices = range(start, min(start + size, num))
             samples = generate(run, sampling, indices)
@@ -154,7 +154,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
         return evaluate_stream(
             stream(), num, run.latent_shape[1] * run.autoencoder.factor, given.reference, options.part(EvaluateConfig, given),
             device=device, samples=given.samples, made=made,
-            prompts=run.prompts.texts_of(range(num)) if run.prompts else (), progress=bars.of(f"looking at {given.reference}"),
+            prompts=run.prompts.texts_of(range(num)) if run.prompts else (), progress=bars.of(f"features of {given.reference}"),
         )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _reference(argv: list[str]) -> int:
     from repa.evaluation import make_reference
 
     device = dist.setup()
-    with ProgressBar(f"looking at {given.data}", "images") as bar:
+    with ProgressBar(f"features of {given.data}", "images") as bar:
         reference = make_reference(
             given.data, Path(given.out), options.part(ReferenceConfig, given), device=device, progress=bar
         )

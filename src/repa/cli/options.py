@@ -1,4 +1,4 @@
-"""Command line -> configuration. Pydantic checks the values, so a mistake here reads like a mistake in a YAML file."""
+"""Command line -> configuration. Pydantic checks the values, so errors read as those of a YAML file."""
 
 import itertools
 import shutil
@@ -18,15 +18,15 @@ from repa.base.errors import UserError, nearest
 
 HELP = ("-h", "--help")
 INDENT = 28  # columns of the options of a help page
-TRUTHS = ("true", "false", "yes", "no", "on", "off")  # after a switch; another word is not its value
+TRUTHS = ("true", "false", "yes", "no", "on", "off")  # values of a switch; any other word is not its value
 
 
 class Command(Config):
-    """The options of a verb. Its docstring is what `--help` says of it."""
+    """The options of a verb. Its docstring is the description in `--help`."""
 
     verb: ClassVar[str]
     positional: ClassVar[tuple[str, ...]] = ()
-    """Names of fields given without a flag, in order; a name ending in "..." takes all that are left."""
+    """Names of positional fields, in order; a name ending in "..." takes all remaining words."""
 
 
 C = TypeVar("C", bound=Config)
@@ -37,20 +37,20 @@ class WeightsOfRun(Command):
     """Options of verbs that read runs."""
 
     weights: str = "ema"
-    """Averaged weights (ema), the raw ones (model), or another average by its name, such as ema-width-0.1 of `repa ema`."""
+    """Averaged weights (ema), raw weights (model), or another average by name, such as ema-width-0.1 of `repa ema`."""
     autoencoder_weights: str = ""
-    """Where the weights of the run's autoencoder are now; empty: where training found them, otherwise the hub's."""
+    """Location of the weights of the run's autoencoder; empty: the recorded location, otherwise the hub's."""
 
 
 class OneCheckpoint(Command):
     """Options of verbs that read one checkpoint."""
 
     checkpoint: int = Field(-1, ge=-1)
-    """Step of the checkpoint; -1 takes the newest."""
+    """Step of the checkpoint; -1: the newest."""
 
     @property
     def step(self) -> int | None:
-        """As the rooms take it: None is the newest."""
+        """The step, or None for the newest checkpoint."""
         return None if self.checkpoint < 0 else self.checkpoint
 
 
@@ -59,7 +59,7 @@ class CheckpointOfRun(WeightsOfRun, OneCheckpoint):
 
 
 def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
-    """The configuration that the arguments of a verb describe; `values` are the defaults in place of the class's own."""
+    """The configuration that the arguments of a verb describe; `values` replace the defaults of the class."""
     start = {} if values is None else values.model_dump()
     if set(HELP) & set(argv):
         print_help(cls, values)
@@ -77,51 +77,51 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
     given = cls.parse(start, typed=True)
-    # Only what was typed: a recipe may hold settings that another option makes idle.
+    # Only typed options: a recipe may hold settings that another option makes ineffective.
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
     return given
 
 
 def names_given(cls: type[Command], argv: list[str]) -> list[str]:
-    """Dotted names of the settings that the arguments of a verb name, for what only its files tell to be idle."""
+    """Dotted names of the settings in the arguments of a verb, for checks that need its files."""
     return [".".join(_parts(flag)) for flag, _ in _read(cls, argv)[1]]
 
 
 def first(cls: type[Command], argv: list[str], name: str) -> str | None:
-    """The value of the first positional field `name`, given as a word or by its flag: a recipe is needed before the rest is read."""
+    """The value of the first positional field `name`, as a word or by its flag: a recipe is needed before the other options."""
     words, settings = _read(cls, argv)
     flagged = [value for flag, value in settings if flag == name]
     return next(iter(flagged + words), None)
 
 
 def part(cls: type[C], given: Config) -> C:
-    """The fields of `cls` out of the arguments that extend it."""
+    """The part of the arguments that are fields of `cls`."""
     return cls.parse({name: value for name, value in given.model_dump().items() if name in cls.model_fields})
 
 
 def file_of(flag: str, path: str | Path, suffix: str) -> Path:
-    """The file that an option names; UserError for another kind of file."""
+    """The file that an option names; UserError for another suffix."""
     if Path(path).suffix != suffix:
-        raise UserError(f"{flag} is {path}: give a name that ends in {suffix}.")
+        raise UserError(f"{flag} is {path}, which does not end in {suffix}: give another name.")
     return Path(path)
 
 
 def print_help(cls: type[Command], values: Config | None) -> None:
-    """The usage, what the verb does, and its options by group, those that must be given first; values are those of `values`."""
+    """Print the usage, the description and the options by group, required ones first; defaults are those of `values`."""
     print(usage(cls), "", _wrapped(str(cls.__doc__)), sep="\n")
     for group, settings in itertools.groupby(fields(cls, values), key=lambda setting: setting[0].rpartition(".")[0]):
         about = str(annotation(cls, group).__doc__ or "").partition("\n\n")[0] if group else ""
         print("", _wrapped(f"{group} options: {about}"), sep="\n")
         for name, info, value in sorted(settings, key=lambda setting: setting[2] is not PydanticUndefined):
             words, default = f"  {option(name)} {_values(info.annotation)}", _default(value)
-            if len(words) > INDENT - 2:  # the sentence begins below it
+            if len(words) > INDENT - 2:  # the description starts on the next line
                 print(words)
                 words = ""
             print(_wrapped(f"{info.description} {default and f'({default})'}", words))
 
 
 def _wrapped(text: str, words: str | None = None) -> str:
-    """Text in lines of the terminal's width; behind the words of an option, or in the column of those."""
+    """Text wrapped to the terminal's width; with `words`, the description of an option in its column."""
     first, others = ("", "") if words is None else (f"{words:<{INDENT}}", " " * INDENT)
     return textwrap.fill(
         " ".join(text.split()), shutil.get_terminal_size().columns, initial_indent=first, subsequent_indent=others,
@@ -130,7 +130,7 @@ def _wrapped(text: str, words: str | None = None) -> str:
 
 
 def _values(kind: Any) -> str:
-    """What follows an option of this type: INT, {a,b}, [STR ...]."""
+    """The placeholder for values of this type: INT, {a,b}, [STR ...]."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return f"{{{','.join(map(str, parts))}}}"
@@ -144,7 +144,7 @@ def _values(kind: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """ "default: 0.9 0.99", as it is typed; nothing where that is empty."""
+    """ "default: 0.9 0.99", as typed; empty for an empty default."""
     if value is PydanticUndefined:
         return "required"
     values = value if isinstance(value, (tuple, list)) else [value]
@@ -153,7 +153,7 @@ def _default(value: Any) -> str:
 
 
 def usage(cls: type[Command]) -> str:
-    """The words of a verb and the options that it needs: "usage: repa train RECIPE --data DATA --out OUT [--OPTION VALUE ...]"."""
+    """The positional words of a verb and its required options: "usage: repa train RECIPE --data DATA --out OUT [--OPTION VALUE ...]"."""
     words = [name.rstrip(".") for name in cls.positional]
     is_needed = {name: info.is_required() for name, info in cls.model_fields.items()}
     shown = [
@@ -165,7 +165,7 @@ def usage(cls: type[Command]) -> str:
 
 
 def _read(cls: type[Command], argv: list[str]) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Words without a flag, and (flag, value) for every flag; the types of the fields say how many words a flag takes."""
+    """Positional words, and (flag, value) for every flag; the types of the fields determine the number of words of a flag."""
     words, flags = _split(argv)
     settings = []
     for flag, given in flags:
@@ -186,7 +186,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
             name, equals, value = token[2:].partition("=")
             flags.append((name, [value] if equals else []))
         elif token.startswith("-") and not token.lstrip("-").replace(".", "", 1)[:1].isdigit():
-            raise UserError(f"{token!r} is not an option: options start with two dashes.")
+            raise UserError(f"{token!r} is not an option: write options with two dashes.")
         elif flags:
             flags[-1][1].append(token)
         else:
@@ -203,11 +203,11 @@ def _place(values: dict[str, Any], words: list[str], cls: type[Command]) -> None
         if words and name not in values:
             values[name] = words.pop(0)
     if words:
-        raise UserError(f"`repa {cls.verb}` does not know what to do with {words[0]!r}: see `repa {cls.verb} --help`.")
+        raise UserError(f"`repa {cls.verb}` got an unexpected word {words[0]!r}: see `repa {cls.verb} --help`.")
 
 
 def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
-    """The type of the field that a dotted name points to; `whole`: with what checks it, as Annotated."""
+    """The type of the field that a dotted name refers to; with `whole` including its checks, as Annotated."""
     current: Any = cls
     parts = _parts(flag)
     for depth, part in enumerate(parts):
@@ -219,7 +219,7 @@ def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
                     f"`repa {cls.verb}` has no option --{flag}.{meant} `repa {cls.verb} --help` prints all."
                 )
             current = fields[part].annotation
-            if whole and fields[part].metadata:  # which pydantic takes off the outermost type
+            if whole and fields[part].metadata:  # which pydantic removes from the outermost type
                 current = Annotated[current, *fields[part].metadata]
         elif (item := item_model(current)) and part.isdecimal():
             current = item
@@ -231,7 +231,7 @@ def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
 
 
 def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str:
-    """The option that was meant: one that ends so elsewhere (--learning-rate), by its initials (--lr), or the nearest here."""
+    """The intended option: one with this ending elsewhere (--learning-rate), by its initials (--lr), or the nearest name."""
     word = parts[-1]
     every = list(names(cls))
     ends = [name.rpartition(".")[2] for name in every]
@@ -244,15 +244,15 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
 
 
 def names(cls: type[BaseModel]) -> list[str]:
-    """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
+    """Dotted names of all settings, top-level ones first; number 0 represents the entries of a list."""
     return [name for name, _, _ in fields(cls)]
 
 
 def fields(cls: type[BaseModel], values: object = None, above: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """(dotted name, field, value) of all settings, those nearest to the top first.
+    """(dotted name, field, value) of all settings, top-level ones first.
 
-    Values are those of `values`, else the defaults; PydanticUndefined for what must be given. Of a list that is empty the
-    settings of a first entry come: else nobody would find how to add one.
+    Values are those of `values`, else the defaults; PydanticUndefined for required settings. For an empty list the
+    settings of a first entry are included; otherwise nobody would find out how to add one.
     """
     nested: list[tuple[type[BaseModel], object, str]] = []
     for name, info in cls.model_fields.items():
@@ -268,10 +268,10 @@ def fields(cls: type[BaseModel], values: object = None, above: str = "") -> Iter
 
 
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
-    """The value of a flag out of the words after it, and the words that are not its own."""
+    """The value of a flag from the words after it, and the remaining words."""
     if is_model(annotation):
         names = ", ".join(option(f"{flag}.{name}") for name in annotation.model_fields)
-        raise UserError(f"--{flag} stands for several options: give {names}.")
+        raise UserError(f"--{flag} is a group of options: give {names}.")
     if typing.get_origin(annotation) is tuple:
         types = typing.get_args(annotation)
         if Ellipsis in types:
@@ -279,7 +279,7 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
         if len(given) < len(types):
             raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
         return given[: len(types)], given[len(types) :]
-    # A switch leaves the next word alone unless it is a truth: --plan SOURCE.
+    # A switch takes the next word only if it is true or false: --plan SOURCE.
     if annotation is bool and (not given or given[0].lower() not in TRUTHS):
         return True, given
     if not given:
@@ -288,9 +288,10 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
 
 
 def _store(values: dict[str, Any], flag: str, value: Any, again: bool = False) -> None:
-    """Put a value where its dotted name points; the number after the last entry of a list appends one.
+    """Set the value of a dotted name; the number after the last entry of a list appends an entry.
 
-    `again`: the flag was given before. A list of texts goes on (--guidance A --guidance B); of another value the last counts.
+    `again`: the flag was given before. A list of texts is extended (--guidance A --guidance B); otherwise the last value
+    counts.
     """
     path = [int(part) if part.isdecimal() else part for part in _parts(flag)]
     owner: Any = values
@@ -298,7 +299,9 @@ def _store(values: dict[str, Any], flag: str, value: Any, again: bool = False) -
         if isinstance(owner, list):
             assert isinstance(part, int)  # `_read` knows no other entries of a list
             if part > len(owner):
-                raise UserError(f"--{flag}: there are {len(owner)} entries, so the next one is number {len(owner)}.")
+                raise UserError(
+                    f"--{flag}: there are {len(owner)} entries, so use number {len(owner)} for the next one."
+                )
             owner += [{}] * (part == len(owner))
         else:
             nested = owner.get(part, [] if isinstance(after, int) else {})
@@ -312,11 +315,11 @@ def _parts(flag: str) -> list[str]:
 
 
 def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Does a field of this type hold settings of its own?"""
+    """Whether a field of this type has settings of its own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def item_model(annotation: Any) -> Any:
-    """The model of the entries of a list, such as those of alignments; None for other types."""
+    """The model of the entries of a list, such as alignments; None for other types."""
     arguments = typing.get_args(annotation)
     return arguments[0] if typing.get_origin(annotation) is tuple and arguments and is_model(arguments[0]) else None

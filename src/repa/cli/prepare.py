@@ -158,13 +158,13 @@ def _work(folder: Path, share: Callable[..., Manifest | None]) -> Manifest | Non
         manifest = share(rank=rank, world=world, progress=bar, device=dist.own_device())
     if manifest is None:
         say(
-            f"{folder}: this share is done, others are not. The last process to finish completes the folder; if none is "
-            "running, the same command does the rest."
+            f"{folder}: this share is done, others are not. The last process to finish completes the folder. If no process "
+            "is running, run the same command again."
         )
         return None
     num = len(manifest.class_names)
     classes = f"{num:,} classes" if num > 1 else "1 class"
-    flipped = f", {manifest.num_images - len(manifest.originals):,} flipped copies" if manifest.config.flip else ""
+    flipped = f", {manifest.num_images - len(manifest.originals):,} mirrored copies" if manifest.config.flip else ""
     say(f"{folder}: {len(manifest.originals):,} images of {classes} at {manifest.resolution} pixels{flipped}.")
     say(*(f"  {line}" for line in inventory(manifest)))
     return manifest
@@ -186,25 +186,25 @@ def _plan(given: PrepareArguments) -> None:
     plan = make_plan(
         given.source, given.out, options.part(PrepareConfig, given), only=given.only, device=dist.own_device()
     )
-    copies = ", each also flipped" if plan.num_copies == 2 else ""
+    copies = ", each also mirrored" if plan.num_copies == 2 else ""
     say(f"source    {plan.source}: {plan.num_images:,} images of {plan.num_classes} classes{copies}")
-    say(f"shards    {plan.num_shards:,}; {plan.num_todo:,} images are still to do")
+    say(f"shards    {plan.num_shards:,}; {plan.num_todo:,} images remain")
     for field, size in plan.sizes.items():
         say(f"          {field:<24} {files.size(size):>12}")
-    say(f"          {'all together':<24} {files.size(plan.num_bytes):>12}")
+    say(f"          {'total':<24} {files.size(plan.num_bytes):>12}")
     if given.text:
-        say(f"          and the tokens of {given.text} for each caption: how many there are is known after the images")
+        say(f"          and the tokens of {given.text} for each caption; the number of captions is not known yet")
     for step, rate in plan.rates.items():
-        if step == "base" and given.autoencoder == "pixels":  # a copy in memory: its rate says nothing
+        if step == "base" and given.autoencoder == "pixels":  # a copy in memory: its rate is meaningless
             continue
         what = f"encode, {given.autoencoder}" if step == "base" else f"encode, {step}" if step != "decode" else step
         say(f"measured  {what:<24} {rate:>12,.1f} images/s")
     processes = f" with {world} processes like this one" if world > 1 else ""
-    say(f"time      {duration(plan.seconds(world))}{processes} for what is missing. Nothing was written.")
+    say(f"time      {duration(plan.seconds(world))}{processes} for the missing parts. Nothing was written.")
 
 
 def inventory(manifest: Manifest) -> list[str]:
-    """What was found: where labels came from, classes with their counts, and what was left out by kind."""
+    """The inventory as lines: origin of the labels, classes with their counts, and what was left out, by kind."""
     counts = [
         (short(name, LONGEST_NAME), count)
         for name, count in zip(manifest.class_names, manifest.class_counts, strict=True)
@@ -220,9 +220,9 @@ def inventory(manifest: Manifest) -> list[str]:
     each = f"{least:,} to {most:,}" if least < most else f"{most:,}"
     lines.append(f"classes     {shown}{more}; {each} images each")
     if empty := [name for name, count in counts if not count]:
-        lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): they are never drawn when sampling")
+        lines.append(f"no images   {len(empty):,} classes ({_some(empty)}): sampling does not use them")
     if (num := manifest.inventory.captioned) is not None:
-        others = "; the others have none that can be read" if num < len(manifest.originals) else ""
+        others = "; the others have no readable captions" if num < len(manifest.originals) else ""
         lines.append(f"captions    of {num:,} of {len(manifest.originals):,} images{others}")
     left_out = [
         what if what.startswith(("folder", "column", "array")) else f"{count:,} {what}"
@@ -237,5 +237,5 @@ def inventory(manifest: Manifest) -> list[str]:
 
 
 def _some(names: Sequence[str], num: int = 5) -> str:
-    more = f" and {len(names) - num} more in its manifest" if len(names) > num else ""
+    more = f" and {len(names) - num} more in the manifest" if len(names) > num else ""
     return ", ".join(short(str(name), LONGEST_NAME) for name in names[:num]) + more

@@ -1,4 +1,4 @@
-"""`repa quickstart`: real images, the same SiT without and with alignment, one page that shows the difference."""
+"""`repa quickstart`: train the same SiT on real images without and with alignment, and compare the two on one page."""
 
 import shlex
 import shutil
@@ -25,36 +25,38 @@ from repa.training.config import TrainConfig
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PAGE = "report.html"
 PHOTOGRAPHS = "photographs"
-GRID = 8  # side of the token grid of both sizes, for the target's features
-NUM_CROPS = 4_000  # of the photographs: an eighth of what a run sees, and their features are computed for the distances
-SMALLEST = 0.8  # side of the smallest crops over the photograph's: of smaller ones a short training shows only texture
+GRID = 8  # side of the token grid at both resolutions, for the target's features
+NUM_CROPS = (
+    4_000  # crops of the photographs: an eighth of what a run sees; the distances need the features of all of them
+)
+SMALLEST = 0.8  # smallest crop relative to the photograph; with smaller crops a short training learns only texture
 
 
 class QuickstartArguments(options.Command):
-    """The whole comparison on this machine, offline: random crops of real photographs -> prepared data -> the same SiT
-    twice, without and with alignment, same seeds and budget -> samples, Fréchet distances -> report.html. Minutes
-    on two CPU cores; the same command continues after any stop. With --source the same on images of your own.
+    """Run the whole comparison offline on this machine: prepare random crops of photographs, train the same SiT without
+    and with alignment from the same seed, and compare samples and Fréchet distances in report.html. Takes minutes on
+    two CPU cores. If interrupted, run it again: it continues. --source does the same with your own images.
     """
 
     verb = "quickstart"
 
     out: str = ""
-    """Folder for data, runs and page; empty takes quickstart, and for your own images quickstart-NAME."""
+    """Folder for data, runs and report; empty: quickstart, or quickstart-NAME for your own images."""
     source: str = PHOTOGRAPHS
-    """Images: the photographs inside the package, or a folder or zip of 20 to 100,000 of your own; folders inside are classes."""
+    """Images: the photographs inside the package, or a folder or zip of 20 to 100,000 of your own, with one folder per class."""
     labels: str = ""
-    """Where classes of your own images come from, as in `repa prepare --labels`; empty for the source's own."""
+    """Origin of the classes of your own images, as in `repa prepare --labels`; empty: the source's own."""
     resolution: Literal[0, 32, 64] = 0
-    """Side of the images in pixels; 0 takes 32, where a few minutes of training show the most."""
+    """Resolution in pixels; 0: 32, at which a few minutes of training show the most."""
     num_steps: int = Field(0, ge=0)
-    """Training steps of each run; 0 chooses by the data."""
+    """Training steps of each run; 0: chosen from the data."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed of data, training and samples."""
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(QuickstartArguments, argv)
-    for package in ("jinja2", "matplotlib"):  # of the page, which comes last
+    for package in ("jinja2", "matplotlib"):  # time of the report, which comes last
         extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
     is_own = given.source != PHOTOGRAPHS
@@ -77,41 +79,41 @@ def main(argv: list[str]) -> int:
     flags = _flags(choice.changes)
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *flags] for n in RUNS]
     if all(_is_finished(words) for words in trainings):
-        say("", "Both trainings are complete.")
+        say("", "Both runs are complete.")
     else:
         _compute_reference(data, choice.changes["preview.features"])
         say(
             "",
-            f"Both trainings side by side, {choice.changes.get('num_steps', recipes['baseline'].num_steps):,} steps each, on half of "
-            "the cores each: minutes.",
-            f"The first line of progress comes once both have started, then one every {LINE_EVERY:.0f} s with the time that is left.",
+            f"Training both runs side by side, {choice.changes.get('num_steps', recipes['baseline'].num_steps):,} steps each, with half of "
+            "the cores each. This takes minutes.",
+            f"Progress lines with the remaining time follow every {LINE_EVERY:.0f} s once both have started.",
         )
         if code := run_together(trainings):
             return code
     commands = [
         shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
-        "# which is the same as",
+        "# equivalent commands:",
         shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
         *(shlex.join(["repa", *words]) for words in trainings),
         shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / PAGE)]),
     ]
     if not _has_page(folder):
-        say("Drawing the page.")
+        say("Writing the report.")
         _write_page(folder, data, commands, time.perf_counter() - begin)
     _say_table(folder, time.perf_counter() - begin)
     if not is_own:
-        say("The same with your own images, a folder or zip of 20 to 100,000 (folders inside are classes):")
+        say("To do the same with 20 to 100,000 images of your own (a folder or zip, one folder per class):")
         say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
     return 0
 
 
 def crops() -> str:
-    """The source of the quickstart's own images."""
+    """The spec of the packaged photographs."""
     return f"{PHOTOGRAPHS}:num={NUM_CROPS},smallest={SMALLEST}"
 
 
 def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
-    """Settings for your own images, printed with their reasons."""
+    """Choose settings for your own images, and print them with their reasons."""
     from repa.data import open_source
 
     source = open_source(given.source, labels=given.labels)
@@ -127,23 +129,23 @@ def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
 
 def _for_photographs(given: QuickstartArguments) -> Choice:
     extractor, why = extractor_for(NUM_CROPS)
-    say(f"Samples are measured in the features of {extractor}, {why}.")
+    say(f"Samples are evaluated in the features of {extractor}, {why}.")
     side = given.resolution or RESOLUTION
     changes = {**({} if side == RESOLUTION else patches_of(side)), "preview.features": extractor}
     return Choice(side, False, {**changes, **({"num_steps": given.num_steps} if given.num_steps else {})}, ())
 
 
 def _compute_reference(data: Path, extractor: str) -> None:
-    """Features of the training images, kept with the data: computed with all cores, before both runs need them."""
+    """Store features of the training images with the data, computed with all cores before both runs need them."""
     from repa.data import open_data
     from repa.evaluation import load_extractor, reference_of
 
-    with ProgressBar(f"computing features of {extractor} for the training images, once for both runs", "images") as bar:
+    with ProgressBar(f"features of {extractor} for the training images", "images") as bar:
         reference_of(open_data(data), load_extractor(extractor), extractor, bar)
 
 
 def _is_finished(training: list[str]) -> bool:
-    """Is nothing left to do for this command line of `repa train`?"""
+    """Whether this command line of `repa train` has nothing left to do."""
     from repa.base import dist
     from repa.data import open_data
     from repa.training.resolve import is_finished
@@ -153,7 +155,7 @@ def _is_finished(training: list[str]) -> bool:
 
 
 def _has_page(folder: Path) -> bool:
-    """Is there a page, younger than all that the runs logged?"""
+    """Whether there is a report newer than all log entries of the runs."""
     page, logs = folder / PAGE, [folder / name / layout.METRICS for name in RUNS]
     return all(path.is_file() for path in (page, *logs)) and page.stat().st_mtime_ns > max(
         log.stat().st_mtime_ns for log in logs
@@ -161,13 +163,13 @@ def _has_page(folder: Path) -> bool:
 
 
 def _program() -> list[str]:
-    """How to call this program again: as it was called where it is not on the PATH."""
+    """The command that calls this program: `repa`, or how it was called if that is not on the PATH."""
     called = Path(sys.argv[0])
     return ["repa"] if shutil.which("repa") or called.name != "repa" else [str(called)]
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as options of a verb."""
+    """Settings as command-line options."""
     words: list[str] = []
     for name, value in settings.items():
         values = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
@@ -184,7 +186,7 @@ def _write_page(folder: Path, data: Path, commands: list[str], seconds: float) -
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    # An image of each class first, in the order in which the previews draw them, then others up to as many as a preview has.
+    # First one image per class in the order of the previews, then others up to the number in a preview.
     first = np.unique(dataset.labels, return_index=True)[1]
     shown = np.concatenate([first, np.setdiff1d(np.arange(len(dataset.labels)), first)])[:16]
     names = dataset.class_names
@@ -206,11 +208,11 @@ def _say_table(folder: Path, seconds: float) -> None:
 
     rows = summary_table([folder / name for name in RUNS])
     say("", *columns([[key, *(row[key] for row in rows)] for key in rows[0]]))
-    say("", f"{folder / PAGE}: open it in a browser. This command took {duration(seconds)}.")
+    say("", f"Report: {folder / PAGE} (open it in a browser). This command took {duration(seconds)}.")
 
 
 def _peak_memory() -> int:
-    """Bytes that this process and both trainings had in memory, as if all had needed most at once."""
+    """Sum of the peak memory of this process and of both runs, in bytes."""
     import resource
 
     own, of_one = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -5,9 +5,9 @@ from repa.cli.console import say
 
 
 class ReportArguments(options.Command):
-    """One self-contained HTML page that compares runs: tables as in the paper, speed-up, curves, samples from the same
-    noise; its tables as .md and .csv next to it. Name the baseline first. Runs that differ only in the seed are
-    taken together.
+    """Compare runs on one self-contained HTML page: tables as in the paper, speed-up, curves, samples from the same
+    noise. Also writes the tables as .md and .csv. Name the baseline first. Runs that differ only in the seed form one
+    group.
     """
 
     verb = "report"
@@ -16,14 +16,14 @@ class ReportArguments(options.Command):
     runs: tuple[str, ...]
     """run folders, the baseline first"""
     out: str = "report.html"
-    """Name of the page; .md and .csv are written next to it."""
+    """Name of the page; .md and .csv are written beside it."""
     results: tuple[str, ...] = ()
-    """Files of `repa evaluate --out`, in addition to those in the runs' folders evaluations/; also for samples of no run here."""
+    """Files of `repa evaluate --out` in addition to those in the runs' folders evaluations/, also of published samples."""
     names: tuple[str, ...] = ()
-    """Names of the runs on the page; empty takes their folders'."""
+    """Names of the runs on the page; empty: their folders."""
     picture: str = ""
-    """Name of a .png: samples during training, one row for each run, next to the distances; for a README."""
-    title: str = "Representation alignment: runs compared"
+    """Name of a .png for a README: samples during training, one row per run, beside the distances; empty: none."""
+    title: str = "Representation alignment: comparison of runs"
     """Title of the page."""
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     if given.picture:
         files.require_writable(given.picture)
-    # Page and tables are of one call: two at once would mix their files.
+    # Two calls at once would mix their pages and tables.
     with lock.alone(out, "repa report"):
         files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
         write_report(
@@ -45,5 +45,5 @@ def main(argv: list[str]) -> int:
         )
     if given.picture:
         save_figure(given.runs, given.picture, list(given.names) or None)
-    say(f"{out}: open it in a browser. Its tables are in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
+    say(f"{out}: open it in a browser. The tables are also in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
     return 0

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class SamplesOfRun(options.CheckpointOfRun, SampleConfig):
-    """Options of verbs that make samples of a run."""
+    """Options of verbs that generate samples from a run."""
 
 
 S = TypeVar("S", bound=SamplesOfRun)
 
 
 def open_run(given: S, folder: str) -> "tuple[S, SampleConfig, LoadedRun, torch.device]":
-    """The options and settings with which a run is sampled, and its network ready for that; says what is worth knowing of both.
+    """The options, the settings of sampling, and the loaded run on its device; prints notes about them.
 
-    A converted run is sampled as by the code that trained it, in what no option says otherwise.
+    A converted run uses the sampling defaults of its original code, unless an option overrides them.
     """
     from repa.base import dist
     from repa.runs import load_run
@@ -43,8 +43,8 @@ def open_run(given: S, folder: str) -> "tuple[S, SampleConfig, LoadedRun, torch.
 
 
 class SampleArguments(SamplesOfRun):
-    """Images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator), or a folder of PNG
-    files, and a PNG grid of some of them. The same command continues after any stop.
+    """Generate images from a run folder: an .npz (arr_0, uint8 NHWC, the format of the ADM evaluator) or a folder of
+    PNG files, and a PNG grid of some of them. If interrupted, run the same command again: it continues.
     """
 
     verb = "sample"
@@ -53,20 +53,20 @@ class SampleArguments(SamplesOfRun):
     run: str
     """run folder"""
     out: str
-    """Name of an .npz, such as samples.npz; a name without an ending makes a folder of PNG files."""
-    # Not `num`: torchrun takes --num for an abbreviation of its --numa-binding.
+    """Name of an .npz, such as samples.npz; a name without a suffix makes a folder of PNG files."""
+    # Not `num`: torchrun reads --num as an abbreviation of its --numa-binding.
     num_images: int = Field(64, ge=1)
     """Number of images."""
     folders: str = ""
-    """Also write a folder of PNGs for each prompt, as GenEval's scorer and others read them; empty writes none."""
+    """Folder for PNGs sorted by prompt, in the layout of GenEval's scorer; empty: none."""
     compile: bool = False
-    """Compile the network with torch.compile: up to minutes at the start, which pays off for many images; pixels may differ by one."""
+    """Compile the network with torch.compile. Takes up to minutes, so it pays off for many images; pixels may differ by one."""
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(SampleArguments, argv)
     if given.folders and not given.out.endswith(".npz"):
-        raise UserError("--folders lays out the images of an .npz: give --out a name such as samples.npz.")
+        raise UserError("--folders needs an .npz: give --out a name such as samples.npz.")
     import torch
 
     from repa.base import dist
@@ -76,15 +76,15 @@ def main(argv: list[str]) -> int:
 
     given, config, run, device = open_run(given, given.run)
     if given.folders and run.prompts is None:
-        raise UserError("--folders sorts samples by their prompts, but this run was trained on labels: leave it out.")
+        raise UserError("--folders sorts samples by prompt, but this run was trained on labels: leave it out.")
     if given.folders:
         dist.on_main(lambda: require_folders(Path(given.folders)))
     if resolved(config.precision, device) != "fp32":
-        # TF32 for the products that are not in half precision, as in training; fp32 means float32.
+        # TF32 for products that are not in half precision, as in training; fp32 means true float32.
         torch.set_float32_matmul_precision("high")
     if given.compile:
         run.model.compile_blocks()
-    calls: list[tuple[int, int]] = []  # of the network per image, images
+    calls: list[tuple[int, int]] = []  # network calls per image, images
     made, began = 0, time.perf_counter()
     with ProgressBar(f"sampling {given.run}", "images") as bar:
 
@@ -106,6 +106,6 @@ def main(argv: list[str]) -> int:
         speed += f" on each of {dist.world()} processes" * dist.active()
     say(
         f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){speed}; "
-        f"{out.with_suffix('.png')} shows some."
+        f"{out.with_suffix('.png')} shows some of them."
     )
     return 0

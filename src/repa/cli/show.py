@@ -1,4 +1,4 @@
-"""`repa show NAME`: anything that has a name or a folder, in words."""
+"""`repa show NAME`: describe a component, a recipe, a run or prepared data."""
 
 import shlex
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from repa.recipes import RECIPES, load_recipe
 from repa.runs import layout
 from repa.training.config import TrainConfig
 
-# What everybody looks for in a recipe: shown also where it is the default.
+# Settings that everybody looks for in a recipe: shown even if they are the default.
 ALWAYS = {
     "": {"alignments", "batch_size", "num_steps", "ema_decay"}, "model": {"name"}, "diffusion": {"prediction"},
     "alignments": {"loss", "weight", "projector"}, "optimizer": {"name", "learning_rate"},
 }  # fmt: skip
-Rows = list[tuple[str, str]]  # a line of YAML, what it means
+Rows = list[tuple[str, str]]  # a line of YAML, its meaning
 
 
 class ShowArguments(options.Command):
@@ -40,14 +40,14 @@ class ShowArguments(options.Command):
     name: str
     """a name of `repa list`, a data folder or a run folder"""
     all: bool = False
-    """Every setting of a recipe or a run, each with its meaning; without it those that differ from the defaults."""
+    """Print every setting of a recipe or a run with its meaning, not only those that differ from the defaults."""
 
 
 def main(argv: list[str]) -> int:
     given = options.parse(ShowArguments, argv)
     path = Path(given.name)
     if given.name in RECIPES:
-        # The promise is a comment, so that the whole output is a .yaml file that `repa train` takes.
+        # The promise is a comment, so that the whole output is a .yaml file that `repa train` accepts.
         say(*(f"# {line}".rstrip() for line in RECIPES[given.name].promise.splitlines()), "")
         say(*_configuration(load_recipe(given.name).model_dump(mode="json"), given))
     elif (path / layout.CONFIG).is_file():
@@ -58,19 +58,19 @@ def main(argv: list[str]) -> int:
         say(*"\n\n".join(shown).split("\n"))
     else:
         raise UserError(
-            f"{given.name!r} is not a run folder, a data folder or a name that `repa list` knows."
+            f"{given.name!r} is neither a run folder nor a data folder nor a known name."
             f"{nearest(given.name, shown_names())} `repa list recipes` prints the recipes, `repa list` the other kinds of names."
         )
     return 0
 
 
 def shown_names() -> list[str]:
-    """Everything that can be shown by name, each once: a loss and a schedule may share one."""
+    """All names that can be shown, each once: a loss and a schedule may share one."""
     return list(dict.fromkeys([*RECIPES, *model_names(), *(name for each in REGISTRIES.values() for name in each)]))
 
 
 def _named(spec: str) -> list[str]:
-    """What has this name: one name may be that of a loss and of a schedule."""
+    """All components of this name: a loss and a schedule may share one."""
     name, _ = parse_spec(spec)
     shown = [_model(name)] if name in model_names() else []
     for registry in REGISTRIES.values():
@@ -82,7 +82,7 @@ def _named(spec: str) -> list[str]:
 
 
 def _entry(registry: Registry, name: str) -> str:
-    """One of a registry: what its source says, and the settings of its spec."""
+    """Describe an entry of a registry: its docstring, and the settings of its spec."""
     settings = registry.settings(name)
     lines = [f"{registry.kind} {name}", *registry.docstring(name).splitlines()]
     if name in registry.facts:
@@ -94,7 +94,7 @@ def _entry(registry: Registry, name: str) -> str:
 
 def _model(name: str) -> str:
     size = dimensions(name)
-    # A JiT is built by another backbone than the recipes of SiT name.
+    # A JiT needs another backbone than that of the SiT recipes.
     recipe = "jit-b16" if name.startswith("JiT") else "sit-b2"
     facts = [
         ("size", f"{size.depth} blocks of width {size.hidden_dim}, {size.num_heads} heads, patches of {size.patch_size}"),
@@ -109,15 +109,15 @@ def _encoder(name: str) -> str:
     rows = [
         ("what", facts.about),
         ("weights", f"{facts.weights}; {_whether_here(name)}"),
-        ("licence", facts.licence + (": read it where the weights come from" if facts.extra else ", as the package")),
-        ("input", f"images of any size; it sees {facts.pixels} x {facts.pixels} of 256 pixels, {facts.colours}"),
+        ("licence", facts.licence + (": see the source of the weights" if facts.extra else ", as for the package")),
+        ("input", f"images of any size; a 256-pixel image is resized to {facts.pixels} x {facts.pixels}, {facts.colours}"),
         ("tokens", f"{facts.grid} x {facts.grid} of width {facts.dim} for images of 256 pixels"),
     ]  # fmt: skip
     if facts.extra:
         there = "installed here" if installed(facts.extra) else "not installed here"
         rows.append(("needs", f'pip install "repa[{facts.extra}]": {there}'))
     if facts.measures:
-        rows.append(("measure by it", f"repa evaluate SAMPLES --reference DATA --features {name}"))
+        rows.append(("evaluate with it", f"repa evaluate SAMPLES --reference DATA --features {name}"))
     else:
         rows.append(("align to it", f"repa train RECIPE --alignments.0.target {name} ..."))
         rows.append(("store tokens", f"repa prepare SOURCE DATA --resolution 256 --features {name}"))
@@ -128,11 +128,11 @@ def _encoder(name: str) -> str:
 def _whether_here(name: str) -> str:
     if name in PACKAGED:
         return "no download"
-    # With torch, which the other names do without.
+    # This needs torch, which the other names do not.
     from repa.encoders.checkpoints import on_this_machine
 
     found = on_this_machine(name, *family_of(name))
-    return f"on this machine in {found}" if found else "not on this machine yet"
+    return f"on this machine in {found}" if found else "not on this machine"
 
 
 def _configuration(values: Mapping[str, Any], given: ShowArguments) -> list[str]:
@@ -141,11 +141,11 @@ def _configuration(values: Mapping[str, Any], given: ShowArguments) -> list[str]
         return table({"": _settings(TrainConfig, values, every=True)})
     lines = [line for line, _ in _settings(TrainConfig, values)]
     command = shlex.join(["repa", "show", given.name, "--all"])
-    return [*lines, "", f"# The other settings are at their defaults: {command} prints them too, and their meaning."]
+    return [*lines, "", f"# The other settings have their defaults: {command} prints all, with their meanings."]
 
 
 def _settings(cls: type[BaseModel], values: Mapping[str, Any], above: str = "", *, every: bool = False) -> Rows:
-    """`values`, those of the model `cls`, as a file may hold them; without `every`, those that differ from the defaults."""
+    """`values` of the model `cls` as a file may hold them; without `every`, only those that differ from the defaults."""
     rows: Rows = []
     defaults = cls.model_construct().model_dump(mode="json")
     for name, value in values.items():
@@ -162,7 +162,7 @@ def _settings(cls: type[BaseModel], values: Mapping[str, Any], above: str = "", 
                 rows += [(f"{'  ' if i else '- '}{line}", what) for i, (line, what) in enumerate(found)]
         elif every or name in ALWAYS.get(above, ()) or name not in defaults or value != defaults[name]:
             shown = yaml.safe_dump(value, default_flow_style=True, width=1_000, allow_unicode=True)
-            rows.append((f"{name}: {shown.splitlines()[0]}", about))  # below a plain value stands the end mark
+            rows.append((f"{name}: {shown.splitlines()[0]}", about))  # a plain value is followed by YAML's end mark
     return rows
 
 
@@ -181,5 +181,5 @@ def _show_run(run: Path, given: ShowArguments) -> None:
         say(f"note: {lost}")
     size = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
     say(f"size on disk {files.size(size)}")
-    # As the file has them: to look at a run, nobody needs to trust what it names.
+    # Unchanged from the file: looking at a run needs no trust in the names in it.
     say("", *_configuration(config, given))

@@ -1,4 +1,4 @@
-"""Rows for people and for programs: aligned columns on the terminal, .json with how they were made, .csv next to it."""
+"""Tables for people and programs: aligned columns on the terminal, .json with the settings, .csv beside it."""
 
 import re
 from collections.abc import Sequence
@@ -31,17 +31,17 @@ def _shown(value: Any, form: str) -> str:
 
 
 def how(what: str, given: Config) -> dict[str, Any]:
-    """What a file says of how its rows were made: the analysis, the options, the version."""
+    """The settings that a file records: the analysis, the options, the version."""
     from repa import __version__
 
-    # Where files lie does not change the rows.
+    # The location of files does not change the rows.
     return {"analysis": what, **given.model_dump(mode="json", exclude={"out", "cache"}), "repa": __version__}
 
 
 def write(out: Path, how: dict[str, Any], rows: Rows) -> None:
-    """`out` (.json) with `how` and the rows, and the rows as .csv next to it; by the main process.
+    """Write `out` (.json) with `how` and the rows, and the rows as .csv beside it, in the main process.
 
-    NaN, a measure that could tell nothing, becomes null and an empty cell: JSON has no NaN.
+    NaN (an undefined measure) becomes null and an empty cell, because JSON has no NaN.
     """
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     if speaks():
@@ -50,7 +50,7 @@ def write(out: Path, how: dict[str, Any], rows: Rows) -> None:
 
 
 def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") -> Path:
-    """The file to write: what --out names, or the default; refuses another suffix, or an impossible place, before any work.
+    """The output file: --out, or the default; refuses another suffix or an unwritable path before any work.
 
     `held` keeps its lock until the command ends.
     """
@@ -64,5 +64,5 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
 
 
 def plain(name: str) -> str:
-    """A name for a file: dinov2-b:size=2 -> dinov2-b_size_2."""
+    """A spec as a file name: dinov2-b:size=2 -> dinov2-b_size_2."""
     return re.sub(r"[^\w.-]", "_", name)

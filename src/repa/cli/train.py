@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from repa.training.state import TrainState
 
 
-MANY_PASSES = 1_000  # over the data, above which a run is likely to learn single images by heart
-CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` does it for more
+MANY_PASSES = 1_000  # passes over the data above which a run is likely to memorise images
+CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` verifies more
 
 
 class TrainArguments(TrainConfig, options.Command):
-    """Train a recipe (a name from `repa list recipes`, a .yaml file, or a run folder's configuration) on prepared
-    data. The same command continues after any stop; give another --num-steps to train longer. With a recipe, the
-    values shown are its own. Alignments are set by number, the first is 0, and the number after the last adds one:
+    """Train a recipe (a name from `repa list recipes`, a .yaml file, or the configuration of a run folder) on prepared
+    data. If interrupted, run the same command again: it continues. A larger --num-steps trains longer. The values shown
+    are those of the recipe, if you give one. Alignments have numbers from 0; the next number adds one:
     --alignments.0.target dinov2-b --alignments.0.depth 8 --alignments.0.weight 0.5 (docs/training.md).
     """
 
@@ -35,7 +35,7 @@ class TrainArguments(TrainConfig, options.Command):
     recipe: str
     """recipe name, .yaml file, or run folder"""
     data: str
-    """Folder that `repa prepare` made, or the URL of a copy of it such as s3://bucket/data."""
+    """Folder of prepared data, or the URL of a copy of it such as s3://bucket/data."""
     out: str
     """Run folder."""
 
@@ -49,19 +49,19 @@ def main(argv: list[str]) -> int:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
     typed = options.names_given(TrainArguments, argv)
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv), typed=typed)
-    # SIGTERM is how schedulers end a job: the checkpoint is written, which is no failure.
+    # Schedulers end a job by SIGTERM. The checkpoint is written, so this is not a failure.
     return 130 if stopped_by == signal.SIGINT else 0
 
 
 def of_recipe(cls: type[options.V], argv: list[str]) -> tuple[options.V, TrainConfig]:
-    """Options whose defaults are a recipe's, and the recipe that they make of it."""
+    """The options with the defaults of their recipe, and the resulting recipe."""
     name = options.first(cls, argv, "recipe")
     given = options.parse(cls, argv, load_recipe(name) if name else None)
     return given, options.part(TrainConfig, given)
 
 
 def _again(argv: list[str]) -> str:
-    """The command line that continues this run: that which began it."""
+    """The command line that continues this run: the one that started it."""
     _, everywhere, _, here = launch.place()
     if everywhere == 1:
         return shlex.join(["repa", "train", *argv])
@@ -70,7 +70,7 @@ def _again(argv: list[str]) -> str:
 
 
 def about_passes(config: TrainConfig, num_images: int) -> str:
-    """A note where the steps are many for so few images; else nothing."""
+    """A note if the run passes over its images very often; otherwise empty."""
     of_epochs = config.epochs * num_images / config.batch_size
     steps = min(config.num_steps, of_epochs) if config.epochs else config.num_steps
     passes = steps * config.batch_size / num_images
@@ -79,7 +79,7 @@ def about_passes(config: TrainConfig, num_images: int) -> str:
     enough = max(1, MANY_PASSES * num_images // config.batch_size)
     return (
         f"note: {steps:,.0f} steps of {config.batch_size:,} images are {passes:,.0f} passes over {num_images:,} images. After "
-        f"more than {MANY_PASSES:,} a network may copy its training images: `repa analyse neighbours` shows whether it does. "
+        f"more than {MANY_PASSES:,} a network may copy its training images: `repa analyse neighbours` finds copies. "
         f"Fewer steps (--num-steps {enough}) or more images help."
     )
 
@@ -87,10 +87,11 @@ def about_passes(config: TrainConfig, num_images: int) -> str:
 def start(
     config: TrainConfig, data_folder: str | Path, run: Path, command: str = "", typed: Sequence[str] = ()
 ) -> signal.Signals | None:
-    """Train in this process; returns the signal that stopped it early. Torch is imported only now, after every cheap check.
+    """Train in this process; returns the signal that stopped it early. Torch is imported only here, after the cheap
+    checks.
 
-    `command` is what the user types to continue; empty: the same command as before. `typed` names the settings that the user
-    gave, which are refused where these data make them idle.
+    `command` is the command that continues the run; empty: the same command. `typed` names the settings that the user
+    gave; those without effect on these data are errors.
     """
     from repa.base import dist
     from repa.cli.hooks import preview_hooks
@@ -102,7 +103,7 @@ def start(
     with dist.together():
         data = open_data(data_folder)
         refuse_idle(idle_with(config, data), typed)
-        # What is streamed is checked as it arrives.
+        # Streamed files are checked when they arrive.
         if data.num_bytes <= CHECKED_AT_START and not data.stream:
             data.check()
     if note := about_passes(config, data.num_images):
@@ -110,7 +111,7 @@ def start(
     with ProgressBar(run.name, "steps") as bar:
 
         def progress(state: "TrainState") -> None:
-            # Numbers of the last logged row: to read newer ones would wait for the device.
+            # Numbers of the last log entry: reading newer ones would wait for the device.
             values = state.metrics
             note = (
                 f"denoising loss {values['denoising']:.4f}, {values['images_per_second']:.0f} images/s"
@@ -124,10 +125,10 @@ def start(
     if finished.interrupted is not None:
         name, step = finished.interrupted.name, finished.step
         say(
-            f"Stopped by {name} after step {step:,}; a checkpoint is in {run}. To continue: {command or 'the same command'}"
+            f"Stopped by {name} after step {step:,} with a checkpoint in {run}. To continue: {command or 'run the same command again'}"
         )
         return finished.interrupted
-    # The paper's 250 network calls an image are for a GPU.
+    # The paper's 250 network calls per image are for a GPU.
     few = " --sampler heun --steps 25" if device.type == "cpu" else ""
     say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num-images 64{few} --out samples.npz")
     return None
