@@ -424,7 +424,7 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
     ("settings", "shape", "sentence"),
     [
         ({}, None, "needs features as tokens"),
-        ({}, (4, 5), r"was given \(4, 5\)"),
+        ({}, (4, 5), r"got \(4, 5\)"),
         ({}, (3, 9, 5), "saw 4 samples"),
         ({}, (4, 2, 9, 5), "of a video"),
         ({"grid": (4, 4)}, (4, 9, 5), "fewer than the 4 x 4"),

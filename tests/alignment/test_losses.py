@@ -87,7 +87,7 @@ def test_huge_and_zero_half_precision_tokens_give_finite_losses_and_gradients(na
 
 @pytest.mark.parametrize("temperature", ["0", "-1.0", "warm"])
 def test_nt_xent_refuses_a_temperature_that_is_not_positive(temperature):
-    with pytest.raises(UserError, match="'temperature' of the loss .* was given"):
+    with pytest.raises(UserError, match="'temperature' of the loss .* is "):
         LOSSES.build(f"nt_xent:temperature={temperature}")
 
 

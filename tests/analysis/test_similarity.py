@@ -164,7 +164,7 @@ def test_mistakes():
         cknna(a, b, 30)
     with pytest.raises(UserError, match="2 <= k"):
         cknna(a, b, 1, "platonic")
-    with pytest.raises(UserError, match="paper, platonic, platonic-clamped, but was given 'plato'"):
+    with pytest.raises(UserError, match="paper, platonic, platonic-clamped, but got 'plato'"):
         cknna(a, b, variant="plato")
     with pytest.raises(UserError, match="at least 4"):
         cka(a[:3], b[:3], unbiased=True)

@@ -43,7 +43,7 @@ def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
         assert torch.equal(autoencoder.encode(images), expected.encode(images))
     with pytest.raises(UserError, match="no setting 'hubb'.*Did you mean 'hub'"):
         AUTOENCODERS.check("kl:hubb=owner/plain")
-    with pytest.raises(UserError, match=r"owner/none.* could not be fetched .* of its folder vae"):
+    with pytest.raises(UserError, match=r"owner/none.* could not be downloaded .* of its folder vae"):
         load_autoencoder("kl:hub=owner/none,subfolder=vae")
     with pytest.raises(UserError, match="'kl' needs weights: .*'kl:hub=owner/name,subfolder=vae'"):
         load_autoencoder("kl")
@@ -65,7 +65,7 @@ def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
     ],
 )
 def test_every_name_comes_from_its_repository(name, repository, subfolder, hub, kl_folder, tiny_folder, dc_folder):
-    with pytest.raises(UserError, match=rf"{name!r} \({repository}\) .*could not be fetched"):
+    with pytest.raises(UserError, match=rf"{name!r} \({repository}\) .*could not be downloaded"):
         load_autoencoder(name)
     folder = dc_folder if name == "dc-ae-f32" else tiny_folder if name.startswith("tae") else kl_folder
     hub(repository, folder, subfolder)

@@ -29,7 +29,7 @@ def test_names_and_mistakes():
 def test_private_classes_by_dotted_name():
     spec = f"{__name__}.Private"
     assert load_autoencoder(spec).name == "private"
-    with pytest.raises(UserError, match="takes no weights"):
+    with pytest.raises(UserError, match="needs no weights"):
         load_autoencoder(spec, weights="folder")
 
 

@@ -166,7 +166,7 @@ def test_a_file_that_was_sealed_says_how_to_change_it(tmp_path):
     files.write_sealed(tmp_path / "x.json", {"fid": 3.1})
     text = (tmp_path / "x.json").read_text()
     (tmp_path / "x.json").write_text(text.replace("3.1", "2.1"))
-    with pytest.raises(UserError, match=f"not as it was written.*remove its line '{files.SEAL}'"):
+    with pytest.raises(UserError, match=f"does not match its checksum.*remove its line '{files.SEAL}'"):
         files.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"fid": 2.1}')
     assert files.read_json(tmp_path / "x.json") == {"fid": 2.1}

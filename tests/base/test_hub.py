@@ -58,5 +58,5 @@ def test_pickles_are_asked_for_last(snapshot):
 
 
 def test_a_name_that_the_hub_does_not_take():
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be downloaded"):
         Repository("network", "a/b/c", FILES, "give a folder").fetched()

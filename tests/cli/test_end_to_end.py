@@ -203,7 +203,9 @@ def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, hou
     (step,) = layout.checkpoint_steps(run_folder)
     assert 3 <= step < 150
     again = shlex.join(["repa", *argv])
-    assert f"Stopped by {number.name} after step {step} with a checkpoint in {run_folder}. To continue: {again}\n" in out
+    assert (
+        f"Stopped by {number.name} after step {step} with a checkpoint in {run_folder}. To continue: {again}\n" in out
+    )
     assert "Traceback" not in err
     assert [row["step"] for row in read_metrics(run_folder) if row["kind"] == "train"] == list(range(1, step + 1))
     repa_run(*shlex.split(again)[1:])

@@ -61,7 +61,7 @@ def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_pa
     second.write_text(second.read_text().replace('"num_reference": 40', '"num_reference": 41'))
     capsys.readouterr()
     assert repa("report", run) == 2
-    assert f"{second.name} is not as it was written" in capsys.readouterr().err
+    assert f"{second.name} does not match its checksum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

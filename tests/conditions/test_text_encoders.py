@@ -88,7 +88,7 @@ def test_what_is_missing_or_wrong_is_said(folders, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'clip'"):
         load_text_encoder("t5-b", weights=folders["clip-l"])
     monkeypatch.setenv("REPA_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="could not be fetched from the hub"):
+    with pytest.raises(UserError, match="could not be downloaded from the hub"):
         load_text_encoder("t5-b")
 
 

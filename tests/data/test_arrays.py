@@ -132,7 +132,7 @@ def test_labels_in_a_file_of_their_own(tmp_path):
         np.save(tmp_path / "labels.npy", bad)
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / "images.npy", labels=str(tmp_path / "labels.npy"))
-    with pytest.raises(UserError, match=r"labels was given 'a\.csv': of images\.npy they are its own"):
+    with pytest.raises(UserError, match=r"labels is 'a\.csv': of images\.npy they are its own"):
         open_source(tmp_path / "images.npy", labels="a.csv")
 
 
@@ -182,9 +182,9 @@ def test_bad_cifar_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"data_batch_3\.bin is missing"):
         open_source(folder)
     for spec, message in (
-        (f"{folder}:split=val", "'split' of the source .* was given 'val': .*'train' or 'test'"),
+        (f"{folder}:split=val", "'split' of the source .* is 'val': .*'train' or 'test'"),
         (f"{folder}:label=coarse", "is CIFAR-10, which has one kind of label"),
-        (f"{folder}:label=10", "'label' of the source .* was given 10"),
+        (f"{folder}:label=10", "'label' of the source .* is 10"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(spec)

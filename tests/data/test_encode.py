@@ -500,5 +500,5 @@ def test_a_real_configuration_names_its_mistakes():
 def test_more_workers_than_a_machine_takes_are_refused(folder, tmp_path):
     config = PrepareConfig(resolution=8, num_workers=100_000)
     for make in (prepare, make_plan):
-        with pytest.raises(UserError, match="num_workers was given 100,000"):
+        with pytest.raises(UserError, match="num_workers is 100,000"):
             make(folder, tmp_path / "out", config)

@@ -169,7 +169,7 @@ def test_parts_can_be_made_one_after_the_other(folder, tmp_path, fakes, plain):
     prepare(folder, out, FULL, only=["features:tiny"])
     assert content(out) == content(plain.folder)
     for wrong in ("tiny", "features:base", "features:dino-b", "moments"):
-        with pytest.raises(UserError, match="only was given .* base or features:tiny"):
+        with pytest.raises(UserError, match="only is .* base or features:tiny"):
             prepare(folder, out, FULL, only=[wrong])
 
 

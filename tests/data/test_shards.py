@@ -182,7 +182,7 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
         (lambda v: v.pop("version"), "is of version None"),
         (lambda v: v.update(surprise=1), "unknown setting 'surprise'"),
         (lambda v: v.update(num_images=12), "num_images is 12, but its shards hold 11"),
-        (lambda v: v.update(num_images="many"), "'num_images' was given 'many'"),
+        (lambda v: v.update(num_images="many"), "'num_images' is 'many'"),
         (lambda v: v.pop("shards"), "shards"),
         (lambda v: v["shards"][2]["files"].pop("labels"), "shard 2 holds other fields"),
         (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files that do not hold its 3"),

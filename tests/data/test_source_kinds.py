@@ -142,9 +142,9 @@ def _huge() -> bytes:
 
 BAD = {
     "cut": (png(noise_image(0, 12, 12))[:200], "is not a readable image"),
-    "empty": (b"", "is not a readable image: its bytes are of no known format"),
-    "no image": (b"GIF? no, a text", "is not a readable image: its bytes are of no known format"),
-    "huge": (_huge(), "has more than .* pixels, which is refused"),
+    "empty": (b"", "is not a readable image: its format is unknown"),
+    "no image": (b"GIF? no, a text", "is not a readable image: its format is unknown"),
+    "huge": (_huge(), "is refused: it has more than .* pixels"),
 }
 
 

@@ -118,8 +118,8 @@ def test_identity_follows_the_list_of_files_not_the_place(folder, tmp_path):
         (lambda root: (root / "a.zip").write_bytes(b"not a zip") and root / "a.zip", "cannot be read as a zip file"),
         (lambda root: (root / "a.JPG").write_bytes(b"one") and root / "a.JPG", "is one image: give the folder"),
         (lambda root: "photographs:number=3", "'number'.* num.*seed.* 'num'"),
-        (lambda root: "photographs:num=0", "'num' of the source .* was given 0"),
-        (lambda root: "photographs:seed=x", "'seed' of the source .* was given 'x'"),
+        (lambda root: "photographs:num=0", "'num' of the source .* is 0"),
+        (lambda root: "photographs:seed=x", "'seed' of the source .* is 'x'"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, make, message):

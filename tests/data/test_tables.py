@@ -244,7 +244,7 @@ def test_images_beside_the_table_are_read(tmp_path):
 @pytest.mark.parametrize("labels", ["folders", "labels.csv"])
 def test_labels_of_tables_are_columns(tmp_path, labels):
     path = write(tmp_path / "p.parquet", image=BYTES)
-    with pytest.raises(UserError, match=rf"labels was given '{labels}': of .* they are a column"):
+    with pytest.raises(UserError, match=rf"labels is '{labels}': of .* they are a column"):
         open_source(path, labels=labels)
 
 

@@ -188,7 +188,7 @@ def test_compressed_shards_and_missing_ones_are_refused(tmp_path):
         (tmp_path / "a.tar.gz", "There is no source"),
         (tmp_path / "z.tar", "cannot be read as an uncompressed tar file"),
         (tmp_path / "{a,b}.tar", r"There is no file .*b\.tar', of"),
-        (f"{tmp_path}/a.tar:cache=0", r"'cache' of the source .* was given 0"),
+        (f"{tmp_path}/a.tar:cache=0", r"'cache' of the source .* is 0"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(spec)

@@ -222,7 +222,7 @@ def test_mistakes_are_named():
         SAMPLERS.build("ddpm")(Denoiser(lambda x, t: x, linear), noise(1, 1, 1, 1), 4)
     with pytest.raises(UserError, match="learn_sigma=True"):
         SAMPLERS.build("ddpm")(Denoiser(lambda x, t: x, linear, "noise"), noise(1, 1, 1, 1), 4)
-    with pytest.raises(UserError, match="'eta'.*was given 2"):
+    with pytest.raises(UserError, match="'eta'.*is 2"):
         SAMPLERS.build("ddim:eta=2")(Denoiser(lambda x, t: x, linear, "noise"), noise(1, 1, 1, 1), 4)
 
 

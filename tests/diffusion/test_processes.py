@@ -127,7 +127,7 @@ def test_the_sde_ends_in_the_data():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"objective": "ddmp"}, "'objective' was given 'ddmp': input should be 'flow' or 'ddpm'"),
+        ({"objective": "ddmp"}, "'objective' is 'ddmp': input should be 'flow' or 'ddpm'"),
         ({"objective": "ddpm", "path": "vp"}, "path 'vp' is a setting of the objective flow, .*: leave it out"),
         ({"objective": "ddpm", "prediction": "noise"}, "prediction 'noise' is a setting of the objective flow"),
         ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' is a setting of the objective"),

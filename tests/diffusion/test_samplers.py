@@ -248,7 +248,7 @@ def test_the_state_is_float64_the_network_float32_the_result_like_the_noise(name
         ("dopri5", 0, "at least 1"),
         ("euler_maruyama:diffusion=2sigmas", 5, "'2sigma', 'sigma' or '2t'"),
         ("euler_maruyama:last=0", 5, "between 0 and 1"),
-        ("dopri5:rtol=0", 5, "'rtol'.*was given 0"),
+        ("dopri5:rtol=0", 5, "'rtol'.*is 0"),
         ("heun:shift=0.5", 5, "at least 1"),
         ("euler:churn=1", 5, "no setting 'churn'"),
     ],

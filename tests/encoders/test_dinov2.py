@@ -140,7 +140,7 @@ def test_no_network_is_said_in_words(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         load_encoder("dinov2-reg-l")
-    for words in ("dinov2-reg-l", "facebook/dinov2-with-registers-large", "could not be fetched", "weights=FOLDER"):
+    for words in ("dinov2-reg-l", "facebook/dinov2-with-registers-large", "could not be downloaded", "weights=FOLDER"):
         assert words in str(error.value)
 
 

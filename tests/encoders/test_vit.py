@@ -285,7 +285,7 @@ def test_no_network_is_said_in_words(name, hub, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         load_encoder(name)
-    for words in (name, hub, "could not be fetched", "weights=F", str(tmp_path / "encoders")):
+    for words in (name, hub, "could not be downloaded", "weights=F", str(tmp_path / "encoders")):
         assert words in str(error.value)
 
 

@@ -190,7 +190,7 @@ def test_three_images_have_no_third_neighbour(data, images, tmp_path):
     ("change", "sentence"),
     [
         ({"features": "tiny-clasifier"}, "Did you mean 'tiny-classifier'"),
-        ({"metrics": ("fdd",)}, "metrics.0' was given 'fdd'"),
+        ({"metrics": ("fdd",)}, "metrics.0' is 'fdd'"),
         ({"metrics": ("fd",)}, "'fd'.* inception.* fid, sfid"),
         ({"features": "tiny", "metrics": ("is",)}, "'inception_score' is not measured in the features of tiny"),
         ({"batch_size": 0}, "batch_size"),

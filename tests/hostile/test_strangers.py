@@ -73,10 +73,10 @@ def test_pictures_have_the_colours_that_viewers_show(kind):
     ("data", "why"),
     [
         (png_of(60_000, 60_000, 8, b""), "more than 178,956,970 pixels"),
-        (b"", "no known format"),
-        (b"<html>404</html>", "no known format"),
+        (b"", "its format is unknown"),
+        (b"<html>404</html>", "its format is unknown"),
         (png()[:50], "not a readable image"),
-        (encoded(Image.new("F", (8, 8)), "TIFF"), "whose range is unknown"),
+        (encoded(Image.new("F", (8, 8)), "TIFF"), "of unknown range"),
     ],
 )
 def test_what_is_no_picture_says_why(data, why):

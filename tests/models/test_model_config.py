@@ -22,7 +22,7 @@ def test_dimensions_are_the_names_unless_overridden():
         ({"name": "SiT-B/3"}, "patch of 1, 2, 4, 8"),
         ({"hidden_dim": 100}, "num_heads 12"),
         ({"latent_size": 33}, "latent_size 33 cannot be cut into patches of 2"),
-        ({"depth": -1}, "'depth' was given -1"),
+        ({"depth": -1}, "'depth' is -1"),
         ({"dept": 4}, "Did you mean 'depth'"),
     ],
 )

@@ -204,7 +204,7 @@ def test_one_other_number_in_the_description_of_an_export_is_noticed(form, file,
     path.write_text(json.dumps(values))
     assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert f"{path} is not as it was written" in said or f"{path} has {next(iter(what))}" in said
+    assert f"{path} does not match its checksum" in said or f"{path} has {next(iter(what))}" in said
 
 
 @pytest.mark.parametrize(("form", "file"), [("safetensors", "config.json"), ("diffusers", "repa.json")])

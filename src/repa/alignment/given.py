@@ -34,7 +34,7 @@ def features_of(name: str, features: Given, part: Literal["patches", "attention"
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(
-            f"The term {name!r} needs features as tokens (N, M, F), of a video (N, frames, M, F), but was given {given}."
+            f"The term {name!r} needs features as tokens (N, M, F), of a video (N, frames, M, F), but got {given}."
         )
     return features
 

@@ -71,7 +71,7 @@ def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighb
     if x.ndim != 2:
         raise UserError(f"Representations to compare are (n, D), but got {tuple(x.shape)}.")
     if variant not in get_args(Variant):
-        raise UserError(f"CKNNA has the variants {', '.join(get_args(Variant))}, but was given {variant!r}.")
+        raise UserError(f"CKNNA has the variants {', '.join(get_args(Variant))}, but got {variant!r}.")
     least = 1 if variant == "paper" else 2
     if not least <= k < len(x) or (variant != "paper" and len(x) < 4):
         raise UserError(f"CKNNA ({variant}) needs {least} <= k < number of images, but got k={k} and {len(x)} images.")

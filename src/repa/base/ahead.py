@@ -1,4 +1,4 @@
-"""Work ahead of whoever waits for it: `map` in order, by threads or by worker processes."""
+"""Ordered `map` that works ahead of its consumer, in threads or in worker processes."""
 
 import functools
 import itertools
@@ -26,17 +26,17 @@ def by_threads(
     workers: int = 1,
     on_start: Callable[[], Any] | None = None,
 ) -> Generator[Result, None, None]:
-    """Like map(function, items), in order, with up to `depth` results made ahead by threads.
+    """Like map(function, items), in order; threads compute up to `depth` results ahead.
 
-    An exception of `function` is raised where its result would have come. Closing the iterator stops the threads.
+    An exception of `function` is raised in place of its result. Closing the iterator stops the threads.
     """
-    # a pool's own map would take all items at once, and here they are endless
+    # a pool's map would consume all items at once, and here they are endless
     items = iter(items)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead", initializer=on_start)
     try:
         pending = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
         while pending:
-            # the next is submitted before this one is handed out, so that the threads work while the caller does
+            # the next item is submitted before this result is yielded, so that the threads work while the caller does
             result = pending.popleft().result()
             pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
             yield result
@@ -45,24 +45,24 @@ def by_threads(
 
 
 def most_workers() -> int:
-    """Worker processes that this machine takes at most."""
-    # each holds 150 MB; those that wait for a remote source need no core, so 16 a core may be right
+    """The largest allowed number of worker processes on this machine."""
+    # each needs 150 MB; workers that wait for a remote source need no core, so 16 per core can be right
     return max(32, 16 * (os.cpu_count() or 1))
 
 
 def by_processes(
     function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """Like map(function, items), in order, by worker processes; 0 of them work here, when a result is asked for.
+    """Like map(function, items), in order, in worker processes; with 0 workers, in this process on demand.
 
-    For Python code that threads would do one at a time. Results come as NumPy arrays through pipes, since PyTorch moves
-    tensors through shared memory, which is 64 MB in many containers. Items are taken a few ahead, in this process.
+    For Python code that threads cannot run in parallel. Results are sent as NumPy arrays through pipes, because PyTorch
+    sends tensors through shared memory, which has only 64 MB in many containers. A few items are consumed ahead.
     """
     if num_workers > most_workers():
         raise UserError(
-            f"num_workers was given {num_workers:,}, but this machine takes at most {most_workers()}: give fewer."
+            f"num_workers is {num_workers:,}, but this machine allows at most {most_workers()}: give fewer."
         )
-    with warnings.catch_warnings():  # of more workers than cores, which is right for a remote source
+    with warnings.catch_warnings():  # about more workers than cores, which is right for a remote source
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         results = iter(DataLoader(
             _Mapped(function), batch_size=None, sampler=items, num_workers=num_workers, collate_fn=_as_it_is,
@@ -75,7 +75,7 @@ def by_processes(
 
 
 class _Mapped(Dataset):
-    """The results of a function, "indexed" by its arguments, as a DataLoader takes them."""
+    """The results of a function, "indexed" by its arguments, as a DataLoader expects."""
 
     def __init__(self, function: Callable[[Any], Any]):
         self.function = function
@@ -83,7 +83,9 @@ class _Mapped(Dataset):
     def __getitem__(self, item: Any) -> Any:
         try:
             return self.function(item)
-        except UserError as error:  # returned, as the loader would raise it with a traceback of the worker in its text
+        except (
+            UserError
+        ) as error:  # returned, because the loader would raise it with the worker's traceback in its text
             return error
 
 

@@ -1,4 +1,4 @@
-"""Arrays in files that anyone may have written: no pickles, no more bytes than expected, and what is wrong in one sentence."""
+"""Arrays in untrusted files: no pickles, a limit on the size, and one-sentence errors."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.errors import UserError
 
-LIMIT = 4 * 2**30  # bytes of all arrays asked for, unpacked; a reference of Inception's 2,048 features has 0.2 GiB
+LIMIT = 4 * 2**30  # unpacked bytes of all requested arrays; a reference of Inception's 2,048 features has 0.2 GiB
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a member of a zip: lengths of its name and of its extra field
 OBJECTS = "it holds Python objects, which can run any program when they are read; save plain numbers"
 
@@ -21,21 +21,21 @@ OBJECTS = "it holds Python objects, which can run any program when they are read
 def load_npz(
     path: str | Path, kind: str, names: Collection[str] | None = None, *, remedy: str = "", limit: int = LIMIT
 ) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, those of `names` that are there; all without names.
+    """The arrays of an .npz: those of `names` that exist, or all without `names`.
 
     Raises:
         UserError: missing, damaged, holding Python objects, or unpacking to more than `limit` bytes.
     """
     with faults.reading(path, kind, remedy, missing=f"There is no file {path}."):
-        # Sizes are in the zip's directory: a bomb is refused before anything of it is unpacked.
+        # The zip's directory has the sizes, so a bomb is refused before anything is unpacked.
         with zipfile.ZipFile(path) as archive:
-            # NumPy writes no comments: one that a flipped bit made swallows the arrays behind it.
+            # NumPy writes no comments; a flipped bit can create one that hides the arrays after it.
             if any(member.comment for member in archive.infolist()):
                 raise zipfile.BadZipFile("its directory is damaged")
             members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
         if (size := sum(member.file_size for member in members)) > limit:
             raise UserError(
-                f"{path} is refused: it unpacks to {files.size(size)}, more than {kind} may ({files.size(limit)}). {remedy}".rstrip()
+                f"{path} is refused: it unpacks to {files.size(size)}, but {kind} may have at most {files.size(limit)}. {remedy}".rstrip()
             )
         with _no_objects(), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files if names is None or name in names}
@@ -48,7 +48,7 @@ def load_npy(path: str | Path, kind: str, remedy: str = "", *, mapped: bool = Fa
 
 
 def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: int = LIMIT) -> np.ndarray:
-    """One array of an .npz: as a memory map where it lies there as it is, which np.load has not; else as `load_npz` gives it."""
+    """One array of an .npz: a memory map if it is stored unpacked (np.load cannot do this), otherwise as from `load_npz`."""
     with faults.reading(f"{name!r} of {path}", kind, remedy), _no_objects():
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(f"{name}.npy")
@@ -65,16 +65,16 @@ def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
         offset = file.tell()
     if dtype.hasobject:
         raise ValueError(OBJECTS)
-    # In Python's integers: the shape is the file's word, and a product in int64 could wrap around to a small number
+    # In Python's integers: the file claims the shape, and a product in int64 could wrap around to a small number
     num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
     if offset - start + num_bytes != member.file_size or offset + num_bytes > os.path.getsize(path):
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     order: Literal["F", "C"] = "F" if fortran else "C"
     return np.memmap(path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and type of the array of an .npy that begins here."""
+    """Shape, Fortran order and dtype from the header of an .npy that begins here."""
     version = np.lib.format.read_magic(file)
     return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
 
@@ -86,7 +86,7 @@ def data_offset(zip_file: int, header_offset: int) -> int:
         zip_file: descriptor of the open file, whose position does not move.
         header_offset: of the local header, as the directory says.
     """
-    # The directory at the end does not tell: the local header may have another extra field than its copy there
+    # The directory at the end lacks this offset: the extra field in the local header may differ from the copy there
     header = files.read_at(zip_file, header_offset, LOCAL_HEADER.size)
     if not header.startswith(b"PK\x03\x04"):
         raise zipfile.BadZipFile("Bad signature")
@@ -95,20 +95,20 @@ def data_offset(zip_file: int, header_offset: int) -> int:
 
 @contextlib.contextmanager
 def _no_objects() -> Iterator[None]:
-    """NumPy's refusal of Python objects, in words that say what to do."""
+    """Turn NumPy's refusal of Python objects into an error that says what to do."""
     try:
         yield
     except ValueError as error:
-        if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # as NumPy says it
+        if any(sign in str(error) for sign in ("Object arrays", "Python objects", "pickled")):  # NumPy's words
             raise ValueError(OBJECTS) from error
         raise
 
 
 def save_npy(path: str | Path, array: np.ndarray) -> None:
-    """An .npy, whole or not at all.
+    """Write an .npy through Python's `write`, which reports every failure.
 
-    `np.save` writes to a file by C's buffers and does not look whether the last of them reached a disk that is full: what it
-    leaves then is cut short, without an error. Through `write` of Python's file every failure is seen.
+    `np.save` writes to a file through C buffers and does not check whether the last buffer reached a full disk: it can
+    leave a truncated file without an error.
     """
     array = np.ascontiguousarray(array)
     header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
@@ -125,8 +125,8 @@ def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray], *, compressed: 
 
 
 def write_images(archive: zipfile.ZipFile, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    """uint8 images of `shape` (N, H, W, 3) as arr_0 of an .npz that is being written, no more than one part of them in memory."""
-    with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # its size is not known when it begins
+    """Write uint8 images of `shape` (N, H, W, 3) as arr_0 of an .npz, with only one part of them in memory at a time."""
+    with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # its size is unknown at the start
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for part in parts:
             file.write(part.tobytes())

@@ -1,4 +1,4 @@
-"""Configuration is data with types: frozen pydantic models, YAML in and out, mistakes answered in one sentence."""
+"""Typed configuration: frozen pydantic models, read from and written to YAML, with one-sentence errors."""
 
 import contextlib
 import re
@@ -13,37 +13,37 @@ from repa.base.errors import UserError, choices
 from repa.base.faults import require_plain
 from repa.base.trust import contents_of
 
-MOST_BYTES = 2**20  # of a configuration, which has some thousands; the parser takes seconds for so many
+MOST_BYTES = 2**20  # a configuration has some thousands; parsing more takes seconds
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, unknown keys refused, each field's docstring becomes its help text."""
+    """Base of every configuration: frozen, without unknown keys; each field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        for info in cls.model_fields.values():  # the lines of a docstring are not those of a help page
+        for info in cls.model_fields.values():  # help pages wrap lines differently
             info.description = info.description and " ".join(info.description.split())
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truths(cls, value: Any, info: ValidationInfo) -> Any:
-        """A number is not written true: pydantic would take it for 1, as Python does."""
+        """Refuse true and false as numbers: pydantic would read them as 1 and 0, as Python does."""
         kind = cls.model_fields[str(info.field_name)].annotation
         kinds = {getattr(each, "__origin__", each) for each in (kind, *get_args(kind))}
         if kinds & {int, float} and bool not in kinds:
             for each in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(each, bool):
-                    raise ValueError(f"a number was expected, but got {str(each).lower()}")
+                    raise ValueError(f"expected a number, but got {str(each).lower()}")
         return value
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "", *, typed: bool = False) -> Self:
-        """Validate a plain dictionary; raises UserError with one sentence for the first mistake.
+        """Validate a plain dictionary; raises UserError for the first mistake.
 
-        `where`: the file that says so. Names of private code in it need `--trust` (base/trust.py).
-        `typed`: the settings were options of a command line, and the sentence names them so.
+        `where`: the file with these settings; names of private code in it need `--trust` (base/trust.py).
+        `typed`: the settings are command-line options, and the error names them as such.
         """
         try:
             with contents_of(where) if where else contextlib.nullcontext():
@@ -62,11 +62,11 @@ class Config(BaseModel):
 
     @property
     def changed(self) -> list[str]:
-        """Names of the settings that are not their defaults."""
+        """Names of the settings that differ from the defaults."""
         return [name for name, info in type(self).model_fields.items() if getattr(self, name) != info.get_default()]
 
     def idle(self) -> dict[str, str]:
-        """Settings that nothing reads as the others are: dotted name -> why, as in "without --compile"."""
+        """Settings without effect, given the others: dotted name -> reason, such as "without --compile"."""
         parts = {name: getattr(self, name) for name in type(self).model_fields}
         lists = {
             f"{name}.{i}": item
@@ -87,13 +87,13 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its surprises: a key given twice and an alias are refused, and an integer is decimal or refused."""
+    """Strict YAML: duplicate keys, aliases and integers that are not decimal are errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # A few lines of aliases to aliases can stand for gigabytes.
+        # A few lines of nested aliases can expand to gigabytes.
         if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: write the value out instead of the alias")
+            raise yaml.YAMLError(f"line {line}: write the value instead of an alias")
         return super().compose_node(parent, index)
 
 
@@ -105,14 +105,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise yaml.YAMLError(f"line {line}: a key must be a name, but is a {type(name).__name__}")
         if name in lines:
             raise yaml.YAMLError(
-                f"the key {name!r} is given twice, in lines {lines[name]} and {line}: leave one of them out"
+                f"the key {name!r} appears twice, in lines {lines[name]} and {line}: remove one of them"
             )
         lines[name] = line
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody means here; thousands of digits would take quadratic time.
+    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody wants here; thousands of digits take quadratic time.
     text = node.value
     if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
         line = node.start_mark.line + 1
@@ -127,19 +127,19 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def option(name: str) -> str:
-    """A setting as it is typed: preview.num_images -> --preview.num-images."""
+    """A setting as an option: preview.num_images -> --preview.num-images."""
     return f"--{name.replace('_', '-')}"
 
 
 def refuse_idle(idle: dict[str, str], given: Iterable[str]) -> None:
-    """UserError for the first of the settings that were given and that nothing reads."""
+    """UserError for the first of the given settings that has no effect."""
     for name in given:
         if why := idle.get(name):
             raise UserError(f"{option(name)} has no effect {why}: leave it out.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; UserError for a file that is none, or says something twice."""
+    """The mapping in a YAML file; UserError for another file, or for duplicate keys."""
     path = Path(path)
     require_plain(path)
     if path.is_file() and path.stat().st_size > MOST_BYTES:
@@ -157,9 +157,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def explain(model: type[BaseModel], error: ValidationError, typed: bool = False) -> str:
-    """The first validation error as a sentence: field, what was given, what is allowed, the nearest name.
+    """The first validation error as a sentence: field, given value, allowed values, nearest name.
 
-    `typed`: a field is named as an option, --alignments.0.depth.
+    `typed`: name the field as an option, --alignments.0.depth.
     """
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"]))
@@ -174,11 +174,11 @@ def explain(model: type[BaseModel], error: ValidationError, typed: bool = False)
     if first["type"] == "value_error":
         message += "" if message.endswith((".", "?", "!")) else "."
         return f"{name}: {message}" if field else message
-    return f"{shown} was given {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
+    return f"{shown} is {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
 
 
 def _typed(model: type[BaseModel], location: tuple) -> str:
-    """The option of a place in a configuration: values of one option have no number there, entries with options of their own have."""
+    """The option for a location in a configuration; entries of a list have a number only if they have options of their own."""
     inside: type[BaseModel] | None = model
     names: list[str] = []
     for part in location:
@@ -191,7 +191,7 @@ def _typed(model: type[BaseModel], location: tuple) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
-    """Field names of the nested model that a validation error points into."""
+    """Field names of the nested model at the location of a validation error."""
     current: Any = model
     for part in location:
         if part in current.model_fields:  # else a number of a list, or a key of a dictionary
@@ -200,14 +200,14 @@ def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model among the parts of an annotation such as tuple[Model, ...] or dict[str, Model]."""
+    """The model in an annotation such as tuple[Model, ...] or dict[str, Model]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for a in getattr(annotation, "__args__", ()) if (found := _model_in(a))), None)
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optimizer.learning_rate": 1e-4}: mappings, and lists of mappings, are entered; any other list is one value."""
+    """{"optimizer.learning_rate": 1e-4}: mappings and lists of mappings are flattened; any other list is one value."""
     if isinstance(value, dict):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
@@ -218,7 +218,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def difference(old: Config, new: Config) -> list[str]:
-    """Lines 'field: old -> new' for every leaf that differs."""
+    """Lines 'field: old -> new' for every differing value."""
 
     a, b = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     missing = "(none)"

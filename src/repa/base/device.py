@@ -1,4 +1,4 @@
-"""What a device does, by trying it: seconds of work, the rate of matrix products, peak memory."""
+"""Measurements of a device: seconds of work, rate of matrix products, peak memory."""
 
 import functools
 import sys
@@ -9,18 +9,18 @@ import torch
 
 from repa.base.precision import DTYPES
 
-PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is timed: large enough for the full rate
+PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # side of the timed matrices: large enough for the full rate
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until what was asked of a GPU is done; a CPU has done it already."""
+    """Wait for the queued work of a GPU; a CPU has no queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until what `run` asked of the device is done."""
-    # What was asked of the device before must not be counted as time of this.
+    """Seconds until the device has finished the work of `run`."""
+    # Earlier work of the device must not count.
     synchronise(device)
     begin = time.perf_counter()
     run()
@@ -29,7 +29,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def product_rate(precision: str, device: torch.device, *, side: int = 0, repeats: int = 8) -> float:
-    """FLOP/s of a square matrix product, the best of several; "fp32" as the run computes it (TF32 where that is on)."""
+    """FLOP/s of a square matrix product, the best of several; "fp32" as the run computes it (with TF32 if enabled)."""
     side = side or PRODUCT_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     return 2 * side**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
@@ -37,12 +37,12 @@ def product_rate(precision: str, device: torch.device, *, side: int = 0, repeats
 
 @functools.cache
 def quick_product_rate(precision: str, device: torch.device) -> float:
-    """`product_rate` in a fraction of a second, from matrices of half the side."""
+    """`product_rate` with matrices of half the side, which takes a fraction of a second."""
     return product_rate(precision, device, side=PRODUCT_SIDE[device.type] // 2, repeats=4)
 
 
 def sustained_product_rate(precision: str, device: torch.device, seconds: float = 3.0) -> float:
-    """FLOP/s of a large square product that goes on for so long: a burst runs at clocks that minutes of training do not have."""
+    """FLOP/s of a large square product over this time: short bursts run at higher clocks than minutes of training."""
     rate, side = product_rate(precision, device), PRODUCT_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     repeats = max(1, round(seconds * rate / (2 * side**3)))
@@ -50,10 +50,10 @@ def sustained_product_rate(precision: str, device: torch.device, seconds: float 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process held at most: of the device's memory on CUDA, of the machine's elsewhere."""
+    """Peak memory of this process in bytes: device memory on CUDA, host memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Absent on Windows, where the rest of the package may be imported.
+    # Missing on Windows, where the rest of the package can be imported.
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""torch.distributed, or nothing: every function is a no-op in a single process. torchrun starts the several."""
+"""torch.distributed; every function is a no-op in a single process. torchrun starts several processes."""
 
 import contextlib
 import gc
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 NOTE_AFTER = 10.0  # seconds of waiting for other processes before a line says so
-# Of collectives of tensors, to which processes come together; what may take longer goes through a `Mailbox`.
+# Limit for collectives of tensors, which all processes reach together; longer waits use a `Mailbox`.
 TIMEOUT = timedelta(minutes=15)
 _mailbox: Mailbox | None = None
 Value = TypeVar("Value")
 
 
 class SharedError(UserError):
-    """A mistake that every process knows of and raises: only the main one need say it."""
+    """An error that every process raises: only the main process prints it."""
 
 
 def own_device() -> torch.device:
-    """This process's device, without joining a group: cuda by its local rank, mps or cpu, whichever the machine has."""
+    """This process's device, without joining a group: cuda (by local rank), mps or cpu."""
     if torch.cuda.is_available():
         here = launch.place()
         local = here.local_world
@@ -60,7 +60,7 @@ def setup() -> torch.device:
 
 
 def _join(backend: str) -> None:
-    """Meet the other processes; who does not come within REPA_JOIN_MINUTES is named, in place of a wait without end."""
+    """Wait for the other processes for at most REPA_JOIN_MINUTES; the error names the missing ones."""
     here, minutes = launch.place(), launch.join_minutes()
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(
@@ -74,7 +74,7 @@ def _join(backend: str) -> None:
     note.start()
     deadline = time.monotonic() + 60 * minutes
     try:
-        # Presence is noted in the store before init_process_group, which waits without saying for whom.
+        # Each process registers in the store before init_process_group, which does not say whom it waits for.
         store, rank, world = next(td.rendezvous("env://", here.rank, here.world, timeout=timedelta(minutes=minutes)))
         store = td.PrefixStore("repa", store)
         store.set(f"here/{rank}", "1")
@@ -92,24 +92,26 @@ def _join(backend: str) -> None:
         ) from error
     finally:
         note.cancel()
-    # Gloo connects processes when they first talk, not each with each at the start; on CUDA it serves statistics alone.
+    # Gloo connects two processes when they first communicate, not all pairs at the start; on CUDA only statistics use
+    # it.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
 def _timeout_sentence(whom: str, minutes: float) -> str:
     return (
-        f"Waited {minutes:g} minutes for {whom}, which did not come: check whether they started and reach each other, or set "
+        f"Waited {minutes:g} minutes for {whom}: check that they have started and can reach each other, or set "
         f"{launch.JOIN} to wait longer."
     )
 
 
 def teardown() -> None:
-    """Leave the group cleanly: gloo's threads abort the interpreter when tensors outlive them, so collect, meet, then destroy."""
+    """Leave the group: gloo's threads abort the interpreter if tensors outlive them, so collect garbage, meet, then destroy."""
     global _mailbox
     if td.is_available() and td.is_initialized():
         gc.collect()
-        # First however late one is; then, by the group's own barrier, all at once, as the store ends with the main process.
+        # The first barrier waits for late processes. The group's barrier then ends all at once, because the store ends
+        # with the main process.
         barrier()
         td.barrier()
         td.destroy_process_group()
@@ -133,7 +135,7 @@ def is_main() -> bool:
 
 
 def _mailbox_of_group() -> Mailbox:
-    """Of the group that this process is in, made with it or by a caller."""
+    """The mailbox of this process's group, which this package or a caller has created."""
     global _mailbox
     store = td.distributed_c10d._get_default_store()
     if _mailbox is None or _mailbox.origin is not store:
@@ -142,7 +144,7 @@ def _mailbox_of_group() -> Mailbox:
 
 
 def barrier() -> None:
-    """Until all processes are here, however long one of them takes."""
+    """Wait until all processes are here, however long one of them takes."""
     gather_objects(None)
 
 
@@ -159,13 +161,13 @@ def mean_over(x: Tensor) -> Tensor:
 
 
 def is_sharded(x: Tensor) -> TypeGuard["DTensor"]:
-    """Whether each process holds a part of this tensor."""
-    # By its method: to import DTensor takes a second, which a command in one process need not wait.
+    """Whether this tensor is sharded over processes."""
+    # Tested by its method: importing DTensor takes a second, which a command in one process need not spend.
     return hasattr(x, "full_tensor")
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part; all processes must ask at once."""
+    """The full tensor of one that may be sharded; a collective call."""
     return x.full_tensor() if is_sharded(x) else x
 
 
@@ -184,16 +186,16 @@ class _GatherWithGradient(torch.autograd.Function):
         ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
         return gather(x)
 
-    # Every process computes a loss of all rows, so a row's gradient is the sum of what all of them ask of it.
+    # Every process computes a loss over all rows, so the gradient of a row is a sum over processes.
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return sum_over(gradient.contiguous())[ctx.rows]
 
 
 def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
-    """`gather` through which gradients flow back to the process that each row came from.
+    """`gather` with gradients, which flow back to the process of each row.
 
-    A loss that every process computes of all rows then has, after the mean over processes that DDP takes, its own gradient.
+    A loss that every process computes over all rows then has its correct gradient after DDP's mean over processes.
     """
     return _GatherWithGradient.apply(x) if active() else x
 
@@ -206,10 +208,10 @@ def from_main(value: Value) -> Value:
 
 
 def on_main(function: Callable[[], Value]) -> Value:
-    """What `function` returns in the main process, on every process. Its UserError is raised by all: none waits for ever."""
+    """Call `function` in the main process and return its result everywhere. All processes raise its UserError."""
     if not active():
         return function()
-    # A bug of repa is raised by the main process alone, with its traceback; the others end when the launcher ends them.
+    # Only the main process raises a bug of repa, with its traceback; the launcher ends the others.
     value = sentence = None
     if is_main():
         try:
@@ -225,7 +227,7 @@ def on_main(function: Callable[[], Value]) -> Value:
 
 @contextlib.contextmanager
 def locked(target: Path, doing: str) -> Iterator[None]:
-    """`lock.alone`, held by the main process for all; a refusal is raised by all."""
+    """`lock.alone`, held by the main process; all processes raise its UserError."""
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(lock.alone(target, doing)))
         yield
@@ -233,7 +235,7 @@ def locked(target: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Processes check something each for itself: the UserError of any is raised by all. The block must not communicate."""
+    """Checks of each process: all processes raise the UserError of any. The block must not communicate."""
     mine = None
     try:
         yield
@@ -254,5 +256,5 @@ def gather_objects(value: Value) -> list[Value]:
 
 
 def any_process(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag: whether it is true in some process."""
+    """For each flag, whether it is true in any process."""
     return (sum_over(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist() if active() else flags

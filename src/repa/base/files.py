@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, the cache folder, space checks."""
+"""Atomic writes, checksums, the cache folder, checks of disk space."""
 
 import contextlib
 import csv
@@ -17,24 +17,26 @@ from typing import Any
 from repa.base import faults
 from repa.base.errors import UserError
 
-LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")  # what is being written or removed; letters of tempfile
+LEFTOVER = re.compile(
+    r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp"
+)  # names of files being written or removed; tempfile's letters
 
-SEAL = "sha256_of_the_rest"  # entry of a JSON file whose others are not to be changed: their checksum
+SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 
-MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and what is parsed takes up to 24 times as much memory
+MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up to 24 times as much memory
 
 
 def cache_folder() -> Path:
-    """Where downloads and derived files live: $REPA_CACHE, else $XDG_CACHE_HOME/repa, else ~/.cache/repa."""
+    """The folder for downloads and derived files: $REPA_CACHE, else $XDG_CACHE_HOME/repa, else ~/.cache/repa."""
     base = os.environ.get("REPA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repa"
     return Path(base)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path next to `path` that replaces it when the block ends well, and vanishes when it does not.
+    """A temporary path beside `path`, which replaces it when the block succeeds, and is removed when it fails.
 
-    The data is on disk (fsync) before the name changes, so a kill at any moment leaves the old file or the new one.
+    The data is synced before the rename, so a kill at any moment leaves either the old file or the new one.
     """
     with _temporary_beside(Path(path), _empty_file) as temporary:
         yield temporary
@@ -45,8 +47,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Like atomic_path for a folder of several files; an existing folder at `path` is an error of ours."""
-    path = os.path.realpath(path)  # a folder replaces an empty one, but no link to it
+    """Like atomic_path for a folder of files; an existing folder at `path` is a bug of the caller."""
+    path = os.path.realpath(path)  # renaming replaces an empty folder, but not a link to one
     with _temporary_beside(Path(path), tempfile.mkdtemp) as temporary:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
@@ -60,7 +62,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """What `make` makes next to `path`, for a block that gives it the name `path` at its end; errors of the disk name `path`."""
+    """A temporary file or folder from `make` beside `path`, which the block renames at its end; disk errors name `path`."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def _empty_file(**place: Any) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a file or folder, if it can be: on a failing disk the error that came before is the one to tell."""
+    """Remove a file or folder if possible: on a failing disk the earlier error is the one to report."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -93,15 +95,15 @@ def _discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, sign: str, what: str) -> Iterator[Path]:
-    """atomic_folder for a command that must not overwrite, and that is done when it was killed after its last step.
+    """atomic_folder for a command that must not overwrite; done if an equal command has finished before.
 
     Args:
-        path: absent, empty, or what an equal command made.
-        sign: a file that such a folder has; without it nothing is made to compare with.
-        what: calls it in the refusal: "the export".
+        path: absent, empty, or the result of an equal command.
+        sign: a file that every such folder has; without it the folders are not compared.
+        what: its name in the error: "the export".
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder has other contents.
     """
     path = Path(path)
     refusal = UserError(f"{path} exists and is not empty: choose another folder for {what}.")
@@ -122,10 +124,10 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def remove_leftovers(folder: Path, mine: Callable[[str], object] = lambda name: True) -> None:
-    """Remove what `atomic_path` and `atomic_folder` were filling in `folder` when their process was killed.
+    """Remove the temporary files in `folder` of `atomic_path` and `atomic_folder` in a killed process.
 
-    `mine` tells the names of files and folders that nobody else may write now: another command's lie beside them, half written.
-    What cannot be removed stays, for the next time.
+    `mine` selects the names that no other command may write now; incomplete files of other commands stay. Files that
+    cannot be removed stay for the next time.
     """
     for leftover in folder.glob(".*.tmp"):
         match = LEFTOVER.fullmatch(leftover.name)
@@ -139,27 +141,27 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8; a byte of a path that is not is written as \\udcff, which JSON and YAML read as they were."""
+    """Write text as UTF-8; invalid bytes of a path become \\udcff, from which JSON and YAML restore them."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
     try:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # read_json would refuse it
+    except ValueError:  # read_json would refuse NaN
         raise UserError(
-            f"{path} was not written: a number in it is NaN or infinite. Check the settings and inputs."
+            f"{path} was not written: it has a number that is NaN or infinite. Check the settings and the inputs."
         ) from None
     write_text(path, text + "\n")
 
 
 def write_sealed(path: str | Path, values: Mapping[str, Any]) -> None:
-    """`write_json` of an object, with a checksum by which `read_json` knows that not a digit of it has changed since."""
+    """`write_json` of an object with a checksum, by which `read_json` detects any change."""
     write_json(path, {**values, SEAL: _seal_of(values)})
 
 
 def _seal_of(values: Mapping[str, Any]) -> str:
-    # Through JSON first: tuples and keys that are numbers come back as lists and texts.
+    # Converted through JSON first, because tuples and numeric keys become lists and texts.
     return json_sha256(json.loads(json.dumps(values)))
 
 
@@ -169,7 +171,7 @@ def json_sha256(value: Any) -> str:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """The rows under the columns named, or under all keys of all rows; empty where a row has no such value."""
+    """Write rows as .csv with these columns, or with all keys of all rows; missing values are empty."""
     text = io.StringIO()
     named = list(columns) or list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, named, lineterminator="\n")
@@ -179,18 +181,21 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequ
 
 
 def read_json(path: str | Path, sealed: bool = False) -> Any:
-    """What a JSON file holds, of a sealed one the rest.
+    """The content of a JSON file, without the checksum of a sealed one.
 
     Args:
         path: the file.
-        sealed: refuse a file without its seal, as nobody changes this one by hand.
+        sealed: refuse a file without its checksum, because nobody edits this one by hand.
 
     Raises:
-        UserError: it is none, gives a key twice, holds NaN or Infinity, which JSON lacks, or is not what was sealed.
+        UserError: it is not JSON, has a duplicate key, NaN or Infinity (which JSON lacks), or does not match its
+            checksum.
     """
     with faults.reading(path, "JSON", missing=f"There is no file {path}."):
         if (num_bytes := os.stat(path).st_size) > MOST_JSON:
-            raise UserError(f"{path} is refused: it has {size(num_bytes)}, and a JSON file at most {size(MOST_JSON)}.")
+            raise UserError(
+                f"{path} is refused: it has {size(num_bytes)}, but a JSON file may have at most {size(MOST_JSON)}."
+            )
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
@@ -198,14 +203,14 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
         raise UserError(f"{path} is damaged: it lacks {SEAL!r}.")
     if seal is not None and seal != _seal_of(values):
         raise UserError(
-            f"{path} is not as it was written: restore it from a copy or make it again. If you changed it by hand, remove its "
+            f"{path} does not match its checksum: restore it or make it again. If you edited it, remove its "
             f"line {SEAL!r}."
         )
     return values
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object, unless it gives a key twice."""
+    """Hook of `json.loads` that refuses duplicate keys."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
@@ -215,11 +220,11 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_object(path: str | Path, sealed: bool = False, /, **entries: type | tuple[type, ...]) -> dict[str, Any]:
-    """A JSON file that must hold an object with these entries of these types: whoever made it may have written anything."""
+    """Read an untrusted JSON file that must hold an object with these entries of these types."""
     values = read_json(path, sealed)
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")
@@ -227,12 +232,12 @@ def read_object(path: str | Path, sealed: bool = False, /, **entries: type | tup
         if name not in values:
             raise UserError(f"{path} is damaged: it lacks {name!r}.")
         if not isinstance(values[name], kind) or (isinstance(values[name], bool) and kind is int):
-            raise UserError(f"{path} is damaged: its {name!r} is {type(values[name]).__name__}.")
+            raise UserError(f"{path} is damaged: its {name!r} has the wrong type {type(values[name]).__name__}.")
     return values
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which JSON and command lines can hold and no UTF-8 file can."""
+    """The text with U+FFFD for each lone surrogate, which JSON and command lines can hold but UTF-8 files cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -251,19 +256,19 @@ def sha256(path: str | Path) -> str:
 
 
 def require_space(folder: str | Path, num_bytes: int, what: str) -> None:
-    """Refuse before work starts when the disk cannot hold what is about to be written."""
+    """Refuse before work starts if the disk has too little space."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise UserError(
-            f"{what} needs {size(num_bytes)}, but {folder} has {size(free)} free: make room or choose another folder."
+            f"{what} needs {size(num_bytes)}, but {folder} has {size(free)} free: free some space or choose another folder."
         )
 
 
 def require_place(folder: Path, what: str | Path) -> None:
-    """Refuse before work starts where `what` could not be written after it: its folder is made, and tried."""
+    """Refuse before work starts if `what` could not be written: creates its folder, and tests it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -272,7 +277,7 @@ def require_place(folder: Path, what: str | Path) -> None:
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse before work starts a file that could not be written after it."""
+    """Refuse before work starts if this file could not be written."""
     path = Path(path)
     require_place(path.parent, path)
     if path.is_dir():
@@ -280,7 +285,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people: 1536 -> '1.5 KiB'."""
+    """A number of bytes as text: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(num_bytes) < 1024 or unit == "TiB":
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -289,7 +294,7 @@ def size(num_bytes: float) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; a file system that cannot (some network mounts) is left as it is."""
+    """Make a rename durable, if the file system can (some network mounts cannot)."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -299,7 +304,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bytes on the disk, where the file system can say so."""
+    """Sync a file, if the file system can."""
     with open(path, "rb") as file:
         try:
             os.fsync(file.fileno())
@@ -309,7 +314,7 @@ def sync(path: Path) -> None:
 
 
 def _permit(path: Path, mode: int) -> None:
-    """The usual permissions in place of a temporary file's; a file system without any (CIFS) keeps its own."""
+    """Set the usual permissions instead of a temporary file's; a file system without permissions (CIFS) keeps its own."""
     with contextlib.suppress(PermissionError):
         os.chmod(path, mode & ~_umask())
 

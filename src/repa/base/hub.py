@@ -1,4 +1,4 @@
-"""A model as a folder, as transformers and diffusers write it: in the cache of the Hugging Face hub, fetched into it, or a copy."""
+"""Model folders in the format of transformers and diffusers: in the Hugging Face cache, downloaded into it, or local."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ CONFIG, ADAPTER, INDEX = "config.json", "adapter_config.json", ".index.json"
 
 
 def weights_named(stem: str, pickled: str) -> tuple[str, ...]:
-    """The files that weights may lie in, whole or as an index of parts, in the order in which a library looks for them."""
+    """The files that may hold weights, as one file or an index of parts, in the order in which a library looks for them."""
     return tuple(f"{name}{end}" for name in (f"{stem}.safetensors", f"{pickled}.bin") for end in ("", INDEX))
 
 
@@ -23,27 +23,27 @@ class Repository(NamedTuple):
     name: str
     """owner/name on the hub."""
     groups: tuple[tuple[str, ...], ...]
-    """A folder needs one file of each group; messages name the first."""
+    """A folder needs one file of each group; errors name the first."""
     by_hand: str
-    """What to do without the hub, as "give FOLDER"."""
+    """What to do without the hub, such as "give FOLDER"."""
     subfolder: str = ""
 
     def folder(self) -> Path:
-        """Of the hub's cache, which is filled where it lacks a file."""
+        """The folder in the hub's cache; missing files are downloaded."""
         return self.cached() or self.fetched()
 
     def cached(self) -> Path | None:
-        """The folder of the hub's cache, when it is whole. Asks nobody: without a network nothing waits for a time-out."""
+        """The folder in the hub's cache, if complete. Makes no request, so nothing waits for a time-out offline."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(self.name, f"{self.subfolder}/{CONFIG}".lstrip("/"))
         if not isinstance(path, str):
             return None
-        # An interrupted download leaves a folder that lacks its weights, or parts of them.
+        # An interrupted download leaves a folder without its weights, or without parts of them.
         return None if self.lacks(Path(path).parent) else Path(path).parent
 
     def fetched(self, revision: str | None = None, token: str | None = None) -> Path:
-        """The folder of the hub's cache, with what the hub has now.
+        """The folder in the hub's cache, updated from the hub.
 
         Raises:
             UserError: the hub has no such repository, asks for a licence, or cannot be reached.
@@ -51,9 +51,9 @@ class Repository(NamedTuple):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        remedy = "check its name and the network"
+        remedy = "check its name and the internet connection"
         try:
-            # What can be pickled is taken only of repositories from before safetensors.
+            # Pickled files are used only from repositories without safetensors.
             for pickled in (False, True):
                 wanted = self._patterns(pickled)
                 root = snapshot_download(self.name, allow_patterns=wanted, revision=revision, token=token)
@@ -65,7 +65,7 @@ class Repository(NamedTuple):
             if isinstance(error, GatedRepoError):
                 remedy = "accept its licence on the hub's page and log in (hf auth login)"
         raise UserError(
-            f"The {self.what} ({self.name}) is not on this machine and could not be fetched from the hub ({reason}): {remedy}, or "
+            f"The {self.what} ({self.name}) is not on this machine and could not be downloaded from the hub ({reason}): {remedy}, or "
             f"{self.by_hand}."
         )
 
@@ -76,20 +76,21 @@ class Repository(NamedTuple):
         return [f"{self.subfolder}/{pattern}".lstrip("/") for pattern in (*names, *parts)]
 
     def lacks(self, folder: Path) -> str:
-        """The first file that a folder should hold and does not; empty when it holds all."""
+        """The first missing file of a folder; empty if it is complete."""
         return next((group[0] for group in self.groups if not found_of(group, folder)), "")
 
     def check(self, folder: Path, kinds: Sequence[str], key: str = "model_type") -> dict[str, Any]:
-        """The configuration of a folder, whose `key` says which of `kinds` its model is.
+        """The configuration of a folder; its `key` must be one of `kinds`.
 
         Raises:
-            UserError: a file is missing, the model is of another kind, or its libraries would fetch code or read files elsewhere.
+            UserError: a file is missing, the model is of another kind, or its library would fetch code or read other
+                files.
         """
         if name := self.lacks(folder):
             raise UserError(f"{folder} holds no {name}, which the {self.what} needs: {self.by_hand}.")
-        # transformers would read the network that an adapter names, wherever that lies.
+        # transformers would read the network that an adapter names, wherever it is.
         if (folder / ADAPTER).exists():
-            raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove it.")
+            raise UserError(f"{folder} holds an {ADAPTER}: merge the adapter into the weights, and remove the file.")
         trust.require_own_weights(folder)
         config = files.read_object(folder / CONFIG)
         trust.require_plain_model(config, folder / CONFIG)
@@ -102,7 +103,7 @@ class Repository(NamedTuple):
 
 
 def found_of(group: Sequence[str], folder: Path) -> list[Path]:
-    """The file of a group that a library reads, or its parts where it is an index; none where one of them is missing."""
+    """The file of a group that a library reads, or its parts if it is an index; empty if one of them is missing."""
     name = next((name for name in group if (folder / name).is_file()), None)
     if name is None:
         return []

@@ -1,4 +1,4 @@
-"""Pictures in and out: any image file to RGB, the ADM crop, tensors, grids, PNG."""
+"""Reading and writing images: any image file to RGB, the ADM crop, tensors, grids, PNG."""
 
 import io
 import warnings
@@ -13,19 +13,21 @@ from torch import Tensor
 from repa.base import files
 from repa.base.errors import UserError
 
-# None of these hands a file to another program, as EPS does to Ghostscript; which a Pillow has depends on its build.
+# None of these formats runs another program, as EPS runs Ghostscript. The build of Pillow decides which it supports.
 FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "SGI", "QOI",
 )  # fmt: skip
-# Programs that make pictures write long texts into the file, compressed; Pillow's limit of 1 MiB would refuse the pictures.
+# Image generators write long compressed texts into files; Pillow's limit of 1 MiB would refuse such images.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
-MAX_PIXELS = 178_956_970  # Pillow's own bomb limit; other libraries switch Pillow's off, so it is checked here too
+MAX_PIXELS = (
+    178_956_970  # Pillow's limit against bombs; other libraries disable it in Pillow, so it is checked here too
+)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from half of that on
 
 
 def image_endings() -> tuple[str, ...]:
-    """Endings of file names, in small letters with the dot, of what this Pillow decodes of FORMATS."""
+    """Lower-case file suffixes of the FORMATS that this Pillow can decode."""
     Image.init()
     usual = {ending for ending, name in Image.EXTENSION.items() if name in FORMATS and name in Image.OPEN}
     return tuple(sorted(usual | {".jpe", ".jfif"}))
@@ -34,16 +36,16 @@ def image_endings() -> tuple[str, ...]:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as an upright 8-bit RGB image.
 
-    EXIF rotation is applied; an ICC profile is converted to sRGB; transparency is laid on white; 16-bit greys are scaled
-    to 8 bits (their high byte, which is what Pillow does with 16-bit colour), and those whose values all lie below 4,096 as
-    the 12 bits that cameras and microscopes write; of an animation the first frame counts.
+    EXIF rotation is applied. An ICC profile is converted to sRGB. Transparency is composited on white. 16-bit grey
+    images are reduced to their high byte, as Pillow does with 16-bit colour; if all values are below 4,096, they count
+    as the 12 bits of cameras and microscopes. Only the first frame of an animation is read.
 
     Raises:
-        UserError: names `name`; for anything that is not a whole image, or has more than MAX_PIXELS.
+        UserError: not a complete image, or more than MAX_PIXELS; the message has `name`.
     """
     try:
         image = open_image(io.BytesIO(data))
-        # Known from the header, before anything is decoded.
+        # The header tells the size before anything is decoded.
         if image.width * image.height <= MAX_PIXELS:
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             image.load()
@@ -51,37 +53,35 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         pass  # refused below
     except Image.UnidentifiedImageError:
-        raise UserError(f"{name} is not a readable image: its bytes are of no known format.") from None
+        raise UserError(f"{name} is not a readable image: its format is unknown.") from None
     # Pillow answers damaged bytes with OSError, SyntaxError, ValueError, struct.error, KeyError, ...
     except Exception as error:
         raise UserError(f"{name} is not a readable image: {error or type(error).__name__}.") from error
-    raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels, which is refused: shrink it or remove it.")
+    raise UserError(f"{name} is refused: it has more than {MAX_PIXELS:,} pixels. Shrink it or remove it.")
 
 
 def open_image(file: IO[bytes] | str | Path) -> Image.Image:
-    """Pillow's image of a file in one of FORMATS, nothing decoded yet."""
+    """Open a file in one of FORMATS with Pillow, without decoding it."""
     Image.init()
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say; data that cannot be read do not lose the image."""
+    """Rotate the image by its EXIF data; unreadable EXIF data are ignored."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow answers them with SyntaxError, ValueError, struct.error, ...
+    except Exception:  # Pillow raises SyntaxError, ValueError, struct.error, ...
         return image
 
 
 def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
     if sixteen:
         pixels = np.asarray(image)
-        # No file says that it has 12 bits; read as 16 a picture would lie in the lowest 16 of 256 levels.
+        # No file declares 12 bits; read as 16 bits, an image would use only the lowest 16 of 256 levels.
         bits = 12 if pixels.max() < 1 << 12 else 16
         return Image.fromarray((pixels >> bits - 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are {image.mode!r} numbers of 32 bits, whose range is unknown; save it with 8 or 16 bits"
-        )
+        raise ValueError(f"its pixels are 32-bit numbers ({image.mode!r}) of unknown range; save it with 8 or 16 bits")
     profile = image.info.get("icc_profile")
     grey = image.mode in ("L", "LA", "La")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -93,30 +93,31 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours as the embedded ICC profile means them, in sRGB; a profile that cannot be used does not lose the image."""
+    """Convert colours from the embedded ICC profile to sRGB; an unusable profile is ignored."""
     if not profile or image.mode not in ("RGB", "CMYK", "L"):
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # Of most cameras: nothing to do, and not a grey level changes.
+        # The profile of most cameras: no conversion, so no grey level changes.
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image.convert("RGB")
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-        assert converted is not None  # as it is not in place
+        assert converted is not None  # because it is not in place
         return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image.convert("RGB")
 
 
 def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The crop of ADM, DiT, SiT and REPA: halve by box filter, bicubic to the short side, cut the middle."""
-    # ADM's code does by hand what Pillow's reducing_gap does now. Other steps give other pixels, and references are of these.
+    """The crop of ADM, DiT, SiT and REPA: halve by box filter, resize the short side bicubically, crop the centre."""
+    # ADM's code predates Pillow's reducing_gap. Other steps would give other pixels than those of the published
+    # references.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
-        raise UserError(f"{image.width} x {image.height} pixels are too narrow to enlarge to {size}: remove it.")
+        raise UserError(f"{image.width} x {image.height} pixels are too narrow to enlarge to {size}: remove the image.")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -133,7 +134,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2, backgroun
 
     Args:
         images: uint8 (N, C, H, W), RGB or RGBA.
-        columns: images in a row; about a square when None.
+        columns: images per row; None makes the grid about square.
         padding: pixels between images, none at the rim.
         background: value of these pixels in every channel: white; 0 is transparent in RGBA.
     """
@@ -157,5 +158,5 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
-    """Write uint8 (H, W, 3) as a PNG file, whole or not at all."""
+    """Write uint8 (H, W, 3) as a PNG file, atomically."""
     files.write_bytes(path, encode_png(image))

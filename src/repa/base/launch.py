@@ -1,4 +1,4 @@
-"""This process among others: which of several it is (variables of torchrun), signals, its end, its memory. Torch-free."""
+"""This process among others: its rank (torchrun's variables), signals, end, memory. Torch-free."""
 
 import contextlib
 import ctypes
@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 from repa.base.errors import UserError
 
-JOIN = "REPA_JOIN_MINUTES"  # environment variable: how long processes wait for each other at the start
+JOIN = "REPA_JOIN_MINUTES"  # environment variable: minutes that processes wait for each other at the start
 JOIN_MINUTES = 10.0
-PR_SET_PDEATHSIG = 1  # of Linux: a signal when the parent ends
-# Of glibc's malloc.h, and the largest threshold in bytes that glibc takes.
+PR_SET_PDEATHSIG = 1  # Linux: a signal when the parent ends
+# From glibc's malloc.h, and the largest threshold in bytes that glibc accepts.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 32 * 2**20
 NEVER = 2**31 - 1
-SPINS = "2000"  # of 300,000 by default; on free cores it costs nothing, as benchmarks/waiting.py shows
+SPINS = "2000"  # instead of 300,000; costs nothing on idle cores (benchmarks/waiting.py)
 PAIRS = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
 class Place(NamedTuple):
-    """This process among all, and among those of its machine."""
+    """Rank of this process among all, and among those of its machine."""
 
     rank: int = 0
     world: int = 1
@@ -32,13 +32,13 @@ class Place(NamedTuple):
 
 
 def place(*, strict: bool = True) -> Place:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a process that torchrun did not start is alone.
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without torchrun there is one process.
 
     Args:
-        strict: False takes variables that make no sense for absent, to print an error.
+        strict: False ignores inconsistent variables, in order to print an error.
 
     Raises:
-        UserError: one is set without the other, is not a number, or a rank is outside of its world.
+        UserError: one is set without the other, is not a number, or a rank is not below its world size.
     """
     try:
         (rank, world), (local_rank, local_world) = (_pair(*names) for names in PAIRS)
@@ -50,7 +50,7 @@ def place(*, strict: bool = True) -> Place:
 
 
 def join_minutes() -> float:
-    """How long processes wait for each other at the start."""
+    """Minutes that processes wait for each other at the start."""
     return positive_number(JOIN, JOIN_MINUTES, "give minutes above 0, such as 10")
 
 
@@ -77,7 +77,7 @@ def _pair(rank_name: str, world_name: str) -> tuple[int, int]:
             )
     rank = int(given.get(rank_name, 0))
     world = int(given.get(world_name, rank + 1))
-    # Some launchers set one of the two local ones; of all processes one tells enough where there is one process.
+    # Some launchers set one of the two local variables; with a single process one variable is enough.
     if len(given) == 1 and world != 1 and rank_name == "RANK":
         there, lacking = (rank_name, world_name) if rank_name in given else (world_name, rank_name)
         raise UserError(f"{there} is set, but {lacking} is not. {_remedy(rank_name, world_name)}")
@@ -94,18 +94,18 @@ def _remedy(rank_name: str, world_name: str) -> str:
 
 
 def die_with_parent(parent: int, _: object = None) -> None:
-    """End this worker when the process `parent` that started it ends, however that ends; called first in each worker."""
+    """End this worker when the process `parent` that started it ends for any reason; called first in each worker."""
     import multiprocessing
 
-    # The kernel's signal tells of the direct parent alone. A fork server may stand between, whose end says nothing: for that,
-    # and for other systems, a thread watches the pipe below.
+    # The kernel's signal covers only the direct parent, which may be a fork server. For that case, and for other
+    # systems, a thread watches the pipe below.
     if sys.platform == "linux" and os.getppid() == parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         above = multiprocessing.parent_process()
-        assert above is not None  # this process was started by another
-        # A pipe that closes with it: seen also when it ended before this line.
+        assert above is not None  # the parent has ended already
+        # The pipe closes when the parent ends, also before this line.
         above.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -114,12 +114,12 @@ def die_with_parent(parent: int, _: object = None) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[signal.Signals]]:
-    """SIGINT and SIGTERM that came since the block began, in order, for the block to obey; a second Ctrl-C stops at once."""
+    """Signals SIGINT and SIGTERM received in the block, in order, for the block to handle; a second Ctrl-C stops at once."""
     caught: list[signal.Signals] = []
 
     def remember(number: int, _: object) -> None:
         caught.append(signal.Signals(number))
-        # The first asks to stop after this step; a second one is meant now.
+        # The first asks to stop after this step; the second to stop immediately.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
@@ -135,22 +135,22 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed blocks of up to 32 MiB for its next request; returns whether the C library obeys (glibc).
+    """Let this process keep freed blocks of up to 32 MiB; returns whether the C library supports this (glibc does).
 
-    By default glibc gives large blocks back to the system at once and requests them again, and the system clears each page on
-    its first touch: every activation, rounded weight and gradient of every step. `python benchmarks/train_step.py` and the
-    same with `--return-memory` measure the difference.
+    By default glibc returns large blocks to the system and requests them again, and the system clears each page on first
+    use: every activation, rounded weight and gradient of every step. `python benchmarks/train_step.py`, with and without
+    `--return-memory`, measures the difference.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def spin_briefly() -> None:
-    """Let a thread of GNU's OpenMP sleep when others take long; to be called before torch is imported.
+    """Let waiting threads of GNU OpenMP sleep early; call this before torch is imported.
 
-    By default a thread that waits for the others spins 300,000 times before it sleeps. Beside another program that has one of the cores, it
-    takes the processor from the very thread that it waits for. `benchmarks/waiting.py` measures both. What OMP_WAIT_POLICY or
-    GOMP_SPINCOUNT say already stays.
+    By default a waiting thread spins 300,000 times before it sleeps. If another program uses one of the cores, it takes
+    the processor from the thread that it waits for. `benchmarks/waiting.py` measures both. Existing values of
+    OMP_WAIT_POLICY and GOMP_SPINCOUNT are not changed.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

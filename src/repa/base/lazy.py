@@ -1,4 +1,4 @@
-"""Public names of a room without importing what they need until they are used (PEP 562)."""
+"""Lazy public names of a room: imported on first use (PEP 562)."""
 
 import ast
 import importlib
@@ -13,9 +13,9 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Module-level `__getattr__`, `__dir__`, `__all__` for a room's `__init__.py`.
 
-    The names are those that the file imports under `if TYPE_CHECKING:`, where editors and type checkers look for them:
+    The names are those that the file imports under `if TYPE_CHECKING:`, where editors and type checkers find them:
     `from package.module import Name as Name`. `from package import room as room` makes a submodule an attribute, as
-    after `import package.room`; `__all__` leaves it out.
+    after `import package.room`; it is not in `__all__`.
 
     Args:
         package: the room's `__name__`.
@@ -37,8 +37,8 @@ def exports(
 
 
 def _imports(package: str) -> dict[str, str]:
-    """Name -> the module that it comes from, of the imports under `if TYPE_CHECKING:` in a package's own file."""
-    # The source is the one list of a room's names: editors and type checkers read the same lines.
+    """Name -> module, from the imports under `if TYPE_CHECKING:` in a package's file."""
+    # The source is the single list of a room's names: editors and type checkers read the same lines.
     blocks = ast.parse(inspect.getsource(sys.modules[package])).body
     guarded = [b for b in blocks if isinstance(b, ast.If) and ast.unparse(b.test) == "TYPE_CHECKING"]
     found = [statement for block in guarded for statement in block.body if isinstance(statement, ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""One command at a time on what it writes: locks of files that die with their holder, and a sentence about who holds them."""
+"""Locks on outputs: the system releases them when their process ends, and errors name the holder."""
 
 import contextlib
 import errno
@@ -15,14 +15,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from repa.base import files
 from repa.base.errors import UserError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system, on which commands are not kept apart
-TRIES = 20  # to share a lock, in a second
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a file system without locks
+TRIES = 20  # attempts to share a lock, within a second
 
 
 def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
-    """Lock a file; None when another process has it. `release` gives it back, and so does the end of the process."""
+    """Lock a file; None if another process has it. `release` or the end of the process frees it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Taken by one thread, given back by another; a soft lock, a file that is there or not, would outlive a killed holder.
+    # Acquired and released by different threads. A soft lock (a mere file) would outlive a killed holder.
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=-1 if wait else 0)
@@ -42,7 +42,7 @@ def release(lock: BaseFileLock) -> None:
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock and hold it in the block."""
     lock = take(path, wait=True)
-    assert lock is not None  # it was waited for
+    assert lock is not None  # this branch waits
     try:
         yield
     finally:
@@ -50,9 +50,9 @@ def held(path: Path) -> Iterator[None]:
 
 
 def lock_of(target: Path) -> Path:
-    """Where the lock of a file or folder is: next to it, or in a folder whose own place cannot be written.
+    """The path of the lock of a file or folder: beside it, or inside a folder whose parent cannot be written.
 
-    Of a link: where the lock of what it leads to lies, so that two names of a folder have one lock.
+    Links are resolved, so that two names of one folder share a lock.
     """
     target = Path(os.path.realpath(target))
     inside = target.is_dir() and not os.access(target.parent, os.W_OK)
@@ -61,27 +61,29 @@ def lock_of(target: Path) -> Path:
 
 @contextlib.contextmanager
 def alone(target: Path, doing: str) -> Iterator[None]:
-    """Hold the lock of a file or folder that the block writes; it vanishes afterwards.
+    """Hold the lock of a file or folder that the block writes; the lock is removed afterwards.
 
     Args:
         target: what is written.
-        doing: the command, for others: "repa train".
+        doing: the command that others see: "repa train".
 
     Raises:
-        UserError: another process holds it; the sentence says which, where and since when.
+        UserError: another process holds the lock; the message names it, its host and its start time.
     """
     path = _usable_lock(target)
     if (lock := take(path)) is None:
         raise _refusal(target, path)
     if not lock.is_locked:
-        warnings.warn(f"The file system of {target} has no locks: see that no other command writes it.", stacklevel=3)
+        warnings.warn(
+            f"The file system of {target} has no locks: make sure that no other command writes there.", stacklevel=3
+        )
     place = Path(os.path.abspath(target))  # "." has no name
-    files.remove_leftovers(place.parent, place.name.__eq__)  # of a writer that was killed
+    files.remove_leftovers(place.parent, place.name.__eq__)  # from a killed writer
     try:
         _sign(path, doing)
         yield
     finally:
-        # Removed while it is held: whoever waits finds that the file is no longer the one of this name, and looks again.
+        # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
         with contextlib.suppress(OSError):
             path.unlink()
         release(lock)
@@ -89,18 +91,18 @@ def alone(target: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(target: Path, doing: str) -> Iterator[None]:
-    """Hold the lock of a folder together with others that share it, while nobody is `alone` there.
+    """Hold a shared lock of a folder, which excludes `alone`.
 
-    It is the same file as `alone` locks, which filelock's ReadWriteLock, a SQLite database, could not be.
+    It uses the same file as `alone`, which is impossible with filelock's ReadWriteLock, a SQLite database.
 
     Args:
         target: what is written.
         doing: the command, for others: "repa prepare".
 
     Raises:
-        UserError: another process holds it alone; the sentence says which, where and since when.
+        UserError: another process holds it alone; the message names it, its host and its start time.
     """
-    import fcntl  # absent on Windows, where the rest of the package may be imported
+    import fcntl  # missing on Windows, where the rest of the package can be imported
 
     path = _usable_lock(target)
     if (handle := _share(path)) is None:
@@ -110,14 +112,14 @@ def shared(target: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            # The last one removes the file: to lock it alone fails while others share it.
+            # The last process removes the file: locking it alone fails while others share it.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         os.close(handle)
 
 
 def _share(path: Path) -> int | None:
-    """An open file with a shared lock; None when a process has it alone. Tried for a second: who leaves looks whether it is the last."""
+    """An open file with a shared lock; None if a process has it alone. Retries for a second, because a leaving process locks it briefly."""
     import fcntl
 
     for _ in range(TRIES):
@@ -132,7 +134,7 @@ def _share(path: Path) -> int | None:
                 raise
             time.sleep(1 / TRIES)
             continue
-        # Opened and then removed by the last holder: a lock on a file without a name would keep nobody out.
+        # The last holder may have removed the file after it was opened: a lock on an unnamed file would exclude nobody.
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)
@@ -158,5 +160,5 @@ def _refusal(target: Path, path: Path) -> UserError:
             found = json.loads(file.read(1000))
         holder = f"{found['doing']}, process {found['process']} on {found['host']}, since {found['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        holder = "which left no record"
+        holder = "without a record"
     return UserError(f"{target} is being written by another command ({holder}): wait for it, or stop it first.")

@@ -185,7 +185,7 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
         except ValidationError as error:
             reason = error.errors(include_url=False)[0]["msg"]
             raise UserError(
-                f"The setting {key!r} of the {kind} {spec!r} was given {value!r}: {reason[0].lower()}{reason[1:]}."
+                f"The setting {key!r} of the {kind} {spec!r} is {value!r}: {reason[0].lower()}{reason[1:]}."
             ) from None
 
 

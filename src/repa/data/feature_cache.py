@@ -165,9 +165,7 @@ class FeatureCache:
                 files.write_json(self.folder / CACHE_FILE, facts)
                 self.shape = shape
             if shape != self.shape:
-                raise UserError(
-                    f"{self.folder} holds features {self.shape}, but was given {shape}: take another folder."
-                )
+                raise UserError(f"{self.folder} holds features {self.shape}, but got {shape}: take another folder.")
             # one file a batch, whose name nobody else chooses: nothing that is read by another process is ever changed
             header = {"keys": json.dumps(names), "checksums": json.dumps([_checksum(row) for row in stored])}
             content = save({"features": stored}, metadata=header)

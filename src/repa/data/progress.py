@@ -73,7 +73,7 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
     allowed = [BASE, *features, *text]
     for name in only:
         if name not in allowed:
-            raise UserError(f"only was given {name!r}{choices(name, allowed)}")
+            raise UserError(f"only is {name!r}{choices(name, allowed)}")
     return [name.removeprefix("features:") for name in allowed if not only or name in only]
 
 

@@ -82,9 +82,7 @@ class ArraySource(Source):
         if labels.endswith(".npy"):
             return self._checked(load_npy(labels, "an array"), labels)
         if labels:
-            raise UserError(
-                f"labels was given {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file."
-            )
+            raise UserError(f"labels is {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file.")
         if self.path.suffix.lower() == ".npy":
             return one_class(num)
         archive = _Npz(self.path)

@@ -36,7 +36,7 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
     suffix = Path(path).suffix.lower()
     if suffix not in (".json", *TABLES):
         raise UserError(
-            f"labels was given {spec!r}. Choose 'none', 'folders', 'folders:2', 'folders:last', 'folders:path', 'tars', a "
+            f"labels is {spec!r}. Choose 'none', 'folders', 'folders:2', 'folders:last', 'folders:path', 'tars', a "
             "dataset.json, or a table such as labels.csv:COLUMN (.csv, .tsv, .txt, .jsonl, .parquet)."
         )
     if not Path(path).is_file():

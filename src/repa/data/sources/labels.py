@@ -213,14 +213,14 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
         return one_class(len(paths), why="no folders")
     if depths == {0}:
         raise UserError(
-            f"labels was given {labels!r}, but no image of {where} lies in a folder: give --labels none for one class."
+            f"labels is {labels!r}, but no image of {where} lies in a folder: give --labels none for one class."
         )
     folders = []
     for path in paths:
         parts = path.split("/")[:-1]
         if parts and level is not None and len(parts) < level:
             raise UserError(
-                f"labels was given {labels!r}, but {printable(path)} of {where} lies in {len(parts)} folders: give fewer, folders:last, "
+                f"labels is {labels!r}, but {printable(path)} of {where} lies in {len(parts)} folders: give fewer, folders:last, "
                 "or none."
             )
         if not parts:
@@ -248,7 +248,7 @@ def _level(labels: str) -> int | None:
     if level in ("last", "path"):
         return None if level == "last" else 0
     if level and not re.fullmatch(r"[1-9][0-9]?", level):
-        raise UserError(f"labels was given {labels!r}: write folders, folders:2, folders:last or folders:path.")
+        raise UserError(f"labels is {labels!r}: write folders, folders:2, folders:last or folders:path.")
     return int(level or 1)
 
 

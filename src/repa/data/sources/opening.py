@@ -140,5 +140,5 @@ def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
 
 def _require_own(labels: str, what: str | Path) -> str:
     if labels not in ("", "none"):
-        raise UserError(f"labels was given {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")
+        raise UserError(f"labels is {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")
     return labels

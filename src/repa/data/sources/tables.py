@@ -78,7 +78,7 @@ class TableSource(Source):
                 raise UserError(f"{where} has no column {name!r} for {key}: it has {there}.{nearest(name, columns)}")
         if labels not in ("", "none"):
             raise UserError(
-                f"labels was given {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
+                f"labels is {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
             )
         # texts may be stored as bytes too: a column that is called as captions are is the last choice
         binary = [name for name, column in columns.items() if column.kind == "image"]
