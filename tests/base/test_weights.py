@@ -179,7 +179,7 @@ def test_a_tensor_that_a_header_names_twice_is_refused(second, tmp_path):
     entry = json.loads(data[8 : 8 + size])["a"]
     header = json.dumps({"a": {**entry, **second}})[:-1] + "," + json.dumps({"a": entry})[1:]
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data[8 + size :])
-    with pytest.raises(UserError, match="the key 'a' is given twice"):
+    with pytest.raises(UserError, match="the key 'a' appears twice"):
         read_weights(path)
 
 

@@ -159,7 +159,7 @@ def test_the_recipe_is_found_anywhere(argv):
         ("r --out s --steps 0", "--steps is '0': input should be greater than or equal to 1"),
         ("r --out s --sampler heum", "sampler 'heum'.* Did you mean 'heun'"),
         ("r --out s --sampler heun:lats=3", "has no setting 'lats'"),
-        ("r more --out s", "does not know what to do with 'more'"),
+        ("r more --out s", "got an unexpected word 'more'"),
         ("r --out s -n 3", "'-n' .*two dashes"),
         ("r --out s -- 3", "'--' .*two dashes"),
         ("--out s", r"needs RUN \(run folder\)"),
@@ -181,13 +181,13 @@ def test_mistakes(argv, sentence):
         ("--alignments.x.target tiny", r"--alignments has no part 'x', only numbered ones such as --alignments\.0"),
         ("--alignments.².target tiny", "has no part '²'"),
         ("--alignments.0 tiny", r"--alignments\.0 stands for several options: give --alignments\.0\.target"),
-        ("--alignments tiny", "does not know what to do with 'tiny'"),
+        ("--alignments tiny", "got an unexpected word 'tiny'"),
         ("--alignments.0.tagret tiny", "Did you mean '--alignments.0.target'"),
         ("--encoder-depth 4", r"Did you mean '--model\.depth' or '--alignments\.0\.depth'\?"),
         ("--target tiny", r"Did you mean '--alignments\.0\.target'"),
         ("--learning-rate 1e-3", r"Did you mean '--optimizer\.learning-rate'"),
         ("--optimizer.lr 1e-3", r"Did you mean '--optimizer\.learning-rate'"),
-        ("--alignments.0.measure-only maybe", "does not know what to do with 'maybe'"),
+        ("--alignments.0.measure-only maybe", "got an unexpected word 'maybe'"),
         ("--alignments.0.depth 99", "--alignments.0.depth is 99, but SiT-S/4 has 6 blocks: choose 1 to 6"),
         ("--model.depth 1", "--alignments.0.depth is 2, but SiT-S/4 has 1 blocks"),
         ("--alignments.0.loss cosin", "--alignments.0.loss: Unknown loss 'cosin'.* Did you mean 'cosine'"),
@@ -283,7 +283,7 @@ def test_no_configuration_imports_torch():
 
 def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
     assert options.first(TrainArguments, ["--recipe", "quickstart"], "recipe") == "quickstart"
-    with pytest.raises(UserError, match="does not know what to do with 'sit-b2'"):
+    with pytest.raises(UserError, match="got an unexpected word 'sit-b2'"):
         options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"])
 
 

@@ -96,7 +96,7 @@ def test_an_npz_whose_array_claims_too_much_is_refused(tmp_path):
     data = path.read_bytes()
     assert data.count(b"(4, 6, 5, 3)") == 1
     path.write_bytes(data.replace(b"(4, 6, 5, 3)", b"(9, 6, 5, 3)"))
-    with pytest.raises(UserError, match="is cut short"):
+    with pytest.raises(UserError, match="is truncated"):
         open_source(path)
 
 

@@ -214,7 +214,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"the key {key!r} is given twice")
+            raise ValueError(f"the key {key!r} appears twice")
         values[key] = value
     return values
 

@@ -42,7 +42,7 @@ def release(lock: BaseFileLock) -> None:
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock and hold it in the block."""
     lock = take(path, wait=True)
-    assert lock is not None  # this branch waits
+    assert lock is not None  # because wait=True blocks
     try:
         yield
     finally:
