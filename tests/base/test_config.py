@@ -65,7 +65,7 @@ def test_a_number_is_not_written_true(tmp_path):
     assert Numbers.parse({"count": 2, "rates": [1], "is_fast": True}).is_fast
     for values in ({"count": True}, {"rates": [0.5, False]}):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-        with pytest.raises(UserError, match=f"{next(iter(values))}: a number was expected"):
+        with pytest.raises(UserError, match=f"{next(iter(values))}: expected a number"):
             Numbers.load(tmp_path / "c.yaml")
 
 

@@ -119,7 +119,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
         (("S", "--reference", "DATA", *FEATURES, "--autoencoder-weights", "w"), "--autoencoder-weights has no effect here"),
         (("S", "--reference", "DATA", *FEATURES, "--steps", "3"), "--steps has no effect here"),
         (("S", "--reference", "DATA", *FEATURES, "--guidance", "cfg:scale=2"), "--guidance has no effect here"),
-        (("S", "--reference", "DATA", *FEATURES, "--out", "r.txt"), "--out is r.txt: give a name that ends in .json"),
+        (("S", "--reference", "DATA", *FEATURES, "--out", "r.txt"), "--out is r.txt, which does not end in .json"),
         (("S", "--reference", "DATA", *FEATURES, "--out", "S.json"), "is the record of `repa sample` for"),
         (("S", "--reference", "DATA", *FEATURES, "--metrics", "fid"), "'fid' is not measured in the features of tiny-classifier"),
         (("S", "--reference", "RUN", *FEATURES), "is a run folder: give its training data"),

@@ -30,8 +30,8 @@ def test_page_and_tables_lie_side_by_side(tmp_path, capsys):
 def test_mistakes_are_sentences(tmp_path, capsys):
     run = fake_run(tmp_path / "a")
     for words, sentence in (
-        ([str(run), "--out", "r.pdf"], "--out is r.pdf: give a name that ends in .html"),
-        ([str(run), "--picture", "r.svg"], "--picture is r.svg: give a name that ends in .png"),
+        ([str(run), "--out", "r.pdf"], "--out is r.pdf, which does not end in .html"),
+        ([str(run), "--picture", "r.svg"], "--picture is r.svg, which does not end in .png"),
         ([str(tmp_path / "b")], "b is not a run folder"),
         ([str(run), "--results", str(tmp_path / "absent.json")], "There is no file"),
     ):

@@ -216,5 +216,5 @@ def test_a_folder_that_another_process_has_just_begun_is_a_cache(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_said():
-    with pytest.raises(UserError, match=r"/proc/features takes no new files. Choose another place"):
+    with pytest.raises(UserError, match=r"/proc/features accepts no new files. Choose another folder"):
         FeatureCache.open("/proc/features", "enc").add(["a"], torch.zeros(1, 2, 3))

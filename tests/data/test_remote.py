@@ -251,7 +251,7 @@ def test_a_hostile_manifest_cannot_write_elsewhere(store, tmp_path):
 
 def test_a_manifest_that_was_changed_is_named_by_its_url(store):
     store.pipe("/data/manifest.json", store.cat("/data/manifest.json").replace(b'"num_images": ', b'"num_images": 1'))
-    with pytest.raises(UserError, match=r"^memory://data/manifest\.json is not as it was written"):
+    with pytest.raises(UserError, match=r"^memory://data/manifest\.json does not match its checksum"):
         open_data("memory://data")
 
 
