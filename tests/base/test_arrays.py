@@ -1,10 +1,13 @@
 """Files of arrays that anyone may have written, or a disk may have changed."""
 
 import io
+import warnings
+import zipfile
 
 import numpy as np
+import pytest
 
-from repa.base.arrays import load_npz
+from repa.base.arrays import load_npz, map_npz
 from repa.base.errors import UserError
 
 
@@ -23,3 +26,15 @@ def test_no_flipped_bit_changes_or_hides_an_array(tmp_path):
             continue
         assert found.keys() == arrays.keys(), position
         assert all(np.array_equal(found[name], arrays[name]) for name in arrays), position
+
+
+@pytest.mark.parametrize("read", [lambda path: load_npz(path, "arrays"), lambda path: map_npz(path, "arrays", "mu")])
+def test_an_array_that_is_there_twice_is_refused(read, tmp_path):
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        warnings.simplefilter("ignore")  # zipfile's own about the name
+        for value in (1.0, 2.0):
+            file = io.BytesIO()
+            np.save(file, np.full(3, value))
+            archive.writestr("mu.npy", file.getvalue())
+    with pytest.raises(UserError, match=r"'mu\.npy' twice"):
+        read(tmp_path / "a.npz")

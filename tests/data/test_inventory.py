@@ -103,6 +103,28 @@ def test_a_zip_with_backslashes_has_its_folders(tmp_path):
     source.decode(1)
 
 
+def test_other_ways_to_write_the_path_of_a_member(tmp_path):
+    names = ["./cat/1.png", "cat//2.png", "cat/./3.png", "dog\\1.png"]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number, name in enumerate(names):
+            archive.writestr(name, png(number))
+    source = open_source(tmp_path / "x.zip")
+    assert (classes(source), source.left_out) == (["cat"] * 3 + ["dog"], {})
+    assert np.array_equal(np.asarray(source.decode(2)), np.asarray(picture(2)))
+    tar(tmp_path / "x.tar", **{name: png() for name in names})
+    assert classes(open_source(tmp_path / "x.tar", labels="folders")) == ["cat"] * 3 + ["dog"]
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
+        archive.writestr("cat/2.png", png())
+    with pytest.raises(UserError, match=r"'cat/2\.png' twice"):
+        open_source(tmp_path / "x.zip")
+
+
+def test_backslashes_in_a_tar_are_folders_too(tmp_path):
+    tar(tmp_path / "x.tar", **{"cat\\1.png": png(), "dog\\1.png": png()})
+    with pytest.raises(UserError, match="folders such as cat, dog"):
+        open_source(tmp_path / "x.tar")
+
+
 def tar(path, **members):
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
@@ -379,6 +401,27 @@ def test_files_of_samples_that_are_not_read_are_counted_or_asked_about(tmp_path)
     assert classes(open_source(f"{tmp_path / 'b.tar'}:label=class")) == ["cat"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "choice"),
+    [
+        ({"0.json": b'{"caption": "x"}'}, {"1.json": b'{"class": 4}'}, "class"),  # the first sample alone says nothing
+        ({"0.json": b'{"label": null, "class": 3}'}, {"1.json": b'{"label": null, "class": 4}'}, "class"),
+        ({"0.cls.txt": b"3"}, {"1.cls.txt": b"4"}, r"cls\.txt"),
+    ],
+)
+def test_what_looks_like_a_label_in_any_sample(first, second, choice, tmp_path):
+    tar(tmp_path / "a.tar", **{"0.png": png()}, **first, **{"1.png": png()}, **second)
+    for _ in range(2):  # the second time from the index in the cache
+        with pytest.raises(UserError, match=f"label={choice},"):
+            open_source(tmp_path / "a.tar")
+
+
+def test_hidden_files_in_a_tar_are_counted(tmp_path):
+    tar(tmp_path / "a.tar", **{"0.png": png(), "._0.png": b"x", "@eaDir/0.png": png(), "#snapshot/0.png": png()})
+    for _ in range(2):
+        assert open_source(tmp_path / "a.tar").left_out == {"hidden files and folders of the system": 3}
+
+
 def test_arrays_that_are_left_out_are_named(tmp_path):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=np.array([1.0, 0.0]), x_test=images)
@@ -423,7 +466,7 @@ def test_captions_of_metadata(text, tmp_path):
     assert captions == ([("hello",), ("a", "b")] if "hello" in text else [(), ()])
 
 
-@pytest.mark.parametrize("file", ["labels.csv", "images/metadata.csv"])
+@pytest.mark.parametrize("file", ["labels.csv", "images/labels.csv"])
 def test_a_table_beside_the_one_folder_of_images(file, tmp_path):
     """The choice that the refusal names is taken: paths may start at the folder of the images."""
     tree(tmp_path, "images/0.png", "images/1.png")
@@ -502,3 +545,141 @@ def test_what_lies_in_a_folder_without_images_is_told(tmp_path):
     (tmp_path / "default/train/0000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"but 1 files \.parquet"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [("trainA", "testA"), ("TrainSet", "TestSet")])
+def test_splits_in_camel_case(splits, tmp_path):
+    tree(tmp_path, *(f"{split}/{number}.png" for split in splits for number in range(2)))
+    with pytest.raises(UserError, match="looks like splits"):
+        open_source(tmp_path)
+
+
+def test_splits_inside_the_folders_of_classes(tmp_path):
+    tree(tmp_path, "cat/train/1.png", "cat/val/2.png", "dog/train/3.png")
+    with pytest.raises(UserError, match=r"looks like splits \(train, val\)"):
+        open_source(tmp_path)
+    assert classes(open_source(tmp_path, labels="folders")) == ["cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize("file", ["metadata.csv", "train/metadata.csv", "dataset.json"])
+def test_labels_of_several_splits_are_not_one_set(file, tmp_path):
+    tree(tmp_path, "train/a.png", "test/b.png")
+    if file == "dataset.json":
+        (tmp_path / file).write_text('{"labels": [["train/a.png", 0], ["test/b.png", 1]]}')
+    elif file == "metadata.csv":
+        (tmp_path / file).write_text("file_name,label\ntrain/a.png,0\ntest/b.png,1\n")
+    else:
+        (tmp_path / file).write_text("file_name,label\na.png,0\n")
+        (tmp_path / "test/metadata.csv").write_text("file_name,label\nb.png,1\n")
+    with pytest.raises(UserError, match=r"splits \(test, train\)"):
+        open_source(tmp_path)
+    (tmp_path / "table.csv").write_text("file_name,label\ntrain/a.png,0\ntest/b.png,1\n")
+    source = open_source(tmp_path, labels=f"{tmp_path / 'table.csv'}:label")
+    assert classes(source) == ["1", "0"]
+    assert "the splits test, train are one set" in source.labels_from
+
+
+def test_splits_inside_a_tar_are_told(tmp_path):
+    tar(tmp_path / "a.tar", **{"train/0.png": png(), "train/0.cls": b"0", "val/1.png": png(), "val/1.cls": b"1"})
+    assert "the splits train, val are one set" in open_source(tmp_path / "a.tar").labels_from
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_shards_in_folders_of_splits_are_not_one_set(ending, tmp_path):
+    for split in ("train", "test"):
+        path = tmp_path / "val of someone" / split / f"0.{ending}"
+        path.parent.mkdir(parents=True)
+        if ending == "tar":
+            tar(path, **{"0.png": png(), "0.cls": b"0"})
+        else:
+            parquet.write_table(pa.table({"image": [png()], "label": [0]}), path)
+    with pytest.raises(UserError, match=r"several splits \(test, train"):
+        open_source(tmp_path / "val of someone" / "*" / f"0.{ending}")
+    assert len(open_source(tmp_path / "val of someone" / "train" / f"*.{ending}")) == 1
+
+
+@pytest.mark.parametrize("pattern", ["{0,0}.tar", "{0,*}.tar"])
+def test_no_shard_counts_twice(pattern, tmp_path):
+    tar(tmp_path / "0.tar", **{"0.png": png()})
+    with pytest.raises(UserError, match=r"0\.tar twice"):
+        open_source(tmp_path / pattern)
+
+
+def test_metadata_in_every_folder(tmp_path):
+    tree(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a/metadata.csv").write_text("file_name,text\n1.png,one\n")
+    (tmp_path / "b/metadata.jsonl").write_text('{"file_name": "./1.png", "text": "two"}\n')
+    source = open_source(tmp_path)
+    assert [source.captions(index) for index in range(2)] == [("one",), ("two",)]
+    assert (classes(source), source.left_out) == (["a", "b"], {})
+    (tmp_path / "a/metadata.csv").write_text("file_name,text,label\n1.png,one,x\n")
+    (tmp_path / "b/metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"b/1\.png has no label"):
+        open_source(tmp_path)
+    (tmp_path / "b/metadata.csv").write_text("file_name,label\n1.png,y\n")
+    assert classes(open_source(tmp_path)) == ["x", "y"]
+
+
+def test_a_listing_inside_the_one_folder(tmp_path):
+    tree(tmp_path, "x/a.png", "x/b.png")
+    (tmp_path / "x/dataset.json").write_text('{"labels": [["a.png", 0], ["b.png", 1]]}')
+    with pytest.raises(UserError, match=r"x/dataset\.json, which looks like labels"):
+        open_source(tmp_path)
+    assert classes(open_source(tmp_path, labels=str(tmp_path / "x/dataset.json"))) == ["0", "1"]
+
+
+def test_classes_of_similar_names_are_told(tmp_path):
+    assert (
+        "similar names: Cat, cat"
+        in open_source(tree(tmp_path / "a", "Cat/1.png", "cat/1.png", "dog/1.png")).labels_from
+    )
+    assert "similar names: 01, 1" in open_source(tree(tmp_path / "b", "1/1.png", "01/1.png", "2/1.png")).labels_from
+    assert "similar" not in open_source(tree(tmp_path / "c", "-1/1.png", "1/1.png", "c/1.png", "c++/1.png")).labels_from
+
+
+def test_words_for_a_missing_label_among_numbers(tmp_path):
+    tree(tmp_path / "s", "a.png", "b.png", "c.png")
+    (tmp_path / "t.csv").write_text("file,label\na.png,3\nb.png,N/A\nc.png,4\n")
+    with pytest.raises(UserError, match=r"b\.png has no label"):
+        open_source(tmp_path / "s", labels=f"{tmp_path / 't.csv'}:label")
+    (tmp_path / "t.csv").write_text("file,label\na.png,cat\nb.png,none\nc.png,4\n")
+    assert classes(open_source(tmp_path / "s", labels=f"{tmp_path / 't.csv'}:label")) == ["cat", "none", "4"]
+
+
+def test_columns_that_are_not_read_are_counted(tmp_path):
+    table = {
+        "image": [png()] * 2,
+        "label": [0, 1],
+        "split": ["train", "test"],
+        "text": ["a", "b"],
+        "caption": ["c", "d"],
+    }
+    parquet.write_table(pa.table(table), tmp_path / "t.parquet")
+    assert open_source(tmp_path / "t.parquet").left_out == {"column 'split'": 1, "column 'text'": 1}
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view"])
+def test_captions_of_other_types_of_text(kind, tmp_path):
+    texts = pa.array(["a cat", "a dog"])
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(pa.string_view())
+    parquet.write_table(pa.table({"image": [png()] * 2, "caption": texts}), tmp_path / "t.parquet")
+    assert open_source(tmp_path / "t.parquet").captions(1) == ("a dog",)
+
+
+def test_one_parquet_file_a_class(tmp_path):
+    for name in ("cat", "dog"):
+        parquet.write_table(pa.table({"image": [png()]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="--labels none"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, labels="none").class_names == ["all"]
+    for name in ("a-00000-of-00002", "a-00001-of-00002"):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        parquet.write_table(pa.table({"image": [png()]}), tmp_path / "parts" / f"{name}.parquet")
+    assert open_source(tmp_path / "parts").class_names == ["all"]
+
+
+@pytest.mark.parametrize("key", ["cls", "category", "Y"])
+def test_arrays_that_are_called_as_labels_are(key, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), **{key: np.arange(2)})
+    with pytest.raises(UserError, match=f"label={key}"):
+        open_source(tmp_path / "a.npz")

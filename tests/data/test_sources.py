@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+import tarfile
 import tracemalloc
 import warnings
 import zipfile
@@ -57,6 +58,44 @@ def test_a_link_to_a_folder_above_ends(tmp_path):
     noise_image(0).save(tmp_path / "a" / "1.png")
     os.symlink(tmp_path, tmp_path / "a" / "loop")
     assert list(open_source(tmp_path).paths) == ["a/1.png"]
+
+
+def test_links_in_a_circle_are_broken_links(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        noise_image(0).save(tmp_path / name / "1.png")
+    os.symlink("d", tmp_path / "c")
+    os.symlink("c", tmp_path / "d")
+    os.symlink("x.png", tmp_path / "a" / "x.png")
+    source = open_source(tmp_path)
+    assert list(source.paths) == ["a/1.png", "a/x.png", "b/1.png"]
+    with pytest.raises(UserError, match=r"^a/x\.png cannot be read"):
+        source.decode(1)
+
+
+def test_links_that_lead_to_a_folder_in_a_million_ways_are_refused(tmp_path):
+    for level in range(20):
+        (tmp_path / f"{level}").mkdir()
+        for name in ("a", "b"):
+            os.symlink(tmp_path / f"{level + 1}", tmp_path / f"{level}" / name)
+    (tmp_path / "20").mkdir()
+    noise_image(0).save(tmp_path / "20" / "1.png")
+    with pytest.raises(UserError, match="more than 100 ways"):
+        open_source(tmp_path / "0")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_paths_of_endless_folders_are_refused(kind, tmp_path):
+    path = "/".join(["data"] * 102) + "/1.png"  # a folder called data is not a class, so all of them would be looked at
+    (tmp_path / "s" / path).parent.mkdir(parents=True)
+    noise_image(0).save(tmp_path / "s" / path)
+    if kind == "zip":
+        pack(tmp_path / "s", tmp_path / "s.zip")
+    if kind == "tar":
+        with tarfile.open(tmp_path / "s.tar", "w") as archive:
+            archive.add(tmp_path / "s" / path, path)
+    with pytest.raises(UserError, match="more than 100 folders"):
+        open_source(tmp_path / {"folder": "s", "zip": "s.zip", "tar": "s.tar"}[kind])
 
 
 @pytest.mark.parametrize("prefix", ["", "images/"])

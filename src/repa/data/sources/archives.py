@@ -13,13 +13,21 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.arrays import data_offset
 from repa.base.errors import UserError
-from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, Strings, is_hidden, require_safe_member
+from repa.data.sources.contract import (
+    CAPTION_ENDING,
+    EXTENSIONS,
+    Strings,
+    is_hidden,
+    member_path,
+    require_safe_member,
+)  # fmt: skip
 from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
 
 # all that zip programs write unless told otherwise; `Members.read` bounds what each of these unpacks to
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
+WANTED = (*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json")  # endings of what may be read
 MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
 
 
@@ -43,8 +51,8 @@ class Members:
     """The wanted members of a zip in a few arrays: the objects of the zipfile module take many times their memory."""
 
     def __init__(self, path: Path, members: list[zipfile.ZipInfo]):
-        members = sorted(members, key=member_path)
-        self.names = Strings(map(member_path, members))
+        members = sorted(members, key=lambda member: member.filename)
+        self.names = Strings(member.filename for member in members)
         facts = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
         self._facts = np.array(facts, MEMBER)
         self._slices = Slices(path)
@@ -75,16 +83,16 @@ class ZipSource(FileSource):
         # before any is left out: an archive that holds one harmful member is refused whole
         for member in members:
             _require_safe(path, member)
-        wanted = [member for member in members if _is_wanted(member)]
+            member.filename = member_path(member.filename) + "/" * member.filename.endswith(("/", "\\"))
+        visible = [member for member in members if not _is_junk(member.filename)]
+        wanted = [member for member in visible if member.filename.lower().endswith(WANTED)]
         # zip allows it, and programs differ in which of the two they unpack
-        if len(set(map(member_path, wanted))) < len(wanted):
-            names = sorted(map(member_path, wanted))
-            twice = next(a for a, b in itertools.pairwise(names) if a == b)
+        names = sorted(member.filename for member in wanted)
+        if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
             raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
         self._members = Members(path, wanted)
-        visible = [m for m in members if not any(map(is_hidden, member_path(m).split("/")))]
-        found = {member_path(m): m.CRC for m in visible if not member_path(m).endswith("/")}
-        folders = [member_path(m).partition("/")[0] for m in visible if "/" in member_path(m)]
+        found = {member.filename: member.CRC for member in visible if not member.is_dir()}
+        folders = {member.filename.partition("/")[0] for member in visible if "/" in member.filename} - {""}
         super().__init__(str(path), found, labels, folders=folders, junk=len(members) - len(visible))
 
     def read(self, path: str, name: str) -> bytes:
@@ -94,9 +102,8 @@ class ZipSource(FileSource):
             return self._members.read(index)
 
 
-def member_path(member: zipfile.ZipInfo) -> str:
-    """The path of a member; some programs of Windows write it with the wrong slash."""
-    return member.filename.replace("\\", "/")
+def _is_junk(path: str) -> bool:
+    return any(map(is_hidden, path.split("/")))
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -105,31 +112,24 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
 
 
-def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    name = member_path(member)
-    if member.is_dir() or any(is_hidden(part) for part in name.split("/")):
-        return False
-    return name.lower().endswith((*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json"))
-
-
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
     """Refuse archives made to do harm, before anything of them is read."""
     # zipfile cuts `filename` at a null byte, so that it may look harmless
     require_safe_member(path, member.orig_filename, max(member.file_size, member.compress_size))
-    name = member_path(member)
+    name = member.filename
     if member.flag_bits & 1:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in ZIP_METHODS:
         raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")
 
 
-def tar_samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size)."""
+def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size). Hidden ones go to `junk`."""
     key: str | None = None
     members: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
-    for member in _tar_members(path, name, size):
-        folder, slash, base = _tar_path(member.name).rpartition("/")
+    for member in _tar_members(path, name, size, junk):
+        folder, slash, base = member_path(member.name).rpartition("/")
         stem, _, extension = base.partition(".")
         this, extension = f"{folder}{slash}{stem}", extension.lower()
         if this != key:
@@ -147,13 +147,16 @@ def tar_samples(path: Path, name: str, size: int) -> Iterator[tuple[str, dict[st
         yield key, members
 
 
-def _tar_members(path: Path, name: str, size: int) -> Iterator[tarfile.TarInfo]:
+def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tarfile.TarInfo]:
     """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
     with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
             require_safe_member(name, member.name, member.size)
-            if member.isdir() or any(is_hidden(part) for part in _tar_path(member.name).split("/")):
+            if _is_junk(member_path(member.name)):
+                junk.append(member.name)
+                continue
+            if member.isdir():
                 continue
             # a link could lead to any file of this machine; the bytes of a sparse file do not lie in one piece
             if not member.isreg() or member.issparse():
@@ -178,8 +181,3 @@ def _require_tar_end(path: Path, offset: int) -> None:
             found += len(block)
     if found < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("unexpected end of data")
-
-
-def _tar_path(name: str) -> str:
-    """'./a/b.png' -> 'a/b.png'."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))

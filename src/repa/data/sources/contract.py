@@ -1,8 +1,10 @@
 """The contract of a source of images, and what file names mean: patterns, splits of a data set, junk of a system."""
 
+import collections
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -31,12 +33,17 @@ SAMPLED = 64  # images of a source whose bytes are part of its identity
 CAPTION_COLUMNS = ("caption", "captions", "text")  # columns of texts
 CAPTION_ENDING = ".txt"  # a text next to an image, with the same name
 MAX_FILES = 1_000_000
+MAX_FOLDERS = (
+    100  # around a file: to look at each folder of a path takes memory that grows with the square of their number
+)
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or words
-# of macOS, the disks of Synology and QNAP, Windows, ext4 and Python: none of them begins with a dot
+# of macOS, the disks of Synology, QNAP and NetApp, Windows, ext4 and Python: none of them begins with a dot
 JUNK = (
     "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
-    "thumbs.db", "desktop.ini", "__pycache__",
+    "thumbs.db", "desktop.ini", "__pycache__", "#snapshot", "~snapshot", "@tmp", "@sharebin", "recycler", "found.000",
+    "network trash folder", "temporary items",
 )  # fmt: skip
+JUNK_KIND = "hidden files and folders of the system"
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test", "holdout": "test",
@@ -134,6 +141,8 @@ class Source(ABC):
     def _identify(self, classes: Classes, name: str, *, with_labels: bool = True, **facts: Any) -> None:
         """Set the classes, and the identity from facts such as checksums of contents."""
         self.labels, self.class_names, self.labels_from = classes
+        if alike := names_alike(self.class_names):
+            self.labels_from += f"; separate classes of similar names: {', '.join(alike[:6])}"
         if with_labels:
             names = "\n".join(self.class_names).encode()
             facts["labels_sha256"] = hashlib.sha256(self.labels.tobytes() + names).hexdigest()
@@ -159,6 +168,15 @@ class Source(ABC):
 def plain_text(text: str) -> str:
     """A name as people see it: no spaces or marks without a width around it, and one form of each accented letter."""
     return unicodedata.normalize("NFC", text.strip().strip("\u200b\u200e\u200f\u2060\ufeff").strip())
+
+
+def names_alike(names: Iterable[str]) -> list[str]:
+    """Names that people may mean one class by: they differ in letter case, spaces and the like, or write the same number."""
+    groups = collections.defaultdict(list)
+    for name in names:
+        folded = re.sub(r"[\s_]", "", unicodedata.normalize("NFKC", name).casefold())
+        groups[float(folded) if re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]*)?", folded) else folded].append(name)
+    return [name for group in groups.values() if len(group) > 1 for name in group]
 
 
 class Strings(Sequence[str]):
@@ -242,6 +260,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
+def member_path(name: str) -> str:
+    """The path of a member of an archive: some programs of Windows write the wrong slash, others './' and '//'."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
 def require_safe_member(archive: str | Path, name: str, size: int) -> None:
     """Refuse an archive made to do harm: with a path that leaves the folder it is unpacked to, or a file without end."""
     # checked for every system on each: an archive that is refused here must not be harmful elsewhere
@@ -249,6 +272,10 @@ def require_safe_member(archive: str | Path, name: str, size: int) -> None:
     if plain.startswith("/") or re.match(r"[A-Za-z]:", plain) or ".." in plain.split("/"):
         raise UserError(
             f"{archive} holds {name!r}, a path that leads out of the archive: it is refused, pack it again without that path."
+        )
+    if plain.count("/") > MAX_FOLDERS:
+        raise UserError(
+            f"{archive} holds {plain[:60]!r}..., a path of more than {MAX_FOLDERS} folders: pack it again without them."
         )
     require_image_size(size, f"{plain} in {archive}")
 
@@ -266,7 +293,7 @@ def expand(spec: str) -> list[str]:
     """
     names = _braces(spec)
     if is_remote(spec):
-        return names
+        return _each_once(spec, names)
     found: list[str] = []
     for name in names:
         # a file may have a bracket in its name, which glob would not match with itself
@@ -274,12 +301,30 @@ def expand(spec: str) -> list[str]:
         if not matches:
             raise UserError(f"There is no file {name!r}{'' if name == spec else f', of {spec!r}'}: give its path.")
         found += matches
-    return found
+    return _each_once(spec, found)
+
+
+def _each_once(spec: str, files: list[str]) -> list[str]:
+    if len(set(files)) < len(files):
+        twice = next(file for file, num in collections.Counter(files).items() if num > 1)
+        raise UserError(f"{spec!r} stands for {twice} twice: name every file once.")
+    return files
 
 
 def stem_of(shard: str) -> str:
     """The name of a file without folder and ending; of a URL also without its query."""
     return Path(shard.partition("?")[0]).stem
+
+
+def counted_through(shards: Sequence[str]) -> bool:
+    """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar, or 00000-of-00002.parquet?"""
+    stems = [re.sub("-of-[0-9]+$", "", stem_of(shard)) for shard in shards]
+    matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
+    if len(matches) < len(stems):
+        return False
+    numbers = sorted(int(match[1]) for match in matches)
+    others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
+    return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def named_by_first(shards: Sequence[str]) -> str:
@@ -313,24 +358,41 @@ def _braces(spec: str) -> list[str]:
 
 
 def splits_among(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like splits, sorted: the bare words, and where two differ also train2017 and seg_test."""
-    found = {name: meaning for name in names if (meaning := _split_of(name))}
-    if len(set(found.values())) > 1:
-        return sorted(found)
+    """Those of the names that look like splits, sorted: the bare words, and where two differ also train2017, trainA and seg_test."""
+    found = {name for name in names if _split_of(name)}
     # alone, a class may be called test_tube or dev_board: only the bare word is a split then
-    return sorted(name for name in found if name.lower() in SPLITS)
+    return several_splits(found) or sorted(name for name in found if name.lower() in SPLITS)
+
+
+def several_splits(names: Iterable[str]) -> list[str]:
+    """Those of the names that look like splits, sorted, where there are two different ones."""
+    found = {name: meaning for name in names if (meaning := _split_of(name))}
+    return sorted(found) if len(set(found.values())) > 1 else []
+
+
+def split_folders(paths: Sequence[str]) -> list[str]:
+    """The folders of files that look like several splits, on the highest level where some do."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    for level in range(max(folder.count("/") for folder in folders) + 1):
+        if splits := several_splits({folder.split("/")[level] for folder in folders if folder.count("/") >= level}):
+            return splits
+    return []
 
 
 def _split_of(name: str) -> str:
-    words = re.split("[^a-z]+", name.lower())
-    return next((SPLITS[word] for word in words if word in SPLITS), "")
+    words = re.findall("[A-Z]*[a-z]+|[A-Z]+", name)  # of trainA and TestSet too
+    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
 
 
 def require_one_split(files: Sequence[str]) -> None:
-    """Raises UserError for shards of several splits, which would become one set in silence."""
-    splits = {file: split for file in files if (split := _split_of(stem_of(file)))}
-    if len(found := sorted(set(splits.values()))) > 1:
-        first, others = next(iter(splits)), ", ".join(sorted(set(map(stem_of, splits)))[:4])
+    """Raises UserError for shards of several splits, by their names or their folders, which would become one set in silence."""
+    paths = [re.split(r"[/\\]", file.partition("?")[0]) for file in files]
+    # folders that all of them lie in tell nothing
+    same = len([*itertools.takewhile(lambda names: len({*names}) == 1, zip(*paths, strict=False))])
+    parts = [[*path[same:-1], stem_of(file)] for path, file in zip(paths, files, strict=True)]
+    splits = [next(filter(None, map(_split_of, names)), "") for names in parts]
+    if len(found := sorted({*splits} - {""})) > 1:
+        first, others = files[splits.index(found[0])], ", ".join(sorted({"/".join(names) for names in parts})[:4])
         raise UserError(
-            f"{Path(first).parent} holds several splits ({', '.join(found)}: {others}): give the files of one, such as {first}."
+            f"The files are of several splits ({', '.join(found)}: {others}): give those of one, such as {first}."
         )

@@ -17,6 +17,8 @@ from repa.data.sources.contract import (
     CAPTION_COLUMNS,
     CAPTION_ENDING,
     EXTENSIONS,
+    JUNK_KIND,
+    MAX_FOLDERS,
     Classes,
     Source,
     Strings,
@@ -27,13 +29,14 @@ from repa.data.sources.contract import (
     one_class,
     plain_text,
     read_image_file,
+    split_folders,
 )  # fmt: skip
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, table_columns
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
 
-JUNK_KIND = "hidden files and folders of the system"
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are not classes
+MAX_VISITS = 100  # of one folder, through links
 MOST_TABLES = 20  # files that are looked at for labels
 
 
@@ -57,7 +60,9 @@ class FileSource(Source):
                 "at any depth."
             )
         texts = {path for path in found if path.lower().endswith(CAPTION_ENDING)}
-        self._described = {LISTING, *METADATA} & found.keys()
+        above = _folders_above(paths)  # what lies in another folder tells nothing of these images
+        metadata = {os.path.join(folder, name) for folder in above for name in METADATA}
+        self._described = ({LISTING} | metadata) & found.keys()
         others = found.keys() - {*texts, *paths, *self._described}
         # a .txt is a caption beside its image, and may be a table of labels where it is not
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
@@ -75,9 +80,17 @@ class FileSource(Source):
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
         given = self._given_classes(where, paths, labels)
+        if given is not None and (splits := split_folders(paths)):
+            shown = ", ".join(map(printable, splits))
+            if not labels:
+                raise UserError(
+                    f"{where} holds what looks like splits ({shown}), with labels for all of them in {given.origin}: give one of them as "
+                    "the source, or --labels none, or --labels TABLE.csv:COLUMN to take all of them as one set."
+                )
+            given = given._replace(origin=f"{given.origin}; the splits {shown} are one set")
         classes = given or from_folders(where, paths, labels)
         if given is None and not labels:
-            self._require_nothing_label_like(where, paths, unknown, is_one=len(classes.names) == 1)
+            self._require_nothing_label_like(where, paths, unknown, above, is_one=len(classes.names) == 1)
         # classes that are folders are in the list of paths
         self._identify(classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
 
@@ -97,19 +110,16 @@ class FileSource(Source):
         return self._from_metadata(where, paths)
 
     def _require_nothing_label_like(
-        self, where: str, paths: Sequence[str], unknown: Sequence[str], *, is_one: bool
+        self, where: str, paths: Sequence[str], unknown: Sequence[str], above: set[str], *, is_one: bool
     ) -> None:
         """Refuse where a file looks like labels, and name the choice, before folders become classes or all images one class.
 
         Args:
-            unknown: files that are neither images nor their captions; those next to images or in folders above are looked at.
+            unknown: files that are neither images nor their captions; those next to images or in folders `above` are looked at.
             is_one: all images are of one class. Else only a table that names images and their labels is one too many.
         """
         # images in one class by mistake train without an error, and only its samples tell
-        stems, above = set(map(_stem, paths)), {""}
-        for folder in {path.rpartition("/")[0] for path in paths}:
-            parts = folder.split("/")
-            above.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        stems = set(map(_stem, paths))
         if is_one:
             self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
         # a table of labels is beside or above the images; a table in another folder is not theirs
@@ -151,53 +161,63 @@ class FileSource(Source):
         if not is_one:
             return []
         words = re.split("[^a-z]+", file.rpartition("/")[2].lower())
-        told = any(
+        told = file.endswith(f"/{LISTING}") or any(
             word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
         )
         return [columns[1] if len(columns) > 1 else ""] if told or file.endswith("metadata.parquet") else []
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
-        """The labels of metadata.csv or metadata.jsonl at the root (`imagefolder`); None where there are none."""
+        """The labels in the files of METADATA (`imagefolder`), at the root or in folders; None where there are none."""
         classes: Classes | None = None
-        for file, rows in self._metadata():
-            columns = list(dict.fromkeys(column for row in rows for column in row))  # of JSON lines each has its own
-            found = label_columns(columns)
-            if len(found) > 1:
-                raise UserError(
-                    f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
-                    f"--labels {Path(where) / file}:{found[0]}, or give --labels {_without_a_file(paths)}."
-                )
-            if not found:
+        for kind in METADATA:
+            pairs: list[tuple[str, Any]] = []
+            origin = ""
+            for file, folder, rows in self._metadata(kind):
+                columns = list(
+                    dict.fromkeys(column for row in rows for column in row)
+                )  # of JSON lines each has its own
+                found = label_columns(columns)
+                if len(found) > 1:
+                    raise UserError(
+                        f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
+                        f"--labels {Path(where) / file}:{found[0]}, or give --labels {_without_a_file(paths)}."
+                    )
+                if not found:
+                    continue
+                key = next((column for column in columns if column.lower() == "file_name"), None)
+                if key is None:
+                    raise UserError(
+                        f"{file} of {where} has the column {found[0]!r}, but none that names the images: call it 'file_name', or give "
+                        f"--labels {_without_a_file(paths)}."
+                    )
+                pairs += [(folder + plain_path(str(row.get(key, ""))), row.get(found[0])) for row in rows]
+                origin = origin or f"the column {found[0]!r} of {file}"
+            if not origin:
                 continue
-            key = next((column for column in columns if column.lower() == "file_name"), None)
-            if key is None:
-                raise UserError(
-                    f"{file} of {where} has the column {found[0]!r}, but none that names the images: call it 'file_name', or give "
-                    f"--labels {_without_a_file(paths)}."
-                )
-            pairs = [(str(row.get(key, "")), row.get(found[0])) for row in rows]
-            other = by_name(pairs, paths, f"{file} of {where}")
+            other = by_name(pairs, paths, f"{kind} of {where}")
             if classes is not None and (classes.names, classes.labels.tolist()) != (other.names, other.labels.tolist()):
                 raise UserError(
                     f"{' and '.join(METADATA)} of {where} give its images other labels: remove one of the two, or give --labels "
-                    f"{Path(where) / file}:{found[0]}."
+                    f"{Path(where) / kind}:COLUMN."
                 )
-            classes = classes or other._replace(origin=f"the column {found[0]!r} of {file}")
+            classes = classes or other._replace(origin=origin)
         return classes
 
-    def _metadata(self) -> Iterator[tuple[str, Rows]]:
-        """The files of METADATA at the root, and their rows."""
-        for file in METADATA:
-            if file in self._described:
-                yield file, read_table(file, self.read(file, file))[1]
+    def _metadata(self, *kinds: str) -> Iterator[tuple[str, str, Rows]]:
+        """The files called so, the folder that their rows name images from ("" or with its slash), and their rows."""
+        for file in sorted(self._described):
+            folder, slash, name = file.rpartition("/")
+            if name in kinds:
+                yield file, folder + slash, read_table(file, self.read(file, file))[1]
 
     def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
         """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
         written: dict[str, tuple[str, ...]] = {}
         try:
-            for row in (row for _, rows in self._metadata() for row in rows):
+            for folder, row in ((folder, row) for _, folder, rows in self._metadata(*METADATA) for row in rows):
                 if texts := next((t for key in CAPTION_COLUMNS if (t := caption_values(row.get(key)))), ()):
-                    path = plain_path(next((str(row[key]) for key in row if key.lower() == "file_name"), ""))
+                    path = next((str(row[key]) for key in row if key.lower() == "file_name"), "")
+                    path = plain_text(folder + plain_path(path))
                     written[path] = (*written.get(path, ()), *texts)
         except UserError:
             return {}
@@ -224,6 +244,15 @@ def _without_a_file(paths: Sequence[str]) -> str:
     """What --labels may be without a file of labels: folders are offered only where images lie in some."""
     in_folders = any("/" in path for path in paths)
     return "folders (each is a class) or none (one class)" if in_folders else "none for one class"
+
+
+def _folders_above(paths: Iterable[str]) -> set[str]:
+    """The folders that files lie in, at any depth; "" is the root."""
+    above = {""}
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        parts = folder.split("/")
+        above.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return above
 
 
 def _stem(path: str) -> str:
@@ -253,7 +282,7 @@ class FolderSource(FileSource):
         self.root = root
         junk: list[str] = []
         found = scan(root, ("",), junk)
-        folders = [e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)]
+        folders = [e.name for e in os.scandir(root) if _is_folder(e) and not is_hidden(e.name)]
         super().__init__(str(root), found, labels, folders=folders, junk=len(junk))
 
     def read(self, path: str, name: str) -> bytes:
@@ -262,17 +291,26 @@ class FolderSource(FileSource):
 
 def scan(root: Path, endings: tuple[str, ...], junk: list[str] | None = None) -> dict[str, int]:
     """Paths below a folder and their sizes, -1 for a broken link: reading it says so. Hidden ones are left out, into `junk`."""
-    entries = _walk(root, endings, frozenset(), [] if junk is None else junk)
+    visits: collections.Counter[str] = collections.Counter()
+    entries = _walk(root, os.path.realpath(root), endings, (), [] if junk is None else junk, visits)
     return {Path(entry.path).relative_to(root).as_posix(): _size(entry) for entry in entries}
 
 
 def _walk(
-    folder: Path | str, endings: tuple[str, ...], above: frozenset[str], junk: list[str]
-) -> Iterator[os.DirEntry]:
-    real = os.path.realpath(folder)
+    folder: Path | str, real: str, endings: tuple[str, ...], above: tuple[str, ...], junk: list[str],
+    visits: collections.Counter[str],
+) -> Iterator[os.DirEntry]:  # fmt: skip
     # a link to a folder above it would be walked without end; two links to one folder are no cycle, and both are walked
     if real in above:
         return
+    visits[real] += 1
+    # a few links on each of a few levels lead to a folder in millions of ways
+    if visits[real] > MAX_VISITS:
+        raise UserError(
+            f"Links lead to {folder} in more than {MAX_VISITS} ways: give that folder itself, or remove links."
+        )
+    if len(above) > MAX_FOLDERS:
+        raise UserError(f"{folder} lies in more than {MAX_FOLDERS} folders: move it up.")
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -280,10 +318,18 @@ def _walk(
     for entry in entries:
         if is_hidden(entry.name):
             junk.append(entry.path)
-        elif entry.is_dir():
-            yield from _walk(entry.path, endings, above | {real}, junk)
+        elif _is_folder(entry):
+            inside = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            yield from _walk(entry.path, inside, endings, (*above, real), junk, visits)
         elif entry.name.lower().endswith(endings):
             yield entry
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle lead to no folder
+        return False
 
 
 def _size(entry: os.DirEntry) -> int:

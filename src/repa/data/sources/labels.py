@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from repa.base.errors import UserError, nearest, printable
-from repa.data.sources.contract import SPLITS, Classes, one_class, plain_text, splits_among
+from repa.data.sources.contract import SPLITS, Classes, one_class, plain_text, several_splits, splits_among
 
 # a larger label is an id or a time, and would make as many names and rows of the embedding as it counts
 MAX_CLASSES = 1_000_000
+MISSING = ("na", "n/a", "#n/a", "<na>", "none", "null", "?", "-")
 LABEL_COLUMNS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
     "y",
@@ -62,6 +63,10 @@ def classes_of(values: Iterable[Any], name_of: Callable[[int], str], where: str)
         if set(numbers) == {-1, 1}:
             return Classes((np.array(numbers, np.int64) + 1) // 2, ["-1", "1"], where)
         return _numbered(numbers, name_of, where)
+    names = [index for index, value in enumerate(values) if not _is_whole(value)]
+    # beside numbers alone they stand for a label that is missing; among names, "none" may be one
+    if len(names) < len(values) and all(values[index].lower() in MISSING for index in names):
+        raise UserError(_missing(name_of(names[0]), where))
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) < len(values):
         number = next(value for value in values if not isinstance(value, str))
@@ -84,7 +89,7 @@ def classes_by_name(texts: Sequence[str], origin: str) -> Classes:
 
 
 def _is_whole(value: Any) -> bool:
-    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value) is not None
+    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,4000}(\.0*)?", value) is not None
 
 
 def _number_of(value: Any) -> int:
@@ -108,6 +113,10 @@ def _short(label: int) -> str:
 
 def named(values: Sequence[Any], names: Sequence[str], name_of: Callable[[int], str], where: str) -> Classes:
     """Labels that are the numbers of classes with names; raises UserError for one that is missing or no such number."""
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"{where} has names of {len(names):,} classes, more than {MAX_CLASSES:,}: set labels to 'none'."
+        )
     for index, value in enumerate(values):
         if value is None:
             raise UserError(_missing(name_of(index), where))
@@ -234,8 +243,13 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
         None: "the folder of each image",
         1: "the first folder of each path",
     }
-    which = named_levels.get(level, f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
     deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
+    if not labels and (splits := several_splits(deeper)):
+        raise UserError(
+            f"The folders of classes in {where} hold what looks like splits ({', '.join(map(printable, splits))}): give a folder of one "
+            f"of them, or --labels folders{f':{level}' if prefix else ''} to take all of them as one set."
+        )
+    which = named_levels.get(level, f"folder {level} of each path" + (f", inside {prefix}/" if prefix else ""))
     if deeper and not labels:
         shown = ", ".join(printable(name) for name in sorted(deeper)[:3])
         which += f"; folders inside them ({shown}) are no classes (--labels folders:last or folders:path takes them)"

@@ -12,7 +12,7 @@ import numpy as np
 
 from repa.base import extras, files
 from repa.base.errors import UserError
-from repa.data.sources.contract import is_remote, named_by_first, require_one_split
+from repa.data.sources.contract import counted_through, is_remote, named_by_first, require_one_split
 from repa.data.sources.tables import TableSource, columns_of
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
@@ -41,6 +41,11 @@ class ParquetSource(TableSource):
         if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
             raise UserError(f"{self.shards[0]} has the column {twice!r} twice: rename one of them.")
         self._choose(where, columns_of(schema), labels, **columns)
+        if not self._label and labels != "none" and len(self.shards) > 1 and not counted_through(self.shards):
+            raise UserError(
+                f"{self.shards[0]} and {self.shards[1]} have no column of labels, but names that are no count: if each is a class, add "
+                "it as a column 'label', or give --labels none for one class."
+            )
         groups = [self._groups(shard) for shard in range(len(self.shards))]
         self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]

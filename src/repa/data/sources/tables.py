@@ -26,6 +26,8 @@ from repa.data.sources.contract import (
 from repa.data.sources.labels import classes_of, label_columns, named
 
 LABEL = "label"
+TEXTS = ("string", "large_string", "string_view")  # types of arrow, by their names: the last is not in every version
+BYTES = ("binary", "large_binary", "binary_view")
 
 
 class Column(NamedTuple):
@@ -97,15 +99,12 @@ class TableSource(Source):
         self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
         self._class_names = columns[label].class_names if label else ()
         self.has_captions = bool(self._caption)
-        others = [name for name in columns if name not in (image, label, self._caption, *CAPTION_COLUMNS)]
+        unread = [name for name in columns if name not in (image, label, self._caption)]
         self._unlabelled = "no column of labels"
-        if others:
+        if others := [name for name in unread if name not in CAPTION_COLUMNS]:
             self._unlabelled += f" (there are {', '.join(others)}: {where}:label={others[0]} takes one)"
-        self.left_out = {  # what is called as captions are, and holds something else
-            f"column {name!r}, which holds no texts": 1
-            for name in CAPTION_COLUMNS
-            if name in columns and name not in (label, self._caption) and columns[name].kind != "text"
-        }
+        no_texts = {name for name in CAPTION_COLUMNS if name in columns and columns[name].kind != "text"}
+        self.left_out = {f"column {name!r}{', which holds no texts' * (name in no_texts)}": 1 for name in unread[:20]}
 
     def _describe(
         self, where: str, num: int, labels: str, values: Callable[[], Sequence[Any]], facts: str, *, is_local: bool
@@ -261,13 +260,13 @@ def columns_of(schema: Any) -> dict[str, Column]:
         feature = features.get(field.name)
         feature = feature if isinstance(feature, dict) else {}
         binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
-        if any(types.is_binary(t) or types.is_large_binary(t) for t in binary):
+        if any(str(kind) in BYTES for kind in binary):
             # sound and video are stored in columns of the same type
             columns[field.name] = Column("image" if feature.get("_type", "Image") in ("Image", "Value") else "other")
         elif feature.get("_type") == "ClassLabel":
             names = feature.get("names")
             columns[field.name] = Column("class", tuple(map(str, names)) if isinstance(names, list) else ())
-        elif types.is_string(field.type) or types.is_large_string(field.type) or _lists_texts(field.type):
+        elif _is_text(field.type) or _lists_texts(field.type):
             columns[field.name] = Column("text")
         else:
             columns[field.name] = Column("other")
@@ -278,7 +277,15 @@ def _lists_texts(kind: Any) -> bool:
     from pyarrow import types
 
     listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return listed and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+    return listed and _is_text(kind.value_type)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return (
+        str(kind.value_type if types.is_dictionary(kind) else kind) in TEXTS
+    )  # pandas writes categories as a dictionary
 
 
 def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:

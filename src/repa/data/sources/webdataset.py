@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +19,24 @@ from repa.data.remote import fetch_shard
 from repa.data.sources.archives import Slices, tar_samples
 from repa.data.sources.contract import (
     EXTENSIONS,
+    JUNK_KIND,
     Classes,
     Source,
     Strings,
     caption_lines,
     caption_values,
+    counted_through,
     is_remote,
     json_object,
     one_class,
     require_one_split,
+    split_folders,
     stem_of,
 )
 from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
 
-INDEX_VERSION = 4  # a part of the key in the cache: files of another format are made again
+INDEX_VERSION = 5  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
 ABSENT = (0, -1)  # a part that a sample does not have
 MAX_OPEN_SHARDS = 16  # shards open at a time: rows are read in order
@@ -76,13 +78,17 @@ class WebDataset(Source):
         self._ends = np.cumsum([len(index.keys) for index in indices])
         self._parts = np.concatenate([index.parts for index in indices])  # (N, 3, 2)
         self.keys = Strings(key for index in indices for key in index.keys)
-        others: collections.Counter[str] = collections.Counter()
+        left_out: collections.Counter[str] = collections.Counter()
         for index in indices:
-            others.update(index.others)
-        self.left_out_endings = list(others)
-        self.left_out = {f"files .{printable(ending)[:20]} of samples": num for ending, num in others.most_common(20)}
+            left_out.update(index.left_out)
+        self.left_out = dict(left_out.most_common(20))
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
-        classes = self._classes(labels, [value for index in indices for value in index.labels], label)
+        label_like = list(dict.fromkeys(name for index in indices for name in index.label_like))
+        classes = self._classes(labels, [value for index in indices for value in index.labels], label, label_like)
+        if labels.partition(":")[0] != "folders" and (splits := split_folders(list(self.keys))):
+            classes = classes._replace(
+                origin=f"{classes.origin}; the splits {', '.join(map(printable, splits))} are one set"
+            )
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
         # closes what was read for the identity, which is long ago when images are read
         self.__dict__.pop("_open", None)
@@ -105,7 +111,7 @@ class WebDataset(Source):
         value = json_object(self._read(index, JSON), self.name(index)).get(self._caption)
         return caption_values(value)
 
-    def _classes(self, labels: str, written: list[str | None], label: str) -> Classes:
+    def _classes(self, labels: str, written: list[str | None], label: str, label_like: Sequence[str]) -> Classes:
         if labels == "none":
             return one_class(len(self.keys), labels)
         if labels == "tars":
@@ -119,23 +125,16 @@ class WebDataset(Source):
         require_one_split(self.shards)
         if any(value is not None for value in written):
             return classes_of(written, self.name, f"its shard (.cls, or {label!r} in the .json)")
-        self._require_nothing_label_like()
+        self._require_nothing_label_like(label_like)
         return one_class(len(self.keys))
 
-    def _require_nothing_label_like(self) -> None:
-        """Refuse where something but .cls and .json looks like labels, and name the choice."""
+    def _require_nothing_label_like(self, label_like: Sequence[str]) -> None:
+        """Refuse where something but .cls and the `label` of a .json looks like labels, and name the choice."""
         where = Path(self.shards[0]).parent
-        if (self._parts[:, JSON, 1] >= 0).any():
-            first = int(np.argmax(self._parts[:, JSON, 1] >= 0))
-            if found := label_columns(json_object(self._read(first, JSON), self.name(first))):
-                raise UserError(
-                    f"The .json of {self.name(first)} has no 'label', but {', '.join(found)}: name the one as "
-                    f"{self.shards[0]}:label={found[0]}, or give --labels none for one class."
-                )
-        if named := label_columns(self.left_out_endings):
+        if label_like:
             raise UserError(
-                f"The samples of {self._shard_name(0)} have no .cls, but .{', .'.join(named)}: name the one as "
-                f"{self.shards[0]}:label={named[0]}, or give --labels none for one class."
+                f"The samples of {self._shard_name(0)} have no .cls and no 'label' in a .json, but {', '.join(label_like[:5])}: name "
+                f"the one as {self.shards[0]}:label={label_like[0]}, or give --labels none for one class."
             )
         folders = {key.rpartition("/")[0] for key in self.keys if "/" in key}
         if len(folders) > 1:
@@ -144,7 +143,7 @@ class WebDataset(Source):
                 f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {shown}: give --labels folders if "
                 "the first folders are the classes, folders:2 or folders:last for those inside, or --labels none for one class."
             )
-        if len(self.shards) > 1 and not _numbered(self.shards):
+        if len(self.shards) > 1 and not counted_through(self.shards):
             raise UserError(
                 f"The tars in {where} have no labels, but names such as {self._shard_name(0)} and {self._shard_name(1)}: give "
                 "--labels tars if each is a class, or --labels none for one class."
@@ -182,17 +181,6 @@ class WebDataset(Source):
         return Slices(path)
 
 
-def _numbered(shards: Sequence[str]) -> bool:
-    """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar?"""
-    stems = list(map(stem_of, shards))
-    matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
-    if len(matches) < len(stems):
-        return False
-    numbers = sorted(int(match[1]) for match in matches)
-    others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
-    return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-
-
 class Index(NamedTuple):
     """The samples of one shard, in its order."""
 
@@ -203,8 +191,10 @@ class Index(NamedTuple):
     """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 for none."""
     size: int
     """Bytes of the shard."""
-    others: dict[str, int]
-    """Ending -> how many files are no part of a sample's image, label, captions."""
+    left_out: dict[str, int]
+    """What is no part of a sample's image, label, captions, and how often."""
+    label_like: list[str]
+    """What else could be the label: endings of files, and keys of a .json."""
 
 
 def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
@@ -233,11 +223,13 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
         again = "Delete it, and it is made again."
         arrays = load_npz(cached, "the index of a shard", remedy=again)
         with faults.reading(cached, "the index of a shard", again):
-            keys, labels, others = json.loads(arrays["text"].tobytes())
-            others = {str(ending): int(num) for ending, num in others.items()}
-            return Index(keys, labels, arrays["parts"], int(arrays["size"]), others)
+            keys, labels, left_out, label_like = json.loads(arrays["text"].tobytes())
+            left_out = {str(what): int(num) for what, num in left_out.items()}
+            return Index(
+                keys, labels, arrays["parts"], int(arrays["size"]), left_out, [str(name) for name in label_like]
+            )
     index = _scan(fetch_shard(shard, cache_limit) if is_remote(shard) else path, shard, image, label)
-    text = np.frombuffer(json.dumps([index.keys, index.labels, index.others]).encode(), np.uint8)
+    text = np.frombuffer(json.dumps([index.keys, index.labels, index.left_out, index.label_like]).encode(), np.uint8)
     save_npz(cached, {"text": text, "parts": index.parts, "size": np.array(index.size)})
     return index
 
@@ -246,17 +238,20 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
     size = os.path.getsize(path)
     keys, labels, parts = [], [], []
     others: collections.Counter[str] = collections.Counter()
+    label_like: dict[str, None] = {}
+    junk: list[str] = []
     slices = Slices(path)
-    for key, members in tar_samples(path, name, size):
+    for key, members in tar_samples(path, name, size, junk):
         found = _image_of(key, members, name, image)
         # of 0001.v2.png the others are 0001.v2.cls and so on: names are one sample up to their first dot
         dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
-        names = {what: f"{dotted}.{what}" for what in ("txt", "json", "cls")} if dotted else {}
-        text, meta, cls = (
-            members.get(names.get(what, what), members.get(what, ABSENT)) for what in ("txt", "json", "cls")
+        text, meta, cls, own = (
+            members.get(f"{dotted}.{what}", members.get(what, ABSENT)) for what in ("txt", "json", "cls", label.lower())
         )
-        cls = members.get(label.lower(), ABSENT) if cls is ABSENT else cls  # some call the file 0001.label
-        others.update(end for end, part in members.items() if part not in (found, text, meta, cls))
+        cls = own if cls is ABSENT else cls  # some call the file 0001.label
+        left = [end for end, part in members.items() if part not in (found, text, meta, cls)]
+        others.update(f"files .{printable(end)[:20]} of samples" for end in left)
+        label_like.update(dict.fromkeys(end for end in left if label_columns(end.split("."))))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
@@ -266,7 +261,11 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         if meta is not ABSENT:
             where = f"{key}.json in {name}"
             try:
-                told = json_object(slices.read(*meta), where).get(label)
+                values = json_object(slices.read(*meta), where)
+                told = values.get(label)
+                label_like.update(
+                    dict.fromkeys(label_columns(k for k, v in values.items() if v is not None and k != label))
+                )
             except UserError:
                 if value is None:  # beside a .cls it may be anything, such as a list of boxes
                     raise
@@ -282,7 +281,8 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         parts.append((found, text, meta))
     if not keys:
         raise UserError(f"{name} holds no images: files named {' '.join(EXTENSIONS)} are looked for.")
-    return Index(keys, labels, np.array(parts, np.int64), size, dict(others.most_common(20)))
+    left_out = dict(others.most_common(20)) | ({JUNK_KIND: len(junk)} if junk else {})
+    return Index(keys, labels, np.array(parts, np.int64), size, left_out, list(label_like)[:20])
 
 
 def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: str) -> tuple[int, int]:
