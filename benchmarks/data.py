@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from repa.base.images import adm_centre_crop, decode_image
 from repa.data import Loader, Manifest, PrepareConfig, open_data, prepare
 from repa.data.config import array_name
-from repa.data.manifest import ArrayFile, FeatureField, Shard
+from repa.data.records import ArrayFile, FeatureField, Shard
 from repa.data.writing import ShardWriter
 
 LATENTS, TOKENS = (8, 32, 32), (256, 768)

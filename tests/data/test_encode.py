@@ -13,7 +13,7 @@ from PIL import Image
 from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
-from repa.data import PrepareConfig, add, encoding, open_data, open_source, prepare, preparing, writing
+from repa.data import PrepareConfig, add, encoding, open_data, open_source, pipeline, prepare, writing
 from repa.data.planning import make_plan
 from repa.data.progress import record_path
 from repa.encoders.loading import weights_for
@@ -412,30 +412,30 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fake
 
 def test_what_was_finished_while_models_were_loaded_is_not_made_again(folder, tmp_path, fakes, monkeypatch):
     """The same command twice: the first finishes everything after the second has looked what is missing."""
-    out, real = tmp_path / "out", preparing.load_model
+    out, real = tmp_path / "out", pipeline.load_model
 
     def slow(*arguments):
-        monkeypatch.setattr(preparing, "load_model", real)
+        monkeypatch.setattr(pipeline, "load_model", real)
         prepare(folder, out, FULL)
-        monkeypatch.setattr(preparing, "write_shard", lambda *arguments, **options: pytest.fail("made again"))
+        monkeypatch.setattr(pipeline, "write_shard", lambda *arguments, **options: pytest.fail("made again"))
         return real(*arguments)
 
-    monkeypatch.setattr(preparing, "load_model", slow)
+    monkeypatch.setattr(pipeline, "load_model", slow)
     assert prepare(folder, out, FULL) == open_data(out).manifest
     assert not (out / "parts").exists()
 
 
 def test_processes_with_other_weights_at_the_same_time_make_no_data_set(folder, tmp_path, fakes, monkeypatch):
-    out, real = tmp_path / "out", preparing.load_model
+    out, real = tmp_path / "out", pipeline.load_model
 
     def slow(*arguments):
-        monkeypatch.setattr(preparing, "load_model", real)
+        monkeypatch.setattr(pipeline, "load_model", real)
         with monkeypatch.context() as patch:
             patch.setattr(fakes[1], "identity", {"sha256": "of other weights"})
             prepare(folder, out, FULL, rank=1, world=2)
         return real(*arguments)
 
-    monkeypatch.setattr(preparing, "load_model", slow)
+    monkeypatch.setattr(pipeline, "load_model", slow)
     with pytest.raises(UserError, match=r"were made by another tiny .*sha256"):
         prepare(folder, out, FULL, rank=0, world=2)
     assert not (out / "manifest.json").exists()

@@ -11,7 +11,7 @@ import traceback
 import pytest
 
 from repa.data import PrepareConfig, prepare
-from repa.data.preparing import ENCODED
+from repa.data.pipeline import ENCODED
 from tests.data.conftest import content
 
 CONFIG = PrepareConfig(

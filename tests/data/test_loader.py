@@ -11,9 +11,9 @@ from repa.base import files
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.data import Loader, PrepareConfig, open_data, prepare
-from repa.data.manifest import ArrayFile, FeatureField
 from repa.data.order import permute
 from repa.data.packing import pack
+from repa.data.records import ArrayFile, FeatureField
 from tests.oracles.data import endless_order
 from tests.oracles.shards import sparse_data, write_data
 

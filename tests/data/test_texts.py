@@ -9,7 +9,7 @@ import torch
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.conditions import load_text_encoder, words
-from repa.data import PrepareConfig, add, check_bytes, check_models, open_data, prepare, preparing, remove
+from repa.data import PrepareConfig, add, check_bytes, check_models, open_data, pipeline, prepare, remove
 from repa.data.manifest import Manifest
 from tests.data.conftest import content
 
@@ -59,7 +59,7 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
 
 def interrupt_at_the_third_shard(monkeypatch):
     """A list that grows with each shard that is written from now on, the third of which is interrupted."""
-    real, calls = preparing.write_shard, []
+    real, calls = pipeline.write_shard, []
 
     def stops(*arguments, **options):
         calls.append(1)
@@ -67,7 +67,7 @@ def interrupt_at_the_third_shard(monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(preparing, "write_shard", stops)
+    monkeypatch.setattr(pipeline, "write_shard", stops)
     return calls
 
 

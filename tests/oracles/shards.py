@@ -6,7 +6,7 @@ import numpy as np
 
 from repa.data import DataSet, Manifest, PrepareConfig, open_data
 from repa.data.config import array_name
-from repa.data.manifest import ArrayFile, Shard
+from repa.data.records import ArrayFile, Shard
 from repa.data.writing import ShardWriter
 
 SIDE, CHANNELS = 4, 2

@@ -18,9 +18,10 @@ from torch import Tensor
 from repa.base import files
 from repa.base.errors import UserError
 from repa.conditions import Text
-from repa.data.manifest import ArrayFile, Manifest, Shard, TextFile, damaged
+from repa.data.manifest import Manifest
 from repa.data.packing import unpack
 from repa.data.reader import ShardReader
+from repa.data.records import ArrayFile, Shard, TextFile, damaged
 
 MAX_KEPT = 64  # shards whose lines stay in memory
 

@@ -17,10 +17,11 @@ from repa.base.files import sha256
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
 from repa.data.config import BASE, TEXT, PrepareConfig, split_format
-from repa.data.manifest import PARTS, basis_name
+from repa.data.manifest import PARTS
 from repa.data.packing import pack, principal_basis, to_float16
 from repa.data.progress import FinishedParts, Piece, PlannedShard
 from repa.data.reading import DecodedImages, Read, sample_pieces
+from repa.data.records import basis_name
 from repa.data.sources.reference_layout import require_same_moments
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features

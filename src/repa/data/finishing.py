@@ -10,20 +10,9 @@ from repa.base import files, lock
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError, choices
 from repa.data.config import BASE, TEXT, PrepareConfig, plain_name, split_format
-from repa.data.manifest import (
-    MANIFEST,
-    PARTS,
-    SETTINGS_FILE,
-    ArrayFile,
-    FeatureField,
-    Manifest,
-    Shard,
-    TextField,
-    basis_name,
-    fields_of,
-    remove_parts,
-)
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, remove_parts
 from repa.data.progress import FinishedParts, Part, started
+from repa.data.records import ArrayFile, FeatureField, Shard, TextField, basis_name, fields_of
 from repa.encoders import canonical
 
 

@@ -16,9 +16,9 @@ from repa.base.rng import fold
 from repa.conditions import Text
 from repa.data.captions import StoredText
 from repa.data.dataset import DataSet
-from repa.data.manifest import ArrayFile, Shard
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
+from repa.data.records import ArrayFile, Shard
 from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 

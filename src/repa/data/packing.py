@@ -19,7 +19,7 @@ from torch import Tensor
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError
 from repa.data.config import split_format
-from repa.data.manifest import FeatureField
+from repa.data.records import FeatureField
 
 LARGEST = 127  # of int8; -128 is not used, so that the codes are symmetric
 

@@ -2,7 +2,7 @@
 
 A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
 its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
-Processes share only these files. preparing.py asks for them before its work and after it. Free of torch.
+Processes share only these files. pipeline.py asks for them before its work and after it. Free of torch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
 from repa.data.config import BASE, TEXT, PrepareConfig, array_name
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Settings, Shard, fields_of
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Settings
+from repa.data.records import Shard, fields_of
 
 # weights are compared by their checksums and labels by that of the source: a copy elsewhere is the same
 MAY_CHANGE = (

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from repa.base.errors import UserError
-from repa.data.manifest import ArrayFile, Shard, TextFile, damaged
+from repa.data.records import ArrayFile, Shard, TextFile, damaged
 
 # a shuffled batch reads almost all files there are: with fewer, each batch would open and close them
 MAX_OPEN = 60_000  # files, each with a descriptor

@@ -11,9 +11,10 @@ from filelock import BaseFileLock
 from repa.base import lock
 from repa.base.errors import UserError
 from repa.data.captions import lines_of, texts_of
-from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Shard
+from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest
 from repa.data.progress import Piece, PlannedShard, finished_part, record_path
 from repa.data.reader import ShardReader
+from repa.data.records import Shard
 from repa.data.sources.contract import Source
 
 

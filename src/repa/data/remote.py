@@ -20,7 +20,8 @@ from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.faults import is_of_disk
 from repa.base.launch import positive_number
-from repa.data.manifest import MANIFEST, Manifest, StoredFile
+from repa.data.manifest import MANIFEST, Manifest
+from repa.data.records import StoredFile
 
 Result = TypeVar("Result")
 

@@ -14,9 +14,9 @@ import numpy as np
 from repa.base import files
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, array_name
-from repa.data.manifest import ArrayFile, Shard, TextFile, captions_name, fields_of
 from repa.data.progress import Part, Piece, PlannedShard, record_path
 from repa.data.reading import DecodedImages
+from repa.data.records import ArrayFile, Shard, TextFile, captions_name, fields_of
 
 Report = Callable[[int, int, str], None]  # done, total, note
 # a batch and what the models made of it: field -> rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from repa.alignment.targets import Need
 from repa.base.registry import parse_spec
 from repa.data import Batch, Loader, open_data
-from repa.data.manifest import FeatureField
+from repa.data.records import FeatureField
 from repa.encoders.contract import Features
 from repa.encoders.loading import weights_for
 from repa.models import Condition

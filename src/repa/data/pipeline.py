@@ -1,0 +1,125 @@
+"""One job of preparation: what is missing of a folder is read, encoded, written and finished."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+import torch
+from filelock import BaseFileLock
+
+from repa.base import files, lock
+from repa.base.ahead import by_threads
+from repa.data.encoding import FeatureFields, encode, load_model, require_same_model
+from repa.data.finishing import finish
+from repa.data.manifest import PARTS, SETTINGS_FILE, Manifest, remove_parts
+from repa.data.progress import FinishedParts, PlannedShard
+from repa.data.reading import Read, claimed
+from repa.data.writing import Counter, Report, write_shard
+
+ENCODED = 3  # batches that wait for the disk
+
+
+class Execution(TypedDict, total=False):
+    """How a call runs; by default one process, on the CPU, without reports."""
+
+    rank: int
+    """Number of this process: it makes shard k where k modulo `world` is `rank`."""
+    world: int
+    """Processes that share the work."""
+    progress: Report | None
+    """Called after every batch with (done, total, note): images of this process, and the bytes written."""
+    device: torch.device | str
+    """Where the models run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done in a folder.
+
+    Attributes:
+        finished: what the folder holds already.
+        shards: all of them, in order.
+        parts: those that are made now.
+        read: pieces -> their images.
+    """
+
+    finished: FinishedParts
+    shards: Sequence[PlannedShard]
+    parts: Sequence[str]
+    read: Read
+
+
+def run(job: Job, **execution: Unpack[Execution]) -> Manifest | None:
+    """Make this process's share, then the manifest if everything is finished; None while others have work left."""
+    before, out, settings = job.finished.manifest, job.finished.out, job.finished.settings
+    missing = {k: [name for name in job.parts if name not in there] for k, there in enumerate(job.finished.parts)}
+    # the basis is lost, but not the tokens that are coordinates in it: it is computed again
+    stored = before.features if before else {}
+    lost = [n for n in job.parts if n in stored and (basis := stored[n].basis) and not basis.intact(out)]
+    is_done = before is not None and not lost and not any(missing.values()) and set(job.parts) <= before.parts
+    if not is_done:
+        _make_shards(job, missing, lost, **execution)
+    elif not (out / PARTS).is_dir():
+        remove_parts(out)
+        return before
+    # several may be the last at the same time: one writes, and the others find the same manifest
+    with lock.held(out / PARTS / "finish.lock"):
+        now = FinishedParts(out, settings, len(job.shards))
+        if all(len(there) == len(now.names) for there in now.parts):
+            # two that began at the same time saw nothing of each other's models before
+            for name, part in now.parts[0].items():
+                require_same_model(now, name, part.identity)
+            return finish(now)
+    return before if is_done else None  # parts/ is of a process that adds another encoder
+
+
+def _make_shards(
+    job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[str],
+    *, rank: int = 0, world: int = 1, progress: Report | None = None, device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
+    """Make the parts that are missing of this process's shards, and the bases that are lost."""
+    out, config, device = job.finished.out, job.finished.settings.config, torch.device(device)
+    share = range(rank, len(job.shards), world)
+    mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
+    # Models are loaded before the first image, so that wrong weights are reported at once, and only those that are used.
+    needed = {*lost, *itertools.chain(*mine.values())}
+    models = {name: load_model(name, config, device) for name in job.parts if name in needed}
+    for name, model in models.items():
+        require_same_model(job.finished, name, model.identity)
+    nums = [len(planned.rows) for planned in job.shards]
+    size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
+    files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
+    files.write_sealed(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
+    for name, model in models.items():
+        if isinstance(model, FeatureFields) and model.num_directions:
+            # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's
+            model.use_stored_basis(out, job.read, job.shards)
+            require_same_model(job.finished, name, model.identity)
+
+    # a pipeline of three: workers read, one thread encodes, this one writes, so that the device waits for none of the others
+    total = sum(nums[k] for k in share)
+    counter = Counter(progress, total, total - sum(nums[k] for k in mine))
+    on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    claims: dict[int, list[BaseFileLock]] = {}
+    pieces = claimed(out, job.shards, mine, claims, config.batch_size)
+    made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
+    try:
+        with (
+            contextlib.closing(job.read(pieces)) as read,
+            contextlib.closing(by_threads(made, read, depth=ENCODED, on_start=on_start)) as encoded,
+        ):
+            # batches come in the order of the shards, so that one is open at a time
+            for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
+                if names:
+                    identities = {name: models[name].identity for name in names}
+                    write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
+                else:  # others have made it, or make it now
+                    counter.done += nums[k]
+                for handle in claims.pop(k):  # after the records, or another process would make the parts again
+                    lock.release(handle)
+    finally:
+        for handle in itertools.chain(*claims.values()):
+            lock.release(handle)
