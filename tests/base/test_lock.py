@@ -15,7 +15,7 @@ def holding(target, seconds=30.0):
     """A process that holds the lock of `target`; gives its number once it has it."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        with lock.alone(target, "repa train"):
+        with lock.exclusive(target, "repa train"):
             os.write(writer, b"x")
             time.sleep(seconds)
         os._exit(0)
@@ -29,14 +29,14 @@ def test_the_second_is_told_who_and_a_kill_leaves_nothing_stale(tmp_path):
     try:
         with (
             pytest.raises(UserError, match=rf"repa train, process {child} on .*since") as refusal,
-            lock.alone(target, "x"),
+            lock.exclusive(target, "x"),
         ):
             pass
         assert str(target) in str(refusal.value)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with lock.alone(target, "repa train"):
+    with lock.exclusive(target, "repa train"):
         assert lock.lock_of(target).is_file()
     assert list(tmp_path.iterdir()) == []
 
@@ -45,7 +45,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     target = tmp_path / "samples.npz"
     (tmp_path / ".samples.npz.abcdefgh.tmp").write_bytes(b"half")
     (tmp_path / ".other.npz.abc.tmp").write_bytes(b"of another")
-    with lock.alone(target, "repa sample"):
+    with lock.exclusive(target, "repa sample"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.npz.abc.tmp", ".samples.npz.lock"]
 
 
@@ -56,7 +56,7 @@ def test_what_another_command_is_writing_stays(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path / "run")
     for target in (tmp_path / "run", Path(".")):
-        with lock.alone(target, "repa train"):
+        with lock.exclusive(target, "repa train"):
             pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*theirs, "run"])
 
@@ -65,9 +65,9 @@ def test_two_names_of_a_folder_have_one_lock(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     with (
-        lock.alone(tmp_path / "run", "repa train"),
+        lock.exclusive(tmp_path / "run", "repa train"),
         pytest.raises(UserError, match="repa train"),
-        lock.alone(tmp_path / "link", "repa sample"),
+        lock.exclusive(tmp_path / "link", "repa sample"),
     ):
         pass
 
@@ -81,10 +81,10 @@ def test_without_locks_of_the_file_system_a_killed_holder_blocks_nobody(code, tm
 
     monkeypatch.setattr(fcntl, "flock", none)
     if (child := os.fork()) == 0:
-        with lock.alone(tmp_path / "run", "repa train"):
+        with lock.exclusive(tmp_path / "run", "repa train"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    with pytest.warns(UserWarning, match="has no locks"), lock.alone(tmp_path / "run", "repa train"):
+    with pytest.warns(UserWarning, match="has no locks"), lock.exclusive(tmp_path / "run", "repa train"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -114,7 +114,7 @@ def test_some_share_a_lock_that_nobody_takes_alone_meanwhile(tmp_path):
     with lock.shared(target, "repa prepare"):
         with (
             pytest.raises(UserError, match=f"repa prepare, process {os.getpid()} on "),
-            lock.alone(target, "repa prepare --remove"),
+            lock.exclusive(target, "repa prepare --remove"),
         ):
             pass
         with lock.shared(target, "repa prepare"):

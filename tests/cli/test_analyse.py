@@ -221,4 +221,3 @@ def test_a_value_that_tells_nothing_is_empty_in_the_files(tmp_path):
 def test_tables():
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None, "c": 3}]
     assert tables.in_columns(rows, {"a": "name", "b": "value|.2f"}) == ["name  value", "x      1.00", "long      -"]
-    assert tables.plain("dinov2-b:size=2") == "dinov2-b_size_2"

@@ -203,7 +203,7 @@ def test_fields_are_not_removed_while_others_are_made(folder, tmp_path, fakes, p
     manifest = prepare(folder, out, config, progress=interrupts)
     assert refusals
     assert list(manifest.features) == ["tiny"]
-    with lock.alone(out, "repa prepare --remove"), pytest.raises(UserError, match="repa prepare --remove, process"):
+    with lock.exclusive(out, "repa prepare --remove"), pytest.raises(UserError, match="repa prepare --remove, process"):
         prepare(folder, out, config)
     remove(out, "features:tiny")
     assert not lock.lock_of(out).exists()

@@ -113,7 +113,7 @@ class Stages:
 @contextlib.contextmanager
 def _without_leftovers(folder: Path) -> Iterator[None]:
     """Remove what killed processes left in a cache folder, unless another process fills it now, which is welcome to."""
-    # Not `lock.alone`, which refuses the second: two commands that fill one folder write the same bytes under the same names.
+    # Not `lock.exclusive`, which refuses the second: two commands that fill one folder write the same bytes under the same names.
     path = folder / ".filling.lock"
     taken = lock.take(path)
     if taken is None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa.base.arrays import evenly_spaced
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams, fold
 from repa.data import DataSet
@@ -18,12 +19,7 @@ def spaced_rows(data: DataSet, num: int) -> np.ndarray:
     """`num` rows evenly over the data, which lies class by class; all when num is 0 or more than there are. No mirrored copies."""
     # In order and not drawn: neighbouring rows are of one class, so even spacing takes of each class its share.
     originals = data.originals
-    return originals.start + originals.step * evenly_spaced_indices(len(originals), num or len(originals))
-
-
-def evenly_spaced_indices(total: int, num: int) -> np.ndarray:
-    """At most `num` of the numbers 0 to total - 1, evenly spaced, ascending: int64."""
-    return np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(np.int64))
+    return originals.start + originals.step * evenly_spaced(len(originals), num or len(originals))
 
 
 def batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import NeighboursConfig
-from repa.analysis.hidden import batches, evenly_spaced_indices, pixels, require_neighbours, spaced_rows
+from repa.analysis.hidden import batches, pixels, require_neighbours, spaced_rows
+from repa.base.arrays import evenly_spaced
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
@@ -96,7 +97,7 @@ def find_copies(
     near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
     if held_out is None:
         # Each training image against the others: how near images of this data come that are not copies.
-        own = torch.from_numpy(evenly_spaced_indices(len(trained), config.num_held_out))
+        own = torch.from_numpy(evenly_spaced(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
         others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))

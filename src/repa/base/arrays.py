@@ -113,6 +113,11 @@ def _no_objects() -> Iterator[None]:
         raise
 
 
+def evenly_spaced(total: int, num: int) -> np.ndarray:
+    """At most `num` of the numbers 0 to total - 1, evenly spaced, ascending: int64."""
+    return np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(np.int64))
+
+
 def save_npy(path: str | Path, array: np.ndarray) -> None:
     """Write an .npy through Python's `write`, which reports every failure.
 

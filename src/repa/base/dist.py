@@ -227,9 +227,9 @@ def on_main(function: Callable[[], Value]) -> Value:
 
 @contextlib.contextmanager
 def locked(target: Path, doing: str) -> Iterator[None]:
-    """`lock.alone`, held by the main process; all processes raise its UserError."""
+    """`lock.exclusive`, held by the main process; all processes raise its UserError."""
     with contextlib.ExitStack() as stack:
-        on_main(lambda: stack.enter_context(lock.alone(target, doing)))
+        on_main(lambda: stack.enter_context(lock.exclusive(target, doing)))
         yield
 
 

@@ -197,7 +197,7 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
                 f"{path} is refused: it has {size(num_bytes)}, but a JSON file may have at most {size(MOST_JSON)}."
             )
         text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=once, parse_constant=_no_number)
+        values = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_number)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
     if sealed and seal is None:
         raise UserError(f"{path} is damaged: it lacks {SEAL!r}.")
@@ -209,7 +209,7 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
     return values
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Hook of `json.loads` that refuses duplicate keys."""
     values: dict[str, Any] = {}
     for key, value in pairs:

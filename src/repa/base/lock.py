@@ -60,7 +60,7 @@ def lock_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def alone(target: Path, doing: str) -> Iterator[None]:
+def exclusive(target: Path, doing: str) -> Iterator[None]:
     """Hold the lock of a file or folder that the block writes; the lock is removed afterwards.
 
     Args:
@@ -91,9 +91,9 @@ def alone(target: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(target: Path, doing: str) -> Iterator[None]:
-    """Hold a shared lock of a folder, which excludes `alone`.
+    """Hold a shared lock of a folder, which excludes `exclusive`.
 
-    It uses the same file as `alone`, which is impossible with filelock's ReadWriteLock, a SQLite database.
+    It uses the same file as `exclusive`, which is impossible with filelock's ReadWriteLock, a SQLite database.
 
     Args:
         target: what is written.

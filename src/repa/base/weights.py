@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from repa.base import faults
 from repa.base.errors import UserError
-from repa.base.files import once, size
+from repa.base.files import size, unique_keys
 
 MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors have a tenth of it
 DESCRIBED = 16  # bytes that a tensor's name, type and shape take in a file at the least
@@ -152,7 +152,7 @@ def _require_plain_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER:
             raise ValueError(f"its header claims {size:,} bytes, more than {MOST_HEADER:,}")
-        json.loads(file.read(size), object_pairs_hook=once)
+        json.loads(file.read(size), object_pairs_hook=unique_keys)
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:

@@ -22,6 +22,7 @@ from repa.base.errors import UserError, choices
 from repa.base.reporting import columns
 from repa.cli import options, tables
 from repa.cli.console import Bars, say, speaks
+from repa.data.config import plain_name
 from repa.encoders import ENCODERS
 from repa.encoders.loading import LocalWeights, weights_for
 
@@ -148,7 +149,7 @@ def cknna(argv: list[str], held: ExitStack) -> int:
     # Variants are not comparable, so each has its own file.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
     checkpoints = checkpoints_of(given.runs, given.checkpoints)
-    name = f"{config.measure}{variant and '-' + variant}-{tables.plain(config.encoder)}.json"
+    name = f"{config.measure}{variant and '-' + variant}-{plain_name(config.encoder)}.json"
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / name)
     from repa.analysis import cknna_of_run
     from repa.analysis.hidden import spaced_rows

@@ -91,11 +91,11 @@ def _of_command(cls: type[options.Command], rest: list[str], word: str) -> Itera
         return [option(name) for name in (*options.names(cls), "help")]
     flags = [index for index, each in enumerate(rest) if each.startswith("--")]
     if flags:
-        return _values(options.annotation(cls, rest[flags[-1]][2:], whole=True))
+        return _values(options.annotation(cls, rest[flags[-1]][2:], with_checks=True))
     name = next(iter(cls.positional[len(rest) :]), "")
     if name not in cls.model_fields:  # all are given, or it is a list of files
         return ()
-    return _of_word(name) or _values(options.annotation(cls, name, whole=True))
+    return _of_word(name) or _values(options.annotation(cls, name, with_checks=True))
 
 
 def _of_word(name: str) -> Iterable[str]:

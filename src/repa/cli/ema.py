@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     # Checked before the lock creates a folder for a mistyped name.
     layout.read_config(Path(given.run))
     averages = Path(given.run) / layout.AVERAGES
-    with lock.alone(averages, "repa ema"):
+    with lock.exclusive(averages, "repa ema"):
         for folder in averages.glob("*"):
             files.remove_leftovers(folder)
         step, name = write_average(Path(given.run), given.width, None if given.step < 0 else given.step)

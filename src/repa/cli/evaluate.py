@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         files.require_writable(given.out or of_run / "results.json")
     # The main process locks for all. The others join the group later, once torch is imported.
     mine = written if launch.place().rank == 0 else None
-    with lock.alone(mine, "repa evaluate") if mine else contextlib.nullcontext():
+    with lock.exclusive(mine, "repa evaluate") if mine else contextlib.nullcontext():
         if mine and not given.out:
             files.remove_leftovers(mine)
         results = (_of_run if given.is_run else _of_file)(given)

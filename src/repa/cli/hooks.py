@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repa.autoencoders import Autoencoder, load_decoder
 from repa.base import dist, files
-from repa.base.arrays import save_npz
+from repa.base.arrays import evenly_spaced, save_npz
 from repa.base.images import grid, save_png
 from repa.conditions import load_text_encoder
 from repa.data import DataSet
@@ -160,8 +160,7 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
     """First captions of evenly spaced images, at most MOST_PROMPTS, for a run that reads text; None for others."""
     if not config.text:
         return None
-    originals = data.originals
-    rows = np.unique(np.linspace(0, len(originals) - 1, min(num, MOST_PROMPTS, len(originals))).astype(np.int64))
+    rows = evenly_spaced(len(data.originals), min(num, MOST_PROMPTS))
     texts = [next(iter(captions), "") for captions in data.captions(rows)]
     if data.text and data.manifest.config.text == config.text:
         text = data.texts.gather(rows).text()

@@ -206,8 +206,8 @@ def _place(values: dict[str, Any], words: list[str], cls: type[Command]) -> None
         raise UserError(f"`repa {cls.verb}` got an unexpected word {words[0]!r}: see `repa {cls.verb} --help`.")
 
 
-def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
-    """The type of the field that a dotted name refers to; with `whole` including its checks, as Annotated."""
+def annotation(cls: type[Command], flag: str, *, with_checks: bool = False) -> Any:
+    """The type of the field that a dotted name refers to; `with_checks`: including its checks, as Annotated."""
     current: Any = cls
     parts = _parts(flag)
     for depth, part in enumerate(parts):
@@ -219,7 +219,7 @@ def annotation(cls: type[Command], flag: str, *, whole: bool = False) -> Any:
                     f"`repa {cls.verb}` has no option --{flag}.{meant} `repa {cls.verb} --help` prints all."
                 )
             current = fields[part].annotation
-            if whole and fields[part].metadata:  # which pydantic removes from the outermost type
+            if with_checks and fields[part].metadata:  # which pydantic removes from the outermost type
                 current = Annotated[current, *fields[part].metadata]
         elif (item := item_model(current)) and part.isdecimal():
             current = item

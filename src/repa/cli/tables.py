@@ -1,6 +1,5 @@
 """Tables for people and programs: aligned columns on the terminal, .json with the settings, .csv beside it."""
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,12 +56,7 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
     out = options.file_of("--out", given or default, suffix)
     files.require_writable(out)
     if launch.place().rank == 0:
-        held.enter_context(lock.alone(out, "repa analyse"))
+        held.enter_context(lock.exclusive(out, "repa analyse"))
         for beside in (".json", ".csv", ".png"):
             files.remove_leftovers(out.parent, out.with_suffix(beside).name.__eq__)
     return out
-
-
-def plain(name: str) -> str:
-    """A spec as a file name: dinov2-b:size=2 -> dinov2-b_size_2."""
-    return re.sub(r"[^\w.-]", "_", name)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repa.base.arrays import load_npy, load_npz
+from repa.base.arrays import evenly_spaced, load_npy, load_npz
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.dataset import DataSet, open_data
@@ -71,7 +71,7 @@ def check_models(
         raise UserError(
             f"{folder} holds no images, so there is nothing to encode again: only its bytes can be checked."
         )
-    rows = np.unique(np.linspace(0, len(data) - 1, min(num, len(data))).astype(np.int64))
+    rows = evenly_spaced(len(data), num)
     captions = [texts[:1] or ("",) for texts in data.captions(rows)] if data.text else []  # the first of each
     images = DecodedImages(data.gather("images", rows), data.gather("labels", rows), captions, [])
     config = manifest.config.override(

@@ -103,7 +103,7 @@ def remove(out: str | Path, name: str) -> Manifest | None:
         UserError: no such field, or the one that everything else needs.
     """
     out, part = Path(out), name.removeprefix("features:")
-    with lock.alone(out, "repa prepare --remove"):
+    with lock.exclusive(out, "repa prepare --remove"):
         before = started(out)
         if before is None:
             raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")

@@ -9,6 +9,7 @@ import numpy as np
 from filelock import BaseFileLock
 
 from repa.base import lock
+from repa.base.arrays import evenly_spaced
 from repa.base.errors import UserError
 from repa.data.captions import lines_of, texts_of
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest
@@ -132,8 +133,7 @@ class FromCaptions:
 
 def sample_pieces(shards: Sequence[PlannedShard], num: int) -> Iterator[Piece]:
     """About `num` images at equal distances over all shards, each a piece: a sample of every class of a sorted source."""
-    total = sum(len(shard.rows) for shard in shards)
-    return pieces_at(shards, np.unique(np.linspace(0, total - 1, min(num, total)).astype(np.int64)))
+    return pieces_at(shards, evenly_spaced(sum(len(shard.rows) for shard in shards), num))
 
 
 def pieces_at(shards: Sequence[PlannedShard], places: np.ndarray) -> Iterator[Piece]:

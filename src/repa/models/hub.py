@@ -45,7 +45,7 @@ class OnHub(Backbone):
         from repa.models.exported import WEIGHTS, save_exported
 
         folder = Path(folder)
-        with lock.alone(folder, "save_pretrained"), files.new_folder(folder, WEIGHTS, "the network") as temporary:
+        with lock.exclusive(folder, "save_pretrained"), files.new_folder(folder, WEIGHTS, "the network") as temporary:
             save_exported(temporary, self.state_dict(), self._arguments(), {})
 
     def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:

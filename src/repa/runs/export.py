@@ -76,7 +76,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
     arguments = constructor_arguments(state, num_heads, model.patch_overlap)
     arguments |= {"route": model.routing} if model.route else {}
     facts = {**_facts(run, config), "step": step}
-    with lock.alone(out, "repa export"), files.new_folder(out, "README.md", "the export") as temporary:
+    with lock.exclusive(out, "repa export"), files.new_folder(out, "README.md", "the export") as temporary:
         if form == "safetensors":
             save_exported(temporary, state, arguments, facts)
         else:

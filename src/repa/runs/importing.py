@@ -165,7 +165,7 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
 
     `origin` is what it was made from, `kind` whose code made that.
     """
-    with lock.alone(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
+    with lock.exclusive(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
         write_origin(temporary, origin, kind)
         settings = layout.fixed_settings(config.model_dump(mode="json"))

@@ -249,7 +249,7 @@ def caption_values(value: Any) -> tuple[str, ...]:
 def json_object(data: bytes, name: str) -> dict[str, Any]:
     """The object that a JSON file holds; raises UserError when it holds something else."""
     with faults.reading(name, "JSON"):
-        value = json.loads(data, object_pairs_hook=files.once)
+        value = json.loads(data, object_pairs_hook=files.unique_keys)
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
     return value

@@ -105,7 +105,7 @@ class FileSource(Source):
         if LISTING in self._described:
             name, data = f"{LISTING} of {where}", self.read(LISTING, LISTING)
             with faults.reading(name, "JSON"):
-                listing = json.loads(data, object_pairs_hook=files.once)
+                listing = json.loads(data, object_pairs_hook=files.unique_keys)
             return from_listing(listing, paths, name)._replace(origin=LISTING)
         return self._from_metadata(where, paths)
 

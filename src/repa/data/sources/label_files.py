@@ -146,7 +146,7 @@ def _json_lines(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
     rows: Rows = []
     with faults.reading(name, "JSON, one object a line"):
         for line in data.decode("utf-8-sig").split("\n"):  # JSON may hold other ends of lines, such as U+2028
-            row = json.loads(line, object_pairs_hook=files.once) if line.strip() else {}
+            row = json.loads(line, object_pairs_hook=files.unique_keys) if line.strip() else {}
             if not isinstance(row, dict):
                 raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be an object.")
             rows += [row] if row else []
