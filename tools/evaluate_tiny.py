@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from repa.analysis import linear_probe, local_distance_similarity
+from repa.analysis import linear_probes, local_distance_similarity
 from repa.encoders import load_encoder
 from repa.encoders.tiny import SHAPES, ConvNet
 
@@ -47,7 +47,7 @@ def pooled_features(net: nn.Module, images: Tensor) -> Tensor:
 def probe(net: nn.Module, train: Labelled, test: Labelled) -> float:
     """Test accuracy of a linear classifier on frozen pooled features, trained to convergence."""
     features = [pooled_features(net, images) for images, _ in (train, test)]
-    return linear_probe(features[0], train[1], features[1], test[1], epochs=30, batch_size=500)
+    return linear_probes(features[0], train[1], features[1], test[1], epochs=30, batch_size=500)[0].top1
 
 
 @torch.no_grad()

@@ -1,11 +1,16 @@
 import pytest
 import torch
 
-from repa.analysis import linear_probe, linear_probes
+from repa.analysis import linear_probes
 from repa.analysis.probes import suitable_batch
 from repa.base.errors import UserError
 
 SETTINGS = {"epochs": 15, "batch_size": 64, "lr": 0.02}
+
+
+def linear_probe(*sets, lr=1e-3, **settings):
+    """Top-1 accuracy of one head."""
+    return linear_probes(*sets, learning_rates=(lr,), **settings)[0].top1
 
 
 def problem(num=400, dim=6, classes=4, spread=0.3, seed=0):

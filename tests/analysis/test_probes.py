@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa.analysis import linear_probe, probe_of_encoder, probe_of_run
+from repa.analysis import linear_probes, probe_of_encoder, probe_of_run
 from repa.analysis.config import ProbeConfig
 from repa.analysis.hidden import spaced_rows
 from repa.base.errors import UserError
@@ -84,7 +84,7 @@ def test_a_probe_of_an_encoder_is_that_of_its_features(data):
     features = encoder(torch.from_numpy(data.gather("images", np.arange(40))), 4)
     labels = torch.from_numpy(data.labels)
     for row, x in zip(rows, (features.patches.mean(1), features.pooled), strict=True):
-        assert row["top1"] == linear_probe(x, labels, x, labels, epochs=3, batch_size=256)
+        assert row["top1"] == linear_probes(x, labels, x, labels, epochs=3, batch_size=256)[0].top1
 
 
 def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from repa.analysis.neighbours import find_copies as find_copies
     from repa.analysis.neighbours import nearest_images as nearest_images
     from repa.analysis.pictures import principal_colours as principal_colours
-    from repa.analysis.probes import linear_probe as linear_probe
     from repa.analysis.probes import linear_probes as linear_probes
     from repa.analysis.probes import probe_of_encoder as probe_of_encoder
     from repa.analysis.probes import probe_of_run as probe_of_run

@@ -171,24 +171,6 @@ def suitable_batch(num_images: int) -> int:
     return max(LEAST_BATCH, min(PAPER_BATCH, num_images // PAPER_STEPS))
 
 
-def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    epochs: int = 90,
-    batch_size: int = PAPER_BATCH,
-    lr: float = 1e-3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Top-1 accuracy in [0, 1] on the test features; `linear_probes` with one learning rate."""
-    sets = (train_features, train_labels, test_features, test_labels)
-    heads = linear_probes(*sets, learning_rates=(lr,), epochs=epochs, batch_size=batch_size, seed=seed, device=device)
-    return heads[0].top1
-
-
 def linear_probes(
     train_features: Tensor,
     train_labels: Tensor,
