@@ -6,12 +6,14 @@ import inspect
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pydantic import BaseModel
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/repa"
@@ -79,8 +81,6 @@ def first_line(path: Path) -> str:
 
 def options_page() -> str:
     """Every field of what `repa train` and `repa prepare` take, with its sentence: one table for each group of options."""
-    from repa.base.config import option
-    from repa.cli.options import fields
     from repa.data.config import PrepareConfig
     from repa.training.config import TrainConfig
 
@@ -94,15 +94,25 @@ def options_page() -> str:
     for verb, cls in (("train", TrainConfig), ("prepare", PrepareConfig)):
         lines += ["", f"## repa {verb}"]
         groups = defaultdict(list)
-        for name, info, default in fields(cls):
-            about = str(info.description or "").replace("|", "\\|")
-            groups[name.partition(".")[0] if "." in name else ""].append(
-                f"| `{option(name)}` | {cell(default)} | {about} |"
-            )
+        for flag, default, about in fields(cls):
+            groups[flag.partition(".")[0] if "." in flag else ""].append(f"| `--{flag}` | {cell(default)} | {about} |")
         for group in sorted(groups, key=bool):  # options of no group first
             heading = ["", f"### {group}"] if group else []
             lines += [*heading, "", "| option | default | meaning |", "|---|---|---|", *groups[group]]
     return "\n".join(lines)
+
+
+def fields(cls: type[BaseModel], above: str = "") -> Iterator[tuple[str, Any, str]]:
+    for name, field in cls.model_fields.items():
+        flag = above + name.replace("_", "-")
+        inner = [part for part in (field.annotation, *get_args(field.annotation)) if inspect.isclass(part)]
+        nested = next((part for part in inner if issubclass(part, BaseModel)), None)
+        if nested is not None:
+            many = nested is not field.annotation
+            yield from fields(nested, f"{flag}.{'0.' if many else ''}")
+        else:
+            about = (field.description or "").replace("|", "\\|").replace("\n", " ")
+            yield flag, field.get_default(call_default_factory=True), about
 
 
 def cell(default: Any) -> str:

@@ -223,3 +223,13 @@ def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):
         bar(8, 16)
         bar(16, 16)
     assert "/s)" in capsys.readouterr().err
+
+
+def test_help_has_no_colours_where_none_are_wanted(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit):
+        main.run(["check", "--help"])
+    page = capsys.readouterr().out
+    assert "--num-images" in page
+    assert "\x1b" not in page

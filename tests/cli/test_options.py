@@ -217,24 +217,6 @@ def test_help_shows_every_field_with_its_default(capsys):
     assert "(default: 32)" in text
     assert "--optimizer.learning-rate" in text
     assert "--alignments.0.loss" in text
-    assert "--parallel {auto,ddp,fsdp}" in text
-    assert (
-        "--model.bias [true|false] Biases of queries, keys, values and the MLP; DDT has none. (default: true)" in text
-    )
-    assert "--diffusion.shift {auto}|FLOAT" in text
-    assert "--wandb STR Weights" in text
-    assert "--preview.every INT" in text
-
-
-def test_help_begins_with_what_must_be_given_and_fits_the_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "70")
-    with pytest.raises(SystemExit):
-        options.parse(PrepareArguments, ["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    first = lines.index("options:") + 1
-    assert lines[first].split()[:2] == ["--source", "STR"]
-    assert "(required)" in " ".join(lines[first : first + 3])
-    assert max(map(len, lines)) <= 70
 
 
 @pytest.mark.parametrize("recipe", [None, "sit-b2"])

@@ -40,10 +40,8 @@ def small_recipes(monkeypatch, tmp_path):
 
 def table_of(said):
     """The rows of the table by their headings."""
-    lines = said.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("run  "))
-    rows = lines[start : lines.index("", start)]
-    assert {"aligned to", "steps"} <= {row.partition("  ")[0] for row in rows}
+    rows = [line for line in said.splitlines() if "│" in line or "┃" in line]
+    assert {"aligned to", "steps"} <= {row.strip("│┃ ").partition("  ")[0].strip() for row in rows}
     return rows
 
 

@@ -1,23 +1,26 @@
-"""Command line -> configuration. Pydantic checks the values, so errors read as those of a YAML file."""
+"""Command line -> configuration. Pydantic checks the values, so a mistake here reads like a mistake in a YAML file.
 
-import itertools
+tyro draws the help pages; it does not parse, because its errors are boxes and ours are one sentence.
+"""
+
+import contextlib
+import io
+import os
 import shutil
 import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from repa.base.config import Config, option, refuse_idle
 from repa.base.errors import UserError, nearest
 
 HELP = ("-h", "--help")
-INDENT = 28  # columns of the options of a help page
 TRUTHS = ("true", "false", "yes", "no", "on", "off")  # values of a switch; any other word is not its value
 
 
@@ -107,49 +110,43 @@ def file_of(flag: str, path: str | Path, suffix: str) -> Path:
 
 
 def print_help(cls: type[Command], values: Config | None) -> None:
-    """Print the usage, the description and the options by group, required ones first; defaults are those of `values`."""
-    print(usage(cls), "", _wrapped(str(cls.__doc__)), sep="\n")
-    for group, settings in itertools.groupby(fields(cls, values), key=lambda setting: setting[0].rpartition(".")[0]):
-        about = str(annotation(cls, group).__doc__ or "").partition("\n\n")[0] if group else ""
-        print("", _wrapped(f"{group} options: {about}"), sep="\n")
-        for name, info, value in sorted(settings, key=lambda setting: setting[2] is not PydanticUndefined):
-            words, default = f"  {option(name)} {_values(info.annotation)}", _default(value)
-            if len(words) > INDENT - 2:  # the description starts on the next line
-                print(words)
-                words = ""
-            print(_wrapped(f"{info.description} {default and f'({default})'}", words))
+    import tyro
+
+    def defaults(model: type[BaseModel]) -> dict[str, Any]:
+        return {n: tyro.MISSING if info.is_required() else info.default for n, info in model.model_fields.items()}
+
+    given = defaults(cls)
+    if values is not None:
+        given |= {name: getattr(values, name) for name in type(values).model_fields}
+    for name, info in cls.model_fields.items():
+        # Of alignments and streams that a run lacks, the options of a first one: else nobody would find how to add it.
+        if (item := item_model(info.annotation)) and not given[name]:
+            given[name] = (item.model_construct(**defaults(item)),)
+    # What must be given stands on top.
+    ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
+    ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
+    page = _Page()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
+        tyro.cli(
+            ordered, args=["--help"], description=" ".join(str(cls.__doc__).split()),
+            default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )  # fmt: skip
+    # The first paragraph is tyro's usage, which knows no words without a flag.
+    about, _, tables = page.getvalue().partition("\n\n")[2].partition("\n\n")
+    about = textwrap.fill(about, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    # tyro's own parser wants one of the two; here a switch stands alone, and a truth may follow.
+    print(usage(cls), about, tables.replace("{True,False}", "[true|false]"), sep="\n\n", end="")
 
 
-def _wrapped(text: str, words: str | None = None) -> str:
-    """Text wrapped to the terminal's width; with `words`, the description of an option in its column."""
-    first, others = ("", "") if words is None else (f"{words:<{INDENT}}", " " * INDENT)
-    return textwrap.fill(
-        " ".join(text.split()), shutil.get_terminal_size().columns, initial_indent=first, subsequent_indent=others,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+class _Page(io.StringIO):
+    """What tyro prints. It colours its page on a terminal whatever NO_COLOR says, so this is none where that is set."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-def _values(kind: Any) -> str:
-    """The placeholder for values of this type: INT, {a,b}, [STR ...]."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return f"{{{','.join(map(str, parts))}}}"
-    if origin is tuple:
-        return f"[{_values(parts[0])} ...]" if Ellipsis in parts else " ".join(map(_values, parts))
-    if origin is Annotated:
-        return _values(parts[0])
-    if parts:  # several types
-        return "|".join(filter(None, map(_values, parts)))
-    return "[true|false]" if kind is bool else kind.__name__.upper()
-
-
-def _default(value: Any) -> str:
-    """ "default: 0.9 0.99", as typed; empty for an empty default."""
-    if value is PydanticUndefined:
-        return "required"
-    values = value if isinstance(value, (tuple, list)) else [value]
-    words = " ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in values)
-    return words and f"default: {words}"
+    def isatty(self) -> bool:
+        return self.is_coloured
 
 
 def usage(cls: type[Command]) -> str:
@@ -243,28 +240,18 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
     return nearest(option(".".join(parts)), [option(".".join([*parts[:-1], name])) for name in fields])
 
 
-def names(cls: type[BaseModel]) -> list[str]:
-    """Dotted names of all settings, top-level ones first; number 0 represents the entries of a list."""
-    return [name for name, _, _ in fields(cls)]
-
-
-def fields(cls: type[BaseModel], values: object = None, above: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """(dotted name, field, value) of all settings, top-level ones first.
-
-    Values are those of `values`, else the defaults; PydanticUndefined for required settings. For an empty list the
-    settings of a first entry are included; otherwise nobody would find out how to add one.
-    """
-    nested: list[tuple[type[BaseModel], object, str]] = []
+def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
+    nested: list[tuple[type[BaseModel], str]] = []
     for name, info in cls.model_fields.items():
-        value = getattr(values, name, info.get_default(call_default_factory=True))
         if is_model(info.annotation):
-            nested.append((info.annotation, value, f"{above}{name}."))
+            nested.append((info.annotation, f"{above}{name}."))
         elif item := item_model(info.annotation):
-            nested += [(item, entry, f"{above}{name}.{number}.") for number, entry in enumerate(value or (None,))]
+            nested.append((item, f"{above}{name}.0."))
         else:
-            yield above + name, info, value
-    for inner, part, prefix in nested:
-        yield from fields(inner, part, prefix)
+            yield above + name
+    for inner, prefix in nested:
+        yield from names(inner, prefix)
 
 
 def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any, list[str]]:
@@ -295,7 +282,7 @@ def _store(values: dict[str, Any], flag: str, value: Any, again: bool = False) -
     """
     path = [int(part) if part.isdecimal() else part for part in _parts(flag)]
     owner: Any = values
-    for part, after in itertools.pairwise(path):
+    for part, after in pairwise(path):
         if isinstance(owner, list):
             assert isinstance(part, int)  # `_read` knows no other entries of a list
             if part > len(owner):

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from repa.base import extras
 from repa.base.config import option
-from repa.base.reporting import columns, duration
+from repa.base.reporting import duration
 from repa.cli import options, prepare, train
 from repa.cli.console import LINE_EVERY, ProgressBar, say
 from repa.cli.together import run_together
@@ -206,9 +206,21 @@ def _write_page(folder: Path, data: Path, commands: list[str], seconds: float) -
 def _say_table(folder: Path, seconds: float) -> None:
     from repa.report import summary_table
 
-    rows = summary_table([folder / name for name in RUNS])
-    say("", *columns([[key, *(row[key] for row in rows)] for key in rows[0]]))
+    say()
+    print_table(summary_table([folder / name for name in RUNS]))
     say("", f"Report: {folder / PAGE} (open it in a browser). This command took {duration(seconds)}.")
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """The report's summary in the terminal, a column per run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    heading, *keys = rows[0]
+    table = Table("", *(row[heading] for row in rows))
+    for key in keys:
+        table.add_row(key, *(row[key] for row in rows))
+    Console().print(table)
 
 
 def _peak_memory() -> int:
