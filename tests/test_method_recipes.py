@@ -8,11 +8,13 @@ from repa.alignment import SCHEDULES
 from repa.base.registry import parse_spec
 from repa.cli.main import run as repa_run
 from repa.data import open_data
+from repa.diffusion import GUIDANCES
+from repa.diffusion.samplers import ode_grid
 from repa.encoders.contract import Features, VisionEncoder
 from repa.models.config import ROUTING, Route
 from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import METHODS, method_recipes
-from repa.recipes.networks import NETWORKS, network_recipes
+from repa.recipes.networks import _JIT_SAMPLING, NETWORKS, network_recipes
 from repa.recipes.paper import ROWS
 from repa.recipes.published import PUBLISHED, headline, results_table
 from repa.runs import read_metrics
@@ -206,6 +208,13 @@ def test_figures_have_a_column_for_each_way_of_drawing_labels():
 )
 def test_headlines(key, model, line):
     assert headline(PUBLISHED.get(key, ()), model) == line
+
+
+def test_jit_is_guided_at_the_times_of_the_released_code():
+    """There at data times above 0.1 (arXiv 2511.13720, open interval), one of which 50 steps have."""
+    guidance = GUIDANCES.build(_JIT_SAMPLING.partition("--guidance ")[2].format(scale=2.9))
+    guided = [step for step, t in enumerate(ode_grid(50).tolist()) if guidance.active(t)]
+    assert guided == [step for step in range(51) if step / 50 > 0.1]
 
 
 FULL = [name for name in (*method_recipes(), *network_recipes()) if name.startswith(("sit-", "jit-"))]
