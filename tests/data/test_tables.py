@@ -130,7 +130,7 @@ def test_damage_between_is_named_when_it_is_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[4:40] = b"\xff" * 36  # the header of the first page
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"p\.parquet cannot be read: "):
+    with pytest.raises(UserError, match=r"p\.parquet cannot be read as a parquet file: "):
         open_source(path).decode(0)
 
 

@@ -61,12 +61,10 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
 
 
 def _pairs_of_parquet(path: str, column: str) -> list[tuple[Any, Any]]:
-    lib, parquet = (extras.need(f"pyarrow.{name}", f"The table {path}") for name in ("lib", "parquet"))
-    try:
+    parquet = extras.need("pyarrow.parquet", f"The table {path}")
+    with faults.reading(path, "a parquet file"):
         key = _key_column(path, parquet.read_schema(path).names, column)
         table = parquet.read_table(path, columns=[key, column])  # others may be large
-    except (lib.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as a parquet file: {str(error).rstrip('.')}.") from error
     return list(zip(table.column(key).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 

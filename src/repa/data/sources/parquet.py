@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from repa.base import extras, files
+from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.data.sources.contract import counted_through, is_remote, named_by_first, require_one_split
 from repa.data.sources.tables import TableSource, columns_of
@@ -85,7 +85,8 @@ class ParquetSource(TableSource):
         return group.num_rows, size
 
     def _read_labels(self, shard: int) -> list[Any]:
-        return self._reading(shard, lambda f: f.read(columns=[self._label], use_threads=False))[0].to_pylist()
+        with faults.reading(self.shards[shard], "a parquet file"):
+            return self._open(shard).read(columns=[self._label], use_threads=False)[0].to_pylist()
 
     def _cell(self, column: str, index: int) -> Any:
         group, row = self._find(index)
@@ -96,16 +97,8 @@ class ParquetSource(TableSource):
     def _read_group(self, column: str, group: int) -> Any:
         shard, number = self._group[group]
         # threads of pyarrow do not survive a fork: in a worker the read would wait for them without end
-        table = self._reading(shard, lambda f: f.read_row_group(number, columns=[column], use_threads=False))
-        return table.column(0)
-
-    def _reading(self, shard: int, read: Callable[[Any], Any]) -> Any:
-        from pyarrow import lib
-
-        try:
-            return read(self._open(shard))
-        except (lib.ArrowException, OSError) as error:
-            raise UserError(f"{self.shards[shard]} cannot be read: {error}.") from error
+        with faults.reading(self.shards[shard], "a parquet file"):
+            return self._open(shard).read_row_group(number, columns=[column], use_threads=False).column(0)
 
     def _open(self, shard: int) -> Any:
         """A file, opened in each process, so that no other process moves its position."""
@@ -122,12 +115,10 @@ class ParquetSource(TableSource):
 
 
 def _open(where: str) -> Any:
-    lib, parquet = (extras.need(f"pyarrow.{name}", f"The file {where}") for name in ("lib", "parquet"))
-    try:
+    parquet = extras.need("pyarrow.parquet", f"The file {where}")
+    with faults.reading(where, "a parquet file", damaged=(Exception,)):  # each store raises other exceptions
         if not is_remote(where):
             return parquet.ParquetFile(where, memory_map=True)  # pages are shared by the workers
         import fsspec
 
         return parquet.ParquetFile(fsspec.open(where, "rb").open())
-    except (lib.ArrowException, OSError, ImportError, ValueError) as error:
-        raise UserError(f"{where} cannot be read as a parquet file: {str(error).rstrip('.')}.") from error
