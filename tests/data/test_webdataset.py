@@ -15,7 +15,7 @@ from repa.base.errors import UserError
 from repa.data import open_source
 from repa.data.remote import fetch_shard
 from repa.data.sources import contract, webdataset
-from repa.data.sources.contract import expand
+from repa.data.sources.names import expand
 from tests.data.kinds import add, as_shards, pictures, pixels, write_shard
 
 

@@ -13,16 +13,10 @@ import numpy as np
 from repa.base import faults, files
 from repa.base.arrays import data_offset
 from repa.base.errors import UserError
-from repa.data.sources.contract import (
-    CAPTION_ENDING,
-    EXTENSIONS,
-    Strings,
-    is_hidden,
-    member_path,
-    require_safe_member,
-)  # fmt: skip
+from repa.data.sources.contract import CAPTION_ENDING, EXTENSIONS, Strings
 from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
+from repa.data.sources.names import is_hidden, member_path, require_safe_member
 
 # all that zip programs write unless told otherwise; `Members.read` bounds what each of these unpacks to
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

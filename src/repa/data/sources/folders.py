@@ -1,4 +1,4 @@
-"""Images as files: what folders and zips share; folders; the images and captions of COCO's annotation files."""
+"""Images as files: what folders and zips share; folders."""
 
 import collections
 import contextlib
@@ -17,22 +17,19 @@ from repa.data.sources.contract import (
     CAPTION_COLUMNS,
     CAPTION_ENDING,
     EXTENSIONS,
-    JUNK_KIND,
-    MAX_FOLDERS,
     Classes,
     Source,
     Strings,
     caption_lines,
     caption_values,
-    is_hidden,
     json_object,
     one_class,
     plain_text,
     read_image_file,
-    split_folders,
-)  # fmt: skip
+)
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, table_columns
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
+from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, split_folders
 
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
 LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are not classes
@@ -337,71 +334,3 @@ def _size(entry: os.DirEntry) -> int:
         return entry.stat().st_size
     except OSError:
         return -1
-
-
-class CocoSource(Source):
-    """Images of an annotation file in the order of their ids, each with its captions in the order of theirs. One class.
-
-    Args:
-        annotations: a file such as annotations/captions_val2014.json.
-        images: the folder of the images; "": the folder next to the file, or next to its folder, that is named like the end of the
-            file's name (val2014).
-
-    Raises:
-        UserError: no such files, or a file that holds something else.
-    """
-
-    has_captions = True
-
-    def __init__(self, annotations: Path, *, images: str = ""):
-        values = files.read_object(annotations, images=list, annotations=list)
-        self.folder = _folder_of_images(annotations, images)
-        with faults.reading(annotations, "COCO's annotations of captions"):
-            names = dict(sorted((int(row["id"]), _plain_file_name(row["file_name"])) for row in values["images"]))
-            texts: dict[int, list[str]] = {number: [] for number in names}
-            for row in sorted(values["annotations"], key=lambda row: int(row["id"])):
-                texts[int(row["image_id"])].append(_caption(row["caption"]))
-        if not names:
-            raise UserError(f"{annotations} names no image: give an annotation file of captions.")
-        self._names = Strings(names.values())
-        # as JSON in one array: as lists of texts the 600,000 captions would take several times the memory
-        self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
-        digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
-        digest.update(self._sampled_digest(len(names), strict=True).encode())
-        classes = one_class(len(names), why="captions have no classes")
-        self._identify(classes, annotations.name, with_labels=False, sha256=digest.hexdigest())
-
-    def name(self, index: int) -> str:
-        return printable(self._names[index])
-
-    def contents(self, index: int) -> bytes:
-        return read_image_file(self.folder / self._names[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(json.loads(self._captions[index]))
-
-
-def _folder_of_images(annotations: Path, images: str) -> Path:
-    # COCO unpacks to annotations/captions_val2014.json and val2014/ side by side
-    split = annotations.stem.rpartition("_")[2]
-    found = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
-    folder = next((path for path in found if path.is_dir()), None)
-    if folder is None:
-        raise UserError(
-            f"The images of {annotations} are not in {' or '.join(map(str, found))}: write {annotations}:images=FOLDER."
-        )
-    return folder
-
-
-def _plain_file_name(name: str) -> str:
-    """A name in the folder of images; ValueError for a path, as the file may come from anyone."""
-    if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
-        raise ValueError(f"file_name {name!r:.80} is not the plain name of a file")
-    name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write
-    return name
-
-
-def _caption(caption: str) -> str:
-    if not isinstance(caption, str):
-        raise ValueError(f"caption {caption!r:.80} is not a text")
-    return " ".join(caption.split())

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from repa.base.errors import UserError, nearest, printable
-from repa.data.sources.contract import SPLITS, Classes, one_class, plain_text, several_splits, splits_among
+from repa.data.sources.contract import Classes, one_class, plain_text
+from repa.data.sources.names import SPLITS, several_splits, splits_among
 
 # a larger label is an id or a time, and would make as many names and rows of the embedding as it counts
 MAX_CLASSES = 1_000_000

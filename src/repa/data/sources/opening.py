@@ -11,8 +11,10 @@ from repa.base.errors import UserError
 from repa.base.registry import Setting, check_settings, parse_spec, settings_of
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
-from repa.data.sources.contract import EXTENSIONS, Source, expand, is_hidden, is_pattern, is_remote
-from repa.data.sources.folders import CocoSource, FolderSource
+from repa.data.sources.coco import CocoSource
+from repa.data.sources.contract import EXTENSIONS, Source
+from repa.data.sources.folders import FolderSource
+from repa.data.sources.names import expand, is_hidden, is_pattern, is_remote
 from repa.data.sources.parquet import ParquetSource
 from repa.data.sources.photographs import PhotographSource
 from repa.data.sources.reference_layout import ReferenceSource, is_reference

@@ -12,7 +12,7 @@ import numpy as np
 
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
-from repa.data.sources.contract import counted_through, is_remote, named_by_first, require_one_split
+from repa.data.sources.names import counted_through, is_remote, named_by_first, require_one_split
 from repa.data.sources.tables import TableSource, columns_of
 
 MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole

@@ -18,12 +18,12 @@ from repa.data.sources.contract import (
     CAPTION_COLUMNS,
     Source,
     caption_values,
-    named_by_first,
     one_class,
     read_image_file,
     require_image_size,
-)  # fmt: skip
+)
 from repa.data.sources.labels import classes_of, label_columns, named
+from repa.data.sources.names import named_by_first
 
 LABEL = "label"
 TEXTS = ("string", "large_string", "string_view")  # types of arrow, by their names: the last is not in every version

@@ -19,22 +19,17 @@ from repa.data.remote import fetch_shard
 from repa.data.sources.archives import Slices, tar_samples
 from repa.data.sources.contract import (
     EXTENSIONS,
-    JUNK_KIND,
     Classes,
     Source,
     Strings,
     caption_lines,
     caption_values,
-    counted_through,
-    is_remote,
     json_object,
     one_class,
-    require_one_split,
-    split_folders,
-    stem_of,
 )
 from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
+from repa.data.sources.names import JUNK_KIND, counted_through, is_remote, require_one_split, split_folders, stem_of
 
 INDEX_VERSION = 5  # a part of the key in the cache: files of another format are made again
 MAX_TEXT = 1 << 24  # bytes of a label, caption or json
