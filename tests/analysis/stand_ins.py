@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from repa.autoencoders.contract import Autoencoder
+from repa.data import DataSet
 from repa.encoders import load_encoder
 from repa.models import Backbone, Output
 
@@ -62,6 +63,9 @@ class Rearranged:
     @property
     def originals(self):
         return range(self.num_images)
+
+    def require_images(self, why=""):
+        DataSet.require_images(self, why)
 
     def summary(self):
         return {**self.data.summary(), "rows": None if self.rows is None else self.rows.tolist()}

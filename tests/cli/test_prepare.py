@@ -46,7 +46,7 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     assert not (tmp_path / "data").exists()
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--flip")
     assert code == 0
-    assert "data: 30 images of 20 classes at 16 pixels, 30 flipped copies." in text
+    assert "data: 30 images of 20 classes at 16 pixels, 30 mirrored copies." in text
     assert "60/60 images" in text
     assert "written" in text
     before = open_data("data").manifest
