@@ -13,7 +13,7 @@ from repa.alignment import Alignment
 from repa.base import dist
 from repa.base.device import peak_memory, quick_product_rate
 from repa.models.routing import tokens_at
-from repa.runs import MetricsLog, layout
+from repa.runs import MetricsLog
 from repa.training.inputs import TimedIterator
 from repa.training.objective import Losses, Objective
 from repa.training.state import TrainState
@@ -53,11 +53,7 @@ class TrainingLog:
         self.since_step = state.step
         self.restart()
         state.seconds += elapsed
-        # Every process sees the same averaged gradients, so all stop here or none, without asking each other.
-        if state.guard.stuck(config.max_skipped_steps):
-            with dist.together():
-                steps_saved = layout.checkpoint_steps(self.run)
-                state.guard.require_progress(config.max_skipped_steps, state.step, row["loss"], steps_saved)
+        state.guard.require_progress(config.max_skipped_steps, state.step, row["loss"], self.run)
         rate = config.batch_size * steps / elapsed
         state.metrics = {
             **row, "learning_rate": state.rate, "images_per_second": rate, "utilisation": rate / dist.world() * self.ideal,

@@ -9,6 +9,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.models.contract import Backbone
+from repa.runs import layout
 from repa.runs.averaging import gamma_of
 from repa.training.config import OptimizerConfig
 from repa.training.fused_update import ParameterRow, update_by_triton
@@ -62,7 +64,7 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
 class Guard:
     """Skips steps with non-finite gradients, counts them, and scales the fp16 loss.
 
-    Every process sees the same averaged gradients, so all decide alike. Only `row`, `stuck` and `state` wait for the device.
+    Every process sees the same averaged gradients, so all decide alike. Only `row`, `require_progress` and `state` wait for the device.
 
     Args:
         precision: of the run; fp16 scales the loss, so that small gradients do not vanish.
@@ -132,21 +134,19 @@ class Guard:
             self._norms.append(row["grad_norm_max"])
         return notes
 
-    def stuck(self, allowed: int) -> bool:
-        """Were more than `allowed` steps in a row skipped (waits for the device)?"""
-        return int(self.in_row) > allowed
-
-    def require_progress(self, allowed: int, step: int, loss: float, checkpoints: Sequence[int]) -> None:
-        """UserError after more than `allowed` skipped steps in a row (waits for the device). `checkpoints`: steps of those there are."""
-        if not self.stuck(allowed):
+    def require_progress(self, allowed: int, step: int, loss: float, run: Path) -> None:
+        """UserError after more than `allowed` skipped steps in a row (waits for the device); it names the newest checkpoint of `run`."""
+        if (in_row := int(self.in_row)) <= allowed:
             return
-        in_row = int(self.in_row)
-        good = f"The checkpoint of step {checkpoints[-1]} is good. " if checkpoints else ""
-        raise UserError(
-            f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "
-            f"wrote nothing of it. {good}Look at the data, or start another --out with a lower --optimizer.learning-rate, "
-            "--precision fp32 or --model.qk-norm layer."
-        )
+        # Every process sees the same averaged gradients, so all come here or none, without asking each other.
+        with dist.together():
+            steps = layout.checkpoint_steps(run)
+            good = f"The checkpoint of step {steps[-1]} is good. " if steps else ""
+            raise UserError(
+                f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "
+                f"wrote nothing of it. {good}Look at the data, or start another --out with a lower --optimizer.learning-rate, "
+                "--precision fp32 or --model.qk-norm layer."
+            )
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps (waits for the device)."""
