@@ -307,13 +307,15 @@ class TrainConfig(Config):
             )
 
     def _check_accumulation(self) -> None:
-        """Losses of private code are checked when they are built (`training/state.py`)."""
+        """A part of the batch is another batch to a loss that compares its images."""
         from repa.alignment.losses import looks_at_other_images
 
         for alignment in self.alignments:
-            name, _ = parse_spec(alignment.loss)
-            if name in LOSSES.table and looks_at_other_images(LOSSES.build(alignment.loss)):
-                refuse_accumulation(alignment.key, alignment.loss, self.accumulate)
+            if looks_at_other_images(LOSSES.build(alignment.loss)):
+                raise UserError(
+                    f"--accumulate is {self.accumulate}, but the loss {alignment.loss!r} of the alignment {alignment.key!r} compares the "
+                    "images of the whole batch: choose 1, or the loss cosine."
+                )
 
 
 def _other_pass(target: str) -> tuple:
@@ -325,11 +327,3 @@ def _other_pass(target: str) -> tuple:
         "run": {"path": "", "step": -1, "scale": 30.0},
     }
     return name, *(settings.get(key, value) for key, value in defaults[name].items())
-
-
-def refuse_accumulation(key: str, loss: str, accumulate: int) -> None:
-    """A part of the batch is another batch to a loss that compares its images."""
-    raise UserError(
-        f"--accumulate is {accumulate}, but the loss {loss!r} of the alignment {key!r} compares the images of the whole batch: "
-        "choose 1, or the loss cosine."
-    )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from repa.alignment import Alignment
-from repa.alignment.losses import looks_at_other_images
 from repa.base import dist, faults
 from repa.base.errors import UserError
 from repa.base.precision import resolved
@@ -21,7 +20,7 @@ from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import SETTINGS, Checkpoint, OwnedTensor, load_owned, shares
-from repa.training.config import TrainConfig, refuse_accumulation
+from repa.training.config import TrainConfig
 from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
@@ -151,9 +150,6 @@ def build_state(
     for alignment in config.alignments:
         with seeded(config.seed, "projector", alignment.key):
             alignments.append(Alignment.of(alignment, model, feature_dims))
-    for term in alignments:
-        if config.accumulate > 1 and looks_at_other_images(term.loss):
-            refuse_accumulation(term.config.key, term.config.loss, config.accumulate)
     objective = Objective(
         model, alignments, config.diffusion, label_dropout=config.label_dropout, seed=config.seed,
         streams=config.streams, head_weight=config.head_weight, denoising_schedule=config.denoising_schedule,
