@@ -39,7 +39,7 @@ def test_rows_do_not_see_each_other():
     model = network()
     state, t, condition = inputs()
     together = model(state, t, condition).prediction["x"]
-    alone = model({"x": state["x"][1:2]}, t[1:2], condition.rows(slice(1, 2))).prediction["x"]
+    alone = model({"x": state["x"][1:2]}, t[1:2], Condition(condition.labels[1:2])).prediction["x"]
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_text_that_is_masked_and_other_rows_are_not_seen():
     changed = model(state, t, condition._replace(text=text)).prediction["x"]
     assert not torch.allclose(changed[0], found[0])
     torch.testing.assert_close(changed[1], found[1])
-    short = condition._replace(text=condition.text[:1, :2], text_mask=None).rows(slice(0, 1))
+    short = Condition(condition.labels[:1], condition.text[:1, :2])
     other = network(text_shape=(2, 5))
     other.load_state_dict({k: v for k, v in model.state_dict().items() if "null" not in k}, strict=False)
     torch.testing.assert_close(

@@ -14,6 +14,7 @@ from repa.encoders.contract import Features
 from repa.models import Condition, build_model
 from repa.training import Objective
 from repa.training.config import StreamConfig
+from repa.training.objective import select_samples
 from tests.calls import call
 
 
@@ -142,14 +143,14 @@ def test_half_precision_keeps_norms_and_losses_in_float32():
         assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
 
 
-def test_rows_of_the_draws_are_those_of_a_micro_batch():
+def test_the_draws_of_some_samples_are_those_of_a_micro_batch():
     objective = make([COSINE])
     x, labels, features = batch()
     draws, weights = objective.draw({"x": x}, 2), objective.weights(2, x.device)
     whole = objective({"x": x}, Condition(labels), features, draws, weights)
     part = slice(2, 4)
     tokens = {"tiny": Features(features["tiny"].patches[part], None)}
-    losses = objective({"x": x[part]}, Condition(labels[part]), tokens, draws.rows(part), weights)
+    losses = objective({"x": x[part]}, Condition(labels[part]), tokens, select_samples(draws, part), weights)
     torch.testing.assert_close(losses.total, whole.total[part])
 
 
@@ -171,7 +172,7 @@ def test_contrastive_terms_look_at_the_image_before_in_the_global_batch(token_ti
     losses = losses_of(objective, x, labels, {}, step=3)
     assert (losses.terms["contrastive"] < 0).all()
     torch.testing.assert_close(losses.total, losses.terms["denoising"] + losses.terms["contrastive"])
-    assert torch.equal(whole.rows(slice(2, 4)).other["x"], expected[2:4])
+    assert torch.equal(select_samples(whole, slice(2, 4)).other["x"], expected[2:4])
     last = x[[2, 5]]  # of each of two processes
     monkeypatch.setattr("repa.base.dist.world", lambda: 2)
     monkeypatch.setattr("repa.base.dist.gather", lambda rows: last)

@@ -19,6 +19,7 @@ from repa.performance.estimate import passes_of
 from repa.runs import layout, load_checkpoint, load_run, read_metrics
 from repa.training import Objective, TrainConfig, train
 from repa.training.log import flops_of
+from repa.training.objective import select_samples
 from tests.training.processes import run_all
 from tests.training.test_engine import images, network
 from tests.training.test_objective import losses_of
@@ -169,8 +170,7 @@ def test_parts_of_a_batch_have_its_gradient(route):
     assert all(g.isfinite().all() for g in wanted)
     subject.zero_grad()
     for rows in (slice(0, 3), slice(3, 6)):
-        part = {"tiny": whole["tiny"].map(lambda v, rows=rows: v[rows])}
-        losses = subject({"x": x[rows]}, condition.rows(rows), part, draws.rows(rows), weights)
+        losses = subject(*(select_samples(each, rows) for each in ({"x": x}, condition, whole, draws)), weights)
         (losses.total.mean() / 2).backward()
     for p, grad in zip(subject.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)

@@ -47,10 +47,6 @@ class Condition(NamedTuple):
         """The same of every part."""
         return Condition._make(None if part is None else function(part) for part in self)
 
-    def rows(self, part: slice | Tensor) -> "Condition":
-        """Some of the samples."""
-        return self.map(lambda value: value[part])
-
     def _with(self, other: "Condition", function: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
         def both(own: Tensor | None, others: Tensor | None) -> Tensor | None:
             if own is None:
@@ -75,10 +71,6 @@ class TwoTimes(NamedTuple):
     def of_tokens(self) -> Tensor:
         """(N, T)."""
         return torch.where(self.second, self.values[:, 1:], self.values[:, :1])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "TwoTimes":
-        """The same of both parts, which have N in front."""
-        return TwoTimes(function(self.values), function(self.second))
 
 
 Times = Tensor | TwoTimes  # (N,), (N, T), or two an image

@@ -27,7 +27,7 @@ from repa.training.config import TrainConfig
 from repa.training.initial_weights import is_new_run
 from repa.training.inputs import EncoderFeatures, TextConditions, TimedIterator
 from repa.training.log import TrainingLog
-from repa.training.objective import Draws, Losses, select_samples
+from repa.training.objective import Losses, select_samples
 from repa.training.parallel import without_reduction, wrapped
 from repa.training.resolve import (
     claim_folder,
@@ -212,10 +212,10 @@ def _train(
 def backward(
     state: TrainState, module: nn.Module, clean: State, condition: Condition, features: Mapping[str, Features]
 ) -> Losses:
-    """Add the gradient of a step's mean loss over N rows to the parameters; returns the detached losses of all rows.
+    """Add the gradient of a step's mean loss over N samples to the parameters; returns the detached losses of all of them.
 
-    The rows are taken in `accumulate` equal micro-batches, to need less memory. Each adds its share of the mean, so the gradient is
-    that of all rows.
+    They are taken in `accumulate` equal micro-batches, to need less memory. Each adds its share of the mean, so the gradient is
+    that of all samples.
 
     Args:
         module: the objective as it runs, see `wrapped`.
@@ -225,12 +225,9 @@ def backward(
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
     # What a term reads in addition to the trained network; outside of DDP and torch.compile, which know the trained one alone.
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
-    micro_batches = [(clean, condition, features, draws)]
-    if config.accumulate > 1:
-        size = len(clean["x"]) // config.accumulate
-        micro_batches = [
-            _micro_batch(slice(i * size, (i + 1) * size), *micro_batches[0]) for i in range(config.accumulate)
-        ]
+    whole, size = (clean, condition, features, draws), len(clean["x"]) // config.accumulate
+    parts = [slice(i * size, (i + 1) * size) for i in range(config.accumulate)]
+    micro_batches = [[select_samples(each, part) for each in whole] for part in parts]
     found: list[Losses] = []
     for clean, condition, features, draws in micro_batches:
         last = len(found) + 1 == len(micro_batches)
@@ -247,14 +244,6 @@ def backward(
     )
 
 
-def _micro_batch(
-    rows: slice, clean: State, condition: Condition, features: Mapping[str, Features], draws: Draws
-) -> tuple[State, Condition, Mapping[str, Features], Draws]:
-    """Some of the images, with all that belongs to them."""
-    seen = {name: found.map(lambda x: x[rows]) for name, found in features.items()}
-    return select_samples(clean, rows), condition.rows(rows), seen, draws.rows(rows)
-
-
 @torch.no_grad()
 def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Tensor:
     """Clean latents (N, C, h, w), sampled again from the posterior at every step with draws of the global batch."""
@@ -264,7 +253,7 @@ def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Te
         moments = autoencoder.encode(batch.images)
     if not autoencoder.stochastic:
         return autoencoder.sample(moments)
-    # Drawn for the global batch, of which each process takes its rows: the number of processes changes nothing.
+    # Drawn for the global batch, of which each process takes its part: the number of processes changes nothing.
     num, shape = len(moments), (autoencoder.channels, *moments.shape[2:])
     stream = generator(seed, "posterior", step, device=moments.device)
     noise = torch.randn((dist.world() * num, *shape), generator=stream, device=moments.device)

@@ -3,7 +3,7 @@
 N images of this process, T tokens, A alignments. State and draws are keyed as in models/contract.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class Losses(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random numbers of one step for this process's rows."""
+    """The random numbers of one step for this process's samples."""
 
     t: Times  # (N,), or two an image
     noise: State
@@ -43,15 +43,11 @@ class Draws(NamedTuple):
     other: State | None = None
     path_dropped: Tensor | None = None  # (N,) bool: what the route's blocks give is thrown away; None: nobody's
 
-    def rows(self, part: slice) -> "Draws":
-        """Those of some rows: a micro-batch's."""
-        return Draws._make(None if each is None else select_samples(each, part) for each in self)
-
 
 class Objective(nn.Module):
     """Network and projectors.
 
-    Every draw is made for the global batch from (seed, step) and each process takes its rows, so the numbers do not
+    Every draw is made for the global batch from (seed, step) and each process takes its part, so the numbers do not
     depend on how many processes share the work.
 
     Args:
@@ -118,9 +114,9 @@ class Objective(nn.Module):
         return found
 
     def draw(self, clean: State, step: int) -> Draws:
-        """The draws of this process's rows (N) out of the global batch of `step`."""
+        """The draws of this process's N samples out of the global batch of `step`."""
         x = clean["x"]
-        rows = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
+        own = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
         # One generator, so the order of the draws is part of what a seed means: further ones come behind.
         stream = generator(self.seed, "objective", step, device=x.device)
@@ -136,11 +132,11 @@ class Objective(nn.Module):
             # From a stream apart: a run with a route, and one without, draw the same times and noise.
             route = generator(self.seed, "route", step, device=x.device)
             keep, path = draw_route(self.model.route, num, self.model.grid, route)
-        draws = Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path).rows(rows)
+        draws = select_samples(Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path), own)
         if not self.process.contrastive:
             return draws
         return draws._replace(
-            other={name: self._previous_velocities(part, noise[name], t, rows) for name, part in clean.items()}
+            other={name: self._previous_velocities(part, noise[name], t, own) for name, part in clean.items()}
         )
 
     def _draw_visible(self, num: int, step: int, device: torch.device) -> State:
@@ -153,12 +149,12 @@ class Objective(nn.Module):
                 found[term.config.key] = scores >= term.masked
         return found
 
-    def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, rows: slice) -> Tensor:
+    def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, own: slice) -> Tensor:
         """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
-        times = self._times_of(map_times(t, lambda x: x.roll(1, 0)[rows]), part)
+        times = self._times_of(t, part).roll(1, 0)[own]
         assert isinstance(self.process, Flow)  # as it is contrastive
-        return self.process.velocity(before, noise.roll(1, 0)[rows], times)
+        return self.process.velocity(before, noise.roll(1, 0)[own], times)
 
     def _two_times(self, t: Tensor, stream: torch.Generator) -> Times:
         """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
@@ -226,7 +222,7 @@ class Objective(nn.Module):
             clean: latents and vectors of N images, from `clean`.
             condition: of these images.
             features: of the clean images by encoder name; an alignment whose encoder is not among them is left out.
-            draws: of these N rows, from `draw`.
+            draws: of these N samples, from `draw`.
             weights: (1 + A,), from `weights`.
             averaged: from `averaged`.
         """
@@ -333,18 +329,15 @@ class Objective(nn.Module):
         return grid.repeat_interleave(part.shape[2] // rows, 2).repeat_interleave(part.shape[3] // columns, 3)
 
 
-def map_times(t: Times, function: Callable[[Tensor], Tensor]) -> Times:
-    """The function of times (N,), or of both parts of two times an image."""
-    return t.map(function) if isinstance(t, TwoTimes) else function(t)
-
-
 def _as_one_pixel(vector: Tensor) -> Tensor:
     """A vector (N, F) is an image of one pixel to the process."""
     return vector[:, :, None, None]
 
 
 def select_samples(values: Any, part: slice) -> Any:
-    """Some of the samples: of a tensor, of two times an image, or of each tensor of a state."""
+    """Some of the samples of every tensor in a dictionary or a NamedTuple, which may hold further ones; None stays None."""
+    if values is None or isinstance(values, Tensor):
+        return None if values is None else values[part]
     if isinstance(values, dict):
-        return {name: value[part] for name, value in values.items()}
-    return values[part] if isinstance(values, Tensor) else values.map(lambda x: x[part])
+        return {name: select_samples(value, part) for name, value in values.items()}
+    return type(values)._make(select_samples(value, part) for value in values)
