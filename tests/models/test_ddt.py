@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from repa.base.errors import UserError
-from repa.models import DDT, Condition, ModelConfig, Tap, build
+from repa.models import DDT, Condition, DDTOptions, ModelConfig, Tap, build
+from repa.models.layers import BlockOptions
 
 SIZES = {
     "latent_channels": 3,
@@ -23,9 +24,16 @@ PAPERS = {
 }  # fmt: skip
 
 
+def ddt(**arguments):
+    """A DDT of arguments that are its own, its options' or its blocks'."""
+    options = {name: arguments.pop(name) for name in DDTOptions.__dataclass_fields__ if name in arguments}
+    blocks = {name: arguments.pop(name) for name in BlockOptions._fields if name in arguments}
+    return DDT(DDTOptions(**options), BlockOptions(**{"norm": "rms", "mlp": "swiglu", **blocks}), **arguments)
+
+
 def network(paper="rae", **changes):
     torch.manual_seed(0)
-    model = DDT(**{"latent_size": (4, 6), **SIZES, **PAPERS[paper], **changes})
+    model = ddt(**{"latent_size": (4, 6), **SIZES, **PAPERS[paper], **changes})
     for parameter in model.parameters():  # the zeros of adaLN-Zero hide every mistake behind them
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -39,7 +47,7 @@ def inputs(n=3):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_it_starts_as_the_zero_prediction(paper):
-    output = DDT(latent_size=(4, 6), **SIZES, **PAPERS[paper])(*inputs())
+    output = ddt(latent_size=(4, 6), **SIZES, **PAPERS[paper])(*inputs())
     for prediction in (output.prediction["x"], *output.heads.values()):
         assert prediction.shape == (3, 3, 4, 6)
         assert not prediction.any()
@@ -99,7 +107,7 @@ def test_the_head_may_use_what_the_encoder_found_before():
 def test_sizes_of_the_papers(arguments, millions):
     """DDT-XL/2 and DiT^DH-XL."""
     with torch.device("meta"):
-        model = DDT(hidden_dim=1152, num_heads=16, num_classes=1000, **arguments)
+        model = ddt(hidden_dim=1152, num_heads=16, num_classes=1000, **arguments)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
@@ -112,10 +120,9 @@ def test_mistakes_are_answered():
         network(head_depth=5)
     with pytest.raises(UserError, match=r"heads names block 4.*1 to 3"):
         network(heads=(4,))
-    with pytest.raises(UserError, match="sinusoid or fourier"):
-        network(times="sine")
-    with pytest.raises(ValueError, match="'times'.*'sine'"):
-        ModelConfig(backbone="ddt:head_depth=1,times=sine")
+    for setting, given in (("times", "sine"), ("head_dim", -1), ("max_period", 0)):
+        with pytest.raises(ValueError, match=f"'{setting}'.*'?{given}'?"):
+            ModelConfig(backbone=f"ddt:head_depth=1,{setting}={given}")
     complete = {"latent_size": 4, "latent_channels": 3, "num_classes": 3, "hidden_dim": 16, "depth": 3, "num_heads": 2}
     with pytest.raises(UserError, match="'ddt' has no separate_times"):
         build(ModelConfig(backbone="ddt:head_depth=1", separate_times=True, **complete))

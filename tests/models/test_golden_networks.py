@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
-from repa.models import DDT, Condition, DiT, Tap
+from repa.models import DDT, Condition, DDTOptions, DiT, Tap
 from repa.models.jit import JiT
+from repa.models.layers import BlockOptions
 from tests import golden
 
 TOLERANCE = 1e-6
@@ -125,9 +126,11 @@ def permuted(tensor, heads, dim=0):
 def test_ddt():
     case = golden.load("ddt_network")
     sizes = case["config"]
+    head_depth = sizes["blocks"] - sizes["encoder_blocks"]
     model = DDT(
-        latent_size=4, hidden_dim=16, depth=3, num_heads=2, num_classes=3, head_depth=sizes["blocks"] - sizes["encoder_blocks"],
-        qk_norm="rms", bias=False, final_norm="layer", extent=16.0, max_period=10.0,
+        DDTOptions(head_depth, final_norm="layer", extent=16.0, max_period=10.0),
+        BlockOptions("rms", "swiglu", qk_norm="rms", bias=False),
+        latent_size=4, hidden_dim=16, depth=3, num_heads=2, num_classes=3,
     ).double()  # fmt: skip
     values = {name: value(k, shape) for k, name, shape in case["weights"]["names"]}
     for block in range(3):
@@ -161,8 +164,9 @@ def test_ddt():
 def test_raev2():
     case = golden.load("raev2_network")
     model = DDT(
-        latent_size=2, latent_channels=3, patch_size=1, hidden_dim=16, depth=3, num_heads=2, num_classes=3, head_depth=1,
-        head_dim=24, head_heads=2, qk_norm="rms", times="fourier", silu_twice=True, time_tokens=2, class_tokens=3, heads=(1,),
+        DDTOptions(1, head_dim=24, head_heads=2, times="fourier", silu_twice=True, time_tokens=2, class_tokens=3),
+        BlockOptions("rms", "swiglu", qk_norm="rms"),
+        latent_size=2, latent_channels=3, patch_size=1, hidden_dim=16, depth=3, num_heads=2, num_classes=3, heads=(1,),
     ).double()  # fmt: skip
     values = {name: value(k, shape) for k, name, shape in case["weights"]["names"]}
     for block in range(3):

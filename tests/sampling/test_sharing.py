@@ -10,7 +10,8 @@ import torch
 from repa.autoencoders import load_autoencoder
 from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
-from repa.models import DDT, DiT
+from repa.models import DDT, DDTOptions, DiT
+from repa.models.layers import BlockOptions
 from repa.runs import LoadedRun
 from repa.sampling import SampleConfig, generate
 from repa.sampling.samples import prepared
@@ -38,7 +39,7 @@ def run_of(model):
 
 @pytest.fixture
 def run():
-    return run_of(DDT(**SIZES, head_depth=1, heads=(1,)))
+    return run_of(DDT(DDTOptions(head_depth=1), BlockOptions("rms", "swiglu"), **SIZES, heads=(1,)))
 
 
 def config(**changes):

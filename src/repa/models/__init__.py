@@ -10,7 +10,7 @@ BACKBONES = Registry(
     "backbone",
     {
         "dit": "repa.models.dit:dit",
-        "ddt": "repa.models.ddt:ddt",
+        "ddt": "repa.models.ddt:DDTOptions",
         "hooked": "repa.models.hooked:hooked",
         "jit": "repa.models.jit:jit",
         "mmdit": "repa.models.mmdit:mmdit",
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from repa.models.contract import Tap as Tap
     from repa.models.contract import TwoTimes as TwoTimes
     from repa.models.ddt import DDT as DDT
+    from repa.models.ddt import DDTOptions as DDTOptions
     from repa.models.diffusers_export import to_diffusers as to_diffusers
     from repa.models.dit import DiT as DiT
     from repa.models.dit import build as build

@@ -6,13 +6,16 @@ the encoder. N batch, C channels, T tokens of the grid, S tokens in front, D wid
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from repa.base.errors import UserError, choices
+from repa.base.errors import UserError
+from repa.base.precision import no_autocast
 from repa.models.config import ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
@@ -20,7 +23,6 @@ from repa.models.layers import (
     Block,
     BlockOptions,
     FinalLayer,
-    FourierTimes,
     LabelEmbedding,
     PatchEmbedding,
     Rotation,
@@ -32,6 +34,41 @@ from repa.models.layers import (
     xavier_linears,
     xavier_patches,
 )
+
+
+@dataclass(frozen=True)
+class DDTOptions:
+    """The backbone `ddt`: what a DDT has besides the sizes, layers and heads of the configuration.
+
+    DDT: head_depth=6,final_norm=layer,extent=16,max_period=10 with norm rms, mlp swiglu, qk_norm rms, bias false, rotary.
+    RAE: head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true with norm rms, mlp swiglu, rotary.
+
+    Attributes:
+        head_depth, head_dim, head_heads: blocks of the head, their width and attention heads; 0: as in the encoder.
+        final_norm: of the final layers; empty: that of the blocks.
+        positions: the fixed positions are added to the encoder's tokens.
+        extent: rotary positions run from 0 to it; 0: they are the indices of rows and columns.
+        times: "sinusoid", with the longest period max_period, or "fourier": 256 frozen random frequencies.
+        silu_twice: SiLU is applied once more in each modulation, as the code of RAE does.
+        time_tokens, class_tokens: tokens of time and class in front of an encoder without modulation; 0 and 0: it is modulated.
+    """
+
+    head_depth: PositiveInt
+    head_dim: NonNegativeInt = 0
+    head_heads: NonNegativeInt = 0
+    final_norm: Literal["", "layer", "rms"] = ""
+    positions: bool = False
+    extent: NonNegativeFloat = 0.0
+    times: Literal["sinusoid", "fourier"] = "sinusoid"
+    max_period: PositiveFloat = 10_000.0
+    silu_twice: bool = False
+    time_tokens: NonNegativeInt = 0
+    class_tokens: NonNegativeInt = 0
+
+    def __call__(self, config: ModelConfig) -> "DDT":
+        config.require_plain(allowed=("heads", *BlockOptions._fields, "rotary"))
+        blocks = BlockOptions(**config.given(*BlockOptions._fields))
+        return DDT(self, blocks, **config.sizes(), **config.given("num_classes", "rotary", "heads"))
 
 
 class Encoded(NamedTuple):
@@ -49,16 +86,10 @@ class DDT(Backbone):
     final layer. `encode` and `decode` are the two halves: s changes slowly over the steps of a sampler, which may keep it.
 
     Args:
+        options, blocks: what head, encoder and their blocks are made of.
         latent_size: side of the latent, or (height, width); multiples of patch_size.
         depth: of encoder and head together.
-        head_depth, head_dim, head_heads: blocks of the head, their width and attention heads; 0: as in the encoder.
-        norm, mlp, qk_norm, bias, rotary: what blocks are made of, as in DiT.
-        final_norm: of the final layers, "layer" or "rms"; None: as `norm`.
-        positions: the fixed positions are added to the encoder's tokens.
-        extent: rotary positions run from 0 to it; 0: they are the indices of rows and columns.
-        times: "sinusoid", with the longest period max_period, or "fourier": 256 frozen random frequencies.
-        silu_twice: SiLU is applied once more in each modulation, as the code of RAE does.
-        time_tokens, class_tokens: tokens of time and class in front of an encoder without modulation; 0 and 0: it is modulated.
+        rotary: as in DiT.
         heads: depths of encoder blocks that also predict x, by a final layer each, on SiLU(time + tokens).
 
     Hidden taps are of the grid alone, and so are attention taps, (N, h, T, T).
@@ -71,6 +102,8 @@ class DDT(Backbone):
 
     def __init__(
         self,
+        options: DDTOptions,
+        blocks: BlockOptions,
         *,
         latent_size: int | Sequence[int],
         latent_channels: int = 4,
@@ -79,51 +112,36 @@ class DDT(Backbone):
         depth: int,
         num_heads: int,
         num_classes: int,
-        head_depth: int,
-        head_dim: int = 0,
-        head_heads: int = 0,
         mlp_ratio: float = 4.0,
-        norm: Literal["layer", "rms"] = "rms",
-        mlp: Literal["gelu", "swiglu"] = "swiglu",
-        qk_norm: Literal["none", "layer", "rms"] = "none",
-        bias: bool = True,
         rotary: bool = True,
-        final_norm: str | None = None,
-        positions: bool = False,
-        extent: float = 0.0,
-        times: Literal["sinusoid", "fourier"] = "sinusoid",
-        max_period: float = 10_000.0,
-        silu_twice: bool = False,
-        time_tokens: int = 0,
-        class_tokens: int = 0,
         heads: Sequence[int] = (),
     ):
         super().__init__()
-        head_dim, head_heads = head_dim or hidden_dim, head_heads or num_heads
+        head_dim, head_heads = options.head_dim or hidden_dim, options.head_heads or num_heads
         self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
         check_dimensions(head_dim, depth, head_heads, patch_size, 0)
-        self.encoder_depth = depth - head_depth
-        if not 0 < head_depth < depth:
+        self.encoder_depth = depth - options.head_depth
+        if not 0 < options.head_depth < depth:
             raise UserError(
-                f"The head must be some of the {depth} blocks, but head_depth is {head_depth}: choose fewer."
+                f"The head must be some of the {depth} blocks, but head_depth is {options.head_depth}: choose fewer."
             )
         if outside := [head for head in heads if not 1 <= head <= self.encoder_depth]:
             raise UserError(
                 f"heads names block {outside[0]}, but the encoder has blocks 1 to {self.encoder_depth}: choose one of them."
             )
-        if times not in ("sinusoid", "fourier"):
-            raise UserError(f"Unknown embedding of the time {times!r}{choices(times, ('sinusoid', 'fourier'))}")
         self.head_dim, self.num_classes, self.null_label = head_dim, num_classes, num_classes
-        self.silu_twice, self.front = silu_twice, time_tokens + class_tokens
-        options, final_norm = BlockOptions(norm, mlp, qk_norm, bias), final_norm or norm
-        patch_features = patch_size**2 * latent_channels
+        time_tokens, class_tokens = options.time_tokens, options.class_tokens
+        self.silu_twice, self.front = options.silu_twice, time_tokens + class_tokens
 
         # A buffer and no parameter: the positions are fixed, but checkpoints of the papers hold them.
-        self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid) if positions else None)  # (1, T, D)
-        self.rotation = Rotation(hidden_dim // num_heads, self.grid, extent) if rotary else None
-        self.head_rotation = Rotation(head_dim // head_heads, self.grid, extent) if rotary else None
+        positions = sincos_positions(hidden_dim, self.grid) if options.positions else None
+        self.register_buffer("pos_embed", positions)  # (1, T, D)
+        self.rotation = Rotation(hidden_dim // num_heads, self.grid, options.extent) if rotary else None
+        self.head_rotation = Rotation(head_dim // head_heads, self.grid, options.extent) if rotary else None
         self.t_embedder = (
-            FourierTimes(hidden_dim) if times == "fourier" else TimestepEmbedding(hidden_dim, max_period=max_period)
+            FourierTimes(hidden_dim)
+            if options.times == "fourier"
+            else TimestepEmbedding(hidden_dim, max_period=options.max_period)
         )
         self.y_embedder = LabelEmbedding(num_classes, hidden_dim)
         self.time_tokens = nn.Parameter(torch.zeros(1, time_tokens, hidden_dim)) if time_tokens else None
@@ -133,9 +151,10 @@ class DDT(Backbone):
         self.s_projector = nn.Linear(hidden_dim, head_dim) if head_dim != hidden_dim else nn.Identity()
         # RAEv2 gives time and class to the encoder as tokens; it then has no adaLN, which would give them twice.
         modulated = not self.front
-        encoder = [Block(hidden_dim, num_heads, mlp_ratio, options, modulated) for _ in range(self.encoder_depth)]
-        head = [Block(head_dim, head_heads, mlp_ratio, options) for _ in range(head_depth)]
+        encoder = [Block(hidden_dim, num_heads, mlp_ratio, blocks, modulated) for _ in range(self.encoder_depth)]
+        head = [Block(head_dim, head_heads, mlp_ratio, blocks) for _ in range(options.head_depth)]
         self.blocks = nn.ModuleList(encoder + head)
+        patch_features, final_norm = patch_size**2 * latent_channels, options.final_norm or blocks.norm
         self.final_layer = FinalLayer(head_dim, patch_features, final_norm)
         self.heads = nn.ModuleDict(
             {str(tap): FinalLayer(hidden_dim, patch_features, final_norm) for tap in sorted(heads)}
@@ -226,30 +245,19 @@ def _wide(tokens: Tensor) -> Tensor:
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
-def ddt(
-    config: ModelConfig,
-    *,
-    head_depth: int,
-    head_dim: int = 0,
-    head_heads: int = 0,
-    final_norm: str = "",
-    positions: bool = False,
-    extent: float = 0.0,
-    times: Literal["sinusoid", "fourier"] = "sinusoid",
-    max_period: float = 10_000.0,
-    silu_twice: bool = False,
-    time_tokens: int = 0,
-    class_tokens: int = 0,
-) -> DDT:
-    """The backbone `ddt` with the sizes, layers and heads of the configuration.
+class FourierTimes(nn.Module):
+    """[sin, cos] of 2 pi W t through an MLP, W random and frozen: (N,) -> (N, D). In float32, also under autocast."""
 
-    DDT: head_depth=6,final_norm=layer,extent=16,max_period=10 with norm rms, mlp swiglu, qk_norm rms, bias false, rotary.
-    RAE: head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true with norm rms, mlp swiglu, rotary.
-    """
-    config.require_plain(allowed=("heads", *BlockOptions._fields, "rotary"))
-    return DDT(
-        **config.sizes(), **config.given("num_classes", *BlockOptions._fields, "rotary", "heads"),
-        head_depth=head_depth, head_dim=head_dim, head_heads=head_heads, final_norm=final_norm or None, positions=positions,
-        extent=extent, times=times, max_period=max_period, silu_twice=silu_twice, time_tokens=time_tokens,
-        class_tokens=class_tokens,
-    )  # fmt: skip
+    W: Tensor
+
+    def __init__(self, dim: int, num_features: int = 512):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        # In checkpoints, unlike the frequencies of the sinusoid: no formula gives random numbers again.
+        self.register_buffer("W", torch.randn(num_features // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        with no_autocast(t.device):
+            angles = 2 * torch.pi * t[..., None] * self.W  # (..., 256)
+            features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+            return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)

@@ -154,24 +154,6 @@ class TimestepEmbedding(nn.Module):
             return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
 
 
-class FourierTimes(nn.Module):
-    """[sin, cos] of 2 pi W t through an MLP, W random and frozen: (N,) -> (N, D). In float32, also under autocast."""
-
-    W: Tensor
-
-    def __init__(self, dim: int, num_features: int = 512):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        # In checkpoints, unlike the frequencies of the sinusoid: no formula gives random numbers again.
-        self.register_buffer("W", torch.randn(num_features // 2))
-
-    def forward(self, t: Tensor) -> Tensor:
-        with no_autocast(t.device):
-            angles = 2 * torch.pi * t[..., None] * self.W  # (..., 256)
-            features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-            return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
-
-
 class LabelEmbedding(nn.Module):
     """One vector per class and one, the last, for the null class: (N,) int64 -> (N, D)."""
 
