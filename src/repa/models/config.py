@@ -71,6 +71,15 @@ def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: in
         )
 
 
+def check_rotary(head_dim: int) -> None:
+    """Raises UserError unless rotary positions can turn heads of this width."""
+    if head_dim % 4:
+        raise UserError(
+            "rotary turns pairs of channels by row and by column, so the width of a head must be a multiple of 4, but it is "
+            f"{head_dim}: choose another hidden_dim or num_heads."
+        )
+
+
 # Here and not in routing.py: that imports torch, which checking a configuration must not need.
 class Route(NamedTuple):
     """Which blocks see a share of the tokens, which share, and how the others come back. Blocks count from 1.
@@ -196,12 +205,8 @@ class ModelConfig(Config):
         check_dimensions(*self.dims(), latent_size=self.latent_size)
         if self.name.startswith("JiT") and parse_spec(self.backbone)[0] == "dit":
             raise UserError(f"{self.name} is a JiT, but the backbone is dit: give --model.backbone jit too.")
-        hidden_dim, _, num_heads, _ = self.dims()
-        if self.rotary and hidden_dim // num_heads % 4:
-            raise UserError(
-                f"rotary turns pairs of channels by row and by column, so the width of a head must be a multiple of 4, but "
-                f"hidden_dim {hidden_dim} over num_heads {num_heads} gives {hidden_dim // num_heads}: choose others."
-            )
+        if self.rotary:
+            check_rotary(self.dims().hidden_dim // self.dims().num_heads)
         # The network checks these too, when it is built; a configuration is refused before that, without torch.
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:

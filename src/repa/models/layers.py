@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.base.precision import no_autocast
+from repa.models.config import check_rotary
 from repa.models.kernels import modulated_norm
 
 NORM_EPS = 1e-6
@@ -177,11 +178,7 @@ class Rotation(nn.Module):
 
     def __init__(self, head_dim: int, grid: tuple[int, int], extent: float = 0.0):
         super().__init__()
-        if head_dim % 4:
-            raise UserError(
-                f"Rotary positions turn pairs of channels by row and by column, so the width of a head must be a multiple of 4, "
-                f"but it is {head_dim}: choose other hidden_dim or num_heads."
-            )
+        check_rotary(head_dim)
         half = head_dim // 2
         rates = MAX_PERIOD ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # (d / 4,)
         axes = [torch.arange(side) * (extent / max(side - 1, 1) if extent else 1.0) for side in grid]
@@ -461,7 +458,7 @@ def grid_side(num_tokens: int) -> int:
     if side * side != num_tokens or side == 0:
         raise UserError(
             f"{num_tokens} tokens are not a square grid: patch tokens come as 16 x 16, 32 x 32 and so on, "
-            "without class or register tokens."
+            "without class or register tokens. Tokens of another grid need it: grid=(rows, columns)."
         )
     return side
 

@@ -27,7 +27,7 @@ from repa.performance.counts import activation_bytes
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
 from repa.training.inputs import encoder_needs
-from repa.training.resolve import steps_of_epochs, with_streams
+from repa.training.resolve import require_equal_parts, steps_of_epochs, with_streams
 from repa.training.scaling import faster
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
@@ -152,11 +152,7 @@ def estimate(
     Raises:
         UserError: sizes that do not fit together, or an encoder or autoencoder that has to be loaded and cannot be.
     """
-    if config.batch_size % (num_devices * config.accumulate):
-        raise UserError(
-            f"A batch of {config.batch_size} images cannot be shared equally by {num_devices} devices in "
-            f"{config.accumulate} parts: choose another --batch-size."
-        )
+    require_equal_parts(config.batch_size, num_devices, config.accumulate)
     autoencoder = autoencoder_cost(config.autoencoder, resolution, config.autoencoder_weights or None)
     # What training reads off the data is known here from the autoencoder's shape.
     facts = {"latent_size": resolution // autoencoder.factor, "latent_channels": autoencoder.channels}

@@ -82,12 +82,6 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
             f"--autoencoder is {config.autoencoder!r}, but the data in {data.folder} was prepared with {data.autoencoder!r}: "
             f"leave it out, or run `repa prepare` with --autoencoder {config.autoencoder}."
         )
-    patch = config.model.dims().patch_size
-    if data.latent_size % patch:
-        raise UserError(
-            f"{config.model.name} cuts latents into patches of {patch}, but those of {data.folder} have side "
-            f"{data.latent_size}: choose a model whose patch divides it, or another --resolution in `repa prepare`."
-        )
     sampler, _ = parse_spec(config.preview.sampler)
     # An impossible number of steps is reported now and not by the first preview, hours later.
     if (config.preview.every or config.preview.scored_every) and sampler in DDPM_SAMPLERS:
