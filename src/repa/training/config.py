@@ -211,46 +211,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"--text is {text!r}, but the backbone {self.model.backbone!r} reads no text: choose --model.backbone mmdit"
             )
-        depth = self.model.dims().depth
-        for index, alignment in enumerate(self.alignments):
-            if alignment.depth > depth:
-                raise ValueError(
-                    f"--alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
-                )
-        # The key names the projector in checkpoints and the curve in logs.
-        keys = [a.key for a in self.alignments]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(
-                    f"two alignments are called {key!r}: give one of them another name, --alignments.0.name NAME"
-                )
-        averaged = {_other_pass(a.target) for a in self.alignments if parse_spec(a.target)[0] in ("ema", "run")}
-        if len(averaged) > 1:
-            raise ValueError(
-                "the targets ema and run share one pass of one other network: give all the same earlier and cleanest, or path, step "
-                "and scale"
-            )
-        for index, alignment in enumerate(self.alignments):
-            if alignment.projector_of and alignment.projector_of not in keys[:index]:
-                remedy = (
-                    choices(alignment.projector_of, keys[:index]) if index else ", and it is the first: leave it out"
-                )
-                raise ValueError(
-                    f"--alignments.{index}.projector-of is {alignment.projector_of!r}, which is not an alignment before it{remedy}"
-                )
-        names = [s.name for s in self.streams]
-        if "x" in names or len(names) != len(set(names)):
-            raise ValueError(
-                f"the streams are called {', '.join(names)}: each needs a --streams.0.name that no other has, and none is x"
-            )
-        if self.diffusion.objective == "ddpm" and self.streams:
-            raise ValueError(
-                "the objective ddpm trains a variance too, which streams have none of: leave the streams out, or choose the objective flow"
-            )
-        if self.diffusion.token_times and self.streams:
-            raise ValueError(
-                "--diffusion.token-times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
-            )
+        self._check_alignments()
+        self._check_streams()
         if self.lora.rank:
             self._check_lora()
         self._check_step()
@@ -269,6 +231,44 @@ class TrainConfig(Config):
     @property
     def _may_read_text(self) -> bool:
         return parse_spec(self.model.backbone)[0] not in BACKBONES or reads_text(self.model.backbone)
+
+    def _check_alignments(self) -> None:
+        depth, keys = self.model.dims().depth, [a.key for a in self.alignments]
+        for index, alignment in enumerate(self.alignments):
+            if alignment.depth > depth:
+                raise ValueError(
+                    f"--alignments.{index}.depth is {alignment.depth}, but {self.model.name} has {depth} blocks: choose 1 to {depth}"
+                )
+            # The key names the projector in checkpoints and the curve in logs.
+            if alignment.key in keys[:index]:
+                raise ValueError(
+                    f"two alignments are called {alignment.key!r}: give one of them another name, --alignments.0.name NAME"
+                )
+            if (other := alignment.projector_of) and other not in keys[:index]:
+                remedy = choices(other, keys[:index]) if index else ", and it is the first: leave it out"
+                raise ValueError(
+                    f"--alignments.{index}.projector-of is {other!r}, which is not an alignment before it{remedy}"
+                )
+        if len({_other_pass(a.target) for a in self.alignments if parse_spec(a.target)[0] in ("ema", "run")}) > 1:
+            raise ValueError(
+                "the targets ema and run share one pass of one other network: give all the same earlier and cleanest, or path, step "
+                "and scale"
+            )
+
+    def _check_streams(self) -> None:
+        names = [s.name for s in self.streams]
+        if "x" in names or len(names) != len(set(names)):
+            raise ValueError(
+                f"the streams are called {', '.join(names)}: each needs a --streams.0.name that no other has, and none is x"
+            )
+        if self.diffusion.objective == "ddpm" and self.streams:
+            raise ValueError(
+                "the objective ddpm trains a variance too, which streams have none of: leave the streams out, or choose the objective flow"
+            )
+        if self.diffusion.token_times and self.streams:
+            raise ValueError(
+                "--diffusion.token-times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
+            )
 
     def _check_lora(self) -> None:
         if not self.init:
