@@ -141,16 +141,17 @@ class Alignment(nn.Module):
             student = student.detach()
         context = ProjectorContext(seen.t, seen.condition, seen.visible.get(self.key)) if self.sees_condition else None
         loss = self.compare(*self._match_routed(student, target, seen.output.kept), context)
-        return self.at_times(loss, seen.t) if self.depends_on_time else loss
+        return self.at_times(loss, seen.t)
 
-    @property
-    def depends_on_time(self) -> bool:
-        """Does it count less, or not at all, for images of some times?"""
-        return (*self.config.times, self.config.time_weight) != (0.0, 1.0, "constant")
-
-    def at_times(self, loss: Tensor, t: Times) -> Tensor:
-        """The losses (N,) of images at times t, as they count there."""
+    def at_times(self, loss: Tensor, t: Times | None) -> Tensor:
+        """The losses (N,) of images at times t, as they count there; without t, of a term that counts alike at all times."""
         low, high = self.config.times
+        if (low, high, self.config.time_weight) == (0.0, 1.0, "constant"):
+            return loss
+        if t is None:
+            raise UserError(
+                f"How much the term {self.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
+            )
         # An image has one loss: of its tokens' times the mean counts.
         t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
         return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.given import Given, checked_grid, features_of, frames_as_images, square_side, weighted_by_times
+from repa.alignment.given import Given, checked_grid, features_of, frames_as_images
 from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import parse_spec
@@ -272,7 +272,7 @@ class Aligner(nn.Module):
         term = attached.term
         if term.tap.kind == "attention":
             student = self._attention(attached, grid)
-            return weighted_by_times(term, t, term.compare(student, features_of(name, features, "attention")))
+            return term.at_times(term.compare(student, features_of(name, features, "attention")), t)
         student, grid = self._tokens(attached.block, attached, grid)
         if term.config.measure_only:
             student = student.detach()
@@ -296,8 +296,6 @@ class Aligner(nn.Module):
             target = features_of(name, features, "patches")
         student, target, frames = frames_as_images(attached.block, student, target, grid)
         rows_columns = (grid[-2], grid[-1]) if grid else None
-        if rows_columns is None and target is not None and target.shape[1] != student.shape[1]:
-            rows_columns = (square_side(attached.block, student.shape[1]),) * 2
         loss_name = parse_spec(term.config.loss)[0]
         if target is not None and not attached.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
             raise UserError(
@@ -316,7 +314,7 @@ class Aligner(nn.Module):
             loss = term.compare(student, target, grid=rows_columns, frames=frames)  # (N,)
         else:
             loss = term.compare(student, target, grid=rows_columns).unflatten(0, (-1, frames)).mean(1)  # (N,)
-        return weighted_by_times(term, t, loss)
+        return term.at_times(loss, t)
 
     def _tokens(self, block: str, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tokens:
         record = self._watcher.record

@@ -5,10 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from repa.alignment.alignment import Alignment
 from repa.base.errors import UserError, nearest
 from repa.encoders.contract import Features
-from repa.models.layers import grid_side
 from repa.models.taps import Grid
 
 Given = Tensor | Features | Mapping[str, Tensor | Features] | None
@@ -73,30 +71,9 @@ def frames_as_images(
     return student.unflatten(1, (frames, -1)).flatten(0, 1), target, frames
 
 
-def weighted_by_times(term: Alignment, t: Tensor | None, loss: Tensor) -> Tensor:
-    """The losses of images as they count at their times."""
-    if not term.depends_on_time:
-        return loss
-    if t is None:
-        raise UserError(
-            f"How much the term {term.config.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
-        )
-    return term.at_times(loss, t)
-
-
 def checked_grid(grid: tuple[int, ...]) -> Grid:
     """The grid; raises UserError where it is none."""
     grid = tuple(grid)
     if len(grid) not in (2, 3) or not all(type(side) is int and side > 0 for side in grid):
         raise UserError(f"A grid is (rows, columns) or (frames, rows, columns), but got {grid!r}.")
     return grid
-
-
-def square_side(block: str, num_tokens: int) -> int:
-    """Of the square that the tokens of a block form; raises UserError where they form none."""
-    try:
-        return grid_side(num_tokens)
-    except UserError:
-        raise UserError(
-            f"Block {block} gives {num_tokens} tokens, whose grid is not known: give grid=(rows, columns)."
-        ) from None
