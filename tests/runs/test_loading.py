@@ -128,6 +128,10 @@ def test_a_damaged_checkpoint(copy):
             "says model.num_heads: 4, but the checkpoint of step 20 is of model.num_heads: 2",
         ),
         (lambda config: config.update(label_dropout=0.5), "says label_dropout: 0.5"),
+        # what is read as it stands, without a class of settings
+        (lambda config: config.update(label_dropout=2), "its 'label_dropout' is '2'"),
+        (lambda config: config.update(feature_weights={"tiny": "w"}), "its 'feature_weights' is"),
+        (lambda config: config.update(alignments=[3]), "its 'alignments' is"),
         (lambda config: config["diffusion"].update(path="trigonometric"), "says diffusion.path: 'trigonometric'"),
     ],
 )

@@ -18,7 +18,9 @@ RUN/
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from repa.base import files
 from repa.base.config import leaves, read_yaml
@@ -44,10 +46,14 @@ CHANGEABLE = (
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
     "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
-SECTIONS = {
-    "model": dict, "diffusion": dict, "optimizer": dict, "preview": dict, "alignments": list, "streams": list,
-    "autoencoder": str, "autoencoder_weights": str,
-}  # fmt: skip
+# Types of settings that are read as plain values: a folder may come from anyone.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("model", "diffusion", "optimizer", "preview"), dict[str, Any]),
+    **dict.fromkeys(("alignments", "streams"), list[dict[str, Any]]),
+    **dict.fromkeys(("autoencoder", "autoencoder_weights", "text", "text_weights"), str),
+    "feature_weights": list[str],
+    "label_dropout": Annotated[float, Field(ge=0, le=1)],
+}
 
 FEW = 4  # runs within a folder that a sentence names
 WEIGHTS = ".safetensors"
@@ -152,7 +158,7 @@ def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """The resolved configuration of a run as plain values; its sections have the types of SECTIONS, and `needed` are there."""
+    """The resolved configuration of a run as plain values, which have the TYPES; `needed` are there."""
     path = Path(run) / CONFIG
     if not path.is_file():
         inside = [found.parent for found in sorted(Path(run).glob(f"*/{CONFIG}"))]
@@ -161,11 +167,12 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
             f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.{meant}"
         )
     values = read_yaml(path)
-    # Whoever reads plain values relies on these types, and a folder may come from anyone.
-    for name, kind in SECTIONS.items():
-        value = values.get(name, kind())
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
-            raise UserError(f"{path} is damaged: its {name!r} is {str(value)[:80]!r}, which no run has.")
+    for name in sorted(TYPES.keys() & values.keys()):
+        try:
+            TypeAdapter(TYPES[name]).validate_python(values[name], strict=True)
+        except ValidationError:
+            wrong = str(values[name])[:80]
+            raise UserError(f"{path} is damaged: its {name!r} is {wrong!r}, which no run has.") from None
     if missing := [name for name in needed if name not in values]:
         raise UserError(f"{path} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
     return values

@@ -31,10 +31,8 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         run.folder, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation")
     )
     encoder_name, _ = term.encoder
-    # A run folder may come from anyone: what is no list of texts counts as nothing recorded.
-    recorded = layout.read_config(run.folder).get("feature_weights") or []
-    pairs = [pair for pair in recorded if isinstance(pair, str)] if isinstance(recorded, list) else []
-    weights = config.guide_weights or weights_for(encoder_name, pairs)
+    recorded = layout.read_config(run.folder).get("feature_weights", ())
+    weights = config.guide_weights or weights_for(encoder_name, recorded)
     encoder = load_encoder(encoder_name, weights=weights or None, device=device)
     # Cropped as training images were: the features must be of the same framing as the targets.
     path = Path(config.guide_image)
@@ -68,12 +66,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
 
 def _term(folder: Path, settings: dict[str, object]) -> AlignmentConfig:
     """The term called `term`, or the only one, among those that compare tokens with an encoder."""
-    where = str(folder / layout.CONFIG)
-    given = layout.read_config(folder).get("alignments") or []
-    if not isinstance(given, list):
-        raise UserError(
-            f"{where}: alignments is {given!r:.60}, but it is a list of terms: restore the file from a copy."
-        )
+    given, where = layout.read_config(folder).get("alignments", ()), str(folder / layout.CONFIG)
     parsed = [AlignmentConfig.parse(values, where=where) for values in given]
     terms = {term.key: term for term in parsed if term.encoder[0] and term.tap == "hidden"}
     asked = str(settings.get("term", ""))
