@@ -4,18 +4,21 @@ N batch, C channels, T tokens of the grid, P tokens of streams in front of it, D
 sampling or guidance: train() and eval() agree.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repa.base import files, lock
 from repa.base.errors import UserError
+from repa.base.hub import CONFIG, Repository
 from repa.models import BACKBONES
 from repa.models.config import FAMILIES, ModelConfig, Route, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
-from repa.models.hub import OnHub
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
     Block,
@@ -38,7 +41,7 @@ from repa.models.layers import (
 from repa.models.routing import Context, Router
 
 
-class DiT(OnHub):
+class DiT(Backbone):
     """Diffusion transformer with adaLN-Zero (arXiv 2212.09748; SiT, arXiv 2401.08740, is the same network).
 
     Args:
@@ -92,7 +95,7 @@ class DiT(OnHub):
             )
         streams = dict(streams or {})
         self.num_classes = self.null_label = num_classes
-        self.separate_times = separate_times
+        self.num_heads, self.separate_times = num_heads, separate_times
         self.prefix_tokens = len(streams)
         self.state_shapes = {**self.state_shapes, **{name: (dim,) for name, dim in streams.items()}}
         options = BlockOptions(norm, mlp, qk_norm, bias)
@@ -213,6 +216,51 @@ class DiT(OnHub):
         mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
         silu_c = F.silu(self.t_embedder(values) + label[:, None])  # (N, 2 or T, D)
         return TwoConditions(silu_c, which[..., None]) if isinstance(t, TwoTimes) else silu_c, mask
+
+    # The methods that users of transformers and diffusers know. Not by PyTorchModelHubMixin of huggingface_hub: it writes its own
+    # config.json over the constructor's arguments, which `repa export` does not, and a model card that needs jinja2. The module
+    # that reads and writes these folders is imported within, as it builds a DiT.
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "DiT":
+        """The network of a folder, of `repa export` or `save_pretrained`, or of a repository of the hub; in eval mode, trainable.
+
+        Raises:
+            UserError: there is no such folder or repository, or it holds another kind of network.
+        """
+        from repa.models.exported import WEIGHTS, load_exported
+
+        folder = Path(name)
+        if not folder.is_dir():
+            repository = Repository("network", str(name), ((CONFIG,), (WEIGHTS,)), "give a folder of `repa export`")
+            folder = repository.fetched(revision=revision, token=token)
+        return load_exported(folder).requires_grad_(True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a new folder; UserError for a network that routes tokens."""
+        from repa.models.exported import WEIGHTS, save_exported
+        from repa.models.published import constructor_arguments
+
+        if self.route:
+            raise UserError("A network that routes tokens is saved with its run: `repa export RUN FOLDER`.")
+        state, folder = self.state_dict(), Path(folder)
+        arguments = constructor_arguments(state, self.num_heads, self.patch_overlap)
+        # What leaves no trace in a state dict: the sides of a grid that is no square, and who may look at whom.
+        arguments |= {"latent_size": list(self.state_shapes["x"][1:]), "separate_times": self.separate_times}
+        with lock.exclusive(folder, "save_pretrained"), files.new_folder(folder, WEIGHTS, "the network") as temporary:
+            save_exported(temporary, state, arguments, {})
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, which is made if it is not there; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "network"
+            self.save_pretrained(saved)
+            commit = api.upload_folder(repo_id=name, folder_path=saved, commit_message="A network of repa")
+        return str(commit.commit_url)
 
 
 def build_model(name: str, **overrides: Any) -> Backbone:
