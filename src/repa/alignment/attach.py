@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repa.alignment.aligner_inputs import Given, checked_grid, features_of, frames_as_images
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.given import Given, checked_grid, features_of, frames_as_images
 from repa.base import dist
 from repa.base.errors import UserError, choices
-from repa.base.registry import parse_spec
+from repa.base.registry import declared, parse_spec
 from repa.models.image_tokens import Tokens, image_tokens
 from repa.models.taps import Grid, NamedBlock, Watcher, find_blocks, width_of
 
@@ -108,28 +108,33 @@ class Aligner(nn.Module):
         if "name" in settings and len(found) > 1:
             raise UserError(f"{block!r} fits {len(found)} blocks, which cannot all have the name {settings['name']!r}.")
         for each in found:
-            named = {"name": each.name, **settings}
-            config = AlignmentConfig.parse({"target": target, "depth": 1, "tap": tap, **named})
+            config = AlignmentConfig.parse({"target": target, "depth": 1, "tap": tap, "name": each.name, **settings})
             if config.key in self._terms:
                 raise UserError(f"There is a term {config.key!r} already: give this one another name.")
             width = self._width(each, hidden_dim, config, features, other is not None)
-            feature_dim = (features or width) if width else 0
-            term = Alignment(config, width, feature_dim, None if grid is None else (grid[-2], grid[-1]))
-            if config.projector_of:
-                term.share_projector_of(self._term_called(config.projector_of).term)
-            if term.sees_condition:
-                raise UserError(
-                    f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear "
-                    "or conv."
-                )
-            # Beside the block, wherever a large network keeps it.
-            weight = next(each.module.parameters(), None)
-            self.terms[config.module] = term.to(None if weight is None else weight.device)
+            term = self._build(each, config, features, width, grid)
+            self.terms[config.module] = term
             self._terms[config.key] = _AttachedTerm(term, each.name, other and other.name, grid, output, text, width)
             self._watcher.watch(each, attention=tap == "attention")
             if other:
                 self._watcher.watch(other)
         return self
+
+    def _build(
+        self, block: NamedBlock, config: AlignmentConfig, features: int, width: int, grid: Grid | None
+    ) -> Alignment:
+        term = Alignment(
+            config, width, (features or width) if width else 0, None if grid is None else (grid[-2], grid[-1])
+        )
+        if config.projector_of:
+            term.share_projector_of(self._term_called(config.projector_of).term)
+        if term.sees_condition:
+            raise UserError(
+                f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear or conv."
+            )
+        # Beside the block, wherever a large network keeps it.
+        weight = next(block.module.parameters(), None)
+        return term.to(None if weight is None else weight.device)
 
     def _width(
         self, block: NamedBlock, given: int | None, config: AlignmentConfig, features: int, own_target: bool
@@ -296,17 +301,19 @@ class Aligner(nn.Module):
             target = features_of(name, features, "patches")
         student, target, frames = frames_as_images(attached.block, student, target, grid)
         rows_columns = (grid[-2], grid[-1]) if grid else None
-        loss_name = parse_spec(term.config.loss)[0]
-        if target is not None and not attached.width and loss_name != "gram" and student.shape[2] != target.shape[2]:
+        needs_width = not attached.width and not declared(term.loss, "compares_relations")
+        if target is not None and needs_width and student.shape[2] != target.shape[2]:
             raise UserError(
-                f"Without a projector the loss {loss_name!r} needs tokens of one width, but block {attached.block} gives "
+                f"Without a projector the loss {term.config.loss!r} needs tokens of one width, but block {attached.block} gives "
                 f"{student.shape[2]} and the target has {target.shape[2]}: take projector='mlp', or loss='gram'."
             )
         # A network in half precision without autocast gives taps that a projector in float32 cannot multiply.
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
-        if loss_name == "crepa":  # it compares the frames of a video, which count as images for all other losses
+        if (
+            parse_spec(term.config.loss)[0] == "crepa"
+        ):  # it compares the frames of a video, which count as images for all other losses
             if frames > 1 and parse_spec(term.config.loss)[1]["frames"] != frames:
                 raise UserError(
                     f"Block {attached.block} gives {frames} frames, but the loss is {term.config.loss!r}: give crepa:frames={frames}."
