@@ -99,7 +99,7 @@ class MeasuredStep:
     def average(self) -> None:
         """The averages' part of `advance` once more."""
         never = torch.zeros((), device=self.device)  # skip: no update was refused
-        for average in (self.state.ema, *self.state.averages.values()):
+        for average in self.state.averages.values():
             average.update(self.state.step, never)
 
     def parts(self) -> dict[str, float]:

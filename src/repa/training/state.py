@@ -34,8 +34,7 @@ class TrainState:
 
     config: TrainConfig
     objective: Objective
-    ema: EMA
-    averages: dict[str, EMA]  # in addition to `ema`, by the stem of their file
+    averages: dict[str, EMA]  # by the stem of their file; "ema" is the one that previews and terms look at
     optimizer: torch.optim.Optimizer
     guard: Guard
     frozen: Backbone | None = None  # another run's network, where a term looks at one
@@ -48,6 +47,10 @@ class TrainState:
     def model(self) -> Backbone:
         return self.objective.model
 
+    @property
+    def ema(self) -> EMA:
+        return self.averages["ema"]
+
     def snapshot(self, writers: Sequence[int] = (0,), *, copy: bool = False) -> Checkpoint:
         """This process's share of everything that must survive a restart, whole tensors on the CPU; all processes must ask.
 
@@ -57,7 +60,6 @@ class TrainState:
         """
         files = {
             layout.MODEL_FILE: self.model.state_dict(),
-            layout.EMA_FILE: self.ema.model.state_dict(),
             layout.PROJECTORS_FILE: self.objective.alignments.state_dict(),
             layout.OPTIMIZER_FILE: named_state(self.optimizer, self.objective),
             **{name + layout.WEIGHTS: average.model.state_dict() for name, average in self.averages.items()},
@@ -105,7 +107,6 @@ class TrainState:
         # Whole by their checksums, the tensors can only be of another configuration: an error here is the folder's.
         with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
             load(self.model, files[layout.MODEL_FILE])
-            load(self.ema.model, files[layout.EMA_FILE])
             for name, average in self.averages.items():
                 load(average.model, files[name + layout.WEIGHTS])
             load(self.objective.alignments, files[layout.PROJECTORS_FILE])
@@ -162,10 +163,7 @@ def build_state(
     if config.lora.rank:
         with seeded(config.seed, "lora"):
             use_lora(objective.model, config.lora.rank)
-    ema = EMA(objective.model, exponential(config.ema_decay))
-    shares_of = {f"ema-{decay:g}": exponential(decay) for decay in config.ema_decays}
-    shares_of |= {weights_name(width): power_function(width) for width in config.ema_widths}
-    averages = {name: EMA(objective.model, share) for name, share in shares_of.items()}
+    averages = build_averages(objective.model, config)
     fused = [block.fuse_norm() for block in model.blocks if config.fused_norm and isinstance(block, Block)]
     if config.fused_norm and not any(fused):
         raise UserError("fused_norm is for blocks with LayerNorm and adaLN, and this network has none: leave it out.")
@@ -173,9 +171,17 @@ def build_state(
     if config.fp8:
         use_fp8(objective.model, config.precision, device)
     if config.parallel == "fsdp" and dist.active():
-        shard(objective, [average.model for average in (ema, *averages.values())], device, config.precision)
+        shard(objective, [average.model for average in averages.values()], device, config.precision)
     optimizer = build_optimizer(objective, config)
-    return TrainState(config, objective, ema, averages, optimizer, Guard(config.precision, device), frozen)
+    return TrainState(config, objective, averages, optimizer, Guard(config.precision, device), frozen)
+
+
+def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
+    """See `TrainState.averages`."""
+    shares_of = {"ema": exponential(config.ema_decay)}
+    shares_of |= {f"ema-{decay:g}": exponential(decay) for decay in config.ema_decays}
+    shares_of |= {weights_name(width): power_function(width) for width in config.ema_widths}
+    return {name: EMA(model, share) for name, share in shares_of.items()}
 
 
 def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:

@@ -49,14 +49,14 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
     state.rate = learning_rate(settings, state.config.num_steps, state.step)
     set_learning_rate(state.optimizer, state.rate)
     state.step += 1
+    averages = list(state.averages.values())
     if state.config.fused_update:
-        step_and_average(state.optimizer, state.ema, state.step, skip)
+        step_and_average(state.optimizer, averages.pop(0), state.step, skip)
     else:
         step_unless_skipped(skip, state.optimizer)
-        state.ema.update(state.step, skip)
     # None and not zeros: the next backward writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
-    for average in state.averages.values():
+    for average in averages:
         average.update(state.step, skip)
     return norms
 
