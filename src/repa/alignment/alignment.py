@@ -12,7 +12,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import grid_like, looks_at_other_images, resize_tokens
 from repa.alignment.targets import Seen, Target, build_target
 from repa.base.errors import UserError
-from repa.base.precision import no_autocast
+from repa.base.precision import at_least_float32, no_autocast
 from repa.base.registry import declared, parse_spec
 from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 from repa.models.layers import TokenConvolution
@@ -179,7 +179,7 @@ class Alignment(nn.Module):
         if self.tap.kind == "attention":
             with no_autocast(student.device):
                 return self.loss(
-                    _at_least_float32(student), None if target is None else _at_least_float32(target.detach())
+                    at_least_float32(student), None if target is None else at_least_float32(target.detach())
                 )
         if student.ndim != 3 or (target is not None and len(target) != len(student)):
             given = f"{tuple(student.shape)}" + ("" if target is None else f" and {tuple(target.shape)}")
@@ -191,12 +191,12 @@ class Alignment(nn.Module):
         projected = self.project(student, context, grid)  # (N, T, F)
         # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
         with no_autocast(student.device):
-            projected = _at_least_float32(projected)
+            projected = at_least_float32(projected)
             if target is None:
                 return self.loss(projected, None)
             self._check_width(target)
             # Detached also where the target is a block of this network: it must not move towards what it is to teach.
-            projected, matched = self._match(projected, _at_least_float32(target.detach()), kept, grid)
+            projected, matched = self._match(projected, at_least_float32(target.detach()), kept, grid)
             # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
             # image's tokens, so that a target does not depend on which of them are kept in this step.
             matched = self.token_norm(matched)
@@ -292,8 +292,3 @@ class Alignment(nn.Module):
 def _select_tokens(tokens: Tensor, kept: Tensor) -> Tensor:
     """(N, T, F) -> (N, K, F): those of `kept` (N, K)."""
     return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    """At least float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from repa.base import dist
 from repa.base.errors import UserError
+from repa.base.precision import at_least_float32
 from repa.base.registry import declared
 from repa.models.layers import grid_side
 
@@ -206,7 +207,7 @@ def dispersive(
 
 
 def _unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
+    return F.normalize(at_least_float32(x), dim=dim)
 
 
 def resize_tokens(

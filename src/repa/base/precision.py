@@ -66,6 +66,11 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """No autocast, and no TF32, which cuDNN takes for convolutions unless told otherwise, and a trainer for its products."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from repa.base.precision import at_least_float32
 from repa.diffusion.denoiser import Layout, per_sample
 from repa.diffusion.guidance import CONDITIONAL, NULL, Guidance
 
@@ -64,7 +65,7 @@ def guided(
         if names == {CONDITIONAL}:
             return predictions[CONDITIONAL]
         # the difference of two close outputs, times a scale, needs more than half precision
-        predictions = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in predictions.items()}
+        predictions = {name: at_least_float32(p) for name, p in predictions.items()}
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
         # Guidance may be on for some samples and off for others: each group of equal times is mixed by itself.

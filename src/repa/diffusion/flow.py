@@ -16,6 +16,7 @@ from pydantic import PositiveFloat
 from torch import Generator, Tensor
 
 from repa.base.errors import UserError
+from repa.base.precision import at_least_float32
 from repa.diffusion import PATHS, TIMESTEPS
 from repa.diffusion.config import DiffusionConfig, check_prediction
 from repa.diffusion.predictions import SIGMA_MIN, convert, noise_to_score
@@ -57,7 +58,7 @@ Interpolant = Callable[[Tensor], Coefficients]
 
 def linear(t: Tensor) -> Coefficients:
     """alpha = 1 - t, sigma = t: straight lines, the paper's default."""
-    t = at_least_float32(t)
+    t = at_least_float32(t)  # bfloat16 cannot tell 0.996 from 1
     return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
 
 
@@ -150,11 +151,6 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
         raise UserError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}: they must be equal.")
     c = path(t).like(x)
     return (c.alpha * x + c.sigma * noise).to(x.dtype), c.velocity(x, noise).to(x.dtype)
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """Half precision has no business in a time: bfloat16 cannot tell 0.996 from 1."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:

@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
-from repa.base.precision import no_autocast
+from repa.base.precision import at_least_float32, no_autocast
 from repa.models.config import ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
@@ -202,7 +202,8 @@ class DDT(Backbone):
     def encode(self, state: State, t: Tensor, condition: Condition, taps: tuple[Tap, ...] = ()) -> Encoded:
         """The first half of `forward`, without its checks."""
         time, label = self.t_embedder(t), self.y_embedder(condition.labels)  # (N, D) each
-        tokens = _wide(self.s_embedder(state["x"]))  # (N, T, D)
+        # The residual stream stays in float32 under autocast; in DiT the positions see to that.
+        tokens = at_least_float32(self.s_embedder(state["x"]))  # (N, T, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         # Each pass puts its tokens in front, so those of the class end up before those of the time.
@@ -226,7 +227,7 @@ class DDT(Backbone):
     def decode(self, state: State, encoded: Encoded, taps: tuple[Tap, ...] = ()) -> Output:
         """The second half of `forward`: the head on the noised latents, modulated by what an encoder found."""
         modulation = self._modulation(self.s_projector(encoded.guide))  # (N, T, E)
-        tokens = _wide(self.x_embedder(state["x"]))  # (N, T, E)
+        tokens = at_least_float32(self.x_embedder(state["x"]))  # (N, T, E)
         rotation = None if self.head_rotation is None else self.head_rotation()
         seen = dict(encoded.taps)
         for depth in range(self.encoder_depth + 1, self.depth + 1):
@@ -238,11 +239,6 @@ class DDT(Backbone):
         """What the linear layers of adaLN are given."""
         # RAE's modulations begin with a SiLU, and its code hands them what went through one already: its weights expect both.
         return F.silu(vector) if self.silu_twice else vector
-
-
-def _wide(tokens: Tensor) -> Tensor:
-    """The residual stream stays in float32 under autocast; in DiT the positions see to that."""
-    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 class FourierTimes(nn.Module):

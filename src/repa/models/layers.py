@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa.base.errors import UserError
-from repa.base.precision import no_autocast
+from repa.base.precision import at_least_float32, no_autocast
 from repa.models.config import check_rotary
 from repa.models.kernels import modulated_norm
 
@@ -283,7 +283,7 @@ def gelu(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         # In float32 at no cost: compiled into one loop, what is between two roundings stays in registers.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_float32(x)
         return (wide * torch.sigmoid(GELU_SLOPE * wide * (1 + GELU_CUBIC * wide * wide))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
@@ -445,8 +445,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: 
         q = p + 2 * overlap
         patches = tokens.unflatten(2, (q, q, -1)).permute(0, 4, 2, 3, 1).flatten(1, 3)  # (N, C * q * q, T)
         # bfloat16 would round every partial sum.
-        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        return F.fold(patches, (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
+        return F.fold(at_least_float32(patches), (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
     # Channels last within a patch, as in DiT, SiT, REG and JiT; the released code of DDT and SPRINT has them first.
     x = tokens.reshape(n, *grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, grid[0] * p, grid[1] * p)
