@@ -24,7 +24,7 @@ from repa.base.device import timed
 from repa.base.launch import keep_freed_memory
 from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
-from repa.performance.profiling import device_state, observed, rate, shape_rates, summary
+from repa.performance.profiling import device_state, profile_step, rate, shape_rates, summary
 from repa.training.attention import kernel_seconds
 from train_step import configuration, source_of, teacher_folder
 
@@ -107,7 +107,7 @@ def row_of(args: argparse.Namespace, row: Row, rates: dict[str, float], trace: s
     config = configuration(args, row.model, row.batch, row.teacher, "bf16", False).override(**row.changes)
     flops = float(encoder_cost("dinov2-b", 16).cost.forward) if row.teacher == "online" and args.layers == 12 else 0.0
     source = source_of(config, args, row.teacher, flops)
-    figures, seen = observed(config, source, rates, args.rounds, torch.device(args.device), trace)
+    figures, seen = profile_step(config, source, rates, args.rounds, torch.device(args.device), trace)
     print(
         f"{row.model}, batch {row.batch}, {row.teacher} {row.changes or 'eager'}: {figures.images_per_second:.1f} images/s, "
         f"{figures.utilisation:.0%} of the rate, {figures.utilisation_with_encoder:.0%} with the encoder, first step "

@@ -121,4 +121,4 @@ def test_mistakes_are_answered(random_dit):
     with pytest.raises(UserError, match="multiple of 4"):
         random_dit(rotary=True, hidden_dim=24, num_heads=4)
     with pytest.raises(UserError, match="'jit' has no rotary"):
-        ModelConfig(backbone="jit", rotary=True).require_plain()
+        ModelConfig(backbone="jit", rotary=True).refuse_dit_options()

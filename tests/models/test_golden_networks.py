@@ -154,7 +154,7 @@ def test_ddt():
     x, t, condition = inputs(case)
     encoded = model.encode({"x": x}, t, condition)
     expected = case["expected"]
-    golden.check(encoded.guide, expected["s"], TOLERANCE)
+    golden.check(encoded.self_condition, expected["s"], TOLERANCE)
     golden.check(model({"x": x}, t, condition).prediction["x"], expected["v"], TOLERANCE)
     other = golden.tensor(expected["second_input"]["x"])
     shared = model.decode({"x": other}, encoded)

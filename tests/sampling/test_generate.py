@@ -442,7 +442,7 @@ def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
     threads = set()
     decode = writing.decode
     monkeypatch.setattr(writing, "decode", lambda *a: threads.add(threading.current_thread()) or decode(*a))
-    monkeypatch.setattr(writing, "OneBehind", functools.partial(writing.OneBehind, threaded=True))
+    monkeypatch.setattr(writing, "BackgroundWorker", functools.partial(writing.BackgroundWorker, threaded=True))
     assert write_samples(run, SDE, 11, tmp_path / "behind.npz").read_bytes() == at_once
     assert threading.main_thread() not in threads
     broken = replace(run, autoencoder=load_autoencoder("pixels"))

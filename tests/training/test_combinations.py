@@ -138,7 +138,7 @@ def one_step(config: TrainConfig, *, compiled: bool = False, seed: int = 0):
     module = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
     losses = backward(state, module, clean, Condition(labels), features)
     gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    update(state, objective.clipped_together())
+    update(state, objective.clipping_groups())
     return losses, gradients, objective
 
 

@@ -107,7 +107,7 @@ def test_measuring_moves_the_projector_but_not_the_network():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
     assert all(p.grad.abs().sum() > 0 for p in objective.alignments.parameters())
-    groups = objective.clipped_together()
+    groups = objective.clipping_groups()
     assert len(groups) == 2
     assert {id(p) for p in groups[1]} == {id(p) for p in objective.alignments.parameters()}
 

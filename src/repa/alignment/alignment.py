@@ -243,7 +243,7 @@ class Alignment(nn.Module):
         """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""
         return self.config.weight * self.schedule(step)
 
-    def untouched(self) -> Tensor:
+    def zero_loss(self) -> Tensor:
         """Zero, for a step in which the term does not count, with every parameter in the graph: DDP waits for the gradient of each."""
         parameters = [p.sum() for p in self.parameters()]
         return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())

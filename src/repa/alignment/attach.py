@@ -184,7 +184,7 @@ class Aligner(nn.Module):
         for name, attached in self._terms.items():
             weight = attached.term.weight(self.steps)
             if weight == 0:
-                total = total + attached.term.untouched()
+                total = total + attached.term.zero_loss()
                 continue
             loss = self._loss(name, attached, features, t, grid)
             self.values[name] = loss.detach().mean()

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from repa.data import open_data
     from repa.performance.batches import prepared, random_batch
     from repa.performance.measure import advise, table
-    from repa.performance.profiling import observed, rate, summary
+    from repa.performance.profiling import profile_step, rate, summary
 
     device = dist.setup()
     if dist.active():
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         data = Path(given.data)
         batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
         with batches as (config, source):
-            found, row = observed(config, source, rates, given.rounds, device, given.trace if own_step else "")
+            found, row = profile_step(config, source, rates, given.rounds, device, given.trace if own_step else "")
         figures.append(found)
         rows.append(row)
         say(f"{batch_size} images, {precision}{', compiled' * compiled}: {figures[-1].images_per_second:.1f} images/s")

@@ -156,12 +156,12 @@ def _memory(found: "Estimate") -> list[str]:
 
 def fitting(found: "Estimate", memory: float, whose: str, classes: int, resolution: int) -> list[str]:
     """Lines that tell whether it fits into `memory` GB, and what would make it fit."""
-    from repa.performance.fitting import needed, ways_to_fit
+    from repa.performance.fitting import memory_options, needed
 
     room = memory * 1e9
     if needed(found) <= room:
         return [f"  fits in the {memory:g} GB of {whose}"]
-    ways = ways_to_fit(found, room, num_classes=classes, resolution=resolution)
+    ways = memory_options(found, room, num_classes=classes, resolution=resolution)
     said = f"  does not fit in the {memory:g} GB of {whose}"
     if not ways:
         return [f"{said}, nor with a smaller batch, checkpointing or a smaller network: use more or larger devices"]

@@ -19,7 +19,7 @@ def check_prediction(prediction: str) -> str:
     return prediction
 
 
-def written(specs: tuple[str, ...]) -> tuple[str, ...]:
+def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
     """Guidances in one way of writing, so that records compare: defaults left out, and those that change nothing, as of scale 1."""
     found = []
     for spec in specs:
@@ -38,7 +38,7 @@ def written(specs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidator(written)]
+Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidator(canonical_guidances)]
 
 
 def check_trained(guidances: Iterable[str], label_dropout: float | None, path_drop: float | None) -> None:

@@ -242,7 +242,7 @@ class ModelConfig(Config):
         """Does the network also predict the variance (the DiT family)?"""
         return FAMILIES.get(self.name.partition("-")[0], False)
 
-    def require_plain(self, allowed: tuple[str, ...] = ()) -> None:
+    def refuse_dit_options(self, allowed: tuple[str, ...] = ()) -> None:
         """Raises UserError when an option of DiT is set that is not `allowed`, for networks that have no other of them."""
         fields = type(self).model_fields
         options = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if name not in allowed]

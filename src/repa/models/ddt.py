@@ -66,15 +66,15 @@ class DDTOptions:
     class_tokens: NonNegativeInt = 0
 
     def __call__(self, config: ModelConfig) -> "DDT":
-        config.require_plain(allowed=("heads", *BlockOptions._fields, "rotary"))
+        config.refuse_dit_options(allowed=("heads", *BlockOptions._fields, "rotary"))
         blocks = BlockOptions(**config.given(*BlockOptions._fields))
         return DDT(self, blocks, **config.sizes(), **config.given("num_classes", "rotary", "heads"))
 
 
 class Encoded(NamedTuple):
-    """What the encoder found: `guide` (N, T, D) modulates the head; taps and heads are as in Output."""
+    """What the encoder found: `self_condition` (N, T, D) modulates the head; taps and heads are as in Output."""
 
-    guide: Tensor
+    self_condition: Tensor
     taps: dict[Tap, Tensor]
     heads: dict[int, Tensor]
 
@@ -226,7 +226,7 @@ class DDT(Backbone):
 
     def decode(self, state: State, encoded: Encoded, taps: tuple[Tap, ...] = ()) -> Output:
         """The second half of `forward`: the head on the noised latents, modulated by what an encoder found."""
-        modulation = self._modulation(self.s_projector(encoded.guide))  # (N, T, E)
+        modulation = self._modulation(self.s_projector(encoded.self_condition))  # (N, T, E)
         tokens = at_least_float32(self.x_embedder(state["x"]))  # (N, T, E)
         rotation = None if self.head_rotation is None else self.head_rotation()
         seen = dict(encoded.taps)

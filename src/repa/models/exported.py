@@ -24,7 +24,7 @@ Side = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Untold(Config):
+class ExtraArguments(Config):
     """Arguments of `DiT` that its weights do not tell, as a file tells them: it may come from anyone."""
 
     num_heads: Side
@@ -72,12 +72,14 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         )
     where = folder / CONFIG
     given = files.read_object(where, model=dict)["model"]
-    untold = Untold.parse({name: given[name] for name in Untold.model_fields if name in given}, where=str(where))
+    extra = ExtraArguments.parse(
+        {name: given[name] for name in ExtraArguments.model_fields if name in given}, where=str(where)
+    )
     with faults.reading(folder / WEIGHTS, "a safetensors file", "Restore it from a copy."):
         state = load_file(folder / WEIGHTS)
     with faults.reading(where, "the description of a DiT"):
-        arguments = constructor_arguments(state, untold.num_heads, untold.patch_overlap)
-        arguments |= untold.model_dump(exclude_unset=True)
+        arguments = constructor_arguments(state, extra.num_heads, extra.patch_overlap)
+        arguments |= extra.model_dump(exclude_unset=True)
         # What is as large as the file claims is not built: shapes of a grid are compared on the meta device below.
         problem = misfit(state, arguments)
     plain = json.loads(json.dumps(arguments))

@@ -129,7 +129,7 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
     Raises:
         UserError: no such blocks, or a width that cannot be determined.
     """
-    config.require_plain()
+    config.refuse_dit_options()
     made = NETS.load(net)(config)
     if not isinstance(made, nn.Module):
         raise UserError(f"{net} must give a torch.nn.Module, but gave {type(made).__name__}.")

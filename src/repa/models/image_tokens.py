@@ -87,7 +87,7 @@ def image_tokens(
         found = tuple(tensor.shape[2:])
         if grid is not None and grid != found:
             raise UserError(
-                f"Block {where} gives a map of {_times(found)}, but grid= says {_times(grid)}: give the grid of the map."
+                f"Block {where} gives a map of {_grid_text(found)}, but grid= says {_grid_text(grid)}: give the grid of the map."
             )
         return Tokens(tensor.flatten(2).transpose(1, 2), found)
     number = tensor.shape[1]
@@ -96,7 +96,7 @@ def image_tokens(
     wanted = math.prod(own) if own else _packed(image) or number
     if wanted > number:
         raise UserError(
-            f"Block {where} gives {number} tokens, which are fewer than the {_times(own) if own else wanted} of the image: name "
+            f"Block {where} gives {number} tokens, which are fewer than the {_grid_text(own) if own else wanted} of the image: name "
             "another block, or give the grid."
         )
     if wanted < number:
@@ -143,5 +143,5 @@ def _described(options: dict[int | str, Tensor]) -> str:
     return ", ".join(f"{key}: {tuple(tensor.shape)}" for key, tensor in options.items()) or "no tensor"
 
 
-def _times(grid: Grid) -> str:
+def _grid_text(grid: Grid) -> str:
     return " x ".join(map(str, grid))

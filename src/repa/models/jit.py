@@ -116,7 +116,7 @@ def jit(
     config: ModelConfig, *, bottleneck: int | None = None, class_tokens: int = 32, class_tokens_from: int | None = None
 ) -> JiT:
     """The backbone `jit` with the sizes of the configuration; those left out are the paper's."""
-    config.require_plain()
+    config.refuse_dit_options()
     given = {"bottleneck": bottleneck, "class_tokens_from": class_tokens_from}
     own = {**further_sizes(config.dims()), **{name: value for name, value in given.items() if value is not None}}
     return JiT(**config.sizes(), num_classes=config.num_classes, class_tokens=class_tokens, **own)

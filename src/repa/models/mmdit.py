@@ -141,7 +141,7 @@ class MMDiT(Backbone):
 
 def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
     """The backbone `mmdit` with the sizes of the configuration; a text size that is not known yet is CLIP-L's."""
-    config.require_plain(allowed=("patch_overlap",))
+    config.refuse_dit_options(allowed=("patch_overlap",))
     text_shape = config.text_shape if any(config.text_shape) else CLIP_L
     return MMDiT(
         **config.sizes(), text_shape=text_shape, patch_overlap=config.patch_overlap, reference_init=reference_init

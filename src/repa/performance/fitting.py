@@ -11,7 +11,7 @@ from repa.performance.counts import activation_bytes
 from repa.performance.estimate import Estimate, estimate
 
 
-class Way(NamedTuple):
+class MemoryOption(NamedTuple):
     """Options that make a run fit."""
 
     options: str
@@ -26,7 +26,7 @@ def needed(found: Estimate, *, cached: bool = False) -> float:
     return sum(found.memory(cached=cached).values())
 
 
-def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[Way]:
+def memory_options(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[MemoryOption]:
     """Changes with which the run fits in `room` bytes, those first that leave the training as it is; of each kind the mildest."""
     sparing = _with_settings(found, checkpoint_activations=True)
     dims = {name: encoder.dim for name, encoder in found.encoders.items()}
@@ -35,7 +35,7 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
     if found.storable and found.encoders:
         names = " ".join(found.encoders)
         ways.append(
-            Way(
+            MemoryOption(
                 f"repa prepare ... --features {names}",
                 needed(found, cached=True),
                 "stored tokens, no encoder in the step",
@@ -43,9 +43,9 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
         )
     if found.num_devices > 1 and found.parallel == "ddp":
         divided = _with_settings(found, parallel="fsdp")
-        ways.append(Way("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
+        ways.append(MemoryOption("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
     ways += _first_that_fits(_more_accumulation(found), room, "the same gradient, in parts")
-    ways.append(Way("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
+    ways.append(MemoryOption("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
     # Two changes at once are offered only where no single one is enough: they cost more and hide which helps.
     if not any(way.needed <= room for way in ways):
         both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _more_accumulation(sparing))
@@ -58,8 +58,8 @@ def ways_to_fit(found: Estimate, room: float, *, num_classes: int, resolution: i
     return ways
 
 
-def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: str) -> list[Way]:
-    found = (Way(options, needed(smaller), price) for options, smaller in tried)
+def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: str) -> list[MemoryOption]:
+    found = (MemoryOption(options, needed(smaller), price) for options, smaller in tried)
     return [way for way in found if way.needed <= room][:1]
 
 

@@ -82,7 +82,7 @@ class MeasuredStep:
         self.config, self.source, self.device = config, source, device
         self.state = build_state(config, dict(source.dims), device)
         self.module = wrapped(self.state.objective, config, device)
-        self.groups = self.state.objective.clipped_together()
+        self.groups = self.state.objective.clipping_groups()
 
     def __call__(self) -> None:
         self.backward(*next(self.source.feed))

@@ -129,7 +129,7 @@ def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> 
     return rates
 
 
-def observed(
+def profile_step(
     config: TrainConfig, source: BatchSource, rates: Mapping[str, float], rounds: int, device: torch.device,
     trace: str | Path = "",
 ) -> tuple[Measurement, dict[str, Any]]:  # fmt: skip

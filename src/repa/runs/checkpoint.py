@@ -140,7 +140,7 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
         if not steps:
             return None
         step = steps[-1]
-    folder, state = _whole(run, step)
+    folder, state = _verified(run, step)
     names = dict.fromkeys(layout.whole_name(name) for name in state["sha256"] if name.endswith(layout.WEIGHTS))
     return Checkpoint(step, state["counters"], {file: _read_parts(folder, file) for file in names})
 
@@ -162,7 +162,7 @@ def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Owne
     owners = {name: readers[place % len(readers)] for place, name in enumerate(names)}
     with dist.together():
         mine = [name for name in names if owners[name] == dist.rank()]
-        _require_whole(run, folder, state, mine)
+        _require_intact(run, folder, state, mine)
         read = {name: _read(folder / name) for name in mine}
     # Names, types and shapes for those that have not read them: on the meta device they weigh nothing on the way.
     outlines = dist.gather_objects(
@@ -242,7 +242,7 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
             f"{run} has no weights {weights!r} at step {step}: there are {', '.join(sorted(names))}, and `repa ema {run}` makes "
             "averages of other widths where there are snapshots."
         )
-    folder, _ = _whole(run, step, only=weights + layout.WEIGHTS)
+    folder, _ = _verified(run, step, only=weights + layout.WEIGHTS)
     return step, _read_parts(folder, weights + layout.WEIGHTS)
 
 
@@ -258,7 +258,7 @@ def recorded_settings(run: Path, step: int) -> Any:
 
 def load_projectors(run: Path, step: int) -> dict[str, Tensor]:
     """The projectors of a checkpoint, "TERM.projector...." -> tensor."""
-    return _read_parts(_whole(run, step, only=layout.PROJECTORS_FILE)[0], layout.PROJECTORS_FILE)
+    return _read_parts(_verified(run, step, only=layout.PROJECTORS_FILE)[0], layout.PROJECTORS_FILE)
 
 
 def weights_checksum(run: Path, weights: str, step: int) -> str:
@@ -292,14 +292,14 @@ def _read_state(folder: Path, step: int) -> dict[str, Any]:
     return state
 
 
-def _whole(run: Path, step: int, only: str | None = None) -> tuple[Path, dict[str, Any]]:
+def _verified(run: Path, step: int, only: str | None = None) -> tuple[Path, dict[str, Any]]:
     """The folder and the state of a checkpoint whose files, or those parts of one, have the bytes that were written."""
     folder, state = layout.checkpoint_folder(run, step), _state(run, step)
     names = [name for name in state["sha256"] if only in (None, layout.whole_name(name))]
     if not names:
         path = folder / layout.STATE_FILE
         raise UserError(f"{path} is damaged: it lacks the checksum of {only}. {_remedy(run, step)}")
-    _require_whole(run, folder, state, names)
+    _require_intact(run, folder, state, names)
     return folder, state
 
 
@@ -316,7 +316,7 @@ def _state(run: Path, step: int) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it is not what was written. {_remedy(run, step)}") from error
 
 
-def _require_whole(run: Path, folder: Path, state: Mapping[str, Any], names: Iterable[str]) -> None:
+def _require_intact(run: Path, folder: Path, state: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raises UserError for the first of the files `names` that has not the bytes that were written."""
     for name in names:
         if not (folder / name).is_file() or files.sha256(folder / name) != state["sha256"][name]:

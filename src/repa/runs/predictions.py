@@ -26,12 +26,12 @@ class Guide(NamedTuple):
 class Sharing:
     """At which evaluations of a sampler the encoder of a DDT runs; at the others its head uses what was found last (arXiv 2504.05741).
 
-    Evaluations are counted from 0. None: it always runs, and `guides` keeps what it finds for the conditional samples.
+    Evaluations are counted from 0. None: it always runs, and `self_conditions` keeps what it finds for the conditional samples.
     """
 
     def __init__(self, evaluations: frozenset[int] | None = None):
         self.evaluations = evaluations
-        self.guides: list[Tensor] = []
+        self.self_conditions: list[Tensor] = []
         self.calls = 0
         self._kept: Encoded | None = None
 
@@ -41,17 +41,17 @@ class Sharing:
         return sorted(self.evaluations or ())
 
     def fresh(self) -> "Sharing":
-        """For another sampling; one that only collects `guides` goes on collecting."""
+        """For another sampling; one that only collects `self_conditions` goes on collecting."""
         return Sharing(self.evaluations) if self.evaluations is not None else self
 
     def __call__(self, model: DDT, state: State, t: Tensor, condition: Condition, num: int) -> Output:
         """`num` conditional samples come first; where the batch has changed, what was found before is of no use."""
         call, kept = self.calls, self._kept
         self.calls += 1
-        if self.evaluations is None or call in self.evaluations or kept is None or len(kept.guide) != len(t):
+        if self.evaluations is None or call in self.evaluations or kept is None or len(kept.self_condition) != len(t):
             self._kept = kept = model.encode(state, t, condition)
         if self.evaluations is None:
-            self.guides.append(kept.guide[:num])
+            self.self_conditions.append(kept.self_condition[:num])
         return model.decode(state, kept)
 
 

@@ -64,7 +64,7 @@ def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callb
     return decode(run, config, draw(run, config, indices, callback))
 
 
-class Drawn(NamedTuple):
+class SampledState(NamedTuple):
     """What a sampler made of the noise of images `indices`."""
 
     indices: Sequence[int]
@@ -74,7 +74,9 @@ class Drawn(NamedTuple):
 
 @Float32Default()
 @torch.inference_mode()
-def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Drawn:
+def draw(
+    run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None
+) -> SampledState:
     """The sampler's part of `generate`; on CUDA nothing waits for it."""
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
@@ -92,12 +94,12 @@ def draw(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback:
     # The network's products alone: the sampler's state is float64, which autocast leaves alone.
     with autocast(device, config.precision):
         state = sampler(denoiser, run.layout.pack(noise), config.steps, randn_like=streams.randn_like, **told)
-    return Drawn(indices, state, calls)
+    return SampledState(indices, state, calls)
 
 
 @Float32Default()
 @torch.inference_mode()
-def decode(run: LoadedRun, config: SampleConfig, drawn: Drawn) -> Samples:
+def decode(run: LoadedRun, config: SampleConfig, drawn: SampledState) -> Samples:
     """The decoder's part of `generate`: the images on the CPU. Raises UserError for images that are not finite."""
     drawn.calls.require_finite(drawn.state, drawn.indices, f"{run.folder or 'the run'}, step {run.step}")
     latents = run.layout.unpack(drawn.state)["x"]  # (N, C, h, w)

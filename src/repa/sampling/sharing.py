@@ -45,13 +45,13 @@ def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
     return sorted({0, *chosen})
 
 
-def differences(guides: list[Tensor]) -> np.ndarray:
+def differences(features: list[Tensor]) -> np.ndarray:
     """(K, K) one minus the cosine of the encoder's tokens (N, T, D) at two evaluations, over all of them."""
-    num, tokens, _ = guides[0].shape
-    cosines = torch.zeros(len(guides), len(guides), dtype=torch.float64, device=guides[0].device)
+    num, tokens, _ = features[0].shape
+    cosines = torch.zeros(len(features), len(features), dtype=torch.float64, device=features[0].device)
     # one image at a time, in float64: neighbouring evaluations differ in the last digits of float32
     for n in range(num):
-        units = torch.stack([F.normalize(guide[n].double(), dim=-1).flatten() for guide in guides])  # (K, T D)
+        units = torch.stack([F.normalize(each[n].double(), dim=-1).flatten() for each in features])  # (K, T D)
         cosines = cosines + units @ units.T / (num * tokens)
     return (1 - cosines).cpu().numpy()
 
@@ -77,7 +77,7 @@ def with_shared_encoder(run: LoadedRun, config: SampleConfig, draw: Callable[...
         )
     recording = Sharing()  # which keeps the encoder's tokens of every evaluation
     draw(replace(run, sharing=recording), config, range(PROBES))
-    errors = differences(recording.guides)
+    errors = differences(recording.self_conditions)
     if config.encoder_steps > len(errors):
         raise UserError(
             f"encoder_steps is {config.encoder_steps}, but the sampler evaluates the network {len(errors)} times: choose fewer."

@@ -37,14 +37,14 @@ from repa.runs import LoadedRun
 from repa.runs.loading import Prompts
 from repa.sampling.conditions import drawn_classes, prompts_record
 from repa.sampling.config import SampleConfig
-from repa.sampling.samples import Drawn, decode, draw
+from repa.sampling.samples import SampledState, decode, draw
 
 GRID_IMAGES = 64  # in the picture next to the npz
 PART = re.compile(r"\d{9,}-\d{1,9}-[0-9a-f]{8}\.npy")  # first image, calls of the network for each, checksum
 LIMIT = 2**36  # bytes of samples that are held at a time
 
 
-class OneBehind:
+class BackgroundWorker:
     """A thread that does one piece of work at a time; a second piece waits for the first, so memory holds two batches at most.
 
     On CUDA the thread has its own stream, which begins after what the caller had queued. Elsewhere the work is done at
@@ -139,7 +139,7 @@ def _write_samples(
     job = _job(run, config, num)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
-        dist.on_main(lambda: _require_whole(out, num))
+        dist.on_main(lambda: _require_intact(out, num))
         dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
         return out
     other = out.with_suffix("" if out.suffix else ".npz")
@@ -150,7 +150,7 @@ def _write_samples(
     # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
     before = _found(parts)
-    with OneBehind(device) as behind:
+    with BackgroundWorker(device) as behind:
         for done, start in enumerate(mine):
             if start not in before:
                 drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
@@ -182,7 +182,7 @@ def _write_samples(
 
 
 def _decode_and_save(
-    run: LoadedRun, config: SampleConfig, drawn: Drawn, parts: Path, count: Callable[[int, int], None]
+    run: LoadedRun, config: SampleConfig, drawn: SampledState, parts: Path, count: Callable[[int, int], None]
 ) -> None:
     images, nfe = decode(run, config, drawn)
     count(nfe, len(images))
@@ -246,7 +246,7 @@ def _part(path: Path) -> np.ndarray:
     return array
 
 
-def _require_whole(out: Path, num: int) -> None:
+def _require_intact(out: Path, num: int) -> None:
     """Raises UserError for samples that are there, but not as they were written."""
     again = "Remove it, and the same command makes it again."
     if out.is_dir():

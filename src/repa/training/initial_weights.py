@@ -34,7 +34,7 @@ SIZES = {
 }  # fmt: skip
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """EMA weights of a network, its attention heads (None: not known), and its projectors by their alignments."""
 
     state: dict[str, Tensor]
@@ -112,7 +112,7 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
     return network.to(device).eval().requires_grad_(False)
 
 
-def _read_source(source: str, num_heads: int) -> Start:
+def _read_source(source: str, num_heads: int) -> InitialWeights:
     kind, colon, file = source.partition(":")
     path = Path(source)
     if (path / layout.CONFIG).is_file():
@@ -122,10 +122,10 @@ def _read_source(source: str, num_heads: int) -> Start:
         where = str(path / layout.CONFIG)
         heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
         projectors = _projectors_by_term(config.get("alignments", ()), checkpoint.projectors, where)
-        return Start(merged_weights(checkpoint.ema), heads, projectors)
+        return InitialWeights(merged_weights(checkpoint.ema), heads, projectors)
     if (path / CONFIG).is_file():
         exported, state = read_exported(path)
-        return Start(state, exported["model"]["num_heads"], {})
+        return InitialWeights(state, exported["model"]["num_heads"], {})
     if colon and kind in KINDS:
         imported = read_checkpoint(Path(file), kind, num_heads=num_heads)
         ema = imported.checkpoint.ema
@@ -133,7 +133,7 @@ def _read_source(source: str, num_heads: int) -> Start:
         # An unnamed size has the heads that the configuration gives, as nothing else tells them.
         named = heads_of_named(arguments["hidden_dim"], arguments["depth"])
         projectors = _projectors_by_term(imported.settings["alignments"], imported.checkpoint.projectors, file)
-        return Start(ema, named, projectors)
+        return InitialWeights(ema, named, projectors)
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
     raise UserError(
         f"init is {source!r}, which is neither a run folder nor an exported network: a checkpoint of another project is "
@@ -153,7 +153,7 @@ def _projectors_by_term(
     return found
 
 
-def _check_sizes(source: str, start: Start, model: DiT, num_heads: int) -> None:
+def _check_sizes(source: str, start: InitialWeights, model: DiT, num_heads: int) -> None:
     found = constructor_arguments(start.state, start.num_heads or num_heads)
     wanted = constructor_arguments(model.state_dict(), num_heads)
     differences = [

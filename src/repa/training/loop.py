@@ -154,7 +154,7 @@ def _train(
     if log.lost:
         say(f"{run}: {log.lost}")
         log.row("event", state.step, message=log.lost)
-    module, groups = wrapped(objective, config, device), objective.clipped_together()
+    module, groups = wrapped(objective, config, device), objective.clipping_groups()
     batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
     training_log, saved = TrainingLog(state, run, log, batches, device, say), time.monotonic()

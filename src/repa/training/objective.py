@@ -81,7 +81,7 @@ class Objective(nn.Module):
             if term.config.projector_of:
                 term.share_projector_of(terms[term.config.projector_of])
         self.alignments = nn.ModuleDict({a.config.module: a for a in alignments})
-        self.watching = {a.config.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
+        self.watching_schedules = {a.config.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
         self.process = build_process(diffusion)
         self.token_times = diffusion.token_times
         self.streams, self.head_weight = tuple(streams), head_weight
@@ -245,7 +245,7 @@ class Objective(nn.Module):
         for alignment, scale in zip(self.terms(), lambdas, strict=True):
             # Its weight is 0 at this step, so nobody asked its encoder.
             if not alignment.target.ready(seen):
-                total = total + alignment.untouched()
+                total = total + alignment.zero_loss()
                 continue
             loss = alignment(seen)  # (N,), Eq. 8
             total = total + scale * loss  # Eq. 9
@@ -254,19 +254,19 @@ class Objective(nn.Module):
 
     def observe(self, step: int, losses: Losses) -> None:
         """Tell schedules that ask for it how their terms stand after `step` steps; waits for the device on those steps."""
-        for key, schedule in self.watching.items():
+        for key, schedule in self.watching_schedules.items():
             loss = losses.terms.get(f"alignment/{key}")
             if schedule.watches(step) and loss is not None:
                 schedule.observe(step, float(dist.mean_over(loss.mean())))
 
-    def observed(self) -> dict[str, dict[str, float]]:
+    def schedule_states(self) -> dict[str, dict[str, float]]:
         """What those schedules know, by the key of the term."""
-        return {key: schedule.state() for key, schedule in self.watching.items()}
+        return {key: schedule.state() for key, schedule in self.watching_schedules.items()}
 
-    def load_observed(self, observed: Mapping[str, Mapping[str, float]]) -> None:
+    def load_schedule_states(self, states: Mapping[str, Mapping[str, float]]) -> None:
         """The way back, from a checkpoint."""
-        for key, schedule in self.watching.items():
-            schedule.load(observed[key])
+        for key, schedule in self.watching_schedules.items():
+            schedule.load(states[key])
 
     def averages(self, step: int) -> bool:
         """Does a term of this step look at the averaged network?"""
@@ -277,7 +277,7 @@ class Objective(nn.Module):
         terms = [a.target.need for a in self.terms() if a.target.need and a.weight(step) != 0]
         return merged_needs([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
-    def clipped_together(self) -> list[list[nn.Parameter]]:
+    def clipping_groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together.
 
         A projector that only measures is its own group: its gradient must not change the scale of the network's.

@@ -72,7 +72,7 @@ class TrainState:
         for part, names in mine.items():
             wanted[layout.whole_name(part)].update(names)
         whole = {file: gather_full(state, wanted[file], copy=copy) for file, state in files.items()}
-        counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.observed()}
+        counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.schedule_states()}
         counters[SETTINGS] = layout.fixed_settings(self.config.model_dump(mode="json"))
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
         return Checkpoint(self.step, counters, parts)
@@ -112,7 +112,7 @@ class TrainState:
             load(self.objective.alignments, files[layout.PROJECTORS_FILE])
             load_named_state(self.optimizer, self.objective, files[layout.OPTIMIZER_FILE])
             self.guard.load(counters)
-            self.objective.load_observed(counters.get("schedules", {}))
+            self.objective.load_schedule_states(counters.get("schedules", {}))
             self.step, self.seconds = step, counters["seconds"]
 
     @contextlib.contextmanager
