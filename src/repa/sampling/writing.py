@@ -145,7 +145,7 @@ def _write_samples(
     other = out.with_suffix("" if out.suffix else ".npz")
     if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
         _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
-    _claim(job, run, num, out, parts)
+    dist.on_main(lambda: _claim(job, run, num, out, parts))
     starts = range(0, num, config.batch_size)
     # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
@@ -157,28 +157,31 @@ def _write_samples(
                 behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
             progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
-    if dist.is_main():
-        found = _found(parts)
-        paths = [found[start] for start in starts if start in found]
-        if len(paths) < len(starts):  # processes on machines without a common file system
-            raise UserError(
-                f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
-            )
-        # dopri5 asks the network a different number of times for each batch.
-        nfe = max(int(path.name.split("-")[1]) for path in paths)
-        files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
-        if run.prompts:  # a line for each image, for those who score them
-            texts = enumerate(run.prompts.texts_of(range(num)))
-            lines = [json.dumps({"index": index, "prompt": text}, ensure_ascii=False) + "\n" for index, text in texts]
-            files.write_text(out.with_suffix(".jsonl"), "".join(lines))
-        save_png(grid(_first_of(paths)), out.with_suffix(".png"))
-        if out.suffix:
-            _assemble(paths, num, out)
-        else:
-            write_pngs(map(_part, paths), out)
-        shutil.rmtree(parts, ignore_errors=True)
-    dist.barrier()
+    dist.on_main(lambda: _finish(run, job, starts, parts, out))
     return out
+
+
+def _finish(run: LoadedRun, job: dict[str, Any], starts: Sequence[int], parts: Path, out: Path) -> None:
+    """Make the samples of their parts, which go, and what lies next to them."""
+    found, num = _found(parts), job["num"]
+    paths = [found[start] for start in starts if start in found]
+    if len(paths) < len(starts):  # processes on machines without a common file system
+        raise UserError(
+            f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
+        )
+    # dopri5 asks the network a different number of times for each batch.
+    nfe = max(int(path.name.split("-")[1]) for path in paths)
+    files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
+    if run.prompts:  # a line for each image, for those who score them
+        texts = enumerate(run.prompts.texts_of(range(num)))
+        lines = [json.dumps({"index": index, "prompt": text}, ensure_ascii=False) + "\n" for index, text in texts]
+        files.write_text(out.with_suffix(".jsonl"), "".join(lines))
+    save_png(grid(_first_of(paths)), out.with_suffix(".png"))
+    if out.suffix:
+        _assemble(paths, num, out)
+    else:
+        write_pngs(map(_part, paths), out)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _decode_and_save(
@@ -222,15 +225,13 @@ def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
 
 def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
     """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
-    if dist.is_main():
-        marker = parts / "job.json"
-        if marker.exists() and any(parts.glob("*.npy")):
-            _require_same(job, marker, f"{parts} holds part of another job")
-        side = run.latent_shape[1] * run.autoencoder.factor
-        # Twice: the parts lie beside the file until it is whole.
-        files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
-        files.write_sealed(marker, job)
-    dist.barrier()
+    marker = parts / "job.json"
+    if marker.exists() and any(parts.glob("*.npy")):
+        _require_same(job, marker, f"{parts} holds part of another job")
+    side = run.latent_shape[1] * run.autoencoder.factor
+    # Twice: the parts lie beside the file until it is whole.
+    files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
+    files.write_sealed(marker, job)
 
 
 def _found(parts: Path) -> dict[int, Path]:
