@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa.models.config import ModelConfig
-from repa.models.contract import Condition, TwoTimes
+from repa.models.contract import Backbone, Condition, State, Times, TwoTimes
 from repa.models.dit import build
 from repa.models.routing import placeholder
 
@@ -37,6 +37,14 @@ def cost_of(network: nn.Module, run: Callable[[], Tensor]) -> Cost:
     return Cost(parameters, forward, counter.get_total_flops())
 
 
+def example_inputs(model: Backbone, num: int, *, token_times: bool = False) -> tuple[State, Times, Condition]:
+    """State, time and condition of `num` samples, for a pass whose numbers do not matter."""
+    state = {name: torch.zeros(num, *shape) for name, shape in model.state_shapes.items()}
+    tokens = torch.zeros(num, model.grid[0] * model.grid[1], dtype=torch.bool)
+    t = TwoTimes(torch.zeros(num, 2), tokens) if token_times else torch.zeros(num)
+    return state, t, model.completed(Condition(torch.zeros(num, dtype=torch.int64)))
+
+
 def model_cost(
     config: ModelConfig, *, token_times: bool = False, kept: Literal["some", "all", "none"] = "some"
 ) -> Cost:
@@ -50,10 +58,7 @@ def model_cost(
     # On the meta device shapes are computed and numbers are not: XL takes no memory and no time.
     with torch.device("meta"):
         model = build(config)
-        state = {name: torch.empty(1, *shape) for name, shape in model.state_shapes.items()}
-        tokens = model.grid[0] * model.grid[1]
-        t = TwoTimes(torch.empty(1, 2), torch.empty(1, tokens, dtype=torch.bool)) if token_times else torch.empty(1)
-        condition = model.completed(Condition(torch.empty(1, dtype=torch.int64)))
+        state, t, condition = example_inputs(model, 1, token_times=token_times)
         keep = placeholder(model.route, 1, model.grid) if kept == "some" else None
         if kept == "none" and model.route:
             keep = torch.empty(1, 0, dtype=torch.int64)

@@ -13,8 +13,9 @@ from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
 from repa.alignment.targets import build_target
 from repa.base.precision import autocast
 from repa.base.registry import parse_spec
-from repa.models import Backbone, Condition, Tap, TwoTimes, build
+from repa.models import Backbone, Condition, Tap, build
 from repa.models.config import ROUTING, ModelConfig
+from repa.models.cost import example_inputs
 from repa.models.routing import placeholder, tokens_at
 from repa.performance.batches import random_condition, random_features
 from repa.training.config import TrainConfig
@@ -35,10 +36,8 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         objective = Objective(model, alignments, config.diffusion, label_dropout=0.0, seed=0, streams=config.streams)
         features = {n.encoder: random_features(num, tokens, dims[n.encoder], n) for n in encoder_needs(config)}
         clean = objective.clean(torch.zeros(num, channels, size, size), features)
-        zeros = torch.zeros(num)
-        keep = placeholder(model.route, num, model.grid)
-        two = TwoTimes(torch.zeros(num, 2), torch.zeros(num, tokens, dtype=torch.bool))
-        t = two if config.diffusion.token_times else zeros
+        zeros, keep = torch.zeros(num), placeholder(model.route, num, model.grid)
+        _, t, _ = example_inputs(model, num, token_times=config.diffusion.token_times > 0)
         cleanest = any(target.cleanest for target in objective.averaging)
         # Neither values nor weights change what is computed: zeros stand for all of them.
         draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
@@ -113,14 +112,9 @@ def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int]
     ]
 
     def forward(num: int) -> Tensor:
-        state = {name: torch.randn(num, *shape) for name, shape in model.state_shapes.items()}
         # Whether a tensor is saved depends on types and graph alone: any numbers will do.
-        two = TwoTimes(torch.rand(num, 2), torch.rand(num, tokens) < 0.5)
-        t = two if config.diffusion.token_times else torch.rand(num)
-        keep = placeholder(model.route, num, model.grid)
-        output = model(
-            state, t, model.completed(Condition(torch.zeros(num, dtype=torch.int64))), tuple(set(taps)), keep
-        )
+        inputs = example_inputs(model, num, token_times=config.diffusion.token_times > 0)
+        output = model(*inputs, tuple(set(taps)), placeholder(model.route, num, model.grid))
         losses = [_loss_of_tap(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
         predicted = [part.square().flatten(1).mean(1) for part in (*output.prediction.values(), *output.heads.values())]
         return sum(losses) + sum(predicted)
