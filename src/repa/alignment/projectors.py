@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from repa.base.errors import UserError
 from repa.models.jit import MaskedAdapter
-from repa.models.layers import TokenConvolution
+from repa.models.layers import TokenConvolution, xavier_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
@@ -103,9 +103,5 @@ def adapter(
 
 def _initialise(module: Module) -> Module:
     """Xavier-uniform weights and zero biases, as for every linear layer of the transformer."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    xavier_layers(module, nn.Linear, nn.Conv2d)
     return module

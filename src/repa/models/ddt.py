@@ -31,7 +31,7 @@ from repa.models.layers import (
     normal_matrices,
     sincos_positions,
     unpatchify,
-    xavier_linears,
+    xavier_layers,
     xavier_patches,
 )
 
@@ -163,7 +163,7 @@ class DDT(Backbone):
 
     def initialise(self) -> None:
         """As DiT: blocks start as the identity and every prediction as zero (adaLN-Zero)."""
-        xavier_linears(self)
+        xavier_layers(self, nn.Linear)
         for patches in (self.s_embedder.proj, self.x_embedder.proj):
             xavier_patches(patches)
         normal_matrices(self.y_embedder, self.t_embedder)

@@ -35,7 +35,7 @@ from repa.models.layers import (
     normal_matrices,
     sincos_positions,
     unpatchify,
-    xavier_linears,
+    xavier_layers,
     xavier_patches,
 )
 from repa.models.routing import Context, Router
@@ -124,7 +124,7 @@ class DiT(Backbone):
 
     def initialise(self) -> None:
         """Blocks start as the identity and every prediction as zero (adaLN-Zero)."""
-        xavier_linears(self)
+        xavier_layers(self, nn.Linear)
         xavier_patches(self.x_embedder.proj)
         normal_matrices(self.y_embedder, self.t_embedder)
         adaln_zero(self)

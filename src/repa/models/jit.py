@@ -27,7 +27,7 @@ from repa.models.layers import (
     sincos_positions,
     tokens_of,
     unpatchify,
-    xavier_linears,
+    xavier_layers,
     xavier_patches,
 )
 
@@ -211,7 +211,7 @@ class MaskedAdapter(nn.Module):
 
 def initialise(module: JiT | MaskedAdapter) -> None:
     """Linear layers by Xavier without bias, tables of small numbers, and adaLN-Zero."""
-    xavier_linears(module)
+    xavier_layers(module, nn.Linear)
     normal_matrices(module.y_embedder, module.t_embedder)
     if module.in_context_posemb is not None:
         nn.init.normal_(module.in_context_posemb, std=INIT_STD)

@@ -21,10 +21,10 @@ MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
 INIT_STD = 0.02  # of tables of labels and tokens, and of the timestep MLP
 
 
-def xavier_linears(module: nn.Module) -> None:
-    """Every linear layer in it by Xavier (uniform), biases 0."""
+def xavier_layers(module: nn.Module, *kinds: type[nn.Linear | nn.Conv2d]) -> None:
+    """Every layer of these kinds in it by Xavier (uniform), biases 0."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, kinds):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

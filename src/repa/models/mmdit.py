@@ -28,7 +28,7 @@ from repa.models.layers import (
     sincos_positions,
     token_norm,
     unpatchify,
-    xavier_linears,
+    xavier_layers,
     xavier_patches,
 )
 
@@ -90,7 +90,7 @@ class MMDiT(Backbone):
 
     def initialise(self) -> None:
         """Blocks start as the identity and the prediction as zero (adaLN-Zero)."""
-        xavier_linears(self)
+        xavier_layers(self, nn.Linear)
         xavier_patches(self.x_embedder.proj)
         normal_matrices(self.t_embedder)
         adaln_zero(self)
