@@ -113,7 +113,7 @@ class Alignment(nn.Module):
         }
         if asked := [what for what, needed in needs.items() if needed]:
             raise UserError(
-                f"The alignment {self.config.key!r} looks at a block that sees a share of the tokens, but {asked[0]} needs all of them: "
+                f"The alignment {self.key!r} looks at a block that sees a share of the tokens, but {asked[0]} needs all of them: "
                 "choose blocks before or after the route, or other settings of the alignment."
             )
 
@@ -213,12 +213,12 @@ class Alignment(nn.Module):
         alike = ("projector", "pool", "measure_only")
         if different := [name for name in alike if getattr(self.config, name) != getattr(other.config, name)]:
             raise UserError(
-                f"The alignment {self.config.key!r} uses the projector of {other.config.key!r}, but has another {different[0]}: give "
+                f"The alignment {self.key!r} uses the projector of {other.key!r}, but has another {different[0]}: give "
                 "both the same."
             )
         if other.feature_dim != self.feature_dim:
             raise UserError(
-                f"The alignment {self.config.key!r} uses the projector of {other.config.key!r}, but its target has {self.feature_dim} "
+                f"The alignment {self.key!r} uses the projector of {other.key!r}, but its target has {self.feature_dim} "
                 f"channels and the other's {other.feature_dim}: give it a separate projector."
             )
         self.projector, self._sharing = nn.Identity(), [other]

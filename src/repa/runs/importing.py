@@ -21,7 +21,6 @@ from repa.models.exported import CONFIG, read_exported, require_digest
 from repa.models.published import MOST_STEPS, Published, check_keys, check_values, constructor_arguments, load_published
 from repa.runs import layout
 from repa.runs.checkpoint import SETTINGS, Checkpoint, save_checkpoint
-from repa.runs.layout import write_origin
 
 PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
 MLP_RATIO = 4  # the only one that a run's configuration knows
@@ -167,7 +166,7 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
     """
     with lock.exclusive(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
-        write_origin(temporary, origin, kind)
+        files.write_sealed(temporary / layout.ORIGIN, {"origin": origin, "kind": kind})
         settings = layout.fixed_settings(config.model_dump(mode="json"))
         save_checkpoint(temporary, checkpoint._replace(counters={**checkpoint.counters, SETTINGS: settings}))
 

@@ -202,11 +202,6 @@ def require_settings(run: Path, step: int, recorded: Any, config: Mapping[str, A
             )
 
 
-def write_origin(folder: Path, origin: str, kind: str) -> None:
-    """Record the name of the file and whose code made it ("" where that is not known)."""
-    files.write_sealed(folder / ORIGIN, {"origin": origin, "kind": kind})
-
-
 def kind_of(run: Path) -> str:
     """A key of SAMPLING for a converted run, else an empty text."""
     path = run / ORIGIN

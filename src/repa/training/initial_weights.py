@@ -76,7 +76,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     objective.model.load_state_dict(state)
     for alignment in objective.terms():
         # The key holds target and depth: another block's states would not fit a projector that was trained for this one.
-        new = start.projectors.get((alignment.config.key, alignment.config.projector))
+        new = start.projectors.get((alignment.key, alignment.config.projector))
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:
             alignment.load_state_dict(new)

@@ -92,7 +92,7 @@ def _nested_by_slash(values: dict[str, float]) -> dict[str, Any]:
 def flops_of(objective: Objective) -> float:
     """FLOPs of the matrix products of network and projectors for one image, forward and backward, from their shapes.
 
-    A multiply and an add are two. `performance/flops.py` counts them in seconds; this takes no time at the start of a run.
+    A multiply and an add are two. `performance/counts.py` counts them in seconds; this takes no time at the start of a run.
     """
     model, products = objective.model, 0
     for name, p in objective.named_parameters():

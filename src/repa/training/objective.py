@@ -76,12 +76,12 @@ class Objective(nn.Module):
             raise UserError(
                 f"The denoising loss has no schedule {denoising_schedule!r}, which watches a term: choose warmup."
             )
-        terms = {a.config.key: a for a in alignments}
+        terms = {a.key: a for a in alignments}
         for term in alignments:
             if term.config.projector_of:
                 term.share_projector_of(terms[term.config.projector_of])
         self.alignments = nn.ModuleDict({a.config.module: a for a in alignments})
-        self.watching_schedules = {a.config.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
+        self.watching_schedules = {a.key: a.schedule for a in alignments if hasattr(a.schedule, "watches")}
         self.process = build_process(diffusion)
         self.token_times = diffusion.token_times
         self.streams, self.head_weight = tuple(streams), head_weight
@@ -144,9 +144,9 @@ class Objective(nn.Module):
         found = {}
         for term in self.terms():
             if term.masked is not None:
-                stream = generator(self.seed, "visible", term.config.key, step, device=device)
+                stream = generator(self.seed, "visible", term.key, step, device=device)
                 scores = torch.rand((num, self.model.grid[0] * self.model.grid[1]), generator=stream, device=device)
-                found[term.config.key] = scores >= term.masked
+                found[term.key] = scores >= term.masked
         return found
 
     def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, own: slice) -> Tensor:
