@@ -145,7 +145,9 @@ def _write_samples(
     other = out.with_suffix("" if out.suffix else ".npz")
     if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
         _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
-    dist.on_main(lambda: _claim(job, run, num, out, parts))
+    if dist.is_main():
+        _claim(job, run, num, out, parts)
+    dist.barrier()
     starts = range(0, num, config.batch_size)
     # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
@@ -157,7 +159,9 @@ def _write_samples(
                 behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
             progress(min((done + 1) * config.batch_size * dist.world(), num), num)
     dist.barrier()
-    dist.on_main(lambda: _finish(run, job, starts, parts, out))
+    if dist.is_main():
+        _finish(run, job, starts, parts, out)
+    dist.barrier()
     return out
 
 
