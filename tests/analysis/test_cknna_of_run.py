@@ -63,7 +63,7 @@ def test_mistakes_are_sentences(run, data):
         SimilarityConfig.parse({"encoder": "tinny"})
     with pytest.raises(UserError, match=r"10 neighbours need more images than that, but there are 10"):
         cknna_of_run(run, data, SimilarityConfig(num_images=10))
-    with pytest.raises(UserError, match="holds no images: prepare it with --store-images"):
+    with pytest.raises(UserError, match="stores no images: prepare the data with --store-images"):
         cknna_of_run(run, Rearranged(data, has_images=False), SimilarityConfig())
     with pytest.raises(UserError, match="latents of side 32 for this run, which was trained on 16"):
         cknna_of_run(run, Rearranged(data, resolution=32), SimilarityConfig())

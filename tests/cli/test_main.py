@@ -126,7 +126,7 @@ def test_data_that_cannot_be_used(refused, data_folder, tmp_path):
     assert "run the same `repa prepare` again" in refused(*train)
     manifest = read_json(copy / "manifest.json")
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    assert "is of version 99" in refused(*train)
+    assert "has version 99" in refused(*train)
     (copy / "manifest.json").write_text("{")
     assert "manifest.json cannot be read as JSON" in refused(*train)
     assert not (tmp_path / "r").exists()

@@ -282,7 +282,7 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
         (
             prepare,
             ("s", "d", "--resolution", "8", "--features", "tiny", "--feature-forms", "pca4", "int8"),
-            "two for all encoders",
+            "two forms for all encoders",
         ),
         (
             evaluate,

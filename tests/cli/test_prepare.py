@@ -64,7 +64,7 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     assert {name: facts.form for name, facts in features.items()} == {"tiny": "int8", "tiny-classifier": "pca8"}
     assert repa("prepare", SOURCE, "data", "--features", "tiny", "--feature-forms", "int8")[0] == 0  # as at first
     code, text = repa("show", "data")
-    assert "30 of 20 classes at 16 pixels, and a flipped copy of each" in text
+    assert "30 of 20 classes at 16 pixels, and a mirrored copy of each" in text
     assert "tiny (4 x 4 x 192 as int8), tiny-classifier (2 x 2 x 128 as pca8)" in text
     code, text = repa("check", "data", "--full", "--num-images", "4")
     assert code == 0
@@ -96,7 +96,7 @@ def test_check_finds_damage(repa, tmp_path):
     assert repa("check", "data", "--full", "--num-images", "0")[0] == 2
     code, text = repa("check", "data", "--full")
     assert code == 2
-    assert "1 of 20 files in data are not as they were written (features.tiny-00001.npy)" in text
+    assert "1 of 20 files in data do not match their checksums (features.tiny-00001.npy)" in text
     path.unlink()
     assert "features.tiny-00001.npy is missing" in repa("check", "data")[1]
 

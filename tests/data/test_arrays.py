@@ -47,10 +47,10 @@ def test_grey_arrays(tmp_path, shape):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (IMAGES.astype(np.float32), r"holds float32 \(4, 6, 5, 3\): images are uint8"),
+        (IMAGES.astype(np.float32), r"holds float32 \(4, 6, 5, 3\): save images as uint8"),
         (IMAGES.astype(np.int64), "holds int64"),
         (IMAGES[:0], "holds uint8 .0, 6, 5, 3."),
-        (IMAGES[0, 0], "images are uint8"),
+        (IMAGES[0, 0], "save images as uint8"),
         (IMAGES[..., :2], "which axis is colour cannot be told"),
         (np.zeros((2, 3, 8, 3), np.uint8), "which axis is colour cannot be told"),
         (np.array([{"a": 1}], object), "holds Python objects, which can run any program"),
@@ -132,7 +132,7 @@ def test_labels_in_a_file_of_their_own(tmp_path):
         np.save(tmp_path / "labels.npy", bad)
         with pytest.raises(UserError, match=message):
             open_source(tmp_path / "images.npy", labels=str(tmp_path / "labels.npy"))
-    with pytest.raises(UserError, match=r"labels is 'a\.csv': of images\.npy they are its own"):
+    with pytest.raises(UserError, match=r"labels is 'a\.csv': for images\.npy leave it out"):
         open_source(tmp_path / "images.npy", labels="a.csv")
 
 
@@ -183,7 +183,7 @@ def test_bad_cifar_folders_are_refused(tmp_path):
         open_source(folder)
     for spec, message in (
         (f"{folder}:split=val", "'split' of the source .* is 'val': .*'train' or 'test'"),
-        (f"{folder}:label=coarse", "is CIFAR-10, which has one kind of label"),
+        (f"{folder}:label=coarse", "is CIFAR-10, which has only one kind of label"),
         (f"{folder}:label=10", "'label' of the source .* is 10"),
     ):
         with pytest.raises(UserError, match=message):

@@ -43,7 +43,7 @@ def test_data_without_captions(folder, tmp_path):
     ("change", "sentence"),
     [
         (lambda text: text.replace("[", "{", 1), r"captions-00000\.jsonl is damaged in line 1"),
-        (lambda text: text.replace("\n", " ", 1), r"holds the captions of 2 images, but its shard has 3"),
+        (lambda text: text.replace("\n", " ", 1), r"has captions of 2 images, but its shard has 3"),
     ],
 )
 def test_damage_is_named(out, change, sentence):

@@ -29,7 +29,7 @@ def test_a_changed_byte_is_found_in_any_file(out, name):
     data = bytearray((out / name).read_bytes())
     data[-1] ^= 1
     (out / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"1 of 25 files in .* are not as they were written \({name}\): delete them"):
+    with pytest.raises(UserError, match=rf"1 of 25 files in .* do not match their checksums \({name}\): delete them"):
         check_bytes(out)
 
 
@@ -56,7 +56,7 @@ def test_a_model_that_makes_something_else_is_found(out, fakes, monkeypatch):
     monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images, dtype: 1.1 * encode(self, images, dtype))
     moments, tokens = check_models(out)
     assert moments.error == pytest.approx(0.1, rel=0.02)
-    assert "differs by 0.1 from what is stored, more than 0.01" in moments.trouble
+    assert "differs by 0.1 from the stored values, more than 0.01" in moments.trouble
     assert tokens.error == 0
 
 
@@ -74,7 +74,7 @@ def test_other_weights_are_named_with_both_sides(out, fakes):
     moments, tokens = check_models(out)
     assert not moments.trouble
     assert tokens.error is None
-    assert f"made by weights_sha256 {'b' * 64!r}, but here is {'d' * 64!r}" in tokens.trouble
+    assert f"made by weights_sha256 {'b' * 64!r}, but the weights here have {'d' * 64!r}" in tokens.trouble
 
 
 def test_weights_that_cannot_be_loaded_are_no_failure(out, monkeypatch):
@@ -89,7 +89,7 @@ def test_weights_that_cannot_be_loaded_are_no_failure(out, monkeypatch):
 
 def test_nothing_can_be_encoded_again_without_images(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "lean", FULL.override(store_images=False))
-    with pytest.raises(UserError, match="holds no images, so there is nothing to encode again"):
+    with pytest.raises(UserError, match="stores no images, so nothing can be encoded again"):
         check_models(tmp_path / "lean")
 
 
@@ -121,7 +121,7 @@ def test_a_plan_counts_what_is_left(folder, tmp_path, fakes):
         make_plan(folder, tmp_path / "out", FULL.override(resolution=12))
     for path in folder.rglob("*.png"):
         spoil(path)
-    with pytest.raises(UserError, match="None of the images that were tried can be read"):
+    with pytest.raises(UserError, match="None of the tested images can be read"):
         make_plan(folder, tmp_path / "new", FULL, seconds=0.1)
 
 
@@ -144,7 +144,7 @@ def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folde
 
 @pytest.mark.parametrize(
     ("counts", "sentence"),
-    [((11,), "do not count"), ((-1, 12), "do not count"), ((5, 6), "not those its manifest counts")],
+    [((11,), "do not add up"), ((-1, 12), "do not add up"), ((5, 6), "do not match the counts in its manifest")],
 )
 def test_counts_that_are_not_those_of_the_labels_are_found(counts, sentence, out):
     path = out / "manifest.json"

@@ -209,10 +209,10 @@ def test_other_weights_are_refused_half_way(folder, tmp_path, fakes):
 def test_a_folder_with_other_things_is_left_alone(folder, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("long work")
-    with pytest.raises(UserError, match="not an empty folder and holds no prepared data"):
+    with pytest.raises(UserError, match="not empty and holds no prepared data"):
         prepare(folder, tmp_path / "thesis", SMALL)
     assert content(tmp_path / "thesis") == {"chapter.tex": b"long work"}
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is not empty"):
         prepare(folder, folder / "ants" / "000.png", SMALL)
 
 
@@ -253,7 +253,7 @@ def test_an_encoder_is_added_by_any_of_its_names(folder, tmp_path, fakes):
 def test_features_without_stored_images_come_from_the_source(folder, tmp_path, fakes):
     lean = FULL.override(store_images=False, features=())
     prepare(folder, tmp_path / "out", lean)
-    with pytest.raises(UserError, match="holds no images to encode: run `repa prepare` on the source"):
+    with pytest.raises(UserError, match="stores no images to encode: run `repa prepare` on the source"):
         add(tmp_path / "out", "features:tiny")
     prepare(folder, tmp_path / "out", lean.override(features=("tiny",)))
     prepare(folder, tmp_path / "whole", FULL)
@@ -302,7 +302,7 @@ def test_a_shard_of_bad_images_is_empty(folder, tmp_path, fakes):
 def test_nothing_but_bad_images(folder, tmp_path):
     for path in folder.rglob("*.png"):
         spoil(path)
-    with pytest.raises(UserError, match=r"No image of pictures can be used; the first is ants/000\.png"):
+    with pytest.raises(UserError, match=r"No image of pictures can be read; the first is ants/000\.png"):
         prepare(folder, tmp_path / "out", SMALL.override(skip_bad=True))
 
 

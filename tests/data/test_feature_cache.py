@@ -109,7 +109,7 @@ def test_another_encoder_shape_or_folder_is_refused(tmp_path):
     cache.add(["a"], rows(1))
     with pytest.raises(UserError, match="not of other"):
         FeatureCache.open(tmp_path / "cache", "other")
-    with pytest.raises(UserError, match="take another folder"):
+    with pytest.raises(UserError, match="use another folder"):
         cache.add(["b"], torch.zeros(1, 5, 3))
     with pytest.raises(UserError, match="not finite as fp16"):
         cache.add(["b"], rows(1) * 1e6)
@@ -163,7 +163,7 @@ def _strangers_file(folder, entries, **header):
 def test_a_header_that_lies_is_passed_over(tmp_path, header):
     FeatureCache.open(tmp_path / "cache").add(["b"], rows(2))
     _strangers_file(tmp_path / "cache", rows(1), **header)
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped"):
         cache = FeatureCache.open(tmp_path / "cache")
     assert len(cache) == 1
     assert torch.equal(cache["b"], rows(2)[0])
@@ -179,7 +179,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         path.mkdir()
     else:
         path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped"):
         assert len(FeatureCache.open(tmp_path / "cache")) == 1
 
 
@@ -199,7 +199,7 @@ def test_entries_of_other_types_or_not_finite_are_made_again(tmp_path):
 def test_a_careless_caller_of_the_cache(tmp_path):
     cache = FeatureCache.open(tmp_path / "cache", {"layers": (1, 2)})
     for keys, features in ((["a"], torch.tensor(1.0)), ([], torch.ones(0, 4, 3)), (["a"], rows(1, 2))):
-        with pytest.raises(UserError, match="keys do not fit"):
+        with pytest.raises(UserError, match="keys do not match"):
             cache.add(keys, features)
     cache.add(["a"], rows(1))
     assert len(FeatureCache.open(tmp_path / "cache", {"layers": (1, 2)})) == 1  # JSON has no tuples

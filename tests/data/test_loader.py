@@ -151,12 +151,12 @@ def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
 
 
 def test_mistakes_are_said(data, folder, tmp_path):
-    with pytest.raises(UserError, match="A batch of 10 images cannot be shared equally by 4 processes"):
+    with pytest.raises(UserError, match="4 processes cannot share a batch of 10 images equally"):
         Loader(data, batch_size=10, seed=0, world=4)
     with pytest.raises(UserError, match=r"no tokens of 'dinov2-b' \(it holds tiny\)"):
         Loader(data, batch_size=4, seed=0, features=["dinov2-b"])
     prepare(folder, tmp_path / "lean", FULL.override(store_images=False))
-    with pytest.raises(UserError, match="holds no images: prepare it with --store-images"):
+    with pytest.raises(UserError, match="stores no images: prepare the data with --store-images"):
         Loader(open_data(tmp_path / "lean"), batch_size=4, seed=0, images=True)
 
 
@@ -303,7 +303,7 @@ class TestLabels:
         assert labels[1] == 0
         labels[1] = wrong
         np.save(path, labels)
-        with pytest.raises(UserError, match="are not those its manifest counts: `repa check .* --full`"):
+        with pytest.raises(UserError, match="do not match the counts in its manifest: `repa check .* --full`"):
             Loader(open_data(tmp_path / "data"), batch_size=7, seed=1)
 
     def test_mirrored_copies_count_too(self, folder, tmp_path):

@@ -116,5 +116,5 @@ def test_forms_are_written_out_for_each_encoder():
     for form in ("pca", "pca0", "int4", "pca64-", "-int8", "fp16-int8", "", "pca8-fp16"):
         with pytest.raises(UserError, match="Unknown token format .*fp16, int8, pcaK"):
             PrepareConfig.parse({"resolution": 8, "features": ["tiny"], "feature_forms": [form]})
-    with pytest.raises(UserError, match="feature_forms names 'dino-b', but the features asked for are tiny"):
+    with pytest.raises(UserError, match="feature_forms names 'dino-b', but features are tiny"):
         PrepareConfig.parse({"resolution": 8, "features": ["tiny"], "feature_forms": ["dino-b=int8"]})

@@ -70,7 +70,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_crash(data):
     data.gather("moments", [0])
     path = data.folder / "moments-00000.npy"
     os.truncate(path, 300)
-    with pytest.raises(UserError, match=r"moments-00000\.npy has become shorter while it was read: delete it and run"):
+    with pytest.raises(UserError, match=r"moments-00000\.npy was truncated while it was read: delete it and run"):
         data.gather("moments", [4])
 
 

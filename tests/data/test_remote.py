@@ -100,7 +100,9 @@ def test_other_bytes_than_the_manifest_says_are_refused_and_not_kept(store):
     content = bytearray(store.cat(name))
     content[-1] ^= 1
     store.pipe(name, bytes(content))
-    with pytest.raises(UserError, match=r"memory://data/moments-00003\.npy has other bytes than its manifest says"):
+    with pytest.raises(
+        UserError, match=r"memory://data/moments-00003\.npy does not match the checksum in its manifest"
+    ):
         data.gather("moments", [9])
     assert cached() == []
 

@@ -143,7 +143,7 @@ def test_changed_bytes_are_found_by_check(out):
     path.write_bytes(data)
     opened = open_data(out)  # the size is right
     with pytest.raises(
-        UserError, match=r"1 of \d+ files in .* are not as they were written \(images-00002\.npy\): delete them and run"
+        UserError, match=r"1 of \d+ files in .* do not match their checksums \(images-00002\.npy\): delete them and run"
     ):
         opened.check()
 
@@ -178,16 +178,16 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(version=99), "is of version 99, but this program reads 1"),
+        (lambda v: v.update(version=99), "has version 99, but this version of repa reads 1"),
         (lambda v: v.pop("version"), "is of version None"),
         (lambda v: v.update(surprise=1), "unknown setting 'surprise'"),
         (lambda v: v.update(num_images=12), "num_images is 12, but its shards hold 11"),
         (lambda v: v.update(num_images="many"), "'num_images' is 'many'"),
         (lambda v: v.pop("shards"), "shards"),
-        (lambda v: v["shards"][2]["files"].pop("labels"), "shard 2 holds other fields"),
-        (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files that do not hold its 3"),
+        (lambda v: v["shards"][2]["files"].pop("labels"), "shard 2 has other fields"),
+        (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files without its 3"),
         (lambda v: v["shards"][0]["files"]["labels"].update(dtype="object"), "'object' is not a type"),
-        (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which is not what"),
+        (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which contradicts"),
     ],
 )
 def test_damaged_manifests_are_refused_in_one_sentence(out, change, message):

@@ -252,7 +252,7 @@ def test_encrypted_zips_are_refused(folder, tmp_path):
 def test_zips_of_other_methods_are_refused(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.write(folder / "ants" / "000.png", "a.png")
-    with pytest.raises(UserError, match=r"a\.png .* is not compressed by Deflate"):
+    with pytest.raises(UserError, match=r"a\.png .* is not compressed with Deflate"):
         open_source(tmp_path / "x.zip")
 
 

@@ -125,7 +125,7 @@ def test_the_index_is_made_once_and_anew_for_a_changed_shard(tmp_path, monkeypat
     [
         ({"a_txt": "x"}, "The sample a in .* holds no image, only txt"),
         ({}, "holds no images"),
-        ({"a_png": PNG, "b_png": PNG, "a_cls": "1"}, "holds the sample 'a' twice"),
+        ({"a_png": PNG, "b_png": PNG, "a_cls": "1"}, "contains the sample 'a' twice"),
         ({"..__a_png": PNG}, "leads out of the archive"),
         ({"__etc__a_png": PNG}, "leads out of the archive"),
         ({"a_png": PNG, "a_json": "{"}, r"a\.json in .* cannot be read as JSON"),

@@ -228,7 +228,7 @@ class TestReference:
         first = reference_of(copy, extractor, "tiny-classifier")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(UserError, match="cannot be read as a reference: .* Remove it, and it is computed again"):
+        with pytest.raises(UserError, match="cannot be read as a reference: .* Delete it; it will be computed again"):
             reference_of(copy, extractor, "tiny-classifier")
         path.unlink()
         assert torch.equal(reference_of(copy, extractor, "tiny-classifier").subset, first.subset)
@@ -261,5 +261,7 @@ class TestReference:
 
     def test_data_without_images(self, copy, extractor, monkeypatch):
         monkeypatch.setattr(copy, "has_images", False)
-        with pytest.raises(UserError, match="holds no images to measure against: prepare it with --store-images true"):
+        with pytest.raises(
+            UserError, match="stores no images to measure against: prepare the data with --store-images true"
+        ):
             reference_of(copy, extractor, "tiny-classifier")

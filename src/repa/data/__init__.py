@@ -1,4 +1,4 @@
-"""Images to shards to batches: sources, preparation, memory-mapped arrays, the resumable loader."""
+"""Images to shards to batches: sources, preparation, reading by position, the resumable loader."""
 
 from typing import TYPE_CHECKING
 

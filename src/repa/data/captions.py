@@ -1,8 +1,8 @@
 """Captions and their stored tokens, by image.
 
-Tokens lie in separate files of a shard, with a row for each caption instead of each image: `text` (S, E), `text_mask` (S,) and
-`text_scale` (S,). Row 0 is the empty text. `text_rows` has, for each image, the first row of its captions and their number;
-one without captions has the empty text. Flipped copies of images have the captions of their originals.
+Tokens are in separate files of a shard, with one row per caption instead of per image: `text` (S, E), `text_mask` (S,)
+and `text_scale` (S,). Row 0 is the empty text. `text_rows` has, for each image, the first row of its captions and their
+number; an image without captions has the empty text. Mirrored copies share the captions of their originals.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Captions:
         Raises UserError when a file of captions cannot be read.
         """
         indices = self.reader.checked(indices)
-        # shard by shard: the lines of a file of captions differ in length, so it is read from its start
+        # shard by shard, because a caption file has lines of different lengths and is read from its start
         shards = np.searchsorted(self.reader.ends, indices, side="right")
         found: list[tuple[str, ...]] = [()] * len(indices)
         for shard in np.unique(shards).tolist():
@@ -58,23 +58,23 @@ class Captions:
 
 
 def lines_of(path: Path, num: int) -> list[bytes]:
-    """The lines of a file of captions, one for each of `num` images."""
+    """The lines of a caption file, one for each of `num` images."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if len(lines) != num:
-        raise UserError(damaged(path, f"holds the captions of {len(lines):,} images, but its shard has {num:,}"))
+        raise UserError(damaged(path, f"has captions of {len(lines):,} images, but its shard has {num:,} images"))
     return lines
 
 
 def texts_of(line: bytes, row: int, path: Path) -> tuple[str, ...]:
-    """The captions in a line; `row` and `path` are for messages. Raises UserError for a line that is damaged."""
+    """The captions in a line; `row` and `path` are for errors. Raises UserError for a damaged line."""
     try:
         texts = json.loads(line)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("it is not a list of texts")
-    except (ValueError, RecursionError) as error:  # thousands of brackets end Python's recursion
+    except (ValueError, RecursionError) as error:  # thousands of brackets exceed Python's recursion limit
         raise UserError(damaged(path, f"is damaged in line {row + 1} ({error})")) from None
     return tuple(map(files.well_formed, texts))
 
@@ -107,14 +107,16 @@ class TextReader:
     ):
         assert manifest.text is not None
         self.folder, self.facts, self.num_originals = folder, manifest.text, len(manifest.originals)
-        # a ShardReader has as many rows in all its files: those with a row for each image, and for each caption, are apart
+        # all files of a ShardReader have the same number of rows, so files by image and files by caption have separate
+        # readers
         stored = [dict(shard.text) for shard in manifest.shards if shard.text]
         rows = [files.pop("text_rows") for files in stored]
         self.rows = ShardReader(folder, [Shard(num=f.shape[0], files={"text_rows": f}) for f in rows], fetch)
         self.tokens = ShardReader(folder, [Shard(num=f["text"].shape[0], files=f) for f in stored], fetch)
 
     def gather(self, indices: Sequence[int] | np.ndarray, keys: Sequence[int] | None = None) -> StoredText:
-        """The tokens of one caption of each image of `indices` (n,): of number key % how many it has; without `keys` of the first.
+        """The tokens of one caption per image of `indices` (n,): number key % (number of captions); without `keys` the
+        first.
 
         Raises UserError when a file cannot be read, or names captions that are not there.
         """
@@ -122,7 +124,7 @@ class TextReader:
         first, count = self.rows.gather("text_rows", indices).T
         shards = np.searchsorted(self.rows.ends, indices, side="right")
         nums = self.tokens.ends[shards] - self.tokens.starts[shards]
-        # a damaged file must not give an image the caption of another; written so that no sum of two numbers overflows
+        # a damaged file must not give an image another's caption; written so that no sum overflows
         if (bad := (first < 0) | (count < 1) | (first > nums) | (count > nums - first)).any():
             raise UserError(
                 f"{self.folder} is damaged: image {indices[bad][0]} has captions {first[bad][0]} to {(first + count)[bad][0]} of "

@@ -16,32 +16,32 @@ from repa.data.encoding import FeatureFields, load_model
 from repa.data.packing import read_basis, unpack
 from repa.data.reading import DecodedImages
 
-# relative: the same weights on other devices and kernels stay below, other weights do not
+# relative: the same weights on other devices and kernels stay below, other weights exceed it
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.02}
 
 
 class Finding(NamedTuple):
-    """How one model's output for a sample of the images compares with what is stored."""
+    """Comparison of one model's output for a sample of the images with the stored values."""
 
     field: str
     error: float | None
-    """Root mean square of the difference over that of the stored values; None when it could not be found."""
+    """Root mean square of the difference relative to that of the stored values; None if not computed."""
     trouble: str
-    """What is wrong, or why it could not be compared; empty when all is well."""
+    """The problem, or why nothing was compared; empty if all is well."""
     is_compared: bool = True
-    """False without the model's weights, which is no fault of the data."""
+    """False if the model's weights are missing, which is not a fault of the data."""
 
 
 def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | None = None) -> int:
-    """`DataSet.check` of a folder, of the references that evaluations keep in it, and of the counts of its labels.
+    """`DataSet.check` of a folder, of the references in it, and of the counts of its labels.
 
-    Returns how many bytes of prepared files were read; raises UserError for what is missing, or is not as it was written.
+    Returns the number of bytes read; raises UserError for missing or changed files.
     """
     data = open_data(folder)
     done = data.check(report)
-    for path in sorted(Path(folder).glob("reference/*.npz")):  # a zip holds a checksum of each array
-        load_npz(path, "a reference", remedy="Remove it, and it is computed again.")
-    _ = data.small_labels  # compared with the manifest, whose own checksum may have been removed by hand
+    for path in sorted(Path(folder).glob("reference/*.npz")):  # a zip has a checksum of each array
+        load_npz(path, "a reference", remedy="Delete it; it will be computed again.")
+    _ = data.small_labels  # compared with the manifest, whose checksum may have been removed by hand
     return done
 
 
@@ -53,13 +53,13 @@ def check_models(
     feature_weights: tuple[str, ...] = (),
     device: torch.device | str = "cpu",
 ) -> list[Finding]:
-    """Encode some stored images again and compare, for the autoencoder and every encoder whose weights are found.
+    """Encode some stored images again and compare, with the autoencoder and every encoder whose weights are available.
 
     Args:
-        folder: a finished folder that holds images.
-        num: how many images, at equal distances.
-        autoencoder_weights: path; None takes that of `prepare`.
-        feature_weights: pairs ENCODER=PATH; without one, the path of `prepare`.
+        folder: a complete data folder with stored images.
+        num: number of images, evenly spaced.
+        autoencoder_weights: path; None: the path that `prepare` used.
+        feature_weights: pairs ENCODER=PATH; for others the path that `prepare` used.
         device: where the models run.
 
     Raises:
@@ -68,9 +68,7 @@ def check_models(
     data, device = open_data(folder), torch.device(device)
     manifest = data.manifest
     if not data.has_images:
-        raise UserError(
-            f"{folder} holds no images, so there is nothing to encode again: only its bytes can be checked."
-        )
+        raise UserError(f"{folder} stores no images, so nothing can be encoded again: check its bytes alone.")
     rows = evenly_spaced(len(data), num)
     captions = [texts[:1] or ("",) for texts in data.captions(rows)] if data.text else []  # the first of each
     images = DecodedImages(data.gather("images", rows), data.gather("labels", rows), captions, [])
@@ -95,10 +93,12 @@ def _compare(
             model.use_basis(load_npy(Path(data.folder, stated.file), "a basis of tokens"), stated.sha256)
     except UserError as error:
         return Finding(field, None, f"not encoded again: {error}", is_compared=False)
-    # before any image: with other weights the difference says nothing, and the reason is known
+    # before any image: with other weights the difference is meaningless, and the reason is known
     for key, value in (facts.identity if facts else manifest.autoencoder).items():
         if model.identity.get(key) != value:
-            return Finding(field, None, f"made by {key} {value!r}, but here is {model.identity.get(key)!r}")
+            return Finding(
+                field, None, f"made with {key} {value!r}, but the weights here have {model.identity.get(key)!r}"
+            )
     made = list(map(model.encode, _batches(images, config.batch_size)))
     fresh = {key: np.concatenate([batch[key] for batch in made if key in batch]) for key in made[0]}
     if name == TEXT:
@@ -108,10 +108,10 @@ def _compare(
         basis = read_basis(data.folder, tokens) if tokens else None
         before = {key: data.gather(key, rows) for key in (field, f"scale.{name}") if key in fresh}
         stored, again = (_unpacked(fields, field, f"scale.{name}", basis) for fields in (before, fresh))
-    # tokens alone: pooled features come out of the same pass, and nothing but the same weights makes the same tokens
+    # tokens alone: pooled features come from the same pass, and only the same weights give the same tokens
     distance = float((stored - again).norm() / stored.norm().clamp_min(torch.finfo(torch.float32).tiny))
     limit = TOLERANCE[config.precision]
-    trouble = "" if distance <= limit else f"differs by {distance:.2g} from what is stored, more than {limit:g}"
+    trouble = "" if distance <= limit else f"differs by {distance:.2g} from the stored values, more than {limit:g}"
     return Finding(field, distance, trouble)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of `repa prepare`, and the names of the parts and files that it makes."""
+"""The configuration of `repa prepare`, and the names of its parts and files."""
 
 import functools
 import re
@@ -16,53 +16,54 @@ from repa.encoders import ENCODERS, canonical
 from repa.encoders.loading import LocalWeights
 
 BASE, TEXT = "base", "text"
-"""Names of two parts of a shard; the others are called as their encoders. `--only` chooses parts."""
+"""Names of two parts of a shard; the other parts have the names of their encoders. `--only` selects parts."""
 
 
 class PrepareConfig(Config):
-    """How images become shards."""
+    """Settings of a preparation."""
 
     resolution: int = Field(ge=8)
-    """Side of the square images, in pixels: ADM's centre crop of every picture."""
+    """Resolution of the square images in pixels (ADM's centre crop)."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS)] = "pixels"
     """Autoencoder whose moments are stored; pixels stores none and trains on the images themselves."""
     autoencoder_weights: str = ""
-    """Local folder of the autoencoder's weights; empty takes the hub's."""
+    """Local folder of the autoencoder's weights; empty: the hub's."""
     features: tuple[Annotated[str, Spec(ENCODERS)], ...] = ()
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
     feature_weights: LocalWeights = ()
-    """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; the others come from the hub."""
+    """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; others come from the hub."""
     feature_forms: tuple[str, ...] = ()
-    """How tokens are stored: fp16, int8 (a scale for each token), pcaK (K numbers a token) or pcaK-int8; ENCODER=FORM for one encoder."""
+    """Stored form of tokens: fp16, int8 (one scale per token), pcaK (K numbers per token) or pcaK-int8; ENCODER=FORM for one encoder."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
-    """Text encoder whose tokens of every caption are stored, e.g. clip-l; empty stores the captions alone."""
+    """Text encoder whose tokens of every caption are stored, e.g. clip-l; empty: store only the captions."""
     text_weights: str = ""
-    """Local folder of the text encoder's weights; empty takes the hub's."""
+    """Local folder of the text encoder's weights; empty: the hub's."""
     text_form: Literal["fp16", "int8"] = "fp16"
-    """How tokens of captions are stored: fp16, or int8 with a scale for each token."""
+    """Stored form of text tokens: fp16, or int8 with one scale per token."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of autoencoder and encoders; bf16 and fp16 are faster where the hardware has them, and less exact."""
+    """Precision of autoencoder and encoders; bf16 and fp16 are less exact, but faster if the hardware supports them."""
     flip: bool = False
     """Store a second, mirrored copy of every image after the originals."""
     grid: int = Field(0, ge=0)
-    """Side of the stored token grid; 0 takes each encoder's own for this resolution."""
+    """Side of the stored token grid; 0: each encoder's default for this resolution."""
     store_images: bool = True
-    """Store the uint8 images too: encoders that run while training, features added later and metrics need them."""
+    """Also store the uint8 images, which encoders during training, later additions of features, and metrics need."""
     shard_size: int = Field(4096, ge=1)
-    """Images in a shard."""
+    """Images per shard."""
+
     batch_size: int = Field(64, ge=1)
-    """Images that are encoded at a time, in each process."""
+    """Images per batch of the encoders, in each process."""
     skip_bad: bool = False
-    """Leave out images that cannot be read, and name them in the manifest, instead of refusing the source."""
+    """Skip images that cannot be read, and list them in the manifest, instead of refusing the source."""
     num_workers: int = Field(4, ge=0)
-    """Processes that read, decode and crop images, for each process with a model; 0 does it in that process."""
+    """Worker processes that read, decode and crop images, per process; 0: no workers."""
     labels: str = ""
-    """Where classes come from: empty for the source's own; none, folders, folders:2, folders:last, folders:path, tars, TABLE.csv:COLUMN."""
+    """Origin of the classes; empty: the source's own; or none, folders, folders:2, folders:last, folders:path, tars, TABLE.csv:COLUMN."""
 
     @field_validator("autoencoder_weights", "text_weights")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        """Local weights by their absolute paths, so that other working folders find them; names on the hub stay."""
+        """Local weights with absolute paths, so that commands in other folders find them; names on the hub do not change."""
         return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
     @field_validator("feature_weights")
@@ -73,7 +74,7 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _settings_of_encoders(self) -> Self:
-        """Check what is given for single encoders; forms are written as one ENCODER=FORM for each that is not fp16."""
+        """Check settings of single encoders; forms become one ENCODER=FORM for each that is not fp16."""
         forms = [text.rpartition("=") for text in self.feature_forms]
         named = {
             "feature_weights": [canonical(pair.rpartition("=")[0]) for pair in self.feature_weights],
@@ -82,41 +83,41 @@ class PrepareConfig(Config):
         for setting, encoders in named.items():
             if other := [encoder for encoder in encoders if encoder not in self.features]:
                 raise ValueError(
-                    f"{setting} names {other[0]!r}, but the features asked for are "
+                    f"{setting} names {other[0]!r}, but features are "
                     f"{', '.join(self.features) or 'none'}: name the same encoder in both"
                 )
-        # one spelling for what is the same: configurations are compared when an interrupted call continues
+        # one spelling for equal settings: configurations are compared when an interrupted call continues
         written = tuple(f"{name}={form}" for name, form in self.forms.items() if split_format(form) != (0, "fp16"))
-        object.__setattr__(self, "feature_forms", written)  # frozen, and this is still its making
+        object.__setattr__(self, "feature_forms", written)  # frozen, but still under construction
         return self
 
     @functools.cached_property
     def forms(self) -> dict[str, str]:
-        """Encoder -> how its tokens are stored: fp16, int8, pcaK or pcaK-int8."""
+        """Encoder -> stored form of its tokens: fp16, int8, pcaK or pcaK-int8."""
         given: dict[str, str] = {}
         for encoder, _, form in (text.rpartition("=") for text in self.feature_forms):
             split_format(form)
             if not encoder and given.get("", form) != form:
                 raise ValueError(
-                    f"feature_forms {list(self.feature_forms)} are two for all encoders: write ENCODER=FORM"
+                    f"feature_forms {list(self.feature_forms)} has two forms for all encoders: write ENCODER=FORM"
                 )
             given[canonical(encoder) if encoder else ""] = form
         return {name: given.get(name) or given.get("") or "fp16" for name in self.features}
 
     @model_validator(mode="after")
     def _files_differ(self) -> Self:
-        # characters that a file name cannot hold become "_", so that two specs may meet in one name
+        # characters that are invalid in file names become "_", so that two specs may have the same name
         names = [array_name(part, 0) for part in (BASE, *self.features)]
         for spec, name in zip(self.features, names[1:], strict=True):
             if names.count(name) > 1:
                 raise ValueError(
-                    f"features name {spec!r} twice, or two whose files are both {name}: leave one of the two out"
+                    f"features has {spec!r} twice, or two names whose files are both {name}: leave one of them out"
                 )
         return self
 
 
 def plain_name(field: str) -> str:
-    """'features.tiny:seed=1' -> 'features.tiny_seed_1': a file name that every system takes."""
+    """'features.tiny:seed=1' -> 'features.tiny_seed_1': a file name that is valid on every system."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in field)
 
 

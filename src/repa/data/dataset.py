@@ -1,4 +1,4 @@
-"""A prepared folder, local or on an object store: what it holds, its rows, and the weights that made them."""
+"""A prepared folder, local or on an object store: its facts, its arrays, and the weights that made them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,22 +20,22 @@ from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
 from repa.encoders.loading import weights_for
 
-# a byte an image instead of a read of 8 bytes at another place of another file for each image of each batch
-LABELS_IN_MEMORY = 64 << 20  # bytes of all labels together; of more, each batch reads its own
+# one byte per image in memory instead of a read of 8 bytes per image and batch
+LABELS_IN_MEMORY = 64 << 20  # bytes of all labels; if they take more, each batch reads its labels
 LABELS_CHUNK = 1 << 16  # that are read at a time
 
 
 class DataSet:
-    """What a prepared folder holds, and its rows.
+    """A prepared folder: its facts and its arrays.
 
     Attributes:
         folder, manifest: as given.
-        stream: gives the files of remote data; None for a folder.
-        originals: the rows that are not flipped copies: metrics use only these.
-        autoencoder: the spec of the one that it was prepared with.
+        stream: the files of remote data; None for a local folder.
+        originals: indices that are not mirrored copies; metrics use only these.
+        autoencoder: the spec of the autoencoder.
         features: encoder -> facts of its stored tokens.
-        text: facts of the stored tokens of the captions, or None.
-        has_captions: whether any image may have one.
+        text: facts of the stored text tokens, or None.
+        has_captions: whether any image may have a caption.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, stream: RemoteFiles | None = None):
@@ -59,39 +59,38 @@ class DataSet:
         return f"DataSet({str(self.folder)!r}): {len(self)} images of {self.resolution} pixels, {self.num_classes} classes; {stored}"
 
     def require_images(self, why: str = "") -> None:
-        """Raises UserError, which says what they are needed for, unless the images are stored."""
+        """Raises UserError with the reason `why`, unless the images are stored."""
         if not self.has_images:
-            raise UserError(f"{self.folder} holds no images{why}: prepare it with --store-images true.")
+            raise UserError(f"{self.folder} stores no images{why}: prepare the data with --store-images true.")
 
     @property
     def latent_channels(self) -> int:
-        """Channels C of what the network sees: half of the moments (mean and deviation), all of those that are only means, or
-        those of the pixels when no moments are stored."""
+        """Channels C of the network's input: half of the moments (mean and deviation), all of them if there are only
+        means, or those of the pixels without moments."""
         _, shape = self.reader.fields["moments" if self.has_moments else "images"]
         has_deviations = self.has_moments and self.manifest.autoencoder.get("stochastic", True)
         return shape[0] // 2 if has_deviations else shape[0]
 
     @property
     def latent_size(self) -> int:
-        """Side of what the network sees."""
+        """Side of the network's input."""
         return self.reader.fields["moments" if self.has_moments else "images"][1][-1]
 
     @property
     def num_bytes(self) -> int:
-        """Size of all arrays."""
+        """Bytes of all arrays."""
         return sum(record.size for shard in self.manifest.shards for record in shard.files.values())
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64: 8 bytes an image, read when asked for."""
+        """(N,) int64, read from the files at each call."""
         return self.gather("labels", np.arange(self.num_images))
 
     @functools.cached_property
     def small_labels(self) -> np.ndarray | None:
-        """(N,) in the smallest type that holds the classes. None for remote data, whose labels would all have to be
-        fetched, and for so many images that they take more than LABELS_IN_MEMORY.
+        """(N,) in the smallest integer type; None for remote data, and for labels that take more than LABELS_IN_MEMORY.
 
-        Raises UserError when they are not what the manifest counts.
+        Raises UserError if they do not match the counts in the manifest.
         """
         dtype = np.min_scalar_type(self.num_classes - 1)
         if self.stream or self.num_images * dtype.itemsize > LABELS_IN_MEMORY:
@@ -107,21 +106,21 @@ class DataSet:
             done += len(rows)
         if counts.tolist() != [copies * count for count in self.manifest.class_counts]:
             raise UserError(
-                f"The labels in {self.folder} are not those its manifest counts: `repa check {self.folder} --full` names the files "
-                "that changed. If it names none, manifest.json did: restore it from a copy, or prepare the data again."
+                f"The labels in {self.folder} do not match the counts in its manifest: `repa check {self.folder} --full` names the files "
+                "that changed. If it names none, manifest.json changed: restore it from a copy, or prepare the data again."
             )
         return labels
 
     def gather(self, field: str, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows of a field (images, labels, moments, features.NAME, scale.NAME, pooled.NAME), as stored, in the order of
-        `indices` (n,); into `out`, when given.
+        """Stored values of a field (images, labels, moments, features.NAME, scale.NAME, pooled.NAME) in the order of
+        `indices` (n,); into `out`, if given.
 
         Raises UserError when there is no such field.
         """
         return self.reader.gather(field, indices, out)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
-        """The texts that came with the images `indices` (n,), in that order; () for an image without any."""
+        """The captions of the images `indices` (n,), in that order; () for an image without captions."""
         return self._captions.gather(indices)
 
     @functools.cached_property
@@ -130,20 +129,20 @@ class DataSet:
         return TextReader(self.folder, self.manifest, self.stream.path if self.stream else None)
 
     def basis(self, encoder: str, device: torch.device | str) -> Tensor | None:
-        """What `packing.unpack` needs for tokens stored as coordinates, (1 + K, D); None for others."""
+        """The basis for `packing.unpack` of tokens stored as coordinates, (1 + K, D); None for other forms."""
         facts = self.features[encoder]
         if facts.basis is None:
             return None
         return read_basis(self.reader.path(facts.basis).parent, facts, device)
 
     def check(self, report: Callable[[int, int, str], None] | None = None) -> int:
-        """Compare the bytes of every file with its checksum; returns how many bytes were read.
+        """Compare every file with its checksum; returns the number of bytes read.
 
         Args:
-            report: called with (bytes done, bytes in all, file).
+            report: called with (bytes done, total bytes, file).
 
         Raises:
-            UserError: names the files of other bytes, the first five of them.
+            UserError: some files changed; the message names the first five.
         """
         records, changed, done = self.manifest.records, [], 0
         total = sum(record.size for record in records)
@@ -155,8 +154,8 @@ class DataSet:
                 report(done, total, record.file)
         if changed:
             raise UserError(
-                f"{len(changed)} of {len(records)} files in {self.folder} are not as they were written "
-                f"({', '.join(changed[:5])}): delete them and run the same `repa prepare` again, which makes them again."
+                f"{len(changed)} of {len(records)} files in {self.folder} do not match their checksums "
+                f"({', '.join(changed[:5])}): delete them and run the same `repa prepare` again."
             )
         return done
 
@@ -173,9 +172,9 @@ class DataSet:
 
 
 def open_data(path: str | Path) -> DataSet:
-    """Open a folder made by `prepare`, or a URL of a copy of one that fsspec understands, such as s3://bucket/data.
+    """Open a folder of `prepare`, or a copy of one at an fsspec URL such as s3://bucket/data.
 
-    Raises UserError when it is missing, unfinished or damaged, or cannot be reached.
+    Raises UserError if it is missing, unfinished, damaged or unreachable.
     """
     if is_url(path):
         stream = RemoteFiles(str(path))
@@ -188,13 +187,13 @@ def open_data(path: str | Path) -> DataSet:
 
 
 def autoencoder_weights(data: DataSet, given: str) -> str:
-    """Path of the autoencoder's weights: the one given, else that of `prepare` if it exists; "" takes the hub's."""
+    """Path of the autoencoder's weights: the given path, else that of `prepare` if it exists; "" means the hub's."""
     recorded = data.manifest.config.autoencoder_weights
     return given or (recorded if data.manifest.autoencoder.get("sha256") and Path(recorded).exists() else "")
 
 
 def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) -> tuple[str, ...]:
-    """Pairs ENCODER=PATH: those given, then for other `encoders` those of `prepare` that still exist."""
+    """Pairs ENCODER=PATH: the given ones, and for other `encoders` those of `prepare` that still exist."""
     missing = dict.fromkeys(spec for spec in encoders if not weights_for(spec, given))
     return (*given, *(f"{spec}={path}" for spec in missing if (path := encoder_weights(data, spec))))
 
@@ -208,7 +207,7 @@ def encoder_weights(data: DataSet, spec: str) -> str | None:
 def load_encoder_of(
     data: DataSet, spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> VisionEncoder:
-    """As `load_encoder`; without `weights`, those that `prepare` was given, which must have the recorded checksum."""
+    """Like `load_encoder`; without `weights` it uses those of `prepare`, which must have the recorded checksum."""
     recorded = None if weights else encoder_weights(data, spec)
     encoder = load_encoder(spec, weights=weights or recorded, device=device)
     if recorded:
@@ -217,7 +216,7 @@ def load_encoder_of(
 
 
 def require_same_encoder(data: DataSet, spec: str, encoder: VisionEncoder) -> None:
-    """UserError when the data's stored features are by other weights of this encoder."""
+    """UserError if the stored features are from other weights of this encoder."""
     recorded = _checksum(data, spec)
     if recorded and encoder.identity.get("weights_sha256") != recorded:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The models of a preparation: a batch of images or captions in, the fields of shards out."""
+"""The models of a preparation: they turn a batch of images or captions into fields of shards."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,15 +27,15 @@ from repa.encoders import load_encoder
 from repa.encoders.contract import Features
 from repa.encoders.loading import weights_for
 
-COMPARED = 4  # images whose moments are made again, to see that those of a source are of this autoencoder
+COMPARED = 4  # images whose moments are computed again, to verify that the source's moments are from this autoencoder
 SAMPLE = 1024  # images that principal components are computed from: 262,144 tokens of a 16 x 16 grid
 
 
 class BaseFields:
-    """Labels, and what the network is trained on: images, moments, or both.
+    """The part base: labels, and images, moments, or both.
 
     Attributes:
-        identity: the model that makes them.
+        identity: the model.
         sizes: field -> bytes an image takes on disk.
     """
 
@@ -47,7 +47,7 @@ class BaseFields:
         model.check_resolution(config.resolution, config.resolution)
         if not (config.store_images or model.stores_moments):
             raise UserError(
-                f"store_images is off, but {config.autoencoder} stores no moments, so nothing would be left: leave it on."
+                f"store_images is off, but {config.autoencoder} stores no moments, so nothing would be stored: set it to true."
             )
         self.identity: dict[str, Any] = {"spec": config.autoencoder, **model.identity}
         self.sizes = {"labels": 8}
@@ -66,7 +66,7 @@ class BaseFields:
         return fields
 
     def _moments(self, images: DecodedImages) -> Tensor:
-        """(n, M, h, w): computed, or those that come with the images, the first of which are compared with computed ones."""
+        """Moments (n, M, h, w): computed, or those of the source, the first of which are compared with computed ones."""
         if images.moments is None:
             return self._encode(images.pixels)
         if not self._compared:
@@ -95,8 +95,8 @@ class FeatureFields:
         self.num_directions, dtype = split_format(self.form)
         if self.num_directions > self.model.dim:
             raise UserError(
-                f"{spec} has tokens of {self.model.dim} numbers, fewer than the {self.num_directions} directions of "
-                f"{self.form}: ask for fewer."
+                f"{spec} has tokens of width {self.model.dim}, smaller than the {self.num_directions} directions of "
+                f"{self.form}: choose fewer."
             )
         self.basis: Tensor | None = None
         self.identity: dict[str, Any] = {"spec": spec, "grid": self.grid, **self.model.identity}
@@ -108,26 +108,26 @@ class FeatureFields:
         }
 
     def features(self, pixels: np.ndarray) -> Features:
-        """The encoder's features of uint8 images (n, 3, R, R), in the precision asked for."""
+        """The encoder's features of uint8 images (n, 3, R, R), in the configured precision."""
         with autocast(self.device, self.config.precision):
             return self.model(torch.from_numpy(pixels).to(self.device), self.grid)
 
     def use_basis(self, basis: np.ndarray, checksum: str) -> None:
-        """The mean and the principal components (1 + K, D) that tokens are stored by."""
+        """The mean and the principal directions (1 + K, D) for stored coordinates."""
         self.basis = torch.from_numpy(basis).to(self.device)
         self.identity["basis"] = checksum
 
     def use_stored_basis(self, out: Path, read: Read, shards: Sequence[PlannedShard]) -> None:
-        """Use the basis in `out`; the first process that needs it computes and stores it."""
+        """Load the basis in `out`; the first process that needs it computes and stores it."""
         path = out / basis_name(self.spec)
-        # all processes must use the same directions, to the bit: the others wait for the file of the first
+        # all processes need bit-identical directions, so the others wait for the file of the first
         with lock.held(out / PARTS / f"{path.name}.lock"):
             if not path.is_file():
                 save_npy(path, principal_basis(self._sample(read, shards), self.num_directions))
-        self.use_basis(load_npy(path, "a basis of tokens", "Delete it, and it is computed again."), sha256(path))
+        self.use_basis(load_npy(path, "a basis of tokens", "Delete it; it will be computed again."), sha256(path))
 
     def _sample(self, read: Read, shards: Sequence[PlannedShard]) -> Iterable[Tensor]:
-        """Tokens (n, T, D) of images at equal distances over the source."""
+        """Tokens (n, T, D) of images that are evenly spaced over the source."""
         images = (images.pixels for _, images in read(sample_pieces(shards, SAMPLE)) if len(images.labels))
         for batch in iter(lambda: list(itertools.islice(images, self.config.batch_size)), []):
             yield self.features(np.concatenate(batch)).patches
@@ -143,10 +143,10 @@ class FeatureFields:
 
 
 class TextFields:
-    """Tokens of captions. Row 0 of a shard is the empty text, which an image without captions has; then caption after caption.
+    """Tokens of captions. Row 0 of a shard is the empty text, for images without captions; the captions follow.
 
     Attributes:
-        identity: the text encoder that makes them.
+        identity: the text encoder.
     """
 
     sizes: Mapping[str, int] = {}  # unknown before the captions are read
@@ -159,8 +159,8 @@ class TextFields:
         self.identity: dict[str, Any] = self.model.identity
 
     def encode(self, images: DecodedImages) -> dict[str, np.ndarray]:
-        """Field -> rows: one for each text, and of `text_rows` (n, 2), the first row of an image's captions and how many."""
-        # the empty text is row 0 of every shard, so that a shard can be read alone
+        """Field -> rows, one per text; `text_rows` (n, 2) has the first row and the number of each image's captions."""
+        # the empty text is row 0 of every shard, so that each shard is self-contained
         is_first = images.texts_before == 0
         counts = np.array([len(captions) for captions in images.captions], np.int64)
         first = images.texts_before + is_first + counts.cumsum() - counts
@@ -183,14 +183,14 @@ Fields = BaseFields | FeatureFields | TextFields
 
 
 def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields:
-    """The model that makes a part."""
+    """The model of a part."""
     if part in (BASE, TEXT):
         return (BaseFields if part == BASE else TextFields)(config, device)
     return FeatureFields(part, config, device)
 
 
 def require_same_model(finished: FinishedParts, name: str, identity: dict[str, Any]) -> None:
-    """Raises UserError where finished parts were made by another model than the one that `identity` tells."""
+    """Raises UserError if finished parts are from another model than `identity`."""
     for part in (there[name] for there in finished.parts if name in there):
         if changed := [key for key, value in identity.items() if part.identity.get(key) != value]:
             raise UserError(
@@ -202,10 +202,10 @@ def require_same_model(finished: FinishedParts, name: str, identity: dict[str, A
 def encode(
     item: tuple[Piece, DecodedImages], models: Mapping[str, Fields], skip_bad: bool
 ) -> tuple[Piece, DecodedImages, dict[str, np.ndarray]]:
-    """A batch with its fields: field -> rows, of the parts that this process makes of it."""
+    """A batch with field -> rows, for the parts that this process makes."""
     piece, images = item
     fields: dict[str, np.ndarray] = {}
-    # a shard with an image that cannot be read will be refused at its end: encoding the rest of it is for nothing
+    # a shard with an unreadable image is refused at its end, so encoding the rest of it is useless
     if len(images.labels) and (skip_bad or not images.bad):
         for name in piece.parts:
             fields |= models[name].encode(images)

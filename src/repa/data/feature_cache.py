@@ -1,4 +1,4 @@
-"""Features by key, for your own loader: those that `repa prepare` stored, or a folder that is filled during training.
+"""Features by key for your own loader: those of `repa prepare`, or a folder that is filled during training.
 
 FOLDER/
   cache.json                    which encoder, shape and type of one entry
@@ -39,8 +39,8 @@ class FeatureCache:
         cache = FeatureCache.open("features", encoder)
         features = cache.fill(paths, lambda missing: encoder(images[missing], grid=16).patches)
 
-    What is added stays. When `limit` is reached, nothing more is stored: data is read in epochs, so removing the oldest entry
-    would remove the one that is needed next. Processes share a folder: each finds what others added.
+    Entries are never removed. At `limit` nothing more is stored: data is read in epochs, so removing the oldest entry
+    would remove the one that is needed next. Processes share a folder, and each finds the entries of the others.
     """
 
     def __init__(self, folder: Path, identity: Any, dtype: str, limit: float):
@@ -58,27 +58,27 @@ class FeatureCache:
         dtype: str = "fp16",
         limit: float = 64 * GIB,
     ) -> "FeatureCache | PreparedFeatures":
-        """A folder of features; made when it is absent.
+        """Open a folder of features; creates it if it does not exist.
 
         Args:
-            folder: of `repa prepare`: keys are then the numbers of images, 0, 1, ...; or of a cache.
+            folder: a folder of `repa prepare`, whose keys are the indices of images, 0, 1, ...; or a cache.
             encoder: for a prepared folder with several encoders, the name of one; for a cache, the encoder or any text that
-                identifies it: a cache of another encoder is refused.
-            dtype: how entries are stored, fp16, bf16 or fp32.
-            limit: bytes on the disk.
+                identifies it; a cache of another encoder is refused.
+            dtype: stored type, fp16, bf16 or fp32.
+            limit: largest size on disk in bytes.
 
         Raises:
-            UserError: the folder holds features of another encoder, or something else.
+            UserError: the folder has features of another encoder, or other contents.
         """
         folder = Path(folder)
         if (folder / MANIFEST).is_file():
             return PreparedFeatures(open_data(folder), encoder.name if isinstance(encoder, VisionEncoder) else encoder)
         if dtype not in DTYPES:
-            raise UserError(f"Features are stored as {', '.join(DTYPES)}, but dtype is {dtype!r}.")
+            raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
         identity = encoder.identity if isinstance(encoder, VisionEncoder) else encoder
-        identity = json.loads(json.dumps(identity))  # as it comes back: a tuple is a list then
+        identity = json.loads(json.dumps(identity))  # through JSON: a tuple becomes a list
         cache = FeatureCache(folder, identity, dtype, limit)
-        # files that begin with a dot, a lock and half-written ones, are of a process that fills it now or was killed
+        # files that begin with a dot (a lock, incomplete files) belong to a running or killed process
         foreign = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
         if folder.exists() and foreign and not (folder / CACHE_FILE).is_file():
             raise UserError(f"{folder} is neither prepared data nor a cache of features: choose an empty folder.")
@@ -99,7 +99,7 @@ class FeatureCache:
         """(N, M, F) of N keys, or (M, F) of one.
 
         Raises:
-            UserError: a key is not there, or its entry is damaged.
+            UserError: a key is missing, or its entry is damaged.
         """
         if isinstance(keys, (str, int)):
             return self[[keys]][0]
@@ -107,20 +107,20 @@ class FeatureCache:
         missing = [key for key, entry in zip(keys, found, strict=True) if entry is None]
         if missing:
             raise UserError(
-                f"{self.folder} has no whole features for {len(missing)} of {len(keys)} keys, such as {missing[0]!r}: add them with "
+                f"{self.folder} lacks features for {len(missing)} of {len(keys)} keys, such as {missing[0]!r}: add them with "
                 "fill."
             )
         return torch.stack([entry for entry in found if entry is not None])
 
     def find(self, keys: Sequence[Hashable]) -> list[Tensor | None]:
-        """Each entry, float32 (M, F), or None where there is no whole one."""
-        # the folder is read only for a key that is not known: another process may have added it
+        """Each entry, float32 (M, F), or None if it is missing or damaged."""
+        # the folder is read again only for an unknown key, which another process may have added
         if any(str(key) not in self._places for key in keys):
             self._refresh()
         return [self._read(str(key)) for key in keys]
 
     def fill(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
-        """(N, M, F): stored entries, and for the others what `compute` gives, which is stored while there is room.
+        """(N, M, F): stored entries; the others come from `compute` and are stored while there is space.
 
         Args:
             compute: positions in `keys` that are missing -> their features (n, M, F).
@@ -130,25 +130,27 @@ class FeatureCache:
         if missing:
             new = compute(missing).detach()
             if len(new) != len(missing):
-                raise UserError(f"compute was asked for the features of {len(missing)} images, but gave {len(new)}.")
+                raise UserError(
+                    f"compute returned features of {len(new)} images instead of {len(missing)}: return one entry per position."
+                )
             self.add([keys[position] for position in missing], new)
-            # rounded as the stored ones are, so that the first epoch sees the numbers of all others
+            # rounded like stored entries, so that the first epoch sees the same numbers as the others
             for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
                 found[position] = entry
         whole = [entry for entry in found if entry is not None]
         return torch.stack(whole) if whole else torch.empty(0, *(self.shape or ()))
 
     def add(self, keys: Sequence[Hashable], features: Tensor) -> bool:
-        """Store (N, M, F) under N keys, whole or not at all; False when there is no room.
+        """Store (N, M, F) under N keys, atomically; False if there is no space.
 
         Raises:
-            UserError: another shape than the entries have, or values that their type cannot hold.
+            UserError: a shape that differs from the entries', or values that their type cannot hold.
         """
         names = [str(key) for key in keys]
         stored = features.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         if stored.ndim < 2 or len(names) != len(stored) or not stored.numel():
             raise UserError(
-                f"{len(names)} keys do not fit features of shape {tuple(stored.shape)}: give (N, M, F) of N keys."
+                f"{len(names)} keys do not match features of shape {tuple(stored.shape)}: give (N, M, F) for N keys."
             )
         # after the conversion, as values beyond 65,504 become infinite in float16
         if not stored.isfinite().all():
@@ -157,7 +159,7 @@ class FeatureCache:
             )
         files.require_place(self.folder, self.folder)
         with lock.held(self.folder / ".lock"):
-            files.remove_leftovers(self.folder)  # of a process that was killed: the lock is ours
+            files.remove_leftovers(self.folder)  # from a killed process: the lock is ours
             self._refresh()
             shape = tuple(stored.shape[1:])
             if self.shape is None:
@@ -165,8 +167,10 @@ class FeatureCache:
                 files.write_json(self.folder / CACHE_FILE, facts)
                 self.shape = shape
             if shape != self.shape:
-                raise UserError(f"{self.folder} holds features {self.shape}, but got {shape}: take another folder.")
-            # one file a batch, whose name nobody else chooses: nothing that is read by another process is ever changed
+                raise UserError(
+                    f"{self.folder} holds features of shape {self.shape}, but got {shape}: use another folder."
+                )
+            # one file with a unique name per batch: files that other processes read never change
             header = {"keys": json.dumps(names), "checksums": json.dumps([_checksum(row) for row in stored])}
             content = save({"features": stored}, metadata=header)
             if sum(self._sizes.values()) + len(content) > self.limit:
@@ -178,17 +182,17 @@ class FeatureCache:
         return True
 
     def _refresh(self) -> None:
-        """Read cache.json, if that has not happened, and the headers of files that are new."""
+        """Read cache.json once, and the headers of new files."""
         path = self.folder / CACHE_FILE
         if self.shape is None and path.is_file():
             facts = files.read_object(path, dtype=str, shape=list)
             if facts.get("encoder") != self.identity and self.identity is not None:
                 raise UserError(
-                    f"{self.folder} holds features of {facts.get('encoder')}, not of {self.identity}: take another folder."
+                    f"{self.folder} holds features of {facts.get('encoder')}, not of {self.identity}: use another folder."
                 )
             sides = facts["shape"]
             if facts["dtype"] not in DTYPES or not sides or not all(type(side) is int and side > 0 for side in sides):
-                raise UserError(f"{path} is damaged: remove {self.folder} and fill it again.")
+                raise UserError(f"{path} is damaged: delete {self.folder} and fill it again.")
             self.identity, self.dtype, self.shape = facts.get("encoder"), facts["dtype"], tuple(facts["shape"])
         if self.shape is not None:
             for file in sorted(self.folder.glob("[0-9a-f]*.safetensors")):
@@ -196,10 +200,10 @@ class FeatureCache:
                     self._add_file(file)
 
     def _add_file(self, path: Path) -> None:
-        """Add the keys of a file. One that is damaged or does not fit is skipped; its features are computed again."""
+        """Add the keys of a file. A damaged or mismatched file is skipped, and its features are computed again."""
         self._sizes[path.name] = 0
         try:
-            faults.require_plain(path)  # opening a named pipe would wait for a writer without end
+            faults.require_plain(path)  # opening a named pipe would wait for a writer forever
             self._sizes[path.name] = path.stat().st_size
             with safe_open(path, "pt") as file:
                 header, entries = file.metadata() or {}, file.get_slice("features")
@@ -207,9 +211,9 @@ class FeatureCache:
                 names, checksums = json.loads(header["keys"]), json.loads(header["checksums"])
             whole = len(names) == len(checksums) == shape[0] and tuple(shape[1:]) == self.shape and dtype in STORED
             if not (whole and all(isinstance(text, str) for text in (*names, *checksums))):
-                raise ValueError("its header does not fit")
+                raise ValueError("its header does not match")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            warnings.warn(f"{path} is damaged and is passed over ({error}): its entries are made again.", stacklevel=4)
+            warnings.warn(f"{path} is damaged and skipped ({error}). Its entries will be computed again.", stacklevel=4)
             return
         for row, (name, checksum) in enumerate(zip(names, checksums, strict=True)):
             self._places.setdefault(name, []).append((path.name, row, checksum))
@@ -223,7 +227,7 @@ class FeatureCache:
                     entry = file.get_slice("features")[row]
             except (SafetensorError, OSError):
                 entry = None
-            # a damaged disk, or a file that was changed since its header was read: the entry is computed again
+            # a damaged disk, or a file that has changed since its header was read: the entry is computed again
             if entry is not None and _checksum(entry) == checksum and entry.isfinite().all():
                 return entry.float()
             places.remove(place)
@@ -234,22 +238,20 @@ class FeatureCache:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.folder} is full ({files.size(self.limit)}): features of further images are computed each time. Raise limit.",
+                f"{self.folder} is full ({files.size(self.limit)}), so features of further images are not stored. Raise limit.",
                 stacklevel=4,
             )
 
 
 class PreparedFeatures:
-    """Stored tokens of prepared data by the numbers of images, 0, 1, ..., in the order of the source."""
+    """Stored tokens of prepared data by the indices of images, 0, 1, ..., in the order of the source."""
 
     def __init__(self, data: DataSet, encoder: str | None):
         names = list(data.features)
         if encoder is None and len(names) == 1:
             (encoder,) = names
         if encoder not in names:
-            raise UserError(
-                f"{data.folder} stores features of {', '.join(names) or 'no encoder'}: name one of them, not {encoder!r}."
-            )
+            raise UserError(f"{data.folder} has no features of {encoder!r}: choose from {', '.join(names) or 'none'}.")
         self.data, self.encoder, self._basis = data, encoder, data.basis(encoder, "cpu")
         facts = data.features[encoder]
         self.shape = (facts.grid**2, facts.dim)
@@ -264,7 +266,7 @@ class PreparedFeatures:
         return f"PreparedFeatures({str(self.data.folder)!r}): {self.encoder}, {len(self)} entries of {self.shape}"
 
     def __getitem__(self, keys: int | Sequence[int] | np.ndarray) -> Tensor:
-        """(N, M, F) of N numbers, or (M, F) of one; raises UserError for what is not a number of an image."""
+        """(N, M, F) of N indices, or (M, F) of one; raises UserError for an invalid index."""
         if isinstance(keys, (int, np.integer)):
             return self[[int(keys)]][0]
         rows = np.asarray(keys)
@@ -274,7 +276,7 @@ class PreparedFeatures:
             or (len(rows) and not 0 <= rows.min() <= rows.max() < len(self))
         ):
             raise UserError(
-                f"Prepared features have the numbers of images 0 to {len(self) - 1} as keys, but got {keys!r:.80}."
+                f"The keys of prepared features are image indices from 0 to {len(self) - 1}, but got {keys!r:.80}."
             )
         stored = torch.from_numpy(self.data.gather(f"features.{self.encoder}", rows))
         scale = None

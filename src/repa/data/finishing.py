@@ -1,4 +1,4 @@
-"""The manifest of a folder: written when all parts are finished, and again when a field is removed."""
+"""Write the manifest of a folder when all parts are finished, and again when a field is removed."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from repa.encoders import canonical
 
 
 def finish(finished: FinishedParts) -> Manifest:
-    """Write the manifest of a folder of which every part is finished, and remove parts/. One process at a time may call it."""
+    """Write the manifest of a folder with all parts finished, and remove parts/. Only one process at a time may call it."""
     out, settings, parts = finished.out, finished.settings, finished.parts
     shards, first = [], None
     for number, shard in enumerate(parts):
@@ -28,8 +28,10 @@ def finish(finished: FinishedParts) -> Manifest:
         shards.append(shard[BASE].shard.override(files=merged, text=text))
         first = first or (shard if shards[-1].num else None)
     if first is None:
-        raise UserError(f"No image of {settings.source['name']} can be used; the first is {shards[0].skipped[0]}.")
-    # counted from the files, not from the source, whose images may have been left out
+        raise UserError(
+            f"No image of {settings.source['name']} can be read; the first is {shards[0].skipped[0]}. Give another source."
+        )
+    # counted from the files, because images of the source may have been skipped
     counts = np.zeros(len(settings.class_names), np.int64)
     for made in shards:
         if made.num and not made.flipped:
@@ -44,7 +46,7 @@ def finish(finished: FinishedParts) -> Manifest:
         text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
         shards=tuple(shards),
     )
-    # the manifest before parts/ goes: a kill in between leaves both, and the next call removes parts/
+    # the manifest is written before parts/ is removed: a kill in between leaves both, and the next call removes parts/
     if manifest != finished.manifest:
         manifest.save(out)
     remove_parts(out)
@@ -52,14 +54,14 @@ def finish(finished: FinishedParts) -> Manifest:
 
 
 def _text_facts(form: str, part: Part) -> TextField:
-    """Of a shard with images, so that it has captions or at least the empty text."""
+    """A shard with images, which has captions or at least the empty text."""
     _, num_tokens, dim = part.shard.text["text"].shape
     masked = "text_mask" in part.shard.text
     return TextField(dim=dim, num_tokens=num_tokens, masked=masked, form=form, identity=part.identity)
 
 
 def _captioned(out: Path, shards: list[Shard]) -> int | None:
-    """Images that have captions, among the originals; None where no shard has a file of them."""
+    """Number of originals with captions; None if no shard has captions."""
     files_of = [shard.captions.file for shard in shards if shard.captions and not shard.flipped]
     lines = (line for file in files_of for line in (out / file).read_bytes().splitlines())
     return sum(line != b"[]" for line in lines) if files_of else None
@@ -88,25 +90,25 @@ def _record_of(path: Path) -> ArrayFile:
 def remove(out: str | Path, name: str) -> Manifest | None:
     """Delete a field of a folder, or the request for it; nothing else changes.
 
-    The manifest loses the field before its files go, so a kill leaves a complete folder; the same call then deletes the
-    rest. Runs that need the field can no longer use the folder.
+    The manifest is changed before the files are deleted, so a kill leaves a complete folder; the same call then deletes
+    the rest. Runs that need the field can no longer use the folder.
 
     Args:
         out: a folder of `prepare`, finished or not.
-        name: "features:ENCODER" (tokens, scales, pooled features, basis), "text" (tokens of captions, which stay themselves), or
-            "images" where moments are stored.
+        name: "features:ENCODER" (tokens, scales, pooled features, basis), "text" (tokens of captions; the captions
+            stay), or "images" (if moments are stored).
 
     Returns:
         The new manifest; None while the folder is unfinished.
 
     Raises:
-        UserError: no such field, or the one that everything else needs.
+        UserError: no such field, or a field that everything else needs.
     """
     out, part = Path(out), name.removeprefix("features:")
     with lock.exclusive(out, "repa prepare --remove"):
         before = started(out)
         if before is None:
-            raise UserError(f"{out} holds no prepared data, so nothing can be removed from it.")
+            raise UserError(f"{out} holds no prepared data: give a folder of `repa prepare`.")
         manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
         config = _without_images(out, manifest) if name == "images" else _without(out, before.config, name, part)
         gone = ("images",) if name == "images" else fields_of(part)
@@ -122,7 +124,7 @@ def remove(out: str | Path, name: str) -> Manifest | None:
             text = None if name == TEXT else manifest.text
             manifest = manifest.override(config=config, features=features, text=text, shards=shards)
             manifest.save(out)
-        # the folder may be unfinished, or finished and growing: parts/ would bring the field back
+        # the folder may be unfinished or be extended: parts/ would restore the field
         if (out / PARTS).is_dir():
             files.write_sealed(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
             for path in _numbered_files(out / PARTS, "json", part):
@@ -139,16 +141,18 @@ def remove(out: str | Path, name: str) -> Manifest | None:
 
 def _without_images(out: Path, manifest: Manifest | None) -> PrepareConfig:
     if manifest is None or (out / PARTS).is_dir():
-        raise UserError(f"The preparation of {out} is not finished: finish it before its images are removed.")
+        raise UserError(f"The preparation of {out} is not finished: finish it before you remove its images.")
     if "images" not in manifest.fields:
-        raise UserError(f"{out} holds no images.")
+        raise UserError(f"{out} stores no images, so there is nothing to remove.")
     if "moments" not in manifest.fields:
-        raise UserError(f"{out} holds no moments, so a network trains on its images: they cannot be removed.")
+        raise UserError(
+            f"The images of {out} cannot be removed: it stores no moments, so networks train on the images."
+        )
     return manifest.config.override(store_images=False)
 
 
 def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareConfig:
-    """The configuration without the tokens of an encoder or of captions, asked for or left by a removal that was killed."""
+    """The configuration without the tokens of an encoder or of captions, also after a killed removal."""
     stored = ["images", *([TEXT] if config.text else []), *(f"features:{spec}" for spec in config.features)]
     is_encoder = name != part and part not in (BASE, TEXT)
     left = (name == TEXT or is_encoder) and _numbered_files(out, "npy", *fields_of(part))
@@ -164,7 +168,7 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
 
 
 def _numbered_files(folder: Path, ending: str, *names: str) -> list[Path]:
-    """The files NAME-NUMBER.ENDING of fields or parts, also those that no manifest names: a killed removal left them."""
+    """The files NAME-NUMBER.ENDING of fields or parts, also those that a killed removal left."""
     # not by a pattern such as tiny-*, which takes the files of tiny-classifier too
     either = "|".join(re.escape(plain_name(name)) for name in names)
     return [path for path in folder.iterdir() if re.fullmatch(rf"(?:{either})-\d+\.{ending}", path.name)]

@@ -1,4 +1,4 @@
-"""Batches for training, read ahead by threads: which images a step sees is a function of (seed, step) alone."""
+"""Batches for training, read ahead by threads; the images of a step are a function of (seed, step) alone."""
 
 import contextlib
 import functools
@@ -23,8 +23,8 @@ from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 
 DEPTH = 4  # batches that are read ahead
-READERS = 2  # threads: a read is mostly the system's copy, in which another thread can go on
-BLOCK = 8192  # positions of the order that are computed at a time; of a smaller data set, an epoch
+READERS = 2  # threads: a read is mostly a copy by the system, during which other threads can run
+BLOCK = 8192  # positions of the order that are computed at a time, at most an epoch
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A batch as stored, on its way to the device."""
+    """A batch in stored form, on its way to the device."""
 
     names: tuple[str, ...]  # of encoders
     fields: dict[str, Tensor]
@@ -49,32 +49,32 @@ class _Rows(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is copied."""
+        """All tensors to copy."""
         return [*self.fields.values(), *(part for part in self.text or () if part is not None)]
 
 
 class Loader:
     """An endless sequence of shuffled batches.
 
-    Position p of the sequence is place p % N of epoch p // N; step s takes positions s*B to (s+1)*B - 1, and process r of W
-    the r-th of W equal parts. So any number of processes sees the same order, and resuming needs the step alone. Data
-    that is remote is shuffled shard by shard (`order.WindowShuffle`), local data over all images.
+    Position p of the sequence is place p % N of epoch p // N; step s reads positions s*B to (s+1)*B - 1, and process r
+    of W the r-th of W equal parts. So any number of processes sees the same order, and resuming needs only the step.
+    Remote data is shuffled shard by shard (`order.WindowShuffle`), local data over all images.
 
     Args:
         data: an opened data set.
-        batch_size: B, images in a step over all processes.
+        batch_size: B, the global batch size.
         seed: of the order.
-        features: encoders whose stored tokens are wanted, or a function of the step that names them; it is called by
+        features: encoders whose stored tokens to read, or a function of the step that returns them; it is called in
             another thread, some steps ahead.
-        images: whether the images are wanted, or a function of the step; stored moments always come.
-        pooled: whether pooled features are wanted in addition to the tokens.
-        text: "tokens" or "captions", of one caption of each image, drawn for each position; "": neither.
-        rank: number of this process.
+        images: whether to read images, or a function of the step; stored moments are always read.
+        pooled: whether to read pooled features in addition to the tokens.
+        text: "tokens" or "captions" of one caption per image, chosen for each position; "": neither.
+        rank: index of this process.
         world: number of processes.
-        device: where batches go. CUDA: copied from pinned memory on a separate stream while other steps compute.
+        device: the device of batches. CUDA: copied from pinned memory on a separate stream while other steps compute.
 
     Raises:
-        UserError: B is not a multiple of `world`, or the data hold no such tokens or no images.
+        UserError: B is not a multiple of `world`, or the data lack these tokens or images.
     """
 
     def __init__(
@@ -85,19 +85,18 @@ class Loader:
     ):  # fmt: skip
         if batch_size % world:
             raise UserError(
-                f"A batch of {batch_size} images cannot be shared equally by {world} processes: "
-                f"choose a multiple of {world}."
+                f"{world} processes cannot share a batch of {batch_size} images equally: choose a multiple of {world}."
             )
         self.data, self.batch_size, self.pooled, self.text, self.seed = data, batch_size, pooled, text, seed
         self.stored, self.num_images = data.features, data.num_images
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
-        self.fields(0)  # raises the error here, and not in a thread at the first step
+        self.fields(0)  # raises the error here instead of in a thread at the first step
         self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(self.num_images, seed)
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
-            # the shards of this window and of the next, or the second would push out the first while it is read
+            # the shards of this window and of the next; otherwise the second would evict the first while it is read
             data.stream.require_room(2 * WINDOW * self._largest_shard())
         self._labels = data.small_labels
         self._length = min(BLOCK, self.num_images)
@@ -115,7 +114,7 @@ class Loader:
         return blocks[start - first * self._length :][:size]
 
     def fields(self, step: int) -> list[str]:
-        """What is read for a step. Raises UserError when the data does not hold it."""
+        """The fields to read for a step; raises UserError if the data lack one."""
         fields = ["labels", *(["moments"] if self.data.has_moments else [])]
         if self._images(step):
             self.data.require_images()
@@ -124,7 +123,7 @@ class Loader:
             if name not in self.stored:
                 stored = ", ".join(self.stored) or "none"
                 raise UserError(
-                    f"The data in {self.data.folder} holds no tokens of {name!r} (it holds {stored}): "
+                    f"The data in {self.data.folder} have no tokens of {name!r} (only {stored}): "
                     "add them with `repa prepare --features`."
                 )
             facts = self.stored[name]
@@ -160,7 +159,7 @@ class Loader:
         return np.concatenate([self.order.rows(int(e), places[epochs == e]) for e in np.unique(epochs)])
 
     def _fetching(self, steps: Iterator[int], fetcher: FetchAhead) -> Iterator[int]:
-        """The steps; before each its shards and those of the next window are asked for."""
+        """The steps; before each, its shards and those of the next window are requested."""
         for step in steps:
             epoch, place = divmod(step * self.batch_size, self.num_images)
             shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
@@ -168,11 +167,11 @@ class Loader:
             yield step
 
     def _largest_shard(self) -> int:
-        """Bytes of what is read of the largest shard."""
+        """Bytes to read from the largest shard."""
         return max(sum(file.size for file in self._needed(shard, 0)) for shard in self.data.manifest.shards)
 
     def _needed(self, shard: Shard, step: int) -> list[ArrayFile]:
-        """The files of a shard that a step reads; none of an empty one."""
+        """The files of a shard that a step reads; none for an empty shard."""
         fields = [shard.files[field] for field in self.fields(step)] if shard.num else []
         return fields + list(shard.text.values() if self.text == "tokens" else ())
 
@@ -199,7 +198,7 @@ class Loader:
             return _Rows(names, fields, self._side.record_event(), text, captions)
 
     def _chosen(self, step: int, indices: np.ndarray) -> tuple[StoredText | None, list[str]]:
-        """One caption of each image of a step: which one is a function of (seed, position in the endless sequence)."""
+        """One caption per image of a step; the choice is a function of (seed, position in the endless sequence)."""
         if not self.text:
             return None, []
         start = step * self.batch_size + self.rank * len(indices)
@@ -210,7 +209,7 @@ class Loader:
         return None, [texts[key % len(texts)] if texts else "" for texts, key in captions]
 
     def _finish(self, rows: _Rows) -> Batch:
-        """The batch, on the device, with its tokens as numbers whatever the form they are stored in."""
+        """The batch on the device, with tokens unpacked from their stored form."""
         if rows.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(rows.copied)

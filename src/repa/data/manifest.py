@@ -1,12 +1,12 @@
-"""manifest.json: what a folder of shards holds, and who encoded it how.
+"""manifest.json: the contents of a folder of shards, and the models that encoded them.
 
 DATA/
   manifest.json               written last: a folder with a manifest is complete
   images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, scale.NAME, pooled.NAME
-  captions-00000.jsonl        a JSON list of captions for each image of the shard, where the source has some
+  captions-00000.jsonl        a JSON list of captions for each image of the shard, if the source has captions
   text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows with them (data/captions.py)
-  basis.NAME.npy              mean and directions of tokens that are stored as coordinates
-  parts/                      only while work is unfinished: settings.json, a record for each finished part
+  basis.NAME.npy              mean and directions of tokens stored as coordinates
+  parts/                      only while unfinished: settings.json, a record for each finished part
 """
 
 import contextlib
@@ -33,44 +33,44 @@ SETTINGS_FILE = "settings.json"
 
 
 class Inventory(Config):
-    """What `prepare` found in a source."""
+    """The inventory of a source."""
 
     labels_from: str = ""
-    """Where the labels came from."""
+    """Origin of the labels."""
     left_out: dict[str, int] = Field(default_factory=dict)
-    """What was not taken, by kind, and how often."""
+    """Kind -> number left out."""
     captioned: int | None = None
-    """Images with captions, flipped copies not counted; None where the source has none."""
+    """Number of images with captions, without mirrored copies; None if the source has no captions."""
 
 
 class Settings(Config):
-    """What a folder is prepared from, and how: parts/settings.json, which is written before any work."""
+    """Source and settings of a preparation: parts/settings.json, which is written before any work."""
 
     source: dict[str, Any]
-    """What the images are made from, and a checksum of its list."""
+    """Identity of the source, with a checksum."""
     config: PrepareConfig
-    """How they are made."""
+    """Settings of the preparation."""
     class_names: tuple[Annotated[str, AfterValidator(printable)], ...]
     """Names of the classes, in the order of the labels."""
     inventory: Inventory = Inventory()
-    """Where labels came from, and what was left out."""
+    """Origin of the labels, and what was left out."""
 
 
 class Manifest(Settings):
-    """A whole data set: what was asked for, and what was made."""
+    """A complete data set: its settings and its files."""
 
     version: int = VERSION
     """Format of this file."""
     num_images: int = Field(ge=1)
-    """Images in all shards, flipped copies included."""
+    """Images in all shards, including mirrored copies."""
     class_counts: tuple[int, ...]
-    """Images of each class, flipped copies not counted."""
+    """Images of each class, without mirrored copies."""
     autoencoder: dict[str, Any]
-    """Which autoencoder, which weights."""
+    """Identity of the autoencoder and its weights."""
     features: dict[Annotated[str, Spec(ENCODERS)], FeatureField]
     """Encoder -> its stored tokens."""
     text: TextField | None = None
-    """The stored tokens of the captions, where there are some."""
+    """The stored tokens of the captions, if any."""
     shards: tuple[Shard, ...]
     """The shards, in order; one whose images are all skipped has no files."""
 
@@ -80,48 +80,48 @@ class Manifest(Settings):
             raise ValueError("its source has no name")
         if sum(shard.num for shard in self.shards) != self.num_images:
             raise ValueError(f"num_images is {self.num_images}, but its shards hold {sum(s.num for s in self.shards)}")
-        # whoever reads a folder indexes by these numbers: they are checked here once, not wherever they are used
+        # readers of a folder index by these numbers, so they are checked once here
         counts = self.class_counts
         if len(counts) != len(self.class_names) or min(counts, default=0) < 0 or sum(counts) != len(self.originals):
             raise ValueError(
-                f"class_counts do not count {len(self.originals):,} images of {len(self.class_names):,} classes"
+                f"class_counts do not add up to {len(self.originals):,} images of {len(self.class_names):,} classes"
             )
         fields = self.fields
         for number, shard in enumerate(self.shards):
             if shard.num and {field: (f.dtype, f.shape[1:]) for field, f in shard.files.items()} != fields:
-                raise ValueError(f"shard {number} holds other fields, types or shapes than the first")
+                raise ValueError(f"shard {number} has other fields, types or shapes than the first")
             if any(f.shape[:1] != (shard.num,) for f in shard.files.values()):
-                raise ValueError(f"shard {number} has files that do not hold its {shard.num} images")
+                raise ValueError(f"shard {number} has files without its {shard.num} images")
         expected = {"labels", *(f"features.{name}" for name in self.features)}
         expected |= {f"pooled.{name}" for name, facts in self.features.items() if facts.pooled}
         expected |= {f"scale.{name}" for name, facts in self.features.items() if facts.form.endswith("int8")}
         if set(fields) - {"images", "moments"} != expected:
-            raise ValueError(f"its shards hold {', '.join(sorted(fields))}, which is not what it announces")
+            raise ValueError(f"its shards hold {', '.join(sorted(fields))}, which contradicts its other entries")
         originals = [shard.num for shard in self.shards[: len(self.shards) // 2]]
         copied = [(False, num) for num in originals] + [(True, num) for num in originals]
         self._check_text()
         if any(s.flipped for s in self.shards) and [(s.flipped, s.num) for s in self.shards] != copied:
-            raise ValueError("its flipped shards are not a second copy of the others, after them")
+            raise ValueError("its mirrored shards do not match the shards of the originals")
         return self
 
     def _check_text(self) -> None:
-        """Every shard with images has all files of the captions' tokens, but flipped ones, whose captions are the originals'."""
+        """Every shard of originals with images must have all files of caption tokens."""
         wanted = self.text.fields if self.text else {}
         for number, shard in enumerate(self.shards):
             found = {field: (f.dtype, f.shape[1:]) for field, f in shard.text.items()}
             if found != (wanted if shard.num and not shard.flipped else {}):
-                raise ValueError(f"shard {number} holds other tokens of captions than it announces")
+                raise ValueError(f"shard {number} has other caption tokens than it declares")
             nums = {f.shape[:1] for field, f in shard.text.items() if field != "text_rows"}
             if found and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
-                raise ValueError(f"shard {number} holds tokens of captions that are not those of its images")
+                raise ValueError(f"shard {number} has caption tokens that do not match its images")
 
     def settings(self, **changes: Any) -> Settings:
-        """What was asked for, with some of it changed."""
+        """The settings with some changes."""
         return Settings.parse({**self.model_dump(include=set(Settings.model_fields)), **changes})
 
     @property
     def parts(self) -> set[str]:
-        """What is made of every shard: base, the encoders, text."""
+        """The parts of every shard: base, the encoders, text."""
         return {BASE, *self.features, *([TEXT] if self.text else [])}
 
     @property
@@ -135,36 +135,34 @@ class Manifest(Settings):
         return [*(record for shard in self.shards for record in shard.records), *bases]
 
     def require_intact(self, folder: str | Path, records: Iterable[StoredFile] | None = None) -> None:
-        """Raises UserError for a file (of `records`, else of all) that is missing or of another size; bytes are not read."""
+        """Raises UserError for a file (of `records`, else any) that is missing or has another size; does not read bytes."""
         for record in self.records if records is None else records:
             if not record.intact(Path(folder)):
-                raise UserError(
-                    damaged(Path(folder, record.file), "is missing or has another size than when it was written")
-                )
+                raise UserError(damaged(Path(folder, record.file), "is missing or does not have its recorded size"))
 
     @property
     def originals(self) -> range:
-        """The rows that are not flipped copies: class counts, metrics and references use only these."""
+        """The indices that are not mirrored copies: class counts, metrics and references use only these."""
         return range(sum(shard.num for shard in self.shards if not shard.flipped))
 
     @property
     def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Field -> type and shape of one image's entry."""
-        first = next(shard for shard in self.shards if shard.num)  # a shard whose images are all bad has no files
+        first = next(shard for shard in self.shards if shard.num)  # a shard whose images were all skipped has no files
         return {field: (f.dtype, f.shape[1:]) for field, f in first.files.items()}
 
     @property
     def skipped(self) -> list[str]:
-        """Images that could not be read and were left out, in the order of the source."""
+        """Unreadable images that were skipped, in the order of the source."""
         return [name for shard in self.shards if not shard.flipped for name in shard.skipped]
 
     def save(self, folder: Path) -> None:
-        """Write DATA/manifest.json, whole or not at all."""
+        """Write DATA/manifest.json atomically."""
         files.write_sealed(folder / MANIFEST, self.model_dump(mode="json"))
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Read and check DATA/manifest.json; raises UserError when it is missing, damaged or of another version."""
+        """Read and check DATA/manifest.json; raises UserError if it is missing, damaged or of another version."""
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
@@ -176,19 +174,19 @@ class Manifest(Settings):
             raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")
         if values.get("version") != VERSION:
             raise UserError(
-                f"{path} is of version {values.get('version')!r}, but this program reads {VERSION}: "
+                f"{path} has version {values.get('version')!r}, but this version of repa reads {VERSION}: "
                 "prepare the data again, in a new folder."
             )
         return cls.parse(values, where=str(path))
 
     def describe(self) -> list[str]:
-        """A few lines for people."""
+        """A short description in lines of text."""
         size = sum(record.size for record in self.records)
         fields = [
             " ".join((name, dtype, "x".join(map(str, shape)))).strip() for name, (dtype, shape) in self.fields.items()
         ]
         tokens = [f"{name} ({f.grid} x {f.grid} x {f.dim} as {f.form})" for name, f in self.features.items()]
-        copies = ", and a flipped copy of each" if len(self.originals) < self.num_images else ""
+        copies = ", and a mirrored copy of each" if len(self.originals) < self.num_images else ""
         checksum = str(self.autoencoder.get("sha256") or "no weights")[:12]
         lines = [
             f"source       {self.source['name']}",
@@ -207,8 +205,8 @@ class Manifest(Settings):
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove parts/ of a complete folder, and incomplete files of the manifest and the bases, which killed processes left."""
-    # renamed first: a kill during the removal must not leave a folder with a part of its records
+    """Remove parts/ of a complete folder, and incomplete manifest and basis files of killed processes."""
+    # renamed first: a kill during the removal must not leave some of the records
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=folder))
     files.remove_leftovers(folder, lambda name: name in (PARTS, MANIFEST) or name.startswith("basis."))

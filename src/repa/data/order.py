@@ -1,6 +1,6 @@
-"""Which image comes at which place of an epoch: a function of (seed, epoch, place), computed for the places asked for.
+"""The order of images in an epoch: a function of (seed, epoch, place), computed only for the requested places.
 
-Nothing here grows with the number of images, so an epoch of a billion costs what one of a thousand does.
+Memory does not depend on the number of images: an epoch of a billion images costs the same as one of a thousand.
 """
 
 import functools
@@ -10,18 +10,18 @@ import numpy as np
 
 from repa.base.rng import fold
 
-ROUNDS = 12  # with 8, pairs of the smallest sets are not equally likely yet
-# more mixes better and needs more cache: two windows of shards are on the disk at a time
+ROUNDS = 12  # with 8 rounds, pairs in the smallest sets are not equally likely
+# more shards mix better but need more cache, which holds two windows
 WINDOW = 16  # shards
 
 
 def permute(places: np.ndarray, num: int, key: int) -> np.ndarray:
-    """Elements `places` (n,) of the permutation of 0 ... num - 1 that `key` names, without computing the others; int64.
+    """Elements `places` (n,) of the permutation of 0 ... num - 1 with this key, without computing the others; int64.
 
-    A Feistel network (Luby and Rackoff, 1988) permutes the smallest power of two that holds num; what falls outside goes through
-    it again until it is inside (cycle walking: Black and Rogaway, 2002), less than twice on average.
+    A Feistel network (Luby and Rackoff, 1988) permutes the smallest sufficient power of two. Results outside the range
+    pass through it again (cycle walking: Black and Rogaway, 2002), less than twice on average.
     """
-    # two bits at least: each half of the network needs one
+    # at least two bits: each half of the network needs one
     bits = max(2, (num - 1).bit_length())
     low = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
@@ -47,14 +47,14 @@ def _round_keys(key: int) -> np.ndarray:
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al., 2014): every bit of x moves every bit of the result."""
+    """The finaliser of SplitMix64 (Steele et al., 2014): every bit of x affects every bit of the result."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 class GlobalShuffle:
-    """Every image may come at every place."""
+    """Shuffles over all images."""
 
     def __init__(self, num: int, seed: int):
         self.num, self.seed = num, seed
@@ -64,19 +64,19 @@ class GlobalShuffle:
         return permute(places, self.num, fold(self.seed, "epoch", epoch))
 
     def shards_from(self, epoch: int, place: int) -> list[int]:
-        """Shards worth fetching when `place` is read, most urgent first: none here, as any may be next."""
+        """Shards to prefetch at `place`, most urgent first: none here, because any shard may be next."""
         return []
 
 
 class WindowShuffle:
-    """For shards that are fetched: shards in random order, `window` at a time, and images in random order within a window.
+    """For remote shards: shards in random order, `window` at a time, and images in random order within a window.
 
-    An image's neighbours in a batch come from `window` shards only, but other ones in every epoch.
+    The other images of a batch come from `window` shards only, which differ in every epoch.
 
     Args:
         sizes: images in each shard.
         seed: of the order.
-        window: shards that are mixed.
+        window: number of shards that are shuffled together.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray, seed: int, window: int = WINDOW):

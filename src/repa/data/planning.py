@@ -1,4 +1,4 @@
-"""What a preparation would make, its size and its time, from a short measurement. Writes nothing."""
+"""Estimate the contents, size and time of a preparation from a short measurement, without writing."""
 
 import contextlib
 import functools
@@ -22,20 +22,20 @@ from repa.data.sources.opening import open_source
 
 @dataclass(frozen=True)
 class Plan:
-    """What a preparation would make, and its rates."""
+    """The estimate of a preparation."""
 
     source: str
     num_images: int
     num_classes: int
     num_copies: int
-    """1, or 2 with flipped ones."""
+    """1, or 2 with mirrored copies."""
     num_shards: int
     num_todo: int
-    """Images of which some part is missing."""
+    """Images with missing parts."""
     sizes: dict[str, int]
-    """Field -> bytes of all images together."""
+    """Field -> bytes of all images."""
     rates: dict[str, float]
-    """Step -> images in a second: decode (all worker processes together), then each model."""
+    """Step -> images per second: decoding (all worker processes), then each model."""
 
     @property
     def num_bytes(self) -> int:
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """Images in a second of one process: workers decode while the models, one after another, encode."""
+        """Images per second of one process: workers decode while the models encode one after another."""
         decode, *models = self.rates.values()
         return min(decode, 1 / sum(1 / rate for rate in models))
 
     def seconds(self, world: int = 1) -> float:
-        """Time that `world` processes like this one need for what is to be done."""
+        """Time that `world` processes like this one need for the missing parts."""
         return self.num_todo / self.rate / world
 
 
@@ -61,7 +61,7 @@ def make_plan(
     seconds: float = 60.0,
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """Look at the source and at what is done, load the models, and try them on images from all over the source.
+    """Inspect the source and the folder, load the models, and time them on images from all parts of the source.
 
     Args:
         source: as for `prepare`.
@@ -69,10 +69,10 @@ def make_plan(
         config: as for `prepare`.
         only: as for `prepare`.
         device: as for `prepare`.
-        seconds: how long to measure at most, over all steps; small sources take less.
+        seconds: limit of the measurement over all steps; small sources take less.
 
     Raises:
-        UserError: whatever `prepare` would refuse before its first image.
+        UserError: any error that `prepare` would raise before its first image.
     """
     out, device = Path(out), torch.device(device)
     images = open_source(source, labels=config.labels)
@@ -84,7 +84,7 @@ def make_plan(
     chosen = [name for name in chosen_parts(only, config) if name != TEXT]
     models = {name: load_model(name, config, device) for name in chosen}
     for model in models.values():
-        # any basis takes as long as the right one, which would cost a pass over a sample of the images
+        # any basis takes the same time as the correct one, which would need a pass over a sample of the images
         if isinstance(model, FeatureFields) and model.num_directions:
             model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
     there = zip(shards, finished.parts, strict=True)
@@ -106,7 +106,7 @@ def make_plan(
 def _measure(
     read: Read, models: dict[str, Fields], shards: Sequence[PlannedShard], batch_size: int, seconds: float
 ) -> dict[str, float]:
-    """Images in a second of decoding and of each model, each for its part of `seconds` or until the source is through."""
+    """Images per second of decoding and of each model, each within its part of `seconds` or until the source ends."""
     # shuffled: a sorted source may begin with its smallest images
     total = sum(len(shard.rows) for shard in shards)
     places = np.random.default_rng(0).permutation(total)
@@ -122,7 +122,7 @@ def _measure(
             if (spent := time.perf_counter() - begin) > budget:
                 break
     if not kept:
-        raise UserError("None of the images that were tried can be read: try another source.")
+        raise UserError("None of the tested images can be read: give another source.")
     rates = {"decode": max(decoded - 1, 1) / spent}
     batch = DecodedImages(np.concatenate([i.pixels for i in kept]), np.concatenate([i.labels for i in kept]), [], [])
     for name, model in models.items():

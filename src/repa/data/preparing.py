@@ -83,14 +83,14 @@ def prepare(
         if TEXT in chosen and not images.has_captions:
             raise UserError(
                 f"{source} has no captions, so text {config.text!r} has nothing to encode: leave it out, or put the "
-                "captions where they are looked for (dog.txt beside dog.jpg, or a metadata.csv in the folder with columns "
-                "file_name and caption)."
+                "captions into dog.txt beside dog.jpg, or into a metadata.csv in the folder with columns "
+                "file_name and caption."
             )
         made = functools.partial(from_source, images, config.resolution)
         read = functools.partial(by_processes, made, num_workers=config.num_workers)
         parts = [name for name in chosen if name != TEXT]
         manifest = run(Job(finished, shards, parts, read), **execution) if parts else None
-        if TEXT in chosen:  # made from the captions that the other parts have stored
+        if TEXT in chosen:  # made from the stored captions
             manifest = run(_of_captions(out, finished.settings, len(shards)), **execution)
         return manifest
 
@@ -104,17 +104,17 @@ def add(
     form: str = "fp16",
     **execution: Unpack[Execution],
 ) -> Manifest | None:
-    """Add the tokens of one more encoder to a prepared folder, from its stored images or captions: the source is not needed.
+    """Add the tokens of another encoder to a prepared folder from its stored images or captions, without the source.
 
     Args:
         out: a folder made by `prepare`.
         part: "features:ENCODER"; "text:ENCODER", or "text" for the text encoder of the folder's settings.
-        weights: local weights of that encoder; None for its own.
-        form: how its tokens are stored: fp16, int8, of images also pcaK or pcaK-int8.
+        weights: local weights of that encoder; None for the default.
+        form: stored form of its tokens: fp16, int8, for images also pcaK or pcaK-int8.
         execution: as for `prepare`.
 
     Raises:
-        UserError: the folder holds no images or captions, or tokens of another text encoder, or the encoder cannot be loaded.
+        UserError: the folder stores no images or captions, or has tokens of another text encoder, or loading fails.
     """
     out, (kind, _, spec) = Path(out), part.partition(":")
     with lock.shared(out, "repa prepare"):
@@ -122,27 +122,27 @@ def add(
         config, num_shards = manifest.config, len(manifest.shards)
         if kind == TEXT:
             if not any(shard.captions for shard in manifest.shards):
-                raise UserError(f"{out} holds no captions to encode: prepare a source that has some.")
+                raise UserError(f"{out} holds no captions to encode: prepare a source with captions.")
             begun = started(out)
             assert begun is not None  # it has a manifest
             config = begun.config  # with what an interrupted call asked for
             text = {"text": spec, "text_form": form} if spec else {}
             config = config.override(**text, text_weights=weights or config.text_weights)
             if not config.text:
-                raise UserError(f"{out} names no text encoder yet: give one, as in --text clip-l.")
+                raise UserError(f"{out} has no text encoder yet: give one, such as --text clip-l.")
             return run(_of_captions(out, manifest.settings(config=config), num_shards), **execution)
         if kind != "features" or not spec:
             raise UserError(f"{part!r} cannot be added to {out}: give features:ENCODER or text:ENCODER.")
         if not config.store_images:
             raise UserError(
-                f"{out} holds no images to encode: run `repa prepare` on the source with --features {spec}."
+                f"{out} stores no images to encode: run `repa prepare` on the source with --features {spec}."
             )
         if (spec := canonical(spec)) not in config.features:
             forms = (*config.feature_forms, f"{spec}={form}")
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
             config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights))
-        # other files may be missing, because they are about to be made again
+        # other files may be missing, because this call restores them
         manifest.require_intact(out, [s.files[name] for s in manifest.shards if s.num for name in ("images", "labels")])
         reader = ShardReader(out, manifest.shards)
         shards = [PlannedShard(range(*ends)) for ends in zip(reader.starts.tolist(), reader.ends.tolist(), strict=True)]
@@ -152,11 +152,11 @@ def add(
 
 
 def _of_captions(out: Path, asked: Settings, num_shards: int) -> Job:
-    """The job of encoding captions: they are read from the folder, so tokens depend on its files and the text encoder alone."""
+    """The job of encoding captions from the folder; tokens depend only on its files and the text encoder."""
     finished, shards = FinishedParts(out, asked, num_shards), []
     found = {k: parts[BASE].shard for k, parts in enumerate(finished.parts) if BASE in parts}
     for k in range(num_shards):
-        has_texts = k in found and not found[k].flipped  # a flipped copy has the captions of its original
+        has_texts = k in found and not found[k].flipped  # a mirrored copy shares the captions of its original
         shards.append(PlannedShard(range(found[k].num if has_texts else 0), is_ready=k in found))
     read = functools.partial(by_threads, FromCaptions(out, found), depth=AHEAD)
     return Job(finished, shards, [TEXT], read)

@@ -1,4 +1,4 @@
-"""Preparation in progress: what is asked of a folder, and which parts of which shards are finished.
+"""Progress of a preparation: the settings of a folder, and the finished parts of its shards.
 
 A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
 its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
@@ -20,7 +20,7 @@ from repa.data.records import Shard, fields_of
 MAY_CHANGE = (
     "batch_size", "num_workers", "skip_bad", "labels", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
-MOST_SHOWN = 100  # characters: of longer differences (a thousand class names) only the field is named
+MOST_SHOWN = 100  # characters: longer differences (a thousand class names) are reported by field only
 
 
 class Part(Config):
@@ -29,13 +29,13 @@ class Part(Config):
     shard: Shard
     """Its files."""
     identity: dict[str, Any]
-    """The model that made them."""
+    """Identity of the model."""
 
 
 def merge_settings(out: Path, asked: Settings) -> Settings:
-    """What to prepare in `out`: what is asked, plus encoders and the text encoder that were asked for before.
+    """The settings for `out`: the requested ones, plus encoders and text encoder requested earlier.
 
-    Raises UserError for a folder that holds other things, or data of another source or configuration.
+    Raises UserError for a folder with other contents, or with data of another source or configuration.
     """
     before = started(out)
     if before is None:
@@ -62,14 +62,14 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     lines = [line.removeprefix("config.") for line in lines]
     if lines:
         raise UserError(
-            f"{out} holds data of another source or configuration ({'; '.join(lines[:5])}): "
-            "choose another folder, or give the settings it was started with."
+            f"{out} holds data of another source or with other settings ({'; '.join(lines[:5])}): "
+            "choose another folder, or repeat its settings."
         )
     return asked
 
 
 def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
-    """The parts that `only` names, or all; raises UserError for a name that is not one of `config`'s."""
+    """The parts in `only`, or all; raises UserError for a part that `config` lacks."""
     features, text = [f"features:{spec}" for spec in config.features], [TEXT] if config.text else []
     allowed = [BASE, *features, *text]
     for name in only:
@@ -79,7 +79,7 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
 
 
 def started(out: Path) -> Settings | None:
-    """The settings that `out` was begun with; None when it is new; UserError when it holds other things."""
+    """The settings in `out`; None for a new folder; UserError for other contents."""
     settings = out / PARTS / SETTINGS_FILE
     if (values := _read_record(settings)) is not None:
         return Settings.parse(values, where=str(settings))
@@ -87,13 +87,13 @@ def started(out: Path) -> Settings | None:
         return Manifest.open(out).settings()
     own = (PARTS, "lock")
     if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(own) for path in out.iterdir())):
-        raise UserError(f"{out} is not an empty folder and holds no prepared data: choose another one.")
+        raise UserError(f"{out} is not empty and holds no prepared data: choose another folder.")
     return None
 
 
 def _read_record(path: Path) -> Any:
-    """A file of parts/; None when it is not there."""
-    # another process may finish the folder, and remove parts/, between the look and the reading
+    """A file of parts/; None if it does not exist."""
+    # another process may finish the folder and remove parts/ before the file is read
     try:
         return files.read_json(path) if path.is_file() else None
     except UserError:
@@ -103,15 +103,15 @@ def _read_record(path: Path) -> Any:
 
 
 class PlannedShard(NamedTuple):
-    """A shard to be made: rows of the source, or of the stored images."""
+    """A shard to make from images of the source, or from stored images."""
 
     rows: range
     flipped: bool = False
-    is_ready: bool = True  # False: what it is made from is not stored yet, by another process
+    is_ready: bool = True  # False: another process has not stored its images yet
 
 
 class Piece(NamedTuple):
-    """Images of one shard that are read and encoded at a time."""
+    """Images of one shard that are read and encoded together."""
 
     shard: int
     rows: range
@@ -126,13 +126,13 @@ def plan_shards(num_images: int, size: int, flip: bool) -> list[PlannedShard]:
 
 
 class FinishedParts:
-    """What of a folder is finished at this moment: from its manifest when it was complete before, else from parts/.
+    """The finished parts of a folder now: from its manifest if it was complete before, else from parts/.
 
     Attributes:
-        settings: what is asked, plus what was asked before: see `merge_settings`, whose errors it raises.
+        settings: from `merge_settings`, whose errors it raises.
         manifest: of the folder as it was complete before, or None.
-        names: all parts that a shard of this folder has.
-        parts: for each shard, those that are finished.
+        names: all parts of a shard of this folder.
+        parts: for each shard, the finished parts.
     """
 
     def __init__(self, out: Path, asked: Settings, num_shards: int):
@@ -147,8 +147,8 @@ class FinishedParts:
 
 
 def finished_part(out: Path, manifest: Manifest | None, shard: int, name: str) -> Part | None:
-    """A finished part whose files are all there, else None."""
-    # parts/ first: where both are there, it is what was made again since the manifest was written
+    """A finished part with all its files, else None."""
+    # parts/ first: if both exist, it is newer than the manifest
     path = record_path(out, shard, name)
     if (values := _read_record(path)) is not None:
         part: Part | None = Part.parse(values, where=str(path))
@@ -158,7 +158,7 @@ def finished_part(out: Path, manifest: Manifest | None, shard: int, name: str) -
 
 
 def record_path(out: Path, shard: int, name: str) -> Path:
-    """Where the record of a part is while the folder is unfinished."""
+    """Path of the record of a part in an unfinished folder."""
     return (out / PARTS / array_name(name, shard)).with_suffix(".json")
 
 

@@ -1,8 +1,8 @@
 """The shards of a data set as one array for each field.
 
-Rows are read by position, straight into their place in the result: one copy, out of the page cache. A memory map would be as
-fast, but its pages count as this process's memory, it reads far more than a row from a cold disk, and a file that is cut short
-while it is read kills the process instead of raising.
+Rows are read by position directly into the result: one copy from the page cache. A memory map would be as fast, but its
+pages count as memory of this process, it reads far more than a row from a cold disk, and if a file is truncated while
+it is read, it kills the process instead of raising an error.
 """
 
 import functools
@@ -24,12 +24,12 @@ HEADER = 4096  # bytes that hold the header of any array of ours
 
 
 class ShardReader:
-    """Rows of any field by their index in the data set. Thread-safe.
+    """Reads rows of any field by index in the data set. Thread-safe.
 
     Args:
-        folder: where the shards are, or what to call that place in messages when `fetch` is given.
-        shards: what it holds, in order; some may be empty.
-        fetch: gives the local path of a remote file; None reads `folder` itself.
+        folder: the folder of the shards, or its name in errors if `fetch` is given.
+        shards: its shards, in order; some may be empty.
+        fetch: returns the local path of a remote file; None reads `folder`.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class ShardReader:
         """Rows `indices` (n,) of a field, in that order and contiguous: (n, ...). Each shard is read in file order.
 
         Args:
-            out: where to put them, an array of their shape and type; a new one when None.
+            out: array of their shape and type for the result; None: a new array.
 
         Raises:
-            UserError: there is no such field, or a file cannot be read.
+            UserError: no such field, or an unreadable file.
         """
         if field not in self.fields:
             raise UserError(
-                f"The data in {self.folder} has no field {field!r}: it holds {', '.join(sorted(self.fields))}."
+                f"The data in {self.folder} have no field {field!r}: choose from {', '.join(sorted(self.fields))}."
             )
         indices = self.checked(indices)
         dtype, shape = self.fields[field]
@@ -74,12 +74,12 @@ class ShardReader:
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(
-                f"{self.folder} has images 0 to {len(self) - 1}, but {indices.min()} to {indices.max()} were asked for."
+                f"{self.folder} has images 0 to {len(self) - 1}, but the requested ones are {indices.min()} to {indices.max()}."
             )
         return indices
 
     def _fill(self, buffer: memoryview, field: str, indices: np.ndarray) -> None:
-        """Read in the order of the files; rows that follow each other in the file and in the result are one read."""
+        """Read in the order of the files; rows that are adjacent in the file and in the result are one read."""
         # stable, so that an image that is asked for twice keeps the order of its places, and runs stay runs
         order = np.argsort(indices, kind="stable")
         rows = indices[order]
@@ -102,7 +102,7 @@ class ShardReader:
                 arrays[array].read_rest(buffer[begin:end], position, num)
 
     def batches(self, field: str, size: int) -> Iterator[np.ndarray]:
-        """The whole field in order, (at most size, ...) at a time."""
+        """The field in order, in arrays (at most size, ...)."""
         for start in range(0, len(self), size):
             yield self.gather(field, np.arange(start, min(start + size, len(self))))
 
@@ -112,7 +112,7 @@ class ShardReader:
 
 
 class _OpenArray:
-    """An open .npy file. Whoever reads holds it, so one that leaves the cache of open files is closed after its last read."""
+    """An open .npy file. Readers hold it, so a file that leaves the cache of open files is closed after its last read."""
 
     def __init__(self, path: Path, record: ArrayFile):
         self.path = path
@@ -122,9 +122,9 @@ class _OpenArray:
         except OSError as error:
             raise UserError(damaged(path, f"cannot be opened ({error.strerror})")) from error
         if start[:8] != np.lib.format.magic(1, 0):
-            raise UserError(damaged(path, "is no .npy file of version 1.0"))
+            raise UserError(damaged(path, "is not an .npy file of version 1.0"))
         self.start = 10 + int.from_bytes(start[8:10], "little")
-        # compared as text, because Python 3.11 must not evaluate it in several threads at a time (its issue 106905)
+        # compared as text, because Python 3.11 cannot safely evaluate it in several threads (its issue 106905)
         header, wanted = start[10 : self.start].strip().decode("latin1"), _header_of(record)
         if header != wanted:
             raise UserError(damaged(path, f"holds {header}, not {wanted}"))
@@ -136,12 +136,11 @@ class _OpenArray:
             if not buffer:
                 return
             num = os.preadv(self.handle, (buffer,), position)
-        raise UserError(damaged(self.path, "has become shorter while it was read"))
+        raise UserError(damaged(self.path, "was truncated while it was read"))
 
 
 def _descriptors(num: int) -> int:
-    """How many of `num` files may stay open. The soft limit, which most systems set to 1024 for the sake of programs that
-    call select(), is raised for them as far as the hard one allows."""
+    """How many of `num` files may stay open; raises the soft limit (usually 1024) as far as the hard limit allows."""
     wanted = min(num, MAX_OPEN)
     soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
     if soft < wanted + SPARE:
@@ -151,6 +150,6 @@ def _descriptors(num: int) -> int:
 
 
 def _header_of(record: ArrayFile) -> str:
-    """What an .npy file says of its array."""
+    """The header of an .npy file for this record."""
     descr = np.lib.format.dtype_to_descr(np.dtype(record.dtype))
     return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {record.shape!r}, }}"

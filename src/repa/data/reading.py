@@ -1,4 +1,4 @@
-"""What this process makes, piece by piece, and what its models are given: images of a source, stored images or captions."""
+"""Read the input of the models piece by piece: images of a source, stored images or stored captions."""
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ from repa.data.sources.contract import Source
 
 
 class DecodedImages(NamedTuple):
-    """The images of a piece, without those that cannot be read."""
+    """The readable images of a piece."""
 
     pixels: np.ndarray  # (n, 3, R, R) uint8
     labels: np.ndarray  # (n,) int64
-    captions: list[tuple[str, ...]]  # of each image; empty where the source has none
+    captions: list[tuple[str, ...]]  # of each image; empty if the source has none
     bad: list[tuple[str, str]]  # name, reason
     moments: np.ndarray | None = None  # (n, 2C, h, w) float32, where they come with the source
     texts_before: int = 0  # that are stored of this shard already, where captions are encoded
@@ -40,12 +40,12 @@ def claimed(
     claims: dict[int, list[BaseFileLock]],
     size: int,
 ) -> Iterator[Piece]:
-    """Pieces of the shards that `parts` names, each of which is claimed as its first piece is asked for.
+    """Pieces of the shards in `parts`; each shard is locked when its first piece is requested.
 
-    Equal commands share a folder: the parts of a shard are locked while they are made. `claims` gets the locks of each shard.
-    One that another process has made meanwhile, or makes now, has a single piece without images and parts.
+    Equal commands share a folder, so the parts of a shard are locked while they are made. `claims` receives the locks of
+    each shard. A shard that another process has made, or makes now, yields a single piece without images and parts.
     """
-    # read again: another process may have finished everything while this one loaded its models
+    # read again, because another process may have finished everything while this one loaded its models
     manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
     for k, names in parts.items():
         claims[k], mine = [], []
@@ -53,7 +53,7 @@ def claimed(
             if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
                 continue
             claims[k].append(handle)
-            # others may have finished everything and removed parts/, whose records are in the manifest then
+            # another process may have finished everything and moved the records from parts/ to the manifest
             if not (out / PARTS / SETTINGS_FILE).is_file():
                 manifest = Manifest.open(out)
             # asked again under the lock: another process may have finished the part and given its lock back since
@@ -67,7 +67,7 @@ def claimed(
 
 
 def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, DecodedImages]:
-    """The images of a piece of a source, those that cannot be read by name."""
+    """The images of a piece of a source, and the names of unreadable ones."""
     pixels, given, kept, bad = [], [], [], []
     for index in piece.rows:
         try:
@@ -88,14 +88,14 @@ def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, D
     if piece.flipped:
         batch = batch[:, :, ::-1]
     batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-    # mirrored images have other moments than mirrored ones of the originals: they are encoded
+    # the moments of a mirrored image are not the mirrored moments, so they are computed
     stored = [row for row in given if row is not None and not piece.flipped]
     return piece, DecodedImages(batch, source.labels[kept], captions, bad, np.stack(stored) if stored else None)
 
 
 def _captions(source: Source, index: int) -> tuple[str, ...]:
-    """The captions of an image; () where they cannot be read."""
-    # which does not lose the image: the manifest counts how many have captions
+    """The captions of an image; () if they cannot be read."""
+    # the image stays: the manifest counts the images with captions
     try:
         return source.captions(index)
     except UserError:
@@ -103,13 +103,13 @@ def _captions(source: Source, index: int) -> tuple[str, ...]:
 
 
 def from_shards(reader: ShardReader, piece: Piece) -> tuple[Piece, DecodedImages]:
-    """The images of a piece that are stored."""
+    """The stored images of a piece."""
     indices = np.arange(piece.rows.start, piece.rows.stop)
     return piece, DecodedImages(reader.gather("images", indices), reader.gather("labels", indices), [], [])
 
 
 class FromCaptions:
-    """The captions of a piece that are stored, without its images."""
+    """The stored captions of a piece, without its images."""
 
     def __init__(self, folder: Path, shards: Mapping[int, Shard]):
         self.folder, self.shards = folder, shards
@@ -132,7 +132,7 @@ class FromCaptions:
 
 
 def sample_pieces(shards: Sequence[PlannedShard], num: int) -> Iterator[Piece]:
-    """About `num` images at equal distances over all shards, each a piece: a sample of every class of a sorted source."""
+    """About `num` images evenly spaced over all shards, one per piece: covers every class of a sorted source."""
     return pieces_at(shards, evenly_spaced(sum(len(shard.rows) for shard in shards), num))
 
 

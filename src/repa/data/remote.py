@@ -1,7 +1,7 @@
-"""Remote files: fetched when they are needed, into a cache of bounded size on the local disk.
+"""Remote files: downloaded on demand into a cache of bounded size on the local disk.
 
-Cached shards of prepared data are named by their checksum: one that is there is right, whichever data set or process asks for it.
-Processes on one machine share the cache.
+Cached shards of prepared data are named by their checksum, so they are valid for any data set and process. Processes on one
+machine share the cache.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from repa.data.records import StoredFile
 Result = TypeVar("Result")
 
 LIMIT_VARIABLE = "REPA_STREAM_GB"  # environment variable: size of the cache in units of 10^9 bytes
-FETCHERS = 4  # threads; an object store sends to one connection more slowly than the network could
-PAUSES = (1.0, 4.0)  # seconds before another try: stores refuse a request now and then
+FETCHERS = 4  # threads: one connection to an object store is slower than the network
+PAUSES = (1.0, 4.0)  # seconds before a retry: stores occasionally refuse a request
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it is a URL, which fsspec reads, and no local path."""
+    """Whether this is a URL for fsspec and not a local path."""
     return "://" in str(path)
 
 
 class FileCache:
-    """FOLDER/KEY/NAME, where KEY is a checksum in hexadecimal digits. What was used longest ago is removed first.
+    """A cache of files FOLDER/KEY/NAME, where KEY is a hexadecimal checksum; evicts the least recently used.
 
-    A copy that is open while another process removes it can be read until it is closed.
+    An open copy stays readable after another process removes it.
 
     Args:
-        folder: where to.
+        folder: the cache folder.
         limit: bytes that stay, besides the newest file.
     """
 
@@ -49,7 +49,7 @@ class FileCache:
         self.folder, self.limit = folder, limit
 
     def path(self, key: str, name: str, fetch: Callable[[Path], None], size: int | None = None) -> Path:
-        """The copy, made by `fetch` when it is not there or not of `size` bytes. Other processes that want it wait."""
+        """The copy; `fetch` makes it if it is missing or has another size. Other processes wait for it."""
         path = self.folder / key / name
         # one thread of one process at a time, for this key and those few that begin with the same digits: a lock for each
         # key would leave a file for every shard that was ever read
@@ -60,7 +60,7 @@ class FileCache:
                 if size in (None, path.stat().st_size):
                     os.utime(path)
                     return path
-            files.remove_leftovers(path.parent, name.__eq__)  # of a process that was killed: the lock is ours
+            files.remove_leftovers(path.parent, name.__eq__)  # from a killed process: the lock is ours
             with files.atomic_path(path) as temporary:
                 fetch(temporary)
                 os.utime(temporary)
@@ -70,8 +70,8 @@ class FileCache:
     def _evict(self, keep: Path) -> None:
         found = []
         for path in self.folder.glob("[0-9a-f]*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process evicts too
-                if not path.name.startswith("."):  # those are being fetched
+            with contextlib.suppress(FileNotFoundError):  # another process evicts at the same time
+                if not path.name.startswith("."):  # these are being downloaded
                     status = path.stat()
                     found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found)
@@ -97,18 +97,18 @@ class RemoteFiles:
         self.cache = FileCache(self.folder, self.limit)
 
     def manifest(self) -> Manifest:
-        """Fetch and check the manifest, at every call: nothing in the cache tells whether it has changed."""
+        """Download and check the manifest at every call, because the cache cannot tell whether it has changed."""
         data = _from_store(f"{self.url}/{MANIFEST}", lambda store, place: store.cat_file(place))
         folder = self.folder / "manifests" / hashlib.sha256(data).hexdigest()
         files.write_bytes(folder / MANIFEST, data)
         try:
             return Manifest.open(folder)
-        except UserError as error:  # it names the copy, of which the user knows nothing
+        except UserError as error:  # it names the cached copy, which the user does not know
             raise UserError(str(error).replace(str(folder), self.url)) from error
 
     def path(self, record: StoredFile) -> Path:
-        """The local copy of a file; one that is fetched now is compared with its checksum. Thread-safe."""
-        # it becomes the name of a folder, and whoever made the manifest must not choose one outside of the cache
+        """The local copy of a file; a new copy is compared with its checksum. Thread-safe."""
+        # it becomes a folder name, which an untrusted manifest must not place outside the cache
         if not re.fullmatch("[0-9a-f]{64}", record.sha256):
             raise UserError(
                 f"The manifest of {self.url} is damaged: the checksum of {record.file} is {record.sha256!r}."
@@ -117,12 +117,12 @@ class RemoteFiles:
         def fetch(temporary: Path) -> None:
             _from_store(f"{self.url}/{record.file}", lambda store, place: store.get_file(place, str(temporary)))
             if files.sha256(temporary) != record.sha256:
-                raise UserError(f"{self.url}/{record.file} has other bytes than its manifest says. Copy it again.")
+                raise UserError(f"{self.url}/{record.file} does not match the checksum in its manifest. Copy it again.")
 
         return self.cache.path(record.sha256, record.file, fetch, record.size)
 
     def require_room(self, num_bytes: int) -> None:
-        """Raises UserError unless the cache may hold so much at once."""
+        """Raises UserError if the cache is too small for this many bytes."""
         if num_bytes > self.limit:
             raise UserError(
                 f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT_VARIABLE} allows {self.limit / 1e9:.1f}: "
@@ -131,7 +131,7 @@ class RemoteFiles:
 
 
 class FetchAhead:
-    """Threads that fetch files before they are read. Close it to stop them."""
+    """Threads that download files before they are read. Close it to stop them."""
 
     def __init__(self, stream: RemoteFiles):
         self.stream = stream
@@ -139,11 +139,11 @@ class FetchAhead:
         self._asked: set[str] = set()
 
     def want(self, records: Iterable[StoredFile]) -> None:
-        """Fetch these files, in this order, but for those of the call before."""
+        """Download these files in this order, except those of the previous call."""
         wanted = {record.sha256: record for record in records}
         for checksum, record in wanted.items():
             if checksum not in self._asked:
-                # its result is dropped: whoever reads the file asks again, and meets the error if there was one
+                # the result is dropped: the reader of the file asks again and gets the error, if any
                 self._pool.submit(self.stream.path, record)
         self._asked = set(wanted)
 
@@ -152,10 +152,10 @@ class FetchAhead:
 
 
 def fetch_shard(url: str, limit: int) -> Path:
-    """The copy of a shard of a source at a URL, or of the output of `pipe:COMMAND`; made now if it is not there.
+    """The local copy of a source's shard at a URL, or of the output of `pipe:COMMAND`; downloaded if missing.
 
     Args:
-        limit: bytes of all such copies that stay, besides the newest one.
+        limit: bytes of such copies that stay, besides the newest one.
 
     Raises:
         UserError: the URL cannot be read, or the command fails.
@@ -174,7 +174,7 @@ def fetch_shard(url: str, limit: int) -> Path:
 
 
 def _from_store(url: str, action: Callable[[Any, str], Result]) -> Result:
-    """The result of an action on a file of a store, given fsspec's file system and the place there; tried again after a pause."""
+    """The result of an action with fsspec's file system and path; retried after a pause."""
     import fsspec
 
     try:
@@ -185,23 +185,25 @@ def _from_store(url: str, action: Callable[[Any, str], Result]) -> Result:
         try:
             return action(store, place)
         except FileNotFoundError:
-            raise UserError(f"There is no {url}: check the address, and that everything was copied.") from None
+            raise UserError(f"{url} does not exist: check the URL, and that all files were copied.") from None
         except Exception as error:  # each store raises other exceptions
             if is_of_disk(error):
                 raise  # the disk here, which atomic_path explains
             if pause is None:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(f"{url} cannot be fetched: {reason}.") from error
+                raise UserError(f"{url} cannot be read: {reason}.") from error
             time.sleep(pause)
     raise AssertionError
 
 
 def _run(command: str, path: Path) -> None:
-    """The output of a shell command, as in the library webdataset; its messages are shown when it fails."""
-    # a file, because a pipe that nobody reads stops a command after 64 KiB of messages
+    """The output of a shell command, as in the library webdataset; the error shows its messages."""
+    # a file, because an unread pipe blocks a command after 64 KiB of messages
     with open(path, "wb") as target, tempfile.TemporaryFile() as messages:
         code = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=target, stderr=messages).returncode
         messages.seek(0)
         last = messages.read()[-300:].decode(errors="replace").strip().replace("\n", " ")
     if code:
-        raise UserError(f"The command {command!r} failed with code {code}{f' ({last})' if last else ''}: correct it.")
+        raise UserError(
+            f"The command {command!r} failed with code {code}{f' ({last})' if last else ''}: correct the command."
+        )

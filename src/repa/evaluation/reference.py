@@ -154,7 +154,7 @@ def _file_name(extractor: Extractor, key: list) -> str:
 
 
 def _read_kept(path: Path) -> Reference:
-    again = "Remove it, and it is computed again."
+    again = "Delete it; it will be computed again."
     arrays = load_npz(path, "a reference", remedy=again)
     with faults.reading(path, "a reference", again):
         return Reference.from_arrays(arrays)

@@ -1,1 +1,1 @@
-"""Where images come from: every kind of source behind one contract."""
+"""Sources of images: one contract for every kind."""

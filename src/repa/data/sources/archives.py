@@ -1,4 +1,4 @@
-"""What lies where in zip and tar files; images in a zip file. Nothing is unpacked to disk."""
+"""Directories of zip and tar files; images in a zip file. Nothing is unpacked to disk."""
 
 import bisect
 import itertools
@@ -26,7 +26,7 @@ MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "
 
 
 class Slices:
-    """Parts of one file, read without a file position, so by any thread and after a fork or a pickle."""
+    """Reads parts of a file without a file position: works in any thread, after a fork and after pickling."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -34,7 +34,7 @@ class Slices:
         self.handle = self._file.fileno()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset`; raises EOFError when the file ends before."""
+        """Exactly `size` bytes from `offset`; raises EOFError if the file ends earlier."""
         return files.read_at(self.handle, offset, size)
 
     def __reduce__(self) -> tuple:
@@ -52,7 +52,7 @@ class Members:
         self._slices = Slices(path)
 
     def read(self, index: int) -> bytes:
-        """The bytes of a member, never more than it declares; raises OSError, EOFError, BadZipFile or zlib.error."""
+        """The bytes of a member, at most the declared number; raises OSError, EOFError, BadZipFile or zlib.error."""
         header, packed, size, crc, method = self._facts[index].item()
         data = self._slices.read(data_offset(self._slices.handle, header), packed)
         if method == zipfile.ZIP_DEFLATED:  # zlib takes a size of 0 for no bound
@@ -62,7 +62,7 @@ class Members:
         return data
 
     def find(self, name: str) -> int | None:
-        """The place of a member by its name."""
+        """The index of a member by name."""
         place = bisect.bisect_left(self.names, name)  # they are sorted
         return place if place < len(self.names) and self.names[place] == name else None
 
@@ -83,7 +83,7 @@ class ZipSource(FileSource):
         # zip allows it, and programs differ in which of the two they unpack
         names = sorted(member.filename for member in wanted)
         if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
-            raise UserError(f"{path} holds {twice!r} twice: pack it again with every file once.")
+            raise UserError(f"{path} contains {twice!r} twice: pack it again with every file once.")
         self._members = Members(path, wanted)
         found = {member.filename: member.CRC for member in visible if not member.is_dir()}
         folders = {member.filename.partition("/")[0] for member in visible if "/" in member.filename} - {""}
@@ -101,20 +101,20 @@ def _is_junk(path: str) -> bool:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip file; raises UserError when it is none."""
+    """Open a zip file; raises UserError for any other file."""
     with faults.reading(path, "a zip file"):
         return zipfile.ZipFile(path)
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
-    """Refuse archives made to do harm, before anything of them is read."""
+    """Refuse malicious archives before reading their members."""
     # zipfile cuts `filename` at a null byte, so that it may look harmless
     require_safe_member(path, member.orig_filename, max(member.file_size, member.compress_size))
     name = member.filename
     if member.flag_bits & 1:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in ZIP_METHODS:
-        raise UserError(f"{name} in {path} is not compressed by Deflate: pack the archive again by plain zip.")
+        raise UserError(f"{name} in {path} is not compressed with Deflate: pack the archive again with plain zip.")
 
 
 def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -131,18 +131,18 @@ def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[t
                 yield key, members
             # `tar` without --sort=name may part the files of a sample, whose image would lose its label
             if this in seen:
-                raise UserError(f"{name} holds the sample {this!r} twice: pack it again with every sample once.")
+                raise UserError(f"{name} contains the sample {this!r} twice: pack it again with every sample once.")
             key, members = this, {}
             seen.add(this)
         if extension in members:
-            raise UserError(f"{name} holds {member.name!r} twice: pack it again with every file once.")
+            raise UserError(f"{name} contains {member.name!r} twice: pack it again with every file once.")
         members[extension] = (member.offset_data, member.size)
     if key is not None:
         yield key, members
 
 
 def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The files of a shard; anything made to do harm, or that cannot be read in place, is refused."""
+    """The files of a shard; refuses malicious members, and members that cannot be read in place."""
     with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header

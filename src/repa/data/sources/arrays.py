@@ -47,7 +47,7 @@ class ArraySource(Source):
         self.path = path
         self._key = image
         if path.suffix.lower() == ".npy" and image:
-            raise UserError(f"{path} is one array and has no key {image!r}: leave out the setting 'image'.")
+            raise UserError(f"{path} is a single array without the key {image!r}: leave out the setting 'image'.")
         if path.suffix.lower() != ".npy":
             self._key = _Npz(path).choose(self._key, IMAGE_KEYS, "images")
         self._require_images(self._images)
@@ -71,7 +71,7 @@ class ArraySource(Source):
     def _require_images(self, images: np.ndarray) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             raise UserError(
-                f"{self.path} holds {images.dtype} {images.shape}: images are uint8 (N, H, W, C), (N, C, H, W) or "
+                f"{self.path} holds {images.dtype} {images.shape}: save images as uint8 (N, H, W, C), (N, C, H, W) or "
                 "(N, H, W), of values 0 to 255. Convert them, and save them again."
             )
 
@@ -82,7 +82,7 @@ class ArraySource(Source):
         if labels.endswith(".npy"):
             return self._checked(load_npy(labels, "an array"), labels)
         if labels:
-            raise UserError(f"labels is {labels!r}: of {self.path.name} they are its own, 'none', or an .npy file.")
+            raise UserError(f"labels is {labels!r}: for {self.path.name} leave it out, or give 'none' or an .npy file.")
         if self.path.suffix.lower() == ".npy":
             return one_class(num)
         archive = _Npz(self.path)
@@ -192,7 +192,7 @@ class CifarSource(Source):
         """
         ten = any((folder / name).is_file() for names in CIFAR_10.values() for name in names)
         if ten and label != "fine":
-            raise UserError(f"{folder} is CIFAR-10, which has one kind of label: leave out label={label}.")
+            raise UserError(f"{folder} is CIFAR-10, which has only one kind of label: leave out label={label}.")
         kind = "ten" if ten else label
         self.paths = [folder / name for name in (CIFAR_10 if ten else CIFAR_100)[split]]
         self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
@@ -227,7 +227,7 @@ class CifarSource(Source):
         """(n, head + 3072) uint8."""
         length = self._head + CIFAR_PIXELS
         if not path.is_file():
-            raise UserError(f"{path} is missing: unpack the whole archive of CIFAR's binary version.")
+            raise UserError(f"{path} is missing: unpack the complete archive of CIFAR's binary version.")
         if not (size := path.stat().st_size) or size % length:
             raise UserError(
                 f"{path} has {size:,} bytes, which is not a multiple of a record ({length:,}). Download it again."

@@ -215,7 +215,7 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
     cached = files.cache_folder() / "sources" / "indices" / f"{key}.npz"
     # enough to open a source of a terabyte again: a remote shard is copied when an image of it is read
     if cached.is_file():
-        again = "Delete it, and it is made again."
+        again = "Delete it; it will be made again."
         arrays = load_npz(cached, "the index of a shard", remedy=again)
         with faults.reading(cached, "the index of a shard", again):
             keys, labels, left_out, label_like = json.loads(arrays["text"].tobytes())
