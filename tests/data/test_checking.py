@@ -41,7 +41,7 @@ def test_a_changed_byte_is_found_in_a_reference(out):
     data = bytearray(path.read_bytes())
     data[data.index(np.float64(50.0).tobytes())] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"tiny-0123456789ab\.npz cannot be read as a reference.*Remove it"):
+    with pytest.raises(UserError, match=r"tiny-0123456789ab\.npz cannot be read as a reference.*Delete it"):
         check_bytes(out)
 
 

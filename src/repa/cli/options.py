@@ -1,6 +1,6 @@
-"""Command line -> configuration. Pydantic checks the values, so a mistake here reads like a mistake in a YAML file.
+"""Command line -> configuration. Pydantic checks the values, so errors read as those of a YAML file.
 
-tyro draws the help pages; it does not parse, because its errors are boxes and ours are one sentence.
+tyro prints the help pages. It does not parse, because it prints errors in boxes.
 """
 
 import contextlib
@@ -119,10 +119,10 @@ def print_help(cls: type[Command], values: Config | None) -> None:
     if values is not None:
         given |= {name: getattr(values, name) for name in type(values).model_fields}
     for name, info in cls.model_fields.items():
-        # Of alignments and streams that a run lacks, the options of a first one: else nobody would find how to add it.
+        # If a run has no alignments or streams, show the options of a first one; otherwise nobody would find them.
         if (item := item_model(info.annotation)) and not given[name]:
             given[name] = (item.model_construct(**defaults(item)),)
-    # What must be given stands on top.
+    # Required options come first.
     ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
     page = _Page()
@@ -131,15 +131,15 @@ def print_help(cls: type[Command], values: Config | None) -> None:
             ordered, args=["--help"], description=" ".join(str(cls.__doc__).split()),
             default=ordered.model_construct(**given), config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )  # fmt: skip
-    # The first paragraph is tyro's usage, which knows no words without a flag.
+    # The first paragraph is tyro's usage, which lacks positional words.
     about, _, tables = page.getvalue().partition("\n\n")[2].partition("\n\n")
     about = textwrap.fill(about, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
-    # tyro's own parser wants one of the two; here a switch stands alone, and a truth may follow.
+    # tyro's parser requires one of the two; here a switch may be alone or followed by true or false.
     print(usage(cls), about, tables.replace("{True,False}", "[true|false]"), sep="\n\n", end="")
 
 
 class _Page(io.StringIO):
-    """What tyro prints. It colours its page on a terminal whatever NO_COLOR says, so this is none where that is set."""
+    """The stream that tyro prints to. tyro ignores NO_COLOR on a terminal, so this is not a terminal if NO_COLOR is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
 
 
 def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Dotted names of all settings, those nearest to the top first; number 0 stands for the entries of a list."""
+    """Dotted names of all settings, top-level ones first; number 0 represents the entries of a list."""
     nested: list[tuple[type[BaseModel], str]] = []
     for name, info in cls.model_fields.items():
         if is_model(info.annotation):

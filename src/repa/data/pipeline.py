@@ -53,10 +53,10 @@ class Job:
 
 
 def run(job: Job, **execution: Unpack[Execution]) -> Manifest | None:
-    """Make this process's share, then the manifest if everything is finished; None while others have work left."""
+    """Make this process's share, then the manifest if everything is finished; None while others still work."""
     before, out, settings = job.finished.manifest, job.finished.out, job.finished.settings
     missing = {k: [name for name in job.parts if name not in there] for k, there in enumerate(job.finished.parts)}
-    # the basis is lost, but not the tokens that are coordinates in it: it is computed again
+    # the basis is lost, but not the coordinates of tokens in it: compute it again
     stored = before.features if before else {}
     lost = [n for n in job.parts if n in stored and (basis := stored[n].basis) and not basis.intact(out)]
     is_done = before is not None and not lost and not any(missing.values()) and set(job.parts) <= before.parts
@@ -65,26 +65,26 @@ def run(job: Job, **execution: Unpack[Execution]) -> Manifest | None:
     elif not (out / PARTS).is_dir():
         remove_parts(out)
         return before
-    # several may be the last at the same time: one writes, and the others find the same manifest
+    # several processes may be last at the same time: one writes the manifest, and the others find it
     with lock.held(out / PARTS / "finish.lock"):
         now = FinishedParts(out, settings, len(job.shards))
         if all(len(there) == len(now.names) for there in now.parts):
-            # two that began at the same time saw nothing of each other's models before
+            # two calls that began at the same time could not compare their models before
             for name, part in now.parts[0].items():
                 require_same_model(now, name, part.identity)
             return finish(now)
-    return before if is_done else None  # parts/ is of a process that adds another encoder
+    return before if is_done else None  # parts/ belongs to a process that adds another encoder
 
 
 def _make_shards(
     job: Job, missing: Mapping[int, Sequence[str]], lost: Sequence[str],
     *, rank: int = 0, world: int = 1, progress: Report | None = None, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
-    """Make the parts that are missing of this process's shards, and the bases that are lost."""
+    """Make the missing parts of this process's shards, and lost bases."""
     out, config, device = job.finished.out, job.finished.settings.config, torch.device(device)
     share = range(rank, len(job.shards), world)
     mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
-    # Models are loaded before the first image, so that wrong weights are reported at once, and only those that are used.
+    # Only the needed models are loaded, before the first image, so that wrong weights are reported at once.
     needed = {*lost, *itertools.chain(*mine.values())}
     models = {name: load_model(name, config, device) for name in job.parts if name in needed}
     for name, model in models.items():
@@ -95,11 +95,11 @@ def _make_shards(
     files.write_sealed(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
-            # after the settings are saved: a folder that holds a basis and no settings would be refused as somebody else's
+            # after the settings are saved: a folder with a basis but no settings would be refused as foreign
             model.use_stored_basis(out, job.read, job.shards)
             require_same_model(job.finished, name, model.identity)
 
-    # a pipeline of three: workers read, one thread encodes, this one writes, so that the device waits for none of the others
+    # a pipeline of three: workers read, one thread encodes, and this thread writes, so that the device does not wait
     total = sum(nums[k] for k in share)
     counter = Counter(progress, total, total - sum(nums[k] for k in mine))
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -111,14 +111,14 @@ def _make_shards(
             contextlib.closing(job.read(pieces)) as read,
             contextlib.closing(by_threads(made, read, depth=ENCODED, on_start=on_start)) as encoded,
         ):
-            # batches come in the order of the shards, so that one is open at a time
+            # batches come in the order of the shards, so that only one shard is open
             for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
                 if names:
                     identities = {name: models[name].identity for name in names}
                     write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
-                else:  # others have made it, or make it now
+                else:  # another process has made it, or makes it now
                     counter.done += nums[k]
-                for handle in claims.pop(k):  # after the records, or another process would make the parts again
+                for handle in claims.pop(k):  # after the records; otherwise another process would make the parts again
                     lock.release(handle)
     finally:
         for handle in itertools.chain(*claims.values()):

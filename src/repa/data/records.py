@@ -12,7 +12,7 @@ STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
 
 
 def fields_of(part: str) -> tuple[str, ...]:
-    """The fields that a part may have."""
+    """The possible fields of a part."""
     if part == BASE:
         return ("labels", "images", "moments", "captions")
     if part == TEXT:
@@ -30,12 +30,12 @@ def basis_name(encoder: str) -> str:
 
 
 def damaged(path: Path, what: str) -> str:
-    """The message for a damaged file of a prepared folder."""
-    return f"{path} {what}: delete it and run the same `repa prepare` again, which makes it again."
+    """The error message for a damaged file of a prepared folder."""
+    return f"{path} {what}: delete it and run the same `repa prepare` again."
 
 
 class StoredFile(Config):
-    """A file of the folder, and how to tell whether it is still the same."""
+    """A file of the folder with its size and checksum."""
 
     suffix: ClassVar[str]
 
@@ -49,14 +49,14 @@ class StoredFile(Config):
     @field_validator("file")
     @classmethod
     def _plain(cls, name: str) -> str:
-        """A manifest may come from anyone: it must not lead outside its folder."""
-        # a colon separates a drive or a stream of Windows; the suffix keeps manifest.json and the like from being named
+        """An untrusted manifest must not name files outside its folder."""
+        # a colon separates drives and streams on Windows; the suffix excludes manifest.json and the like
         if not name.endswith(cls.suffix) or any(part in name for part in ("/", "\\", "\0", ":")):
             raise ValueError(f"{name!r} is not the plain name of a {cls.suffix} file in this folder")
         return name
 
     def intact(self, folder: Path) -> bool:
-        """Whether the file is there with its size; its bytes are compared by `check` only."""
+        """Whether the file exists with its size; only `check` compares its bytes."""
         path = folder / self.file
         return path.is_file() and path.stat().st_size == self.size
 
@@ -75,7 +75,7 @@ class ArrayFile(StoredFile):
     @classmethod
     def _known(cls, dtype: str) -> str:
         if dtype not in STORED_DTYPES:
-            raise ValueError(f"{dtype!r} is not a type that shards hold: {', '.join(STORED_DTYPES)}")
+            raise ValueError(f"{dtype!r} is not a type of shards: {', '.join(STORED_DTYPES)}")
         return dtype
 
 
@@ -86,20 +86,20 @@ class TextFile(StoredFile):
 
 
 class Shard(Config):
-    """The files of some consecutive images, by field."""
+    """The files of consecutive images, by field."""
 
     num: int
-    """Images in it."""
+    """Number of images."""
     files: dict[str, ArrayFile] = Field(default_factory=dict)
     """Field -> file."""
     captions: TextFile | None = None
-    """Their captions, where the source has some: a JSON list of texts for each image, one a line."""
+    """Captions, if the source has any: one JSON list of texts per image and line."""
     text: dict[str, ArrayFile] = Field(default_factory=dict)
-    """Field -> file of their captions' tokens, which have as many rows as there are captions; see data/captions.py."""
+    """Field -> file of caption tokens, with one row per caption; see data/captions.py."""
     flipped: bool = False
-    """Whether the images are mirrored, left for right; such shards follow all the others, in the same order."""
+    """Whether the images are mirrored; mirrored shards follow all others, in the same order."""
     skipped: tuple[str, ...] = ()
-    """Images that could not be read and are left out."""
+    """Unreadable images that were skipped."""
 
     @property
     def records(self) -> list[ArrayFile | TextFile]:
@@ -111,17 +111,17 @@ class FeatureField(Config):
     """The stored tokens of one vision encoder."""
 
     dim: int
-    """Channels of a token."""
+    """Width of a token."""
     grid: int
     """Side of the token grid."""
     pooled: bool
-    """Whether the pooled features are stored too."""
+    """Whether pooled features are stored too."""
     form: str = "fp16"
-    """How tokens are stored: fp16, int8, pcaK or pcaK-int8."""
+    """Stored form of tokens: fp16, int8, pcaK or pcaK-int8."""
     basis: ArrayFile | None = None
     """Mean and K directions (1 + K, dim), for the forms with pca."""
     identity: dict[str, Any]
-    """Which encoder, which weights."""
+    """Identity of the encoder and its weights."""
 
 
 class TextField(Config):
@@ -132,15 +132,15 @@ class TextField(Config):
     num_tokens: int = Field(ge=1)
     """Tokens S of a caption."""
     masked: bool
-    """Whether a mask says which of them are the caption's."""
+    """Whether a mask marks the tokens of the caption."""
     form: Literal["fp16", "int8"] = "fp16"
-    """How they are stored."""
+    """Stored form of the tokens."""
     identity: dict[str, Any]
-    """Which text encoder, which weights."""
+    """Identity of the text encoder and its weights."""
 
     @property
     def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Field -> type and shape of one entry: of a caption, and for text_rows of an image."""
+        """Field -> type and shape of one entry: per caption, and for text_rows per image."""
         tokens = ("int8" if self.form == "int8" else "float16", (self.num_tokens, self.dim))
         scale = {"text_scale": ("float32", (self.num_tokens,))} if self.form == "int8" else {}
         mask = {"text_mask": ("uint8", (self.num_tokens,))} if self.masked else {}
