@@ -113,7 +113,7 @@ def test_another_encoder_shape_or_folder_is_refused(tmp_path):
         cache.add(["b"], torch.zeros(1, 5, 3))
     with pytest.raises(UserError, match="not finite as fp16"):
         cache.add(["b"], rows(1) * 1e6)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="do not match"):
         cache.add(["b", "c"], rows(1))
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "notes.txt").write_text("mine")
@@ -133,9 +133,9 @@ def test_prepared_features_by_number(tmp_path, form):
     torch.testing.assert_close(cache[np.array([4, 1])], expected, atol=0.05, rtol=0.02)
     assert torch.equal(cache[4], cache[[4, 1]][0])
     assert 6 not in cache
-    with pytest.raises(UserError, match="0 to 5"):
+    with pytest.raises(UserError, match="from 0 to 5"):
         cache[[6]]
-    with pytest.raises(UserError, match="stores features of tiny"):
+    with pytest.raises(UserError, match="has no features of .* choose from tiny"):
         FeatureCache.open(tmp_path / "data", "dinov2-b")
 
 

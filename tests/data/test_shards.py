@@ -129,7 +129,7 @@ def test_gather_does_not_read_whole_shards(tmp_path):
 
 def test_what_is_not_there_is_said(out):
     data = open_data(out)
-    with pytest.raises(UserError, match=r"no field 'moments': it holds images, labels"):
+    with pytest.raises(UserError, match=r"no field 'moments': choose from images, labels"):
         data.gather("moments", np.array([0]))
     for indices in ([11], [-1]):
         with pytest.raises(IndexError, match="has images 0 to 10"):
@@ -152,7 +152,7 @@ def test_changed_bytes_are_found_by_check(out):
 def test_changed_sizes_are_found_on_opening(out, change):
     path = out / "labels-00001.npy"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError, match=r"labels-00001\.npy is missing or has another size"):
+    with pytest.raises(UserError, match=r"labels-00001\.npy is missing or does not have its recorded size"):
         open_data(out)
 
 
@@ -179,7 +179,7 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
     ("change", "message"),
     [
         (lambda v: v.update(version=99), "has version 99, but this version of repa reads 1"),
-        (lambda v: v.pop("version"), "is of version None"),
+        (lambda v: v.pop("version"), "has version None"),
         (lambda v: v.update(surprise=1), "unknown setting 'surprise'"),
         (lambda v: v.update(num_images=12), "num_images is 12, but its shards hold 11"),
         (lambda v: v.update(num_images="many"), "'num_images' is 'many'"),
