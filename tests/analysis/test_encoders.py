@@ -79,5 +79,5 @@ def test_mistakes(data):
         EncodersConfig.parse({"encoders": ("tiny", "tiny")})
     with pytest.raises(UserError, match="encoder 'tinny'"):
         EncodersConfig.parse({"encoders": ("tinny",)})
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="stores no images"):
         compare_encoders(Rearranged(data, has_images=False), EncodersConfig())

@@ -88,7 +88,7 @@ def test_mistakes(data):
     samples = [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)]
     with pytest.raises(UserError, match="holds images of 32 pixels"):
         find_copies(samples, 2, data, NeighboursConfig(), held_out=Rearranged(data, resolution=32))
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="stores no images"):
         find_copies(samples, 2, Rearranged(data, has_images=False), NeighboursConfig())
     with pytest.raises(UserError, match="4 neighbours need more images than that, but there are 3"):
         find_copies(samples, 2, data, NeighboursConfig(num_images=3))

@@ -74,7 +74,7 @@ def test_other_weights_are_named_with_both_sides(out, fakes):
     moments, tokens = check_models(out)
     assert not moments.trouble
     assert tokens.error is None
-    assert f"made by weights_sha256 {'b' * 64!r}, but the weights here have {'d' * 64!r}" in tokens.trouble
+    assert f"made with weights_sha256 {'b' * 64!r}, but the weights here have {'d' * 64!r}" in tokens.trouble
 
 
 def test_weights_that_cannot_be_loaded_are_no_failure(out, monkeypatch):

@@ -214,7 +214,7 @@ def test_images_can_be_removed_where_latents_are_stored(folder, tmp_path, plain,
     remove(plain.folder, "images")
     assert open_data(plain.folder).manifest == lean
     assert content(plain.folder) == content(tmp_path / "lean")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="stores no images"):
         remove(plain.folder, "images")
     prepare(folder, tmp_path / "pixels", SMALL)
     with pytest.raises(UserError, match="it stores no moments"):
