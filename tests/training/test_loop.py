@@ -92,6 +92,14 @@ def test_metrics_hold_what_the_page_needs(finished):
         assert row["images_per_second"] > 0
 
 
+def test_progress_and_log_tell_the_alignment(finished):
+    (row, *_), lines = trained(finished), (finished / layout.LOG).read_text().splitlines()
+    first = next(line for line in lines if line.startswith("step 1/"))
+    assert first.startswith(
+        f"step 1/10: denoising loss {row['denoising']:.4f}, alignment tiny@1 {row['alignment']['tiny@1']:.4f}, "
+    )
+
+
 def test_a_signal_in_the_last_preview_is_not_forgotten(tiny_config, run_training, tmp_path):
     hook = Hook(10, lambda state: os.kill(os.getpid(), signal.SIGINT) or {})
     result = run_training(tiny_config, tmp_path / "r", make_hooks=lambda config, autoencoder: (hook,))

@@ -63,10 +63,16 @@ class TrainingLog:
             self.say(note)
             self.log.line(note)
             self.log.row("event", state.step, message=note)
-        self.log.line(
-            f"step {state.step}/{config.num_steps}: denoising loss {row['denoising']:.4f}, {rate:.1f} images/s"
-        )
+        self.log.line(f"step {state.step}/{config.num_steps}: {told(state.metrics)}")
         self.log.row("train", state.step, seconds=state.seconds, **_nested_by_slash(state.metrics))
+
+
+def told(metrics: dict[str, float]) -> str:
+    """A row for people: the denoising loss, the loss of each alignment, and the rate."""
+    terms = [
+        f", {name.replace('/', ' ')} {value:.4f}" for name, value in metrics.items() if name.startswith("alignment/")
+    ]
+    return f"denoising loss {metrics['denoising']:.4f}{''.join(terms)}, {metrics['images_per_second']:.1f} images/s"
 
 
 def _global_means(losses: Losses) -> dict[str, float]:
