@@ -109,9 +109,9 @@ def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
     assert "is not empty and holds no run" in refused(
         "train", "quickstart", "--data", data_folder, "--out", data_folder
     )
-    assert "holds a run of another configuration" in refused(
-        "train", "quickstart", "--data", data_folder, "--out", copy
-    )
+    said = refused("train", "quickstart", "--data", data_folder, "--out", copy)
+    assert "holds a run of another configuration" in said
+    assert f"give --init {copy} and another --out" in said  # another learning rate, or another number of images a step
     (copy / layout.CONFIG).write_text("model: {nmae: SiT-B/2}")
     assert "unknown setting" in refused("train", copy, "--data", data_folder, "--out", tmp_path / "r")
 
