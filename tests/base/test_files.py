@@ -1,8 +1,11 @@
 import errno
 import os
+import stat
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from repa.base import files
 from repa.base.arrays import load_npy, save_npy
@@ -28,6 +31,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with files.atomic_folder(tmp_path / "f") as temporary:
         (temporary / "x").write_text("1")
     assert (tmp_path / "f" / "x").read_text() == "1"
+
+
+def test_a_folder_can_be_read_by_those_the_umask_lets(tmp_path):
+    with files.atomic_folder(tmp_path / "f") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary / "x.safetensors")  # makes it for its owner alone
+        (temporary / "y").write_text("1")
+    assert stat.S_IMODE((tmp_path / "f" / "x.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "f" / "y").stat().st_mode
+    )
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_file_stays(tmp_path):

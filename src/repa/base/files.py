@@ -56,7 +56,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 sync_folder(entry)
             else:
                 sync(entry)
-        _permit(temporary, 0o777)
+            _permit(entry, 0o777 if entry.is_dir() else 0o666)  # safetensors makes files that only their owner may read
         os.rename(temporary, path)
 
 
