@@ -142,6 +142,7 @@ def test_no_network_is_said_in_words(monkeypatch, tmp_path):
         load_encoder("dinov2-reg-l")
     for words in ("dinov2-reg-l", "facebook/dinov2-with-registers-large", "could not be downloaded", "weights=FOLDER"):
         assert words in str(error.value)
+    assert len(str(error.value).split()) < 60, str(error.value)
 
 
 def test_a_cached_checkpoint_needs_no_network(folders, monkeypatch, tmp_path):

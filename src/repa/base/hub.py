@@ -48,7 +48,7 @@ class Repository(NamedTuple):
         Raises:
             UserError: the hub has no such repository, asks for a licence, or cannot be reached.
         """
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         remedy = "check its name and the internet connection"
@@ -62,7 +62,9 @@ class Repository(NamedTuple):
             reason = f"it has no {absent}"
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            if isinstance(error, GatedRepoError):
+            if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):  # whose own text is long
+                reason, remedy = "HF_HUB_OFFLINE is set", "unset it"
+            elif isinstance(error, GatedRepoError):
                 remedy = "accept its licence on the hub's page and log in (hf auth login)"
         raise UserError(
             f"The {self.what} ({self.name}) is not on this machine and could not be downloaded from the hub ({reason}): {remedy}, or "

@@ -21,15 +21,12 @@ def repository_of(name: str, family: Family, size: str) -> Repository:
     """Where an encoder lies on the hub, and what to give instead."""
     hub, original, ways = family.hub[size], family.original_of(size), []
     if hub:
-        ways.append(
-            f"weights=FOLDER (--feature-weights {name}=FOLDER) with {CONFIG} and {WEIGHTS[0]}, or put it in {_shelf() / name}"
-        )
+        ways.append((f"weights=FOLDER with {CONFIG} and {WEIGHTS[0]}", _shelf() / name))
     if original:
-        ways.append(
-            f"weights=FILE (--feature-weights {name}=FILE) with the checkpoint of {original.project}, or put it in "
-            f"{_shelf() / original.file}"
-        )
-    return Repository(f"encoder {name}", hub or "", ((CONFIG,), WEIGHTS), "give " + " or ".join(ways))
+        ways.append((f"weights=FILE, the checkpoint of {original.project}", _shelf() / original.file))
+    what, places = (" or ".join(map(str, each)) for each in zip(*ways, strict=True))
+    by_hand = f"give {what} (--feature-weights {name}=PATH), or put it at {places}"
+    return Repository(f"encoder {name}", hub or "", ((CONFIG,), WEIGHTS), by_hand)
 
 
 def locate_weights(name: str, family: Family, size: str, weights: Path | None) -> Path:
