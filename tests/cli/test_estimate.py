@@ -1,5 +1,6 @@
 """`repa estimate` says whether a run fits, and what would make it fit."""
 
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -104,3 +105,13 @@ def test_images_are_those_of_the_data_or_of_the_run(data_folder, random_run, cap
     of_data = head("quickstart", "--data", str(data_folder), "--model.patch-overlap", "0")
     assert "latents 3 x 16 x 16 of pixels" in of_data
     assert "epochs of 40 images" in of_data
+
+
+def test_disk_and_reading_of_the_images_that_are_there(data_folder, capsys):
+    assert run(["estimate", "quickstart-repa", "--data", str(data_folder), "--samples", "1", "--tflops", "0.01"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "disk for 40 images" in lines  # copies are among them, or there are none
+    reading = next(line for line in lines if "tiny as fp16" in line)
+    number, unit = re.search(r"read at ([\d.]+) (MB|GB)/s", reading).groups()
+    assert float(number) > 0, reading
+    assert unit == "MB"

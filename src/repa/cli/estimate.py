@@ -38,7 +38,7 @@ class EstimateArguments(TrainConfig, options.Command):
     data: str = ""
     """Folder of prepared data, whose images, classes, resolution and autoencoder the estimate uses."""
     images: int = Field(0, ge=0)
-    """Number of images; 0: that of --data or of the run, otherwise ImageNet's 1,281,167."""
+    """Number of images, flipped copies included; 0: that of --data or of the run, otherwise ImageNet's 1,281,167."""
     classes: int = Field(0, ge=0)
     """Number of classes; 0: that of --data or of the run, otherwise ImageNet's 1,000."""
     devices: int = Field(1, ge=1)
@@ -172,7 +172,7 @@ def fitting(found: "Estimate", memory: float, whose: str, classes: int, resoluti
 
 
 def _disk(found: "Estimate") -> list[str]:
-    lines = ["", f"disk for {found.num_images:,} images (--flip doubles it)"]
+    lines = ["", f"disk for {found.num_images:,} images"]
     pixels = 3 * (found.config.model.latent_size * found.autoencoder.factor) ** 2
     use = "these are the latents"
     if found.autoencoder.stores_moments:
@@ -183,7 +183,7 @@ def _disk(found: "Estimate") -> list[str]:
     for name in found.encoders:
         for form in found.forms(name):
             size = found.tokens_bytes(name, form)
-            note = f"read at {size * per_second / 1e6:,.0f} MB/s by all devices"
+            note = f"read at {_size(size * per_second)}/s by all devices"
             lines.append(_row(f"{name} as {form}", _size(found.num_images * size), note=note))
     return lines
 
