@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from repa.base.files import read_json
+from repa.base.files import read_json, read_object, write_sealed
 from repa.cli.main import run as repa
 from repa.models import build_model, load_exported
 from repa.models.diffusers_export import exact_times
@@ -56,6 +56,12 @@ def test_the_card(random_run, tmp_path):
                  "velocity on the path linear", "0 is data and 1 is noise", "0 to 1, 2 ",
                  "`class_names` in config.json"):  # fmt: skip
         assert fact in text, fact
+
+
+def test_flipped_copies_are_no_images_of_the_card(random_run, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    write_sealed(run / layout.DATA, {**read_object(run / layout.DATA), "num_images": 80})
+    assert "40 images of 2 classes" in export(run, tmp_path / "out")
 
 
 def test_the_card_of_a_converted_run(ddpm_run, tmp_path):

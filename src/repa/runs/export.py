@@ -17,6 +17,7 @@ from repa.models.exported import CHECKSUM, save_exported
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, recorded_settings
 from repa.runs.layout import kind_of
+from repa.runs.loading import counts_of
 
 FORMATS = ("safetensors", "diffusers")
 LOAD = {
@@ -101,7 +102,7 @@ def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         "converted_from": origin,
         "kind": kind_of(run),
         "source": data.get("source"),
-        "num_images": data.get("num_images"),
+        "num_images": sum(counts_of(run, data, config["model"]["num_classes"])),  # without flipped copies
         "class_names": data.get("class_names", []),
     }
 
@@ -129,7 +130,7 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
     ]
     load = LOAD[form].replace("{exact}", EXACT if ddpm else "")
     null = arguments["num_classes"]
-    labels = f"0 to {null - 1}, {null} is not a class" if null else "0, no class"
+    labels = f"0 to {null - 1}, {null} stands for no class" if null else "0, no class"
     if facts["class_names"]:
         where = "config.json" if form == "safetensors" else diffusers_export.FACTS
         labels += f"; `class_names` in {where} has their names"

@@ -207,7 +207,7 @@ def load_run(
     names = tuple(printable(str(name)) for name in data.get("class_names", ()))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
-        config.get("label_dropout"), _counts(run, data, len(names)), **_text(run, config, data),
+        config.get("label_dropout"), counts_of(run, data, len(names)), **_text(run, config, data),
     )  # fmt: skip
 
 
@@ -264,7 +264,8 @@ def _text(run: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[str, 
     return {"text": spec, "text_weights": weights if Path(weights).exists() else "", "text_identity": identity}
 
 
-def _counts(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:
+def counts_of(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:
+    """Training images of each class, without flipped copies; () where data.json does not say."""
     counts = data.get("class_counts", [])
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(f"{run / layout.DATA}: class_counts must be a list of numbers of images.")
