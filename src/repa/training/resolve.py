@@ -153,7 +153,8 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
         if lines := _changed_settings(run, config):
             raise UserError(
                 f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
-                f"`repa train {run} --data {data.folder} --out {run}`. For a new run from its weights with these settings, give --init {run} and another --out."
+                f"`repa train {run} --data {data.folder} --out {run}`. For a new run from its weights with these settings, "
+                f"give --init {run} and another --out."
             )
     elif run.is_dir() and any(not _is_leftover(file.name) for file in run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
