@@ -87,7 +87,7 @@ def test_not_finite(bad):
     reference, samples = sets()
     samples[3, 1] = bad
     for pair in ((reference, samples), (samples, reference)):
-        with pytest.raises(UserError, match="need finite features"):
+        with pytest.raises(UserError, match="features must be finite"):
             precision_recall(*pair)
 
 

@@ -40,17 +40,10 @@ class HiddenConfig(ImagesConfig):
 
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1; empty takes all."""
-    times: tuple[float, ...] = (0.5,)
+    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5,), min_length=1)
     """Noise levels t in [0, 1]; 0 is data."""
     seed: int = 0
     """Seed of the noise, and of the split for the probe."""
-
-    @field_validator("times")
-    @classmethod
-    def _in_range(cls, times: tuple[float, ...]) -> tuple[float, ...]:
-        if not times or not all(0 <= t <= 1 for t in times):
-            raise ValueError(f"times {list(times)} must be at least one number between 0 (data) and 1 (noise)")
-        return times
 
 
 class SimilarityConfig(HiddenConfig):
@@ -88,17 +81,10 @@ class HeadsConfig(Config):
 
     epochs: int = Field(90, ge=1)
     """Epochs."""
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field((1e-3,), min_length=1)
     """Peak learning rates of Adam: one classifier for each, all trained in the same pass."""
     probe_batch: int = Field(0, ge=0)
     """Images in a step; 0 takes the paper's 16,384 for ImageNet, and for fewer images in proportion, at least 256."""
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if not rates or not all(0 < rate < float("inf") for rate in rates):
-            raise ValueError(f"learning_rates {list(rates)} must be at least one positive number")
-        return rates
 
 
 class ProbeConfig(HeadsConfig, HiddenConfig):

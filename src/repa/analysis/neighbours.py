@@ -21,6 +21,7 @@ from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
+from repa.metrics.distances import check_features
 
 BLOCK = 1024  # queries at a time
 NEAR = 0.01  # share of held-out images that come nearer than the distance that counts as a likely copy
@@ -131,17 +132,9 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
     Raises:
         UserError: widths differ, fewer than k images, or a value that is not finite.
     """
-    if queries.ndim != 2 or images.ndim != 2 or queries.shape[1] != images.shape[1]:
-        raise UserError(
-            f"Neighbours are sought between features (m, D) and (n, D), but got {tuple(queries.shape)} "
-            f"and {tuple(images.shape)}."
-        )
+    check_features(queries, images, "Nearest images")
     if not 1 <= k <= len(images) - (own is not None):
         raise UserError(f"{k} neighbours were asked for among {len(images)} images: give more images or ask for fewer.")
-    if not (torch.isfinite(queries).all() and torch.isfinite(images).all()):
-        raise UserError(
-            "Neighbours need finite features, but some hold NaN or infinity: check the images and the weights."
-        )
     queries, images = F.normalize(queries.float(), dim=1), F.normalize(images.float(), dim=1)
     distances, indices = [], []
     for start in range(0, len(queries), BLOCK):

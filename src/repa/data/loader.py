@@ -88,18 +88,17 @@ class Loader:
                 f"{world} processes cannot share a batch of {batch_size} images equally: choose a multiple of {world}."
             )
         self.data, self.batch_size, self.pooled, self.text, self.seed = data, batch_size, pooled, text, seed
-        self.stored, self.num_images = data.features, data.num_images
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
         self.fields(0)  # raises the error here instead of in a thread at the first step
-        self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(self.num_images, seed)
+        self.order: GlobalShuffle | WindowShuffle = GlobalShuffle(self.data.num_images, seed)
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
             # the shards of this window and of the next; otherwise the second would evict the first while it is read
             data.stream.require_room(2 * WINDOW * self._largest_shard())
         self._labels = data.small_labels
-        self._length = min(BLOCK, self.num_images)
+        self._length = min(BLOCK, self.data.num_images)
         # the steps that are read ahead may lie in as many blocks, each with its neighbour
         self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
         self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
@@ -120,13 +119,13 @@ class Loader:
             self.data.require_images()
             fields.append("images")
         for name in self._features(step):
-            if name not in self.stored:
-                stored = ", ".join(self.stored) or "none"
+            if name not in self.data.features:
+                stored = ", ".join(self.data.features) or "none"
                 raise UserError(
                     f"The data in {self.data.folder} have no tokens of {name!r} (only {stored}): "
                     "add them with `repa prepare --features`."
                 )
-            facts = self.stored[name]
+            facts = self.data.features[name]
             fields.append(f"features.{name}")
             if facts.form.endswith("int8"):
                 fields.append(f"scale.{name}")
@@ -155,13 +154,13 @@ class Loader:
     def _ordered(self, block: int) -> np.ndarray:
         """Images at the positions of a block of the endless sequence."""
         positions = np.arange(block * self._length, (block + 1) * self._length)
-        epochs, places = np.divmod(positions, self.num_images)
+        epochs, places = np.divmod(positions, self.data.num_images)
         return np.concatenate([self.order.rows(int(e), places[epochs == e]) for e in np.unique(epochs)])
 
     def _fetching(self, steps: Iterator[int], fetcher: FetchAhead) -> Iterator[int]:
         """The steps; before each, its shards and those of the next window are requested."""
         for step in steps:
-            epoch, place = divmod(step * self.batch_size, self.num_images)
+            epoch, place = divmod(step * self.batch_size, self.data.num_images)
             shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
             fetcher.want(file for shard in shards for file in self._needed(shard, step))
             yield step
@@ -219,7 +218,7 @@ class Loader:
         features, fields = {}, rows.fields
         for name in rows.names:
             patches = fields[f"features.{name}"]
-            if self.stored[name].form != "fp16":
+            if self.data.features[name].form != "fp16":
                 patches = unpack(patches, fields.get(f"scale.{name}"), self._basis(name))
             pooled = fields.get(f"pooled.{name}")
             features[name] = Features(patches, pooled)

@@ -8,8 +8,6 @@ from pydantic import Field, field_validator
 from repa.base.config import Config
 from repa.data.config import BASE, TEXT, plain_name
 
-STORED_DTYPES = ("uint8", "int8", "int64", "float16", "float32")
-
 
 def fields_of(part: str) -> tuple[str, ...]:
     """The possible fields of a part."""
@@ -66,17 +64,10 @@ class ArrayFile(StoredFile):
 
     suffix: ClassVar[str] = ".npy"
 
-    dtype: str
+    dtype: Literal["uint8", "int8", "int64", "float16", "float32"]
     """NumPy's name of its type, e.g. float16."""
     shape: tuple[int, ...]
     """Its shape, the number of images first."""
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, dtype: str) -> str:
-        if dtype not in STORED_DTYPES:
-            raise ValueError(f"{dtype!r} is not a type of shards: {', '.join(STORED_DTYPES)}")
-        return dtype
 
 
 class TextFile(StoredFile):

@@ -36,6 +36,14 @@ def frechet_distance(
     return max(distance.item(), 0.0)  # of a set with itself rounding may leave less than 0
 
 
+def check_features(a: Tensor, b: Tensor, what: str) -> None:
+    """Raises UserError unless two sets of features are (N, D) and (M, D), and finite; `what` is computed from them."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"{what}: features must be (N, D) and (M, D), but are {tuple(a.shape)} and {tuple(b.shape)}.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise UserError(f"{what}: features must be finite, but hold NaN or infinity: check the images and the weights.")
+
+
 def kernel_distance(
     reference: Tensor,
     samples: Tensor,
@@ -54,18 +62,12 @@ def kernel_distance(
     Raises:
         UserError: widths differ, a set has fewer features than a subset, or one is not finite.
     """
-    if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
-        raise UserError(
-            f"The kernel distance compares features (N, D) and (M, D), but got {tuple(reference.shape)} and "
-            f"{tuple(samples.shape)}."
-        )
+    check_features(reference, samples, "Kernel distance")
     if not 2 <= subset_size <= min(len(reference), len(samples)) or num_subsets < 1:
         raise UserError(
             f"The kernel distance needs subsets of 2 to {min(len(reference), len(samples))} features and at least one "
             f"of them, but got subset_size={subset_size} and num_subsets={num_subsets}."
         )
-    if not (reference.isfinite().all() and samples.isfinite().all()):
-        raise UserError("The kernel distance needs finite features, but got NaN or infinity: check the images.")
     generator = rng.generator(seed, "kernel_distance")
     total = 0.0
     for _ in range(num_subsets):

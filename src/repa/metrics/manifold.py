@@ -10,6 +10,7 @@ from torch import Tensor
 from repa.base import dist
 from repa.base.errors import UserError
 from repa.base.precision import exact_float32
+from repa.metrics.distances import check_features
 
 BLOCK = 4096  # rows and columns of the distances held at a time: 64 MB in float32
 ADM_BLOCK = 10_000  # the same of the ADM evaluator: its fall-back to float32 is decided for each block
@@ -89,18 +90,12 @@ def _within(
 
 def check_sets(reference: Tensor, samples: Tensor, k: int) -> None:
     """Raises UserError unless neighbours of these sets can be compared."""
-    if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
-        raise UserError(
-            "Precision and recall compare features (N, D) and (M, D), but got "
-            f"{tuple(reference.shape)} and {tuple(samples.shape)}."
-        )
+    check_features(reference, samples, "Precision and recall")
     if not 1 <= k < min(len(reference), len(samples)):
         raise UserError(
             f"Precision and recall with k={k} need k >= 1 and more than k features in each set, but got "
             f"{len(reference)} reference and {len(samples)} samples."
         )
-    if not (reference.isfinite().all() and samples.isfinite().all()):
-        raise UserError("Precision and recall need finite features, but got NaN or infinity: check the images.")
 
 
 def _reach(features: Tensor, k: int, rank: int, world: int) -> Tensor:
