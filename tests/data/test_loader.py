@@ -153,7 +153,7 @@ def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
 def test_mistakes_are_said(data, folder, tmp_path):
     with pytest.raises(UserError, match="4 processes cannot share a batch of 10 images equally"):
         Loader(data, batch_size=10, seed=0, world=4)
-    with pytest.raises(UserError, match=r"no tokens of 'dinov2-b' \(it holds tiny\)"):
+    with pytest.raises(UserError, match=r"no tokens of 'dinov2-b' \(only tiny\)"):
         Loader(data, batch_size=4, seed=0, features=["dinov2-b"])
     prepare(folder, tmp_path / "lean", FULL.override(store_images=False))
     with pytest.raises(UserError, match="stores no images: prepare the data with --store-images"):
