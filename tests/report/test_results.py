@@ -179,14 +179,26 @@ def test_results_of_other_types_are_refused(tmp_path, changes, named):
         add_evaluations(read_runs([fake_run(tmp_path / "a")]), [file])
 
 
-def test_rows_of_metrics_of_other_types_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"kind": "eval", "step": 100, "fd": 9.0, "features": "tiny", "num_samples": "many"}, "num_samples is 'many'"),
+        ({"kind": "train", "step": 100, "loss": 1.0, "alignment": [0.5]}, r"alignment is \[0.5\]"),
+    ],
+)
+def test_rows_of_metrics_of_other_types_are_refused(row, named, tmp_path):
     run = fake_run(tmp_path / "a")
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(
-            json.dumps({"kind": "eval", "step": 100, "fd": 9.0, "features": "tiny", "num_samples": "many"}) + "\n"
-        )
-    with pytest.raises(UserError, match="metrics.jsonl is damaged: num_samples is 'many'"):
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl is damaged: {named}"):
         read_runs([run])
+
+
+@pytest.mark.parametrize("changed", [{"num_images": "60"}, {"class_names": {"disc": 0}}])
+def test_data_of_other_types_are_refused(changed, tmp_path):
+    data = {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"], **changed}
+    with pytest.raises(UserError, match=f"data.json is damaged: data.{next(iter(changed))} is"):
+        read_runs([fake_run(tmp_path / "a", data=data)])
 
 
 def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):

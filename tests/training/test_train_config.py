@@ -23,6 +23,7 @@ CONTRAST = {"target": "tiny", "depth": 1, "loss": "nt_xent:temperature=0.1"}
         ({"ema_decays": [1.0]}, "ema_decays"),
         ({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule"),
         ({"precision": "fp8"}, "precision"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate.*finite"),
         ({"preview": {"every": 5, "guidance": ["path_drop:scale=3"]}}, "never trained without them: leave it out"),
     ],
 )  # fmt: skip

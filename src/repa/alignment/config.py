@@ -28,7 +28,7 @@ class AlignmentConfig(Config):
     name: str = ""
     """Names the term in logs and checkpoints; empty: target and depth, as in "dinov2-b@8"."""
 
-    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=0.5, ge=0)
     """Lambda of Eq. 9: how much this term counts next to the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"

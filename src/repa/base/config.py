@@ -19,7 +19,9 @@ MOST_BYTES = 2**20  # a configuration has some thousands; parsing more takes sec
 class Config(BaseModel):
     """Base of every configuration: frozen, without unknown keys; each field's docstring is its help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -93,11 +93,11 @@ class DiffusionConfig(Config):
     """Weight over t: none (errors of what is predicted), velocity (of the velocity it implies: SiT, JiT), likelihood (SiT's)."""
     sigma_min: float = Field(0.05, gt=0, lt=1)
     """Data prediction with loss_weight velocity: sigma is at least this where the loss and the samplers divide by it (JiT)."""
-    contrastive: float = Field(0.0, ge=0, allow_inf_nan=False)
+    contrastive: float = Field(0.0, ge=0)
     """Weight of contrastive flow matching: the velocity is also pushed away from that of another image (arXiv 2506.05350)."""
     contrastive_times: Literal["constant", "linear"] = "constant"
     """How much it counts at a time: constant, always the same; linear, t times as much (SR-DiT)."""
-    velocity_cosine: float = Field(0.0, ge=0, allow_inf_nan=False)
+    velocity_cosine: float = Field(0.0, ge=0)
     """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
     """Share of an image's tokens at a first time; the others are at a second one (SRA, Self-Flow). 0: one time an image."""

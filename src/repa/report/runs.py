@@ -30,7 +30,15 @@ DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
 DISTANCE_KEYS = {"fid": DISTANCE, "fd": DISTANCE}
 # of a results file: part -> key -> type; "" is the file itself
 FIELD_TYPES: dict[str, dict[str, type]] = {
-    "": {"made": dict, "encoder": dict, "arithmetic": dict, "num_samples": int, "reference_sha256": str},
+    "": {
+        "alignment": dict,
+        "made": dict,
+        "encoder": dict,
+        "arithmetic": dict,
+        "num_samples": int,
+        "reference_sha256": str,
+    },
+    "data": {"num_images": int, "class_names": list},
     "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
 }
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
@@ -126,6 +134,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     if steps:
         layout.require_settings(path, steps[-1], recorded_settings(path, steps[-1]), config)
     data = read_object(path / layout.DATA) if (path / layout.DATA).is_file() else {}
+    _require_types(path / layout.DATA, "data", data, "Restore it from a copy.")
     # Read after the checkpoints are listed: training writes a row first.
     rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
@@ -133,8 +142,8 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     lost = lost_rows(path, rows, steps)
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events, lost)
     # The number of images at a step follows from the configuration, which the record reads.
-    train, evals = ([{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval"))
-    for row in evals:
+    train, evals = [[{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval")]
+    for row in (*train, *evals):
         _require_types(path / layout.METRICS, "", row, "Remove that line.")
     return replace(run, train=train, evals=merged_by_step(map(_preview_row, evals)))
 

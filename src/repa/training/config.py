@@ -110,7 +110,7 @@ class StreamConfig(Config):
     """Names the stream in logs and checkpoints."""
     source: Annotated[str, Spec(ENCODERS)]
     """Encoder whose vector for the whole image it is, such as dinov2-b."""
-    weight: float = Field(0.03, ge=0, allow_inf_nan=False)
+    weight: float = Field(0.03, ge=0)
     """How much its denoising loss counts."""
 
 
@@ -127,7 +127,7 @@ class TrainConfig(Config):
     """Vectors that are noised and predicted with the latents; none, unless the run is a REG."""
     denoising_schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
     """Multiplier of all denoising losses over training; warmup:steps=50000 trains the alignments first (REED)."""
-    head_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    head_weight: float = Field(0.5, ge=0)
     """Weight of the denoising loss of each head in model.heads."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
     """Autoencoder of the latents; empty takes the one that the data was prepared with."""
@@ -149,7 +149,7 @@ class TrainConfig(Config):
     """Images per step over all processes."""
     num_steps: int = Field(400_000, ge=1)
     """Steps to train in all, or fewer if epochs ends training earlier."""
-    epochs: float = Field(0.0, ge=0, allow_inf_nan=False)
+    epochs: float = Field(0.0, ge=0)
     """Passes over the data after which training ends, if num_steps does not end it before; 0: num_steps alone."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a label or a caption is replaced by the null label or the empty text, so that guidance is possible."""
@@ -187,7 +187,7 @@ class TrainConfig(Config):
     """Steps between rows in metrics.jsonl: only these wait for the device."""
     save_every: int = Field(10_000, ge=1)
     """Steps between checkpoints."""
-    save_minutes: float = Field(0.0, ge=0, allow_inf_nan=False)
+    save_minutes: float = Field(0.0, ge=0)
     """Minutes after which a checkpoint is also written; 0 counts steps only."""
     keep_checkpoints: int = Field(2, ge=0)
     """Newest checkpoints that are kept; 0 keeps all."""
