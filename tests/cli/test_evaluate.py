@@ -50,6 +50,20 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
 
 
+def test_the_distance_of_real_images_is_told(random_run, data_folder, tmp_path, capsys):
+    said = {}
+    for num in (4, 10):
+        sampling = ("--num-images", num, "--steps", 2, "--sampler", "euler")
+        arguments = ("--reference", data_folder, *FEATURES, "--metrics", "fd", "--out", tmp_path / f"{num}.json")
+        assert repa("evaluate", random_run, *sampling, *arguments) == 0
+        said[num] = capsys.readouterr().out
+    real = json.loads((tmp_path / "4.json").read_text())["distance_of_real"]
+    assert real > 0
+    assert f"4 random images of the reference itself have fd {real:.4f}" in said[4]
+    assert json.loads((tmp_path / "10.json").read_text())["distance_of_real"] is None  # a quarter of the reference
+    assert "of the reference itself" not in said[10]
+
+
 def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path, capsys):
     run = shutil.copytree(random_run, tmp_path / "run")
     for _ in range(2):

@@ -95,6 +95,11 @@ def main(argv: list[str]) -> int:
         say(f"{name:<20} {value:.4f}")
     count = f"{results['num_reference']:,} images" if results["num_reference"] else "a reference of unknown size"
     say(f"in the features of {given.features}, {results['num_samples']:,} samples against {count}")
+    if (real := results["distance_of_real"]) is not None:
+        name = "fid" if "fid" in results["metrics"] else "fd"
+        say(
+            f"{results['num_samples']:,} random images of the reference itself have {name} {real:.4f}: about the least possible"
+        )
     if out is not None:
         say(f"{out}: these results and their settings")
     for warning in results["warnings"]:

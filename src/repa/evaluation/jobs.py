@@ -19,7 +19,14 @@ from repa.evaluation.captions import CaptionAgreement, CaptionMeasure, ClipScore
 from repa.evaluation.config import INCEPTION, OF_CAPTIONS, OF_CLIP, EvaluateConfig, FeaturesConfig, ReferenceConfig
 from repa.evaluation.extractors import Extractor, InceptionExtractor, load_extractor
 from repa.evaluation.images import DataImages, Images, open_images
-from repa.evaluation.measure import NEIGHBOURS, check_measurable, check_number, measure
+from repa.evaluation.measure import (
+    NEED_SUMS,
+    NEIGHBOURS,
+    check_measurable,
+    check_number,
+    distance_of_real,
+    measure,
+)
 from repa.evaluation.reference import Reference, kept_reference, subset_of
 from repa.evaluation.reference_files import ReferenceFile, checksum_of, load_reference, open_reference, write_reference
 from repa.metrics.statistics import SPLIT_SIZE
@@ -102,6 +109,7 @@ def evaluate_stream(
     found = measure(stream, extractor, real, config.wanted, neighbours=config.neighbours, caption_measures=measures)
     return {
         "metrics": found,
+        "distance_of_real": distance_of_real(real, num) if NEED_SUMS & found.keys() else None,
         "num_samples": num,
         "num_reference": real.statistics.count,
         "num_reference_neighbours": None if real.subset is None else len(real.subset),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from repa.base import dist
+from repa.base import dist, rng
 from repa.base.errors import UserError, choices
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
@@ -141,6 +141,20 @@ def check_number(num: int, metrics: Sequence[str], where: str) -> None:
             f"Precision and recall look at {NEIGHBOURS} neighbours, so they need more than {NEIGHBOURS} images, but {where} "
             f"has {num}: give more, or leave both out of the metrics."
         )
+
+
+def distance_of_real(reference: Reference, num: int) -> float | None:
+    """Frechet distance of `num` random images of the reference to all of it: about the least that so many samples can have.
+
+    None if the features are not kept, or if a tenth of the images are not enough: a larger share is nearer to the whole than
+    new images are.
+    """
+    count, subset = reference.statistics.count, reference.subset
+    if subset is None or count is None or num > min(count // 10, len(subset)):
+        return None
+    drawn = Statistics()
+    drawn.update(subset[torch.randperm(len(subset), generator=rng.generator(0, "real images"))[:num]])
+    return _distance(reference.statistics, drawn)
 
 
 def _distance(real: Moments, statistics: Statistics) -> float:
