@@ -116,6 +116,12 @@ def test_mistakes_are_one_sentence(words, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_a_recipe_that_compiles_has_no_other_compiled_step(tiny_config, tmp_path, capsys):
+    (tmp_path / "compiled.yaml").write_text(tiny_config.override(compile=True).to_yaml())
+    assert run(["bench", str(tmp_path / "compiled.yaml"), "--compiled", "--rounds", "1"]) == 2
+    assert "--compiled has no effect" in capsys.readouterr().err
+
+
 def test_wrong_folders_are_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("repa.performance.profiling.rate", lambda *_: pytest.fail("measured first"))
     assert run(["bench", "quickstart", "--data", str(tmp_path)]) == 2

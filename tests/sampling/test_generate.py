@@ -26,6 +26,7 @@ from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, write_samples, writing
 from repa.sampling.conditions import classes_named
+from repa.sampling.samples import prepared
 from tests.calls import call
 
 ODE = SampleConfig(sampler="heun", steps=3, guidance=("cfg:scale=1.5",), batch_size=4, seed=1, precision="fp32")
@@ -495,3 +496,9 @@ def test_samples_that_are_begun_are_finished_in_their_precision(random_run, tmp_
     assert write_samples(run, config, 4, out).read_bytes() == whole
     assert write_samples(run, config, 4, out).read_bytes() == whole
     assert json.loads(out.with_suffix(".json").read_text())["precision"] == "bf16"
+
+
+def test_the_precision_of_a_decoder_that_is_not_there_is_refused(run):
+    with pytest.raises(UserError, match="--decoder-precision bf16 has no effect: pixels"):
+        prepared(run, ODE.override(decoder_precision="bf16"))
+    assert prepared(run, ODE).autoencoder is run.autoencoder

@@ -41,6 +41,10 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)
+    if config.decoder_precision != "fp32" and not any(True for _ in run.autoencoder.parameters()):
+        raise UserError(
+            f"--decoder-precision {config.decoder_precision} has no effect: {run.autoencoder.name} has no weights. Leave it out."
+        )
     if config.weak:
         step = None if config.weak_checkpoint < 0 else config.weak_checkpoint
         run = run.with_weak(load_run(config.weak, config.weak_weights, step=step, autoencoder=own, device=device))
