@@ -268,8 +268,3 @@ class ModelConfig(Config):
     def given(self, *fields: str) -> dict[str, Any]:
         """Some fields, by name."""
         return {name: getattr(self, name) for name in fields}
-
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments of DiT (num_classes 0 is unlabelled data)."""
-        own = self.given("num_classes", "learn_sigma", *BLOCK_OPTIONS, "heads", "separate_times", "patch_overlap")
-        return {**self.sizes(), **own, "streams": dict(self.streams), "route": self.routing}

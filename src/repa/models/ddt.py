@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.base.precision import at_least_float32, no_autocast
-from repa.models.config import ModelConfig, check_dimensions
+from repa.models.config import BLOCK_OPTIONS, ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (
     INIT_STD,
@@ -66,7 +66,7 @@ class DDTOptions:
     class_tokens: NonNegativeInt = 0
 
     def __call__(self, config: ModelConfig) -> "DDT":
-        config.refuse_dit_options(allowed=("heads", *BlockOptions._fields, "rotary"))
+        config.refuse_dit_options(allowed=("heads", *BLOCK_OPTIONS))
         blocks = BlockOptions(**config.given(*BlockOptions._fields))
         return DDT(self, blocks, **config.sizes(), **config.given("num_classes", "rotary", "heads"))
 

@@ -17,7 +17,7 @@ from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.hub import CONFIG, Repository
 from repa.models import BACKBONES
-from repa.models.config import FAMILIES, ModelConfig, Route, dimensions
+from repa.models.config import BLOCK_OPTIONS, FAMILIES, ModelConfig, Route, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.jit import JiT, jit_dimensions
 from repa.models.layers import (
@@ -279,7 +279,8 @@ def build_model(name: str, **overrides: Any) -> Backbone:
 
 def dit(config: ModelConfig) -> DiT:
     """The backbone `dit`."""
-    return DiT(**config.kwargs())
+    own = config.given("num_classes", "learn_sigma", *BLOCK_OPTIONS, "heads", "separate_times", "patch_overlap")
+    return DiT(**config.sizes(), **own, streams=dict(config.streams), route=config.routing)
 
 
 def build(config: ModelConfig) -> Backbone:

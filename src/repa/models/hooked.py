@@ -15,7 +15,6 @@ from repa.models.image_tokens import image_tokens
 from repa.models.taps import Pass, find_blocks, width_of
 
 NETS = Registry("network", {})  # of the user's own, by dotted name
-NO_COMPILE = "A hooked network cannot be compiled, since hooks break its graph: turn compile off."
 
 
 class Hooked(Backbone):
@@ -64,7 +63,7 @@ class Hooked(Backbone):
         self.state_shapes = {"x": tuple(state_shape)}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        raise UserError(NO_COMPILE)
+        self.require_compiles()
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -86,7 +85,7 @@ class Hooked(Backbone):
         """
         # torch.compile(network) does not call the method `compile`, so it is refused here too.
         if torch.compiler.is_compiling():
-            raise UserError(NO_COMPILE)
+            self.require_compiles()
         self.check(state, taps)
         if keep is not None or any(tap.kind != "hidden" for tap in taps):
             raise UserError(
