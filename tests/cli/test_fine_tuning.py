@@ -171,7 +171,7 @@ def test_resuming_is_the_same_command_and_needs_the_start_no_more(random_run, tu
 def test_another_start_is_another_run(random_run, tune, tmp_path, capsys):
     assert tune(random_run, *STILL)[0] == 0
     assert tune("", *STILL)[0] == 2
-    assert "holds a run of another configuration (init:" in capsys.readouterr().err
+    assert "holds a run with another configuration (init:" in capsys.readouterr().err
 
 
 def test_a_converted_folder_is_not_continued(recipe, data_folder, tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
     bare = shutil.copytree(random_run, tmp_path / "bare")
     shutil.rmtree(bare / layout.CHECKPOINTS)
     for init, sentence in [
-        (tmp_path / "last.pt", "given with its kind (repa:FILE, sit:FILE, dit:FILE)"),
+        (tmp_path / "last.pt", "give its kind (repa:FILE, sit:FILE, dit:FILE)"),
         (tmp_path / "nothing", "repa convert"),
         (f"sit:{tmp_path / 'nothing.pt'}", "There is no checkpoint file"),
         (bare, "has no checkpoint yet"),
@@ -267,7 +267,7 @@ def test_a_lora_trains_its_updates_alone_and_is_a_network_like_any_other(random_
 def test_a_lora_needs_a_network_to_start_from(recipe, data_folder, tmp_path, capsys):
     argv = ["train", recipe, "--data", data_folder, "--out", tmp_path / "new", "--lora.rank", "2"]
     assert repa([str(word) for word in argv]) == 2
-    assert "init is empty" in capsys.readouterr().err
+    assert "LoRA needs a trained network" in capsys.readouterr().err
 
 
 def test_epochs_end_training_where_the_data_is_small(random_run, tune, capsys):
@@ -282,7 +282,7 @@ def test_the_recipe_for_few_images_tunes_a_run(random_run, data_folder, tmp_path
     term = ("--alignments.0.target", "tiny", "--alignments.0.depth", "1")
     argv = ["train", "finetune-256", "--data", data_folder, "--out", tmp_path / "new", *small, *term]
     assert repa([str(word) for word in argv]) == 2
-    assert "none was given: --init" in capsys.readouterr().err
+    assert "give --init RUN" in capsys.readouterr().err
     short = ("--init", random_run, "--epochs", "1", "--preview.every", "0", "--lora.rank", "2")
     assert repa([str(word) for word in (*argv, *short, "--log-every", "1")]) == 0, capsys.readouterr().err
     assert load_checkpoint(tmp_path / "new").step == 2  # 40 images, 32 a step

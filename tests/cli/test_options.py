@@ -291,7 +291,7 @@ def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
         ),
         (evaluate, ("s.npz", "--reference", "r", "--clip-weights", "w"), "--clip-weights has no effect"),
         (train, ("--text-weights", "w"), "reads no text"),
-        (train, ("--preview.num-scored", "1"), "needs two samples"),
+        (train, ("--preview.num-scored", "1"), "needs at least two samples"),
         (
             cknna,
             ("r", "--data", "d", "--measure", "cka", "--variant", "platonic"),

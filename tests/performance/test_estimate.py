@@ -251,7 +251,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_attention_weights():
 
 
 def test_mistakes_are_said():
-    with pytest.raises(UserError, match="A batch of 256 images cannot be cut into 7 equal parts"):
+    with pytest.raises(UserError, match="A batch of 256 images cannot be split into 7 equal parts"):
         estimated(aligned("SiT-S/2"), num_devices=7)
     config = aligned("SiT-S/2")
     config = config.override(model=config.model.override(latent_size=64))

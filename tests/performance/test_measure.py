@@ -121,7 +121,7 @@ def test_the_table_has_a_column_for_every_part():
     head, _, line = table([row]).splitlines()
     cells = [dict(zip(*([c.strip() for c in text.split("|")[1:-1]] for text in (head, line)), strict=True))]
     assert cells[0]["images/s"] == "32.0"
-    assert cells[0]["of the rate"] == "200%"
+    assert cells[0]["MFU"] == "200%"
     assert cells[0]["network"] == "75%"
     assert cells[0]["optimizer"] == "25%"
     assert cells[0]["memory"] == ""

@@ -37,5 +37,5 @@ def test_the_sentence_names_what_differs(what, tiny_config, data_folder, monkeyp
         return [value, {**value, what: "other"} if isinstance(value, dict) else 7]
 
     monkeypatch.setattr(resolve.dist, "gather_objects", others)
-    with pytest.raises(resolve.dist.SharedError, match=f"disagree about {what}"):
+    with pytest.raises(resolve.dist.SharedError, match=f"differ in {what}"):
         resolve.require_agreement(tmp_path, tiny_config, open_data(data_folder), 3)

@@ -146,9 +146,9 @@ ROUTES = ("tread", "sprint")
 REASONS: dict[str, list[tuple[str, str]]] = {
     "needs all of them": [*itertools.product(("irepa", "attention", "dispersive", "nt_xent", "shared", "adapter"), ROUTES)],
     "see a share of the tokens": [*itertools.product(("head",), ROUTES)],
-    "gives every token of the grid a time": [("reg", "two times")],
-    "takes one time an image": [("adapter", "two times")],
-    "trains a variance too": [("reg", "ddpm")],
+    "works only on grid tokens": [("reg", "two times")],
+    "needs one time per image": [("adapter", "two times")],
+    "needs a variance": [("reg", "ddpm")],
     "is a setting of the objective flow": [("two times", "ddpm"), ("contrastive", "ddpm"), ("data", "ddpm")],
     "compares the images of the whole batch": [("dispersive", "in parts"), ("nt_xent", "in parts")],
     "The backbone 'jit' has no": [*itertools.product(("jit",), ("reg", "two times", "head", "ddpm", "modern blocks", *ROUTES))],
@@ -157,7 +157,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     "0 tokens in front of its grid": [("reg", "hooked")],
     "learned variance, but the network outputs 3": [("ddpm", "hooked")],
     "not computed again": [("hooked", "recomputed")],
-    "names no matrices": [("hooked", "muon")],
+    "names none": [("hooked", "muon")],
 }  # fmt: skip
 REFUSED = {frozenset(pair): words for words, pairs in REASONS.items() for pair in pairs}
 

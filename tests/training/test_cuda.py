@@ -157,7 +157,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it():
 
 def test_linear_layers_in_8_bits_are_those_of_the_cpu():
     if torch.cuda.get_device_capability() < CAPABILITY:
-        pytest.skip("multiplies no 8-bit numbers")
+        pytest.skip("does not support 8-bit products")
     torch.manual_seed(0)
     found = []
     x, gradient = torch.randn(64, 96), torch.randn(64, 32).to(torch.bfloat16)
@@ -175,7 +175,7 @@ def test_linear_layers_in_8_bits_are_those_of_the_cpu():
 
 def test_a_step_in_8_bits_compiled_moves_the_weights():
     if torch.cuda.get_device_capability() < CAPABILITY:
-        pytest.skip("multiplies no 8-bit numbers")
+        pytest.skip("does not support 8-bit products")
     step = cached_step(configuration(fp8=True, compile=True))
     before = [p.detach().clone() for p in step.state.objective.parameters()]
     for _ in range(2):

@@ -46,7 +46,7 @@ def test_on_a_cpu_the_option_changes_no_bit():
 
 
 def test_muon_is_refused():
-    with pytest.raises(UserError, match="--fused-update is"):
+    with pytest.raises(UserError, match="--fused-update works only"):
         TrainConfig(model=MODEL, fused_update=True).override(optimizer={"name": "muon"})
 
 

@@ -105,9 +105,7 @@ def test_a_poisoned_step_changes_nothing_but_its_count(tiny_config, run_training
     assert all(value.isfinite().all() for value in after.values())
     assert [row["skipped_steps"] for row in rows(tmp_path / "r")] == [0, 0, 0, 1, 2, 2]
     assert [row["loss"] is None for row in rows(tmp_path / "r")] == [False] * 3 + [True] * 2 + [False]
-    assert told == [
-        f"1 of the steps up to {step} had a gradient that is not finite and were skipped." for step in (4, 5)
-    ]
+    assert told == [f"Steps skipped up to step {step} because their gradient was not finite: 1." for step in (4, 5)]
     assert told == [row["message"] for row in rows(tmp_path / "r", "event")[1:]]
 
 

@@ -212,7 +212,7 @@ def test_other_data_is_refused(finished, tiny_config, run_training, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tiny_config, run_training, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and not a run"):
         run_training(tiny_config, tmp_path)
 
 
@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tin
 
 
 def test_a_run_folder_is_text(tiny_config, run_training, tmp_path):
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match="needs a name in UTF-8"):
         run_training(tiny_config, tmp_path / "\udcff")
 
 

@@ -203,11 +203,11 @@ def test_four_steps_are_two_and_a_restart_and_two(name):
 
 
 def test_muon_is_refused_where_it_cannot_be():
-    with pytest.raises(UserError, match="parallel fsdp divides them"):
+    with pytest.raises(UserError, match="parallel fsdp shards them"):
         TrainConfig.parse({"optimizer": {"name": "muon"}, "parallel": "fsdp"})
     objective, _ = make("adamw")
     objective.model.matrices = list  # as a private network may say
-    with pytest.raises(UserError, match="muon has nothing to train"):
+    with pytest.raises(UserError, match="muon needs matrices"):
         build_optimizer(objective, TrainConfig(optimizer=OptimizerConfig(name="muon")))
 
 

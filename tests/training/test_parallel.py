@@ -156,5 +156,5 @@ def test_the_runs_did_learn_and_contrast(runs):
 
 def test_a_batch_that_cannot_be_cut_is_said():
     require_equal_parts(24, 3, 4)
-    with pytest.raises(UserError, match="8 images cannot be cut into 6 equal parts.*multiple of 6"):
+    with pytest.raises(UserError, match="8 images cannot be split into 6 equal parts.*multiple of 6"):
         require_equal_parts(8, 2, 3)

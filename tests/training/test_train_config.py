@@ -18,7 +18,7 @@ CONTRAST = {"target": "tiny", "depth": 1, "loss": "nt_xent:temperature=0.1"}
     [
         ({"batch_size": 10, "accumulate": 4}, "--batch-size 10 is not divisible by --accumulate 4"),
         ({"accumulate": 2, "alignments": [CONTRAST]}, "'nt_xent:temperature=0.1' of the alignment 'tiny@1'"),
-        ({"snapshot_every": 5}, "--snapshot-every keeps the averages of --ema-widths, of which there are none"),
+        ({"snapshot_every": 5}, "--snapshot-every saves the averages of --ema-widths, which is empty"),
         ({"ema_widths": [0.3]}, "ema_widths"),
         ({"ema_decays": [1.0]}, "ema_decays"),
         ({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule"),

@@ -194,5 +194,5 @@ def test_a_mistake_that_only_the_main_process_sees_ends_both(runs, recipe, data_
     assert done.returncode != 0
     assert time.monotonic() - begin < 60
     assert "repa: " in done.stderr
-    assert "holds a run of another configuration (seed: 0 -> 7)" in done.stderr
+    assert "holds a run with another configuration (seed: 0 -> 7)" in done.stderr
     assert layout.checkpoint_steps(runs[0]) == [6, 10]

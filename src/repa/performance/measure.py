@@ -24,7 +24,7 @@ from repa.training.update import update
 
 PARTS = ("encoder", "network", "optimizer", "averages", "data")
 STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
-HEAD = ("model", "features", "batch", "precision", "step", "s/step", "images/s", "of the rate", "memory", *PARTS)
+HEAD = ("model", "features", "batch", "precision", "step", "s/step", "images/s", "MFU", "memory", *PARTS)
 WORTH = 1.03  # times as fast that a change must promise to be named: less is within the noise
 
 

@@ -1,4 +1,4 @@
-"""Which of PyTorch's fused attention kernels is the fastest at a run's shape: by measurement, as releases and devices differ."""
+"""Measure which of PyTorch's fused attention kernels is the fastest at a run's shape; it differs by release and device."""
 
 import contextlib
 import functools
@@ -32,9 +32,10 @@ def attention_shape(config: TrainConfig, world: int) -> tuple[int, int, int, int
 
 
 def kernel_seconds(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Seconds of forward and backward by name of KERNELS, the median of ROUNDS, the fastest first; those that refuse are left out.
+    """Kernel -> seconds of forward and backward (median of ROUNDS), fastest first; without kernels that refuse the
+    shape.
 
-    Queries, keys and values are views of one tensor, as the network has them.
+    Queries, keys and values are views of one tensor, as in the network.
     """
     num, heads, tokens, width = shape
     qkv = torch.randn(num, tokens, 3 * heads * width, device=device, dtype=dtype, requires_grad=True)
@@ -56,7 +57,7 @@ def _forward_and_backward(qkv: torch.Tensor, heads: int) -> None:
 
 @contextlib.contextmanager
 def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> Iterator[Mapping[str, float]]:
-    """Attention prefers the kernels in the order that `kernel_seconds` finds, within the block; nothing is changed but on CUDA."""
+    """Within the block, attention prefers kernels in the order of `kernel_seconds`; has an effect only on CUDA."""
     if device.type != "cuda":
         yield {}
         return

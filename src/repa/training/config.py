@@ -1,4 +1,4 @@
-"""Everything that defines a training run. The resolved form is written into the run folder and is itself a recipe."""
+"""The configuration of a training run. Its resolved form in the run folder is itself a recipe."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -20,58 +20,58 @@ from repa.models.config import ModelConfig, reads_text
 
 
 class OptimizerConfig(Config):
-    """AdamW with a constant learning rate, as the paper trains, or what was asked for instead."""
+    """The optimizer; by default the paper's AdamW with a constant learning rate."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
     learning_rate: float = Field(1e-4, gt=0)
     """Learning rate, after the warm-up and before the decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """constant, or how the learning rate falls to 0 at num_steps: in a straight line, or along half a cosine."""
+    """Schedule of the learning rate: constant, or falling to 0 at num_steps, linearly or as a cosine."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0 in a straight line."""
+    """Steps over which the learning rate rises linearly from 0."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of AdamW's first moment."""
+    """AdamW's beta1, the decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of AdamW's second moment."""
+    """AdamW's beta2, the decay of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global L2 norm when they exceed it."""
+    """Clip gradients to this global L2 norm."""
 
 
 class LoRAConfig(Config):
-    """Fine-tuning that trains a low-rank update next to each matrix of attention and MLP, and the table of labels."""
+    """LoRA: fine-tune low-rank updates of the matrices of attention and MLP, and the label table."""
 
     rank: int = Field(0, ge=0)
     """Rank of the updates, such as 16; 0 trains all weights. Needs --init."""
 
 
 class PreviewConfig(Config):
-    """Samples of the EMA network while it trains, always from the same initial noise."""
+    """Samples of the EMA network during training, always from the same initial noise."""
 
     every: int = Field(0, ge=0)
-    """Steps between previews; 0 makes none."""
+    """Steps between previews; 0: none."""
     num_images: int = Field(16, ge=1)
-    """Images that are kept and drawn."""
+    """Number of images in a preview."""
     num_scored: int = Field(0, ge=0)
-    """Samples that are measured against the training images; 0 measures none."""
+    """Number of samples to compare with the training images; 0: none."""
     score_every: int = Field(0, ge=0)
-    """Steps between measurements; 0 measures at every preview."""
+    """Steps between evaluations; 0: at every preview."""
     metrics: tuple[str, ...] = ("fd",)
-    """What is measured, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
+    """Metrics, as in `repa evaluate --metrics`; fd is the Fréchet distance."""
     features: Annotated[str, Spec(ENCODERS, also=("inception",))] = "tiny-classifier"
-    """Features in which samples are measured: inception, or an encoder that the run is not aligned to."""
+    """Feature extractor of the metrics: inception, or an encoder that the run is not aligned to."""
     sampler: Annotated[str, Spec(SAMPLERS)] = "heun"
     """Sampler of the previews."""
     num_steps: int = Field(25, ge=1)
     """Steps of that sampler."""
     guidance: Guidances = ()
-    """Guidances of the previews, as in `repa sample`; not autoguidance, which needs another run."""
+    """Guidances of the previews, as in `repa sample`; autoguidance, which needs another run, is not possible."""
     decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
-    """Autoencoder that decodes the previews faster, such as taesd; empty takes the run's own."""
+    """Autoencoder that decodes the previews faster, such as taesd; empty: the run's autoencoder."""
     decoder_weights: str = ""
-    """Local folder of that decoder's weights; empty takes the hub's."""
+    """Local folder of that decoder's weights; empty: the hub's."""
 
     @model_validator(mode="after")
     def _something_to_score(self) -> Self:
@@ -85,7 +85,7 @@ class PreviewConfig(Config):
             )
         if self.num_scored == 1:
             raise ValueError(
-                "--preview.num-scored is 1, and a distribution needs two samples: give more, or 0 to measure none"
+                "--preview.num-scored is 1, but a distribution needs at least two samples: give more, or 0"
             )
         return self
 
@@ -99,19 +99,19 @@ class PreviewConfig(Config):
 
     @property
     def scored_every(self) -> int:
-        """Steps between measurements; 0: there are none."""
+        """Steps between evaluations; 0: none."""
         return (self.score_every or self.every) if self.num_scored else 0
 
 
 class StreamConfig(Config):
-    """A vector that is noised, predicted and sampled with the latents (REG, arXiv 2507.01467)."""
+    """A stream: a vector that is noised, predicted and sampled with the latents (REG, arXiv 2507.01467)."""
 
     name: str = Field("class", pattern=r"^[a-z][a-z0-9_]*$")
-    """Names the stream in logs and checkpoints."""
+    """Name of the stream in logs and checkpoints."""
     source: Annotated[str, Spec(ENCODERS)]
-    """Encoder whose vector for the whole image it is, such as dinov2-b."""
+    """Encoder whose image vector it is, such as dinov2-b."""
     weight: float = Field(0.03, ge=0)
-    """How much its denoising loss counts."""
+    """Weight of its denoising loss."""
 
 
 class TrainConfig(Config):
@@ -122,83 +122,83 @@ class TrainConfig(Config):
     diffusion: DiffusionConfig = DiffusionConfig()
     """Objective, path, prediction and distribution of training times."""
     alignments: tuple[AlignmentConfig, ...] = ()
-    """The alignment terms; none trains the baseline."""
+    """The alignment terms; none: the baseline."""
     streams: tuple[StreamConfig, ...] = ()
-    """Vectors that are noised and predicted with the latents; none, unless the run is a REG."""
+    """Vectors that are noised and predicted with the latents (REG)."""
     denoising_schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
-    """Multiplier of all denoising losses over training; warmup:steps=50000 trains the alignments first (REED)."""
+    """Multiplier of all denoising losses by step; warmup:steps=50000 trains the alignments first (REED)."""
     head_weight: float = Field(0.5, ge=0)
     """Weight of the denoising loss of each head in model.heads."""
     autoencoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
-    """Autoencoder of the latents; empty takes the one that the data was prepared with."""
+    """Autoencoder of the latents; empty: that of the data."""
     autoencoder_weights: str = ""
-    """Local folder of the autoencoder's weights; empty takes the hub's."""
+    """Local folder of the autoencoder's weights; empty: the hub's."""
     feature_weights: LocalWeights = ()
-    """Local weights of encoders that run while training or measure previews, written ENCODER=PATH; the others come from the hub."""
+    """Local weights of encoders for training or metrics, written ENCODER=PATH; others come from the hub."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
-    """Text encoder of the captions, e.g. clip-l, for networks that read text; empty takes that of the stored tokens."""
+    """Text encoder of the captions, e.g. clip-l, for networks that read text; empty: that of the stored tokens."""
     text_weights: str = ""
-    """Local folder of its weights, where it runs while training or sampling; empty takes the hub's."""
+    """Local folder of the text encoder's weights, if it runs in training or sampling; empty: the hub's."""
     init: str = ""
-    """Start from these weights: run folder, folder of `repa export`, repa:FILE, sit:FILE, dit:FILE. Empty: random. ?: required."""
+    """Initial weights: run folder, folder of `repa export`, repa:FILE, sit:FILE or dit:FILE. Empty: random. ?: required."""
     lora: LoRAConfig = LoRAConfig()
-    """Train updates of low rank instead of all weights."""
+    """Train low-rank updates instead of all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     batch_size: int = Field(256, ge=1)
-    """Images per step over all processes."""
+    """Images per step, over all processes."""
     num_steps: int = Field(400_000, ge=1)
-    """Steps to train in all, or fewer if epochs ends training earlier."""
+    """Total number of steps, unless epochs ends training earlier."""
     epochs: float = Field(0.0, ge=0)
-    """Passes over the data after which training ends, if num_steps does not end it before; 0: num_steps alone."""
+    """Passes over the data after which training ends, unless num_steps ends it earlier; 0: only num_steps counts."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that a label or a caption is replaced by the null label or the empty text, so that guidance is possible."""
+    """Probability of replacing a label or a caption by the null label or the empty text, which guidance needs."""
     accumulate: int = Field(1, ge=1)
-    """Parts into which a step's images are split to need less memory; the gradient stays that of all of them."""
+    """Number of micro-batches per step, to save memory; the gradient is that of the whole batch."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work: each holds everything (ddp), or a part of weights and averages (fsdp); auto: the faster."""
+    """Strategy for several processes: ddp (each holds everything), fsdp (sharded weights and averages), or auto (the faster)."""
     checkpoint_activations: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more arithmetic, the same gradients."""
+    """Recompute activations in the backward pass: less memory, about a third more FLOPs, the same gradients."""
     fused_norm: bool = False
-    """Backward of each block's norm and modulation in one Triton kernel (on a CPU in plain PyTorch); not timed on a GPU yet."""
+    """Backward pass of each block's norm and modulation in one Triton kernel (plain PyTorch on a CPU); not yet timed on a GPU."""
     fused_update: bool = False
-    """AdamW and the first average in one Triton kernel (on a CPU one after the other, as without); not timed on a GPU yet."""
+    """AdamW and the first average in one Triton kernel (no effect on a CPU); not yet timed on a GPU."""
     fp8: bool = False
-    """Multiply attention and MLP of all blocks but the first and the last in 8 bits; changes training, and is faster on H100 and newer."""
+    """8-bit matrix products in attention and MLP of all blocks but the first and the last; changes training; for H100 and newer."""
     compile: bool = False
-    """Compile with torch.compile: faster steps on a GPU, last digits change."""
+    """Compile with torch.compile: faster steps on a GPU; the last digits change."""
     compile_scope: Literal["blocks", "step"] = "blocks"
-    """What is compiled: each block of the network by itself, in seconds, or the whole step as one graph, in minutes."""
+    """What to compile: each block separately (takes seconds), or the whole step as one graph (takes minutes)."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
-    """Decays of further averages, kept with the first as `ema-DECAY`."""
+    """Decays of further averages, saved as `ema-DECAY`."""
     ema_widths: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = ()
-    """Relative widths of averages with a power-function profile, kept as `ema-width-WIDTH`; 0.05 and 0.1 suit `repa ema`."""
+    """Relative widths of averages with power-function profiles, saved as `ema-width-WIDTH`; 0.05 and 0.1 suit `repa ema`."""
     snapshot_every: int = Field(0, ge=0)
-    """Steps between snapshots of these averages, from which `repa ema` makes an average of any width; 0 keeps none."""
+    """Steps between snapshots of these averages, from which `repa ema` computes an average of any width; 0: none."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the matrix products; weights, norms and losses stay float32. auto: bf16 where the machine gains from it."""
+    """Precision of matrix products; weights, norms and losses stay float32. auto: bf16 if it is faster on the machine."""
     max_skipped_steps: int = Field(20, ge=0)
-    """Steps in a row that may be skipped because their gradient is not finite; after more of them training stops."""
+    """Largest number of consecutive steps that may be skipped for a gradient that is not finite; then training stops."""
     seed: int = 0
-    """Seed of everything: weights, data order, noise, times, dropped labels."""
+    """Seed of weights, data order, noise, times and dropped labels."""
     log_every: int = Field(100, ge=1)
-    """Steps between rows in metrics.jsonl: only these wait for the device."""
+    """Steps between log entries in metrics.jsonl; only these steps wait for the device."""
     save_every: int = Field(10_000, ge=1)
     """Steps between checkpoints."""
     save_minutes: float = Field(0.0, ge=0)
-    """Minutes after which a checkpoint is also written; 0 counts steps only."""
+    """Also write a checkpoint after this many minutes; 0: only by steps."""
     keep_checkpoints: int = Field(2, ge=0)
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = Field(0, ge=0)
-    """Steps between checkpoints that are kept for ever, in addition to the newest; 0 keeps none of them."""
+    """Steps between checkpoints that are kept for ever, in addition to the newest; 0: none."""
     async_save: bool = False
-    """Write checkpoints from a copy in memory while training goes on."""
+    """Write checkpoints from a copy in memory while training continues."""
     wandb: str = ""
-    """Weights & Biases project that gets the rows of metrics.jsonl too; empty: none. WANDB_MODE=offline stays on this machine."""
+    """Weights & Biases project for the log entries; empty: none. WANDB_MODE=offline keeps them on this machine."""
     preview: PreviewConfig = PreviewConfig()
-    """Samples and their distance while training."""
+    """Samples and metrics during training."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -251,7 +251,7 @@ class TrainConfig(Config):
                 )
         if len({_other_pass(a.target) for a in self.alignments if parse_spec(a.target)[0] in ("ema", "run")}) > 1:
             raise ValueError(
-                "the targets ema and run share one pass of one other network: give all the same earlier and cleanest, or path, step "
+                "the targets ema and run share one pass of another network: give all the same earlier and cleanest, or path, step "
                 "and scale"
             )
 
@@ -259,21 +259,21 @@ class TrainConfig(Config):
         names = [s.name for s in self.streams]
         if "x" in names or len(names) != len(set(names)):
             raise ValueError(
-                f"the streams are called {', '.join(names)}: each needs a --streams.0.name that no other has, and none is x"
+                f"the streams have the names {', '.join(names)}: give each a unique --streams.0.name other than x"
             )
         if self.diffusion.objective == "ddpm" and self.streams:
             raise ValueError(
-                "the objective ddpm trains a variance too, which streams have none of: leave the streams out, or choose the objective flow"
+                "the objective ddpm needs a variance, which streams lack: leave the streams out, or choose the objective flow"
             )
         if self.diffusion.token_times and self.streams:
             raise ValueError(
-                "--diffusion.token-times gives every token of the grid a time, and the token of a stream is not in the grid: choose one"
+                "--diffusion.token-times works only on grid tokens, but a stream adds another token: choose one of the two"
             )
 
     def _check_lora(self) -> None:
         if not self.init:
             raise ValueError(
-                f"--lora.rank is {self.lora.rank}, but --init is empty, and a LoRA updates a trained network: give a run or a checkpoint"
+                f"--lora.rank is {self.lora.rank}, but LoRA needs a trained network: give --init a run or a checkpoint"
             )
         for name, given, instead in (
             ("--ema-widths", " ".join(map(str, self.ema_widths)), "--ema-decays"),
@@ -283,7 +283,7 @@ class TrainConfig(Config):
         ):
             if given:
                 raise ValueError(
-                    f"{name} {given} does not go with --lora.rank {self.lora.rank}: choose {instead}, or train all weights"
+                    f"{name} {given} does not work with --lora.rank {self.lora.rank}: choose {instead}, or train all weights"
                 )
 
     def _check_step(self) -> None:
@@ -295,19 +295,19 @@ class TrainConfig(Config):
             self._check_accumulation()
         if self.optimizer.name == "muon" and self.parallel == "fsdp":
             raise ValueError(
-                "the optimizer muon needs each matrix whole, and --parallel fsdp divides them: choose ddp, or adamw"
+                "the optimizer muon needs unsharded matrices, but --parallel fsdp shards them: choose ddp, or adamw"
             )
         if self.fused_update and self.optimizer.name != "adamw":
             raise ValueError(
-                f"--fused-update is AdamW's, but the optimizer is {self.optimizer.name}: choose adamw, or leave it out"
+                f"--fused-update works only with AdamW, but the optimizer is {self.optimizer.name}: choose adamw, or leave it out"
             )
         if self.snapshot_every and not self.ema_widths:
             raise ValueError(
-                "--snapshot-every keeps the averages of --ema-widths, of which there are none: give some, such as 0.05 0.1"
+                "--snapshot-every saves the averages of --ema-widths, which is empty: give widths, such as 0.05 0.1"
             )
 
     def _check_accumulation(self) -> None:
-        """A part of the batch is another batch to a loss that compares its images."""
+        """Refuse losses that compare images with gradient accumulation: a micro-batch is another batch to them."""
         from repa.alignment.losses import looks_at_other_images
 
         for alignment in self.alignments:
@@ -319,7 +319,7 @@ class TrainConfig(Config):
 
 
 def _other_pass(target: str) -> tuple:
-    """What a target "ema:..." or "run:..." says of the pass that it looks at; only blocks of one pass may differ."""
+    """The pass that a target "ema:..." or "run:..." needs; targets of one pass may differ only in their blocks."""
     name, settings = parse_spec(target)
     # Defaults filled in: "ema:depth=4" and "ema:depth=8,earlier=0.0" look at one pass.
     defaults: dict[str, dict[str, Any]] = {

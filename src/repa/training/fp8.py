@@ -1,8 +1,8 @@
-"""Linear layers whose three products run in 8 bits, with one scale for each tensor, computed again in every step.
+"""Linear layers whose three products run in 8 bits, with one scale per tensor, recomputed in every step.
 
 Inputs and weights are rounded to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344), as
 arXiv 2209.05433 proposes; products accumulate in float32 and come out in bfloat16. Weights stay float32, biases and their
-gradients are exact. What is kept for the backward is the rounded input and weight: half the bytes of bfloat16.
+gradients are exact. The backward pass keeps the rounded input and weight: half the bytes of bfloat16.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class _Product(torch.autograd.Function):
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in 8 bits, and the float32 scale that multiplies it back; the largest number lands on the largest there is."""
+    """x in 8 bits and its float32 scale; the largest number maps to the largest 8-bit number."""
     # A tensor of zeros, as a gradient may be at the start, would divide by zero.
     scale = x.detach().abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
@@ -60,18 +60,18 @@ def multiplied(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor
 
 
 def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
-    """Turn the linear layers of all blocks but the first and the last to 8 bits, in place; returns their names.
+    """Convert the linear layers of all blocks but the first and the last to 8 bits in place; returns their names.
 
-    Those are taken whose weight the network names as a hidden matrix, as Muon takes them: attention and MLP, not adaLN.
-    Parameters, their names and checkpoints stay what they are.
+    Only hidden matrices are converted, as for Muon: attention and MLP, not adaLN. Parameters, their names and checkpoints
+    do not change.
 
     Raises:
-        UserError: the precision is not bf16, the device does not multiply 8 bits, or the network has no layer to turn.
+        UserError: the precision is not bf16, the device has no 8-bit products, or the network has no suitable layer.
     """
     if precision != "bf16":
         raise UserError(f"fp8 needs precision bf16, but precision is {precision}: choose bf16, or fp8 false.")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-        raise UserError(f"{torch.cuda.get_device_name(device)} does not multiply 8-bit numbers: leave fp8 out.")
+        raise UserError(f"{torch.cuda.get_device_name(device)} does not support 8-bit products: leave fp8 out.")
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"fp8 runs on CUDA, and for trials on a CPU, but not on {device.type}: leave fp8 out.")
     hidden = {id(p) for p in model.matrices()}
@@ -87,7 +87,7 @@ def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
             found.append(f"blocks.{number}.{name}")
     if not found:
         raise UserError(
-            f"fp8 found no matrix with sides that are multiples of {MULTIPLE} between the first and the last block of this network: "
+            f"fp8 needs matrices with sides that are multiples of {MULTIPLE}, but this network has none between its first and last block: "
             "leave fp8 out."
         )
     return found

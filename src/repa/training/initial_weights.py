@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: another run, an exported network, or a released checkpoint (fine-tuning)."""
+"""Initial weights for fine-tuning: from another run, an exported network, or a released checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,7 +63,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     """
     if not isinstance(objective.model, DiT):
         raise UserError(
-            f"A run starts from weights of a DiT alone, but its network is a {type(objective.model).__name__}: leave init out."
+            f"--init works only for a DiT, but the network is a {type(objective.model).__name__}: leave it out."
         )
     start, own = _read_source(source, num_heads), objective.model.state_dict()
     _check_sizes(source, start, objective.model, num_heads)
@@ -118,7 +118,7 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
     if (path / layout.CONFIG).is_file():
         config, checkpoint = layout.read_config(path), load_checkpoint(path)
         if checkpoint is None:
-            raise UserError(f"init is {path}, which has no checkpoint yet: train it first, or give another run.")
+            raise UserError(f"----init is {path}, which has no checkpoint yet: train it first, or give another run.")
         where = str(path / layout.CONFIG)
         heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
         projectors = _projectors_by_term(config.get("alignments", ()), checkpoint.projectors, where)
@@ -136,8 +136,8 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
         return InitialWeights(ema, named, projectors)
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
     raise UserError(
-        f"init is {source!r}, which is neither a run folder nor an exported network: a checkpoint of another project is "
-        f"given with its kind ({kinds}), or made a run folder by `repa convert` first."
+        f"--init is {source!r}, which is neither a run folder nor an exported network: for a checkpoint of another project "
+        f"give its kind ({kinds}), or convert it with `repa convert` first."
     )
 
 
@@ -163,6 +163,6 @@ def _check_sizes(source: str, start: InitialWeights, model: DiT, num_heads: int)
         differences.append("the merge fuse" if FUSION in start.state else "no merge fuse")
     if differences:
         raise UserError(
-            f"init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
+            f"----init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
             "or another network to start from."
         )

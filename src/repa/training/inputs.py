@@ -1,4 +1,4 @@
-"""What a step gets in addition to the latents: features of encoders, the condition of each image, and the wait for both."""
+"""Inputs of a step besides the latents: encoder features, conditions, and the time spent waiting for them."""
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -29,8 +29,8 @@ Wanted = Callable[[int], Sequence[Need]]  # step -> what it wants of encoders
 class EncoderFeatures:
     """Features by encoder name for a batch.
 
-    Stored features are used where the data has all that is wanted of an encoder; otherwise the encoder is loaded and run
-    on the images, under inference mode and in the precision of the run. On CUDA it runs one batch ahead, on another stream.
+    Stored features are used if the data have all that the run needs of an encoder; otherwise the encoder runs on the
+    images, in inference mode and in the precision of the run. On CUDA it runs one batch ahead on another stream.
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
@@ -43,7 +43,7 @@ class EncoderFeatures:
             raise UserError(_missing_sentence(data, missing[0], names))
         self.grid = config.model.latent_size // config.model.dims().patch_size
         self.notes = [
-            f"The stored tokens of {name!r} form a grid of {data.features[name].grid} and are resampled to the network's "
+            f"The stored tokens of {name!r} have a grid of {data.features[name].grid} and are resampled to the network's "
             f"{self.grid}; `repa prepare --grid {self.grid}` stores them at that size."
             for name in self.cached
             if data.features[name].grid != self.grid
@@ -175,18 +175,18 @@ def _load(name: str, config: TrainConfig, data: DataSet, device: torch.device) -
             raise
         change = f"--alignments.{terms[0]}.target {next(iter(data.features))}"
         stored = ", ".join(data.features)
-        raise UserError(f"{error} Or align to tokens that the data holds ({stored}): {change}.") from error
+        raise UserError(f"{error} Or align to stored tokens ({stored}): {change}.") from error
 
 
 def _missing_sentence(data: DataSet, need: Need, names: str) -> str:
     if need.encoder in data.features:
         what = "attention" if need.attention else "vectors of whole images"
         return (
-            f"A term needs {what} of {need.encoder!r}, which the data in {data.folder} does not store, and there are no images to "
-            "compute them from: run `repa prepare` with --store-images true."
+            f"A term needs {what} of {need.encoder!r}, but the data in {data.folder} store neither them nor images: "
+            "run `repa prepare` with --store-images true."
         )
     return (
-        f"The data in {data.folder} has neither tokens of {need.encoder!r} nor images to make them from: "
+        f"The data in {data.folder} have neither tokens of {need.encoder!r} nor images: "
         f"run `repa prepare` with --features {names}."
     )
 
@@ -202,12 +202,12 @@ def text_encoder_of(config: TrainConfig, data: DataSet) -> str:
         return ""
     if not data.has_captions:
         raise UserError(
-            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has no captions: give data that "
-            "`repa prepare --text NAME` made."
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} have no captions: prepare data "
+            "with captions and --text NAME."
         )
     if not (config.text or stored):
         raise UserError(
-            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} holds captions without tokens: run "
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} have captions without tokens: run "
             f"`repa prepare {data.folder} --only text --text NAME`, or give --text NAME to encode them while training."
         )
     return config.text or stored
@@ -259,7 +259,7 @@ class TextConditions:
         """Stored tokens, for terms whose target is text, of a network that reads none."""
         if not data.text:
             raise UserError(
-                f"A term has the target text, but the data in {data.folder} holds no tokens of captions: run "
+                f"A term has the target text, but the data in {data.folder} have no text tokens: run "
                 f"`repa prepare {data.folder} --only text --text NAME`, or prepare data with captions."
             )
         self.reads, self.width = "tokens", data.texts.empty().text().tokens.shape[2]
@@ -284,7 +284,7 @@ def _with_text_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
 
 
 class TimedIterator(Generic[Item]):
-    """Passes an iterator's items on and adds up the seconds that were waited for them."""
+    """Yields an iterator's items and adds up the time spent waiting for them."""
 
     def __init__(self, items: Generator[Item, None, None]):
         self.items, self.seconds = items, 0.0

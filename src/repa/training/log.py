@@ -1,4 +1,4 @@
-"""The training log: a row of losses, rates and memory every so many steps, the only thing that waits for the device."""
+"""The training log: entries of losses, rates and memory; only logging waits for the device."""
 
 import math
 import time
@@ -23,14 +23,14 @@ FORWARD_AND_BACKWARD = 3  # a product has two gradients, each as large as itself
 
 
 class TrainingLog:
-    """Writes rows of kind "train". The clock runs from one to the next; `restart` leaves out what was done since the last.
+    """Writes log entries of kind "train". The clock runs between entries; `restart` excludes the time since the last.
 
     Args:
         state: what is trained.
         run: its folder.
-        log: where rows go.
-        batches: the iterator of batches, which counts the seconds that training waited for it.
-        say: gets sentences about what went wrong.
+        log: the log of the run.
+        batches: the iterator of batches, which counts the time spent waiting.
+        say: called with warnings.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class TrainingLog:
         self.since, self.since_step = time.perf_counter(), state.step
 
     def restart(self) -> None:
-        """What was done since the last row is not training."""
+        """Exclude the time since the last entry, which was not training."""
         self.since = time.perf_counter()
 
     def write(self, losses: Losses, norm: Tensor) -> None:
-        """The row of this step. Raises UserError when too many steps in a row had to be skipped."""
+        """Write the entry of this step. Raises UserError after too many consecutive skipped steps."""
         state, config = self.state, self.state.config
         row = {**_global_means(losses), "grad_norm": float(norm), **state.guard.row()}  # waits for the device
         elapsed, steps = time.perf_counter() - self.since, state.step - self.since_step
@@ -111,7 +111,7 @@ def flops_of(objective: Objective) -> float:
 
 
 def _depth_of(name: str, objective: Objective) -> int:
-    """The block that a parameter belongs to, or whose tap its projector sees; 0: none, so that it sees all tokens."""
+    """The block of a parameter, or of its projector's tap; 0: none, so it processes all tokens."""
     room, *path = name.split(".")
     if room == "alignments":
         term = objective.alignments[path[0]]
@@ -121,9 +121,9 @@ def _depth_of(name: str, objective: Objective) -> int:
 
 
 def ideal_seconds(objective: Objective, precision: str, device: torch.device) -> float:
-    """Seconds in which this device would do the products of one image, if it did nothing else.
+    """Seconds that this device needs for the matrix products of one image at its full rate.
 
-    Not a number for fp16 on a CPU, which has no rate to speak of: it is emulated, faster in one kind of product than in another.
+    NaN for fp16 on a CPU, which is emulated and has no single rate.
     """
     if precision == "fp16" and device.type == "cpu":
         return math.nan

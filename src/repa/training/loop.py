@@ -1,4 +1,4 @@
-"""The training loop: reads top to bottom, and waits for the device only on steps that log."""
+"""The training loop. It waits for the device only on steps that log."""
 
 import contextlib
 import signal
@@ -45,7 +45,7 @@ ASK_EVERY = 10  # steps, of several processes: to ask each other whether to stop
 
 
 class Hook(NamedTuple):
-    """Something to do every so many steps and at the end, given by whoever starts the training (previews, metrics)."""
+    """An action at regular steps and at the end, passed by the caller (previews, metrics)."""
 
     every: int
     run: Callable[[TrainState], dict[str, Any]]  # values for a metrics row of kind "eval"
@@ -53,7 +53,7 @@ class Hook(NamedTuple):
 
 @dataclass(frozen=True)
 class Finished:
-    """How a call of `train` ended."""
+    """The result of a call of `train`."""
 
     step: int
     interrupted: signal.Signals | None = None  # the signal that stopped it, after a checkpoint
@@ -69,13 +69,13 @@ def train(
     progress: Callable[[TrainState], None] = lambda state: None,
     say: Callable[[str], None] = print,
 ) -> Finished:
-    """Train, or continue, the run in folder `run` until config.num_steps.
+    """Train or continue the run in folder `run` until config.num_steps.
 
-    Continuing is the same call and bit-exact: all randomness is a function of (seed, step). `make_hooks` gets the resolved
+    The same call continues a run bit for bit: all randomness is a function of (seed, step). `make_hooks` gets the resolved
     configuration and the autoencoder. `progress` is called after every step and must not touch the device.
 
     Raises:
-        UserError: another process trains this run, or processes that should share the work were given different work.
+        UserError: another process trains this run, or the processes have different configurations.
     """
     with dist.locked(run, "repa train"):
         state, encoders, texts = _open_run(config, data, run, device)
@@ -94,7 +94,8 @@ def train(
         # Stored moments need scale and shift alone, and only previews decode.
         if data.has_moments and not hooks:
             autoencoder.release_networks()
-        # TF32 for the float32 products that remain in half precision. fp32 means float32, also after another run in this process.
+        # TF32 for float32 products that remain in half precision; fp32 means true float32, even after another run in
+        # this process.
         torch.set_float32_matmul_precision("highest" if state.config.precision == "fp32" else "high")
         return _train(state, run, encoders, texts, autoencoder, loader, hooks, progress, say)
 
@@ -102,7 +103,7 @@ def train(
 def _open_run(
     config: TrainConfig, data: DataSet, run: Path, device: torch.device
 ) -> tuple[TrainState, EncoderFeatures, TextConditions]:
-    """The run as its newest checkpoint left it, or at step 0, in a folder that is this run's; every mismatch is reported."""
+    """The state of the newest checkpoint, or of step 0; reports every mismatch with the folder."""
     first = dist.on_main(lambda: first_choices(config, run, device))
     # Applied to each process's own configuration, so that those that were given another command are found below.
     config = first.applied(config)

@@ -73,9 +73,7 @@ class Objective(nn.Module):
         self.denoising_schedule = SCHEDULES.build(denoising_schedule)
         # Such a schedule stops a term for good, and a run without its denoising loss trains nothing.
         if hasattr(self.denoising_schedule, "watches"):
-            raise UserError(
-                f"The denoising loss has no schedule {denoising_schedule!r}, which watches a term: choose warmup."
-            )
+            raise UserError(f"The denoising schedule {denoising_schedule!r} needs an alignment term: choose warmup.")
         terms = {a.key: a for a in alignments}
         for term in alignments:
             if term.config.projector_of:
@@ -91,8 +89,8 @@ class Objective(nn.Module):
         looking = [a.config for a in alignments if a.sees_condition]
         if looking and diffusion.token_times:
             raise UserError(
-                f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} takes one time an image, but "
-                "--diffusion.token-times gives two: leave that out, or take the projector mlp."
+                f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} needs one time per image, but "
+                "--diffusion.token-times gives two: leave it out, or choose the projector mlp."
             )
         self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
 
@@ -107,7 +105,7 @@ class Objective(nn.Module):
             vector = features[stream.source].pooled
             if vector is None:
                 raise UserError(
-                    f"The stream {stream.name} is a vector of the whole image, and the encoder {stream.source} has none: choose "
+                    f"The stream {stream.name} needs an image vector, but the encoder {stream.source} has none: choose "
                     "another source."
                 )
             found[stream.name] = vector.float()

@@ -1,4 +1,4 @@
-"""From what the user asked and what the data is to the configuration that runs; every mismatch is reported before any slow work."""
+"""Resolve a configuration with the data and the machine; report every mismatch before slow work."""
 
 import hashlib
 import json
@@ -67,15 +67,13 @@ def first_choices(config: TrainConfig, run: Path, device: torch.device) -> First
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
     """Fill in what is left to the data (latent size, channels, classes, autoencoder) and to the machine (precision)."""
     if config.init == "?":
-        raise UserError(
-            "This recipe fine-tunes a network, and none was given: --init RUN, or --init sit:FILE, repa:FILE or dit:FILE."
-        )
+        raise UserError("This recipe fine-tunes a network: give --init RUN, or --init sit:FILE, repa:FILE or dit:FILE.")
     facts = {"latent_size": data.latent_size, "latent_channels": data.latent_channels, "num_classes": data.num_classes}
     for name, value in facts.items():
         asked = getattr(config.model, name)
         if asked and asked != value:
             raise UserError(
-                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
+                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} have {value}: leave it out, or prepare other data."
             )
     if config.autoencoder and config.autoencoder != data.autoencoder:
         raise UserError(
@@ -148,22 +146,22 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     """
     path = run / layout.CONFIG
     if files.well_formed(str(run)) != str(run):
-        raise UserError(f"{run} is not UTF-8 text, which TensorBoard's files need: give --out another name.")
+        raise UserError(f"--out is {run}, but TensorBoard needs a name in UTF-8: choose another name.")
     if path.is_file():
         if lines := _changed_settings(run, config):
             raise UserError(
-                f"{run} holds a run of another configuration ({'; '.join(lines)}): to continue with its own settings run "
+                f"{run} holds a run with another configuration ({'; '.join(lines)}): to continue it with its settings run "
                 f"`repa train {run} --data {data.folder} --out {run}`. For a new run from its weights with these settings, "
                 f"give --init {run} and another --out."
             )
     elif run.is_dir() and any(not _is_leftover(file.name) for file in run.iterdir()):
-        raise UserError(f"{run} is not empty and holds no run: choose another --out folder.")
+        raise UserError(f"{run} is not empty and not a run: choose another --out folder.")
     summary = data.summary() | ({"text": text} if text else {})
     if path.is_file() and (before_data := files.read_object(run / layout.DATA)) != summary:
         changed = sorted(key for key in {*before_data, *summary} if before_data.get(key) != summary.get(key))
         raise UserError(
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
-            "choose another --out, or give the data it was started with."
+            "choose another --out, or give its original data."
         )
     # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_is_leftover`).
     files.write_sealed(run / layout.DATA, summary)
@@ -201,7 +199,7 @@ def require_equal_parts(batch_size: int, world: int, accumulate: int) -> None:
     parts = world * accumulate
     if batch_size % parts:
         raise UserError(
-            f"A batch of {batch_size} images cannot be cut into {parts} equal parts (processes: {world}, accumulate: "
+            f"A batch of {batch_size} images cannot be split into {parts} equal parts (processes: {world}, accumulate: "
             f"{accumulate}): choose a --batch-size that is a multiple of {parts}, or another --accumulate."
         )
 
@@ -215,6 +213,6 @@ def require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) 
         # All know of the difference by the hashes, so all come to this second gathering.
         steps = ", ".join(map(str, dist.gather_objects(step)))
         raise dist.SharedError(
-            f"The processes disagree about {', '.join(different)} (their steps: {steps}): give all of them the same command, and "
-            f"a run folder that all see; {run} may be another folder on each machine."
+            f"The processes differ in {', '.join(different)} (their steps: {steps}): give all of them the same command, and "
+            f"a shared run folder; {run} may be another folder on each machine."
         )

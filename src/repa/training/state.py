@@ -98,7 +98,7 @@ class TrainState:
         step, counters, files = found
         if not files.get(layout.OPTIMIZER_FILE):
             raise UserError(
-                f"{layout.checkpoint_folder(run, step)} has no {layout.OPTIMIZER_FILE}, so it cannot be continued: "
+                f"{layout.checkpoint_folder(run, step)} has no {layout.OPTIMIZER_FILE}, so training cannot continue: "
                 f"start from its weights in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
             )
         with dist.together():
@@ -166,7 +166,7 @@ def build_state(
     averages = build_averages(objective.model, config)
     fused = [block.fuse_norm() for block in model.blocks if config.fused_norm and isinstance(block, Block)]
     if config.fused_norm and not any(fused):
-        raise UserError("fused_norm is for blocks with LayerNorm and adaLN, and this network has none: leave it out.")
+        raise UserError("--fused-norm needs blocks with LayerNorm and adaLN, which this network lacks: leave it out.")
     # Not the averages: they are sampled from, in the precision of the sampler.
     if config.fp8:
         use_fp8(objective.model, config.precision, device)
@@ -197,7 +197,7 @@ def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Op
     hidden = {id(p) for p in objective.model.matrices()}
     matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
     if not matrices:
-        raise UserError("The optimizer muon has nothing to train: this network names no matrices for it. Choose adamw.")
+        raise UserError("The optimizer muon needs matrices, but this network names none: choose adamw.")
     return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
 
 

@@ -121,9 +121,7 @@ class Guard:
         self._reported = row["skipped_steps"]
         if new:
             lowered = f", the loss scale is now {row['loss_scale']:g}" if self.scales else ""
-            notes.append(
-                f"{new} of the steps up to {step:,} had a gradient that is not finite and were skipped{lowered}."
-            )
+            notes.append(f"Steps skipped up to step {step:,} because their gradient was not finite: {new}{lowered}.")
         usual = statistics.median(self._norms) if len(self._norms) >= LEAST_ROWS else float("inf")
         if row["grad_norm_max"] > SPIKE * usual:
             notes.append(
@@ -144,7 +142,7 @@ class Guard:
             good = f"The checkpoint of step {steps[-1]} is good. " if steps else ""
             raise UserError(
                 f"The gradient was not finite in {in_row} steps in a row, up to step {step} (loss {loss}): training stopped and "
-                f"wrote nothing of it. {good}Look at the data, or start another --out with a lower --optimizer.learning-rate, "
+                f"wrote no checkpoint of these steps. {good}Check the data, or start another --out with a lower --optimizer.learning-rate, "
                 "--precision fp32 or --model.qk-norm layer."
             )
 
