@@ -107,7 +107,7 @@ def test_other_bytes_inside_are_a_sentence(save, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"s\.npz (is damaged|is cut off|cannot be read)"):
+    with pytest.raises(UserError, match=r"s\.npz (is damaged|is truncated|cannot be read)"):
         list(open_images(path).batches(4))
 
 
@@ -117,7 +117,7 @@ def test_fewer_images_than_announced(tmp_path):
     buffer.write(pixels().tobytes())
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue())
-    with pytest.raises(UserError, match="is cut off: it announces 9 images and holds 7"):
+    with pytest.raises(UserError, match="is truncated: it declares 9 images but holds 7"):
         open_images(tmp_path / "s.npz")
 
 

@@ -133,7 +133,7 @@ def test_statistics_are_whose_they_are(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
     with pytest.raises(UserError, match="statistics of Inception's features and no images"):
         measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
-    with pytest.raises(UserError, match="by the published weights of Inception, but other weights were given"):
+    with pytest.raises(UserError, match="from the published weights of Inception, but samples use other weights"):
         measured(path, samples, ("fid",), small_inception("0" * 64))
     extractor = small_inception()
     extractor.dim = 2048

@@ -153,7 +153,7 @@ def test_results_given_by_name_find_their_run(tmp_path, monkeypatch):
 def test_damaged_results_are_named(tmp_path):
     run = fake_run(tmp_path / "a")
     file = results_file(run / layout.EVALUATIONS / "x.json", FIVE, None)
-    with pytest.raises(UserError, match=r"x\.json does not say which checkpoint"):
+    with pytest.raises(UserError, match=r"x\.json does not name the checkpoint"):
         add_evaluations(read_runs([run]))
     file.write_text('{"metrics": {"fid": ')
     with pytest.raises(UserError, match=r"x\.json cannot be read as JSON"):

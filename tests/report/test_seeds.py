@@ -81,7 +81,7 @@ def test_speedup_over_seeds_pairs_equal_seeds(six):
     assert "2.8 times fewer (2.0 to 4.0)" in sentence
     assert any("baseline of its seed" in note for note in notes)
     assert any("With 3 seeds" in note for note in notes)
-    assert not any("another seed was not measured" in note for note in notes)
+    assert not any("between seeds was not measured" in note for note in notes)
 
 
 def test_images_count_the_batch(tmp_path):

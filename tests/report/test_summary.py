@@ -29,7 +29,7 @@ def test_speedup_is_the_linear_interpolation(tmp_path):
     assert "at all 3 compared steps: 5.00 against 11.00 at 100 steps" in sentence
     assert "1.8 times fewer steps (55 instead of 100)" in sentence
     assert any("interpolated" in note and "40 and 60" in note for note in notes)
-    assert any("another seed was not measured" in note for note in notes)
+    assert any("between seeds was not measured" in note for note in notes)
 
 
 def test_first_time_counts_when_the_curve_goes_up_again(tmp_path):
@@ -279,9 +279,9 @@ def test_no_run_folder_is_named(tmp_path):
 
 def test_names_must_fit(tmp_path):
     run = fake_run(tmp_path / "r")
-    with pytest.raises(UserError, match="2 names were given for 1 runs"):
+    with pytest.raises(UserError, match="--names has 2 names for 1 runs"):
         read_runs([run], ["a", "b"])
-    with pytest.raises(UserError, match="Two runs are called 'r'"):
+    with pytest.raises(UserError, match="Two runs have the name 'r'"):
         read_runs([run, run])
     assert read_runs([run], ["a\udcff"])[0].name == "a\ufffd"  # a byte of a command line that is not UTF-8
 

@@ -303,7 +303,7 @@ def test_one_other_bit_of_a_part_or_of_the_samples_is_noticed(run, tmp_path):
         write_samples(run, ODE, 8, out, lambda done, total: 1 / (8 - done))
     part = next(iter(out.with_suffix(".parts").glob("*.npy")))
     flip(part, -5)
-    with pytest.raises(UserError, match=f"{part.name} is damaged: .* Remove it, and the same command makes it again"):
+    with pytest.raises(UserError, match=f"{part.name} is damaged: .* Delete it and run the same command again"):
         write_samples(run, ODE, 8, out)
     part.unlink()
     write_samples(run, ODE, 8, out)
@@ -356,7 +356,7 @@ def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
         (ODE.override(batch_size=2), 8, "batch_size: 4 -> 2"),
         (ODE, 12, "num: 8 -> 12"),
     ):
-        with pytest.raises(UserError, match=f"holds part of another job .{change}.: remove it or choose another --out"):
+        with pytest.raises(UserError, match=f"belongs to another job .{change}.: delete it or choose another --out"):
             write_samples(run, config, num, out)
     with pytest.raises(UserError, match="step: 20 -> 10"):
         write_samples(load_run(random_run, step=10), ODE, 8, out)
@@ -402,7 +402,7 @@ def test_a_step_that_was_trained_again_is_another_job(random_run, tmp_path):
     checkpoint = load_checkpoint(folder, 10)
     shutil.rmtree(layout.checkpoint_folder(folder, 20))
     save_checkpoint(folder, checkpoint._replace(step=20))
-    with pytest.raises(UserError, match=r"is of another job \(weights_sha256: .* -> "):
+    with pytest.raises(UserError, match=r"belongs to another job \(weights_sha256: .* -> "):
         write_samples(load_run(folder), ODE, 5, out)
 
 
@@ -411,7 +411,7 @@ def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, t
     before = out.read_bytes()
     monkeypatch.setattr("repa.sampling.writing.draw", lambda *a: pytest.fail("sampled again"))
     assert write_samples(run, ODE, 5, out) == out
-    with pytest.raises(UserError, match=r"s\.npz exists and is of another job \(num: 5 -> 6\).*another --out"):
+    with pytest.raises(UserError, match=r"s\.npz exists and belongs to another job \(num: 5 -> 6\).*another --out"):
         write_samples(run, ODE, 6, out)
     assert out.read_bytes() == before
 

@@ -77,11 +77,11 @@ def test_what_is_refused(text_run, random_run, tmp_path, captioned_data):
         (text_run, {"labels": "0"}, "trained on captions"),
         (text_run, {"labels": "dark"}, "trained on captions"),
         (text_run, {"prompt": (), "prompt_file": str(tmp_path / "no.txt")}, "no such file"),
-        (random_run, {}, "on labels, not on texts"),
+        (random_run, {}, "on labels, not on captions"),
     ):
         with pytest.raises(UserError, match=sentence):
             images(run, CONFIG.override(**change), [0])
-    with pytest.raises(UserError, match="come from one"):
+    with pytest.raises(UserError, match="exclude each other"):
         CONFIG.override(prompt_file="a.txt")
     for text in ("", "\n \n", "nothing", "[1]", '{"tag": 1}', "[" * 100_000):
         (tmp_path / "bad.jsonl").write_text(text)

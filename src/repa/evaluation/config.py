@@ -1,4 +1,4 @@
-"""What to measure and in whose features."""
+"""The metrics and the feature extractor."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +22,7 @@ ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers
 
 
 def metrics_of(features: str) -> tuple[Metric, ...]:
-    """What can be measured in these features."""
+    """The metrics that these features allow."""
     return (*(OF_INCEPTION if features == INCEPTION else OF_ENCODERS), *OF_CAPTIONS)
 
 
@@ -30,13 +30,13 @@ class FeaturesConfig(Config):
     """The network whose features are compared."""
 
     features: Annotated[str, Spec(ENCODERS, also=(INCEPTION,))] = INCEPTION
-    """inception, whose distances papers report, or an encoder that the model was not aligned to, such as dinov2-l."""
+    """Feature extractor: inception, as in papers, or an encoder that the model was not aligned to, such as dinov2-l."""
     features_weights: str = ""
-    """Local weights: Inception's file, or that encoder's folder; empty takes the cache, the package's or the hub's."""
+    """Local weights: Inception's file or the encoder's folder; empty: the cache, the package's or the hub's."""
     features_precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of that network. Papers use fp32; bf16 is for GPUs, and moves figures a little: docs/evaluation.md says how much."""
+    """Precision of the extractor. Papers use fp32; bf16 is for GPUs and changes results a little (docs/evaluation.md)."""
     batch_size: int = Field(64, ge=1)
-    """Images at a time on each process."""
+    """Images per batch on each process."""
 
 
 class EvaluateConfig(FeaturesConfig):
@@ -46,13 +46,13 @@ class EvaluateConfig(FeaturesConfig):
     """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; of samples with
     prompts caption_agreement, clip_score, clip_agreement; empty: all but k*d and those of prompts."""
     prompts: str = ""
-    """File of the samples' prompts in their order, .txt or .jsonl; empty: the file next to them, or the prompts given to a run."""
+    """File of the samples' prompts in order, .txt or .jsonl; empty: the file beside the samples, or the prompts of the run."""
     clip: str = "clip-l"
-    """Which CLIP measures clip_score and clip_agreement: clip-b, clip-l or clip-h."""
+    """CLIP for clip_score and clip_agreement: clip-b, clip-l or clip-h."""
     clip_weights: str = ""
-    """Local folder of its weights, as on the hub; empty takes the hub's."""
+    """Local folder of CLIP's weights, as on the hub; empty: the hub's."""
     neighbours: Literal["float32", "float16"] = "float32"
-    """Arithmetic of precision and recall; float16 rounds as the ADM evaluator does, for figures that are compared with published ones."""
+    """Precision of the nearest-neighbour search; float16 rounds as the ADM evaluator does, for comparison with papers."""
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -94,4 +94,4 @@ class ReferenceConfig(FeaturesConfig):
     """A reference file in the format of the ADM evaluator."""
 
     resolution: int = Field(0, ge=0)
-    """Pixels of the side that images of a folder or zip are cropped to, as ADM crops; not needed for prepared data or .npz."""
+    """Resolution in pixels to which images of a folder or zip are cropped, as ADM does; not for prepared data or .npz."""

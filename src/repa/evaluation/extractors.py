@@ -39,7 +39,9 @@ class EncoderExtractor:
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
         # Known only now: a private encoder says so by what it gives.
         if pooled is None:
-            raise UserError(f"The encoder {self.name} has no pooled features to compare images by: choose another.")
+            raise UserError(
+                f"The encoder {self.name} has no pooled features, which metrics need: choose another encoder."
+            )
         return ImageFeatures(pooled.float())
 
 

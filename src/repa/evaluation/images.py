@@ -92,7 +92,7 @@ class NpzImages(Images):
         if self._info.file_size < self._start + self.num * self._size:
             whole = (self._info.file_size - self._start) // self._size
             raise UserError(
-                f"{path} is cut off: it announces {self.num:,} images and holds {whole:,}. Copy or make it again."
+                f"{path} is truncated: it declares {self.num:,} images but holds {whole:,}. Copy or make it again."
             )
         self.identity = {"name": path.name, "shape": list(shape), "crc32": self._info.CRC}
         self._map = None
@@ -115,7 +115,7 @@ class NpzImages(Images):
             data = self._file.read(self._size)
         if len(data) != self._size:
             raise UserError(
-                f"{self.path} is cut off: it announces {self.num:,} images and ends after {index:,}. Copy or make it again."
+                f"{self.path} is truncated: it declares {self.num:,} images but ends after {index:,}. Copy or make it again."
             )
         return np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3)
 
@@ -125,9 +125,7 @@ class NpzImages(Images):
             return
         self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
         if self._next == self.num and self._checksum != self._info.CRC:
-            raise UserError(
-                f"{self.path} is damaged: arr_0 has another checksum than when it was written. Copy or make it again."
-            )
+            raise UserError(f"{self.path} is damaged: arr_0 does not match its checksum. Copy or make it again.")
 
 
 class DataImages(Images):

@@ -94,9 +94,7 @@ def evaluate_stream(
         progress: of the reference, where it has to be computed.
     """
     if num < 2:
-        raise UserError(
-            f"{samples} holds {num} image: give at least two, as a distribution needs, and thousands for one that means something."
-        )
+        raise UserError(f"{samples} holds {num} image: give at least two, and thousands for meaningful metrics.")
     check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)
     # Of statistics in a file the number of images may not be known, and what neighbours need is there or not.
@@ -220,17 +218,19 @@ def _warnings_about(extractor: Extractor, num: int, metrics: Sequence[str]) -> l
     if num < extractor.dim and {"fid", "sfid", "fd"} & set(metrics):
         warnings.append(
             f"{num:,} samples are fewer than the {extractor.dim:,} dimensions of the features, so their covariance lacks full "
-            "rank, and Fréchet distances are too large: compare only figures for the same number of samples."
+            "rank, and Fréchet distances are too large: compare only results with the same number of samples."
         )
     if "fd" in metrics:
         warnings.append(
             f"fd in the features of {extractor.name} is not FID: compare it only with fd in the same features."
         )
     if isinstance(extractor, InceptionExtractor) and not extractor.is_published:
-        warnings.append("The weights are not the published ones of Inception: compare these figures with no paper's.")
+        warnings.append(
+            "The weights are not the published ones of Inception: do not compare these results with papers."
+        )
     if extractor.precision != "fp32":
         warnings.append(
-            f"The features were computed in {NUMBERS[extractor.precision]}, which moves every figure a little: papers measure in float32."
+            f"The features were computed in {NUMBERS[extractor.precision]}, which changes every result a little: papers use float32."
         )
     if "inception_score" in metrics and num % SPLIT_SIZE:
         warnings.append(

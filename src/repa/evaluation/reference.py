@@ -1,4 +1,4 @@
-"""What samples are measured against: statistics of real images and the features of a subset of them, kept once computed."""
+"""References: statistics of real images and the features of a subset of them, stored once computed."""
 
 import contextlib
 import os

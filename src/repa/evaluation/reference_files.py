@@ -1,4 +1,4 @@
-"""References as files: those of the ADM evaluator, and our own in the same format."""
+"""Reference files: those of the ADM evaluator, and those of this package in the same format."""
 
 import hashlib
 import json
@@ -60,8 +60,8 @@ class ReferenceFile:
             return kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
         if self.extractor is None and isinstance(extractor, InceptionExtractor) and not extractor.is_published:
             raise UserError(
-                f"{self.path} holds statistics by the published weights of Inception, but other weights were given: "
-                "make a reference with these by `repa evaluate reference`, or leave --features-weights out."
+                f"{self.path} holds statistics from the published weights of Inception, but samples use other weights: "
+                "make a reference with these weights by `repa evaluate reference`, or leave --features-weights out."
             )
         if self.extractor is not None and self.extractor != [spec, extractor.identity]:
             raise UserError(

@@ -40,12 +40,10 @@ QUANTITIES = {
     "skipped_steps": Quantity(
         "skipped steps, so far", is_noisy=False, form="Steps skipped for gradients that are not finite: {}."
     ),
-    "data_wait": Quantity("wait for data (ms a step)", 1000.0, form="The wait for data was {} ms a step throughout."),
+    "data_wait": Quantity("wait for data (ms a step)", 1000.0, form="The wait for data was {} ms per step throughout."),
     "images_per_second": Quantity("images per second", form="Images per second: {} throughout."),
     "loss_scale": Quantity("loss scale", is_noisy=False, form="The loss scale was {} throughout."),
-    "utilisation": Quantity(
-        "share of the matrix-product rate", form="The share of the matrix-product rate was {} throughout."
-    ),
+    "utilisation": Quantity("share of the matrix-product rate", form="The MFU was {} throughout."),
     "peak_memory": Quantity("peak memory (GiB)", 2.0**-30, False, "Peak memory was {} GiB throughout."),
 }
 LOSS = Quantity("denoising loss")
@@ -171,7 +169,7 @@ def alignment_axis(runs: Sequence[RunRecord]) -> str:
 def alignment_label(group: SeedGroup, name: str, single: bool) -> str:
     label = group.label if single else f"{group.label}: {name}"
     trained = {f"{item.get('target')}@{item.get('depth')}" for item in group.runs[0].alignments}
-    return label if name in trained else f"{label} (only measured)"
+    return label if name in trained else f"{label} (measure_only)"
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -52,8 +52,8 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
             )
     if single:
         notes.append(
-            "One seed each: how much these distances would change with another seed was not measured, so a difference may "
-            "be chance. `repa train --seed` trains more; runs that differ in the seed only are compared together."
+            "One seed each: the spread between seeds was not measured, so a difference may "
+            "be chance. Train more with `repa train --seed`; runs that differ only in the seed form one group."
         )
     notes += differences
     return Verdict(sentence, notes, "" if differences else _explanation(ours, theirs, found.aligned.runs[0]))
@@ -164,7 +164,7 @@ def _notes_of_pair(ours: str, theirs: str, found: Speedup) -> list[str]:
 
 def _interpolation_note(ours: str, reached: Reached) -> str:
     if reached.is_bound:
-        return f"{_first_upper(ours)} had it at its first evaluation already, perhaps earlier."
+        return f"{_first_upper(ours)} had reached it by its first evaluation, perhaps earlier."
     if reached.between[0] == reached.between[1]:
         return f"The evaluation of {ours} at {count(reached.step)} steps had exactly this distance."
     first, second = (count(step) for step in reached.between)
@@ -179,7 +179,7 @@ def _other_differences(found: SeedSpeedup) -> list[str]:
     others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] not in aside]
     if others:
         notes.append(
-            f"The configurations also differ in {listed(others, 'and')}: the comparison is not of alignment alone."
+            f"The configurations also differ in {listed(others, 'and')}, so alignment is not the only difference."
         )
     if baseline.data != run.data:
         notes.append("The runs were not trained on the same data (their data.json differ).")
@@ -237,7 +237,7 @@ def _notes_over_seeds(found: SeedSpeedup) -> list[str]:
     else:
         notes.append("Seeds of baseline and aligned runs differ, so every run is compared with every baseline.")
     if len(found.baseline.runs) == 1:
-        notes.append("There is one baseline: how much its distance moves with the seed was not measured.")
+        notes.append("There is one baseline, so the spread of its distance between seeds was not measured.")
     counting = [pair for pair in found.pairs if pair.is_supported]
     if coarse := [pair for pair in found.pairs if pair.is_too_coarse]:
         notes.append(
@@ -253,7 +253,7 @@ def _notes_over_seeds(found: SeedSpeedup) -> list[str]:
         gain, ends = times(seconds.mean, "less", "more", found.is_bound), (factor(seconds.low), factor(seconds.high))
         notes.append(f"In training time: {gain} ({ends[0]} to {ends[1]}).")
     if found.is_bound:
-        notes.append("Some run was there at its first evaluation already, perhaps earlier.")
+        notes.append("Some run had reached it by its first evaluation, perhaps earlier.")
     least = min(len(found.baseline.runs), len(found.aligned.runs))
     if least < FEW:
         notes.append(f"With {least} seed{'s' if least > 1 else ''} the spread itself is only roughly known.")
@@ -268,7 +268,7 @@ def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
     if not measured:
         trained = [f"{run.name} ({count(run.steps)} steps)" for group in groups for run in group.runs if run.steps]
         what = f"Trained: {listed(trained, 'and')}. " if trained else "No run has logged a step yet. "
-        return Verdict(f"{what}There are no evaluations, so the page says nothing about the quality of samples.", [])
+        return Verdict(f"{what}There are no evaluations, so the report cannot judge the quality of samples.", [])
     ends = []
     for group, protocol in measured:
         last = [rows[-1] for run in group.runs if (rows := run.distances(protocol))]
@@ -284,9 +284,9 @@ def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
             notes.append("No run was trained with alignment, so no speed-up is stated.")
         else:
             notes.append(
-                "The baseline and the aligned runs share no evaluation made in the same way, so no speed-up is stated. Measure "
+                "The baseline and the aligned runs share no evaluation with the same protocol, so no speed-up is stated. Evaluate "
                 "each with the same options, as in `repa evaluate RUN --reference DATA --num-images 500 --features tiny-classifier`."
             )
         if len({protocol for _, protocol in measured}) > 1:
-            notes.append("These distances were made in different ways and do not compare with each other.")
+            notes.append("These distances have different protocols and are not comparable.")
     return Verdict("; ".join(ends) + ".", notes)

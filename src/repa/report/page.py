@@ -48,7 +48,7 @@ def write_report(
     runs: Sequence[str | Path | RunRecord],
     out: str | Path,
     *,
-    title: str = "Representation alignment: what the runs did",
+    title: str = "Representation alignment: comparison of runs",
     names: Sequence[str] | None = None,
     results: Sequence[str | Path] = (),
     facts: Mapping[str, str] | None = None,
@@ -233,7 +233,7 @@ def _distance_curve(records: Sequence[RunRecord], protocol: Protocol, number: in
         "step": f"{distance_name(protocol)}, lower is better, 0 is the reference itself: {how_made(protocol)}.{seeds} "
         "Lines are straight between evaluations. A dotted level is the baseline’s last value, a ring marks where "
         "an aligned run first reached it. First values far above the rest may be cut off.",
-        "seconds": "The same against training time as the runs logged it: what a step costs is in it.",
+        "seconds": "The same against logged training time, which includes the cost of a step.",
         "images": "The same against training images, repetitions counted: steps times batch size.",
     }
     return Curve(inline_svg(picture, f"distance-{number}-{against}", alt), caption[against])
@@ -254,7 +254,7 @@ def _smoothed(records: Sequence[RunRecord], what: str) -> str:
     window = max(smoothing_window(len(run.train)) for run in records)
     mean = f"centred mean over up to {window} rows"
     if len(group_seeds(records)) < len(records):
-        return f"{what} A line a seed: {mean if window > 1 else 'as logged'}."
+        return f"{what} One line per seed: {mean if window > 1 else 'as logged'}."
     return f"{what} Faint: as logged; strong: {mean}." if window > 1 else f"{what} As logged."
 
 
@@ -269,7 +269,7 @@ def _analysis_caption(analysis: Analysis) -> str:
     if analysis.kind == "probe":
         tested = Path(given["val"]).name if given.get("val") else "a fifth of them"
         parts.append(f"{data}, tested on {tested}")
-        parts.append(f"{given.get('epochs')} epochs; the best of several learning rates, where several were tried")
+        parts.append(f"{given.get('epochs')} epochs; the best of the learning rates")
     else:
         parts.append(data)
     if analysis.kind == "cknna":

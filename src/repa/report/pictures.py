@@ -46,9 +46,9 @@ MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
 MOST_OF_ANALYSIS = 1600  # side of a picture of `repa analyse`
 CAPTIONS = {
-    "pictures": "Tokens as colours, their first three principal components, next to the images.",
+    "pictures": "Tokens as colours (their first three principal components) beside the images.",
     "progress": "Samples of checkpoints from the same noise and labels.",
-    "depth": "How far the prediction moves when a block is left out, for every block and noise level.",
+    "depth": "Change of the prediction without a block, by block and noise level.",
     "neighbours": "The samples that are nearest to training images, each with its distance and its nearest training images.",
 }
 MOST_LETTERS = 300  # of a prompt under its sample

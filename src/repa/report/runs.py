@@ -169,7 +169,7 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
         raise UserError("A report needs at least one run folder.")
     if names is not None and len(names) != len(runs):
         raise UserError(
-            f"{len(names)} names were given for {len(runs)} runs: give one name per run, in the same order."
+            f"--names has {len(names)} names for {len(runs)} runs: give one name per run, in the same order."
         )
     named = names or _short_names([run.path if isinstance(run, RunRecord) else run for run in runs])
     called = [printable(well_formed(name)) for name in named]  # fonts refuse what is not UTF-8
@@ -178,7 +178,7 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
     ]
     repeated = next((r.name for i, r in enumerate(records) if r.name in {other.name for other in records[:i]}), None)
     if repeated is not None:
-        raise UserError(f"Two runs are called {repeated!r}: give each its own name with --names.")
+        raise UserError(f"Two runs have the name {repeated!r}: give each a unique name with --names.")
     return records
 
 
@@ -221,8 +221,8 @@ def add_evaluations(
             row = evaluation_row(file)
             if row["step"] is None:
                 raise UserError(
-                    f"{file} does not say which checkpoint its samples are of: move it out of {layout.EVALUATIONS}, "
-                    "and name it with --results."
+                    f"{file} does not name the checkpoint of its samples: move it out of {layout.EVALUATIONS}, "
+                    "and give it as --results."
                 )
             found[run.path.resolve()].append(_with_decoder(row, run))
     for file in map(Path, results):

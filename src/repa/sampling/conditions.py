@@ -58,7 +58,7 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
         # WordNet's names, which ImageNet's classes are called by, name two kinds of crane alike.
         if run.class_names.count(part) > 1:
             numbers = [f"#{number}" for number, name in enumerate(run.class_names) if name == part]
-            raise UserError(f"{len(numbers)} classes are named {part}: write {listed(numbers)}.")
+            raise UserError(f"{len(numbers)} classes have the name {part}: choose by number, {listed(numbers)}.")
         if not 0 <= label < run.model.num_classes:
             known = f", such as {', '.join(run.class_names[:5])}" if run.class_names else ""
             raise UserError(
@@ -76,7 +76,7 @@ def about_classes(protocol: str, run: LoadedRun) -> str:
     num = run.model.num_classes
     if protocol in DRAWN:
         missing = num - len(drawn_classes(protocol, run))
-        return f"{missing:,} of {num:,} classes without training images are not drawn." if missing > 0 else ""
+        return f"{missing:,} of {num:,} classes have no training images and are not sampled." if missing > 0 else ""
     for part, label in classes_named(protocol, run):
         if part.isdecimal() and label != int(part) < num:
             return f"--labels {part} is the class named {part}, which has number {label}: write #{part} for class number {int(part)}."
@@ -95,17 +95,17 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
     asked = bool(config.prompt or config.prompt_file or config.prompt_data)
     if not run.text:
         if asked or config.negative_prompt or config.text_weights:
-            raise UserError(f"{run.folder} was trained on labels, not on texts: give --labels instead of prompts.")
+            raise UserError(f"{run.folder} was trained on labels, not on captions: give --labels instead of prompts.")
         return None
     if not asked:
         raise UserError(
-            f"{run.folder} was trained on captions: say what to sample, as in --prompt 'a photograph of a cat', "
+            f"{run.folder} was trained on captions: give prompts, such as --prompt 'a photograph of a cat', "
             "--prompt-file FILE or --prompt-data DATA."
         )
     if "labels" in config.changed and not run.model.num_classes:
         raise UserError(f"{run.folder} was trained on captions, not on labels: leave --labels out.")
     if config.negative_prompt and not config.guidance:
-        raise UserError("A negative prompt is what guidance moves away from: give --guidance cfg:scale=4 too.")
+        raise UserError("A negative prompt needs guidance: give --guidance cfg:scale=4 too.")
     # Texts first: a file that cannot be read is reported before gigabytes of weights are.
     texts = read_prompts(config)
     encoder = load_text_encoder(run.text, weights=config.text_weights or run.text_weights or None, device=device)
@@ -113,7 +113,7 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
     changed = [key for key, value in encoder.identity.items() if (run.text_identity or {}).get(key) != value]
     if run.text_identity and changed:
         raise UserError(
-            f"{run.folder} was trained on texts of another {run.text} (different: {', '.join(changed)}): give the folder of its "
+            f"{run.folder} was trained with other weights of {run.text} (different: {', '.join(changed)}): give the folder of its "
             "weights as --text-weights."
         )
     negative = encoder([config.negative_prompt]) if config.negative_prompt else None

@@ -73,16 +73,14 @@ class SampleConfig(Config):
     def _one_kind_of_prompt(self) -> Self:
         given = [name for name in ("prompt", "prompt_file", "prompt_data") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(
-                f"{' and '.join(given)} were given, but prompts come from one of them: leave the others out"
-            )
+            raise ValueError(f"{' and '.join(given)} exclude each other: give only one of them")
         return self
 
     @model_validator(mode="after")
     def _has_what_guides(self) -> Self:
         asked = [parse_spec(spec)[0] for spec in self.guidance]
         if asked.count("representation") > 1:
-            raise UserError("The guidance representation was given twice: give it once, for one image.")
+            raise UserError("--guidance representation appears twice: give it once, for one image.")
         if "representation" in asked and not self.guide_image:
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
         if "autoguidance" in asked and not self.weak:
@@ -116,7 +114,7 @@ class SampleConfig(Config):
         words = " ".join(f"--{name} {value}" for name, value in told.items())
         return (
             type(self).parse({**given, **used}),
-            f"{run} was converted from a checkpoint of kind {kind}, so it is sampled as by that code: {words}.",
+            f"{run} was converted from a checkpoint of kind {kind}, so it uses the sampling defaults of that code: {words}.",
         )
 
 

@@ -48,7 +48,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         alignment.load_state_dict(state)
     except RuntimeError:
         raise UserError(
-            f"{run.folder} holds no projector of the alignment {term.key!r} at step {run.step}: choose another run."
+            f"{run.folder} has no projector of the alignment {term.key!r} at step {run.step}: choose another run."
         ) from None
     alignment = alignment.to(device).eval().requires_grad_(False)
     assert isinstance(alignment.target, EncoderTarget)  # see `_term`

@@ -134,5 +134,5 @@ class Watched(CountedCalls):
         when = f"from call {call} of {self.calls} of the network on" if call else "in the sampler's own arithmetic"
         raise UserError(
             f"Image {indices[bad[0]]} of {what} is not finite, {when}: {len(bad)} of {len(indices)} images are lost. Choose a smaller "
-            "scale of guidance, another sampler or precision fp32; if that does not help, its weights are damaged."
+            "scale of guidance, another sampler or precision fp32. If that does not help, the weights are damaged."
         )

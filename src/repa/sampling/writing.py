@@ -138,13 +138,13 @@ def _write_samples(
     config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
     job = _job(run, config, num)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        _require_same(job, out.with_suffix(".json"), f"{out} exists and is of another job")
+        _require_same(job, out.with_suffix(".json"), f"{out} exists and belongs to another job")
         dist.on_main(lambda: _require_intact(out, num))
         dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
         return out
     other = out.with_suffix("" if out.suffix else ".npz")
     if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
-        _require_same(job, out.with_suffix(".json"), f"{other} is next to {out} and belongs to another job")
+        _require_same(job, out.with_suffix(".json"), f"{other} is beside {out} and belongs to another job")
     if dist.is_main():
         _claim(job, run, num, out, parts)
     dist.barrier()
@@ -171,7 +171,7 @@ def _finish(run: LoadedRun, job: dict[str, Any], starts: Sequence[int], parts: P
     paths = [found[start] for start in starts if start in found]
     if len(paths) < len(starts):  # processes on machines without a common file system
         raise UserError(
-            f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and repeat the command."
+            f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and run the command again."
         )
     # dopri5 asks the network a different number of times for each batch.
     nfe = max(int(path.name.split("-")[1]) for path in paths)
@@ -221,17 +221,17 @@ def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.devic
 
 def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
     if not record.exists():
-        raise UserError(f"{what}: there is no {record} that says how it was made. Remove it or choose another --out.")
+        raise UserError(f"{what}: its record {record} is missing. Delete it or choose another --out.")
     before = files.read_json(record)
     if changed := [f"{key}: {before.get(key, 'unknown')} -> {job[key]}" for key in job if before.get(key) != job[key]]:
-        raise UserError(f"{what} ({'; '.join(changed)}): remove it or choose another --out.")
+        raise UserError(f"{what} ({'; '.join(changed)}): delete it or choose another --out.")
 
 
 def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
     """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
     marker = parts / "job.json"
     if marker.exists() and any(parts.glob("*.npy")):
-        _require_same(job, marker, f"{parts} holds part of another job")
+        _require_same(job, marker, f"{parts} belongs to another job")
     side = run.latent_shape[1] * run.autoencoder.factor
     # Twice: the parts lie beside the file until it is whole.
     files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
@@ -244,7 +244,7 @@ def _found(parts: Path) -> dict[int, Path]:
 
 
 def _part(path: Path) -> np.ndarray:
-    again = "Remove it, and the same command makes it again."
+    again = "Delete it and run the same command again."
     array = load_npy(path, "a part of the samples", again)
     if f"{zlib.crc32(np.ascontiguousarray(array).data):08x}" != path.stem.rpartition("-")[2]:
         raise UserError(f"{path} is damaged: its images are not the ones that were written. {again}")
@@ -253,7 +253,7 @@ def _part(path: Path) -> np.ndarray:
 
 def _require_intact(out: Path, num: int) -> None:
     """Raises UserError for samples that are there, but not as they were written."""
-    again = "Remove it, and the same command makes it again."
+    again = "Delete it and run the same command again."
     if out.is_dir():
         if (found := sum(1 for _ in out.glob("*.png"))) != num:
             raise UserError(f"{out} holds {found:,} images of {num:,}. {again}")
