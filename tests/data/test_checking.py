@@ -5,7 +5,8 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.data import PrepareConfig, check_bytes, check_models, make_plan, prepare
+from repa.cli.main import run as repa
+from repa.data import PrepareConfig, check_bytes, check_models, count_duplicates, make_plan, open_data, prepare
 from tests.data.conftest import content, spoil
 
 FULL = PrepareConfig(
@@ -18,6 +19,22 @@ FULL = PrepareConfig(
 def out(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", FULL)
     return tmp_path / "out"
+
+
+def test_equal_images_are_counted_and_mirrored_copies_are_none(tmp_path, capsys):
+    """Under other names, in other shards, and once in another class; one that differs in one pixel is another image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    pixels[3] = pixels[6] = pixels[0]
+    pixels[7] = pixels[1]
+    pixels[5], pixels[5, 0, 0, 0] = pixels[2], pixels[2, 0, 0, 0] ^ 1
+    np.savez(tmp_path / "images.npz", arr_0=pixels, labels=np.arange(8) % 2)
+    for flip in (False, True):
+        out = tmp_path / f"out{flip}"
+        config = PrepareConfig(resolution=8, shard_size=3, num_workers=0, flip=flip)
+        prepare(str(tmp_path / "images.npz"), out, config)
+        assert count_duplicates(open_data(out)) == 3
+        assert repa(["check", str(out), "--full"]) == 0
+        assert "3 of 8 equal an earlier one, pixel for pixel" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["images-00002.npy", "basis.tiny.npy", "scale.tiny-00000.npy"])

@@ -21,7 +21,7 @@ class CheckArguments(options.Command):
     data: str
     """folder of prepared data"""
     full: bool = False
-    """Verify all checksums, and encode a sample of the images again."""
+    """Verify all checksums, count equal images, and encode a sample of the images again."""
     num_images: int = Field(64, ge=1)
     """Number of images to encode again."""
     autoencoder_weights: str = ""
@@ -46,11 +46,14 @@ def main(argv: list[str]) -> int:
 
 def _full(folder: Path, given: CheckArguments) -> int:
     from repa.base import dist
-    from repa.data import check_bytes, check_models
+    from repa.data import check_bytes, check_models, count_duplicates, open_data
 
     with ProgressBar(f"reading {folder.name}", "bytes") as bar:
         check_bytes(folder, bar)
     say("all checksums match")
+    data = open_data(folder)
+    if data.has_images and (num := count_duplicates(data)):
+        say(f"images{'':<22} {num:,} of {len(data.originals):,} equal an earlier one, pixel for pixel")
     findings = check_models(
         folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights or None,
         feature_weights=given.feature_weights, device=dist.own_device(),

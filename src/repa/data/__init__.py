@@ -7,6 +7,7 @@ from repa.base.lazy import exports
 if TYPE_CHECKING:
     from repa.data.checking import check_bytes as check_bytes
     from repa.data.checking import check_models as check_models
+    from repa.data.checking import count_duplicates as count_duplicates
     from repa.data.config import PrepareConfig as PrepareConfig
     from repa.data.dataset import DataSet as DataSet
     from repa.data.dataset import open_data as open_data

@@ -1,5 +1,6 @@
 """Checks of a prepared folder: its bytes against their checksums, its stored tokens and moments against the models."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from repa.data.reading import DecodedImages
 
 # relative: the same weights on other devices and kernels stay below, other weights exceed it
 TOLERANCE = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.02}
+
+HASHED = 256  # images in memory at a time
 
 
 class Finding(NamedTuple):
@@ -43,6 +46,18 @@ def check_bytes(folder: str | Path, report: Callable[[int, int, str], None] | No
         load_npz(path, "a reference", remedy="Delete it; it will be computed again.")
     _ = data.small_labels  # compared with the manifest, whose checksum may have been removed by hand
     return done
+
+
+def count_duplicates(data: DataSet) -> int:
+    """Number of stored images, mirrored copies aside, whose pixels equal those of an earlier one.
+
+    Known by 64 bits of a hash: of 1.3 million images, two that differ are taken for equal once in 20 million times.
+    """
+    hashes, rows = np.empty(len(data.originals), np.uint64), np.arange(len(data.originals))
+    for some in np.split(rows, rows[::HASHED][1:]):
+        for row, pixels in zip(some, data.gather("images", some), strict=True):
+            hashes[row] = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
+    return len(hashes) - len(np.unique(hashes))
 
 
 def check_models(
