@@ -176,7 +176,7 @@ def test_another_configuration_is_refused(folder, tmp_path, fakes, change, line,
     with contextlib.nullcontext() if finished else pytest.raises(Killed):
         prepare(folder, out, FULL, progress=None if finished else killed_after(4))
     before = content(out)
-    with pytest.raises(UserError, match="another source or configuration") as caught:
+    with pytest.raises(UserError, match="another source or with other settings") as caught:
         prepare(folder, out, FULL.override(**change))
     assert line in str(caught.value)
     assert content(out) == before
@@ -487,7 +487,7 @@ def test_a_real_configuration_names_its_mistakes():
         ({"resolution": 8, "features": ["tiny", "tiny"]}, "'tiny' twice"),
         ({"resolution": 8, "autoencoder": "pixel"}, "Did you mean 'pixels'"),
         ({"resolution": 8, "feature_weights": ["tiny"]}, "written ENCODER=PATH, but got 'tiny'"),
-        ({"resolution": 8, "feature_weights": ["tiny=w"]}, "asked for are none"),
+        ({"resolution": 8, "feature_weights": ["tiny=w"]}, "but features are none"),
         ({"resolution": 8, "shards": 4}, "unknown setting 'shards'"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -163,7 +163,7 @@ def test_a_store_that_refuses_now_and_then_is_asked_again(store, monkeypatch):
     monkeypatch.setattr(kind, "get_file", flaky)
     np.testing.assert_array_equal(open_data("memory://data").gather("moments", [0])[0], moments(0))
     monkeypatch.setattr(kind, "get_file", lambda *a, **o: (_ for _ in ()).throw(TimeoutError("slow down")))
-    with pytest.raises(UserError, match=r"memory://data/labels-00000\.npy cannot be fetched: slow down"):
+    with pytest.raises(UserError, match=r"memory://data/labels-00000\.npy cannot be read: slow down"):
         open_data("memory://data").gather("labels", [0])
 
 
@@ -224,7 +224,7 @@ def test_shards_are_fetched_ahead_and_only_the_wanted_fields(store, fetched, mon
 
 
 def test_mistakes_are_said(store, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"There is no memory://nothing/manifest\.json"):
+    with pytest.raises(UserError, match=r"memory://nothing/manifest\.json does not exist"):
         open_data("memory://nothing")
     with pytest.raises(UserError, match=r"nosuch://data/manifest\.json cannot be opened: .*nosuch"):
         open_data("nosuch://data")
