@@ -94,8 +94,9 @@ def test_impossible_settings_are_refused(setting):
 def test_where_it_does_not_fit_a_sentence_says_so():
     with pytest.raises(UserError, match="one time an image"):
         objective(diffusion={"token_times": 0.25})
-    with pytest.raises(UserError, match="part=patches"):
-        objective({**TERM, "target": "tiny:part=all"}, streams={"class": 5})
+    for projector in (TERM["projector"], "conv"):
+        with pytest.raises(UserError, match="part=patches"):
+            objective({**TERM, "projector": projector, "target": "tiny:part=all"}, streams={"class": 5})
     term = Alignment(AlignmentConfig(**TERM), 16, 5, (4, 4), num_classes=3)
     with pytest.raises(UserError, match="ProjectorContext"):
         term.compare(torch.zeros(2, 16, 16), torch.zeros(2, 16, 5))

@@ -98,9 +98,22 @@ def test_pooled_tokens_are_averaged_before_the_projector():
     projected = term.projector(hidden.mean(1))
     wanted = -torch.cosine_similarity(projected, target[:, 0])
     torch.testing.assert_close(term.compare(hidden, target), wanted)
-    for refused in ({"projector": "conv"}, {"projector": "adapter"}):
+    for refused in ({"projector": "conv"}, {"projector": "adapter"}, {"target": "tiny:part=all"}):
         with pytest.raises(UserError, match="one vector an image"):
             AlignmentConfig.parse({"target": "tiny", "depth": 1, "pool": True, **refused})
+
+
+@pytest.mark.parametrize("grid", [None, (3, 3), (2, 4)])
+@pytest.mark.parametrize("tokens", [9, 6])
+def test_a_pooled_tap_is_compared_with_the_mean_of_the_target(grid, tokens):
+    """Whether the grid is known or not, and whatever the target's own is: 6 tokens are 2 x 3."""
+    term = Alignment(AlignmentConfig(target="tiny", depth=1, projector="linear", pool=True), 16, 5, grid)
+    hidden, target = torch.randn(2, 8 if grid == (2, 4) else 9, 16), torch.randn(2, tokens, 5)
+    wanted = -torch.cosine_similarity(term.projector(hidden.mean(1)), target.mean(1))
+    torch.testing.assert_close(term.compare(hidden, target), wanted)
+    kept = torch.tensor([[0, 2, 3], [1, 2, 5]])  # of a routed block: the mean of those that there are
+    wanted = -torch.cosine_similarity(term.projector(hidden[:, :3].mean(1)), target.mean(1))
+    torch.testing.assert_close(term.compare(hidden[:, :3], target, kept), wanted)
 
 
 def test_the_denoising_loss_warms_up_and_the_terms_do_not():

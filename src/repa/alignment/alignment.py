@@ -92,7 +92,7 @@ class Alignment(nn.Module):
             config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens,
             num_classes=model.num_classes,
         )  # fmt: skip
-        if target.prefix and term.sees_condition:
+        if target.prefix and (term.sees_condition or isinstance(term.projector, TokenConvolution)):
             raise UserError(
                 f"The projector {config.projector!r} takes the tokens of the grid alone, and the target {config.target!r} has one for "
                 "the whole image: take part=patches, or the projector mlp."
@@ -188,6 +188,8 @@ class Alignment(nn.Module):
                 "are x.flatten(2).transpose(1, 2)."
             )
         grid = grid or self.grid
+        if self.config.pool:  # one vector an image, which has one place
+            grid, kept = (1, 1), None
         projected = self.project(student, context, grid)  # (N, T, F)
         # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
         with no_autocast(student.device):

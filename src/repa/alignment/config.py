@@ -50,7 +50,7 @@ class AlignmentConfig(Config):
     """Another term before this one, whose projector is used here too, in place of a separate one."""
 
     pool: bool = False
-    """Compare the mean of the tap's tokens, one vector an image, as with a target that is one vector."""
+    """Compare the mean of the tap's tokens, one vector an image, with a target that is one vector, or with its mean."""
 
     token_norm: Annotated[str, Spec(TOKEN_NORMS)] = "none"
     """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6, layernorm."""
@@ -111,9 +111,11 @@ class AlignmentConfig(Config):
                 f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "
                 "part=attention and layer=N, and only it."
             )
-        if self.pool and (self.tap == "attention" or parse_spec(self.projector)[0] in ("conv", "adapter")):
+        places = part == "all" or parse_spec(self.projector)[0] in ("conv", "adapter")
+        if self.pool and (self.tap == "attention" or places):
             raise UserError(
-                "pool gives one vector an image, which has neither attention nor places: take the tap hidden and the projector mlp."
+                "pool gives one vector an image, which has neither attention nor places: take the tap hidden, the projector mlp and "
+                "a target without part=all."
             )
         if parse_spec(self.target)[0] == "text" and not self.pool:
             raise UserError(

@@ -226,6 +226,8 @@ def resize_tokens(
     """
     if tokens.shape[1] == num_tokens:
         return tokens
+    if num_tokens == 1:  # of any number, whatever their grid
+        return tokens.mean(1, keepdim=True)
     new = grid or (grid_side(num_tokens),) * 2
     old = own or grid_like(tokens.shape[1], new)
     image = tokens.transpose(1, 2).unflatten(2, old)  # (N, F, rows, columns)
