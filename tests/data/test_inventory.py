@@ -683,3 +683,17 @@ def test_arrays_that_are_called_as_labels_are(key, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), **{key: np.arange(2)})
     with pytest.raises(UserError, match=f"label={key}"):
         open_source(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("texts", [("0", "1"), ("0 0.5 0.5 0.1 0.2", "3 0.1 0.1 0.2 0.2\n1 0.2 0.2 0.1 0.1")])
+def test_numbers_next_to_images_are_no_captions(texts, tmp_path):
+    root = tree(tmp_path / "s", "a.png", "b.png")
+    for name, text in zip("ab", texts, strict=True):
+        (root / f"{name}.txt").write_text(text)
+    tar(tmp_path / "s.tar", **{path.name: path.read_bytes() for path in sorted(root.iterdir())})
+    for source in (root, tmp_path / "s.tar"):
+        with pytest.raises(UserError, match=r"numbers such as '0.*look like labels"):
+            open_source(source)
+        assert open_source(source, labels="none").class_names == ["all"]
+    (root / "b.txt").write_text("2 dogs")
+    assert open_source(root).captions(1) == ("2 dogs",)

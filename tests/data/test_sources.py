@@ -272,7 +272,7 @@ def test_zips_with_a_file_twice_are_refused(tmp_path):
         warnings.simplefilter("ignore")
         archive.writestr("a/1.png", b"")
         archive.writestr("a/1.png", b"")
-    with pytest.raises(UserError, match=r"holds 'a/1\.png' twice"):
+    with pytest.raises(UserError, match=r"contains 'a/1\.png' twice"):
         open_source(tmp_path / "t.zip")
 
 

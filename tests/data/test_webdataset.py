@@ -254,7 +254,7 @@ def test_processes_wait_for_one_another(tmp_path, cache):
     [
         ("pipe:echo broken >&2; exit 3", r"failed with code 3 \(broken\)"),
         ("pipe:true", "cannot be read as an uncompressed tar file|holds no images"),
-        ("file:///nowhere/x.tar", "There is no file:///nowhere/x.tar"),
+        ("file:///nowhere/x.tar", "file:///nowhere/x.tar does not exist"),
         ("nosuchstore://x/y.tar", "cannot be opened: "),
         ("https://example.invalid/x.zip", r"remote files must be \.tar or \.parquet"),
     ],

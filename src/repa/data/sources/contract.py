@@ -1,6 +1,7 @@
 """The contract of a source of images, and what sources of files share."""
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
 # all images would take a pass over the data at every start; these few notice that pictures were replaced
 SAMPLED = 64  # images of a source whose bytes are part of its identity
 CAPTION_COLUMNS = ("caption", "captions", "text")  # columns of texts
+NUMBERS = re.compile(r"[-+0-9][-+.,;0-9eE\s]*")
 CAPTION_ENDING = ".txt"  # a text next to an image, with the same name
 
 
@@ -129,13 +131,24 @@ class Source(ABC):
             facts["labels_sha256"] = hashlib.sha256(self.labels.tobytes() + names).hexdigest()
         self.identity = {"name": name, "num_images": len(self), **facts}
 
+    def _require_no_numbers(self, where: str) -> None:
+        """Refuse images of one class whose captions are numbers, as the files of labels of some programs are."""
+        texts: list[str] = []
+        with contextlib.suppress(UserError):  # a text that cannot be read says nothing
+            texts += (text for index in _sampled(len(self)) for text in self.captions(index))
+        if len(self.class_names) == 1 and texts and all(NUMBERS.fullmatch(text) for text in texts):
+            raise UserError(
+                f"The texts next to the images of {where} are numbers such as {texts[0][:20]!r}, which look like labels and no captions: "
+                "give --labels TABLE.csv:COLUMN with what they say, or --labels none for one class."
+            )
+
     def _sampled_digest(self, num: int, *, strict: bool = False) -> str:
         """A checksum of the contents of SAMPLED images at equal distances: names and sizes may stay when pictures change.
 
         One that cannot be read raises UserError if `strict`; else it counts as empty, and decoding it raises the error.
         """
         digest = hashlib.sha256()
-        for index in sorted({round(k * (num - 1) / (SAMPLED - 1)) for k in range(SAMPLED)}):
+        for index in _sampled(num):
             try:
                 data = self.contents(index)
             except UserError:
@@ -144,6 +157,10 @@ class Source(ABC):
                 data = b""
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()
+
+
+def _sampled(num: int) -> list[int]:
+    return sorted({round(k * (num - 1) / (SAMPLED - 1)) for k in range(SAMPLED)})
 
 
 def plain_text(text: str) -> str:

@@ -90,6 +90,8 @@ class FileSource(Source):
             self._require_nothing_label_like(where, paths, unknown, above, is_one=len(classes.names) == 1)
         # classes that are folders are in the list of paths
         self._identify(classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
+        if not labels:
+            self._require_no_numbers(where)
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """Classes that are not the folders; None when the folders are."""

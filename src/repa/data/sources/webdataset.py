@@ -85,6 +85,8 @@ class WebDataset(Source):
                 origin=f"{classes.origin}; the splits {', '.join(map(printable, splits))} are one set"
             )
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
+        if not labels and not any(map(is_remote, self.shards)):
+            self._require_no_numbers(self.shards[0])
         # closes what was read for the identity, which is long ago when images are read
         self.__dict__.pop("_open", None)
 
