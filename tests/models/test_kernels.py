@@ -91,7 +91,7 @@ def test_a_network_takes_it_by_a_setting():
 
 def test_a_network_without_such_norms_is_refused():
     assert BlockOptions().norm == "layer"
-    with pytest.raises(UserError, match="fused_norm is for blocks with LayerNorm"):
+    with pytest.raises(UserError, match="--fused-norm needs blocks with LayerNorm"):
         build_state(configuration(norm="rms").override(fused_norm=True), {}, CPU)
 
 
