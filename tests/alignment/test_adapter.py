@@ -92,7 +92,7 @@ def test_impossible_settings_are_refused(setting):
 
 
 def test_where_it_does_not_fit_a_sentence_says_so():
-    with pytest.raises(UserError, match="one time an image"):
+    with pytest.raises(UserError, match="one time per image"):
         objective(diffusion={"token_times": 0.25})
     for projector in (TERM["projector"], "conv"):
         with pytest.raises(UserError, match="part=patches"):

@@ -106,9 +106,7 @@ def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
     assert "no checkpoint of step 7: there are 10, 20" in refused("sample", copy, "--out", out, "--checkpoint", 7)
     assert "give a name such as samples.npz" in refused("sample", random_run, "--out", tmp_path / "s.png")
     assert "Class 9 does not exist" in refused("sample", random_run, "--out", out, "--labels", 9)
-    assert "is not empty and not a run" in refused(
-        "train", "quickstart", "--data", data_folder, "--out", data_folder
-    )
+    assert "is not empty and not a run" in refused("train", "quickstart", "--data", data_folder, "--out", data_folder)
     said = refused("train", "quickstart", "--data", data_folder, "--out", copy)
     assert "holds a run with another configuration" in said
     assert f"give --init {copy} and another --out" in said  # another learning rate, or another number of images a step

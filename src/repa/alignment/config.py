@@ -1,4 +1,4 @@
-"""What one term of the loss is: which tap, which target, how projected, compared and weighted. Torch-free."""
+"""Configuration of one term of the loss: tap, target, projector, loss and weight. Torch-free."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -23,31 +23,31 @@ class AlignmentConfig(Config):
     """Block whose output is aligned, counted from 1 (the paper: 8 for the sizes L and XL; 4 for B)."""
 
     tap: Literal["hidden", "attention"] = "hidden"
-    """What of that block is aligned: its output tokens, or the logits of its attention."""
+    """The aligned part of the block: its output tokens (hidden), or its attention logits."""
 
     name: str = ""
-    """Names the term in logs and checkpoints; empty: target and depth, as in "dinov2-b@8"."""
+    """Name of the term in logs and checkpoints; empty: target and depth, such as "dinov2-b@8"."""
 
     weight: float = Field(default=0.5, ge=0)
-    """Lambda of Eq. 9: how much this term counts next to the denoising loss."""
+    """Lambda of Eq. 9, the weight of this term relative to the denoising loss."""
 
     schedule: Annotated[str, Spec(SCHEDULES)] = "constant"
-    """Multiplier of the weight over training: constant, stop:step=250000, warmup, linear, cosine:steps=400000, exponential, plateau."""
+    """Multiplier of the weight by step: constant, stop:step=250000, warmup, linear, cosine:steps=400000, exponential, plateau."""
 
     times: tuple[float, float] = (0.0, 1.0)
     """The term counts only for images whose time lies between these two; t = 0 is data, 1 is noise."""
 
     time_weight: Annotated[str, Spec(TIME_WEIGHTS)] = "constant"
-    """How much it counts at each time: constant; less with more noise: linear, loglinear, cosine, sigmoid:slope=10."""
+    """Weight by time: constant; or smaller with more noise: linear, loglinear, cosine, sigmoid:slope=10."""
 
     loss: Annotated[str, Spec(LOSSES)] = "cosine"
-    """How projected tokens and target are compared: cosine, nt_xent:temperature=0.07, see `repa list losses`."""
+    """Loss between projected tokens and target: cosine, nt_xent:temperature=0.07, ... (`repa list losses`)."""
 
     projector: Annotated[str, Spec(PROJECTORS)] = "mlp"
     """Map from the tap to the target's width: mlp:width=2048, linear, conv:kernel=3, adapter:masked=0.2, none."""
 
     projector_of: str = ""
-    """Another term before this one, whose projector is used here too, in place of a separate one."""
+    """Name of an earlier term whose projector this term shares."""
 
     pool: bool = False
     """Compare the mean of the tap's tokens, one vector an image, with a target that is one vector, or with its mean."""
@@ -56,10 +56,10 @@ class AlignmentConfig(Config):
     """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6, layernorm."""
 
     resample: Literal["student", "target"] = "student"
-    """Whose token grid both are compared on, where they differ."""
+    """Token grid of the comparison, if tap and target have different grids."""
 
     measure_only: bool = False
-    """Train the projector on a detached tap: shows how aligned a baseline is, its network untouched."""
+    """Train only the projector, on a detached tap: measures the alignment of a baseline without changing it."""
 
     @property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""What to ask of hidden states, encoders and samples, and of which checkpoints. Torch-free."""
+"""Configurations of the analyses, and the choice of checkpoints. Torch-free."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,20 +26,20 @@ class ImagesConfig(Config):
 
     # not `num`: torchrun takes --num for an abbreviation of its --numa-binding
     num_images: int = Field(10_000, ge=0)
-    """Images, evenly spaced over the data; 0 takes all. The paper compares 10,000, and probes all."""
+    """Number of images, evenly spaced over the data; 0: all. The paper compares 10,000, and probes all."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""
     cache: str = ""
-    """Folder for collected features, which a second call reads; empty takes RUN/analysis/cache, or the user's cache."""
+    """Folder for collected features, which a second call reuses; empty: RUN/analysis/cache, or the user's cache."""
     store: Literal["float32", "float16"] = "float32"
-    """Precision in which features are kept; float16 takes half the space."""
+    """Precision of stored features; float16 takes half the space."""
 
 
 class HiddenConfig(ImagesConfig):
     """Which hidden states of a run."""
 
     depths: tuple[int, ...] = ()
-    """Blocks, counted from 1; empty takes all."""
+    """Blocks, counted from 1; empty: all."""
     times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5,), min_length=1)
     """Noise levels t in [0, 1]; 0 is data."""
     seed: int = 0
@@ -50,7 +50,7 @@ class SimilarityConfig(HiddenConfig):
     """CKNNA or CKA of hidden states with an encoder's tokens, both averaged over tokens."""
 
     encoder: Annotated[str, Spec(ENCODERS)] = "tiny"
-    """Encoder whose averaged patches the hidden states are compared with."""
+    """Encoder to compare with, by its averaged patches."""
     encoder_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""
     measure: Literal["cknna", "cka", "cka-unbiased"] = "cknna"
@@ -70,7 +70,7 @@ class SimilarityConfig(HiddenConfig):
 
 
 class DepthConfig(HiddenConfig):
-    """How far the prediction moves when a block is left out."""
+    """Change of the prediction without a block."""
 
     num_images: int = Field(256, ge=0)
     """Images, evenly spaced over the data; 0 takes all. Each costs one forward pass, and one more for each block."""
@@ -84,14 +84,14 @@ class HeadsConfig(Config):
     learning_rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field((1e-3,), min_length=1)
     """Peak learning rates of Adam: one classifier for each, all trained in the same pass."""
     probe_batch: int = Field(0, ge=0)
-    """Images in a step; 0 takes the paper's 16,384 for ImageNet, and for fewer images in proportion, at least 256."""
+    """Batch size; 0: the paper's 16,384 for ImageNet, proportionally smaller for fewer images, at least 256."""
 
 
 class ProbeConfig(HeadsConfig, HiddenConfig):
     """A linear probe of hidden states."""
 
     num_images: int = Field(0, ge=0)
-    """Training images, evenly spaced over the data; 0 takes all, as the paper does."""
+    """Number of training images, evenly spaced over the data; 0: all, as in the paper."""
 
 
 class EncodersConfig(HeadsConfig, ImagesConfig):
@@ -102,7 +102,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
     grid: int = Field(0, ge=0)
-    """Side of the token grid; 0 takes each encoder's own for this resolution."""
+    """Side of the token grid; 0: each encoder's default for this resolution."""
     neighbours: int = Field(10, ge=2)
     """CKNNA: k."""
     variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
@@ -129,15 +129,15 @@ class NeighboursConfig(Config):
     """How samples are compared with training images."""
 
     features: Annotated[str, Spec(ENCODERS)] = "tiny-classifier"
-    """Encoder whose features say how near two images are."""
+    """Encoder whose features define the distance of two images."""
     features_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""
     num_images: int = Field(0, ge=0)
-    """Training images, evenly spaced; 0 takes all, which is what finds copies."""
+    """Number of training images, evenly spaced; 0: all, which is needed to find all copies."""
     num_held_out: int = Field(10_000, ge=20)
-    """Held-out images at most, evenly spaced."""
+    """Largest number of held-out images, evenly spaced."""
     neighbours: int = Field(4, ge=1, le=16)
-    """Nearest images shown next to each sample."""
+    """Number of nearest images shown beside each sample."""
     batch_size: int = Field(64, ge=1)
     """Images at a time."""
 

@@ -80,7 +80,7 @@ class DiffusionConfig(Config):
     """The noising process, what the network predicts, and its training times."""
 
     objective: Literal["flow", "ddpm"] = "flow"
-    """flow: SiT's, as the settings below say. ddpm: DiT's, noise and a learned variance in discrete timesteps."""
+    """flow: SiT's, with the settings below. ddpm: DiT's, with discrete timesteps and a learned variance."""
     path: Annotated[str, Spec(PATHS)] = "linear"
     """Path from data (t = 0) to noise (t = 1): linear, trigonometric or vp[:beta_min=..,beta_max=..]."""
     prediction: Annotated[str, AfterValidator(check_prediction)] = "velocity"
@@ -90,9 +90,9 @@ class DiffusionConfig(Config):
     shift: Literal["auto"] | float = 1.0
     """Time shift s, t -> s t / (1 + (s - 1) t), of training times and samplers' grids; auto: sqrt(C H W / 4096), and at least 1."""
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"
-    """Weight over t: none (errors of what is predicted), velocity (of the velocity it implies: SiT, JiT), likelihood (SiT's)."""
+    """Loss weight over t: none (error of the prediction), velocity (error of the implied velocity: SiT, JiT), likelihood (SiT's)."""
     sigma_min: float = Field(0.05, gt=0, lt=1)
-    """Data prediction with loss_weight velocity: sigma is at least this where the loss and the samplers divide by it (JiT)."""
+    """Lower bound of sigma where the loss and the samplers divide by it, for data prediction with loss_weight velocity (JiT)."""
     contrastive: float = Field(0.0, ge=0)
     """Weight of contrastive flow matching: the velocity is also pushed away from that of another image (arXiv 2506.05350)."""
     contrastive_times: Literal["constant", "linear"] = "constant"
@@ -100,7 +100,7 @@ class DiffusionConfig(Config):
     velocity_cosine: float = Field(0.0, ge=0)
     """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
-    """Share of an image's tokens at a first time; the others are at a second one (SRA, Self-Flow). 0: one time an image."""
+    """Share of an image's tokens at a first time; the others have a second time (SRA, Self-Flow). 0: one time per image."""
 
     @field_validator("shift")
     @classmethod

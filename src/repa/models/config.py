@@ -156,47 +156,47 @@ class ModelConfig(Config):
     """Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), hooked:net=mylab.nets.unet,blocks=down_blocks.*
     (any module), or a dotted name: a function (ModelConfig) -> Backbone."""
     patch_size: int = Field(default=0, ge=0, le=1_024)
-    """Side of a patch; 0 = by name."""
+    """Side of a patch; 0: from the name."""
     latent_size: int = Field(default=0, ge=0, le=65_536)
-    """Side of the latent; 0 = taken from the data."""
+    """Side of the latents; 0: from the data."""
     latent_channels: int = Field(default=0, ge=0, le=65_536)
-    """Channels of the latent; 0 = taken from the data."""
+    """Channels of the latents; 0: from the data."""
     num_classes: int = Field(default=0, ge=0, le=10_000_000)
-    """Classes without the null class; 0 = taken from the data."""
+    """Number of classes without the null class; 0: from the data."""
     hidden_dim: int = Field(default=0, ge=0, le=65_536)
-    """Width of the tokens; 0 = by name."""
+    """Width of the tokens; 0: from the name."""
     depth: int = Field(default=0, ge=0, le=1_000)
-    """Number of blocks; 0 = by name."""
+    """Number of blocks; 0: from the name."""
     num_heads: int = Field(default=0, ge=0, le=65_536)
-    """Attention heads; 0 = by name."""
+    """Number of attention heads; 0: from the name."""
     norm: Literal["layer", "rms"] = "layer"
     """What adaLN modulates: LayerNorm without weights (DiT), or RMSNorm with a weight for each channel (LightningDiT, RAE)."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """The MLP of a block: GELU (DiT), or SwiGLU, three matrices of two thirds of the width (LightningDiT, RAE)."""
     qk_norm: Literal["none", "layer", "rms"] = "none"
-    """Normalise queries and keys per head: not, by LayerNorm or by RMSNorm (steadier in low precision)."""
+    """Normalisation of queries and keys per head: none, LayerNorm or RMSNorm (more stable in low precision)."""
     bias: bool = True
     """Biases of queries, keys, values and the MLP; DDT has none."""
     rotary: bool = False
     """Rotary positions of queries and keys, in addition to the fixed ones (LightningDiT, RAE)."""
     heads: tuple[int, ...] = ()
-    """Blocks that also predict x, by a small layer each: trained by head_weight, used by the guidance `internal`."""
+    """Blocks with an auxiliary head that predicts x; trained with head_weight, used by the guidance `internal`."""
     separate_times: bool = False
     """If tokens have two times (diffusion.token_times), they attend only to tokens of the same time."""
     patch_overlap: int = Field(default=0, ge=0, le=1_024)
-    """Pixels of its neighbours that a patch also sees and predicts on each side: half a patch removes the edges between them."""
+    """Overlap of patches on each side, in latent pixels; half a patch removes visible edges between patches."""
     route: tuple[int, int] | tuple[()] = ()
     """First and last block that see a share of the tokens in training (TREAD, SPRINT); empty: all blocks see all."""
     keep: float = Field(1.0, gt=0, le=1)
-    """The share of an image's tokens that the blocks of the route see."""
+    """Share of an image's tokens in the routed blocks; 1: all."""
     keep_groups: int = Field(0, ge=0, le=1_024)
-    """Side, in tokens, of squares that each keep the same share; 0: kept tokens are drawn from the whole image."""
+    """Side in tokens of squares that each keep the same share; 0: tokens are chosen from the whole image."""
     merge: Literal["identity", "fuse"] = "identity"
-    """After the route: identity, tokens that were left out come back as they left; fuse, a linear layer joins both paths."""
+    """Merge after the route: identity (skipped tokens return unchanged) or fuse (a linear layer joins both paths)."""
     path_drop: float = Field(0.0, ge=0, lt=1)
     """Probability that an image skips the route's blocks, which the guidance path_drop needs."""
     text_shape: tuple[Annotated[int, Field(ge=0, le=65_536)], Annotated[int, Field(ge=0, le=65_536)]] = (0, 0)
-    """Tokens of a text and their width, for networks that read text; 0 0 = taken from the data."""
+    """Number and width of text tokens, for networks that read text; 0 0: from the data."""
     streams: tuple[tuple[str, int], ...] = ()
     """Name and width of each vector that is noised with the latents; filled in from the setting `streams` of the run."""
 

@@ -1,4 +1,4 @@
-"""How to sample."""
+"""Configuration of sampling."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,43 +24,42 @@ class SampleConfig(Config):
     guidance: Guidances = ()
     """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; empty: none."""
     encoder_steps: int = Field(0, ge=0)
-    """For a DDT: evaluations on which the encoder runs, chosen with a few images; the others reuse its last output. 0: all."""
+    """For DDT: number of evaluations that run the encoder; the others reuse its last output. 0: all."""
     weak: str = ""
     """Weaker run folder for autoguidance; the run itself, if only its checkpoint or weights differ."""
     weak_weights: str = "ema"
-    """Its weights, named as in --weights: the best average may have another length than the run's."""
+    """Weights of the weaker run, named as in --weights."""
     weak_checkpoint: int = Field(-1, ge=-1)
-    """Step of its checkpoint; -1 takes the newest."""
+    """Checkpoint step of the weaker run; -1: the newest."""
     labels: str = "uniform"
-    """uniform: drawn for each image; balanced: classes in turn; or classes in turn by number or name: 3,7 or cat,dog."""
+    """uniform: random for each image; balanced: all classes in turn; or these classes in turn: 3,7 or cat,dog."""
     prompt: tuple[str, ...] = ()
     """Texts in turn, for a run that was trained on captions: --prompt "a cat" "a dog"."""
     prompt_file: str = ""
-    """File of prompts: one a line, or .jsonl whose lines hold a "prompt"."""
+    """File of prompts: one per line, or .jsonl with a "prompt" in each line."""
     prompt_data: str = ""
     """Prepared data whose captions are the prompts: the first caption of each image, in order."""
     negative_prompt: str = ""
     """The text that guidance moves samples away from; empty: the empty text."""
     text_weights: str = ""
-    """Where the weights of the run's text encoder are now; empty: where training found them, otherwise the hub's."""
+    """Location of the weights of the run's text encoder; empty: the recorded location, otherwise the hub's."""
     seed: int = 0
-    """Image i is a function of (seed, i)."""
+    """Seed; image i is a function of (seed, i)."""
     batch_size: int = Field(64, ge=1)
-    """Images sampled at a time in each process. A pass of the network takes at most so many rows, so that guidance by the null class
-    runs two passes."""
+    """Images per batch in each process, and the largest batch of a network call; guidance takes two calls."""
     decoder: Annotated[str, Spec(AUTOENCODERS, also=("",))] = ""
-    """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty takes the run's own."""
+    """Another autoencoder that decodes the same latents, such as taesd (fast) or sd-vae-ft-ema; empty: the run's autoencoder."""
     decoder_weights: str = ""
-    """Local folder of that decoder's weights; empty takes the hub's."""
+    """Local folder of that decoder's weights; empty: the hub's."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the network's matrix products, auto: bf16 where the hardware multiplies it natively; the sampler's state is float64."""
+    """Precision of the network's matrix products; auto: bf16 if it is faster. The sampler's state is float64."""
     decoder_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """Arithmetic of the decoder's convolutions; fp32 means TF32 on CUDA."""
+    """Precision of the decoder's convolutions; fp32 means TF32 on CUDA."""
 
     guide_image: str = ""
-    """Image whose features the guidance `representation` moves samples towards, as in --guidance representation:scale=5000,low=0.3."""
+    """Image for the guidance `representation`, such as --guidance representation:scale=5000,low=0.3."""
     guide_weights: str = ""
-    """Local weights of that alignment's encoder; empty: where training found them, otherwise the hub's."""
+    """Local weights of that alignment's encoder; empty: the recorded location, otherwise the hub's."""
 
     @field_validator("labels")
     @classmethod
