@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from repa.alignment import LOSSES, PROJECTORS, TARGETS
+from repa.base.files import read_json
 from repa.cli import options
 from repa.cli.main import VERBS, command_of, run, trusted
+from repa.data import open_data
 from repa.diffusion import GUIDANCES, SAMPLERS
 from repa.recipes import RECIPES
+from repa.runs.checkpoint import load_projectors
 
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()]
@@ -123,14 +127,39 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
         "--alignments.1.depth", "2", "--alignments.1.loss", "mse",
         "--alignments.2.target", "mylab.terms.two_blocks:first=2,second=4", "--alignments.2.projector", "none",
         "--alignments.2.depth", "1",
+        "--alignments.3.target", "mylab.terms.centred:encoder=tiny", "--alignments.3.projector", "linear",
+        "--alignments.3.depth", "1",
     ]  # fmt: skip
     assert run(train) == 0
     sample = ["sample", "run", "--num-images", "2", "--steps", "2", "--sampler", "mylab.samplers.midpoint"]
     sample += ["--guidance", "mylab.guidances.Falling:scale=3"]
     assert run([*sample, "--out", "samples.npz"]) == 0
     assert (tmp_path / "samples.npz").is_file()
+    measure = ["evaluate", "samples.npz", "--reference", str(data_folder), "--features", "tiny-classifier"]
+    assert run([*measure, "--metrics", "fd", "mylab.metrics.energy", "--out", "results.json"]) == 0
+    assert list(read_json(tmp_path / "results.json")["metrics"]) == ["fd", "mylab.metrics.energy"]
     assert run([*train, "--alignments.0.loss", "mylab.losses.smooth_l2", "--out", "other"]) == 2
     assert "smooth_l2" in capsys.readouterr().err
+
+
+def test_a_private_target_continues_with_what_it_remembers(mylab, data_folder, tmp_path):
+    train = [
+        "train", "quickstart-repa", "--data", str(data_folder), "--batch-size", "4", "--preview.every", "0",
+        "--alignments.0.target", "mylab.terms.centred", "--alignments.0.projector", "linear",
+    ]  # fmt: skip
+    for out, steps in (("whole", "2"), ("parts", "1"), ("parts", "2")):
+        assert run([*train, "--out", out, "--num-steps", steps]) == 0
+    whole, parts = (load_projectors(tmp_path / out, 2) for out in ("whole", "parts"))
+    (mean,) = (key for key in whole if key.endswith("target.mean"))
+    assert whole[mean].any()
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_private_images_are_prepared(mylab, tmp_path):
+    assert run(["prepare", "mylab.sources.shapes:num=6", "shapes", "--resolution", "32", "--num-workers", "0"]) == 0
+    data = open_data(tmp_path / "shapes")
+    assert (data.num_images, data.class_names) == (6, ["disc", "square"])
 
 
 def test_the_same_code_trains_and_samples_under_names_of_the_tables(mylab, data_folder, tmp_path, monkeypatch):

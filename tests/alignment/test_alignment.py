@@ -108,7 +108,7 @@ def test_training_the_projector_aligns():
 
 def test_features_of_another_encoder_are_refused():
     hidden, target = inputs()
-    with pytest.raises(UserError, match=r"'tiny' have 5 channels, but their projector was built for 6"):
+    with pytest.raises(UserError, match=r"'tiny' gave 5 channels, but the projector was built for 6"):
         build().compare(hidden, target[..., :5])
 
 
@@ -150,3 +150,27 @@ def test_part_all_needs_an_encoder_with_a_vector_for_the_image():
     assert target.of(Features(patches, patches.mean(1))).shape == (2, 10, 6)
     with pytest.raises(UserError, match="mylab.colours has no vector for the whole image"):
         target.of(Features(patches, None))
+
+
+def tokenwise(student, target):
+    return (student - target).square().mean(2)
+
+
+def column(student, target):
+    return tokenwise(student, target).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("loss", "shape"), [("tokenwise", r"\(4, 9\)"), ("column", r"\(4, 1\)")])
+def test_a_loss_that_is_not_one_number_an_image_is_refused(loss, shape):
+    """(4, 1) would be broadcast to (4, 4) with the denoising loss, and trained on in silence."""
+    with pytest.raises(
+        UserError, match=rf"{loss}' must give one number for each of 4 images, \(N,\), but gave {shape}"
+    ):
+        build(loss=f"{__name__}.{loss}").compare(*inputs())
+
+
+def test_a_target_that_tells_no_width_must_have_that_of_the_tap():
+    hidden, target = inputs()
+    term = Alignment(AlignmentConfig(target="features", depth=2, projector="none"), hidden_dim=8, feature_dim=0)
+    with pytest.raises(UserError, match="gave 6 channels, but the projector was built for 8: .* must set dim"):
+        term.compare(hidden, target)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from repa.base import trust
 from repa.base.errors import UserError
-from repa.data import open_source
+from repa.data import PrepareConfig, open_data, open_source, prepare
 from repa.data.sources import contract
 from tests.data.conftest import pack, spoil
 from tests.oracles.data import noise_image
@@ -310,3 +312,52 @@ def test_a_caption_that_is_no_text_is_left_out(folder):
     assert source.captions(1) == ()
     assert source.captions(0) == ()  # its bytes are no text, which is no reason to lose the image
     assert source.left_out["texts of no image"] == 1
+
+
+class Shapes(contract.Source):
+    """What a user would write: images that a program draws."""
+
+    def __init__(self, num, level):
+        self.labels, self.class_names, self.labels_from = np.arange(num) % 2, ["dark", "bright"], "the levels"
+        self.identity, self.level = {"name": "shapes", "num_images": num, "level": level}, level
+
+    def name(self, index):
+        return f"shape {index}"
+
+    def decode(self, index):
+        return Image.new("RGB", (8, 8), (self.level, index, 0))
+
+
+def shapes(labels, *, num=4, level=200):
+    return Shapes(num, level)
+
+
+def no_source(labels):
+    return [1, 2]
+
+
+def test_a_source_of_ones_own_by_its_dotted_name_or_as_it_is(tmp_path):
+    source = open_source(f"{__name__}.shapes:num=6")
+    assert (len(source), source.image(5, 8).getpixel((0, 0))) == (6, (200, 5, 0))
+    assert open_source(source) is source
+    with pytest.raises(UserError, match="has its own"):
+        open_source(source, labels="folders")
+    prepare(source, tmp_path / "data", PrepareConfig(resolution=8, num_workers=0))
+    data = open_data(tmp_path / "data")
+    assert (data.num_images, data.gather("images", [5])[0, :, 0, 0].tolist()) == (6, [200, 5, 0])
+    for spec, sentence in (
+        (".shapes:nmu=6", "has no setting 'nmu'.* Did you mean 'num'"),
+        (".no_source", "must be a repa.data.Source, but list came back"),
+        (".shape", "There is no source .* own by its dotted name .* has no attribute 'shape'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            open_source(__name__ + spec)
+
+
+def test_a_typed_source_is_code_that_the_user_named(tmp_path, monkeypatch):
+    with trust.command(["prepare", f"{__name__}.shapes", "DATA"]):
+        assert len(open_source(f"{__name__}.shapes")) == 4
+    (tmp_path / f"{__name__}.shapes").mkdir()  # a folder of a stranger may have any name
+    monkeypatch.chdir(tmp_path)
+    with trust.command(["check", f"{__name__}.shapes"]), pytest.raises(UserError, match="--trust tests"):
+        trust.require_trusted("source", f"{__name__}.shapes")

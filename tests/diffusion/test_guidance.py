@@ -164,3 +164,10 @@ def test_a_guidance_of_ones_own_is_a_class():
             return (predictions["conditional"] + predictions["null"]) / 2
 
     assert guided(Network(), [Halfway()])(X, 0.5)[:, 0, 0, 0].tolist() == [6.0, 7.5]
+
+
+def test_a_function_is_no_guidance():
+    with pytest.raises(
+        UserError, match=r"must be a class with the methods of repa.diffusion.guidance.Guidance, but is function"
+    ):
+        GUIDANCES.build(f"{__name__}.guided")

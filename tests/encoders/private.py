@@ -21,3 +21,26 @@ def load(name, weights):
 
 def load_wrong(name, weights):
     return {"dim": 3}
+
+
+class Map(Colours):
+    """Gives a map where tokens are due."""
+
+    def extract(self, pixels, grid):
+        return Features(F.adaptive_avg_pool2d(pixels, grid), None)
+
+
+class Summary(Colours):
+    """Leaves a class token in front of the patches."""
+
+    def extract(self, pixels, grid):
+        patches = super().extract(pixels, grid).patches
+        return Features(torch.cat([patches.mean(1, keepdim=True), patches], 1), None)
+
+
+def load_map(name, weights):
+    return Map(torch.nn.Conv2d(3, 3, 1), name=name, dim=3, patch_size=2, preprocessing="none", weights_file=weights)
+
+
+def load_summary(name, weights):
+    return Summary(torch.nn.Conv2d(3, 3, 1), name=name, dim=3, patch_size=2, preprocessing="none", weights_file=weights)

@@ -126,6 +126,15 @@ def test_private_encoder_by_dotted_name(tiny):
         load_encoder("tests.encoders.private.load_wrong")
 
 
+@pytest.mark.parametrize(("function", "given"), [("load_map", "(2, 3, 4, 4)"), ("load_summary", "(2, 17, 3)")])
+def test_a_private_encoder_gives_a_token_for_each_place(function, given):
+    """A map or a class token would be resampled as if it were a grid."""
+    encoder = load_encoder(f"tests.encoders.private.{function}")
+    with pytest.raises(UserError) as error:
+        encoder(noise_images(2, 8), 4)
+    assert f"= (2, 16, 3), but gave {given}" in str(error.value)
+
+
 def test_the_room_is_imported_without_torch():
     code = "import sys, repa.encoders as e; e.ENCODERS.check('tiny'), e.load_encoder; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

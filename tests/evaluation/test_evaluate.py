@@ -190,7 +190,7 @@ def test_three_images_have_no_third_neighbour(data, images, tmp_path):
     ("change", "sentence"),
     [
         ({"features": "tiny-clasifier"}, "Did you mean 'tiny-classifier'"),
-        ({"metrics": ("fdd",)}, "metrics.0' is 'fdd'"),
+        ({"metrics": ("fdd",)}, "metrics 'fdd' is not measured .* Did you mean 'fid'"),
         ({"metrics": ("fd",)}, "'fd'.* inception.* fid, sfid"),
         ({"features": "tiny", "metrics": ("is",)}, "'inception_score' is not measured in the features of tiny"),
         ({"batch_size": 0}, "batch_size"),
@@ -265,3 +265,29 @@ class TestReference:
             UserError, match="stores no images to measure against: prepare the data with --store-images true"
         ):
             reference_of(copy, extractor, "tiny-classifier")
+
+
+def energy(samples, reference, *, power=1.0):
+    def between(a, b):
+        return torch.cdist(a, b).pow(power).mean()
+
+    return 2 * between(samples, reference) - between(samples, samples) - between(reference, reference)
+
+
+def vector(samples, reference):
+    return samples.mean(0)
+
+
+def test_a_metric_of_ones_own(data, extractor, images, features):
+    real, mine = reference_of(data, extractor, "tiny-classifier"), f"{__name__}.energy:power=0.5"
+    assert EvaluateConfig(features="tiny", metrics=("fd", mine)).wanted == ("fd", mine)
+    noise = noisy(images[:9], 40)
+    found = evaluate([noise], extractor, real, ("fd", mine))
+    assert list(found) == ["fd", mine]
+    assert found[mine] == pytest.approx(energy(pooled(noise, extractor), features, power=0.5).item(), rel=1e-5)
+    for name, sentence in (
+        ("energi", "no attribute 'energi'"),
+        ("vector", "must give one finite number, but gave tensor"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate([noise], extractor, real, (f"{__name__}.{name}",))

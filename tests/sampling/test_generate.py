@@ -92,6 +92,21 @@ def test_euler_is_the_equation_written_out(run):
         assert (image != wanted).double().mean() < 1e-2
 
 
+def no_latents(denoiser, noise, num_steps, randn_like):
+    """A sampler that lacks its last line."""
+
+
+def half_the_latents(denoiser, noise, num_steps, randn_like):
+    return noise[:1]
+
+
+@pytest.mark.parametrize(("name", "given"), [("no_latents", "NoneType"), ("half_the_latents", r"\(1, 3, 16, 16\)")])
+def test_a_sampler_gives_the_latents_of_all_images(run, name, given):
+    config = SampleConfig(sampler=f"{__name__}.{name}", steps=1, precision="fp32")
+    with pytest.raises(UserError, match=rf"{name}' must return .* noise, \(2, 3, 16, 16\), but gave {given}"):
+        generate(run, config, [0, 1])
+
+
 def test_an_untrained_network_shows_the_noise_it_starts_from(run):
     """Its answer is 0 everywhere, so nothing moves: the same index starts from the same noise in every run."""
     model = build_model(

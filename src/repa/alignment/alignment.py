@@ -173,12 +173,12 @@ class Alignment(nn.Module):
         `frames`: so many images after each other are a video, whose tokens the loss sees as one sequence: (N / frames,).
 
         Raises:
-            UserError: the target has another width than the projector was built for, or the grids differ and one has no
-                shape.
+            UserError: the target has another width than the projector was built for, the grids differ and one has no shape,
+                or a loss of your own does not give (N,).
         """
         if self.tap.kind == "attention":
             with no_autocast(student.device):
-                return self.loss(
+                return self._losses(
                     at_least_float32(student), None if target is None else at_least_float32(target.detach())
                 )
         if student.ndim != 3 or (target is not None and len(target) != len(student)):
@@ -195,8 +195,8 @@ class Alignment(nn.Module):
         with no_autocast(student.device):
             projected = at_least_float32(projected)
             if target is None:
-                return self.loss(projected, None)
-            self._check_width(target)
+                return self._losses(projected, None)
+            self._check_width(projected, target)
             # Detached also where the target is a block of this network: it must not move towards what it is to teach.
             projected, matched = self._match(projected, at_least_float32(target.detach()), kept, grid)
             # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
@@ -208,7 +208,7 @@ class Alignment(nn.Module):
                 matched = torch.cat([matched[:, :prefix], _select_tokens(matched[:, prefix:], kept)], 1)
             if frames > 1:
                 projected, matched = (x.unflatten(0, (-1, frames)).flatten(1, 2) for x in (projected, matched))
-            return self.loss(projected, matched)  # (N,)
+            return self._losses(projected, matched)
 
     def share_projector_of(self, other: "Alignment") -> None:
         """Use another term's projector, and have none; raises UserError unless it fits."""
@@ -283,12 +283,23 @@ class Alignment(nn.Module):
         target = resize_tokens(target, num, grid)
         return projected, torch.cat([head, target], 1) if prefix else target
 
-    def _check_width(self, target: Tensor) -> None:
-        if self.feature_dim and target.shape[-1] != self.feature_dim:
+    def _check_width(self, projected: Tensor, target: Tensor) -> None:
+        width = self.feature_dim or (0 if declared(self.loss, "compares_relations") else projected.shape[-1])
+        if width and target.shape[-1] != width:
             raise UserError(
-                f"The features {self.config.target!r} have {target.shape[-1]} channels, but their projector was built "
-                f"for {self.feature_dim}: they come from another encoder than the alignment names."
+                f"The target {self.config.target!r} gave {target.shape[-1]} channels, but the projector was built for {width}: features "
+                "must be those of the encoder that the alignment names, and a Target of your own must set dim."
             )
+
+    def _losses(self, student: Tensor, target: Tensor | None) -> Tensor:
+        """(N,), one for each image: another shape would be broadcast against the denoising loss."""
+        losses = self.loss(student, target)
+        if losses.shape != student.shape[:1]:
+            raise UserError(
+                f"The loss {self.config.loss!r} must give one number for each of {len(student)} images, (N,), but gave "
+                f"{tuple(losses.shape)}: average over tokens and channels, not over images."
+            )
+        return losses
 
 
 def _select_tokens(tokens: Tensor, kept: Tensor) -> Tensor:

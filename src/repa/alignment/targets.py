@@ -3,16 +3,18 @@
 A target says what it needs to see, so that only what the terms of a run need is computed.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from repa.alignment import TARGETS
-from repa.alignment.config import AlignmentConfig
+from repa.alignment.config import PARTS, AlignmentConfig
 from repa.base.errors import UserError
+from repa.base.registry import parse_spec
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import patchify
@@ -67,7 +69,8 @@ class Target:
 
     Attributes:
         dim: width of the target's tokens; 0 where the projector has nothing to match.
-        need: the encoder whose features it reads, or None.
+        need: the encoder whose features it reads, as Need("tiny"), or None. A run reads it off the settings of the target's
+            function too, `encoder` and where they are wanted `part` and `layer`, as encoders are loaded before the network.
         own: further taps of the same pass.
         averaged: taps of the averaged network.
         run: folder of the run whose network takes the averaged network's place; "" where it does not.
@@ -242,8 +245,16 @@ def none(model: Backbone, tap: Tap) -> Target:
 
 def needs_of(alignments: Iterable[AlignmentConfig]) -> tuple[Need, ...]:
     """What terms want of encoders, known before there is a network."""
-    encoders = (config.encoder for config in alignments)
-    return merged_needs(Need.of(encoder, **settings) for encoder, settings in encoders if encoder)
+    return merged_needs(Need.of(encoder, **settings) for encoder, settings in map(_read_by, alignments) if encoder)
+
+
+def _read_by(config: AlignmentConfig) -> tuple[str, dict[str, Any]]:
+    """The encoder of a term and which of its features: a target of your own says so by its settings `encoder`, `part` and `layer`."""
+    if config.encoder[0] or parse_spec(config.target)[0] in TARGETS:
+        return config.encoder
+    known = inspect.signature(TARGETS.build(config.target)).parameters  # with the settings of the spec as defaults
+    settings = {key: known[key].default for key in ("encoder", *PARTS) if key in known}
+    return settings.pop("encoder", ""), settings
 
 
 def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, int]) -> Target:

@@ -149,16 +149,20 @@ class Registry:
 
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
-        if inspect.isfunction(component):
+        module, _, attr = self.base.partition(":")
+        kind = getattr(importlib.import_module(module), attr) if attr else None
+        # A class fulfils a protocol; a function that would give an instance is not asked for one.
+        protocol = getattr(kind, "_is_protocol", False)
+        if inspect.isfunction(component) and not protocol:
             return
         if inspect.isclass(component):
-            module, _, attr = self.base.partition(":")
             if module == "callable" and any("__call__" in vars(each) for each in component.__mro__):
                 return
-            if attr and issubclass(component, getattr(importlib.import_module(module), attr)):
+            if kind and issubclass(component, kind):
                 return
+        dotted = self.base.replace(":", ".")
         wanted = {"": "a function", "callable": "a function or a class whose instances are called"}.get(
-            self.base, f"a function or a {self.base.replace(':', '.')}"
+            self.base, f"a class with the methods of {dotted}" if protocol else f"a function or a {dotted}"
         )
         raise UserError(
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."

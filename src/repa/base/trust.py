@@ -78,15 +78,8 @@ def command(typed: list[str]) -> Iterator[None]:
 
 
 def _values_of_options(typed: list[str]) -> list[str]:
-    """What follows options. Paths are left out: a folder may be called as a stranger likes."""
-    found, behind_option = [], False
-    for token in typed:
-        if token.startswith("--"):
-            behind_option = True
-            found.append(token.partition("=")[2])
-        elif behind_option and not Path(token).exists():
-            found.append(token)
-    return found
+    """What follows options, and sources. Paths are left out: a folder may be called as a stranger likes."""
+    return [token.partition("=")[2] if token.startswith("--") else token for token in typed if not Path(token).exists()]
 
 
 @contextlib.contextmanager

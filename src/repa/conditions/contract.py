@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from repa.base.errors import UserError
 from repa.base.frozen import Frozen
 
 MAX_LETTERS = 10_000  # of a text; what follows is beyond every tokenizer's limit, and costs it time
@@ -46,8 +47,20 @@ class TextEncoder(Frozen):
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Text:
-        """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other."""
+        """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other.
+
+        Raises:
+            UserError: `encode` gave other shapes than `dim`, `num_tokens` and `masked` promise.
+        """
         text = self.encode([text[:MAX_LETTERS] for text in texts])
+        tokens, mask = text if isinstance(text, Text) else (None, None)
+        wanted = (len(texts), self.num_tokens, self.dim)
+        given = None if tokens is None else tuple(tokens.shape), None if mask is None else tuple(mask.shape)
+        if given != (wanted, wanted[:2] if self.masked else None):
+            raise UserError(
+                f"The text encoder {self.name} must give a Text of tokens (N, S, E) = {wanted} "
+                f"{'and' if self.masked else 'without'} a mask (N, S), but gave {given[0]} and {given[1]}."
+            )
         return Text(text.tokens.float(), text.mask)
 
     def encode(self, texts: Sequence[str]) -> Text:

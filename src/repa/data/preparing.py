@@ -17,6 +17,7 @@ from repa.data.pipeline import Execution, Job, run
 from repa.data.progress import FinishedParts, PlannedShard, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
 from repa.data.reading import FromCaptions, from_shards, from_source
+from repa.data.sources.contract import Source
 from repa.data.sources.opening import open_source
 from repa.encoders import canonical
 
@@ -45,7 +46,7 @@ def repeated(function: Callable[P, Result]) -> Callable[P, Result]:
 
 @repeated
 def prepare(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     config: PrepareConfig,
     *,

@@ -59,7 +59,8 @@ class VisionEncoder(Frozen):
         `attention`: blocks, counted from 1, whose attention logits are wanted too.
 
         Raises:
-            UserError: images of another type or shape, a grid below 1, or attention of an encoder that shows none.
+            UserError: images of another type or shape, a grid below 1, attention of an encoder that shows none, or patches of
+                another shape than the encoder promises.
         """
         check_images(images, self.name)
         if grid < 1:
@@ -69,7 +70,15 @@ class VisionEncoder(Frozen):
         pixels = self.prepare(images.to(weights.device).float() / 255, grid * self.patch_size)
         # Prepared in float32 and rounded once: resizing in half precision would round every step of it.
         pixels = pixels.to(weights.dtype)
-        return self.extract_attention(pixels, grid, attention) if attention else self.extract(pixels, grid)
+        features = self.extract_attention(pixels, grid, attention) if attention else self.extract(pixels, grid)
+        wanted = (len(images), grid * grid, self.dim)
+        given = tuple(features.patches.shape) if isinstance(features, Features) else type(features).__name__
+        if given != wanted:
+            raise UserError(
+                f"The encoder {self.name} must give Features whose patches are (N, G * G, D) = {wanted}, but gave {given}: a token for "
+                "each place of the grid, row by row, without class or register tokens."
+            )
+        return features
 
     def grid_for(self, resolution: int) -> int:
         """Side of the token grid for images of `resolution` pixels: 16 per full 256, as in the paper; below, one a patch."""

@@ -6,24 +6,27 @@ from pydantic import Field, field_validator, model_validator
 
 from repa.base.config import Config, refuse_idle
 from repa.base.errors import choices
-from repa.base.registry import Spec
+from repa.base.registry import Registry, Spec
 from repa.encoders import ENCODERS
 
 INCEPTION = "inception"
-Metric = Literal[
-    "fid", "sfid", "inception_score", "kid", "fd", "kd", "precision", "recall", "caption_agreement", "clip_score", "clip_agreement"
-]  # fmt: skip
-OF_INCEPTION: tuple[Metric, ...] = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
-OF_ENCODERS: tuple[Metric, ...] = ("fd", "kd", "precision", "recall")
-OF_CAPTIONS: tuple[Metric, ...] = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
-OF_NEIGHBOURS: tuple[Metric, ...] = ("precision", "recall")
-OF_CLIP: tuple[Metric, ...] = ("clip_score", "clip_agreement")
+OF_INCEPTION = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+OF_ENCODERS = ("fd", "kd", "precision", "recall")
+OF_CAPTIONS = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
+OF_NEIGHBOURS = ("precision", "recall")
+OF_CLIP = ("clip_score", "clip_agreement")
+METRICS = Registry("metric", {})  # of the user's own: f(samples (N, D), reference (M, D), *, settings) -> number
 ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
 
 
-def metrics_of(features: str) -> tuple[Metric, ...]:
+def metrics_of(features: str) -> tuple[str, ...]:
     """The metrics that these features allow."""
     return (*(OF_INCEPTION if features == INCEPTION else OF_ENCODERS), *OF_CAPTIONS)
+
+
+def is_private(metric: str) -> bool:
+    """Is it a function of the user's own, by its dotted name?"""
+    return "." in metric.partition(":")[0]
 
 
 class FeaturesConfig(Config):
@@ -42,9 +45,9 @@ class FeaturesConfig(Config):
 class EvaluateConfig(FeaturesConfig):
     """Metrics of samples against a reference."""
 
-    metrics: tuple[Metric, ...] = ()
+    metrics: tuple[str, ...] = ()
     """Inception: fid, sfid, is, kid, precision, recall; encoders: fd (Fréchet), kd (kernel), precision, recall; of samples with
-    prompts caption_agreement, clip_score, clip_agreement; empty: all but k*d and those of prompts."""
+    prompts caption_agreement, clip_score, clip_agreement; empty: all but k*d and those of prompts. Or a function of your own."""
     prompts: str = ""
     """File of the samples' prompts in order, .txt or .jsonl; empty: the file beside the samples, or the prompts of the run."""
     clip: str = "clip-l"
@@ -64,7 +67,9 @@ class EvaluateConfig(FeaturesConfig):
     def _measurable(self) -> Self:
         allowed = metrics_of(self.features)
         for name in self.metrics:
-            if name not in allowed:
+            if is_private(name):
+                METRICS.check(name)
+            elif name not in allowed:
                 raise ValueError(
                     f"metrics {name!r} is not measured in the features of {self.features}{choices(name, allowed)}"
                 )
@@ -85,7 +90,7 @@ class EvaluateConfig(FeaturesConfig):
         return super().idle() | unread
 
     @property
-    def wanted(self) -> tuple[Metric, ...]:
+    def wanted(self) -> tuple[str, ...]:
         """The metrics, chosen or usual."""
         return self.metrics or tuple(name for name in metrics_of(self.features) if name not in ON_REQUEST)
 

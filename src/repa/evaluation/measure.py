@@ -1,6 +1,7 @@
 """A stream of uint8 images against a reference: features, then sums in fixed memory, then metrics."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from repa.base import dist, rng
 from repa.base.errors import UserError, choices
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
-from repa.evaluation.config import OF_CAPTIONS
+from repa.evaluation.config import METRICS, OF_CAPTIONS, is_private
 from repa.evaluation.extractors import Extractor, as_extractor
 from repa.evaluation.images import gather_rows
 from repa.evaluation.reference import Moments, Reference, accumulator_of
@@ -25,7 +26,7 @@ from repa.metrics import (
 NEIGHBOURS = 3  # k of precision and recall
 KERNEL_SUBSET = 1000  # features in each subset of the kernel distance
 NEED_SUMS = {"fid", "fd"}
-NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not only their sums
+NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not only their sums; those of your own too
 
 
 def evaluate(
@@ -43,7 +44,8 @@ def evaluate(
 
     Args:
         encoder: whose pooled features are compared; or what `load_extractor` gives.
-        metrics: of an encoder fd, kd, precision, recall; of Inception fid, sfid, inception_score, kid, precision, recall.
+        metrics: of an encoder fd, kd, precision, recall; of Inception fid, sfid, inception_score, kid, precision, recall. Or
+            dotted names of functions of your own, `f(samples (N, D), reference (M, D), *, settings)` -> number.
         neighbours: "float16" rounds precision and recall as the ADM evaluator does.
 
     Raises:
@@ -90,7 +92,7 @@ def measure(
             assert seen.logits is not None
             score.update(seen.logits, indices)
         # Only for metrics of pairs of images; on the CPU, as a GPU needs its memory for the network.
-        if NEED_ROWS & set(metrics):
+        if needs_rows(metrics):
             rows.append(seen.pooled.cpu())
             places.append(indices)
     found: dict[str, float] = {}
@@ -104,7 +106,7 @@ def measure(
     if "inception_score" in metrics:
         score.reduce()
         found["inception_score"] = score.value
-    if NEED_ROWS & set(metrics):
+    if needs_rows(metrics):
         samples = gather_rows(rows, places)
         rows.clear()  # they are in `samples`: held twice no longer than that
         assert reference.subset is not None
@@ -121,11 +123,13 @@ def measure(
 def check_measurable(extractor: Extractor, reference: Reference, metrics: Sequence[str]) -> None:
     """Raises UserError for a metric that cannot be measured, before any image is read."""
     for name in metrics:
-        if name not in (*extractor.metrics, *OF_CAPTIONS):
+        if is_private(name):
+            METRICS.build(name)  # so that a name without code behind it is found now
+        elif name not in (*extractor.metrics, *OF_CAPTIONS):
             raise UserError(
                 f"{name!r} is not measured in the features of {extractor.name}{choices(name, extractor.metrics)}"
             )
-    if reference.subset is None and (needing := [name for name in metrics if name in NEED_ROWS]):
+    if reference.subset is None and (needing := needs_rows(metrics)):
         raise UserError(
             f"The reference holds statistics only, and {', '.join(needing)} needs its images: leave it out of --metrics, "
             "or give a reference with images."
@@ -157,6 +161,11 @@ def distance_of_real(reference: Reference, num: int) -> float | None:
     return _distance(reference.statistics, drawn)
 
 
+def needs_rows(metrics: Iterable[str]) -> list[str]:
+    """Those that compare the features of single images."""
+    return [name for name in metrics if name in NEED_ROWS or is_private(name)]
+
+
 def _distance(real: Moments, statistics: Statistics) -> float:
     return frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
 
@@ -175,4 +184,11 @@ def _metrics_of_features(
         else:
             shares = precision_recall(reference, samples, NEIGHBOURS, over_processes=True)
         found |= shares._asdict()
+    for name in filter(is_private, metrics):
+        value = METRICS.build(name)(samples, reference)
+        if not (
+            isinstance(value, (Real, Tensor)) and (number := torch.as_tensor(value)).numel() == 1 and number.isfinite()
+        ):
+            raise UserError(f"The metric {name!r} must give one finite number, but gave {value!r:.80}.")
+        found[name] = float(value)
     return found

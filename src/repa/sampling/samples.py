@@ -97,7 +97,13 @@ def draw(
     denoiser = replace(denoiser, predict=calls)
     # The network's products alone: the sampler's state is float64, which autocast leaves alone.
     with autocast(device, config.precision):
-        state = sampler(denoiser, run.layout.pack(noise), config.steps, randn_like=streams.randn_like, **told)
+        start = run.layout.pack(noise)
+        state = sampler(denoiser, start, config.steps, randn_like=streams.randn_like, **told)
+    given = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+    if given != tuple(start.shape):
+        raise UserError(
+            f"The sampler {config.sampler!r} must return latents of the shape of its noise, {tuple(start.shape)}, but gave {given}."
+        )
     return SampledState(indices, state, calls)
 
 

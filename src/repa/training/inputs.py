@@ -175,7 +175,8 @@ def _load(name: str, config: TrainConfig, data: DataSet, device: torch.device) -
             raise
         change = f"--alignments.{terms[0]}.target {next(iter(data.features))}"
         stored = ", ".join(data.features)
-        raise UserError(f"{error} Or align to stored tokens ({stored}): {change}.") from error
+        target = " If it is a target, set is_target = True on the function." if "." in name else ""
+        raise UserError(f"{error}{target} Or align to stored tokens ({stored}): {change}.") from error
 
 
 def _missing_sentence(data: DataSet, need: Need, names: str) -> str:

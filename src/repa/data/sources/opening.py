@@ -2,13 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError
-from repa.base.registry import Setting, check_settings, parse_spec, settings_of
+from repa.base.registry import Registry, Setting, check_settings, parse_spec, settings_of
+from repa.base.trust import DOTTED
 from repa.data.sources.archives import ZipSource
 from repa.data.sources.arrays import ArraySource, CifarSource, is_cifar
 from repa.data.sources.coco import CocoSource
@@ -30,8 +31,9 @@ PIPE_SETTINGS = re.compile(
 COLUMNS = ("image", "label", "caption")  # of tables
 KINDS = (
     "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
-    "COCO's captions (.json), 'hf:OWNER/NAME', or 'photographs'"
+    "COCO's captions (.json), 'hf:OWNER/NAME', 'photographs', or a function of your own by its dotted name"
 )
+SOURCES = Registry("source", {})  # of the user's own: f(labels, *, settings) -> Source
 
 
 def open_source(spec: Any, *, labels: str = "") -> Source:
@@ -41,7 +43,8 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
         spec: a folder, a zip, tar shards (`shard-{0000..0099}.tar`, URLs, `pipe:COMMAND`), parquet or arrow files, an
             array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`; each with
             settings behind a colon where it has some, e.g. `hf:OWNER/NAME:split=train,image=img`. See docs/sources.md.
-            Or a `datasets.Dataset` that is loaded already.
+            Or the dotted name of a function of your own, `f(labels, *, settings) -> Source`; a `Source` itself; or a
+            `datasets.Dataset` that is loaded already.
         labels: "" for those the source has itself; "none"; "folders" (the first folder of each path), "folders:2" (the
             second), "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); or for
             arrays an .npy file.
@@ -49,16 +52,22 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     Raises:
         UserError: nothing there, no images, missing or impossible labels, a damaged or unsafe file, unknown settings.
     """
+    if isinstance(spec, Source):
+        _require_own(labels, spec)
+        return spec
     if not isinstance(spec, (str, Path)):
         return open_table(spec, labels)
     path, settings = _split(str(spec))
     opened = _kind(path, labels)
-    known = settings_of(opened, is_ours=True)
+    known = settings_of(opened, is_ours=opened.func.__module__.startswith("repa."))
     if any(argument.kind is argument.VAR_KEYWORD for argument in inspect.signature(opened).parameters.values()):
         known |= dict.fromkeys(COLUMNS, Setting(str, is_required=False))
     check_settings("source", str(spec), settings, known)
     # settings are read as Python values where they can be: what is called 1 is a text again
-    return opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
+    source = opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
+    if not isinstance(source, Source):
+        raise UserError(f"The source {spec!r} must be a repa.data.Source, but {type(source).__name__} came back.")
+    return source
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
@@ -73,7 +82,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any]]:
     return (match[1], parse_spec(f"source:{match[2]}")[1]) if match else (spec, {})
 
 
-def _kind(name: str, labels: str) -> Callable[..., Source]:
+def _kind(name: str, labels: str) -> partial[Any]:
     """What opens a source. Its settings are the arguments that it takes by name alone."""
     path = Path(name)
     if name == "photographs":
@@ -84,10 +93,18 @@ def _kind(name: str, labels: str) -> Callable[..., Source]:
         return _folder_kind(path, labels)
     if path.is_file() or is_remote(name) or is_pattern(name):
         return _file_kind(name, labels)
-    raise UserError(f"There is no source {name!r}: give {KINDS}.")
+    why = ""
+    if DOTTED.fullmatch(name):
+        try:
+            return partial(SOURCES.load(name), labels)
+        except UserError as error:
+            if not isinstance(error.__cause__, (ImportError, AttributeError)):
+                raise
+            why = f" ({error.__cause__})"
+    raise UserError(f"There is no source {name!r}: give {KINDS}{why}.")
 
 
-def _folder_kind(path: Path, labels: str) -> Callable[..., Source]:
+def _folder_kind(path: Path, labels: str) -> partial[Any]:
     # from the most particular to the most general: every one of these is also a folder with files in it
     if is_reference(path):
         return partial(ReferenceSource, path, _require_own(labels, path))
@@ -102,7 +119,7 @@ def _folder_kind(path: Path, labels: str) -> Callable[..., Source]:
     return partial(FolderSource, path, labels)
 
 
-def _file_kind(name: str, labels: str) -> Callable[..., Source]:
+def _file_kind(name: str, labels: str) -> partial[Any]:
     ending = Path(name.partition("?")[0]).suffix.lower() if is_remote(name) else Path(name).suffix.lower()
     if name.startswith("pipe:") or ending == ".tar":
         return partial(WebDataset, expand(name), labels)
@@ -140,7 +157,7 @@ def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
     return shards
 
 
-def _require_own(labels: str, what: str | Path) -> str:
+def _require_own(labels: str, what: object) -> str:
     if labels not in ("", "none"):
         raise UserError(f"labels is {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")
     return labels
