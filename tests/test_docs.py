@@ -159,7 +159,7 @@ def test_a_private_target_continues_with_what_it_remembers(mylab, data_folder, t
 def test_private_images_are_prepared(mylab, tmp_path):
     assert run(["prepare", "mylab.sources.shapes:num=6", "shapes", "--resolution", "32", "--num-workers", "0"]) == 0
     data = open_data(tmp_path / "shapes")
-    assert (data.num_images, data.class_names) == (6, ["disc", "square"])
+    assert (data.num_images, data.class_names) == (6, ("disc", "square"))
 
 
 def test_the_same_code_trains_and_samples_under_names_of_the_tables(mylab, data_folder, tmp_path, monkeypatch):
