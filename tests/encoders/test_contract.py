@@ -122,7 +122,7 @@ def test_weights_in_the_home_folder(tmp_path, monkeypatch):
 
 def test_private_encoder_by_dotted_name(tiny):
     assert load_encoder("tests.encoders.private.load").dim == 3
-    with pytest.raises(UserError, match="but dict came back"):
+    with pytest.raises(UserError, match="returned a dict, not a repa.encoders.VisionEncoder"):
         load_encoder("tests.encoders.private.load_wrong")
 
 
