@@ -90,7 +90,7 @@ def test_a_run_folder_holds_what_it_should(name, aligned, house):
 def test_a_finished_run_is_left_alone(house, capsys):
     before = {path: path.read_bytes() for path in (house / "aligned").rglob("*") if path.is_file()}
     repa_run("train", "quickstart-repa", "--data", house / "data", "--out", house / "aligned", *SMALL)
-    assert "is complete: 6 of 6 steps" in capsys.readouterr().out
+    assert "is complete: it has 6 steps, and 6 are asked for" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (house / "aligned").rglob("*") if path.is_file()}
 
 

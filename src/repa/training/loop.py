@@ -80,7 +80,7 @@ def train(
     with dist.locked(run, "repa train"):
         state, encoders, texts = _open_run(config, data, run, device)
         if state.step >= state.config.num_steps:
-            say(f"{run} is complete: {state.step:,} of {state.config.num_steps:,} steps.")
+            say(f"{run} is complete: it has {state.step:,} steps, and {state.config.num_steps:,} are asked for.")
             return Finished(state.step)
         for note in encoders.notes:
             say(note)
