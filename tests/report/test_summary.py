@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from repa.base.errors import UserError
 from repa.report import config_differences, read_run, read_runs, speedup, summary_rows, summary_table, verdict
+from repa.report.summary import data_facts
 from repa.runs import layout
 from repa.runs.checkpoint import Checkpoint, write_state
 from tests.report.fakes import ALIGNMENT, PROTOCOL, config, fake_run
@@ -191,6 +192,13 @@ def test_distances_made_differently_are_not_compared(tmp_path, change):
     sentence, notes, _ = verdict(read_runs([baseline, aligned]))
     assert "fewer" not in sentence
     assert any("no speed-up is stated" in note for note in notes)
+
+
+def test_images_are_counted_without_mirrored_copies(tmp_path):
+    data = {"source": "shapes", "num_images": 60, "class_names": ["disc", "square"], "class_counts": [20, 10]}
+    mirrored = read_run(fake_run(tmp_path / "mirrored", data=data))
+    plain = read_run(fake_run(tmp_path / "plain", data={**data, "num_images": 30}))
+    assert [data_facts([run])["Images"] for run in (mirrored, plain)] == ["30, and a mirrored copy of each", "30"]
 
 
 def test_the_calls_of_an_adaptive_sampler_are_no_setting(tmp_path):

@@ -38,7 +38,7 @@ FIELD_TYPES: dict[str, dict[str, type]] = {
         "num_samples": int,
         "reference_sha256": str,
     },
-    "data": {"num_images": int, "class_names": list},
+    "data": {"num_images": int, "class_names": list, "class_counts": list},
     "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
 }
 OTHER_WEIGHTS = "inception with weights that are not the published ones"

@@ -146,7 +146,9 @@ def _describe_data(data: Mapping[str, Any]) -> dict[str, str]:
     if data.get("source") is not None:
         facts["Source"] = _identity_text(data["source"])
     if data.get("num_images") is not None:
-        facts["Images"] = count(data["num_images"])
+        # num_images counts mirrored copies, class_counts does not
+        images = sum(filter(is_number, data.get("class_counts", ()))) or data["num_images"]
+        facts["Images"] = count(images) + (", and a mirrored copy of each" if images < data["num_images"] else "")
     if data.get("resolution") is not None:
         facts["Resolution"] = f"{data['resolution']} × {data['resolution']} pixels"
     names = data.get("class_names") or []
