@@ -359,7 +359,7 @@ def test_the_refusal_names_module_and_flag_and_the_flag_is_enough(stranger, cana
     assert "--trust canary" in error
     assert not canary.exists()
     assert repa(["sample", str(run), *SMALL, "--out", str(tmp_path / "s.npz"), "--trust", "canary"]) == 2
-    assert "must be a repa.autoencoders.Autoencoder, but NoneType" in capsys.readouterr().err
+    assert "returned a NoneType, not a repa.autoencoders.Autoencoder" in capsys.readouterr().err
     assert canary.read_text() == "called"
 
 

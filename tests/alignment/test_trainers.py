@@ -207,6 +207,7 @@ def _two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path):
     mp.spawn(_two, (str(tmp_path),), nprocs=2)
     assert torch.load(tmp_path / "losses.pt").tolist() == pytest.approx(losses_of_a_plain_loop(3), rel=1e-5)

@@ -78,7 +78,7 @@ def alone(rank: int, tmp_path, **more) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_whose_peers_never_come_says_so_and_ends(rank, tmp_path):
     ended = alone(rank, tmp_path)
     assert ended.returncode == 2
@@ -134,7 +134,12 @@ def _runs(process: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+    ("given", "spins"),
+    [
+        ({}, "2000"),
+        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, "0", marks=pytest.mark.slow),
+        pytest.param({"GOMP_SPINCOUNT": "7"}, "7", marks=pytest.mark.slow),
+    ],
 )
 def test_threads_of_a_command_spin_briefly(given, spins, random_run):
     """As OpenMP itself tells when torch loads it."""

@@ -99,7 +99,7 @@ def test_show_prints_what_differs_and_what_everybody_looks_for(printed, random_r
     lines = printed("show", "sit-xl2-repa").splitlines()
     assert {"- target: dinov2-b", "  loss: cosine", "  weight: 0.5", "batch_size: 256"} <= set(lines)
     assert not any("qk_norm" in line for line in lines)
-    assert re.search(r"^  qk_norm: none +# Normalise queries", printed("show", "sit-xl2-repa", "--all"), re.M)
+    assert re.search(r"^  qk_norm: none +# Normalisation ", printed("show", "sit-xl2-repa", "--all"), re.M)
     assert "- target: tiny" in printed("show", str(random_run)).splitlines()
     assert re.search(r"^  sampler: heun +# Sampler", printed("show", str(random_run), "--all"), re.M)
 

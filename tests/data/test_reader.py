@@ -79,7 +79,7 @@ def test_other_versions_of_the_format_are_refused(data):
     with open(path, "r+b") as file:
         file.seek(6)
         file.write(b"\x02")
-    with pytest.raises(UserError, match=r"labels-00001\.npy is no \.npy file of version 1\.0"):
+    with pytest.raises(UserError, match=r"labels-00001\.npy is not an \.npy file of version 1\.0"):
         data.gather("labels", [6])
 
 

@@ -98,6 +98,7 @@ GOLDEN = {  # sum, sum of products with sin(0), sin(1), ...
 }
 
 
+@pytest.mark.slow
 def test_layouts_give_the_same_and_half_precision_nearly(weights):
     """bf16 rounds convolutions; the resize, the mean and the logits stay float32, and so does everything in float32."""
     net = InceptionV3()

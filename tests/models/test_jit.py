@@ -80,6 +80,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_compile_breaks_no_graph():
     model = network()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

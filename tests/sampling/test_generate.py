@@ -212,7 +212,7 @@ def test_classes_that_nobody_knows(labels, run):
 
 def test_a_name_of_two_classes_is_refused_and_their_numbers_are_told(run):
     twins = replace(run, class_names=("crane", "crane"), class_counts=(1, 1))
-    with pytest.raises(UserError, match="2 classes are named crane: write #0 or #1"):
+    with pytest.raises(UserError, match="2 classes have the name crane: choose by number, #0 or #1"):
         classes_named("crane", twins)
     assert classes_named("#1", twins) == [("#1", 1)]
 
