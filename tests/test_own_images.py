@@ -36,7 +36,7 @@ def test_by_the_data(num, flip, steps, extractor):
     assert choice.changes == {
         "model.name": "SiT-S/4", "model.patch_overlap": 2, "num_steps": steps, "preview.features": extractor,
     }  # fmt: skip
-    assert "32 pixels, of sides of about 400" in choice.reasons[0]
+    assert "32 pixels, from sides of about 400" in choice.reasons[0]
     assert "--resolution 64" in choice.reasons[0]
     assert "--resolution" not in choose(Pictures(num, (32, 40)), 1000).reasons[0]
     assert ("twice the usual, because there are more than 10,000 images" in choice.reasons[-2]) == (steps == 2000)
@@ -45,7 +45,7 @@ def test_by_the_data(num, flip, steps, extractor):
 def test_what_is_asked_for_is_taken():
     large = choose(Pictures(100, (500, 500)), 1000, resolution=64)
     assert (large.resolution, large.changes["model.name"], large.changes["num_steps"]) == (64, "SiT-S/8", 2000)
-    assert "twice the usual, because of 64 pixels" in large.reasons[-2]
+    assert "twice the usual, because images have 64 pixels" in large.reasons[-2]
     choice = choose(Pictures(100, (500, 500)), 1000, resolution=64, asked_steps=7)
     assert choice.changes == {
         "model.name": "SiT-S/8", "model.patch_overlap": 4, "num_steps": 7, "preview.features": "lite0",
@@ -62,7 +62,7 @@ def test_without_its_package_the_small_extractor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num", "said"), [(19, "holds 19 images.* give more"), (100_001, "holds 100,001 images.*prepare")]
+    ("num", "said"), [(19, "has 19 images.* give more"), (100_001, "has 100,001 images.*prepare")]
 )
 def test_too_few_and_too_many_are_refused(num, said):
     with pytest.raises(UserError, match=said):

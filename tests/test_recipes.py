@@ -241,7 +241,7 @@ def test_list_gives_name_line_and_fid(capsys):
     lines = {line.split()[0]: line for line in printed_lines if line and not line.startswith("#")}
     assert set(lines) == set(RECIPES)
     assert [line[2:] for line in printed_lines[1:] if line.startswith("#")] == [
-        "REPA, the rows of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
+        "REPA, the results of its paper", "Methods on SiT-B/2", "Methods on SiT-XL/2", "Methods on CIFAR-10, for a CPU",
         "A few thousand images of your own", "Text to image", "Other latents, and DDT", "JiT, on pixels", "Small runs",
     ]  # fmt: skip
     assert "FID 7.9 at 400K, 5.9 at 4M, 1.42 guided" in lines["sit-xl2-repa"]

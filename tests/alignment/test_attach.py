@@ -387,7 +387,7 @@ def test_blocks_are_found_by_the_end_of_their_name_and_by_patterns():
     assert [b.name for b in find_blocks(net, "blocks.[12]")] == ["a.blocks.1", "a.blocks.2", "b.blocks.1"]
     assert find_blocks(torch.compile(net), "a.blocks.0")[0].module is net["a"].blocks[0]
     assert find_blocks(nn.Sequential(net), "a.blocks.0")[0].name == "0.a.blocks.0"
-    with pytest.raises(UserError, match="write the whole name"):
+    with pytest.raises(UserError, match="give the complete name"):
         find_blocks(net, "blocks.1")
     with pytest.raises(UserError, match=r"a\.blocks\.0 to \.2.*Did you mean 'a\.blocks\.0'"):
         find_blocks(net, "a.block.0")

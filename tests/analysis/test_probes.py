@@ -122,7 +122,7 @@ def test_the_noise_of_an_image_is_its_own_too(run, data):
 
 
 def test_mistakes_are_sentences(run, data):
-    with pytest.raises(UserError, match="no block 4 to tap: this model has blocks 1 to 3"):
+    with pytest.raises(UserError, match="no block 4 to tap: choose one of 1 to 3"):
         probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
     with pytest.raises(UserError, match="has one class: give data of several"):
         probe_of_run(run, Rearranged(data, num_classes=1), ProbeConfig())

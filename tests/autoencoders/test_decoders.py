@@ -95,12 +95,12 @@ def test_the_full_decoder_of_latents_that_a_tiny_encoder_made(folders, latents):
 @pytest.mark.parametrize(
     ("spec", "folder", "decoder", "decoder_folder", "message"),
     [
-        ("sd-vae-ft-mse", "kl", "taesdxl", "tiny", "those are latents of sd, these of sdxl"),
-        ("sd3-vae", "kl", "taef1", "tiny", "those are latents of sd3, these of flux"),
-        ("sd-vae-ft-mse", "kl", "taesd", "16 channels", "4 channels at 1/4 of the size against 16 at 1/4; choose"),
+        ("sd-vae-ft-mse", "kl", "taesdxl", "tiny", "their latent spaces are sd and sdxl"),
+        ("sd3-vae", "kl", "taef1", "tiny", "their latent spaces are sd3 and flux"),
+        ("sd-vae-ft-mse", "kl", "taesd", "16 channels", "4 channels at 1/4 of the size do not match 16 at 1/4; choose"),
         ("kl", "kl", "kl", "other encoder", "their encoders differ"),
         ("kl", "kl", "dc-ae-f32", "dc", "their encoders differ"),
-        ("kl", "per channel", "taesd", "tiny", "normalised channel by channel"),
+        ("kl", "per channel", "taesd", "tiny", "normalised per channel"),
     ],
 )
 def test_what_is_known_not_to_fit_is_refused(spec, folder, decoder, decoder_folder, message, folders):
@@ -113,7 +113,7 @@ def test_another_factor_is_refused(folders, tmp_path):
     half = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     half |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     autoencoder = load_autoencoder("sd-vae-ft-mse", weights=folders["kl"])
-    with pytest.raises(UserError, match="4 channels at 1/4 of the size against 4 at 1/2; choose"):
+    with pytest.raises(UserError, match="4 channels at 1/4 of the size do not match 4 at 1/2; choose"):
         load_decoder("taesd", autoencoder, weights=save_tiny(tmp_path, **half))
     with pytest.raises(UserError, match="'pixels'"):
         load_decoder("pixels", autoencoder)

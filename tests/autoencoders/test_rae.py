@@ -60,7 +60,7 @@ def test_mistakes_are_answered(folder):
     with pytest.raises(UserError, match="'rae' needs weights"):
         load_autoencoder("rae")
     autoencoder = load_autoencoder("rae", weights=folder)
-    with pytest.raises(UserError, match="takes images of 32 x 32 alone, but got 64 x 64"):
+    with pytest.raises(UserError, match="accepts only images of 32 x 32, but got 64 x 64"):
         autoencoder.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 

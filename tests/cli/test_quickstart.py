@@ -72,7 +72,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys, mo
     said = capsys.readouterr().out
     assert "report.html" in said
     assert "40 images of 2 classes" in said
-    assert "32 pixels, of sides of about" in said
+    assert "32 pixels, from sides of about" in said
     assert "features of lite0" in said
 
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}

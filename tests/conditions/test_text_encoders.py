@@ -169,10 +169,10 @@ def test_private_encoders():
     with pytest.raises(UserError, match="TextEncoder"):
         load_text_encoder(f"{__name__}.load_wrong")
     encoder.num_tokens = 2
-    with pytest.raises(UserError, match=r"= \(2, 2, 1\) without a mask .* but gave \(2, 1, 1\) and None"):
+    with pytest.raises(UserError, match=r"= \(2, 2, 1\) without a mask .* but returned \(2, 1, 1\) and None"):
         encoder(["abc", ""])
     encoder.encode = lambda texts: torch.zeros(len(texts), 2, 1)
-    with pytest.raises(UserError, match="but gave None"):
+    with pytest.raises(UserError, match="but returned None"):
         encoder(["abc"])
     assert {"clip-l", "clip-h", "t5-xxl", "qwen3-0.6b", "tiny-text"} <= set(TEXT_ENCODERS)
 

@@ -103,5 +103,5 @@ def test_a_run_is_previewed_by_a_faster_decoder(image_folder, tmp_path):
 def test_a_resolution_between_two_latents_is_refused(image_folder, tmp_path):
     weights = save_dc(tmp_path / "weights")
     config = PrepareConfig(resolution=30, autoencoder="dc-ae-f32", autoencoder_weights=str(weights))
-    with pytest.raises(UserError, match="takes images whose sides are multiples of 4, but got 30 x 30"):
+    with pytest.raises(UserError, match="needs images with sides that are multiples of 4, but got 30 x 30"):
         prepare(str(image_folder), tmp_path / "data", config)

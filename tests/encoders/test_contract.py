@@ -40,7 +40,7 @@ def test_what_arrived_is_named(tiny, images, names):
 
 
 def test_grid_below_one_is_refused(tiny):
-    with pytest.raises(UserError, match="token grid of 0"):
+    with pytest.raises(UserError, match="at least 1, but got 0"):
         tiny(noise_images(1, 32), 0)
 
 
@@ -132,7 +132,7 @@ def test_a_private_encoder_gives_a_token_for_each_place(function, given):
     encoder = load_encoder(f"tests.encoders.private.{function}")
     with pytest.raises(UserError) as error:
         encoder(noise_images(2, 8), 4)
-    assert f"= (2, 16, 3), but gave {given}" in str(error.value)
+    assert f"= (2, 16, 3), but returned {given}" in str(error.value)
 
 
 def test_the_room_is_imported_without_torch():

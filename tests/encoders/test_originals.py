@@ -140,7 +140,7 @@ def test_large_moco_has_its_own_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("name", "other"), [(a, b) for a in WIDTH for b in WIDTH if a != b])
 def test_another_projects_file_is_refused(given, name, other):
-    with pytest.raises(UserError, match=f"checkpoint for the encoder {name}: .*give the checkpoint of"):
+    with pytest.raises(UserError, match=f"checkpoint for the encoder {name}: .*Give the checkpoint of"):
         load_encoder(name, weights=given[other][0])
 
 
@@ -152,7 +152,7 @@ def test_missing_and_unknown_tensors_are_named(name, tmp_path):
     with pytest.raises(UserError, match=f"lacks weights of the encoder {name}"):
         load_encoder(name, weights=tmp_path / "less.pth")
     torch.save(checkpoint(name, random_state(name) | {"blocks.0.ls1.gamma": torch.ones(2)}), tmp_path / "more.pth")
-    with pytest.raises(UserError, match=f"another network's: the encoder {name} has no .*gamma"):
+    with pytest.raises(UserError, match=f"belongs to another network: the encoder {name} has no .*gamma"):
         load_encoder(name, weights=tmp_path / "more.pth")
 
 

@@ -189,7 +189,7 @@ def test_the_small_moco_has_heads_of_32():
 def test_a_file_of_another_size_is_refused(tmp_path):
     torch.save(dinov2("dinov2-s", width=384), tmp_path / "s.pth")
     assert load_encoder("dinov2-s", weights=tmp_path / "s.pth").dim == 384
-    with pytest.raises(UserError, match="is of width 384, but the encoder dinov2-b has 768"):
+    with pytest.raises(UserError, match="has the width 384, but the encoder dinov2-b has 768"):
         load_encoder("dinov2-b", weights=tmp_path / "s.pth")
 
 

@@ -122,7 +122,7 @@ def test_only_images_are_taken():
     with torch.device("meta"):
         net = InceptionV3()
     for images in (torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 8, 8, 3).byte()):
-        with pytest.raises(UserError, match="takes uint8 images"):
+        with pytest.raises(UserError, match="needs uint8 images"):
             net(images)
 
 
@@ -178,7 +178,7 @@ class TestWeights:
 
     def test_a_download_of_other_bytes_is_not_kept(self, homes, file, monkeypatch):
         monkeypatch.setattr(inception_weights, "URL", file.as_uri())
-        with pytest.raises(UserError, match=r"could not be fetched from .*w\.pth \(invalid hash value"):
+        with pytest.raises(UserError, match=r"could not be downloaded from .*w\.pth \(invalid hash value"):
             load_inception()
         assert not list((homes / "ours/metrics").iterdir())
 
@@ -198,7 +198,7 @@ class TestWeights:
             (lambda w: w.pop("Mixed_7c.branch1x1.bn.bias"), 'Missing key.*: "Mixed_7c.branch1x1.bn.bias"'),
             (lambda w: w.update(AuxLogits=torch.zeros(1)), 'Unexpected key.*: "AuxLogits"'),
             (lambda w: w.update({"fc.weight": torch.zeros(1000, 2048)}), r"size mismatch for fc.weight: .*\[1000, 2048\].*\[1008, 2048\]"),
-            (lambda w: w.update(name="inception"), "does not hold the weights of Inception-v3"),
+            (lambda w: w.update(name="inception"), "does not contain the weights of Inception-v3"),
         ],
     )  # fmt: skip
     def test_another_network(self, change, sentence, tmp_path):

@@ -116,7 +116,7 @@ def test_an_exported_network_keeps_them(random_dit, tmp_path):
 
 
 def test_mistakes_are_answered(random_dit):
-    with pytest.raises(ValueError, match="rotary turns pairs"):
+    with pytest.raises(ValueError, match="rotary rotates pairs"):
         ModelConfig(hidden_dim=24, num_heads=4, depth=2, rotary=True)
     with pytest.raises(UserError, match="multiple of 4"):
         random_dit(rotary=True, hidden_dim=24, num_heads=4)

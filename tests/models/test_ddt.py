@@ -78,7 +78,7 @@ def test_taps_are_of_the_grid_alone_and_of_the_encoders_width():
     assert output.taps[Tap(3)].shape == (3, 6, 16)
     assert output.taps[Tap(2, "attention")].shape == (3, 2, 6, 6)
     assert (model.tapped_depth, network("ddt").tapped_depth) == (3, 5)
-    with pytest.raises(UserError, match="Block 4 is in the head, whose tokens are 24 wide"):
+    with pytest.raises(UserError, match="Block 4 is in the head, which has the width 24"):
         model(*inputs(), (Tap(4),))
     assert network("ddt")(*inputs(), (Tap(5),)).taps[Tap(5)].shape == (3, 6, 16)
 
@@ -114,11 +114,11 @@ def test_sizes_of_the_papers(arguments, millions):
 def test_mistakes_are_answered():
     model = network()
     state, t, condition = inputs()
-    with pytest.raises(UserError, match="one time per sample"):
+    with pytest.raises(UserError, match="supports neither token times"):
         model(state, t[:, None].expand(-1, 6), condition)
     with pytest.raises(UserError, match="head_depth is 5"):
         network(head_depth=5)
-    with pytest.raises(UserError, match=r"heads names block 4.*1 to 3"):
+    with pytest.raises(UserError, match=r"heads has block 4.*1 to 3"):
         network(heads=(4,))
     for setting, given in (("times", "sine"), ("head_dim", -1), ("max_period", 0)):
         with pytest.raises(ValueError, match=f"'{setting}'.*'?{given}'?"):

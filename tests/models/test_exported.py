@@ -54,9 +54,9 @@ def test_damaged_folders(exported, tmp_path):
         load_exported(tmp_path / "absent")
     config = read_json(folder / "config.json")
     for change, sentence in [
-        ({"format": 99}, "is not of format 1"),
-        ({"library": "diffusers"}, "is not of format 1"),
-        ({"model": {**config["model"], "depth": 2}}, "of another network than"),
+        ({"format": 99}, "does not have repa's export format 1"),
+        ({"library": "diffusers"}, "does not have repa's export format 1"),
+        ({"model": {**config["model"], "depth": 2}}, "does not fit the network of"),
         ({"model": {**config["model"], "widht": 2}}, "widht"),
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **change}))
@@ -138,7 +138,7 @@ def test_frequencies_of_diffusers_in_float64():
     ("setting", "sentence"),
     [
         ({"qk_norm": "layer"}, "qk_norm is layer"),
-        ({"mlp_ratio": 2.0}, "4 times"),
+        ({"mlp_ratio": 2.0}, "MLP ratio is not 4"),
         ({"norm": "rms"}, "norm is rms"),
         ({"rotary": True}, "rotary is True"),
         ({"streams": {"class": 6}}, "streams is"),

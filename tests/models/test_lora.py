@@ -56,7 +56,7 @@ def test_what_is_no_lora_is_refused_or_left_alone():
     model = network()
     state = model.state_dict()
     assert merged_weights(state).keys() == state.keys()
-    with pytest.raises(UserError, match="choose a smaller one"):
+    with pytest.raises(UserError, match="choose a smaller rank"):
         use_lora(model, 16)
     with pytest.raises(UserError, match="does not fit"):
         merged_weights({**state, "blocks.0.attn.qkv.lora_A": torch.zeros(2, 16)})

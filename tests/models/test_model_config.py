@@ -19,7 +19,7 @@ def test_dimensions_are_the_names_unless_overridden():
     ("values", "message"),
     [
         ({"name": "SiT-B-2"}, "Did you mean 'SiT-B/2'"),
-        ({"name": "SiT-B/3"}, "patch of 1, 2, 4, 8"),
+        ({"name": "SiT-B/3"}, r"patch size \(1, 2, 4, 8\)"),
         ({"hidden_dim": 100}, "num_heads 12"),
         ({"latent_size": 33}, "latent_size 33 cannot be cut into patches of 2"),
         ({"depth": -1}, "'depth' is -1"),

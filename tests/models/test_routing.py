@@ -176,7 +176,7 @@ def test_the_plain_network_is_the_default_and_refuses_tokens_to_keep():
     model = build(ModelConfig(name="SiT-S/2", latent_size=4, latent_channels=2, num_classes=3))
     assert model.route is None
     assert not any("router" in name for name in model.state_dict())
-    with pytest.raises(UserError, match="without route"):
+    with pytest.raises(UserError, match="has no route"):
         network()(*inputs(), (), KEEP)
 
 
@@ -187,11 +187,11 @@ def test_the_plain_network_is_the_default_and_refuses_tokens_to_keep():
         ({"route": (5, 13)}, "not a range of blocks within 1 to 12"),
         ({"route": (5, 4)}, "not a range of blocks"),
         ({"route": (3, 8), "heads": (5,)}, "head at block 5"),
-        ({"keep": 0.5}, "keep says how tokens are routed, but there is no route"),
-        ({"merge": "fuse"}, "merge says how"),
+        ({"keep": 0.5}, "keep is an option of token routing, but there is no route"),
+        ({"merge": "fuse"}, "merge is an option"),
         ({"route": (3, 8), "keep": 0.25, "keep_groups": 3, "latent_size": 32}, "does not divide"),
-        ({"route": (3, 8), "keep": 0.3, "keep_groups": 2, "latent_size": 32}, "a whole number"),
-        ({"route": (3, 8), "keep": 0.001, "latent_size": 32}, "a whole number"),
+        ({"route": (3, 8), "keep": 0.3, "keep_groups": 2, "latent_size": 32}, "is not an integer"),
+        ({"route": (3, 8), "keep": 0.001, "latent_size": 32}, "is not an integer"),
     ],
 )
 def test_routes_that_cannot_be_are_said(settings, message):

@@ -173,9 +173,9 @@ def test_rows_that_a_checkpoint_knows_and_the_file_lost_are_told(random_run, tmp
         log.row("train", step, loss=0.5)
     log.close()
     path = run / layout.METRICS
-    assert "lost rows" not in page_of([run], tmp_path / "r.html").text
+    assert "lost entries" not in page_of([run], tmp_path / "r.html").text
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-    assert "run: metrics.jsonl has lost rows: it has none of step 20" in page_of([run], tmp_path / "r.html").text
+    assert "run: metrics.jsonl has lost entries: it has none of step 20" in page_of([run], tmp_path / "r.html").text
 
 
 def test_missing_previews_leave_a_gap(tmp_path):

@@ -78,8 +78,8 @@ def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsy
     assert convert(content, tmp_path / "other")[0] == 0
     assert "Its projectors (2) were dropped" in capsys.readouterr().out
     for options, sentence in [
-        (("--targets", "tiny", "--depth", "2"), "has 2 projectors, but 1 encoders are named"),
-        (("--targets", "tiny", "dinov2-b"), "does not say after which block its projectors stand"),
+        (("--targets", "tiny", "--depth", "2"), "has 2 projectors, but got 1 encoders"),
+        (("--targets", "tiny", "dinov2-b"), "does not record the block of its projectors"),
     ]:
         assert convert(content, tmp_path, *options)[0] == 2
         assert sentence in capsys.readouterr().err
@@ -208,11 +208,11 @@ def test_prefixes_of_wrappers_are_no_part_of_the_names(prefix, tmp_path):
 
 def test_an_average_that_is_none_or_one_of_several_is_told(tmp_path, capsys):
     assert convert({"ema": None, "model": STATE}, tmp_path)[0] == 0
-    assert "'ema' holds no tensors by name, so the raw weights were taken" in capsys.readouterr().out
+    assert "'ema' has no named tensors, so the raw weights are used" in capsys.readouterr().out
     two = {"ema_0": STATE, "ema_1": raw_of(STATE)}
     (tmp_path / "two").mkdir()
     assert convert(two, tmp_path / "two")[0] == 2
-    assert "holds several networks, 'ema_0', 'ema_1'" in capsys.readouterr().err
+    assert "contains several networks, 'ema_0', 'ema_1'" in capsys.readouterr().err
     assert convert(two, tmp_path / "two", "--weights", "ema_2")[0] == 2
     code, run = convert(two, tmp_path / "two", "--weights", "ema_1")
     assert code == 0
@@ -275,8 +275,8 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         (one, ("--model.num-heads", "0"), "The option is --model.num-heads."),
         (two, (), "give --kind sit or --kind dit"),
         (one, ("--kind", "dit"), "give --kind repa or --kind sit"),
-        (two, ("--kind", "dit", "--path", "linear"), "A DiT has no path"),
-        (wide, (), "MLPs of 2 times its width"),
+        (two, ("--kind", "dit", "--path", "linear"), "A DiT has no choice of path"),
+        (wide, (), "MLP ratio 2"),
         (released.sit_training(one, prediction="noise"), ("--kind", "sit"), "only networks that predict velocity"),
         (released.repa_training(one, path_type="edm"), (), "unknown path 'edm'"),
         (one, ("--path", "liner"), "Did you mean 'linear'"),
@@ -285,10 +285,10 @@ def test_mistakes_are_sentences(tmp_path, capsys):
         (
             {**one, "pos_embed": one["pos_embed"] * float("nan")},
             (),
-            "tensor 'pos_embed' holds numbers that are not finite",
+            "tensor 'pos_embed' has numbers that are not finite",
         ),
-        ({**one, "pos_embed": one["pos_embed"].long()}, (), "tensor 'pos_embed' is of type int64"),
-        ({**one, "pos_embed": one["pos_embed"].cfloat()}, (), "tensor 'pos_embed' is of type complex64"),
+        ({**one, "pos_embed": one["pos_embed"].long()}, (), "tensor 'pos_embed' has the type int64"),
+        ({**one, "pos_embed": one["pos_embed"].cfloat()}, (), "tensor 'pos_embed' has the type complex64"),
         (one | {f"blocks.{10**9}.a": torch.ones(1)}, (), "1000000001 blocks"),
     ]:
         assert convert(content, tmp_path, *options)[0] == 2

@@ -113,15 +113,15 @@ def test_a_damaged_checkpoint(copy):
     ("change", "sentence"),
     [
         (lambda config: config.pop("diffusion"), "lacks the setting 'diffusion'"),
-        (lambda config: config["model"].update(depth=3), "are of another network"),
+        (lambda config: config["model"].update(depth=3), "do not fit the network"),
         (lambda config: config["model"].update(widht=3), "unknown setting 'widht'"),
         # of gigabytes, none of which are taken
-        (lambda config: config["model"].update(latent_size=65_536), "are of another network"),
-        (lambda config: config["model"].update(hidden_dim=65_536, num_heads=64), "are of another network"),
-        (lambda config: config["model"].update(num_classes=10_000_000), "are of another network"),
-        (lambda config: config["model"].update(latent_channels=65_536), "are of another network"),
-        (lambda config: config["model"].update(depth=1_000), "are of another network"),
-        (lambda config: config["model"].update(latent_size=0), "are of another network"),
+        (lambda config: config["model"].update(latent_size=65_536), "do not fit the network"),
+        (lambda config: config["model"].update(hidden_dim=65_536, num_heads=64), "do not fit the network"),
+        (lambda config: config["model"].update(num_classes=10_000_000), "do not fit the network"),
+        (lambda config: config["model"].update(latent_channels=65_536), "do not fit the network"),
+        (lambda config: config["model"].update(depth=1_000), "do not fit the network"),
+        (lambda config: config["model"].update(latent_size=0), "do not fit the network"),
         # no shape of a tensor tells these
         (
             lambda config: config["model"].update(num_heads=4),

@@ -72,7 +72,7 @@ def test_another_digit_in_a_row_is_noticed(tmp_path):
     path = tmp_path / layout.METRICS
     text = path.read_text()
     path.write_text(text.replace("31.5", "21.5"))
-    with pytest.raises(UserError, match="damaged in line 2: it is not as it was written"):
+    with pytest.raises(UserError, match="damaged in line 2: it does not match its checksum"):
         list(read_metrics(tmp_path))
     with pytest.raises(UserError, match="damaged in line 2"):
         MetricsLog(tmp_path, resume_step=2)

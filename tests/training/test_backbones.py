@@ -70,7 +70,7 @@ def test_ddt_trains_samples_and_is_refused_where_it_has_no_place(run_training, t
     assert run.model.heads["1"].linear.weight.any()
     config = SampleConfig(sampler="heun", steps=3, guidance=("internal:head=1,scale=1.4", "cfg:scale=2"))
     assert generate(run, config, range(2)).images.float().std() > 0
-    with pytest.raises(UserError, match="has the backbone 'ddt"):
+    with pytest.raises(UserError, match="but .* has 'ddt"):
         export_run(tmp_path / "run", tmp_path / "out")
     with pytest.raises(UserError, match="a DiT, but the network is a DDT"):
         run_training(tiny_config.override(model=model, init=str(tmp_path / "run")), tmp_path / "second")

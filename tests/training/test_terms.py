@@ -137,7 +137,7 @@ def second_stage(tiny_config, random_run, **settings) -> TrainConfig:
 @pytest.mark.parametrize(
     ("edit", "why"),
     [
-        ({"qk_norm": "rms"}, "are of another network"), ({"depth": 1_000}, "are of another network"),
+        ({"qk_norm": "rms"}, "do not fit the network"), ({"depth": 1_000}, "do not fit the network"),
         ({"num_heads": 4}, "says model.num_heads: 4, but the checkpoint"),
     ],
 )  # fmt: skip

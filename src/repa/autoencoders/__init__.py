@@ -1,4 +1,4 @@
-"""Pixels <-> latents behind one contract; scale and shift of the latents are known only in here."""
+"""Autoencoders between pixels and latents; scale and shift of the latents are applied only here."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from repa.base.lazy import exports
 from repa.base.registry import Registry
 
-# Of the paper: its encoder is also that of sd-vae-ft-mse, its decoder made the published figures.
+# The paper's: sd-vae-ft-mse has the same encoder, and this decoder produced the published results.
 AUTOENCODER = "sd-vae-ft-ema"
 
 
 class Released(NamedTuple):
-    """An autoencoder of diffusers as its authors published it."""
+    """A published autoencoder in diffusers' format."""
 
-    kind: str  # class of diffusers
+    kind: str  # class name in diffusers
     hub: str  # owner/name, or a folder inside the package
-    space: str  # of its latents: autoencoders of one space can decode each other's
+    space: str  # latent space: autoencoders of the same space can decode each other's latents
     about: str
     subfolder: str = ""
 
@@ -26,25 +26,25 @@ _SD3, _FLUX = "stabilityai/stable-diffusion-3-medium-diffusers", "black-forest-l
 _DC, _RAE = "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"
 RELEASED = {
     "sd-vae-ft-mse": Released(_KL, "stabilityai/sd-vae-ft-mse", "sd",
-        "Stable Diffusion's autoencoder, decoder fine-tuned for MSE: what REPA encodes ImageNet with."),
+        "Stable Diffusion's autoencoder, decoder fine-tuned for MSE; REPA encodes ImageNet with it."),
     "sd-vae-ft-ema": Released(_KL, "stabilityai/sd-vae-ft-ema", "sd",
-        "The encoder of sd-vae-ft-mse, decoder fine-tuned by EMA: what REPA decodes its samples with."),
+        "The encoder of sd-vae-ft-mse, decoder fine-tuned with EMA; REPA decodes its samples with it."),
     "sdxl-vae": Released(_KL, "stabilityai/sdxl-vae", "sdxl",
-        "Stable Diffusion XL's autoencoder: 4 channels, but not those of Stable Diffusion."),
+        "Stable Diffusion XL's autoencoder: 4 channels, but another latent space than Stable Diffusion."),
     "sd3-vae": Released(_KL, _SD3, "sd3",
         "Stable Diffusion 3's autoencoder: 16 channels, with a shift.", "vae"),
     "flux-vae": Released(_KL, _FLUX, "flux",
-        "FLUX.1's autoencoder: 16 channels, with a shift; not those of Stable Diffusion 3.", "vae"),
+        "FLUX.1's autoencoder: 16 channels, with a shift; another latent space than Stable Diffusion 3.", "vae"),
     "va-vae": Released(_KL, "REPA-E/vavae-hf", "va-vae",
-        "VA-VAE, aligned to DINOv2-L: 32 channels at a 16th of the size, normalised channel by channel."),
+        "VA-VAE, aligned to DINOv2-L: 32 channels at a 16th of the size, normalised per channel."),
     "e2e-va-vae": Released(_KL, "REPA-E/e2e-vavae-hf", "e2e-va-vae",
-        "VA-VAE as REPA-E trained it further, together with a network."),
+        "VA-VAE after REPA-E's joint training with a diffusion network."),
     "tiny-vae": Released(_KL, str(PACKAGED), "",
-        "An autoencoder inside the package, for tests and lessons offline: factor 4, 4 channels (docs/tiny-encoder.md)."),
+        "A small autoencoder in this package, for offline tests and lessons: factor 4, 4 channels (docs/tiny-encoder.md)."),
     "dc-ae-f32": Released("AutoencoderDC", _DC, "dc-ae-f32",
         "DC-AE trained on ImageNet: 32 channels at a 32nd of the size; 512 pixels become 16 x 16 latents."),
     "rae-dinov2-b": Released("AutoencoderRAE", _RAE, "rae-dinov2-b",
-        "The representation autoencoder of DINOv2-B with registers: 768 channels at a 16th of the size, 16 x 16 of images of 256 pixels."),
+        "The representation autoencoder of DINOv2-B with registers: 768 channels at a 16th of the size, 16 x 16 for images of 256 pixels."),
     "taesd": Released(_TINY, "madebyollin/taesd", "sd",
         "Small and fast, for the latents of sd-vae-ft-mse and sd-vae-ft-ema."),
     "taesdxl": Released(_TINY, "madebyollin/taesdxl", "sdxl",
@@ -55,7 +55,7 @@ RELEASED = {
         "Small and fast, for the latents of flux-vae."),
 }  # fmt: skip
 
-# each entry is a function of the name and `weights` (None, a folder or a hub name) that returns an Autoencoder
+# each entry is a function (name, weights) -> Autoencoder; weights is None, a folder or a hub name
 AUTOENCODERS = Registry(
     "autoencoder",
     {

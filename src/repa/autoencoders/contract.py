@@ -1,7 +1,7 @@
-"""What every autoencoder does: uint8 images -> moments (stored) -> latents (what models see) -> uint8 images.
+"""The interface of autoencoders: uint8 images -> moments (stored) -> latents (input of models) -> uint8 images.
 
-N batch, C latent channels, H W image, h = H / factor and w = W / factor latent. M = 2C: mean and standard deviation; M = C, the
-mean alone, of an autoencoder without a posterior.
+N batch, C latent channels, H W image, h = H / factor and w = W / factor latent. M = 2C: mean and standard deviation; M = C: only
+the mean, for an autoencoder without a posterior.
 """
 
 import functools
@@ -19,19 +19,19 @@ from repa.base.weights import digest_of
 
 
 class Autoencoder(Frozen):
-    """A frozen autoencoder. A subclass gives `moments` and `images`, on floats in [-1, 1] and unscaled latents.
+    """A frozen autoencoder. Subclasses implement `moments` and `images`, on floats in [-1, 1] and unscaled latents.
 
     Attributes:
-        name: the spec it was loaded by.
+        name: the spec by which it was loaded.
         channels: C.
         factor: pixels per latent, along each side.
-        resolution: the one side of images that it takes; 0: any that is a multiple of the factor.
-        scale, shift: latents = (z - shift) * scale; a number, or one for each channel.
-        space: name of the latent space, which other autoencoders may share; empty when not known.
-        distilled: was it trained to take another one's place in the scaled latents, as TAESD? They are then what it
-            shares with those of its space; all others share the unscaled ones.
-        stochastic: does `sample` draw noise, or is the standard deviation always 0, and left out of what is stored?
-        stores_moments: are moments worth storing, or as cheap to recompute from the images as to read?
+        resolution: the only image side that it accepts; 0: any multiple of the factor.
+        scale, shift: latents = (z - shift) * scale; one number, or one per channel.
+        space: name of the latent space, which other autoencoders may share; empty if unknown.
+        distilled: whether it was distilled from another autoencoder in the scaled latents, as TAESD. Autoencoders of a space
+            share the scaled latents with a distilled one, and the unscaled latents otherwise.
+        stochastic: whether `sample` adds noise; otherwise the standard deviation is always 0 and is not stored.
+        stores_moments: whether to store moments; False if recomputing them from the images is as cheap as reading them.
     """
 
     stochastic: bool = True
@@ -54,7 +54,7 @@ class Autoencoder(Frozen):
         super().__init__()
         self.name, self.channels, self.factor, self.space = name, channels, factor, space
         self.scale, self.shift = scale, shift
-        # Buffers, so that they go to the device with the rest and no step copies them there.
+        # Buffers, so that they move to the device with the module and no step copies them.
         for buffer, value in (("_scale", scale), ("_shift", shift)):
             tensor = torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # (1 or C, 1, 1)
             assert len(tensor) in (1, channels), f"{len(tensor)} values for {channels} channels"
@@ -62,7 +62,7 @@ class Autoencoder(Frozen):
 
     @property
     def stored_channels(self) -> int:
-        """M, of the moments."""
+        """M, the number of channels of the moments."""
         return 2 * self.channels if self.stochastic else self.channels
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,15 +74,15 @@ class Autoencoder(Frozen):
         raise NotImplementedError
 
     def encoder_weights(self) -> Mapping[str, Tensor]:
-        """The tensors that decide the moments; none for an autoencoder without weights."""
+        """The tensors that determine the moments; empty for an autoencoder without weights."""
         return {}
 
     @torch.no_grad()
     def encode(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 images (N, 3, H, W) -> float32 moments (N, M, h, w), unscaled.
 
-        Computed in the precision of the weights, whatever autocast the caller runs under: what is stored must not
-        depend on who asked. Only `dtype`, bfloat16 or float16, computes the matrix products in another.
+        Computed in the precision of the weights, regardless of the caller's autocast, because stored moments must not depend
+        on the caller. With `dtype` bfloat16 or float16 the matrix products use that precision.
         """
         self._check_images(images)
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -94,9 +94,9 @@ class Autoencoder(Frozen):
         """Moments (N, M, h, w) -> float32 latents (N, C, h, w), scaled: (mean + std * noise - shift) * scale.
 
         Args:
-            moments: as `encode` gave them, in any precision.
-            generator: where the noise comes from, on any device; the global generator when None.
-            noise: (N, C, h, w) standard normal drawn by the caller, instead of a generator.
+            moments: as returned by `encode`, in any precision.
+            generator: generator of the noise, on any device; None: the global generator.
+            noise: (N, C, h, w) standard normal noise instead of a generator.
         """
         self._check_channels(moments, self.stored_channels, "moments")
         mean = moments.float()
@@ -113,25 +113,25 @@ class Autoencoder(Frozen):
     def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scaled latents (N, C, h, w) -> uint8 images (N, 3, H, W).
 
-        Only `dtype`, bfloat16 or float16, computes the convolutions in less than the precision of the weights.
-        Rounds to the nearest grey level, as DiT and SiT do; REPA's reference truncates, half a level darker on average.
+        With `dtype` bfloat16 or float16 the convolutions use that precision instead of that of the weights.
+        Rounds to the nearest grey level, as DiT and SiT do; REPA's code truncates, which is half a level darker on average.
         """
         self._check_channels(latents, self.channels, "latents")
         with torch.autocast(latents.device.type, dtype=dtype, enabled=dtype != torch.float32):
             images = self.images(latents.float() / self._scale + self._shift)
         if bad := not_finite(images):
             raise UserError(
-                f"The autoencoder {self.name!r} decodes image {bad[0]} of {len(images)} to values that are not finite: check its "
+                f"The autoencoder {self.name!r} decoded image {bad[0]} of {len(images)} to non-finite values: check its "
                 "weights and the latents."
             )
-        # The conversion cuts off, so + 128 is + 127.5 for the range and + 0.5 to round.
+        # The conversion to uint8 truncates, so + 128 is + 127.5 for the range and + 0.5 to round.
         return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What a manifest records: name, scale, shift, whether it has deviations, and the checksum of the encoder.
+        """The identity for manifests: name, scale, shift, stochastic, and the checksum of the encoder.
 
-        Of the encoder alone: autoencoders that differ in the decoder only (sd-vae-ft-mse and -ema) share their latents.
+        The decoder is not included: autoencoders that differ only in it (sd-vae-ft-mse and -ema) share their latents.
         """
         weights = self.encoder_weights()
         checksum = digest_of(weights) if weights else None
@@ -139,39 +139,39 @@ class Autoencoder(Frozen):
         return {"name": self.name, "sha256": checksum, "scale": scale, "shift": shift, "stochastic": self.stochastic}
 
     def release_networks(self) -> None:
-        """Let encoder and decoder go, and the memory they take; `sample` needs scale and shift alone."""
+        """Free the memory of encoder and decoder; `sample` needs only scale and shift."""
         for name, _ in list(self.named_children()):
             delattr(self, name)
 
     def _check_images(self, images: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(
-                f"The autoencoder {self.name!r} takes uint8 images (N, 3, H, W), but got {_describe(images)}: "
+                f"The autoencoder {self.name!r} needs uint8 images (N, 3, H, W), but got {_describe(images)}: "
                 f"give the pixels 0 to 255, unscaled."
             )
         self.check_resolution(images.shape[2], images.shape[3])
 
     def check_resolution(self, height: int, width: int) -> None:
-        """Raises UserError unless it takes images of this size."""
+        """Raises UserError unless it accepts images of this size."""
         if self.resolution and (height, width) != (self.resolution, self.resolution):
             raise UserError(
-                f"The autoencoder {self.name!r} takes images of {self.resolution} x {self.resolution} alone, but got {height} x "
+                f"The autoencoder {self.name!r} accepts only images of {self.resolution} x {self.resolution}, but got {height} x "
                 f"{width}: choose --resolution {self.resolution}."
             )
         if height % self.factor or width % self.factor:
             raise UserError(
-                f"The autoencoder {self.name!r} takes images whose sides are multiples of {self.factor}, "
+                f"The autoencoder {self.name!r} needs images with sides that are multiples of {self.factor}, "
                 f"but got {height} x {width}: crop or resize them first, or choose another --resolution."
             )
 
     def _check_channels(self, tensor: Tensor, channels: int, what: str) -> None:
         if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.is_floating_point():
             expected = f"{what} as floats (N, {channels}, h, w)"
-            raise UserError(f"The autoencoder {self.name!r} takes {expected}, but got {_describe(tensor)}.")
+            raise UserError(f"The autoencoder {self.name!r} needs {expected}, but got {_describe(tensor)}.")
 
 
 class Pixels(Autoencoder):
-    """The identity on images in [-1, 1]; every grey level survives the round trip."""
+    """The identity on images in [-1, 1]; the round trip is exact for every grey level."""
 
     stochastic = False
     stores_moments = False
@@ -187,9 +187,9 @@ class Pixels(Autoencoder):
 
 
 def pixels(name: str, weights: str | Path | None) -> Pixels:
-    """No autoencoder: the network learns the pixels themselves."""
+    """No autoencoder: the network is trained on pixels."""
     if weights is not None:
-        raise UserError(f"The autoencoder {name!r} has no weights, but got {weights}: leave them out.")
+        raise UserError(f"The autoencoder {name!r} has no weights, but got {weights}: remove the option.")
     return Pixels(name)
 
 
@@ -197,12 +197,12 @@ def pixels(name: str, weights: str | Path | None) -> Pixels:
 def load_autoencoder(
     spec: str, *, weights: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder that a spec names, frozen, on a device.
+    """A frozen autoencoder by its spec, on a device.
 
     Args:
-        spec: a name of AUTOENCODERS, or the dotted name of an Autoencoder of your own, or of function(name, weights) -> Autoencoder.
-        weights: folder (as diffusers saves it) or hub name to load from; None for the name's own hub repository.
-        device: where it computes.
+        spec: a name of AUTOENCODERS, or the dotted name of your own Autoencoder or function(name, weights) -> Autoencoder.
+        weights: folder in diffusers' format, or hub name; None: the hub repository of this name.
+        device: device of the autoencoder.
 
     Raises:
         UserError: an unknown name, or weights that are missing, damaged or of another kind.
@@ -213,17 +213,17 @@ def load_autoencoder(
 
 
 def require_same_autoencoder(recorded: object, autoencoder: Autoencoder, where: object) -> None:
-    """UserError when the latents of `where`, whose record is `recorded`, are by other weights of this autoencoder."""
+    """Raises UserError if the latents of `where`, with the record `recorded`, have other weights of this autoencoder."""
     sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
     if sha256 is not None and autoencoder.identity["sha256"] != sha256:
         raise UserError(
-            f"The latents of {where} were made by weights of {autoencoder.name} with the checksum {str(sha256)[:12]}, but those "
-            f"that were loaded have {str(autoencoder.identity['sha256'])[:12]}: give the same weights as --autoencoder-weights FOLDER."
+            f"The latents of {where} were encoded with weights of {autoencoder.name} with the checksum {str(sha256)[:12]}, but the loaded "
+            f"weights have {str(autoencoder.identity['sha256'])[:12]}: give the same weights as --autoencoder-weights FOLDER."
         )
 
 
 def not_finite(x: Tensor) -> list[int]:
-    """Rows of (N, ...) that hold NaN or infinity."""
+    """Indices of the samples in (N, ...) that contain NaN or infinity."""
     return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 

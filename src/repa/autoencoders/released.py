@@ -1,13 +1,13 @@
-"""Autoencoders of diffusers, from the hub or from a folder; which are known by name is a table in `repa.autoencoders`.
+"""Autoencoders of diffusers, from the hub or from a folder; `repa.autoencoders` has the table of names.
 
 * AutoencoderKL (Rombach et al., arXiv 2112.10752): a Gaussian posterior.
-* AutoencoderDC (Chen et al., arXiv 2410.10733): deep compression, 32 pixels to a latent.
-* AutoencoderTiny (TAESD): small and fast, distilled from a larger autoencoder, whose place it takes.
-* AutoencoderRAE (Zheng et al., arXiv 2510.11690): the latents are the tokens of a frozen encoder, one a patch, normalised by the
-  mean and deviation of each channel at each place. These statistics lie in the weights, and so do the encoder, the decoder and
-  the one image size that they are made for.
+* AutoencoderDC (Chen et al., arXiv 2410.10733): deep compression, 32 pixels per latent.
+* AutoencoderTiny (TAESD): small and fast, distilled from a larger autoencoder, which it can replace.
+* AutoencoderRAE (Zheng et al., arXiv 2510.11690): the latents are the tokens of a frozen encoder, one per patch, normalised by
+  the mean and deviation of each channel at each position. The weights contain these statistics, the encoder and the decoder,
+  and fix the image size.
 
-Channels, factor, scale and shift are those of the weights' own config.json; none of them is written here.
+Channels, factor, scale and shift come from the config.json of the weights.
 """
 
 from pathlib import Path
@@ -24,7 +24,12 @@ from repa.base.hub import CONFIG, Repository, found_of, weights_named
 from repa.base.weights import no_larger_than
 
 WEIGHTS = weights_named("diffusion_pytorch_model", "diffusion_pytorch_model")
-STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")  # what a RAE's encoder does not tell
+STATISTICS = (
+    "_latents_mean",
+    "_latents_std",
+    "encoder_mean",
+    "encoder_std",
+)  # tensors that determine a RAE's latents besides its encoder
 
 
 class KLAutoencoder(Autoencoder):
@@ -33,7 +38,7 @@ class KLAutoencoder(Autoencoder):
     def __init__(self, name: str, vae: Any, space: str = ""):
         config = vae.config
         scale, shift = _scale_and_shift(name, config)
-        factor = 2 ** (len(config.block_out_channels) - 1)  # every level but the first halves the sides
+        factor = 2 ** (len(config.block_out_channels) - 1)  # every level except the first halves the sides
         super().__init__(name, channels=config.latent_channels, factor=factor, scale=scale, shift=shift, space=space)
         self.vae = vae
 
@@ -49,7 +54,7 @@ class KLAutoencoder(Autoencoder):
 
 
 class DeterministicAutoencoder(Autoencoder):
-    """One of diffusers' without a posterior: its encoder gives the latents at once, and the standard deviation is 0."""
+    """An autoencoder of diffusers without a posterior: its encoder returns the latents, and the standard deviation is 0."""
 
     stochastic = False
 
@@ -62,7 +67,7 @@ class DeterministicAutoencoder(Autoencoder):
         self.vae = vae
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # By place: diffusers calls the one field `latent` in one class and `latents` in another.
+        # By index: the field is `latent` in one class of diffusers and `latents` in another.
         mean = self.vae.encode(x)[0]
         return mean, torch.zeros_like(mean)
 
@@ -74,18 +79,18 @@ class DeterministicAutoencoder(Autoencoder):
 
 
 class TinyAutoencoder(DeterministicAutoencoder):
-    """A diffusers AutoencoderTiny, which gives the scaled latents that the larger autoencoder gives."""
+    """A diffusers AutoencoderTiny; its latents are the scaled latents of the larger autoencoder."""
 
     distilled = True
 
 
 class RepresentationAutoencoder(DeterministicAutoencoder):
-    """A diffusers AutoencoderRAE; it works on pixels in [0, 1]. Latents come normalised, so scale and shift are its own."""
+    """A diffusers AutoencoderRAE, on pixels in [0, 1]. It normalises its latents itself and applies its own scale and shift."""
 
     def __init__(self, name: str, vae: Any, space: str = ""):
         super().__init__(name, vae, space, channels=vae.config.encoder_hidden_size, factor=vae.config.patch_size)
         self.resolution = vae.decoder_image_size
-        # diffusers would multiply by the scale too, and the contract does: there it is set to 1.
+        # Autoencoder multiplies by the scale, so diffusers must not do it too.
         vae.register_to_config(scaling_factor=1.0)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +109,7 @@ CLASSES: dict[str, type[KLAutoencoder] | type[DeterministicAutoencoder]] = {
 
 
 def load_released(name: str, weights: str | Path | None) -> Autoencoder:
-    """The autoencoder `name` of RELEASED, from `weights` or from its place on the hub."""
+    """The autoencoder `name` of RELEASED, from `weights` or from the hub."""
     released = RELEASED[name]
     return _load(released.kind, name, weights or released.hub, released.subfolder, released.space)
 
@@ -114,7 +119,7 @@ def kl(name: str, weights: str | Path | None, *, hub: str = "", subfolder: str =
 
     Args:
         hub: owner/name of its repository.
-        subfolder: where it lies in the repository or folder; "vae" in a whole pipeline.
+        subfolder: its folder in the repository or folder; "vae" in a pipeline.
     """
     return _load_any(
         "AutoencoderKL", name, weights, {"hub": hub, "subfolder": subfolder}, "hub=owner/name,subfolder=vae"
@@ -133,7 +138,7 @@ def rae(name: str, weights: str | Path | None, *, hub: str = "") -> Autoencoder:
 def _load_any(kind: str, name: str, weights: str | Path | None, given: dict[str, str], example: str) -> Autoencoder:
     if not (weights or given["hub"]):
         raise UserError(
-            f"The autoencoder {name!r} needs weights: a folder that diffusers saved, or a name on the hub as in '{name}:{example}'."
+            f"The autoencoder {name!r} needs weights: give a folder in diffusers' format, or a name on the hub as in '{name}:{example}'."
         )
     settings = ",".join(f"{key}={value}" for key, value in given.items() if value)
     spec = f"{name}:{settings}" if settings else name
@@ -150,9 +155,9 @@ def _load(kind: str, name: str, source: str | Path, subfolder: str = "", space: 
 
 
 def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
-    """Of a configuration: one number for all channels, or the mean and deviation of each, as diffusers' pipelines do.
+    """Scale and shift of a configuration: one number for all channels, or one per channel, as in diffusers' pipelines.
 
-    Those of SDXL: (z - latents_mean) * scaling_factor / latents_std; those of SD3: (z - shift_factor) * scaling_factor.
+    SDXL's: (z - latents_mean) * scaling_factor / latents_std; SD3's: (z - shift_factor) * scaling_factor.
     """
     mean, std = config.latents_mean, config.latents_std
     if mean is None and std is None:
@@ -171,43 +176,43 @@ def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...],
 
 
 def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = "") -> Any:
-    """The model of diffusers' class `kind`, in float32, whole or not at all.
+    """The model of diffusers' class `kind`, in float32, with every tensor from the file.
 
     Args:
         kind: a class of diffusers, such as "AutoencoderKL".
-        name: what to call it in messages.
+        name: its name in messages.
         source: a local folder or the name of a hub repository.
-        subfolder: where it lies in `source`; a local folder may also be that subfolder itself.
+        subfolder: its folder in `source`; a local folder may also be that subfolder itself.
 
     Raises:
-        UserError: no such folder or repository, a damaged file, a model of another class, tensors that do not fit.
+        UserError: no such folder or repository, a damaged file, a model of another class, or tensors that do not fit.
     """
     diffusers = _diffusers()
     if not hasattr(diffusers, kind):
         raise UserError(
-            f"The autoencoder {name!r} is diffusers' {kind}, which diffusers {diffusers.__version__} does not have: install a newer one."
+            f"The autoencoder {name!r} needs diffusers' {kind}, which diffusers {diffusers.__version__} lacks: install a newer version."
         )
     inside = f" of its folder {subfolder}" if subfolder else ""
     by_hand = f"give a folder with {CONFIG} and {WEIGHTS[0]}{inside} as --autoencoder-weights FOLDER"
     repository = Repository(f"autoencoder {name!r}", str(source), ((CONFIG,), WEIGHTS), by_hand, subfolder)
     if (folder := Path(source)).is_dir():
         folder = part if (part := folder / subfolder).is_dir() else folder
-    elif folder.is_absolute() or str(source).startswith("."):  # which no name on the hub is
+    elif folder.is_absolute() or str(source).startswith("."):  # cannot be a name on the hub
         raise UserError(f"There is no folder {source} for the autoencoder {name!r}: {by_hand}.")
     else:
         folder = repository.folder()
     config = repository.check(folder, (kind,), "_class_name")
-    # Several libraries read a part of it, each with its own errors.
+    # Several libraries read parts of the folder, each with its own errors.
     model_class = getattr(diffusers, kind)
     with faults.reading(folder, f"weights of the autoencoder {name!r}", damaged=(Exception,)):
         with no_larger_than(found_of(WEIGHTS, folder), folder / CONFIG):
             model_class.from_config(config)
-        # Many are stored in half precision: what is computed must not depend on that, nor on the machine. Without the option
-        # for little memory diffusers needs no accelerate, and prints no notice that it is absent.
+        # float32, because results must not depend on the precision of the file or on the machine. Without low_cpu_mem_usage
+        # diffusers needs no accelerate and prints no notice that it is missing.
         model, report = model_class.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
-    # diffusers only warns, and leaves missing tensors random.
+    # diffusers only warns about missing tensors and leaves them random.
     strays = [*report["missing_keys"], *report["unexpected_keys"]]
     if strays:
         raise UserError(f"{folder} does not fit its {CONFIG}, for example {strays[0]!r}: download or copy it again.")
@@ -217,10 +222,10 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
 def _diffusers() -> Any:
     diffusers = extras.need("diffusers", "An autoencoder of latents")
     try:
-        diffusers.AutoencoderKL  # noqa: B018  the import proper: diffusers is lazy
+        diffusers.AutoencoderKL  # noqa: B018  triggers the import, because diffusers is lazy
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"diffusers cannot be imported ({reason}): remove a torchvision built for another torch."
+            f"diffusers cannot be imported ({reason}): remove a torchvision that was built for another version of torch."
         ) from error
     return diffusers

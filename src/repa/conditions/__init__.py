@@ -1,4 +1,4 @@
-"""Frozen text encoders behind one contract: what captions and prompts are to a network."""
+"""Frozen text encoders, which encode captions and prompts for a network."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from repa.base.lazy import exports
 from repa.base.registry import Registry
 from repa.conditions import families
 
-# f(name, weights, **settings) -> TextEncoder; a function of this kind by its dotted name too
+# f(name, weights, **settings) -> TextEncoder; also the dotted name of such a function
 TEXT_ENCODERS = Registry(
     "text encoder",
     {

@@ -1,4 +1,4 @@
-"""What every frozen text encoder promises: texts in, a fixed number of token features out."""
+"""The interface of frozen text encoders: texts in, a fixed number of token features out."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from repa.base.errors import UserError
 from repa.base.frozen import Frozen
 
-MAX_LETTERS = 10_000  # of a text; what follows is beyond every tokenizer's limit, and costs it time
+MAX_LETTERS = 10_000  # characters of a text; the rest exceeds every tokenizer's limit and would only cost time
 
 
 class Text(NamedTuple):
@@ -18,25 +18,25 @@ class Text(NamedTuple):
     tokens: Tensor
     """(N, S, E)."""
     mask: Tensor | None
-    """(N, S) bool, True where there is a token of the text; None where the network may look at all S."""
+    """(N, S) bool, True for tokens of the text, False for padding; None: the network attends to all S."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Text":
-        """The same change to every tensor: rows, a device, a type."""
+        """Apply a function to every tensor, such as indexing, or a move to a device or type."""
         return Text(change(self.tokens), None if self.mask is None else change(self.mask))
 
 
 class TextEncoder(Frozen):
-    """Always in eval mode, never with gradients. Kinds implement `encode`.
+    """A frozen encoder, always in eval mode and without gradients. Subclasses implement `encode`.
 
-    A text is encoded alone: its features depend neither on the other texts of a call nor on their number.
+    The features of a text do not depend on the other texts of a call.
 
     Attributes:
         name: the name in the registry.
         dim: E, the width of a token.
-        num_tokens: S, tokens of every text; longer ones are cut, shorter ones padded.
-        masked: whether `mask` is given.
-        identity: what stored features depend on, for their manifest: name, checksums of weights and tokenizer, how texts
-            become tokens.
+        num_tokens: S, tokens per text; longer texts are truncated, shorter ones padded.
+        masked: whether features have a `mask`.
+        identity: the identity of stored features, for their manifest: name, checksums of weights and tokenizer, and the
+            tokenization.
     """
 
     name: str
@@ -47,10 +47,10 @@ class TextEncoder(Frozen):
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Text:
-        """Features of N texts, float32, on the encoder's device; "" stands for no text and is one like any other.
+        """Features of N texts, float32, on the encoder's device; "" is the empty text and is encoded like any other.
 
         Raises:
-            UserError: `encode` gave other shapes than `dim`, `num_tokens` and `masked` promise.
+            UserError: the shapes of `encode` contradict `dim`, `num_tokens` or `masked`.
         """
         text = self.encode([text[:MAX_LETTERS] for text in texts])
         tokens, mask = text if isinstance(text, Text) else (None, None)
@@ -58,8 +58,8 @@ class TextEncoder(Frozen):
         given = None if tokens is None else tuple(tokens.shape), None if mask is None else tuple(mask.shape)
         if given != (wanted, wanted[:2] if self.masked else None):
             raise UserError(
-                f"The text encoder {self.name} must give a Text of tokens (N, S, E) = {wanted} "
-                f"{'and' if self.masked else 'without'} a mask (N, S), but gave {given[0]} and {given[1]}."
+                f"The text encoder {self.name} must return tokens of shape (N, S, E) = {wanted} "
+                f"{'and' if self.masked else 'without'} a mask (N, S), but returned {given[0]} and {given[1]}."
             )
         return Text(text.tokens.float(), text.mask)
 

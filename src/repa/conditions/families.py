@@ -1,4 +1,4 @@
-"""The text encoders of the hub that are known by name, as a table. Free of torch."""
+"""Table of the hub's text encoders. Torch-free."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,18 +7,18 @@ from repa.base.errors import UserError, choices
 
 
 class TextFamily(NamedTuple):
-    """What the members of a family have in common."""
+    """A family of text encoders, with its sizes."""
 
     model: str
-    """Class of transformers that reads the text encoder out of a checkpoint."""
+    """Class name in transformers of the text encoder."""
     model_types: tuple[str, ...]
-    """What config.json may call the model."""
+    """Allowed values of `model_type` in config.json."""
     hub: Mapping[str, str]
     """Size -> repository."""
     num_tokens: int
-    """Tokens of a text, unless the setting `tokens` says otherwise."""
+    """Default number of tokens per text, see the setting `tokens`."""
     masked: bool
-    """Does padding mean nothing? CLIP was trained without a mask, and networks on it look at all 77 tokens."""
+    """Whether padding is masked. CLIP was trained without a mask, and networks attend to all of its 77 tokens."""
 
 
 FAMILIES = {
@@ -56,6 +56,6 @@ def text_family_of(name: str) -> tuple[TextFamily, str]:
 
 
 def about(name: str) -> str:
-    """Its repository and the tokens of a text, in a line."""
+    """A line with its repository and the number of tokens per text."""
     family, size = text_family_of(name)
-    return f"{family.hub[size]}, {family.num_tokens} tokens a text"
+    return f"{family.hub[size]}, {family.num_tokens} tokens per text"

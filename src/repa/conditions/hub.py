@@ -1,4 +1,4 @@
-"""Text encoders of the hub over transformers, with their tokenizers; families.py says which."""
+"""Text encoders of the hub, with their tokenizers, through the library transformers; families.py has the table."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ TOKENIZER = (
 
 
 class HubText(TextEncoder):
-    """The last hidden states of a text model, or those behind another of its blocks.
+    """The last hidden states of a text model, or the output of another of its blocks.
 
     Args:
-        net: gives hidden states of token ids.
+        net: token ids -> hidden states.
         tokenizer: texts -> ids, padded on the right.
-        layer: block, counted from 1, whose output is given as it is; 0: the last, after the final norm.
+        layer: block, counted from 1, to read, without the final norm; 0: the last hidden states, after the final norm.
     """
 
-    net: Any  # a model of transformers, whose settings have no types
+    net: Any  # a model of transformers; its settings are untyped
 
     def __init__(
         self, net: Any, tokenizer: Any, *, name: str, num_tokens: int, masked: bool, layer: int, identity: dict
@@ -49,10 +49,10 @@ class HubText(TextEncoder):
         device, known = next(self.net.parameters()).device, self.net.get_input_embeddings().num_embeddings
         if (largest := int(rows["input_ids"].max())) >= known:
             raise UserError(
-                f"The tokenizer of {self.name} gives token {largest}, but its network knows {known}: take another folder."
+                f"The tokenizer of {self.name} returned token {largest}, but its network has {known} tokens: use another folder."
             )
         ids, mask = rows["input_ids"].to(device), rows["attention_mask"].to(device).bool()  # (N, S)
-        # Some tokenizers give no token for "", and a text needs one: attention over nothing is NaN.
+        # Some tokenizers return no token for "", but attention over no tokens is NaN.
         mask[:, 0] = True
         seen = {"attention_mask": mask.long()} if self.masked else {}
         if not self.layer:
@@ -61,28 +61,32 @@ class HubText(TextEncoder):
             hidden = self.net(input_ids=ids, output_hidden_states=True, **seen).hidden_states[self.layer]
         if not self.masked:
             return Text(hidden, None)
-        # What stands at padding depends on the machine's kernels: zeros are stored alike everywhere.
+        # Features at padding depend on the machine's kernels, so they are set to zero.
         return Text(hidden * mask[..., None], mask)
 
 
 def load_hub(name: str, weights: Path | None, *, tokens: NonNegativeInt = 0, layer: NonNegativeInt = 0) -> HubText:
-    """`name` is FAMILY-SIZE; `weights` a folder like the hub's repository, or None for our cache, the hub's cache, or the hub.
+    """Load FAMILY-SIZE from `weights`: a folder in the hub's format, or None for our cache, the hub's cache, or the hub.
 
     Args:
-        tokens: of a text; 0 takes the family's.
+        tokens: number of tokens per text; 0: the family's.
         layer: see HubText.
 
     Raises:
-        UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
+        UserError: a file is missing, damaged or of another model, or the hub is not reachable and there is no cached copy.
     """
     family, folder = locate_text_encoder(name, weights)
     net, num_tokens = read_network(name, family.model, folder), tokens or family.num_tokens
     blocks = net.config.num_hidden_layers
     if layer > blocks:
-        raise UserError(f"The text encoder {name} has blocks 1 to {blocks}, but got layer={layer!r}.")
+        raise UserError(
+            f"The text encoder {name} has blocks 1 to {blocks}, but got layer={layer!r}: choose one of them."
+        )
     limit = net.config.max_position_embeddings if family.model == "CLIPTextModel" else 4096
     if num_tokens > limit:
-        raise UserError(f"The text encoder {name} takes 1 to {limit} tokens of a text, but got tokens={num_tokens!r}.")
+        raise UserError(
+            f"The text encoder {name} supports 1 to {limit} tokens per text, but got tokens={num_tokens!r}: choose fewer."
+        )
     padding = "zero at padding" if family.masked else "all tokens, padding too"
     identity = {
         "name": name,
@@ -97,7 +101,7 @@ def load_hub(name: str, weights: Path | None, *, tokens: NonNegativeInt = 0, lay
 
 
 def locate_text_encoder(name: str, weights: Path | None) -> tuple[TextFamily, Path]:
-    """The family of an encoder, and the checked folder of its weights and tokenizer: see `load_hub`."""
+    """The family of an encoder, and the checked folder of its weights and tokenizer; see `load_hub`."""
     family, size = text_family_of(name)
     shelf = files.cache_folder() / "text" / name
     by_hand = f"give the folder of a copy of {family.hub[size]} as its weights, or put it in {shelf}"
@@ -108,7 +112,7 @@ def locate_text_encoder(name: str, weights: Path | None) -> tuple[TextFamily, Pa
 
 
 def read_network(name: str, model: str, folder: Path) -> Any:
-    """The network, a class `model` of transformers, float32, every tensor of it from the folder."""
+    """The network, of the class `model` of transformers, in float32, with every tensor from the folder."""
     transformers = extras.need("transformers", f"The text encoder {name}")
     remedy = "Download or copy them again."
     kind = getattr(transformers, model)
@@ -118,10 +122,10 @@ def read_network(name: str, model: str, folder: Path) -> Any:
         net, report = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    # transformers would leave these at random values, with a warning.
+    # transformers only warns about missing tensors and leaves them random.
     if report["missing_keys"]:
         raise UserError(
-            f"{folder} lacks weights of the text encoder {name}, for example {min(report['missing_keys'])}."
+            f"{folder} lacks weights of the text encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
         )
     return net
 
@@ -129,7 +133,7 @@ def read_network(name: str, model: str, folder: Path) -> Any:
 def read_tokenizer(name: str, folder: Path) -> Any:
     """Texts -> token ids, padded on the right."""
     transformers = extras.need("transformers", f"The text encoder {name}")
-    # tokenizers raises nothing more special than Exception; ImportError comes from kinds that need a further package.
+    # tokenizers raises only Exception; some kinds need another package and raise ImportError.
     remedy = "Give a folder with tokenizer.json."
     with faults.reading(folder, f"the tokenizer of the text encoder {name}", remedy, damaged=(Exception,)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -137,7 +141,9 @@ def read_tokenizer(name: str, folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"The tokenizer in {folder} has neither a padding token nor an end: it cannot pad texts.")
+        raise UserError(
+            f"The tokenizer in {folder} has no padding token and no end token, so it cannot pad texts: use another folder."
+        )
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The one door to the text encoders, and to files of prompts. Free of torch until it is used."""
+"""`load_text_encoder`, and reading of prompt files. Torch is imported only on use."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from repa.conditions.contract import TextEncoder
 
-MOST_BYTES = 2**28  # of a file of prompts
+MOST_BYTES = 2**28  # largest prompt file
 
 
 def load_text_encoder(
@@ -21,13 +21,13 @@ def load_text_encoder(
     """A frozen text encoder, ready to use on `device`.
 
     Args:
-        spec: a name of TEXT_ENCODERS with its settings, as "clip-l" or "t5-xxl:tokens=256", or `package.module.function` of your
-            own; function(name, weights) -> TextEncoder.
-        weights: a folder as on the hub instead of the encoder's own repository.
-        device: where it computes.
+        spec: a name of TEXT_ENCODERS with its settings, such as "clip-l" or "t5-xxl:tokens=256", or the dotted name of your own
+            function(name, weights) -> TextEncoder.
+        weights: a local folder in the hub's format; None: the default weights.
+        device: device of the encoder.
 
     Raises:
-        UserError: unknown name; weights missing, damaged or another model's; neither network nor cached weights.
+        UserError: unknown name; weights are missing, damaged or of another model; no network access and no cached weights.
     """
     from repa.base.frozen import given_weights, load_frozen
     from repa.conditions import TEXT_ENCODERS
@@ -39,10 +39,10 @@ def load_text_encoder(
 
 
 def prompts_in(path: Path) -> list[str]:
-    """One a line; of .jsonl the "prompt" (or "caption", "text") of each line's object. Empty lines are left out.
+    """Prompts of a file, one per line; in .jsonl the "prompt" (or "caption", "text") of each line's object. Skips empty lines.
 
     Raises:
-        UserError: no such file, no UTF-8, no prompt in it or in a line.
+        UserError: no such file, not UTF-8, or no prompt in the file or in a line of .jsonl.
     """
     if path.is_file() and path.stat().st_size > MOST_BYTES:
         raise UserError(f"{path} is larger than {files.size(MOST_BYTES)}: give fewer prompts.")
@@ -51,7 +51,7 @@ def prompts_in(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         lines = [_prompt(line, number, path) for number, line in enumerate(lines, start=1)]
     if not lines:
-        raise UserError(f"{path} holds no prompt: write one a line.")
+        raise UserError(f"{path} contains no prompts: write one per line.")
     return [files.well_formed(line.strip()) for line in lines]
 
 
@@ -63,5 +63,5 @@ def _prompt(line: str, number: int, path: Path) -> str:
     found = [values.get(key) for key in ("prompt", "caption", "text")] if isinstance(values, dict) else []
     text = next((text for text in found if isinstance(text, str)), "")
     if not text.strip():
-        raise UserError(f'Line {number} of {path} holds no object with a "prompt".')
+        raise UserError(f'Line {number} of {path} is not an object with a "prompt": correct or remove it.')
     return text

@@ -17,15 +17,15 @@ from repa.base.rng import generator
 from repa.conditions.contract import Text, TextEncoder
 
 WORD = re.compile(r"\w+")
-BEGIN = ""  # in front of every text, so that no text has no token
-POSITION = 0.3  # size of the positions relative to words of unit variance: word order counts for less than the words
+BEGIN = ""  # first token of every text, so that the empty text has one
+POSITION = 0.3  # scale of the positions relative to words of unit variance, so that words count more than their order
 
 
 class WordHashes(TextEncoder):
-    """A token for each word: a Gaussian vector that the word's letters seed, plus sines and cosines of its position.
+    """A token per word: a Gaussian vector seeded by the word's letters, plus sines and cosines of its position.
 
-    Equal words have equal vectors, other words nearly orthogonal ones (|cos| about 1/sqrt(E)); nothing is learned, so "cup" is
-    as far from "mug" as from "sky".
+    Equal words have equal vectors, and different words nearly orthogonal ones (|cos| about 1/sqrt(E)). Nothing is learned, so
+    "cup" is as far from "mug" as from "sky".
     """
 
     positions: Tensor
@@ -53,7 +53,7 @@ class WordHashes(TextEncoder):
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in lower case, in their order."""
+    """The words of a text in lower case, in order."""
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
@@ -63,7 +63,7 @@ def word_vector(word: str, dim: int) -> Tensor:
 
 
 def positions(num: int, dim: int) -> Tensor:
-    """(num, dim): sines, then cosines, of wavelengths from 2 pi to 2 pi 100, since texts are short."""
+    """(num, dim): sines, then cosines, with wavelengths from 2 pi to 2 pi 100, because texts are short."""
     rates = 100 ** (-torch.arange(dim // 2) / (dim // 2))
     angles = torch.arange(num)[:, None] * rates
     return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)
@@ -76,11 +76,11 @@ def load_words(
     tokens: Annotated[int, Field(ge=1, le=512)] = 16,
     width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 64,
 ) -> WordHashes:
-    """A vector for each word, seeded by its letters: no weights, nothing learned; for tests and the demonstration.
+    """A vector per word, seeded by its letters, without weights; for tests and the demonstration.
 
     Raises:
         UserError: weights are given.
     """
     if weights is not None:
-        raise UserError(f"The text encoder {name} has no weights, but got {weights}: leave them out.")
+        raise UserError(f"The text encoder {name} has no weights, but got {weights}: remove the option.")
     return WordHashes(name, tokens, width)

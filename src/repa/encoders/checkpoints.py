@@ -1,4 +1,4 @@
-"""Where an encoder's weights lie, and the network that they make: a folder as on the hub, or an original project's file."""
+"""Location and loading of an encoder's weights: a folder in the hub's format, or an original project's file."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from repa.base.weights import no_larger_than, read_weights
 from repa.encoders.families import TORCH_HUB, Family, Original
 from repa.encoders.originals import convert_original, state_dict_of
 
-# In a folder as on the hub; pytorch_model.bin is of repositories from before safetensors.
+# File names in the hub's format; repositories from before safetensors have pytorch_model.bin.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def repository_of(name: str, family: Family, size: str) -> Repository:
-    """Where an encoder lies on the hub, and what to give instead."""
+    """The repository of an encoder on the hub, and the alternatives for its error message."""
     hub, original, ways = family.hub[size], family.original_of(size), []
     if hub:
         ways.append((f"weights=FOLDER with {CONFIG} and {WEIGHTS[0]}", _shelf() / name))
@@ -30,7 +30,7 @@ def repository_of(name: str, family: Family, size: str) -> Repository:
 
 
 def locate_weights(name: str, family: Family, size: str, weights: Path | None) -> Path:
-    """What was given, else what is on this machine, else the hub's, which is fetched."""
+    """The given weights, else those on this machine, else the hub's, which are downloaded."""
     if found := weights or on_this_machine(name, family, size):
         return found
     repository = repository_of(name, family, size)
@@ -40,7 +40,7 @@ def locate_weights(name: str, family: Family, size: str, weights: Path | None) -
 
 
 def on_this_machine(name: str, family: Family, size: str) -> Path | None:
-    """What the cache folder holds, else the caches of the hub and of the project's own code; asks no network."""
+    """The weights in the cache folder, else in the caches of the hub or of the project's code; without network access."""
     repository, original = repository_of(name, family, size), family.original_of(size)
     for place in (name, *([original.file] if original else [])):
         if (path := _shelf() / place).exists():
@@ -51,12 +51,12 @@ def on_this_machine(name: str, family: Family, size: str) -> Path | None:
 
 
 def _shelf() -> Path:
-    """Where weights that were fetched by hand are looked for."""
+    """The folder for manually downloaded weights."""
     return files.cache_folder() / "encoders"
 
 
 def kept(original: Original) -> Path:
-    """Where the project's own code would keep the file."""
+    """The path at which the project's own code stores the file."""
     if original.kept == TORCH_HUB:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
     else:
@@ -65,17 +65,17 @@ def kept(original: Original) -> Path:
 
 
 def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, Path]:
-    """The network of `path`, float32, every tensor of it from the file, and that file.
+    """The network of `path` in float32, with every tensor from the file, and that file.
 
     Raises:
-        UserError: the file is damaged, is another model's, or lacks tensors.
+        UserError: the file is damaged, belongs to another model, or lacks tensors.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     transformers = extras.need("transformers", f"The encoder {name}")
 
     original, file, model = family.original_of(size), path, getattr(transformers, family.model)
-    # A folder in the hub's format has the hub's names, whichever project trained the network.
+    # A folder in the hub's format always has the hub's tensor names.
     if not (path.is_file() and original):
         repository_of(name, family, size).check(path, family.model_types)
         original, (file,) = None, found_of(WEIGHTS, path)
@@ -92,16 +92,16 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
         fits = f"the encoder {name}" if original else f"its {CONFIG}"
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
-    # transformers fills missing weights with random values and only warns: an alignment target would be noise.
+    # transformers only warns about missing weights and fills them with random values: the target would be noise.
     if report["missing_keys"]:
         raise UserError(
             f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
         )
-    # A folder of the hub may hold a text tower or a decoder besides; a project's own file was renamed by us, so
-    # what is left over belongs to another network.
+    # A folder of the hub may also hold a text tower or a decoder. The tensors of a project's own file were renamed, so any
+    # others belong to another network.
     if original and report["unexpected_keys"]:
         raise UserError(
-            f"{file} is another network's: the encoder {name} has no {min(report['unexpected_keys'])}; give the checkpoint "
+            f"{file} belongs to another network: the encoder {name} has no {min(report['unexpected_keys'])}. Give the checkpoint "
             f"of {original.project}."
         )
     return net, file
@@ -110,11 +110,11 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
 def _contents(
     name: str, family: Family, original: Original | None, file: Path, config_class: Any
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What a checkpoint holds, in the hub's names: the network's configuration and its tensors."""
+    """Configuration and tensors of a checkpoint, in the hub's names."""
     tensors = read_weights(file)
-    if original:  # no configuration lies beside the file: it is read off the shapes
+    if original:  # the file has no configuration: it follows from the shapes
         settings, tensors = convert_original(state_dict_of(tensors, original, name, file), original)
         return config_class(**settings, **family.settings), tensors
     config = config_class.from_pretrained(file.parent, local_files_only=True, **family.settings)
-    # Of a model with more towers, the vision tower.
+    # A model with several towers: only the vision tower is used.
     return config, {key: value for key, value in tensors.items() if key.startswith(family.subset)} or tensors

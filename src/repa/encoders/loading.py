@@ -1,4 +1,4 @@
-"""The one door to the encoders. Free of torch until it is used."""
+"""The registry of encoders, and `load_encoder`. Torch is imported only on use."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from repa.encoders.contract import VisionEncoder
 
 
-STEMS = {"dinov2reg": "dinov2-reg", "dinov1": "dino", "jepa": "ijepa"}  # of the reference code -> ours
+STEMS = {"dinov2reg": "dinov2-reg", "dinov1": "dino", "jepa": "ijepa"}  # stem in the reference code -> our stem
 
 
 class EncoderRegistry(Registry):
-    """Names of encoders; the reference code's spellings, dinov2-vit-b and clip-vit-L, are understood too."""
+    """Names of encoders; also accepts the reference code's spellings, such as dinov2-vit-b and clip-vit-L."""
 
     def target(self, spec: str) -> str:
         return super().target(canonical(spec))
@@ -30,7 +30,7 @@ class EncoderRegistry(Registry):
 
 
 def canonical(spec: str) -> str:
-    """dinov2-vit-b -> dinov2-b, dinov2reg-vit-b -> dinov2-reg-b, jepa-vit-h -> ijepa-h; anything else as it is."""
+    """dinov2-vit-b -> dinov2-b, dinov2reg-vit-b -> dinov2-reg-b, jepa-vit-h -> ijepa-h; other names are unchanged."""
     name, colon, settings = spec.partition(":")
     stem, _, size = name.partition("-vit-") if "-vit-" in name else name.rpartition("-")
     stem = STEMS.get(stem, stem)
@@ -40,9 +40,9 @@ def canonical(spec: str) -> str:
 
 
 def weights_for(spec: str, pairs: Sequence[str]) -> str | None:
-    """The local path given for an encoder among texts written ENCODER=PATH, or None."""
+    """The local path of an encoder among strings ENCODER=PATH, or None."""
     for pair in pairs:
-        # Split at the last =: an encoder's own settings hold = too.
+        # Split at the last =, because an encoder's settings also contain =.
         encoder, _, path = pair.rpartition("=")
         if canonical(encoder) == canonical(spec):
             return path
@@ -55,13 +55,13 @@ def _checked(pairs: tuple[str, ...]) -> tuple[str, ...]:
     for pair in pairs:
         encoder, _, path = pair.rpartition("=")
         if not (encoder and path):
-            raise UserError(f"local weights are written ENCODER=PATH, but got {pair!r}.")
+            raise UserError(f"Local weights must be written ENCODER=PATH, but got {pair!r}.")
         ENCODERS.check(encoder)
     return pairs
 
 
 LocalWeights = Annotated[tuple[str, ...], AfterValidator(_checked)]
-"""A setting: local weights of encoders, each written ENCODER=PATH."""
+"""Type of a setting: local weights of encoders, each written ENCODER=PATH."""
 
 
 def load_encoder(
@@ -70,13 +70,13 @@ def load_encoder(
     """A frozen vision encoder, ready to use on `device`.
 
     Args:
-        spec: a name of ENCODERS, or `package.module.function` of your own; function(name, weights) -> VisionEncoder.
-        weights: local weights instead of the encoder's own: a folder as on the hub, or a file (tiny, and the original
-            checkpoints of docs/encoders.md).
-        device: where it computes.
+        spec: a name of ENCODERS, or the dotted name of your own function(name, weights) -> VisionEncoder.
+        weights: local weights: a folder in the hub's format, or a file (for tiny, and the original checkpoints of
+            docs/encoders.md); None: the default weights.
+        device: device of the encoder.
 
     Raises:
-        UserError: unknown name; weights missing, damaged or another model's; neither network nor cached weights.
+        UserError: unknown name; weights are missing, damaged or of another model; no network access and no cached weights.
     """
     from repa.base.frozen import given_weights, load_frozen
     from repa.encoders import ENCODERS

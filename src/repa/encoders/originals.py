@@ -1,4 +1,4 @@
-"""State dicts of the original projects in the names of the hub's vision transformers, by way of timm's names."""
+"""Conversion of the original projects' state dicts to the names of the hub's vision transformers, through timm's names."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from repa.base.errors import UserError
 from repa.encoders.families import SIZES, Original
 
 MISSPELT = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}  # in RCG's MoCo v3 files
-# OpenAI's CLIP: names that differ from timm's, whole or as a part between dots
+# OpenAI's CLIP: names, or parts of names between dots, that differ from timm's
 OPENAI = {"class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1": "patch_embed.proj",
           "ln_pre": "norm_pre", "ln_post": "norm", "ln_1": "norm1", "ln_2": "norm2", "c_fc": "fc1", "c_proj": "fc2",
           "out_proj": "proj", "in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}  # fmt: skip
@@ -18,12 +18,12 @@ PARTS = ("query", "key", "value")  # the order of the rows of attn.qkv
 
 
 class Naming(NamedTuple):
-    """Names of the hub for timm's; what is in neither table keeps its name."""
+    """Map of timm's names to the hub's; other names are unchanged."""
 
     top: dict[str, str]
-    block: str  # where block {} begins
+    block: str  # prefix of block {}
     inside: dict[str, str]
-    third: str  # of attn.qkv: {} is query, key or value, and {0[0]} its first letter
+    third: str  # name of a third of attn.qkv: {} is query, key or value, and {0[0]} its first letter
 
 
 VIT_TOP = {
@@ -75,7 +75,7 @@ NAMINGS = {
 
 
 def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) -> dict[str, Tensor]:
-    """The encoder's own tensors in a checkpoint file, in timm's names; raises UserError in another project's file."""
+    """The encoder's tensors of a checkpoint file, in timm's names; raises UserError for another project's file."""
     inside = checkpoint
     if original.container is not None:
         inside = checkpoint.get(original.container) if isinstance(checkpoint, dict) else None
@@ -92,27 +92,29 @@ def state_dict_of(checkpoint: Any, original: Original, name: str, file: Path) ->
     if absent:
         where = f" in {original.container!r}" if original.container else ""
         raise UserError(
-            f"{file} is not a checkpoint for the encoder {name}: it has no {original.prefix}{min(absent)}{where}; give the "
+            f"{file} is not a checkpoint for the encoder {name}: it has no {original.prefix}{min(absent)}{where}. Give the "
             f"checkpoint of {original.project}."
         )
     width, wanted = len(tensors["patch_embed.proj.weight"]), SIZES[name.rpartition("-")[2]][0]
-    # The number of heads follows from the width. A file of another size would load with heads of that size and
-    # would pass as the encoder that was named.
+    # The number of heads follows from the width, so a file of another size would load without an error and pass as the
+    # named encoder.
     if width != wanted and any(width == other for other, *_ in SIZES.values()):
-        raise UserError(f"{file} is of width {width}, but the encoder {name} has {wanted}: give the file of that size.")
+        raise UserError(
+            f"{file} has the width {width}, but the encoder {name} has {wanted}: give the file of that size."
+        )
     return tensors
 
 
 def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """timm's names -> (settings of the network, read off the shapes; tensors in the hub's names, q, k and v apart)."""
+    """timm's names -> (settings of the network, from the shapes; tensors in the hub's names, with q, k and v separate)."""
     naming, converted = NAMINGS[original.naming], {}
-    # By way of timm's names: all these projects but OpenAI build on its blocks, so one table for each of the hub's classes is enough.
+    # Through timm's names: all these projects except OpenAI use its blocks, so one table per class of the hub is enough.
     for key, value in tensors.items():
         for wrong, right in MISSPELT.items():
             key = key.replace(f".{wrong}.", f".{right}.")
         block = re.match(r"blocks\.(\d+)\.", key)
         rest = key[block.end() :] if block else key
-        stem, _, kind = rest.rpartition(".")  # kind is weight or bias; cls_token and the scales of layers have none
+        stem, _, kind = rest.rpartition(".")  # kind is weight or bias; cls_token and layer scales have neither
         names, begin = (naming.inside, naming.block.format(block[1])) if block else (naming.top, "")
         if rest in names:
             converted[begin + names[rest]] = value
@@ -122,7 +124,7 @@ def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[di
         else:
             converted[f"{begin}{names.get(stem, stem)}.{kind}" if stem else begin + kind] = value
     if original.naming == "clip":
-        for name in ("cls_token", "pos_embed"):  # without the axis of the batch there
+        for name in ("cls_token", "pos_embed"):  # stored without the batch axis
             key = naming.top[name]
             converted[key] = converted[key].reshape(-1, converted[key].shape[-1]).squeeze(0)
     return network_settings(tensors, original), converted
@@ -131,7 +133,7 @@ def convert_original(tensors: dict[str, Tensor], original: Original) -> tuple[di
 def network_settings(tensors: dict[str, Tensor], original: Original) -> dict[str, Any]:
     """Width, depth, heads, patch and native image size of a state dict in timm's names."""
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    # With a class row there are 1 + M * M positions, and the whole part of the root is M too.
+    # With a class token there are 1 + M * M positions; rounding down the root gives M in both cases.
     grid = int((tensors["pos_embed"].shape[1]) ** 0.5)
     settings = {
         "hidden_size": width,
@@ -140,7 +142,7 @@ def network_settings(tensors: dict[str, Tensor], original: Original) -> dict[str
         "patch_size": patch,
         "image_size": grid * patch,
     }
-    hidden = len(tensors.get("blocks.0.mlp.fc1.weight", ()))  # 0 where the layer is a SwiGLU, as in DINOv2-g
+    hidden = len(tensors.get("blocks.0.mlp.fc1.weight", ()))  # 0 for SwiGLU, as in DINOv2-g
     if original.naming != "dinov2":
         return {**settings, "intermediate_size": hidden}
     registers = tensors.get("register_tokens")  # (1, R, D)

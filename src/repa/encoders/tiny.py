@@ -1,6 +1,6 @@
-"""The two networks inside the package: `tiny`, an alignment target, and `tiny-classifier`, which measures samples.
+"""The two networks of this package: `tiny`, an alignment target, and `tiny-classifier`, a feature extractor for metrics.
 
-docs/tiny-encoder.md tells how they were trained.
+docs/tiny-encoder.md describes their training.
 """
 
 import math
@@ -19,7 +19,7 @@ from repa.encoders.contract import Features, VisionEncoder, resize
 
 
 class ConvNetShape(NamedTuple):
-    """What a network looks like: one (width, stride, residual blocks) for each stage, and the width of its tokens."""
+    """Architecture: (width, stride, number of residual blocks) of each stage, and the width of the tokens."""
 
     stages: tuple[tuple[int, int, int], ...]
     dim: int
@@ -37,7 +37,7 @@ SHAPES = {
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block; batch normalisation exists while training and is folded into the convolutions."""
+    """Pre-activation residual block; batch normalisation exists only in training and is then folded into the convolutions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images
-        # No activation in front of the first stage: its input is pixels, half of them negative.
+        # No activation before the first stage: its input is pixels, half of which are negative.
         for index, stage in enumerate(self.stages):
             x = stage(F.relu(x) if index else x)  # (N, width, H / strides, W / strides)
         tokens = self.head(F.relu(x)).flatten(2).transpose(1, 2)  # (N, h*w, dim)
@@ -74,7 +74,7 @@ class TinyEncoder(VisionEncoder):
     """A ConvNet of this package; pooled is the mean token."""
 
     def prepare(self, pixels: Tensor, side: int) -> Tensor:
-        # A reduced image aliases without antialiasing; enlarging needs none.
+        # Only shrinking needs antialiasing.
         shrinking = side < pixels.shape[-1]
         return resize(pixels, side, antialias=shrinking).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 
@@ -84,19 +84,19 @@ class TinyEncoder(VisionEncoder):
 
 
 def load_tiny(name: str, weights: Path | None) -> TinyEncoder:
-    """The network `name`, with the weights inside the package or another file of tools/train_tiny.py.
+    """The network `name`, with the weights of this package or of another file of tools/train_tiny.py.
 
     Raises:
-        UserError: the file is missing, damaged or another network's.
+        UserError: the file is missing, damaged or of another network.
     """
     path = weights or Path(str(resources.files("repa.encoders"))) / "weights" / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(
-            f"The encoder {name} takes a .safetensors file written by tools/train_tiny.py, but {path} is none: "
-            "give one, or leave its weights out."
+            f"The encoder {name} needs a .safetensors file of tools/train_tiny.py, but {path} is not a file: "
+            "give such a file, or do not give weights."
         )
     net = ConvNet(SHAPES[name])
-    with faults.reading(path, f"the weights of the encoder {name}", "Give another file, or leave its weights out."):
+    with faults.reading(path, f"the weights of the encoder {name}", "Give another file, or do not give weights."):
         net.load_state_dict(load_file(path))
     return TinyEncoder(
         net.to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stubs do not know it

@@ -1,4 +1,4 @@
-"""Vision transformers over transformers, each as REPA uses it; families.py says what differs between them.
+"""Vision transformers of the library transformers, as REPA uses them; families.py has the differences between them.
 
 N batch, G grid side, M native grid side, D width, P prefix tokens (class token and registers).
 """
@@ -17,9 +17,9 @@ from repa.encoders.families import Colours, Family, family_of
 
 
 class ViTEncoder(VisionEncoder):
-    """Patch tokens of the last block; pooled is the class token, or the mean token where there is none. Any grid."""
+    """Patch tokens of the last block; pooled is the class token, or the mean token if there is none. Supports any grid."""
 
-    net: Any  # a model of transformers, whose settings have no types
+    net: Any  # a model of transformers; its settings are untyped
     native_positions: Tensor | None
 
     def __init__(self, net: Any, family: Family, name: str, weights_file: Path):
@@ -32,9 +32,9 @@ class ViTEncoder(VisionEncoder):
             weights_file=weights_file,
         )
         self.family = family
-        # Most configurations have no such setting.
+        # Most configurations have no num_register_tokens.
         self.prefix = int(family.class_token) + getattr(net.config, "num_register_tokens", 0)
-        # REPA's code takes MAE's tokens before the norm, which transformers applies always.
+        # REPA's code uses MAE's tokens before the final norm, which transformers always applies.
         if not family.final_norm:
             net.layernorm = nn.Identity()
         table = positions_of(net)
@@ -43,21 +43,21 @@ class ViTEncoder(VisionEncoder):
     def prepare(self, pixels: Tensor, side: int) -> Tensor:
         if self.family.resize_first:
             return normalise(resize(pixels, side, antialias=False), self.family.colours)
-        # In this order and without antialiasing, as the reference code: REPA's figures are of these features.
+        # In this order and without antialiasing, as in the reference code: REPA's results use these features.
         return resize(normalise(pixels, self.family.colours), side, antialias=False)
 
     def extract(self, pixels: Tensor, grid: int) -> Features:
         return self._features(self._run(pixels, grid).last_hidden_state)
 
     def extract_attention(self, pixels: Tensor, grid: int, layers: tuple[int, ...]) -> Features:
-        """The logits are log probabilities: a softmax over patches of them is the attention among patches alone."""
+        """The logits are log probabilities; their softmax over patches is the attention among patches only."""
         if max(layers) > self.net.config.num_hidden_layers or min(layers) < 1:
             raise UserError(
-                f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was asked "
-                "for: choose among them."
+                f"The encoder {self.name} has blocks 1 to {self.net.config.num_hidden_layers}, but attention of {layers} was "
+                "requested: choose blocks in that range."
             )
-        # The fused kernels keep no probabilities. They are what the next call finds again: features must not depend on what was
-        # asked for before, as when a term of attention ends in the middle of a training.
+        # Fused kernels return no probabilities. They are restored afterwards, because features must not depend on earlier
+        # calls, for example when an attention term ends during training.
         fused = self.net.config._attn_implementation
         self.net.set_attn_implementation("eager")
         try:
@@ -67,41 +67,41 @@ class ViTEncoder(VisionEncoder):
         attention = {}
         for layer in layers:
             patches = output.attentions[layer - 1][:, :, self.prefix :, self.prefix :].float()  # (N, h, G*G, G*G)
-            # A probability may have been rounded to 0, whose logarithm is minus infinity and turns a loss into NaN.
+            # A probability may be rounded to 0; its logarithm, minus infinity, would turn the loss into NaN.
             attention[layer] = patches.clamp_min(torch.finfo(torch.float32).tiny).log()
         return self._features(output.last_hidden_state)._replace(attention=attention)
 
     def _run(self, pixels: Tensor, grid: int, **arguments: Any) -> Any:
         self.place(grid)
         arguments |= self.family.call
-        # transformers sorts the patches by this noise and masks none of them: ascending noise keeps their order.
+        # transformers sorts the patches by this noise and masks none; ascending noise preserves their order.
         if self.family.masks:
             arguments["noise"] = torch.arange(grid * grid, device=pixels.device).float().expand(len(pixels), -1)
         return self.net(pixels, **arguments)
 
     def _features(self, tokens: Tensor) -> Features:
-        """(N, P + G*G, D) -> patches and what stands for the whole image."""
+        """(N, P + G*G, D) -> patches and the pooled vector."""
         patches = tokens[:, self.prefix :]
         return Features(patches, tokens[:, 0] if self.family.class_token else patches.mean(1))
 
     def place(self, grid: int) -> None:
-        """Give the network a position table of this grid, as the reference does once at loading.
+        """Resample the network's position table to this grid, as the reference code does at loading.
 
-        transformers would resample in each forward, and without antialias; it leaves a table of the right size alone.
+        transformers would resample in each forward pass and without antialiasing; it does not change a table of the right size.
         """
         class_rows = int(self.family.class_token)
         native, table = self.native_positions, positions_of(self.net)
         if native is not None and table is not None and table.shape[1] != class_rows + grid * grid:
-            # A tensor made in inference mode cannot be used outside of it, and this table stays for later callers.
+            # A tensor made in inference mode cannot be used outside it, but later calls use this table.
             with torch.inference_mode(False):
                 place_positions(self.net, resample_positions(native, grid, class_rows))
 
 
 def load_vit(name: str, weights: Path | None) -> ViTEncoder:
-    """`name` is FAMILY-SIZE; `weights` a folder like the hub's, the original project's file, or None for cache or hub.
+    """Load FAMILY-SIZE from `weights`: a folder in the hub's format, the original project's file, or None for cache or hub.
 
     Raises:
-        UserError: a file is missing, damaged or of another model, or the hub cannot be reached and holds no cached copy.
+        UserError: a file is missing, damaged or of another model, or the hub is not reachable and there is no cached copy.
     """
     family, size = family_of(name)
     net, file = read(name, family, size, locate_weights(name, family, size, weights))
@@ -109,13 +109,13 @@ def load_vit(name: str, weights: Path | None) -> ViTEncoder:
 
 
 def normalise(pixels: Tensor, colours: Colours) -> Tensor:
-    """Per channel; no buffers, which .to(bfloat16) would round."""
+    """Normalise per channel; without buffers, which .to(bfloat16) would round."""
     channels = zip(pixels.unbind(1), colours.mean, colours.std, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def preprocessing(family: Family, positions: Tensor | None) -> str:
-    """In words, for the manifest of cached features."""
+    """Description of the preprocessing, for the manifest of cached features."""
     steps = [f"{family.colours.name} mean and std", "bicubic to grid * patch_size, no antialias"]
     if family.resize_first:
         steps.reverse()
@@ -124,16 +124,16 @@ def preprocessing(family: Family, positions: Tensor | None) -> str:
 
 
 def positions_of(net: nn.Module) -> Tensor | None:
-    """The network's position table (1, [1 +] M*M, D); None where positions are rotary (DINOv3)."""
+    """The network's position table (1, [1 +] M*M, D); None for rotary positions (DINOv3)."""
     embeddings = embeddings_of(net)
     rows = getattr(embeddings, "position_embedding", None)
-    if isinstance(rows, nn.Embedding):  # CLIP and SigLIP look them up
+    if isinstance(rows, nn.Embedding):  # CLIP and SigLIP use an embedding
         return rows.weight[None]
     return getattr(embeddings, "position_embeddings", None)
 
 
 def place_positions(net: nn.Module, table: Tensor) -> None:
-    """Replace the position table, frozen."""
+    """Replace the position table by a frozen one."""
     embeddings = embeddings_of(net)
     rows = getattr(embeddings, "position_embedding", None)
     if isinstance(rows, nn.Embedding):
@@ -144,12 +144,12 @@ def place_positions(net: nn.Module, table: Tensor) -> None:
 
 
 def embeddings_of(net: nn.Module) -> nn.Module:
-    # In transformers 4 those of CLIP and SigLIP are nested.
+    # In transformers 4 the embeddings of CLIP and SigLIP are nested.
     return getattr(net, "vision_model", net).get_submodule("embeddings")
 
 
 def resample_positions(table: Tensor, grid: int, class_rows: int = 1) -> Tensor:
-    """Positions (1, class_rows + M*M, D) -> (1, class_rows + G*G, D): bicubic, antialias, by size; class rows stay."""
+    """Positions (1, class_rows + M*M, D) -> (1, class_rows + G*G, D): bicubic with antialiasing; class rows are unchanged."""
     native = round((table.shape[1] - class_rows) ** 0.5)
     if native == grid:
         return table

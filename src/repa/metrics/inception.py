@@ -1,7 +1,7 @@
-"""Inception-v3 as the FID measures it: the network of TensorFlow's inception-2015-12-05 graph (Szegedy et al. 2015).
+"""FID's Inception-v3: the network of TensorFlow's inception-2015-12-05 graph (Szegedy et al. 2015).
 
 It differs from the network of the same name in image classification libraries by its 1008 outputs, by average pooling
-that leaves the padding out, and by max-pooling in the last block. Parameter names are those of the published weights
+without padding, and by max-pooling in the last block. Parameter names are those of the published weights
 (`inception_weights.py`). Letters: N batch, C channels, H W height and width. A branch called dbl has one more
 convolution than the other branch.
 """
@@ -16,25 +16,25 @@ from repa.base.errors import UserError
 from repa.base.frozen import Frozen
 from repa.base.precision import autocast, exact_float32
 
-SIDE = 299  # pixels that the network sees
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, the ADM evaluator's choice
+SIDE = 299  # pixels of the network's input
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, as in the ADM evaluator
 
 
 class ImageFeatures(NamedTuple):
-    """What the metrics need of a batch of images, float32. The last two are Inception's alone."""
+    """Features of a batch of images for the metrics, float32. Only Inception has the last two."""
 
     pooled: Tensor
-    """(N, D), of Inception pool_3 (N, 2048): for Fréchet and kernel distances, precision and recall."""
+    """(N, D), for Inception pool_3 (N, 2048): for Fréchet and kernel distances, precision and recall."""
     spatial: Tensor | None = None
     """(N, 2023): the first 7 channels of mixed_6/conv on their 17 x 17 grid in the order H, W, C, for sFID."""
     logits: Tensor | None = None
-    """(N, 1008): without the bias of the last layer, for the inception score."""
+    """(N, 1008): logits without the bias of the last layer, for the inception score."""
 
 
 class InceptionV3(Frozen):
-    """uint8 images of any side in, features out; `load_inception` gives it its weights.
+    """uint8 images of any side -> features; `load_inception` loads the weights.
 
-    Frozen: the statistics of its normalisation are part of the metric.
+    Frozen, because the statistics of its batch normalisation are part of the metric.
     """
 
     def __init__(self) -> None:
@@ -60,17 +60,17 @@ class InceptionV3(Frozen):
 
     @torch.inference_mode()
     def forward(self, images: Tensor, precision: str = "fp32") -> ImageFeatures:
-        """Features of uint8 (N, 3, H, W), whatever the caller's autocast.
+        """Features of uint8 (N, 3, H, W), independent of the caller's autocast.
 
         Args:
             images: of any side.
-            precision: of the convolutions and what lies between them, fp32 or bf16. Resize, mean and logits are float32.
+            precision: of the convolutions and the layers between them, fp32 or bf16. Resize, mean and logits are float32.
 
         Raises:
             UserError: images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"Inception takes uint8 images (N, 3, H, W), but got {images.dtype} {tuple(images.shape)}.")
+            raise UserError(f"Inception needs uint8 images (N, 3, H, W), but got {images.dtype} {tuple(images.shape)}.")
         device = self.fc.weight.device
         with exact_float32(device):
             x = (resize_as_tensorflow(images.to(device).float(), SIDE) - 128) / 128  # (N, 3, 299, 299)
@@ -78,10 +78,10 @@ class InceptionV3(Frozen):
                 x, branch1x1 = self._convolve(x)
             pool = x.float().mean((2, 3))  # (N, 2048)
             spatial = branch1x1[:, :SPATIAL_CHANNELS].float().permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
-            return ImageFeatures(pool, spatial, pool @ self.fc.weight.T)  # the ADM evaluator leaves the bias out
+            return ImageFeatures(pool, spatial, pool @ self.fc.weight.T)  # without the bias, as in the ADM evaluator
 
     def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, 299, 299) -> what is pooled, and what sFID compares."""
+        """(N, 3, 299, 299) -> the feature map before pooling, and the one that sFID compares."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
@@ -94,18 +94,18 @@ class InceptionV3(Frozen):
 
 
 def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
-    """Bilinear resize of TensorFlow 1: (N, C, H, W) -> (N, C, side, side).
+    """Bilinear resizing of TensorFlow 1: (N, C, H, W) -> (N, C, side, side).
 
-    Output pixel i lies at i * H / side of the input: pixels are points, their centres are not shifted by half a pixel, and
-    shrinking is not antialiased. F.interpolate has no such mode, so the two nearest rows and columns are mixed here.
+    Output pixel i is at i * H / side of the input, without a shift by half a pixel and without antialiasing. F.interpolate
+    has no such mode, so this code interpolates between the two nearest rows and columns.
     """
-    return _interpolate(_interpolate(images, 3, side), 2, side)  # along rows first, as there
+    return _interpolate(_interpolate(images, 3, side), 2, side)  # the width first, as in TensorFlow
 
 
 def _interpolate(images: Tensor, dim: int, side: int) -> Tensor:
     size = images.shape[dim]
     place = torch.arange(side, device=images.device, dtype=torch.float32) * (size / side)  # float32 as in TensorFlow
-    low = place.long().clamp(max=size - 1)  # rounding may put the last place on the edge itself
+    low = place.long().clamp(max=size - 1)  # rounding may put the last position beyond the last pixel
     high = (low + 1).clamp(max=size - 1)
     share = (place - low).view([-1 if d == dim else 1 for d in range(images.ndim)])
     first, second = images.index_select(dim, low), images.index_select(dim, high)
@@ -113,7 +113,7 @@ def _interpolate(images: Tensor, dim: int, side: int) -> Tensor:
 
 
 class BasicConv2d(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU. `same`: padded, so that the size stays."""
+    """Convolution without bias, batch normalisation, ReLU. `same`: padded to keep the size."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = False
@@ -129,7 +129,7 @@ class BasicConv2d(nn.Module):
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """3 x 3 at stride 1; at the border the mean is over the pixels that exist, as in TensorFlow."""
+    """3 x 3 at stride 1; at the border the mean excludes padding, as in TensorFlow."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -184,7 +184,7 @@ class InceptionC(nn.Module):
         self.branch_pool = BasicConv2d(in_channels, 192, 1)
 
     def with_branch1x1(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the part of it that sFID compares."""
+        """The output, and its branch that sFID compares."""
         branch1x1 = self.branch1x1(x)
         branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
@@ -214,7 +214,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 x 8, branches that fork at their end: (N, in, H, W) -> (N, 2048, H, W). The last of the two pools by maximum."""
+    """8 x 8, branches that fork at their end: (N, in, H, W) -> (N, 2048, H, W). The last of the two blocks uses max-pooling."""
 
     def __init__(self, in_channels: int, *, average: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where the weights of Inception-v3 lie, and the network that they make."""
+"""Location, download and loading of Inception-v3's weights."""
 
 from http.client import HTTPException
 from pathlib import Path
@@ -13,60 +13,62 @@ from repa.metrics.inception import InceptionV3
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-ALSO = "pt_inception-2015-12-05-6726825d.pth"  # the same bytes as pytorch-fid names them
-SHA256 = "6726825d"  # the first digits of the file's checksum, as its name says
+ALSO = "pt_inception-2015-12-05-6726825d.pth"  # the same file, as pytorch-fid names it
+SHA256 = "6726825d"  # first digits of the file's checksum, as in its name
 
 
 class LoadedInception(NamedTuple):
-    """The network, and whose weights it has."""
+    """The network, and the checksum of its weights."""
 
     net: InceptionV3
     weights_sha256: str
 
     @property
     def is_published(self) -> bool:
-        """Whether these are the weights with which papers measure."""
+        """Whether these are the weights of published results."""
         return self.weights_sha256.startswith(SHA256)
 
 
 def load_inception(weights: str | Path | None = None, device: torch.device | str = "cpu") -> LoadedInception:
-    """Inception-v3 with the weights of a local file; else of the caches of this package, torch-fidelity and pytorch-fid;
-    else downloaded into the first of them, by the main process.
+    """Inception-v3 with the weights of a local file, else from the caches of this package, torch-fidelity and pytorch-fid,
+    else downloaded by the main process into the first of these caches.
 
     Raises:
-        UserError: no such file, no network, a damaged file, another network's weights.
+        UserError: no such file, no network access, a damaged file, or weights of another network.
     """
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"There is no file {weights} with Inception's weights: give the path of {FILE}.")
     path = Path(weights) if weights is not None else _cached_or_downloaded()
-    # Part of every figure's record: only by the published weights can it be compared with a paper's.
+    # Recorded with every result: only results with the published weights are comparable with papers.
     checksum = files.sha256(path)
     if weights is None and not checksum.startswith(SHA256):
-        raise UserError(f"{path} is damaged: its checksum does not begin with {SHA256}. Remove it and run again.")
+        raise UserError(
+            f"{path} is damaged: its checksum does not begin with {SHA256}. Remove it and run the command again."
+        )
     net = InceptionV3()
     try:
         net.load_state_dict(read_weights(path, f"Give {FILE}."))
-    # Other tensors than the network's; no dictionary of tensors.
+    # The tensors do not fit, or the file has no dictionary of tensors.
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not hold the weights of Inception-v3 ({reason}): give {FILE}.") from error
-    # 1.4 times as fast as (N, C, H, W) on a CPU (docs/evaluation.md); on CUDA what half precision convolves without transposing
+        raise UserError(f"{path} does not contain the weights of Inception-v3 ({reason}): give {FILE}.") from error
+    # 1.4 times as fast as (N, C, H, W) on a CPU (docs/evaluation.md); on CUDA half precision needs no transposition
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     return LoadedInception(net, checksum)
 
 
 def _cached_or_downloaded() -> Path:
-    """The first file that is there; the main process fetches it when none is."""
-    # One process downloads, and all hear what went wrong: others that waited for the file alone would wait for ever.
+    """The first cached file; if there is none, the main process downloads it."""
+    # One process downloads, and all processes get its error; otherwise the others would wait for the file for ever.
     problem = _download() if dist.is_main() and _cached_file() is None else ""
     problem = dist.from_main(problem)
     if (path := _cached_file()) is not None:
         return path
     raise UserError(
-        f"The weights of Inception-v3 are not on this machine and could not be fetched from {URL} "
-        f"({problem or 'they were fetched to another machine'}): give --features-weights FILE (of `repa train`: "
-        f"--feature-weights inception=FILE), put the file at {_cache_paths()[0]}, or measure in the features of an encoder inside "
-        "this package with --features tiny-classifier (--preview.features tiny-classifier)."
+        f"The weights of Inception-v3 are not on this machine and could not be downloaded from {URL} "
+        f"({problem or 'they were downloaded to another machine'}): give --features-weights FILE (for `repa train`: "
+        f"--feature-weights inception=FILE), put the file at {_cache_paths()[0]}, or use the extractor of this package, "
+        "--features tiny-classifier (for `repa train`: --preview.features tiny-classifier)."
     )
 
 
@@ -80,10 +82,10 @@ def _cached_file() -> Path | None:
 
 
 def _download() -> str:
-    """Fetch the file and compare its checksum; returns what went wrong, or nothing."""
+    """Download the file and verify its checksum; returns the error, or an empty string."""
     try:
         with files.atomic_path(_cache_paths()[0]) as temporary:
             torch.hub.download_url_to_file(URL, str(temporary), hash_prefix=SHA256, progress=False)
-    except (OSError, RuntimeError, HTTPException) as error:  # no network; other bytes than expected; cut off
+    except (OSError, RuntimeError, HTTPException) as error:  # no network access; wrong checksum; interrupted
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""Sums over a stream of features in fixed memory, over batches and processes: mean and covariance, and the inception score."""
+"""Mean, covariance and inception score of a stream of features, in fixed memory, over batches and processes."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,19 @@ from torch import Tensor
 from repa.base import dist
 from repa.base.errors import UserError
 
-SPLIT_SIZE = 5000  # consecutive images, the ADM evaluator's
+SPLIT_SIZE = 5000  # consecutive images, as in the ADM evaluator
 
 
 class Statistics:
-    """Running count, mean and covariance of features (N, D), whatever their number, in D * D float64.
+    """Running count, mean and covariance of features (N, D), in D * D float64.
 
-    What is kept is the scatter about the mean, updated as by Chan, Golub and LeVeque (1979): sums of plain outer
-    products would lose the covariance of features whose mean is large relative to their spread.
+    Stores the scatter about the mean, updated as by Chan, Golub and LeVeque (1979): sums of outer products would lose
+    the covariance of features with a mean that is large relative to their spread.
 
-    The first batch decides D.
+    The first batch determines D.
 
     Args:
-        device: where to accumulate; it needs float64, which MPS has not.
+        device: device of the sums; it needs float64, which MPS lacks.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -31,20 +31,18 @@ class Statistics:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
 
     def update(self, features: Tensor) -> None:
-        """Take in a batch (n, D).
+        """Add a batch (n, D).
 
         Raises:
-            UserError: the features have another width, or are not all finite.
+            UserError: the features have another width or are not all finite.
         """
         if features.ndim != 2 or (self.count and features.shape[1] != len(self._mean)):
             wanted = len(self._mean) if self.count else "D"
             raise UserError(
-                f"Statistics are of features (N, {wanted}), but got a batch of shape {tuple(features.shape)}."
+                f"Statistics need features (N, {wanted}), but got a batch of shape {tuple(features.shape)}."
             )
         if not features.isfinite().all():
-            raise UserError(
-                "A feature is NaN or infinite, so there are no statistics: check the images and the weights."
-            )
+            raise UserError("A feature is NaN or infinite: check the images and the weights.")
         if len(features) == 0:
             return
         features = features.detach().to(self.device).double()
@@ -52,20 +50,20 @@ class Statistics:
             self._start(features.shape[1])
         mean, total = features.mean(0), self.count + len(features)
         centred, shift = features - mean, mean - self._mean
-        self._scatter.addmm_(centred.T, centred)  # in place: D * D numbers are more than a batch is
-        # The batch's scatter is about its own mean: what the two means differ by is added, weighted by both counts.
+        self._scatter.addmm_(centred.T, centred)  # in place, because D * D numbers are more than a batch
+        # The batch's scatter is about its own mean, so the difference of the two means is added, weighted by both counts.
         self._scatter.addr_(shift, shift, alpha=self.count * len(features) / total)
         self._mean += shift * (len(features) / total)
         self.count = total
 
     def reduce(self) -> None:
-        """Make every process hold the statistics of all; each may have seen any number of features, also none."""
+        """Combine the statistics of all processes, for all of them; a process may have seen no features."""
         has = self.count > 0
         facts = torch.tensor([self.count, has, has * len(self._mean)], dtype=torch.float64, device=self.device)
         total, num_with, dims = dist.sum_over(facts).tolist()
         if total == 0:
             return
-        if not has:  # collectives need equal shapes: D is learned from those that have seen a feature
+        if not has:  # collectives need equal shapes: D comes from the processes with features
             self._start(round(dims / num_with))
         mean = dist.sum_over(self._mean * (self.count / total))
         shift = self._mean - mean
@@ -80,21 +78,21 @@ class Statistics:
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), float64, divided by N - 1 as by numpy.cov and the ADM evaluator."""
+        """(D, D), float64, divided by N - 1, as in numpy.cov and the ADM evaluator."""
         self._require(2, "covariance")
         return self._scatter / (self.count - 1)
 
     def _require(self, count: int, what: str) -> None:
         if self.count < count:
-            raise UserError(f"The {what} needs at least {count} feature vectors, but only {self.count} were given.")
+            raise UserError(f"The {what} needs at least {count} feature vectors, but got only {self.count}.")
 
 
 class RunningScore:
     """Inception score (Salimans et al. 2016): exp of the mean KL(p(class | image) || p(class)), averaged over splits.
 
-    Split s holds the images s * size to (s + 1) * size - 1, the last the rest: the order of the images matters, because each
-    split has its own p(class). The mean of KL(p_i || m) over a split of n images is (1/n) sum_i sum_c p_ic log p_ic -
-    sum_c m_c log m_c, where m is the mean of p_i: two sums are enough, and those of several processes add up.
+    Split s has the images s * size to (s + 1) * size - 1, the last split the rest. The order of the images matters, because
+    each split has its own p(class). The mean of KL(p_i || m) over a split of n images is (1/n) sum_i sum_c p_ic log p_ic -
+    sum_c m_c log m_c, where m is the mean of p_i. So two sums per split are enough, and those of several processes add up.
     """
 
     def __init__(self, size: int = SPLIT_SIZE):
@@ -102,13 +100,13 @@ class RunningScore:
         self._splits: dict[int, Tensor] = {}  # split -> count, sum of p log p, and p of each class: (2 + K,), float64
 
     def update(self, logits: Tensor, indices: Tensor) -> None:
-        """Take in the logits (n, K) of the images `indices` (n,), Inception's without their bias as by the ADM evaluator.
+        """Add the logits (n, K) of the images `indices` (n,), without the bias of Inception's last layer, as in the ADM evaluator.
 
         Raises:
             UserError: logits that are not finite.
         """
         if not logits.isfinite().all():
-            raise UserError("A logit is NaN or infinite, so there is no inception score: check images and weights.")
+            raise UserError("A logit is NaN or infinite: check the images and the weights.")
         log_p = logits.detach().cpu().double().log_softmax(1)  # (n, K)
         p = log_p.exp()
         rows = torch.cat([torch.ones(len(p), 1, dtype=p.dtype), (p * log_p).sum(1, keepdim=True), p], 1)  # (n, 2 + K)
@@ -117,7 +115,7 @@ class RunningScore:
             self._splits[split] = self._splits.get(split, 0) + rows[splits == split].sum(0)
 
     def reduce(self) -> None:
-        """Make every process hold the sums of all; each may have seen any images, also none."""
+        """Combine the sums of all processes, for all of them; a process may have seen no images."""
         parts = dist.gather_objects(self._splits)
         self._splits = {}
         for part in parts:
@@ -126,12 +124,12 @@ class RunningScore:
 
     @property
     def value(self) -> float:
-        """The score, at least 1; raises UserError when there was no image."""
+        """The score, at least 1; raises UserError without images."""
         if not self._splits:
-            raise UserError("The inception score needs at least one image, but none was given.")
+            raise UserError("The inception score needs at least one image, but got none.")
         scores = []
         for sums in self._splits.values():
             negentropy, marginal = sums[1] / sums[0], sums[2:] / sums[0]  # mean of sum_c p log p; p(class), (K,)
-            # xlogy: a class that no image has counts as 0 log 0 = 0
+            # xlogy, because a class without images counts as 0 log 0 = 0
             scores.append((negentropy - torch.special.xlogy(marginal, marginal).sum()).exp())
         return torch.stack(scores).mean().item()

@@ -18,8 +18,8 @@ BACKBONES = Registry(
     listing="backbones",
     facts={
         "dit": "DiT and SiT (arXiv 2212.09748, 2401.08740)",
-        "ddt": "DDT, an encoder and a head that reads the latents again (arXiv 2504.05741); DiT^DH of RAE",
-        "hooked": "A network of your own, whose blocks are found by name",
+        "ddt": "DDT, an encoder and a head that both read the latents (arXiv 2504.05741); DiT^DH of RAE",
+        "hooked": "Your own network, with blocks selected by name",
         "jit": "JiT, on pixels (arXiv 2511.13720)",
         "mmdit": "Text and image as two streams (arXiv 2403.03206)",
     },

@@ -1,4 +1,4 @@
-"""Which network: dit, ddt (encoder and head), jit (pixels), mmdit (text), or a dotted name: a function (ModelConfig) -> Backbone."""
+"""Configuration of the network: its backbone, size and options. Torch-free."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -12,7 +12,7 @@ from repa.models import BACKBONES
 
 
 class Dimensions(NamedTuple):
-    """Width of the tokens, number of blocks, attention heads, and pixels of the latent per token side."""
+    """Width of the tokens, number of blocks, number of attention heads, and side of a patch in latent pixels."""
 
     hidden_dim: int
     depth: int
@@ -23,42 +23,48 @@ class Dimensions(NamedTuple):
 # hidden_dim, depth, num_heads
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PATCH_SIZES = (1, 2, 4, 8)
-FAMILIES = {"SiT": False, "DiT": True}  # does the network also predict the variance (learn_sigma)?
+FAMILIES = {"SiT": False, "DiT": True}  # whether the network also predicts the variance (learn_sigma)
 JIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}  # arXiv 2511.13720, table 9
 JIT_PATCH_SIZES = (16, 32)  # in pixels
 NAMED = {
     **{f"{f}-{size}/{p}": Dimensions(*SIZES[size], p) for f in FAMILIES for size in SIZES for p in PATCH_SIZES},
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
-BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig: what blocks are made of
-DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap", "route")  # and what a DiT has besides
+BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig for the layers of blocks
+DIT_OPTIONS = (
+    "heads",
+    "streams",
+    "separate_times",
+    "patch_overlap",
+    "route",
+)  # further fields that only a DiT supports
 
 
 def model_names() -> list[str]:
-    """Every name that build_model knows: SiT-S/1 ... DiT-XL/8, JiT-B/16 ... JiT-H/32."""
+    """All names of build_model: SiT-S/1 ... DiT-XL/8, JiT-B/16 ... JiT-H/32."""
     return list(NAMED)
 
 
 def dimensions(name: str) -> Dimensions:
-    """The size behind a name such as "SiT-XL/2"; raises UserError with the nearest name when there is none."""
+    """The size of a name such as "SiT-XL/2"; raises UserError with the nearest name if it is unknown."""
     if name not in NAMED:
         raise UserError(
-            f"Unknown model {name!r}: a name is {' or '.join(FAMILIES)}, a size of {', '.join(SIZES)} and a patch of "
-            f"{', '.join(map(str, PATCH_SIZES))}, as in 'SiT-XL/2'; or JiT, {', '.join(JIT_SIZES)} and "
+            f"Unknown model {name!r}: a name is {' or '.join(FAMILIES)} with a size ({', '.join(SIZES)}) and a patch size "
+            f"({', '.join(map(str, PATCH_SIZES))}), as in 'SiT-XL/2'; or JiT with {', '.join(JIT_SIZES)} and "
             f"{' or '.join(map(str, JIT_PATCH_SIZES))}, as in 'JiT-B/16'.{nearest(name, NAMED)}"
         )
     return NAMED[name]
 
 
 def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: int, latent_size: int) -> None:
-    """The rules between the sizes of a network; `latent_size` 0 is not known yet."""
+    """Raises UserError unless the sizes of a network are compatible; `latent_size` 0: not known yet."""
     if min(hidden_dim, depth, num_heads, patch_size) < 1:
         raise UserError(
             f"hidden_dim, depth, num_heads and patch_size must be at least 1, "
-            f"but are {hidden_dim}, {depth}, {num_heads}, {patch_size}."
+            f"but got {hidden_dim}, {depth}, {num_heads}, {patch_size}."
         )
     if hidden_dim % num_heads:
-        raise UserError(f"hidden_dim {hidden_dim} cannot be split into num_heads {num_heads}: choose a multiple.")
+        raise UserError(f"hidden_dim {hidden_dim} is not a multiple of num_heads {num_heads}: choose a multiple.")
     if hidden_dim % 4:
         raise UserError(
             f"hidden_dim {hidden_dim} must be a multiple of 4 (sine and cosine of row and column), "
@@ -72,26 +78,26 @@ def check_dimensions(hidden_dim: int, depth: int, num_heads: int, patch_size: in
 
 
 def check_rotary(head_dim: int) -> None:
-    """Raises UserError unless rotary positions can turn heads of this width."""
+    """Raises UserError unless rotary positions support heads of this width."""
     if head_dim % 4:
         raise UserError(
-            "rotary turns pairs of channels by row and by column, so the width of a head must be a multiple of 4, but it is "
+            "rotary rotates pairs of channels by row and by column, so the width of a head must be a multiple of 4, but it is "
             f"{head_dim}: choose another hidden_dim or num_heads."
         )
 
 
-# Here and not in routing.py: that imports torch, which checking a configuration must not need.
+# Here and not in routing.py, which imports torch: checking a configuration must not need torch.
 class Route(NamedTuple):
-    """Which blocks see a share of the tokens, which share, and how the others come back. Blocks count from 1.
+    """Token routing: the routed blocks, their share of the tokens, and the merge. Blocks are counted from 1.
 
     Attributes:
-        first, last: the blocks between which tokens are left out.
-        keep: share of an image's tokens that these blocks see in training; 1 leaves none out.
-        groups: side of square groups of tokens, of each of which the same share is kept; 0: any tokens of the image.
-        merge: identity, where the others come back as they left (TREAD, arXiv 2501.04765); fuse, where a mask token stands
-            for them, and a linear layer joins all with the tokens before the first block (SPRINT, arXiv 2510.21986).
-        path_drop: probability that an image's result of these blocks is thrown away, so that the network can be asked
-            without them (the guidance path_drop).
+        first, last: the first and the last routed block.
+        keep: share of an image's tokens in these blocks in training; 1: all.
+        groups: side of square groups of tokens that each keep the same share; 0: tokens are chosen from the whole image.
+        merge: identity: skipped tokens return unchanged (TREAD, arXiv 2501.04765); fuse: a mask token replaces them, and a
+            linear layer joins all with the tokens before the first routed block (SPRINT, arXiv 2510.21986).
+        path_drop: probability that the output of these blocks is discarded for an image, so that the network can also
+            predict without them (the guidance path_drop).
     """
 
     first: int
@@ -102,15 +108,15 @@ class Route(NamedTuple):
     path_drop: float = 0.0
 
     def check(self, depth: int, heads: Sequence[int], grid: tuple[int, int]) -> None:
-        """Raises UserError unless a network of so many blocks, these heads and this grid (0: not known yet) can be routed so."""
+        """Raises UserError unless the route fits the depth, heads and grid (0: not known yet) of a network."""
         if not 1 <= self.first <= self.last <= depth:
             raise UserError(
                 f"route {self.first} {self.last} is not a range of blocks within 1 to {depth}: give the first and the last "
-                "block that see a share of the tokens."
+                "routed block."
             )
         if inside := [head for head in heads if self.covers(head)]:
             raise UserError(
-                f"The head at block {inside[0]} predicts all of x, but blocks {self.first} to {self.last} see a share of the "
+                f"The head at block {inside[0]} predicts all of x, but blocks {self.first} to {self.last} process only a share of the "
                 "tokens: choose a block before or after them."
             )
         if not min(grid):
@@ -119,31 +125,31 @@ class Route(NamedTuple):
         if self.groups and (grid[0] % self.groups or grid[1] % self.groups):
             raise UserError(
                 f"keep_groups {self.groups} does not divide the {grid[0]} x {grid[1]} tokens of this network: choose a divisor, or 0 "
-                "for tokens from anywhere."
+                "for no groups."
             )
         if round(self.keep * size) < 1 or (self.groups and abs(self.keep * size - round(self.keep * size)) > 1e-6):
             raise UserError(
-                f"keep {self.keep:g} of {size} tokens do not make a whole number of at least 1: choose another share"
+                f"keep {self.keep:g} of {size} tokens is not an integer of at least 1: choose another share"
                 f"{' or other keep_groups' if self.groups else ''}."
             )
 
     def covers(self, depth: int) -> bool:
-        """Is it one of the blocks that see a share of the tokens?"""
+        """Whether this block is routed."""
         return self.first <= depth <= self.last
 
     def num_kept(self, grid: tuple[int, int]) -> int:
-        """K, the number of an image's tokens that are kept in training."""
-        # Rounded for one group and then multiplied: every group keeps the same number, so the images of a batch stack.
+        """K, the number of tokens per image in the routed blocks in training."""
+        # Rounded per group and then multiplied, because every group keeps the same number of tokens.
         groups = (grid[0] // self.groups) * (grid[1] // self.groups) if self.groups else 1
         return groups * round(self.keep * (grid[0] * grid[1] // groups))
 
 
-ROUTING = ("keep", "keep_groups", "merge", "path_drop")  # fields that say how, in the order of Route
+ROUTING = ("keep", "keep_groups", "merge", "path_drop")  # fields of routing, in the order of Route
 TEXT_BACKBONES = ("mmdit",)
 
 
 def reads_text(backbone: str) -> bool:
-    """Does this network of ours read `Condition.text`? A private one is trained on text where the run names a text encoder."""
+    """Whether this backbone reads `Condition.text`. A private backbone is trained on text if the run names a text encoder."""
     return parse_spec(backbone)[0] in TEXT_BACKBONES
 
 
@@ -204,18 +210,20 @@ class ModelConfig(Config):
     def _fits_together(self) -> Self:
         check_dimensions(*self.dims(), latent_size=self.latent_size)
         if self.name.startswith("JiT") and parse_spec(self.backbone)[0] == "dit":
-            raise UserError(f"{self.name} is a JiT, but the backbone is dit: give --model.backbone jit too.")
+            raise UserError(f"{self.name} is a JiT, but the backbone is dit: give --model.backbone jit.")
         if self.rotary:
             check_rotary(self.dims().hidden_dim // self.dims().num_heads)
-        # The network checks these too, when it is built; a configuration is refused before that, without torch.
+        # The network repeats these checks when it is built; here they need no torch.
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:
-                raise UserError(f"heads names block {depth}, but {self.name} has blocks 1 to {self.dims().depth}.")
+                raise UserError(
+                    f"heads has block {depth}, but {self.name} has blocks 1 to {self.dims().depth}: choose one of them."
+                )
         if routing := self.routing:
             routing.check(self.dims().depth, self.heads, (self.latent_size // self.dims().patch_size,) * 2)
         elif asked := [name for name in ROUTING if getattr(self, name) != type(self).model_fields[name].default]:
             raise UserError(
-                f"{asked[0]} says how tokens are routed, but there is no route: give its blocks, route FIRST LAST."
+                f"{asked[0]} is an option of token routing, but there is no route: give its blocks, route FIRST LAST."
             )
         return self
 
@@ -224,11 +232,11 @@ class ModelConfig(Config):
 
     @property
     def routing(self) -> Route | None:
-        """How tokens are routed around blocks; None: they are not."""
+        """Token routing; None: no routing."""
         return Route(*self.route, *(getattr(self, name) for name in ROUTING)) if self.route else None
 
     def dims(self) -> Dimensions:
-        """(hidden_dim, depth, num_heads, patch_size), the name's unless a field overrides it."""
+        """(hidden_dim, depth, num_heads, patch_size), from the name unless a field overrides them."""
         named = dimensions(self.name)
         return named._replace(
             hidden_dim=self.hidden_dim or named.hidden_dim,
@@ -239,18 +247,18 @@ class ModelConfig(Config):
 
     @property
     def learn_sigma(self) -> bool:
-        """Does the network also predict the variance (the DiT family)?"""
+        """Whether the network also predicts the variance (the DiT family)."""
         return FAMILIES.get(self.name.partition("-")[0], False)
 
     def refuse_dit_options(self, allowed: tuple[str, ...] = ()) -> None:
-        """Raises UserError when an option of DiT is set that is not `allowed`, for networks that have no other of them."""
+        """Raises UserError if an option of DiT is set that is not in `allowed`, for networks that support only these."""
         fields = type(self).model_fields
         options = [name for name in (*BLOCK_OPTIONS, *DIT_OPTIONS) if name not in allowed]
         asked = [name for name in options if getattr(self, name) != fields[name].default]
         backbone = parse_spec(self.backbone)[0]
         if self.learn_sigma:
             raise UserError(
-                f"The backbone {backbone!r} has no learned variance, which {self.name} has: give a name that begins with SiT."
+                f"The backbone {backbone!r} does not support the learned variance of {self.name}: give a name that begins with SiT."
             )
         if asked:
             name, default = asked[0], fields[asked[0]].default
@@ -261,10 +269,10 @@ class ModelConfig(Config):
             )
 
     def sizes(self) -> dict[str, Any]:
-        """Arguments that all networks of ours take, once those taken from the data are filled."""
+        """Arguments of all networks of this package; needs the fields that come from the data."""
         assert min(self.latent_size, self.latent_channels) > 0, "latent_size and latent_channels come from the data"
         return {**self.dims()._asdict(), **self.given("latent_size", "latent_channels")}
 
     def given(self, *fields: str) -> dict[str, Any]:
-        """Some fields, by name."""
+        """The values of some fields, by name."""
         return {name: getattr(self, name) for name in fields}

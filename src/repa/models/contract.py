@@ -1,4 +1,4 @@
-"""What every network that repa trains looks like from outside: state, time and condition in; predictions and taps out.
+"""The interface of all networks: state, time and condition in; predictions and taps out.
 
 N batch, C channels, T tokens of the grid, D width, h attention heads, S text tokens, E width of text tokens.
 """
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from repa.base.errors import UserError
 from repa.models.config import Route, check_dimensions
 
-State = dict[str, Tensor]  # what is noised: "x" (N, C, H, W), and a stream by its name, (N, F)
+State = dict[str, Tensor]  # "x" (N, C, H, W), and streams by name, (N, F)
 
 
 class Tap(NamedTuple):
-    """A place in the network that a term reads; hashable, and fixed before torch.compile."""
+    """A place in the network that an alignment term reads; hashable, and fixed before torch.compile."""
 
     depth: int  # block, counted from 1
     kind: Literal["hidden", "attention"] = "hidden"
@@ -28,23 +28,23 @@ class Tap(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a sample is conditioned on. First axis N everywhere; a pytree, so that it passes through torch.compile."""
+    """The condition of N samples. The first axis is always N; a pytree, so that it works with torch.compile."""
 
     labels: Tensor  # (N,) int64
     text: Tensor | None = None  # (N, S, E)
-    text_mask: Tensor | None = None  # (N, S) bool, True where there is a token
+    text_mask: Tensor | None = None  # (N, S) bool, True for tokens, False for padding
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
         """This condition where `keep` (N,) is true, `other` elsewhere."""
-        # By torch.where and not by indexing, whose result has a size that the host would have to wait for.
+        # torch.where instead of indexing, because the host would have to wait for the size of an indexed result.
         return self._with(other, lambda own, others: torch.where(keep.reshape(-1, *[1] * (own.ndim - 1)), own, others))
 
     def cat(self, other: "Condition") -> "Condition":
-        """Both, one behind the other along the batch: (2N, ...)."""
+        """Both, concatenated along the batch: (2N, ...)."""
         return self._with(other, lambda own, others: torch.cat([own, others]))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
-        """The same of every part."""
+        """Apply a function to every part."""
         return Condition._make(None if part is None else function(part) for part in self)
 
     def _with(self, other: "Condition", function: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
@@ -58,53 +58,53 @@ class Condition(NamedTuple):
 
 
 class TwoTimes(NamedTuple):
-    """Two times an image, and which of them each of its tokens has: a modulation is computed twice an image, not for each token."""
+    """Two times per image, and the choice for each token, so that modulations are computed twice per image and not per token."""
 
     values: Tensor  # (N, 2)
-    second: Tensor  # (N, T) bool: has the second time
+    second: Tensor  # (N, T) bool, True for tokens with the second time
 
     @property
     def ndim(self) -> int:
-        """As of the times (N, T) that they stand for."""
+        """2, as for times (N, T)."""
         return 2
 
     def of_tokens(self) -> Tensor:
-        """(N, T)."""
+        """The time of each token, (N, T)."""
         return torch.where(self.second, self.values[:, 1:], self.values[:, :1])
 
 
-Times = Tensor | TwoTimes  # (N,), (N, T), or two an image
+Times = Tensor | TwoTimes  # (N,), (N, T), or two per image
 
 
 class Output(NamedTuple):
-    """What one pass of a network gives."""
+    """The output of a forward pass."""
 
-    prediction: State  # keyed as the state; "x" is (N, 2C, H, W) where the network also answers a variance
+    prediction: State  # same keys as the state; "x" is (N, 2C, H, W) if the network also predicts a variance
     taps: dict[Tap, Tensor]  # hidden: residual stream after the block (N, T, D); attention: logits (N, h, T, T)
     heads: dict[int, Tensor]  # depth -> prediction of x from that block (N, C, H, W)
-    kept: Tensor | None = None  # (N, K) ids of the tokens in the taps of the route's blocks; None: all T
+    kept: Tensor | None = None  # (N, K) indices of the tokens in the taps of routed blocks; None: all T
 
 
 class Backbone(nn.Module, ABC):
-    """A network that alignment, objectives, samplers and the training loop can use.
+    """The interface of networks for alignment, objectives, samplers and the training loop.
 
-    A backbone is a function of its arguments: it drops no labels and draws no random numbers, so that train() and eval()
-    agree. Tokens of streams, classes or text that it puts in front of the grid never reach a tap of kind "hidden" unless
-    `prefix_tokens` says so.
+    A backbone is a function of its arguments: it drops no labels and uses no random numbers, so train() and eval() agree.
+    Taps of kind "hidden" exclude the tokens of streams, classes or text in front of the grid, except the last
+    `prefix_tokens`.
 
     Attributes:
         hidden_dim: width D of the taps.
         depth: number of blocks.
         num_classes: labels 0 ... num_classes - 1 are classes.
-        null_label: the label that means "none".
+        null_label: the label of the null class.
         grid: (rows, columns) of image tokens; T is their product.
         state_shapes: name -> shape of one sample, "x": (C, H, W) first.
-        blocks: the repeated blocks in order: what FSDP shards, compile compiles and checkpointing recomputes.
-        prefix_tokens: tokens in front of the grid that hidden taps include (REG aligns its class token too).
-        compiles: can torch.compile take it in one graph?
-        checkpoint_activations: keep only what goes into each block, and compute the block again in the backward pass: less
-            memory for about a third more work, and the same gradients. Off until it is set.
-        route: the blocks that see a share of the tokens in training; None: all see all.
+        blocks: the repeated blocks in order, the units of FSDP, compilation and activation checkpointing.
+        prefix_tokens: number of tokens in front of the grid that hidden taps include (REG aligns its class token too).
+        compiles: whether torch.compile supports it in one graph.
+        checkpoint_activations: store only the input of each block and recompute the block in the backward pass: less
+            memory, about a third more FLOPs, the same gradients. Off by default.
+        route: token routing in training; None: no routing.
     """
 
     hidden_dim: int
@@ -126,27 +126,27 @@ class Backbone(nn.Module, ABC):
         """Predict from the noised state.
 
         Args:
-            state: keyed and shaped as `state_shapes`, with N in front.
-            t: (N,); where tokens of an image have different times TwoTimes, or (N, T) for more of them. Passed on as they are.
-            condition: of N samples.
-            taps: the places to return.
-            keep: (N, K) ids of the tokens that the blocks of `route` see, where there is one; None: all.
+            state: tensors with the keys and shapes of `state_shapes`, preceded by N.
+            t: (N,); for tokens with different times TwoTimes, or (N, T). Not scaled.
+            condition: condition of N samples.
+            taps: the taps to return.
+            keep: (N, K) indices of the tokens in the blocks of `route`; None: all.
 
-        A network with a route takes one argument more, `path_dropped` (N,) bool: the images for which the result of these
-        blocks is thrown away.
+        A network with a route has another argument, `path_dropped` (N,) bool: the images for which the output of the routed
+        blocks is discarded.
         """
 
     @property
     def tapped_depth(self) -> int:
-        """Blocks 1 to this one can be tapped."""
+        """The deepest block that can be tapped."""
         return self.depth
 
     def null(self, like: Condition) -> Condition:
-        """The condition that means "none", shaped as `like`: the null class; a network that reads text adds the empty one."""
+        """The null condition with the shapes of `like`: the null class, and the empty text for a network that reads text."""
         return like._replace(labels=torch.full_like(like.labels, self.null_label))
 
     def matrices(self) -> list[nn.Parameter]:
-        """The weights that Muon takes, those of attention and MLP in the blocks: adaLN starts at zero as gates, and is none."""
+        """The weights for Muon: those of attention and MLP in the blocks, without adaLN, which starts at zero and acts as gates."""
         named = (pair for block in self.blocks for pair in block.named_parameters())
         return [p for name, p in named if p.ndim == 2 and "adaLN_modulation" not in name]
 
@@ -159,10 +159,10 @@ class Backbone(nn.Module, ABC):
         depth: int,
         num_heads: int,
     ) -> None:
-        """Those of a transformer on square patches; `latent_size` is a side, or (height, width).
+        """Set the sizes of a transformer with square patches; `latent_size` is a side, or (height, width).
 
         Raises:
-            UserError: sizes that do not fit together.
+            UserError: incompatible sizes.
         """
         height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
         for side in (height, width):
@@ -173,16 +173,16 @@ class Backbone(nn.Module, ABC):
     def run(
         self, depth: int, *arguments: Any, taps: tuple[Tap, ...], seen: dict[Tap, Tensor], front: int = 0
     ) -> list[Tensor]:
-        """What block `depth` gives; what is tapped there is added to `seen`.
+        """The output of block `depth`; its taps are added to `seen`.
 
-        It is called with `arguments` and whether its attention is tapped, and gives tokens, those of the image last, and then
-        logits (N, h, S + T, S + T) or None. Of the S = `front` tokens in front of the grid, logits keep none and hidden taps
-        the last `prefix_tokens`. Where `checkpoint_activations` is set, the block is computed again in the backward pass.
+        The block is called with `arguments` and whether its attention is tapped. It returns tokens, those of the image last,
+        and then logits (N, h, S + T, S + T) or None. Of the S = `front` tokens in front of the grid, attention taps have none
+        and hidden taps the last `prefix_tokens`. With `checkpoint_activations` the backward pass recomputes the block.
         """
         block, tapped = self.blocks[depth - 1], Tap(depth, "attention") in taps
         if self.checkpoint_activations and torch.is_grad_enabled():
-            # A block draws no random numbers, so their state need not be saved. The non-reentrant form also
-            # gives gradients where the input of the first block needs none.
+            # Blocks use no random numbers, so the generator's state need not be saved. The non-reentrant form also
+            # computes gradients if the input of the first block needs none.
             given = checkpoint(block, *arguments, tapped, use_reentrant=False, preserve_rng_state=False)
         else:
             given = block(*arguments, tapped)
@@ -191,55 +191,53 @@ class Backbone(nn.Module, ABC):
             seen[Tap(depth, "attention")] = logits[:, :, front:, front:]
         if Tap(depth) in taps:
             cut = front - self.prefix_tokens
-            # The tokens themselves where none is cut off: their gradients are then summed as those of a hook on the block.
+            # No slicing if nothing is cut off: the gradients are then summed in the same order as with a hook on the block.
             seen[Tap(depth)] = tokens[-1][:, cut:] if cut else tokens[-1]
         return tokens
 
     def completed(self, condition: Condition) -> Condition:
-        """The condition with everything that the network reads: one that reads text adds the empty one where there is none."""
+        """The condition with all parts that the network reads; a network that reads text adds the empty text if it is missing."""
         return condition
 
     def take_empty_text(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Keep the encoded empty text (S, E), mask (S,), which then stands for "no text". Networks without text ignore it."""
+        """Store the encoded empty text (S, E) and its mask (S,) as null text. Networks without text ignore it."""
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself, in place: one graph for all that are alike, made in seconds.
+        """Compile each block separately, in place: equal blocks share one graph, which takes seconds.
 
         Raises:
             UserError: the network cannot be compiled.
         """
         self.require_compiles()
         for block in self.blocks:
-            # With a route the blocks see two numbers of tokens. Left to itself, torch would compile one graph for
-            # any number after the first change, and that graph is slower than two fixed ones.
+            # With a route the blocks get two numbers of tokens. By default torch would compile one dynamic graph after the
+            # first change, which is slower than two static ones.
             block.compile(dynamic=False if self.route else None)
 
     def require_compiles(self) -> None:
-        """Raises UserError unless torch.compile can take the network in one graph."""
+        """Raises UserError unless torch.compile supports the network in one graph."""
         if not self.compiles:
             raise UserError(f"{type(self).__name__} cannot be compiled in one graph: turn compile off.")
 
-    # Shapes alone, which the host knows: a check of values would wait for the device in every step.
+    # Only shapes, which the host knows: checking values would wait for the device in every step.
     def check(self, state: State, taps: tuple[Tap, ...]) -> None:
-        """Raises UserError unless the state has this network's shapes, and every tap is a block, counted from 1."""
+        """Raises UserError unless the state has this network's shapes and every tap is at an existing block."""
         for name, shape in self.state_shapes.items():
             if name not in state or tuple(state[name].shape[1:]) != shape:
                 wanted = ", ".join(map(str, shape))
                 found = tuple(state[name].shape) if name in state else "nothing"
-                raise UserError(f"This model takes {name!r} of shape (N, {wanted}), but got {found}.")
+                raise UserError(f"This model needs {name!r} of shape (N, {wanted}), but got {found}.")
         for tap in taps:
             self.checked(tap)
 
     def one_time(self, t: Times, keep: Tensor | None) -> Tensor:
-        """The times (N,) themselves; raises UserError where tokens have different times, or some are left out."""
+        """The times (N,) unchanged; raises UserError for token times or `keep`."""
         if keep is not None or isinstance(t, TwoTimes) or t.ndim != 1:
-            raise UserError(
-                f"{type(self).__name__} takes one time per sample and all tokens: leave token times and routing out."
-            )
+            raise UserError(f"{type(self).__name__} supports neither token times nor token routing: turn them off.")
         return t
 
     def checked(self, tap: Tap) -> Tap:
-        """The tap itself; raises UserError when there is no such block."""
+        """The tap unchanged; raises UserError if there is no such block."""
         if not 1 <= tap.depth <= self.depth:
-            raise UserError(f"There is no block {tap.depth} to tap: this model has blocks 1 to {self.depth}.")
+            raise UserError(f"There is no block {tap.depth} to tap: choose one of 1 to {self.depth}.")
         return tap

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a network, counted by torch while it runs without weights, on the meta device."""
+"""Parameters and FLOPs of a network, counted by torch on the meta device, without weights."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,31 +14,31 @@ from repa.models.routing import placeholder
 
 
 class Cost(NamedTuple):
-    """Of one image. A multiplication and an addition are two FLOPs; only products of matrices and convolutions count."""
+    """Cost per image. A multiply-add is two FLOPs; only matrix products and convolutions are counted."""
 
     parameters: int
     forward: int
-    """FLOPs of one forward."""
+    """FLOPs of a forward pass."""
     training: int
-    """FLOPs of one forward and its backward; of a frozen network, its forward."""
+    """FLOPs of a forward and backward pass; for a frozen network, of the forward pass."""
 
 
 def cost_of(network: nn.Module, run: Callable[[], Tensor]) -> Cost:
-    """Count `run`, which calls the network on one image; nothing is computed when network and image are on the meta device."""
+    """Count the FLOPs of `run`, which calls the network on one image; on the meta device nothing is computed."""
     parameters = sum(p.numel() for p in network.parameters())
-    # A frozen encoder has no backward pass, and counting one would also fail: nothing requires a gradient.
+    # A frozen encoder has no backward pass, and counting one would fail because nothing requires a gradient.
     trained = any(p.requires_grad for p in network.parameters())
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
         output = run()
         forward = counter.get_total_flops()
         if trained:
-            # The counter goes on from the forward pass, so its total is that of both.
+            # The counter continues from the forward pass, so it counts both.
             output.sum().backward()
     return Cost(parameters, forward, counter.get_total_flops())
 
 
 def example_inputs(model: Backbone, num: int, *, token_times: bool = False) -> tuple[State, Times, Condition]:
-    """State, time and condition of `num` samples, for a pass whose numbers do not matter."""
+    """State, time and condition of `num` samples, for a pass in which values do not matter."""
     state = {name: torch.zeros(num, *shape) for name, shape in model.state_shapes.items()}
     tokens = torch.zeros(num, model.grid[0] * model.grid[1], dtype=torch.bool)
     t = TwoTimes(torch.zeros(num, 2), tokens) if token_times else torch.zeros(num)
@@ -48,14 +48,14 @@ def example_inputs(model: Backbone, num: int, *, token_times: bool = False) -> t
 def model_cost(
     config: ModelConfig, *, token_times: bool = False, kept: Literal["some", "all", "none"] = "some"
 ) -> Cost:
-    """Of one image; latent size and channels must be filled in.
+    """Cost per image; latent size and channels must be set.
 
     Args:
-        token_times: tokens of an image have one of two times.
-        kept: which tokens the blocks of a route see: some in training, all in samplers and averaged networks, none where the
-            guidance path_drop asks for a prediction without these blocks.
+        token_times: whether tokens of an image have one of two times.
+        kept: tokens in the routed blocks: some in training, all in samplers and averaged networks, none for the guidance
+            path_drop.
     """
-    # On the meta device shapes are computed and numbers are not: XL takes no memory and no time.
+    # On the meta device only shapes are computed, so XL needs no memory and no time.
     with torch.device("meta"):
         model = build(config)
         state, t, condition = example_inputs(model, 1, token_times=token_times)

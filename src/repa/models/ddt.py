@@ -1,7 +1,7 @@
-"""DDT: an encoder whose tokens modulate, place by place, a head of further blocks that reads the noised latents again.
+"""DDT: an encoder, and a head that also reads the noised latents and is modulated per token by the encoder's output.
 
-Three networks of papers are settings of it: DDT (arXiv 2504.05741), whose head is the last blocks; DiT^DH of RAE (arXiv
-2510.11690), whose head is two wide blocks; and that of RAEv2 (arXiv 2605.18324), where time and class are tokens in front of
+Three networks of papers are configurations of it: DDT (arXiv 2504.05741), with the last blocks as head; DiT^DH of RAE (arXiv
+2510.11690), with a head of two wide blocks; and that of RAEv2 (arXiv 2605.18324), with time and class as tokens in front of
 the encoder. N batch, C channels, T tokens of the grid, S tokens in front, D width of the encoder, E of the head.
 """
 
@@ -38,19 +38,19 @@ from repa.models.layers import (
 
 @dataclass(frozen=True)
 class DDTOptions:
-    """The backbone `ddt`: what a DDT has besides the sizes, layers and heads of the configuration.
+    """The backbone `ddt`: options of a DDT in addition to the sizes, layers and heads of the configuration.
 
     DDT: head_depth=6,final_norm=layer,extent=16,max_period=10 with norm rms, mlp swiglu, qk_norm rms, bias false, rotary.
     RAE: head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true with norm rms, mlp swiglu, rotary.
 
     Attributes:
         head_depth, head_dim, head_heads: blocks of the head, their width and attention heads; 0: as in the encoder.
-        final_norm: of the final layers; empty: that of the blocks.
-        positions: the fixed positions are added to the encoder's tokens.
-        extent: rotary positions run from 0 to it; 0: they are the indices of rows and columns.
+        final_norm: norm of the final layers; empty: that of the blocks.
+        positions: add the fixed positions to the encoder's tokens.
+        extent: rotary positions are from 0 to this; 0: they are the indices of rows and columns.
         times: "sinusoid", with the longest period max_period, or "fourier": 256 frozen random frequencies.
-        silu_twice: SiLU is applied once more in each modulation, as the code of RAE does.
-        time_tokens, class_tokens: tokens of time and class in front of an encoder without modulation; 0 and 0: it is modulated.
+        silu_twice: apply SiLU a second time in each modulation, as in RAE's code.
+        time_tokens, class_tokens: number of time and class tokens in front of an encoder without modulation; 0 and 0: with modulation.
     """
 
     head_depth: PositiveInt
@@ -72,7 +72,7 @@ class DDTOptions:
 
 
 class Encoded(NamedTuple):
-    """What the encoder found: `self_condition` (N, T, D) modulates the head; taps and heads are as in Output."""
+    """The encoder's output: `self_condition` (N, T, D) modulates the head; taps and heads are as in Output."""
 
     self_condition: Tensor
     taps: dict[Tap, Tensor]
@@ -80,22 +80,22 @@ class Encoded(NamedTuple):
 
 
 class DDT(Backbone):
-    """Blocks 1 ... depth - head_depth are the encoder, the others the head.
+    """A network with an encoder, blocks 1 ... depth - head_depth, and a head, the other blocks.
 
     The encoder's tokens h and the time give s = SiLU(time + h), which modulates each token of the head's blocks and of the
-    final layer. `encode` and `decode` are the two halves: s changes slowly over the steps of a sampler, which may keep it.
+    final layer. `encode` and `decode` are separate because s changes slowly over a sampler's steps, so it can be reused.
 
     Args:
-        options, blocks: what head, encoder and their blocks are made of.
+        options, blocks: options of the DDT and of its blocks.
         latent_size: side of the latent, or (height, width); multiples of patch_size.
-        depth: of encoder and head together.
+        depth: number of blocks of encoder and head together.
         rotary: as in DiT.
-        heads: depths of encoder blocks that also predict x, by a final layer each, on SiLU(time + tokens).
+        heads: depths of encoder blocks that also predict x, each with a final layer on SiLU(time + tokens).
 
-    Hidden taps are of the grid alone, and so are attention taps, (N, h, T, T).
+    Hidden taps and attention taps, (N, h, T, T), are of the grid only.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: incompatible sizes.
     """
 
     pos_embed: Tensor | None
@@ -123,17 +123,17 @@ class DDT(Backbone):
         self.encoder_depth = depth - options.head_depth
         if not 0 < options.head_depth < depth:
             raise UserError(
-                f"The head must be some of the {depth} blocks, but head_depth is {options.head_depth}: choose fewer."
+                f"The head must be a part of the {depth} blocks, but head_depth is {options.head_depth}: choose fewer."
             )
         if outside := [head for head in heads if not 1 <= head <= self.encoder_depth]:
             raise UserError(
-                f"heads names block {outside[0]}, but the encoder has blocks 1 to {self.encoder_depth}: choose one of them."
+                f"heads has block {outside[0]}, but the encoder has blocks 1 to {self.encoder_depth}: choose one of them."
             )
         self.head_dim, self.num_classes, self.null_label = head_dim, num_classes, num_classes
         time_tokens, class_tokens = options.time_tokens, options.class_tokens
         self.silu_twice, self.front = options.silu_twice, time_tokens + class_tokens
 
-        # A buffer and no parameter: the positions are fixed, but checkpoints of the papers hold them.
+        # A buffer: the positions are fixed, but the papers' checkpoints contain them.
         positions = sincos_positions(hidden_dim, self.grid) if options.positions else None
         self.register_buffer("pos_embed", positions)  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid, options.extent) if rotary else None
@@ -149,7 +149,7 @@ class DDT(Backbone):
         self.s_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size)
         self.x_embedder = PatchEmbedding(latent_channels, head_dim, patch_size)
         self.s_projector = nn.Linear(hidden_dim, head_dim) if head_dim != hidden_dim else nn.Identity()
-        # RAEv2 gives time and class to the encoder as tokens; it then has no adaLN, which would give them twice.
+        # RAEv2's encoder gets time and class as tokens, so it has no adaLN.
         modulated = not self.front
         encoder = [Block(hidden_dim, num_heads, mlp_ratio, blocks, modulated) for _ in range(self.encoder_depth)]
         head = [Block(head_dim, head_heads, mlp_ratio, blocks) for _ in range(options.head_depth)]
@@ -174,15 +174,15 @@ class DDT(Backbone):
 
     @property
     def tapped_depth(self) -> int:
-        # An aligner has one width. Where the head is wider than the encoder, only the encoder can be tapped.
+        # An aligner has one width. If the head has another width than the encoder, only the encoder can be tapped.
         return self.depth if self.head_dim == self.hidden_dim else self.encoder_depth
 
     def checked(self, tap: Tap) -> Tap:
-        """The tap itself; raises UserError when there is no such block, or its tokens have the head's other width."""
+        """The tap unchanged; raises UserError if there is no such block, or if it is in a head of another width."""
         super().checked(tap)
         if tap.depth > self.tapped_depth:
             raise UserError(
-                f"Block {tap.depth} is in the head, whose tokens are {self.head_dim} wide and not {self.hidden_dim}: tap one of the "
+                f"Block {tap.depth} is in the head, which has the width {self.head_dim} and not {self.hidden_dim}: tap a block of the "
                 f"encoder, 1 to {self.encoder_depth}."
             )
         return tap
@@ -190,7 +190,7 @@ class DDT(Backbone):
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
-        """Predict from the noised state; see `Backbone.forward`. t is in [0, 1], and `keep` is not for this network.
+        """Predict from the noised state; see `Backbone.forward`. t is in [0, 1]; `keep` is not supported.
 
         Raises:
             UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
@@ -200,18 +200,18 @@ class DDT(Backbone):
         return self.decode(state, encoded, taps)
 
     def encode(self, state: State, t: Tensor, condition: Condition, taps: tuple[Tap, ...] = ()) -> Encoded:
-        """The first half of `forward`, without its checks."""
+        """The encoder's part of `forward`, without its checks."""
         time, label = self.t_embedder(t), self.y_embedder(condition.labels)  # (N, D) each
-        # The residual stream stays in float32 under autocast; in DiT the positions see to that.
+        # The residual stream stays in float32 under autocast, as in DiT by adding float32 positions.
         tokens = at_least_float32(self.s_embedder(state["x"]))  # (N, T, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
-        # Each pass puts its tokens in front, so those of the class end up before those of the time.
+        # Each iteration prepends its tokens, so class tokens come before time tokens.
         for vector, copies in ((time, self.time_tokens), (label, self.class_tokens)):
             if copies is not None:
                 tokens = torch.cat([vector[:, None] + copies, tokens], dim=1)  # (N, S + T, D)
         rotation = None if self.rotation is None else self.rotation(self.front)
-        # Blocks without adaLN are given it too, and leave it unread.
+        # Blocks without adaLN ignore it.
         modulation = self._modulation(F.silu(time + label))
         seen: dict[Tap, Tensor] = {}
         heads: dict[int, Tensor] = {}
@@ -221,11 +221,11 @@ class DDT(Backbone):
                 base = F.silu(time[:, None] + tokens[:, self.front :])  # (N, T, D)
                 out = self.heads[str(depth)](base, self._modulation(base))
                 heads[depth] = unpatchify(out, self.grid, self.patch_size)
-        # The tokens in front have done their part: the head is modulated place by place, and they have no place.
+        # Without the tokens in front: the head is modulated per token of the grid.
         return Encoded(F.silu(time[:, None] + tokens[:, self.front :]), seen, heads)
 
     def decode(self, state: State, encoded: Encoded, taps: tuple[Tap, ...] = ()) -> Output:
-        """The second half of `forward`: the head on the noised latents, modulated by what an encoder found."""
+        """The head's part of `forward`: the head on the noised latents, modulated by an encoder's output."""
         modulation = self._modulation(self.s_projector(encoded.self_condition))  # (N, T, E)
         tokens = at_least_float32(self.x_embedder(state["x"]))  # (N, T, E)
         rotation = None if self.head_rotation is None else self.head_rotation()
@@ -236,8 +236,8 @@ class DDT(Backbone):
         return Output({"x": unpatchify(out, self.grid, self.patch_size)}, seen, encoded.heads)
 
     def _modulation(self, vector: Tensor) -> Tensor:
-        """What the linear layers of adaLN are given."""
-        # RAE's modulations begin with a SiLU, and its code hands them what went through one already: its weights expect both.
+        """Input of adaLN's linear layers."""
+        # RAE's modulations begin with a SiLU, but its code has already applied one to their input; its weights expect both.
         return F.silu(vector) if self.silu_twice else vector
 
 
@@ -249,7 +249,7 @@ class FourierTimes(nn.Module):
     def __init__(self, dim: int, num_features: int = 512):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        # In checkpoints, unlike the frequencies of the sinusoid: no formula gives random numbers again.
+        # Stored in checkpoints, unlike the sinusoid's frequencies, because no formula reproduces random numbers.
         self.register_buffer("W", torch.randn(num_features // 2))
 
     def forward(self, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DiT: the backbone of DiT and SiT, and of what is built on them: streams (REG), heads (internal guidance), a time per token.
+"""DiT: the backbone of DiT and SiT, with streams (REG), heads (internal guidance), and a time per token.
 
 N batch, C channels, T tokens of the grid, P tokens of streams in front of it, D width. No label dropout, loss, time
 sampling or guidance: train() and eval() agree.
@@ -49,16 +49,16 @@ class DiT(Backbone):
         latent_channels: C.
         num_classes: K; labels 0 ... K-1 are classes, `null_label` = K is "no label". 0 for unlabelled data.
         learn_sigma: 2C output channels, [prediction, variance].
-        norm, mlp, qk_norm, bias: what blocks are made of (see BlockOptions); the defaults are DiT's.
-        rotary: queries and keys are also turned by the place of their token.
+        norm, mlp, qk_norm, bias: layers of the blocks (see BlockOptions); the defaults are DiT's.
+        rotary: use rotary positions for queries and keys, in addition to the fixed ones.
         streams: name -> width of a vector that is noised and predicted with the latents; each is one token in front.
-        heads: depths of blocks that also predict x, by a final layer each has to itself.
-        patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
-        separate_times: where every token has its time, it attends only to tokens of the same time (arXiv 2607.02508).
-        route: blocks that see a share of the tokens where `keep` says which, and how the others come back.
+        heads: depths of blocks that also predict x, each with a separate final layer.
+        patch_overlap: overlap of patches on each side, in latent pixels; predictions are summed.
+        separate_times: with a time per token, tokens attend only to tokens of the same time (arXiv 2607.02508).
+        route: token routing for calls with `keep`.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: incompatible sizes.
     """
 
     pos_embed: Tensor
@@ -102,7 +102,7 @@ class DiT(Backbone):
         self.patch_overlap = patch_overlap
         patch_features = (patch_size + 2 * patch_overlap) ** 2 * latent_channels * (2 if learn_sigma else 1)
 
-        # A formula, but in state dicts: released checkpoints hold it, and it tells the grid of one.
+        # Stored in state dicts although a formula gives it: released checkpoints have it, and it determines their grid.
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid) if rotary else None
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
@@ -117,7 +117,7 @@ class DiT(Backbone):
             self.route = Route(*route)
             self.route.check(depth, heads, self.grid)
             self.router = Router(self.route, hidden_dim, len(streams))
-        # The depths of heads obey the same rules as taps, so the same check reports a wrong one at build time.
+        # Depths of heads follow the same rules as taps, so the same check applies.
         for depth_of_head in heads:
             self.checked(Tap(depth_of_head))
         self.initialise()
@@ -142,23 +142,21 @@ class DiT(Backbone):
     ) -> Output:
         """Predict from the noised state; see `Backbone.forward`.
 
-        t goes to the sinusoid as it is: t in [0, 1], or the integer timesteps of DDPM as floats. Hidden taps have the
-        tokens of streams in front, (N, P + T, D); attention taps are of the grid alone, (N, h, T, T). With `keep` those of
-        the route's blocks have K tokens in place of T; with none of the tokens these blocks do not run, and have no taps.
+        t is not scaled: t in [0, 1], or the integer timesteps of DDPM as floats. Hidden taps have the tokens of streams in
+        front, (N, P + T, D); attention taps are of the grid only, (N, h, T, T). With `keep` taps of the routed blocks have K
+        tokens instead of T; with K = 0 these blocks do not run and have no taps.
 
         Raises:
-            UserError: the state has other shapes, a tap is not a block, or tokens are to be left out by a network without route.
+            UserError: the state has other shapes, a tap is not a block, or `keep` is given without a route.
         """
         self.check(state, taps)
         if self.router is None and not (keep is None and path_dropped is None):
-            raise UserError(
-                "A DiT without route routes no tokens: leave keep out, or build it with --model.route FIRST LAST."
-            )
+            raise UserError("This DiT has no route: do not give keep, or build it with --model.route FIRST LAST.")
         x = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
-        # Each stream puts its token in front of those before it: taken backwards, they end up in their order.
+        # Each iteration prepends a token, so the reversed loop gives the order of the streams.
         for name, stream in reversed([*self.streams.items()]):
             x = torch.cat([stream(state[name]), x], dim=1)  # (N, P + T, D)
-        # SiLU once for all blocks: each begins its modulation by the same one.
+        # SiLU once for all blocks, because each modulation begins with the same one.
         silu_c, mask = self._conditioning(t, condition.labels)
         rotation = None if self.rotation is None else self.rotation(self.prefix_tokens)  # (P + T, D / h) twice
         context = Context(silu_c, mask, rotation)
@@ -171,9 +169,9 @@ class DiT(Backbone):
             deep = self._routed(self.router, x, context, taps, seen)
             x = self.router.merge(x, deep, keep, path_dropped)
             x = self._through(range(last + 1, len(self.blocks) + 1), x, context, taps, seen)
-        # Norm and projection apart: tokens of streams share the norm, and each stream has its own projection.
+        # Norm and projection are separate: tokens of streams share the norm, but each stream has its own projection.
         x = self.final_layer.normed(x, silu_c)
-        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider where patches overlap
+        tokens = self.final_layer.linear(x[:, self.prefix_tokens :])  # (N, T, p * p * C), wider for overlapping patches
         seen.prediction["x"] = self._image(tokens)
         for place, (name, stream) in enumerate(self.streams.items()):
             assert isinstance(stream, Stream)
@@ -181,7 +179,7 @@ class DiT(Backbone):
         return seen
 
     def _through(self, depths: range, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output) -> Tensor:
-        """Tokens x (N, P + T, D) after some blocks, whose taps and heads are written into `seen`."""
+        """Tokens x (N, P + T, D) after some blocks; their taps and heads are written into `seen`."""
         for depth in depths:
             (x,) = self.run(depth, x, *context, taps=taps, seen=seen.taps, front=self.prefix_tokens)
             if str(depth) in self.heads:
@@ -192,9 +190,9 @@ class DiT(Backbone):
     def _routed(
         self, router: Router, x: Tensor, context: Context, taps: tuple[Tap, ...], seen: Output
     ) -> Tensor | None:
-        """The kept tokens (N, P + K, D) after the blocks of the route; None where none is kept."""
+        """The kept tokens (N, P + K, D) after the routed blocks; None if no token is kept."""
         if seen.kept is not None:
-            # Path-drop guidance asks for a prediction without these blocks: running them on no tokens would still
+            # Path-drop guidance needs a prediction without these blocks: running them on no tokens would still
             # launch every kernel.
             if seen.kept.shape[1] == 0:
                 return None
@@ -205,28 +203,28 @@ class DiT(Backbone):
         return unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)  # (N, C, H, W)
 
     def _conditioning(self, t: Times, labels: Tensor) -> tuple[Conditioning, Tensor | None]:
-        """SiLU of time and label, and who may look at whom (N, T, T)."""
+        """SiLU of time and label, and the attention mask (N, T, T)."""
         label = self.y_embedder(labels)  # (N, D)
         if t.ndim == 1:
             return F.silu(self.t_embedder(t) + label), None
         if self.streams:
-            raise UserError("A time per token needs a network without streams, whose tokens have no place in the grid.")
-        # With a time for each token, equal times are the groups; with two times an image, the choice itself is.
+            raise UserError("This network has streams, which do not support a time per token: turn token times off.")
+        # Groups for the mask: equal times, or with two times per image the choice itself.
         values, which = t if isinstance(t, TwoTimes) else (t, t)  # (N, 2 or T), (N, T)
         mask = which[:, :, None] == which[:, None, :] if self.separate_times else None
         silu_c = F.silu(self.t_embedder(values) + label[:, None])  # (N, 2 or T, D)
         return TwoConditions(silu_c, which[..., None]) if isinstance(t, TwoTimes) else silu_c, mask
 
-    # The methods that users of transformers and diffusers know. Not by PyTorchModelHubMixin of huggingface_hub: it writes its own
-    # config.json over the constructor's arguments, which `repa export` does not, and a model card that needs jinja2. The module
-    # that reads and writes these folders is imported within, as it builds a DiT.
+    # Methods as in transformers and diffusers. Without PyTorchModelHubMixin of huggingface_hub: it writes its own config.json of
+    # the constructor's arguments, unlike `repa export`, and a model card that needs jinja2. The module that reads and writes
+    # these folders builds a DiT, so it is imported in the methods.
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "DiT":
-        """The network of a folder, of `repa export` or `save_pretrained`, or of a repository of the hub; in eval mode, trainable.
+        """The network of a folder of `repa export` or `save_pretrained`, or of a hub repository; in eval mode, trainable.
 
         Raises:
-            UserError: there is no such folder or repository, or it holds another kind of network.
+            UserError: no such folder or repository, or another kind of network.
         """
         from repa.models.exported import WEIGHTS, load_exported
 
@@ -237,21 +235,21 @@ class DiT(Backbone):
         return load_exported(folder).requires_grad_(True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a new folder; UserError for a network that routes tokens."""
+        """Write config.json and model.safetensors into a new folder; raises UserError for a network with a route."""
         from repa.models.exported import WEIGHTS, save_exported
         from repa.models.published import constructor_arguments
 
         if self.route:
-            raise UserError("A network that routes tokens is saved with its run: `repa export RUN FOLDER`.")
+            raise UserError("save_pretrained does not support a network with a route: use `repa export RUN FOLDER`.")
         state, folder = self.state_dict(), Path(folder)
         arguments = constructor_arguments(state, self.num_heads, self.patch_overlap)
-        # What leaves no trace in a state dict: the sides of a grid that is no square, and who may look at whom.
+        # A state dict does not determine the sides of a non-square grid and separate_times.
         arguments |= {"latent_size": list(self.state_shapes["x"][1:]), "separate_times": self.separate_times}
         with lock.exclusive(folder, "save_pretrained"), files.new_folder(folder, WEIGHTS, "the network") as temporary:
             save_exported(temporary, state, arguments, {})
 
     def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to a repository of the hub, which is made if it is not there; returns its address."""
+        """Upload the output of `save_pretrained` to a hub repository, which is created if needed; returns its address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -264,12 +262,12 @@ class DiT(Backbone):
 
 
 def build_model(name: str, **overrides: Any) -> Backbone:
-    """A network by name, "SiT-B/2", "DiT-XL/2" or "JiT-B/16", with any argument of DiT or JiT overridden.
+    """A network by name, such as "SiT-B/2", "DiT-XL/2" or "JiT-B/16"; `overrides` are arguments of DiT or JiT.
 
     latent_size, and for labelled data num_classes, come from the data and must be among the overrides.
 
     Raises:
-        UserError: an unknown name (the nearest is suggested) or sizes that do not fit together.
+        UserError: an unknown name (with the nearest one) or incompatible sizes.
     """
     sizes, family = dimensions(name)._asdict(), name.partition("-")[0]
     if family == "JiT":
@@ -284,12 +282,14 @@ def dit(config: ModelConfig) -> DiT:
 
 
 def build(config: ModelConfig) -> Backbone:
-    """The network that a complete configuration describes: latent size and channels must be filled in from the data.
+    """The network of a complete configuration, with latent size and channels from the data.
 
     Raises:
-        UserError: sizes that do not fit together, or a private backbone that gives something else.
+        UserError: incompatible sizes, or a private backbone that does not return a Backbone.
     """
     network = BACKBONES.build(config.backbone)(config)
     if not isinstance(network, Backbone):
-        raise UserError(f"The backbone {config.backbone!r} must give a Backbone, but gave {type(network).__name__}.")
+        raise UserError(
+            f"The backbone {config.backbone!r} must return a Backbone, but returned {type(network).__name__}."
+        )
     return network

@@ -1,4 +1,4 @@
-"""An exported network: a folder with config.json, model.safetensors and a model card, loaded without a run folder."""
+"""Exported networks: folders with config.json, model.safetensors and a model card, which load without a run folder."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from repa.models.published import check_values, constructor_arguments, misfit
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHECKSUM = "sha256"  # of the weights, see `digest_of`
-FORMAT = 1  # raised when an older reader would misunderstand the folder
+FORMAT = 1  # increased by changes that older readers would misunderstand
 
 Side = Annotated[int, Field(ge=1, le=65_536)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ExtraArguments(Config):
-    """Arguments of `DiT` that its weights do not tell, as a file tells them: it may come from anyone."""
+    """Arguments of `DiT` that its weights do not determine, from an untrusted file."""
 
     num_heads: Side
     latent_size: Side | tuple[Side, Side]
@@ -40,14 +40,14 @@ class ExtraArguments(Config):
 def save_exported(
     folder: Path, state: Mapping[str, Tensor], arguments: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Write weights and configuration: `arguments` are those of DiT, `facts` whatever else a reader should know."""
+    """Write weights and configuration: `arguments` of DiT, and `facts` for the user."""
     config = {"library": "repa", "format": FORMAT, "model": dict(arguments), **facts, CHECKSUM: digest_of(state)}
     files.write_sealed(folder / CONFIG, config)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
 def load_exported(folder: str | Path) -> DiT:
-    """The network of a folder that `repa export` wrote, on the CPU, frozen and in eval mode.
+    """The network of a folder of `repa export`, on the CPU, frozen and in eval mode.
 
     Raises:
         UserError: no such folder, another format, or weights that are damaged or of another network.
@@ -59,17 +59,15 @@ def load_exported(folder: str | Path) -> DiT:
 
 
 def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, state dict of DiT) of an exported folder, checked against each other; errors as in load_exported."""
+    """(config.json, state dict of DiT) of an exported folder, checked for consistency; errors as in load_exported."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder} is not an exported network: it has no {CONFIG}. Give the OUT folder of a `repa export`."
+            f"{folder} is not an exported network: it has no {CONFIG}. Give the OUT folder of `repa export`."
         )
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("library") != "repa" or config.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / CONFIG} is not of format {FORMAT} of repa: it cannot be loaded as an exported network."
-        )
+        raise UserError(f"{folder / CONFIG} does not have repa's export format {FORMAT}: export the network again.")
     where = folder / CONFIG
     given = files.read_object(where, model=dict)["model"]
     extra = ExtraArguments.parse(
@@ -80,7 +78,7 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     with faults.reading(where, "the description of a DiT"):
         arguments = constructor_arguments(state, extra.num_heads, extra.patch_overlap)
         arguments |= extra.model_dump(exclude_unset=True)
-        # What is as large as the file claims is not built: shapes of a grid are compared on the meta device below.
+        # Nothing of the size that the file claims is allocated: shapes are compared on the meta device.
         problem = misfit(state, arguments)
     plain = json.loads(json.dumps(arguments))
     lies = [
@@ -88,7 +86,7 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     ]
     if problem or lies:
         raise UserError(
-            f"{folder / WEIGHTS} holds the weights of another network than {CONFIG} describes: {problem or lies[0]}."
+            f"{folder / WEIGHTS} does not fit the network of {CONFIG}: {problem or lies[0]}. Restore both from one copy."
         )
     config["model"] = arguments
     check_values(state, str(folder / WEIGHTS))
@@ -97,11 +95,11 @@ def read_exported(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def require_digest(facts: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) -> None:
-    """Raises UserError for weights that are not those of which `facts` hold the checksum."""
+    """Raises UserError unless the weights match the checksum in `facts`."""
     if CHECKSUM not in facts:
         raise UserError(
-            f"{file} cannot be checked: the export holds no {CHECKSUM} of its weights, which every `repa export` writes. "
+            f"{file} cannot be verified: the export has no {CHECKSUM} of its weights, which `repa export` writes. "
             "Export the network again."
         )
     if facts[CHECKSUM] != digest_of(state):
-        raise UserError(f"{file} is damaged: its numbers are not the ones that were exported. Restore it from a copy.")
+        raise UserError(f"{file} is damaged: its weights do not match their checksum. Restore it from a copy.")

@@ -1,4 +1,4 @@
-"""Any network with a list of blocks as a backbone: its taps come from hooks."""
+"""Any network with a list of blocks as a backbone; hooks provide its taps."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,27 +14,27 @@ from repa.models.contract import Backbone, Condition, Output, State, Tap, Times,
 from repa.models.image_tokens import image_tokens
 from repa.models.taps import Pass, find_blocks, width_of
 
-NETS = Registry("network", {})  # of the user's own, by dotted name
+NETS = Registry("network", {})  # only users' own networks, by dotted name
 
 
 class Hooked(Backbone):
     """`net`, called through `call`, with the outputs of its `blocks` as hidden taps.
 
-    A block may give a tensor or a tuple whose first item is one, as tokens (N, P + T, D) with P tokens in front of the grid, which
-    taps leave out, or as a map (N, D, rows, columns). It has no attention taps, and torch.compile is refused: hooks would
-    break its graph.
+    A block returns a tensor, or a tuple with a tensor first: tokens (N, P + T, D) with P tokens in front of the grid, which
+    taps exclude, or a map (N, D, rows, columns). Attention taps and torch.compile are not supported: hooks would break the
+    graph.
 
     Args:
-        net: the network; its state dict has "net." in front.
-        blocks: modules within `net`, in order, each run once a pass.
+        net: the network; its state dict has the prefix "net.".
+        blocks: modules of `net`, in order; each runs once per forward pass.
         call: (net, state, t, condition) -> prediction of x, (N, C, H, W).
         hidden_dim: D.
         grid: (rows, columns) of the tokens.
-        null_label: the label that means "none"; those below it are the classes.
+        null_label: the label of the null class; smaller labels are the classes.
         state_shape: (C, H, W) of x.
 
     Raises:
-        UserError: a block is not part of the network, or is in the list twice.
+        UserError: a block is not part of the network or is listed twice.
     """
 
     compiles = False
@@ -51,13 +51,13 @@ class Hooked(Backbone):
         state_shape: tuple[int, int, int],
     ):
         super().__init__()
-        # By identity: modules compare by it, and a block that is listed twice would record twice in a pass.
+        # By identity; a block that is listed twice would record twice in a pass.
         parts = {id(module) for module in net.modules()}
         if not blocks or len({id(block) for block in blocks}) < len(blocks) or any(id(b) not in parts for b in blocks):
             raise UserError(
-                "The blocks to hook must be different modules of the network: give some of its own modules."
+                "The blocks to hook must be different modules of the network: choose them among its modules."
             )
-        self.net, self.blocks, self._call = net, list(blocks), call  # a list: the blocks are parts of the net already
+        self.net, self.blocks, self._call = net, list(blocks), call  # a list: the blocks are already in net
         self.hidden_dim, self.depth, self.grid, self.null_label = hidden_dim, len(blocks), grid, null_label
         self.num_classes = null_label  # 0 ... null_label - 1
         self.state_shapes = {"x": tuple(state_shape)}
@@ -67,13 +67,13 @@ class Hooked(Backbone):
 
     @property
     def checkpoint_activations(self) -> bool:
-        """Never: what a block of another network draws or changes is not known here, so it cannot be run twice."""
+        """Always False: a block of another network may have random numbers or side effects, so it cannot run twice."""
         return False
 
     @checkpoint_activations.setter
     def checkpoint_activations(self, wanted: bool) -> None:
         if wanted:
-            raise UserError("The blocks of a hooked network are not computed again: turn checkpoint_activations off.")
+            raise UserError("A hooked network does not support checkpoint_activations: turn it off.")
 
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
@@ -83,15 +83,13 @@ class Hooked(Backbone):
         Raises:
             UserError: other shapes, an attention tap, tokens to keep, torch.compile, or a tapped block that did not run.
         """
-        # torch.compile(network) does not call the method `compile`, so it is refused here too.
+        # torch.compile(network) does not call the method `compile`, so this check is repeated here.
         if torch.compiler.is_compiling():
             self.require_compiles()
         self.check(state, taps)
         if keep is not None or any(tap.kind != "hidden" for tap in taps):
-            raise UserError(
-                "A hooked network has hidden taps alone and takes all tokens: leave attention and routing out."
-            )
-        # Registered for this pass alone: a copy of the network, as its average is, has other blocks, and no hook to undo.
+            raise UserError("A hooked network supports neither attention taps nor token routing: turn them off.")
+        # Hooks are registered only for this pass, so that a copy of the network, such as its average, has none.
         given: dict[Tap, Any] = {}
         hooks = [self.blocks[tap.depth - 1].register_forward_hook(functools.partial(_keep, given, tap)) for tap in taps]
         try:
@@ -102,28 +100,28 @@ class Hooked(Backbone):
                 hook.remove()
         for tap in taps:
             if tap not in given:
-                raise UserError(f"Block {tap} did not run, so that it has nothing to tap: tap another block.")
+                raise UserError(f"Block {tap} did not run, so it has no output: tap another block.")
         return Output({"x": prediction}, {tap: self._tokens(tap, given[tap]) for tap in taps}, {})
 
     def _tokens(self, tap: Tap, output: Any) -> Tensor:
-        """(N, T, D) of whatever the block gave: of several tensors the first; without the tokens in front of the grid."""
+        """(N, T, D) of a block's output: the first of several tensors, without the tokens in front of the grid."""
         found = image_tokens(Pass(output, None), None, None, where=str(tap), grid=self.grid, output=0).tokens
         if found.shape[2] != self.hidden_dim:
             raise UserError(
-                f"Block {tap} gives tokens of width {found.shape[2]}, not {self.hidden_dim}: correct hidden_dim, or tap another block."
+                f"Block {tap} has tokens of width {found.shape[2]}, not {self.hidden_dim}: correct hidden_dim, or tap another block."
             )
         return found
 
 
 def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
-    """The backbone `hooked`: your own network, whose blocks are found by name.
+    """The backbone `hooked`: your own network, with blocks selected by name.
 
     Args:
-        config: of the model; patch_size is the side of a token in the latent.
+        config: configuration of the model; patch_size is the side of a token in latent pixels.
         net: dotted name of a function (config) -> nn.Module, called net(x (N, C, H, W), t (N,), labels (N,)) -> prediction
-            (N, C, H, W), a tuple of it, or an object with it as `sample`. The last label means "none".
-        blocks: names of its blocks in order, as `repa.attach` finds them: "blocks.*".
-        hidden_dim: channels of what the blocks give; 0 asks the network.
+            (N, C, H, W), a tuple of it, or an object with it as `sample`. The last label is the null class.
+        blocks: names of its blocks in order, as for `repa.attach`: "blocks.*".
+        hidden_dim: channels of the blocks' outputs; 0: from the network.
 
     Raises:
         UserError: no such blocks, or a width that cannot be determined.
@@ -131,13 +129,11 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
     config.refuse_dit_options()
     made = NETS.load(net)(config)
     if not isinstance(made, nn.Module):
-        raise UserError(f"{net} must give a torch.nn.Module, but gave {type(made).__name__}.")
+        raise UserError(f"{net} must return a torch.nn.Module, but returned {type(made).__name__}.")
     found = find_blocks(made, blocks)
     width = hidden_dim or width_of(made, found[0])
     if not width:
-        raise UserError(
-            f"How wide the tokens of {found[0].name} are is not known: add ,hidden_dim=... to {config.backbone!r}."
-        )
+        raise UserError(f"The token width of {found[0].name} is unknown: add ,hidden_dim=... to {config.backbone!r}.")
     side = config.latent_size // config.dims().patch_size
     return Hooked(
         made,

@@ -1,8 +1,8 @@
 """JiT, a diffusion transformer on pixels that predicts the clean image (arXiv 2511.13720), and PixelREPA's adapter on it.
 
 N batch, C channels, T tokens of the grid, S class tokens, D width, h heads, d = D / h. Large patches go through a narrow
-bottleneck; blocks have RMSNorm, SwiGLU, rotary positions and normed queries and keys; from one block on, copies of the
-class stand in front of the grid as tokens. Submodules carry the names of the released checkpoints.
+bottleneck; blocks have RMSNorm, SwiGLU, rotary positions and normalised queries and keys. From one block on, copies of the
+class are tokens in front of the grid. Submodules have the names of the released checkpoints.
 """
 
 from collections.abc import Sequence
@@ -35,20 +35,20 @@ OPTIONS = BlockOptions(norm="rms", mlp="swiglu", qk_norm="rms")
 
 
 class JiT(Backbone):
-    """Sizes of the paper: `jit_dimensions("JiT-B/16")`. Times go to the sinusoid as they are; those of the released weights are
-    data times, t = 1 the clean image.
+    """A diffusion transformer on pixels; `jit_dimensions("JiT-B/16")` has the paper's sizes. Times are not scaled; the released
+    weights use data times, where t = 1 is the clean image.
 
     Args:
         latent_size: side of the image, or (height, width); multiples of patch_size.
         bottleneck: width between the patch and the token.
-        class_tokens: S copies of the class in front of the grid, each with a learned position; 0 for none.
-        class_tokens_from: blocks before the class tokens come in; their taps are what PixelREPA aligns.
+        class_tokens: S copies of the class in front of the grid, each with a learned position; 0: none.
+        class_tokens_from: number of blocks before the class tokens enter; PixelREPA aligns the taps of these blocks.
 
-    Hidden taps are of the grid alone, (N, T, D), and so are attention taps, (N, h, T, T). The released H/16 also drops a
-    fifth of the outputs of its middle blocks in training; a network here draws no random numbers.
+    Hidden taps, (N, T, D), and attention taps, (N, h, T, T), are of the grid only. The released H/16 also drops a fifth of
+    the outputs of its middle blocks in training; networks here have no dropout.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: incompatible sizes.
     """
 
     pos_embed: Tensor
@@ -71,7 +71,7 @@ class JiT(Backbone):
         self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
         if class_tokens and not 0 <= class_tokens_from < depth:
             raise UserError(
-                f"class_tokens_from {class_tokens_from} is not a block of {depth}: choose 0 to {depth - 1}."
+                f"class_tokens_from must be 0 to {depth - 1} for {depth} blocks, but got {class_tokens_from}."
             )
         self.num_classes = self.null_label = num_classes
         self.class_tokens, self.class_tokens_from = class_tokens, class_tokens_from
@@ -91,7 +91,7 @@ class JiT(Backbone):
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
-        """Predict from the noised state; see `Backbone.forward`. `keep` is not for this network.
+        """Predict from the noised state; see `Backbone.forward`. `keep` is not supported.
 
         Raises:
             UserError: the state has other shapes, a tap is not a block, or a time per token or tokens to keep are given.
@@ -102,7 +102,7 @@ class JiT(Backbone):
         label = self.y_embedder(condition.labels)  # (N, D)
         silu_c = F.silu(self.t_embedder(t) + label)
         seen: dict[Tap, Tensor] = {}
-        front, rotation = 0, self.rotation()  # class tokens that are in front of the grid
+        front, rotation = 0, self.rotation()  # number of class tokens in front of the grid so far
         for depth in range(1, self.depth + 1):
             if self.in_context_posemb is not None and depth == self.class_tokens_from + 1:
                 front, rotation = self.class_tokens, self.rotation(self.class_tokens)
@@ -115,7 +115,7 @@ class JiT(Backbone):
 def jit(
     config: ModelConfig, *, bottleneck: int | None = None, class_tokens: int = 32, class_tokens_from: int | None = None
 ) -> JiT:
-    """The backbone `jit` with the sizes of the configuration; those left out are the paper's."""
+    """The backbone `jit` with the sizes of the configuration; the others are the paper's."""
     config.refuse_dit_options()
     given = {"bottleneck": bottleneck, "class_tokens_from": class_tokens_from}
     own = {**further_sizes(config.dims()), **{name: value for name, value in given.items() if value is not None}}
@@ -123,15 +123,15 @@ def jit(
 
 
 def further_sizes(sizes: Dimensions) -> dict[str, int]:
-    """What the paper gives a network of these sizes besides (table 9): class tokens come in after a third of the blocks."""
+    """The paper's further settings for these sizes (table 9); class tokens enter after a third of the blocks."""
     return {"bottleneck": 256 if sizes.hidden_dim >= 1280 else 128, "class_tokens_from": sizes.depth // 3}
 
 
 def jit_dimensions(name: str) -> dict[str, int]:
-    """Arguments of JiT by a name such as "JiT-B/16"; raises UserError when there is none."""
+    """Arguments of JiT for a name such as "JiT-B/16"; raises UserError if it is unknown."""
     sizes = dimensions(name)
     if not name.startswith("JiT"):
-        raise UserError(f"{name} is no JiT: a name is JiT-{{{','.join(JIT_SIZES)}}}/{{16,32}}, as in 'JiT-B/16'.")
+        raise UserError(f"{name} is not a JiT: use JiT-{{{','.join(JIT_SIZES)}}}/{{16,32}}, as in 'JiT-B/16'.")
     return sizes._asdict() | further_sizes(sizes)
 
 
@@ -150,18 +150,18 @@ class BottleneckEmbedding(nn.Module):
 class MaskedAdapter(nn.Module):
     """PixelREPA's projector (arXiv 2603.14366): hidden tokens, some masked, through two JiT blocks to features.
 
-    It is conditioned as the network is, by embeddings and class tokens it has to itself. Where the features have the width of the
-    tokens, the tokens are the answer; elsewhere a head follows: Linear, LayerNorm, SiLU, Linear.
+    It is conditioned like the network, with its own embeddings and class tokens. If the features have the width of the
+    tokens, the tokens are the output; otherwise a head follows: Linear, LayerNorm, SiLU, Linear.
 
-    `forward(hidden, t, condition, visible)`: hidden (N, T, D), t (N,), visible (N, T) bool, False where the mask token stands,
-    or None where all are seen. The mask is handed in, since a network draws no random numbers. -> (N, T, F).
+    `forward(hidden, t, condition, visible)`: hidden (N, T, D), t (N,), visible (N, T) bool, False for masked tokens, or None
+    for no mask. The mask is an argument because networks use no random numbers. -> (N, T, F).
 
     Args:
         hidden_dim: D.
         feature_dim: F.
         grid: (rows, columns) of the tokens.
-        num_classes: of the network.
-        masked: share of the tokens that are to be masked in training; told to whoever draws the mask.
+        num_classes: number of classes of the network.
+        masked: share of the tokens to mask in training, for the code that samples the mask.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class MaskedAdapter(nn.Module):
     def forward(self, hidden: Tensor, t: Tensor, condition: Condition, visible: Tensor | None = None) -> Tensor:
         x = hidden  # (N, T, D)
         if visible is not None:
-            # The token in the type of the taps: a parameter in float32 would widen all of them.
+            # The mask token in the dtype of the taps: a float32 parameter would promote all of them.
             x = torch.where(visible[..., None], hidden, self.mask_token.to(hidden.dtype))
         label = self.y_embedder(condition.labels)
         silu_c = F.silu(self.t_embedder(t) + label)
@@ -210,7 +210,7 @@ class MaskedAdapter(nn.Module):
 
 
 def initialise(module: JiT | MaskedAdapter) -> None:
-    """Linear layers by Xavier without bias, tables of small numbers, and adaLN-Zero."""
+    """Initialise linear layers by Xavier with zero biases, tables with small random numbers, and adaLN-Zero."""
     xavier_layers(module, nn.Linear)
     normal_matrices(module.y_embedder, module.t_embedder)
     if module.in_context_posemb is not None:

@@ -1,8 +1,8 @@
-"""Norm and modulation whose backward reads each number once: a Triton kernel on CUDA, and its twin in plain PyTorch.
+"""Norm and modulation with a backward pass that reads each number once: a Triton kernel on CUDA, and plain PyTorch.
 
-Autograd's own backward reads gradient and normalised tokens again for each of three sums, and keeps the normalised tokens of
-every norm until then. Here they are computed again from the tokens, of which only mean and deviation are kept. Chosen by
-`fused_norm`; off by default, as nobody has timed it on a GPU yet.
+Autograd's backward pass reads gradient and normalised tokens for each of three sums, and stores the normalised tokens of
+every norm. Here they are recomputed from the tokens and the stored mean and deviation. The setting `fused_norm` selects it;
+off by default, because it has not been timed on a GPU yet.
 
 N batch, T tokens, D width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
-ROWS = 16  # tokens of one program, which adds up their part of the gradients of shift and scale
+ROWS = 16  # tokens per program, which sums their part of the gradients of shift and scale
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -36,17 +36,17 @@ class _ModulatedNorm(torch.autograd.Function):
         return *modulated_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None
 
 
-# A custom operator and no plain function: torch.compile takes it as one piece instead of looking into a Triton launch.
+# A custom operator, so that torch.compile does not trace into the Triton launch.
 @torch.library.custom_op("repa::modulated_norm_backward", mutates_args=())
 def modulated_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, shift, scale) from that of the output. The twin in plain PyTorch.
+    """Gradients of (x, shift, scale) from the gradient of the output, in plain PyTorch.
 
     With z = LayerNorm(x) and d = gradient * (1 + scale) they are rstd * (d - mean_D(d) - z * mean_D(d z)), sum_T(gradient) and
     sum_T(gradient z).
     """
-    # Computed again from x: keeping it from the forward pass costs more memory than this costs time.
+    # Recomputed from x, because storing it in the forward pass would need too much memory for the time saved.
     normed = (x - mean) * rstd
     d = gradient * (1 + scale)
     of_x = rstd * (d - d.mean(-1, keepdim=True) - normed * (d * normed).mean(-1, keepdim=True))
@@ -62,15 +62,15 @@ def _(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor) ->
 def norm_backward_by_triton(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the kernel: each program takes ROWS tokens of an image; the sums over tokens are added up at the end."""
+    """The same with the kernel: each program processes ROWS tokens of an image; the partial sums over tokens are added at the end."""
     num, tokens, width = x.shape
     x, mean, rstd, scale = (t.contiguous() for t in (x, mean, rstd, scale))
-    # One program an image would leave most of the GPU idle; one a token would write as many partial sums as
+    # One program per image would leave most of the GPU idle; one per token would write as many partial sums as
     # tokens.
     parts = -(-tokens // ROWS)
     of_x = torch.empty_like(x)
     of_shift, of_scale = (torch.empty(num, parts, width, device=x.device, dtype=torch.float32) for _ in range(2))
-    # Triton needs ranges of a power of two; the mask leaves the surplus columns out.
+    # Triton needs ranges of a power of two; the mask excludes the surplus columns.
     padded = 1 << (width - 1).bit_length()
     norm_kernel()[(num, parts)](
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS=ROWS, PADDED=padded
@@ -80,7 +80,7 @@ def norm_backward_by_triton(
 
 @functools.cache
 def norm_kernel() -> "JITFunction":
-    """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
+    """The Triton kernel, defined on first use, because PyTorch for CPUs has no Triton."""
     import triton
     import triton.language as tl
 
@@ -88,7 +88,7 @@ def norm_kernel() -> "JITFunction":
     def backward(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own types
         gradient, x, mean, rstd, scale, of_x, of_shift, of_scale, tokens, width, ROWS: tl.constexpr, PADDED: tl.constexpr
     ):  # fmt: skip
-        # int64 where the number of an image is multiplied: offsets in large batches pass the range of int32.
+        # int64 for products with an image's index: offsets in large batches exceed int32.
         image, part = tl.program_id(0), tl.program_id(1)
         column = tl.arange(0, PADDED)
         inside = column < width
@@ -97,11 +97,11 @@ def norm_kernel() -> "JITFunction":
         scale_sum = tl.zeros([PADDED], dtype=tl.float32)
         for i in range(ROWS):
             token = part * ROWS + i
-            # The last program of an image may reach beyond its last token: those rows are masked whole.
+            # The last program of an image may exceed its last token: those tokens are masked.
             live = column < tl.where(token < tokens, width, 0)
             row = image.to(tl.int64) * tokens + token
             g = tl.load(gradient + row * width + column, mask=live, other=0).to(tl.float32)
-            # One number for the row, loaded in every lane: so the same mask holds for it.
+            # One number per token, loaded in every lane, so that the same mask applies.
             m = tl.load(mean + row + 0 * column, mask=live, other=0).to(tl.float32)
             r = tl.load(rstd + row + 0 * column, mask=live, other=0).to(tl.float32)
             z = tl.load(x + row * width + column, mask=live, other=0).to(tl.float32)

@@ -1,7 +1,7 @@
 """Layers of a diffusion transformer (Peebles & Xie, arXiv 2212.09748): embeddings, adaLN-Zero block, head.
 
-N batch, C channels, T tokens, D width, h heads, d = D / h, G tokens per side, p patch size. Submodules carry the names of
-the released checkpoints of DiT, SiT and REPA, so that their state dicts load without a map.
+N batch, C channels, T tokens, D width, h heads, d = D / h, G tokens per side, p patch size. Submodules have the names of
+the released checkpoints of DiT, SiT and REPA, so that their state dicts load without a mapping.
 """
 
 import math
@@ -22,7 +22,7 @@ INIT_STD = 0.02  # of tables of labels and tokens, and of the timestep MLP
 
 
 def xavier_layers(module: nn.Module, *kinds: type[nn.Linear | nn.Conv2d]) -> None:
-    """Every layer of these kinds in it by Xavier (uniform), biases 0."""
+    """Initialise all layers of these kinds by Xavier (uniform), with zero biases."""
     for layer in module.modules():
         if isinstance(layer, kinds):
             nn.init.xavier_uniform_(layer.weight)
@@ -31,15 +31,15 @@ def xavier_layers(module: nn.Module, *kinds: type[nn.Linear | nn.Conv2d]) -> Non
 
 
 def xavier_patches(conv: nn.Conv2d) -> None:
-    """The same for the linear layer that a convolution over patches is."""
-    # Flattened, as the fans of the linear layer are meant and not those of a convolution; a view, so in place.
+    """The same for a convolution over patches, as a linear layer."""
+    # Flattened, for the fan of the linear layer instead of the convolution's; a view, so in place.
     nn.init.xavier_uniform_(conv.weight.flatten(1))
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 
 
 def normal_matrices(*modules: nn.Module) -> None:
-    """Every matrix in them of small random numbers."""
+    """Initialise all their matrices with small random numbers."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.ndim == 2:
@@ -48,7 +48,7 @@ def normal_matrices(*modules: nn.Module) -> None:
 
 def adaln_zero(network: nn.Module) -> None:
     """Blocks start as the identity and every prediction as zero."""
-    # Last of all initialisers: the layers that it zeroes are linear, and those before it fill every linear layer.
+    # Must be the last initialiser, because the others fill every linear layer, including those that this one zeroes.
     for name, parameter in network.named_parameters():
         if name.endswith(("adaLN_modulation.1.weight", ".linear.weight")):
             nn.init.zeros_(parameter)
@@ -75,20 +75,20 @@ def timestep_frequencies(dim: int, max_period: float = MAX_PERIOD) -> Tensor:
 
 
 class BlockOptions(NamedTuple):
-    """What a block is made of: DiT's by default.
+    """Layers of a block; the defaults are DiT's.
 
-    LightningDiT, RAE and JiT have norm rms, mlp swiglu and rotary positions (which a network hands to its blocks), JiT and DDT
-    also qk_norm rms, and DDT no bias.
+    LightningDiT, RAE and JiT have norm rms, mlp swiglu and rotary positions (which a network passes to its blocks). JiT and
+    DDT also have qk_norm rms, and DDT has no bias.
     """
 
-    norm: Literal["layer", "rms"] = "layer"  # LayerNorm without weights, or RMSNorm with one a channel
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm without weights, or RMSNorm with one per channel
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qk_norm: Literal["none", "layer", "rms"] = "none"  # of queries and keys, per head
     bias: bool = True  # of queries, keys, values and the MLP
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the wider type of input and weight, as autocast computes LayerNorm: it leaves RMSNorm out."""
+    """RMSNorm in the wider type of input and weight, as autocast does for LayerNorm but not for RMSNorm."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
@@ -96,22 +96,22 @@ class RMSNorm(nn.RMSNorm):
 
 
 def token_norm(kind: str, dim: int) -> nn.Module:
-    """What adaLN modulates: "layer" or "rms" of BlockOptions."""
+    """The norm before adaLN's modulation: "layer" or "rms" of BlockOptions."""
     return RMSNorm(dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(dim, NORM_EPS, elementwise_affine=False)
 
 
 def query_norm(kind: str, head_dim: int) -> nn.Module:
-    """Of queries or keys: "none", "layer" or "rms" of BlockOptions."""
+    """Norm of queries or keys: "none", "layer" or "rms" of BlockOptions."""
     if kind == "none":
         return nn.Identity()
-    # LayerNorm with weights and PyTorch's eps, as in the attention of timm that the code of SiT and REPA takes.
+    # LayerNorm with weights and PyTorch's eps, as in timm's attention, which the code of SiT and REPA uses.
     return RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms" else nn.LayerNorm(head_dim)
 
 
 class PatchEmbedding(nn.Module):
-    """Cut the latent into patches, row by row, and project each to the width: (N, C, H, W) -> (N, T, D).
+    """Cut the latents into patches, row-major, and project each to the width: (N, C, H, W) -> (N, T, D).
 
-    Each patch also sees `overlap` pixels of its neighbours on every side; outside the latent they are zero.
+    Each patch includes `overlap` pixels of its neighbours on every side, which are zero outside the latents.
     """
 
     def __init__(self, channels: int, dim: int, patch_size: int, overlap: int = 0):
@@ -123,15 +123,15 @@ class PatchEmbedding(nn.Module):
 
 
 def tokens_of(image: Tensor) -> Tensor:
-    """(N, D, rows, columns) -> (N, T, D), written token by token.
+    """(N, D, rows, columns) -> (N, T, D), contiguous.
 
-    A view would keep each channel together in memory, and so would every sum with it: all norms of the network would copy it.
+    A view, and every sum with it, would be contiguous by channel, so all norms of the network would copy it.
     """
     return image.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):
-    """[cos, sin] of t, unscaled, through an MLP: (N,) -> (N, D), (N, T) -> (N, T, D). Not under autocast: bfloat16 blurs near times."""
+    """[cos, sin] of t, unscaled, through an MLP: (N,) -> (N, D), (N, T) -> (N, T, D). No autocast: bfloat16 blurs near times."""
 
     frequencies: Tensor
 
@@ -142,7 +142,7 @@ class TimestepEmbedding(nn.Module):
         self.register_buffer("frequencies", timestep_frequencies(num_features, max_period), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # Follow every .to() in device, never in dtype: rounded frequencies would be other frequencies.
+        # Moves with .to() to another device but keeps its dtype, because rounding would change the frequencies.
         super()._apply(*args, **kwargs)
         self.frequencies = timestep_frequencies(self.num_features, self.max_period).to(self.frequencies.device)
         return self
@@ -150,13 +150,13 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         with no_autocast(t.device):
             angles = t[..., None] * self.frequencies  # (..., 128)
-            # Cosines first, as DiT's released weights expect; its positions have the sines first.
+            # Cosines first, as DiT's released weights expect; its positions have sines first.
             features = torch.cat([angles.cos(), angles.sin()], dim=-1)
             return self.mlp(features.to(next(self.mlp.parameters()).dtype))  # (..., D)
 
 
 class LabelEmbedding(nn.Module):
-    """One vector per class and one, the last, for the null class: (N,) int64 -> (N, D)."""
+    """A vector per class and, last, one for the null class: (N,) int64 -> (N, D)."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -167,10 +167,10 @@ class LabelEmbedding(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid: the first half of a head turns by row, the second by
-    column, pairs of neighbouring channels by one angle. Tokens in front of the grid are not turned.
+    """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid: the first half of a head rotates by row, the second by
+    column, and pairs of neighbouring channels by the same angle. Tokens in front of the grid are not rotated.
 
-    Rows and columns are counted 0, 1, 2 ..., or stretched so that the last one is `extent`.
+    Rows and columns are 0, 1, 2 ..., or scaled so that the last one is `extent`.
     """
 
     cos: Tensor
@@ -186,17 +186,17 @@ class Rotation(nn.Module):
         rows, columns = grid
         # (rows, columns, d)
         angles = torch.cat([row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=-1)
-        # Kept in checkpoints, as the fixed positions are: nothing else there tells that a network has them.
+        # Stored in checkpoints, like the fixed positions: nothing else there shows that a network has rotary positions.
         self.register_buffer("cos", angles.flatten(0, 1).cos().float())  # (T, d)
         self.register_buffer("sin", angles.flatten(0, 1).sin().float())
 
     def forward(self, front: int = 0) -> tuple[Tensor, Tensor]:
-        """(front + T, d) each."""
+        """Cosines and sines, (front + T, d) each."""
         return F.pad(self.cos, (0, 0, front, 0), value=1.0), F.pad(self.sin, (0, 0, front, 0))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of channels of x (N, h, T, d); cos and sin (T, d), or (N, 1, T, d)."""
+    """Rotate the pairs of channels of x (N, h, T, d); cos and sin (T, d), or (N, 1, T, d)."""
     turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
     return x * cos + turned * sin
 
@@ -215,42 +215,42 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None, tapped: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(output (N, T, D), logits (N, h, T, T) when `tapped`).
+        """(output (N, T, D), logits (N, h, T, T) if `tapped`).
 
         Args:
-            mask: (N, T, T) bool, True where a token may look.
-            rotation: cosines and sines of the places of the tokens.
+            mask: (N, T, T) bool, True where a token may attend.
+            rotation: cosines and sines of the tokens' positions.
         """
         q, k, v = by_head(self.qkv(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # Autocast leaves a norm, and a rotation, in float32; the fused kernels need one type for all three.
+        # Under autocast norms and rotations return float32, but the fused kernels need one type for all three.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        # The fused kernels keep no logits: a tapped block pays for one more product of queries and keys.
+        # The fused kernels return no logits, so a tapped block computes the product of queries and keys again.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) if tapped else None
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2)), logits  # (N, T, D)
 
 
 def by_head(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (N, h, T, d) of what one product gave for all three (N, T, 3 D), without a copy.
+    """Queries, keys and values (N, h, T, d) from the output of one product (N, T, 3 D), without a copy.
 
-    Unbound before it is turned: autograd then writes their gradients once, packed as the product's backward takes them.
+    Unbound before the transposition: autograd then writes their gradients once, packed as the product's backward needs them.
     """
     q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
     return q, k, v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (N, h, T, d), by PyTorch's fused kernels; `mask` (N, T, T): True may be seen.
+    """softmax(q k^T / sqrt(d)) v over (N, h, T, d), by PyTorch's fused kernels; `mask` (N, T, T): True where a token may attend.
 
-    The one exception: in bfloat16 on a CPU their backward is slow, and two products with a softmax between them take less
-    time: `python benchmarks/attention.py` prints how much less.
+    Exception: in bfloat16 on a CPU their backward pass is slow, so two products with a softmax between them are used;
+    `python benchmarks/attention.py` prints the times.
     """
     mask = None if mask is None else mask[:, None]  # the same for every head
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         heads = q.shape[:2]
-        # Flattened, which copies by rows: matmul on four axes would copy the keys column by column.
+        # Flattened, which copies row by row; matmul on four axes would copy the keys column by column.
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         logits = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).unflatten(0, heads)  # (N, h, T, T)
         if mask is not None:
@@ -279,10 +279,10 @@ GELU_CUBIC = 0.044715
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh approximation.
 
-    Compiled for a CPU as x * sigmoid(...), the same function: its tanh takes twice the time (`python benchmarks/besides.py`).
+    For a CPU it is compiled as x * sigmoid(...), the same function, because tanh takes twice the time (`python benchmarks/besides.py`).
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        # In float32 at no cost: compiled into one loop, what is between two roundings stays in registers.
+        # float32 costs nothing here: in one compiled loop the intermediate values stay in registers.
         wide = at_least_float32(x)
         return (wide * torch.sigmoid(GELU_SLOPE * wide * (1 + GELU_CUBIC * wide * wide))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
@@ -304,32 +304,32 @@ class SwiGLU(nn.Module):
 
 
 def modulation(dim: int, chunks: int) -> nn.Sequential:
-    """The linear layer of adaLN; the Identity stands where SiLU(c) was, which the network computes once for all."""
+    """The linear layer of adaLN; the Identity replaces SiLU(c), which the network computes once for all blocks."""
     return nn.Sequential(nn.Identity(), nn.Linear(dim, chunks * dim))
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """normed * (1 + scale) + shift: normed (N, T, D), shift and scale (N, 1 or T, D).
 
-    All in the dtype of x: in bfloat16, 1 + scale loses every scale below 0.004, which is all of them early in training.
+    Computed in the dtype of x: in bfloat16, 1 + scale loses every scale below 0.004, that is, all of them early in training.
     """
     return torch.addcmul(shift, normed, 1 + scale)
 
 
 class TwoConditions(NamedTuple):
-    """SiLU of two conditions an image, and which of them each token has."""
+    """SiLU of two conditions per image, and the choice for each token."""
 
     both: Tensor  # (N, 2, D)
     second: Tensor  # (N, T, 1) bool
 
 
-Conditioning = Tensor | TwoConditions  # SiLU of time and label: (N, D), (N, T, D), or two an image
+Conditioning = Tensor | TwoConditions  # SiLU of time and label: (N, D), (N, T, D), or two per image
 
 
 def modulations(layer: nn.Module, silu_c: Conditioning, x: Tensor, chunks: int) -> tuple[Tensor, ...]:
     """Shifts, scales and gates in the dtype of x: silu_c (N, D) -> (N, 1, D) each, (N, T, D) or TwoConditions -> (N, T, D) each."""
     if isinstance(silu_c, TwoConditions):
-        # Two products an image and a choice, where (N, T, D) would take one for each token.
+        # Two products per image and a choice, instead of one product per token.
         first, second = layer(silu_c.both).to(x.dtype).split(1, dim=1)
         return torch.where(silu_c.second, second, first).chunk(chunks, dim=2)
     out = layer(silu_c).to(x.dtype)
@@ -368,12 +368,12 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None = None,
         tapped: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, T, D), silu_c of it, mask (N, T, T) -> (x, attention logits (N, h, T, T) when `tapped`)."""
+        """x (N, T, D), silu_c of it, mask (N, T, T) -> (x, attention logits (N, h, T, T) if `tapped`)."""
         if self.adaLN_modulation is None:
             attention, logits = self.attn(self.norm1(x), mask, rotation, tapped)
             x = x + attention
             return x + self.mlp(self.norm2(x)), logits
-        # The order of the six in the rows of DiT's released weights.
+        # The order of these six in DiT's released weights.
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations(
             self.adaLN_modulation, silu_c, x, 6
         )
@@ -382,13 +382,13 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_mlp, self.mlp(self._modulated(self.norm2, x, shift_mlp, scale_mlp))), logits
 
     def _modulated(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        # A shift for every token has no sum over tokens in its gradient, which is what the kernel fuses.
+        # The kernel fuses the gradient's sum over tokens, which a shift per token does not have.
         if self.fused_norm and scale.shape[1] == 1:
             return modulated_norm(x, shift, scale, NORM_EPS)
         return modulate(norm(x), shift, scale)
 
     def fuse_norm(self) -> bool:
-        """Take the kernel of `kernels.py` for norm and modulation, where they are LayerNorm and adaLN; returns whether they are."""
+        """Use the kernel of `kernels.py` for LayerNorm with adaLN; returns False for other blocks."""
         self.fused_norm = type(self.norm1) is nn.LayerNorm and self.adaLN_modulation is not None
         return self.fused_norm
 
@@ -406,14 +406,15 @@ class FinalLayer(nn.Module):
         return self.linear(self.normed(x, silu_c))  # (N, T, p * p * C)
 
     def normed(self, x: Tensor, silu_c: Conditioning) -> Tensor:
-        """What the projection sees: (N, T, D)."""
+        """Input of the projection: (N, T, D)."""
         return modulate(self.norm_final(x), *modulations(self.adaLN_modulation, silu_c, x, 2))
 
 
 class Stream(nn.Module):
-    """A further noised vector as one token in front of the grid (REG, arXiv 2507.01467): its way in and its way out.
+    """Embedding and prediction of a stream, one token in front of the grid (REG, arXiv 2507.01467).
 
-    In: Linear and an affine LayerNorm, (N, F) -> (N, 1, D). Out: Linear from the token that the final layer normed, (N, D) -> (N, F).
+    Embedding: Linear and an affine LayerNorm, (N, F) -> (N, 1, D). Prediction: Linear on the final layer's normalised token,
+    (N, D) -> (N, F).
     """
 
     def __init__(self, features: int, dim: int):
@@ -427,7 +428,7 @@ class Stream(nn.Module):
 
 
 def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
-    """(N, C, H, W) -> (N, T, p * p * C), the way back of `unpatchify`."""
+    """(N, C, H, W) -> (N, T, p * p * C), the inverse of `unpatchify`."""
     n, channels, height, width = x.shape
     rows, columns = height // patch[0], width // patch[1]
     cut = x.reshape(n, channels, rows, patch[0], columns, patch[1])
@@ -437,8 +438,8 @@ def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: int = 0) -> Tensor:
     """(N, rows * columns, q * q * C) -> (N, C, rows * p, columns * p); features are ordered (row in patch, column in patch, channel).
 
-    q = p + 2 overlap: where patches overlap, a pixel is the sum of what all of them say about it, and what they say beyond
-    the edge of the latent is dropped.
+    q = p + 2 overlap: the predictions of overlapping patches for a pixel are summed, and those outside the latents are
+    discarded.
     """
     n, p = len(tokens), patch_size
     if overlap:
@@ -446,24 +447,24 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int, overlap: 
         patches = tokens.unflatten(2, (q, q, -1)).permute(0, 4, 2, 3, 1).flatten(1, 3)  # (N, C * q * q, T)
         # bfloat16 would round every partial sum.
         return F.fold(at_least_float32(patches), (grid[0] * p, grid[1] * p), q, padding=overlap, stride=p)
-    # Channels last within a patch, as in DiT, SiT, REG and JiT; the released code of DDT and SPRINT has them first.
+    # Channels last in a patch, as in DiT, SiT, REG and JiT; the released code of DDT and SPRINT has them first.
     x = tokens.reshape(n, *grid, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, grid[0] * p, grid[1] * p)
 
 
 def grid_side(num_tokens: int) -> int:
-    """Side of the square grid of tokens: 256 -> 16; raises UserError where they are none."""
+    """Side of a square grid of tokens: 256 -> 16; raises UserError if it is not square."""
     side = math.isqrt(num_tokens)
     if side * side != num_tokens or side == 0:
         raise UserError(
-            f"{num_tokens} tokens are not a square grid: patch tokens come as 16 x 16, 32 x 32 and so on, "
-            "without class or register tokens. Tokens of another grid need it: grid=(rows, columns)."
+            f"{num_tokens} tokens are not a square grid such as 16 x 16 or 32 x 32: remove class and register tokens, "
+            "or give the grid as grid=(rows, columns)."
         )
     return side
 
 
 class TokenConvolution(nn.Module):
-    """A convolution over the grid of tokens, which keeps its size: (N, T, D) -> (N, T, F).
+    """A convolution over the grid of tokens that preserves its size: (N, T, D) -> (N, T, F).
 
     Args:
         grid: (rows, columns); None: a square.

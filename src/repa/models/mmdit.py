@@ -1,7 +1,7 @@
 """MMDiT, the text-to-image network of REPA (arXiv 2410.06940, appendix; the block is of arXiv 2403.03206).
 
-N batch, C channels, T tokens of the grid, S text tokens, E their width, D width, h heads. Text and image are two streams
-with separate weights that meet in one attention over [text, image].
+N batch, C channels, T tokens of the grid, S text tokens, E their width, D width, h heads. Text and image have
+separate weights and a joint attention over [text, image].
 """
 
 from collections.abc import Sequence
@@ -32,26 +32,26 @@ from repa.models.layers import (
     xavier_patches,
 )
 
-CLIP_L = (77, 768)  # tokens of a text and their width
+CLIP_L = (77, 768)  # number and width of text tokens
 
 
 class MMDiT(Backbone):
-    """24 blocks of width 768 and 24 heads by default, the paper's. It reads `Condition.text` and no labels.
+    """A network with 24 blocks of width 768 and 24 heads by default, as in the paper. Reads `Condition.text`, ignores labels.
 
     Args:
         latent_size: side of the latent, or (height, width); multiples of patch_size.
         text_shape: (S, E) of the text.
-        patch_overlap: pixels of its neighbours that a patch also sees and predicts on each side; predictions are summed.
-        reference_init: PyTorch's default initialisation, as the released code has; otherwise adaLN-Zero, as in DiT.
+        patch_overlap: overlap of patches on each side, in latent pixels; predictions are summed.
+        reference_init: PyTorch's default initialisation, as in the released code; otherwise adaLN-Zero, as in DiT.
 
     Attributes:
-        null_text: (S, E) what stands for "no text". Zeros until the encoded empty text is copied into it.
-        null_mask: (S,) bool, its tokens.
+        null_text: (S, E) null text; zeros until the encoded empty text is copied into it.
+        null_mask: (S,) bool, mask of null_text.
 
-    Hidden taps are the image stream, (N, T, D); attention taps are of the grid alone, (N, h, T, T).
+    Hidden taps are the image tokens, (N, T, D); attention taps are of the grid only, (N, h, T, T).
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: incompatible sizes.
     """
 
     pos_embed: Tensor
@@ -74,10 +74,10 @@ class MMDiT(Backbone):
         super().__init__()
         self.take_sizes(latent_size, latent_channels, patch_size, hidden_dim, depth, num_heads)
         self.text_shape, self.patch_overlap = tuple(text_shape), patch_overlap
-        self.num_classes = self.null_label = 0  # labels are not looked at
+        self.num_classes = self.null_label = 0  # labels are ignored
 
         self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid), persistent=False)  # (1, T, D)
-        # In checkpoints, so that a sampler needs no text encoder to guide away from "no text".
+        # Stored in checkpoints, so that guidance by the empty text needs no text encoder in sampling.
         self.register_buffer("null_text", torch.zeros(text_shape))
         self.register_buffer("null_mask", torch.ones(text_shape[0], dtype=torch.bool))
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
@@ -97,7 +97,7 @@ class MMDiT(Backbone):
 
     def null(self, like: Condition) -> Condition:
         num = len(like.labels)
-        # Without a mask where the text has none: the two are joined in one batch, so both need the same parts.
+        # No mask if the text has none, because both are concatenated in one batch.
         needed = like.text is None or like.text_mask is not None
         mask = self.null_mask.expand(num, -1) if needed else None
         return like._replace(text=self.null_text.expand(num, -1, -1), text_mask=mask)
@@ -113,7 +113,7 @@ class MMDiT(Backbone):
     def forward(
         self, state: State, t: Times, condition: Condition, taps: tuple[Tap, ...] = (), keep: Tensor | None = None
     ) -> Output:
-        """Predict from the noised state; see `Backbone.forward`. t goes to the sinusoid as it is, in [0, 1].
+        """Predict from the noised state; see `Backbone.forward`. t is in [0, 1] and not scaled.
 
         Raises:
             UserError: other shapes, no text, a tap is not a block, or a time per token or tokens to keep are given.
@@ -123,24 +123,24 @@ class MMDiT(Backbone):
         if condition.text is None or tuple(condition.text.shape[1:]) != self.text_shape:
             found = "none" if condition.text is None else tuple(condition.text.shape)
             raise UserError(
-                f"MMDiT takes text of shape (N, {self.text_shape[0]}, {self.text_shape[1]}), but got {found}."
+                f"MMDiT needs text of shape (N, {self.text_shape[0]}, {self.text_shape[1]}), but got {found}."
             )
         image = self.x_embedder(state["x"]) + self.pos_embed  # (N, T, D)
         text = self.context_embedder(condition.text)  # (N, S, D)
         silu_c = F.silu(self.t_embedder(t))
         mask = None
-        # Only as keys: queries of padding may compute what they like, because nobody looks at the result.
+        # Padding is masked only as keys: the results of its queries are never read.
         if condition.text_mask is not None:
             mask = F.pad(condition.text_mask, (0, image.shape[1]), value=True)[:, None]  # (N, 1, S + T)
         seen: dict[Tap, Tensor] = {}
         for depth in range(1, self.depth + 1):
             text, image = self.run(depth, text, image, silu_c, mask, taps=taps, seen=seen)
-        tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C), wider where patches overlap
+        tokens = self.final_layer(image, silu_c)  # (N, T, p * p * C), wider for overlapping patches
         return Output({"x": unpatchify(tokens, self.grid, self.patch_size, self.patch_overlap)}, seen, {})
 
 
 def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
-    """The backbone `mmdit` with the sizes of the configuration; a text size that is not known yet is CLIP-L's."""
+    """The backbone `mmdit` with the sizes of the configuration; an unknown text size is CLIP-L's."""
     config.refuse_dit_options(allowed=("patch_overlap",))
     text_shape = config.text_shape if any(config.text_shape) else CLIP_L
     return MMDiT(
@@ -149,7 +149,7 @@ def mmdit(config: ModelConfig, *, reference_init: bool = False) -> MMDiT:
 
 
 class TokenStream(nn.Module):
-    """The weights that one of the two streams has in a block; the last text stream only gives keys and values."""
+    """The weights of text or image in a block; the text's in the last block have only keys and values."""
 
     def __init__(self, dim: int, only_keys: bool):
         super().__init__()
@@ -162,19 +162,19 @@ class TokenStream(nn.Module):
         self.adaLN_modulation = modulation(dim, self.chunks)
 
     def before(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(queries, keys and values (N, T, 3 D); what modulates and gates the rest)."""
+        """(queries, keys and values (N, T, 3 D); modulations and gates for `after`)."""
         shift, scale, *rest = modulations(self.adaLN_modulation, silu_c, x, self.chunks)
         return self.qkv(modulate(self.norm(x), shift, scale)), tuple(rest)
 
     def after(self, x: Tensor, attention: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        """x (N, T, D) and what attention found for it, (N, T, D) -> (N, T, D)."""
+        """x (N, T, D) and the output of attention (N, T, D) -> (N, T, D)."""
         gate_attn, shift, scale, gate_mlp = rest
         x = torch.addcmul(x, gate_attn, self.proj(attention))
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm(x), shift, scale)))
 
 
 class JointBlock(nn.Module):
-    """Two streams, one attention over [text, image]; after the `last` block the text goes nowhere."""
+    """A block with separate weights and joint attention over [text, image]; the `last` block does not update the text."""
 
     def __init__(self, dim: int, num_heads: int, last: bool):
         super().__init__()
@@ -186,12 +186,12 @@ class JointBlock(nn.Module):
     def forward(
         self, text: Tensor, image: Tensor, silu_c: Tensor, mask: Tensor | None = None, tapped: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """text (N, S, D), image (N, T, D), silu_c (N, D), mask (N, 1, S + T) -> (text, image, logits (N, h, T, T) when `tapped`)."""
+        """text (N, S, D), image (N, T, D), silu_c (N, D), mask (N, 1, S + T) -> (text, image, logits (N, h, T, T) if `tapped`)."""
         of_text, rest_text = self.text.before(text, silu_c)
         of_image, rest_image = self.image.before(image, silu_c)
         q, k, v = by_head(torch.cat([of_text, of_image], dim=1), self.num_heads)  # each (N, h, S + T, D/h)
         num = text.shape[1]
-        # Of image tokens with each other, before the softmax that they share with the text: a target has no text.
+        # Only among image tokens, before the joint softmax, because the target has no text.
         logits = (q[:, :, num:] * q.shape[-1] ** -0.5) @ k[:, :, num:].transpose(-1, -2) if tapped else None
         attention = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (N, S + T, D)
         image = self.image.after(image, attention[:, num:], rest_image)

@@ -1,8 +1,8 @@
-"""Released checkpoints of REPA, SiT and DiT as state dicts of `DiT`, and the other way round.
+"""Conversion of released checkpoints of REPA, SiT and DiT to state dicts of `DiT`, and back.
 
-The names of our modules are those of the released files, so what is left to map are the conventions: REPA's projectors
-and its older block names, and SiT's reversed time and opposite velocity, which fold exactly into the weights: the first layer of the
-timestep embedding is linear in [cos f t, sin f t], and what is linear in these features goes into its weight (D, 2F).
+Our modules have the names of the released files, so only conventions are converted: REPA's projectors and older block names,
+and SiT's reversed time and velocity, which are folded exactly into the weights: the first layer of the timestep embedding is
+linear in [cos f t, sin f t], so linear maps of these features can be merged into its weight (D, 2F).
 """
 
 import argparse
@@ -23,34 +23,34 @@ from repa.models.dit import DiT
 from repa.models.layers import timestep_frequencies
 
 KINDS = ("repa", "sit", "dit")
-MOST_STEPS = 10**12  # of a network that was trained
+MOST_STEPS = 10**12  # largest plausible number of training steps
 FIRST_TIME_LAYER = "t_embedder.mlp.0.weight"
-# Tensors by which a state dict shows what the network was built with.
+# Tensors that show the options of a network.
 SWIGLU, FUSION = "blocks.0.mlp.w3.weight", "router.fuse.weight"
 STREAM, HEAD = re.compile(r"streams\.(\w+)\.linear\.bias"), re.compile(r"heads\.(\d+)\.linear\.bias")
 
 
 class Published(NamedTuple):
-    """All that is used of a released checkpoint, as state dicts of `DiT` and of its projectors (see load_published)."""
+    """The contents of a released checkpoint, as state dicts of `DiT` and of its projectors (see load_published)."""
 
     ema: StateDict
     projectors: StateDict  # of the EMA weights; "0.2.weight" is layer 2 of projector 0
-    model: StateDict  # the raw weights; empty when the file has one set only
-    steps: int | None  # steps of training, where the file tells
-    settings: dict[str, Any]  # how it was trained, as its own code named it; empty when the file does not tell
-    taken: str  # which weights of the file these are, as a sentence
+    model: StateDict  # the raw weights; empty if the file has only one set
+    steps: int | None  # training steps; None if the file does not give them
+    settings: dict[str, Any]  # training settings, named as in its own code; empty if the file does not give them
+    taken: str  # a sentence that names the file's weights in use
 
 
 def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str, weights: str = "") -> Published:
-    """A released checkpoint; projectors are those of a REPA.
+    """Load a released checkpoint; only a REPA has projectors.
 
     Args:
-        path_or_state_dict: a .pt or .safetensors file, or what it holds: a bare state dict, or a training checkpoint
+        path_or_state_dict: a .pt or .safetensors file, or its contents: a state dict, or a training checkpoint
             {"ema": ..., "model": ..., "args": ...}.
-        kind: "repa" (sihyun-yu/REPA), "sit" (willisma/SiT) or "dit" (facebookresearch/DiT). A SiT is turned into our
-            convention, t = 1 is noise and velocity = noise - data, and loses the variance channels that it never uses;
-            a DiT keeps them.
-        weights: the set to take where the file holds several averages; empty: its average, else its only one.
+        kind: "repa" (sihyun-yu/REPA), "sit" (willisma/SiT) or "dit" (facebookresearch/DiT). A SiT is converted to our
+            convention, t = 1 is noise and velocity = noise - data, and loses its unused variance channels; a DiT keeps
+            them.
+        weights: the set to use if the file has several averages; empty: its average, otherwise its only weights.
 
     Raises:
         UserError: a missing or damaged file, or one that is not a checkpoint of this kind.
@@ -69,19 +69,19 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
 
 
 def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> StateDict:
-    """A bare state dict as the code of REPA, SiT or DiT loads it: what load_published undoes.
+    """A state dict for the code of REPA, SiT or DiT, the inverse of load_published.
 
-    A SiT gets its own time and sign back, for velocity networks, and variance channels that are zero: its code builds
-    and then discards them. Only a REPA has projectors; the others are written without.
+    A SiT gets its own time and sign, for velocity networks, and variance channels of zero, which its code builds and
+    discards. Projectors are written only for a REPA.
 
     Raises:
-        UserError: variance channels where the kind has none ("repa", "sit"), or none where it needs them ("dit").
+        UserError: variance channels for a kind without them ("repa", "sit"), or none for a kind with them ("dit").
     """
     _check_kind(kind)
     arguments = constructor_arguments(state, num_heads=1)
     if other := not_plain(arguments, state):
         raise UserError(
-            f"The code of REPA, SiT and DiT cannot hold this network, whose {other}: use `repa export` instead."
+            f"The code of REPA, SiT and DiT does not support this network ({other}): use `repa export` instead."
         )
     learn_sigma = arguments["learn_sigma"]
     if learn_sigma != (kind == "dit"):
@@ -94,18 +94,18 @@ def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], 
 
 
 def from_sit(state: StateDict) -> StateDict:
-    """v(x, t) = -v_SiT(x, 1 - t), by weights alone (SiT: t = 1 is data and velocity = data - noise)."""
-    # SiT answers the variance in the last channels of each patch and never uses it: the first half is the velocity.
+    """v(x, t) = -v_SiT(x, 1 - t), by changing the weights (SiT: t = 1 is data and velocity = data - noise)."""
+    # SiT predicts an unused variance in the last channels of each patch; the first half is the velocity.
     return _reversed(state, lambda rows, channels: rows[:, :channels])
 
 
 def to_sit(state: StateDict) -> StateDict:
-    """The inverse of from_sit (reversing time twice is the identity), with variance channels that are zero."""
+    """The inverse of from_sit (reversing time twice is the identity), with variance channels of zero."""
     return _reversed(state, lambda rows, channels: torch.cat([rows, torch.zeros_like(rows)], dim=1))
 
 
 def _reversed(state: StateDict, answers: Callable[[Tensor, int], Tensor]) -> StateDict:
-    """The other way in time, with the other sign; `answers` chooses the last layer's rows (p * p, channels of a patch, ...)."""
+    """Reverse time and sign; `answers` selects the last layer's rows (p * p, channels of a patch, ...)."""
     channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
     last = {
         name: answers(-state[name].unflatten(0, (patch_size**2, -1)), channels).flatten(0, 1)
@@ -116,7 +116,7 @@ def _reversed(state: StateDict, answers: Callable[[Tensor, int], Tensor]) -> Sta
 
 def reverse_time(weight: Tensor) -> Tensor:
     """The W' with W' [cos ft, sin ft] = W [cos f(1-t), sin f(1-t)], by the addition theorems in float64."""
-    # In float64: rounded sines would otherwise end up in the weights.
+    # In float64, to keep rounding errors of the sines out of the weights.
     on_cos, on_sin = weight.double().chunk(2, dim=1)
     f = timestep_frequencies(weight.shape[1]).double()
     reversed_ = torch.cat([on_cos * f.cos() + on_sin * f.sin(), on_cos * f.sin() - on_sin * f.cos()], dim=1)
@@ -126,13 +126,10 @@ def reverse_time(weight: Tensor) -> Tensor:
 def constructor_arguments(
     state: Mapping[str, Tensor], num_heads: int | None = None, patch_overlap: int = 0
 ) -> dict[str, Any]:
-    """Arguments with which DiT loads this state dict, read from the shapes of its tensors.
+    """Arguments of the DiT that loads this state dict, from the shapes of its tensors.
 
-    The number of heads leaves no trace there: it is that of the named size with this width and depth, unless given. Nor does
-    the overlap of patches, which released checkpoints do not have.
-
-    Raises:
-        UserError: no named size has this width and depth, and the number of heads was not given.
+    The shapes do not determine the number of heads, which is that of the named size with this width and depth unless given,
+    and the overlap of patches, which released checkpoints do not have.
     """
     hidden_dim, latent_channels, kernel, _ = state["x_embedder.proj.weight"].shape
     patch_size = kernel - 2 * patch_overlap
@@ -167,7 +164,7 @@ def constructor_arguments(
 
 
 def not_plain(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """What of these arguments, and of their weights, DiT and SiT have no place for, as "norm is rms"; empty when they have all."""
+    """An argument that DiT and SiT do not support, such as "norm is rms"; empty if they support all."""
     plain = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary": False, "streams": {}}
     found = [f"{name} is {arguments[name]}" for name, value in plain.items() if arguments[name] != value]
     return found[0] if found else "merge is fuse" if FUSION in state else ""
@@ -176,7 +173,7 @@ def not_plain(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 def _mlp_width(state: Mapping[str, Tensor]) -> int:
     """Hidden width of the MLPs; SwiGLU's matrices have two thirds of it, rounded down."""
     if SWIGLU in state:
-        # Upwards: `SwiGLU` rounds down, so this width gives the same matrices again.
+        # Rounded up, because `SwiGLU` rounds down; this width gives the same matrices.
         return math.ceil(state[SWIGLU].shape[1] * 3 / 2)
     return state["blocks.0.mlp.fc1.weight"].shape[0]
 
@@ -188,7 +185,7 @@ def _qk_norm(state: Mapping[str, Tensor]) -> str:
 
 
 def heads_of_named(hidden_dim: int, depth: int) -> int | None:
-    """Attention heads of the named size with this width and depth; None when no name has them."""
+    """Number of attention heads of the named size with this width and depth; None if there is none."""
     return next((heads for *size, heads in SIZES.values() if size == [hidden_dim, depth]), None)
 
 
@@ -198,7 +195,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[StateDict, StateDict]:
-    """State dicts of DiT and of the projectors from one set of weights of a checkpoint; `where` names it in errors."""
+    """State dicts of DiT and of the projectors from one set of weights of a checkpoint; `where` is its name in errors."""
     state, projectors = dict(weights), {}
     if kind == "repa":
         state = _modern_block_names(state)
@@ -210,13 +207,13 @@ def _translate(weights: Mapping[str, Tensor], where: str, kind: str) -> tuple[St
 
 
 def _steps(content: Mapping[str, Any]) -> int | None:
-    """Steps of training, by the names that training scripts give them."""
+    """The number of training steps, by the keys that training scripts use."""
     counts = (content.get(name) for name in ("steps", "step", "global_step", "train_steps", "iteration"))
     return next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_STEPS), None)
 
 
 def _modern_block_names(state: StateDict) -> StateDict:
-    """Older REPA checkpoints start counting again after the alignment depth, as decoder_blocks."""
+    """Rename decoder_blocks of older REPA checkpoints, which number the blocks after the alignment depth from 0."""
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
 
     def modern(key: str) -> str:
@@ -226,10 +223,10 @@ def _modern_block_names(state: StateDict) -> StateDict:
 
 
 def check_keys(state: StateDict, where: str, kind: str) -> None:
-    """UserError unless there is every tensor of a DiT with these sizes, with its shape, and no other."""
+    """Raises UserError unless the state dict has exactly the tensors of a DiT of these sizes, with their shapes."""
     try:
         arguments = constructor_arguments(state, num_heads=1)
-        # Only the norms of queries and keys have a shape that depends on the number of heads.
+        # Only norms of queries and keys have a shape that depends on the number of heads.
         if arguments["qk_norm"] != "none":
             arguments["num_heads"] = arguments["hidden_dim"] // state["blocks.0.attn.q_norm.weight"].shape[0]
         problem = misfit(state, arguments)
@@ -242,15 +239,15 @@ def check_keys(state: StateDict, where: str, kind: str) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:
-    """What keeps DiT with these arguments from loading this state dict, as "it has no 'pos_embed'"; empty when nothing does."""
-    # Before a network is built of as many blocks as a name in the file claims, or with as many places.
+    """Why a DiT with these arguments cannot load this state dict, such as "it has no 'pos_embed'"; empty if it can."""
+    # Checked before a network with the file's number of blocks and positions is built.
     if arguments["depth"] > len(state):
-        return f"{arguments['depth']} blocks in {len(state)} tensors"
+        return f"it has {arguments['depth']} blocks but only {len(state)} tensors"
     sides = arguments["latent_size"]
     height, width = (sides, sides) if isinstance(sides, int) else sides
     patch = arguments["patch_size"]
     if (tokens := (height // patch) * (width // patch)) != state["pos_embed"].shape[1]:
-        return f"'pos_embed' has {state['pos_embed'].shape[1]} places where {tokens} belong"
+        return f"'pos_embed' has {state['pos_embed'].shape[1]} positions, not {tokens}"
     with torch.device("meta"):
         expected = {key: value.shape for key, value in DiT(**arguments).state_dict().items()}
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
@@ -259,19 +256,19 @@ def misfit(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str:
     if unknown:
         return f"it has an unknown tensor {min(unknown)!r} ({len(unknown)} are unknown)"
     wrong = min((key for key in expected if expected[key] != state[key].shape), default="")
-    return wrong and f"{wrong!r} has shape {tuple(state[wrong].shape)} where {tuple(expected[wrong])} belongs"
+    return wrong and f"{wrong!r} has the shape {tuple(state[wrong].shape)}, not {tuple(expected[wrong])}"
 
 
 def check_values(state: StateDict, where: str) -> None:
-    """UserError unless all are numbers that a network can compute with."""
+    """Raises UserError unless all tensors are finite floating-point numbers."""
     for key, value in state.items():
         problem = ""
         if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
             kind = f"{value.dtype}".removeprefix("torch.")
-            problem = f"is of type {kind} ({value.device.type}, {value.layout}), where floating-point numbers belong"
+            problem = f"has the type {kind} ({value.device.type}, {value.layout}) and not floating-point numbers"
         elif not value.float().isfinite().all():
-            problem = "holds numbers that are not finite in float32"
+            problem = "has numbers that are not finite in float32"
         if problem:
             raise UserError(
-                f"{where} cannot be used: its tensor {key!r} {problem}. Take another checkpoint of this training."
+                f"{where} cannot be used: its tensor {key!r} {problem}. Use another checkpoint of this training."
             )

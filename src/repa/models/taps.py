@@ -1,7 +1,7 @@
-"""What blocks of any network gave in its last pass: found by name, seen by hooks.
+"""Outputs of blocks of any network in its last pass: blocks are found by name and recorded by hooks.
 
-Hooks that only keep what they see are traced by torch.compile like the rest of a network, without a graph break, when they were
-registered before it compiles.
+torch.compile traces hooks that only store values like the rest of a network, without a graph break, if they were registered
+before compilation.
 """
 
 import inspect
@@ -18,34 +18,34 @@ from torch.overrides import TorchFunctionMode
 
 from repa.base.errors import UserError, nearest
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of names that wrappers add
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of names added by wrappers
 Grid = tuple[int, ...]  # (rows, columns), or (frames, rows, columns) of a video
 
 
 class NamedBlock(NamedTuple):
-    """A module, and its name in the network without the parts that wrappers add."""
+    """A module, and its name in the network without the parts added by wrappers."""
 
     name: str
     module: nn.Module
 
 
 def find_blocks(net: nn.Module, pattern: str) -> list[NamedBlock]:
-    """Modules by name, "transformer_blocks.7", or by a pattern whose * and [4-8] stay within one part of a name.
+    """Modules by name, "transformer_blocks.7", or by a pattern with * and [4-8], which match within one part of a name.
 
-    A name may lack what stands in front of it in the network, so that it holds for a wrapped network too.
+    A name may lack its leading parts, so that it also works for a wrapped network.
 
     Raises:
-        UserError: nothing has this name, or several have a name without * or [; the sentence names candidates.
+        UserError: no module matches, or several match a name without * or [; the message lists candidates.
     """
     found = {}
     for name, module in net.named_modules():
         parts = tuple(part for part in name.split(".") if part and part not in WRAPPERS)
         if parts and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            # A wrapper comes before the module that it wraps and has the same name without the wrapper's part: the
-            # later one stays, and that is the one to hook.
+            # A wrapper comes before its module and has the same name without the wrapper's part, so the later one, the
+            # module to hook, replaces it.
             found[parts] = module
     wanted = tuple(pattern.split("."))
-    # A complete name wins over the same name inside another module: "blocks.0" must not also mean
+    # A complete name takes precedence over the same name in another module: "blocks.0" must not also match
     # "head.blocks.0".
     whole = [parts for parts in found if _matches(parts, wanted)]
     matching = whole or [parts for parts in found if _matches(parts[-len(wanted) :], wanted)]
@@ -57,8 +57,8 @@ def find_blocks(net: nn.Module, pattern: str) -> list[NamedBlock]:
     if len(matching) > 1 and not any(sign in pattern for sign in "*?["):
         names = ", ".join(".".join(parts) for parts in matching[:4])
         raise UserError(
-            f"{pattern!r} names {len(matching)} blocks of {type(net).__name__} ({names} ...): write the whole name, or a "
-            f"pattern with * to take all."
+            f"{pattern!r} matches {len(matching)} blocks of {type(net).__name__} ({names} ...): give the complete name, or a "
+            f"pattern with * for all."
         )
     return [NamedBlock(".".join(parts), found[parts]) for parts in matching]
 
@@ -68,7 +68,7 @@ def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
 
 
 def _candidates(net: nn.Module) -> str:
-    """The outermost lists of blocks, "transformer_blocks.0 to .27", and the parts without a list."""
+    """The outermost lists of blocks, "transformer_blocks.0 to .27", and the modules without a list."""
     found: list[str] = []
     lists: list[str] = []
     for name, module in net.named_modules():
@@ -85,15 +85,15 @@ def _candidates(net: nn.Module) -> str:
 
 
 class Pass(NamedTuple):
-    """What a block was given and gave."""
+    """Input and output of a block in a pass."""
 
     output: Any
     shape: tuple[int, ...] | None
-    """Of the block's first argument."""
+    """Shape of the block's first argument."""
 
 
 class Record:
-    """What was seen in the last pass of one network. Copies of what holds a record share it."""
+    """The recorded values of a network's last pass. Copies of its owner share it."""
 
     def __init__(self) -> None:
         self.image: tuple[int, ...] | None = None  # shape of the network's first argument
@@ -102,7 +102,7 @@ class Record:
         self.handles: list[Any] = []
 
     def begin(self, image: tuple[int, ...] | None) -> None:
-        """Forget the pass before, as another one begins on an input of this shape."""
+        """Clear the record at the start of a pass on an input of this shape."""
         self.image = image
         self.passes.clear()
         self.attention.clear()
@@ -115,17 +115,17 @@ class Record:
 
 
 class Watcher:
-    """Watches blocks of one network.
+    """Records the outputs of a network's blocks.
 
     Args:
-        net: may be wrapped by DDP, torch.compile or peft; watched before it is compiled.
+        net: may be wrapped by DDP, torch.compile or peft; must be watched before compilation.
     """
 
     def __init__(self, net: nn.Module):
         inner = unwrapped(net)
         self.record, self.first, self.kind = Record(), _first_parameter(inner), type(inner).__name__
         self.patch = _patch_size(inner)
-        # A weak reference: watching a network must not keep it in memory.
+        # A weak reference, so that watching a network does not keep it in memory.
         self._net: Callable[[], nn.Module | None] = weakref.ref(net)
         for module in _called(net):
             self._keep(module.register_forward_pre_hook(_Begin(self.record, self.first), with_kwargs=True))
@@ -140,15 +140,15 @@ class Watcher:
     def net(self) -> nn.Module:
         net = self._net()
         if net is None:
-            raise UserError("The network of this aligner no longer exists: keep a reference to it, and attach again.")
+            raise UserError("The network of this aligner was deleted: keep a reference to it, and attach again.")
         return net
 
     def watch(self, block: NamedBlock, *, attention: bool = False) -> None:
-        """Record what a block gives in each pass from now on, and with `attention` the logits of its first self-attention."""
+        """Record a block's output in each later pass, and with `attention` the logits of its first self-attention."""
         if attention:
             watcher = _Attention(block.name, self.record)
             self._keep(block.module.register_forward_pre_hook(watcher.enter))
-            # always_call: after an error in the block the mode must be left too, or it would see all later functions.
+            # always_call: the mode must also end after an error in the block, or it would stay active.
             self._keep(block.module.register_forward_hook(watcher.leave, always_call=True))
         hook = _See(self.record, _first_parameter(block.module), block.name)
         self._keep(block.module.register_forward_hook(hook, with_kwargs=True))
@@ -164,7 +164,7 @@ class Watcher:
 
 
 def _unattached(first: str, kind: str, patch: Grid | None) -> Watcher:
-    """A watcher that was pickled sees nothing until it is attached again."""
+    """A watcher after unpickling, which records nothing until it is attached again."""
     watcher = object.__new__(Watcher)
     watcher.record, watcher.first, watcher.kind, watcher.patch = Record(), first, kind, patch
     watcher._net = lambda: None
@@ -172,7 +172,7 @@ def _unattached(first: str, kind: str, patch: Grid | None) -> Watcher:
 
 
 class _Hook:
-    """Writes to a record. An object and no closure: a copy of the network, its average, must not write to this record."""
+    """Writes to a record. A class and not a closure, so that a copy of the network, such as its average, does not write to it."""
 
     def __init__(self, record: Record, first: str, name: str = ""):
         self.record, self.first, self.name = record, first, name
@@ -182,14 +182,14 @@ class _Hook:
 
 
 class _Begin(_Hook):
-    """A pass begins."""
+    """Starts a pass."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.record.begin(_shape(args, kwargs, self.first))
 
 
 class _See(_Hook):
-    """A block gave something."""
+    """Records a block's output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not _recomputed():
@@ -197,7 +197,7 @@ class _See(_Hook):
 
 
 class _Attention(TorchFunctionMode):
-    """Computes the logits of the first self-attention within a block, as it is called: norms and rotations are in them."""
+    """Computes the logits of a block's first self-attention from its arguments, so they include norms and rotations."""
 
     def __init__(self, name: str, record: Record):
         super().__init__()
@@ -216,7 +216,7 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and self.name not in self.record.attention and not _recomputed():
             query, key = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-            # Cross-attention has other keys than queries; only attention among the same tokens is compared.
+            # Cross-attention has another number of keys; only self-attention is recorded.
             if query.shape[-2] == key.shape[-2]:
                 key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)  # grouped queries
                 scale = kwargs.get("scale") or query.shape[-1] ** -0.5
@@ -225,24 +225,24 @@ class _Attention(TorchFunctionMode):
 
 
 def _recomputed() -> bool:
-    """Within backward: activation checkpointing runs a block again, and what it gives then is not for the loss."""
+    """Whether this is a recomputation of activation checkpointing in the backward pass, which must not be recorded."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The network within DDP, torch.compile and peft."""
+    """The network inside DDP, torch.compile and peft."""
     return _called(net)[-1]
 
 
 def _called(net: nn.Module) -> list[nn.Module]:
-    """The network itself last, and before it what peft wraps around it: that calls its forward, past its hooks."""
+    """The network, and before it peft's wrappers, which call its forward without its hooks."""
     found = []
     while True:
         if isinstance(net, nn.parallel.DistributedDataParallel):
             net = net.module
         elif (compiled := getattr(net, "_orig_mod", None)) is not None:
             net = compiled
-        # peft's, known by its method: to ask for the class would import the package.
+        # A peft wrapper, recognised by its method, because the class would require importing peft.
         elif (base := getattr(net, "get_base_model", None)) is not None:
             found.append(net)
             net = base()
@@ -251,7 +251,7 @@ def _called(net: nn.Module) -> list[nn.Module]:
 
 
 def width_of(net: nn.Module, block: NamedBlock) -> int | None:
-    """Channels of what a block gives, where block or network tell, or a network in it: as U-Nets and transformers of diffusers do."""
+    """Channels of a block's output, if an attribute of block, network or a module between them gives them; None if unknown."""
     resnets = getattr(block.module, "resnets", None)
     found = [getattr(resnets[-1] if resnets else block.module, "out_channels", None)]
     owner: Any = unwrapped(net)
@@ -260,7 +260,7 @@ def width_of(net: nn.Module, block: NamedBlock) -> int | None:
         found += [vars(owner).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")]
         found += [getattr(config, name, None) for name in ("hidden_size", "dim")]
         found += [_product(config, "num_attention_heads", "attention_head_dim")]
-        # The block itself is the last part of the name; a wrapper stands in no name.
+        # The block is the last part of the name; names do not include wrappers.
         if not isinstance(owner := getattr(owner, part, None), nn.Module):
             break
     for value in found:
@@ -275,7 +275,7 @@ def _product(config: Any, *names: str) -> int | None:
 
 
 def _patch_size(net: nn.Module) -> Grid | None:
-    """Pixels of the latent that a token covers, (rows, columns) or (frames, rows, columns), where the network tells."""
+    """Patch size in latent pixels, (rows, columns) or (frames, rows, columns); None if the network does not give it."""
     value = getattr(getattr(net, "config", net), "patch_size", None)
     if type(value) is int and value > 0:
         return value, value
@@ -290,7 +290,7 @@ def _first_parameter(module: nn.Module) -> str:
 
 
 def _shape(args: tuple, kwargs: dict, first: str) -> tuple[int, ...] | None:
-    """Shape of the first argument; of the first tensor in it, where it is a state of several."""
+    """Shape of the first argument, or of the first tensor in it if it is a dictionary of several."""
     value = args[0] if args else kwargs.get(first)
     if isinstance(value, dict):
         value = next(iter(value.values()), None)

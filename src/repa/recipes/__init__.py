@@ -1,6 +1,6 @@
-"""Named training configurations: the rows of the paper's tables, the methods around it, and small runs for one CPU.
+"""Named training configurations: the results of the paper's tables, related methods, and small runs for a CPU.
 
-`repa list recipes` names them, `repa show NAME` prints one, and any field can be overridden on the command line.
+`repa list recipes` lists them, `repa show NAME` prints one, and the command line can override any field.
 """
 
 from pathlib import Path
@@ -36,19 +36,19 @@ def load_recipe(name: str) -> TrainConfig:
         return RECIPES[name]()
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        # A recipe file is the user's own word; the configuration in a run folder may be a stranger's.
+        # A recipe file is the user's; the configuration of a run folder may be another person's and is untrusted.
         if not _of_run(path):
             trust_names_in(read_yaml(path))
         return TrainConfig.load(path)
     if (path / layout.CONFIG).is_file():
         return TrainConfig.load(path / layout.CONFIG)
     raise UserError(
-        f"Unknown recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} A .yaml file or a run folder works too."
+        f"Unknown recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} Or give a .yaml file or a run folder."
     )
 
 
 def _of_run(path: Path) -> bool:
-    """Is this the configuration of a run folder, which may come from a stranger?"""
+    """Whether this is the configuration of a run folder, which is untrusted."""
     return path.name == layout.CONFIG and any(
         (path.parent / name).exists() for name in (layout.CHECKPOINTS, layout.DATA)
     )

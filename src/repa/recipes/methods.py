@@ -1,6 +1,6 @@
-"""The methods around REPA as settings of one engine: on SiT-B/2, on SiT-XL/2, and on a small network for a CPU.
+"""Methods related to REPA as configurations: on SiT-B/2, on SiT-XL/2, and on a small network for a CPU.
 
-docs/methods/ explains each: equation, where it looks, when to use it, what it costs.
+docs/methods/ explains each one: equation, tap, use and cost.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from repa.training.config import StreamConfig, TrainConfig
 
 
 class Scale(NamedTuple):
-    """A network that the methods are shown on; blocks are counted from 1."""
+    """A network for the recipes of methods; blocks are counted from 1."""
 
-    name: str  # recipes begin with it
+    name: str  # prefix of the recipes' names
     model: str
     aligned: int
     deep: int
@@ -33,23 +33,23 @@ B = Scale("sit-b2", "SiT-B/2", aligned=4, deep=8, last=12)
 XL = Scale("sit-xl2", "SiT-XL/2", aligned=8, deep=20, last=28)
 SMALL = Scale("cifar10", "a small SiT", aligned=2, deep=4, last=6, encoder="tiny", projector="mlp:width=256")
 
-Parts = dict[str, Any]  # arguments of TrainConfig; of the network, what is not as in the baseline
+Parts = dict[str, Any]  # arguments of TrainConfig that differ from the baseline
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, and what is to be known of it."""
+    """A training method."""
 
     title: str
     paper: str
-    """Number at arXiv."""
+    """arXiv number."""
     page: str
-    """In docs/methods/."""
+    """Page in docs/methods/."""
     parts: Callable[[Scale], Parts]
     notes: tuple[str, ...] = ()
-    """What the paper leaves open and is chosen here, and what of the paper is not implemented."""
+    """Choices that the paper leaves open, and parts of the paper that are not implemented."""
     guidance: str = ""
-    """How samples are guided where the method is about that; {aligned} is the block."""
+    """Guidance of samples, if the method includes one; {aligned} is the block."""
 
 
 def irepa(place: Scale) -> Parts:
@@ -57,7 +57,7 @@ def irepa(place: Scale) -> Parts:
 
 
 def haste(place: Scale) -> Parts:
-    """The four blocks up to the aligned one, with the last four of the encoder's twelve."""
+    """Aligns the attention of the four blocks up to the aligned one with that of the last four of the encoder's twelve."""
     stop = "stop:step=250000"
     attention = [
         AlignmentConfig(
@@ -132,7 +132,7 @@ def dispersive_last(place: Scale) -> Parts:
 
 
 def reed(place: Scale) -> Parts:
-    """50K of 400K steps of warm-up, an eighth."""
+    """Warm-up for an eighth of the steps, 50K of 400K."""
     steps = 125 if place is SMALL else 50_000
     return {**_terms(_encoder_term(place)), "denoising_schedule": f"warmup:steps={steps}"}
 
@@ -159,13 +159,13 @@ def contrastive(place: Scale) -> Parts:
 
 
 def tread(place: Scale) -> Parts:
-    """From behind the second block to before the last four, for half of the tokens."""
+    """Half of the tokens skip the blocks from the third to the fifth last."""
     blocks = (3, place.last - 4) if place.last > 6 else (2, 4)
     return {"model": {"route": blocks, "keep": 0.5}}
 
 
 def sprint(place: Scale) -> Parts:
-    """All but the first and the last two blocks see one token of every 2 x 2."""
+    """All blocks except the first two and the last two process one token of every 2 x 2."""
     route = {"route": (3, place.last - 2), "keep": 0.25, "keep_groups": 2, "merge": "fuse", "path_drop": 0.1}
     if place is not XL:
         return {"model": route}
@@ -173,59 +173,59 @@ def sprint(place: Scale) -> Parts:
     return {"model": route | blocks, "diffusion": DiffusionConfig(timesteps="logit_normal")}
 
 
-_BLOCKS_OF_B = "The paper's blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion."
+_BLOCKS_OF_B = "The paper gives the blocks of SiT-XL/2; those of SiT-B/2 are chosen in proportion."
 METHODS: dict[str, Method] = {
     "irepa": Method("iREPA", "2512.10794", "encoder.md", irepa),
-    "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_BLOCKS_OF_B, "For a shorter run stop earlier, as a share of its steps.")),
+    "haste": Method("HASTE", "2505.16792", "encoder.md", haste, (_BLOCKS_OF_B, "In a shorter run, stop earlier in proportion.")),
     "reed": Method(
         "REED's warm-up", "2507.08980", "encoder.md", reed,
         (
-            "The paper's second term, a caption, needs data with texts: docs/methods/encoder.md has the command.",
-            "Its blocks are those of SiT-XL/2; those of SiT-B/2 are chosen here in proportion.",
+            "The paper's second term, for captions, needs data with texts: docs/methods/encoder.md has the command.",
+            "The paper gives the blocks of SiT-XL/2; those of SiT-B/2 are chosen in proportion.",
         ),
     ),
     "urepa": Method(
         "U-REPA's two terms", "2503.18414", "relations.md", urepa,
-        ("The paper's network is a U-Net; here the terms act on SiT.",),
+        ("The paper's network is a U-Net; here it is SiT.",),
     ),
     "trd": Method(
         "token relation distillation", "2505.23656", "relations.md", trd,
-        ("The paper fine-tunes a video network; here images are trained from random weights, or from `--init`.",),
+        ("The paper fine-tunes a video network; here an image network is trained from random weights, or from `--init`.",),
     ),
     "sara": Method(
-        "SARA without its adversary", "2503.08253", "relations.md", sara,
-        ("The weights of the paper are not known here: 0.5 is chosen. Its adversarial term is not implemented.",),
+        "SARA without its adversarial term", "2503.08253", "relations.md", sara,
+        ("The paper's loss weights are unknown: 0.5 is chosen here. Its adversarial term is not implemented.",),
     ),
     "reg": Method("REG", "2507.01467", "reg.md", reg),
     "sra": Method(
         "SRA", "2505.02831", "self.md", sra,
         (
-            "The paper lowers the weight slowly after 150 epochs, which this recipe's 400K steps do not reach.",
-            "The authors have since recommended the loss cosine: --alignments.0.loss cosine --alignments.0.weight 0.5.",
+            "The paper decreases the weight slowly after 150 epochs; this recipe's 400K steps end earlier.",
+            "The authors later recommended the cosine loss: --alignments.0.loss cosine --alignments.0.weight 0.5.",
         ),
     ),
     "sra-dts-as": Method(
-        "SRA with two times an image and separated attention", "2607.02508", "self.md", sra_dts_as,
-        ("The blocks of SiT-XL/2 are SRA's, those of SiT-B/2 the paper's.",),
+        "SRA with two times per image and separate attention", "2607.02508", "self.md", sra_dts_as,
+        ("The blocks of SiT-XL/2 are those of SRA, the blocks of SiT-B/2 those of the paper.",),
     ),
     "self-flow": Method(
-        "Self-Flow", "2603.06507", "self.md", self_flow, ("Weight and blocks are chosen here, as no training code was released.",)
+        "Self-Flow", "2603.06507", "self.md", self_flow, ("Weight and blocks are chosen here, because no training code was released.",)
     ),
     "layersync": Method("LayerSync", "2510.12581", "self.md", layersync, (_BLOCKS_OF_B,)),
     "vae-repa": Method(
-        "VAE-REPA", "2601.17830", "self.md", vae_repa, ("Loss, weight and projector are chosen here, as no code was released.",)
+        "VAE-REPA", "2601.17830", "self.md", vae_repa, ("Loss, weight and projector are chosen here, because no code was released.",)
     ),
     "self-transcendence": Method(
         "Self-Transcendence, first stage", "2601.07773", "self.md", self_transcendence,
         (
-            "The paper's stage is about 200K steps long: --num-steps 200000.",
-            "Its second stage aligns a new network to the guided features of this one: docs/methods/self.md has the command.",
+            "The paper's first stage has about 200K steps: --num-steps 200000.",
+            "Its second stage aligns a new network to this one's guided features: docs/methods/self.md has the command.",
         ),
     ),
     "dispersive": Method("dispersive loss", "2506.09027", "dispersive.md", dispersive),
     "dispersive-last": Method(
-        "dispersive loss as the PyTorch release sets it", "2506.09027", "dispersive.md", dispersive_last,
-        ("Distances are taken within each process, as there: eight of 32 images give the figures' setting.",),
+        "dispersive loss with the settings of the PyTorch release", "2506.09027", "dispersive.md", dispersive_last,
+        ("Distances are computed within each process, as in the release: its results use eight processes of 32 images.",),
     ),
     "cfm": Method(
         "contrastive flow matching", "2506.05350", "cfm.md", contrastive,
@@ -238,28 +238,28 @@ METHODS: dict[str, Method] = {
     "tread": Method(
         "TREAD", "2501.04765", "routing.md", tread,
         (
-            "The route is the authors' r(2, B - 4) with half of the tokens; that its first block is the third is read here.",
-            "For the guided figure they train on with all tokens: repa train RECIPE --init RUN --model.keep 1.",
-            "Their network is DiT-XL/2 in EDM's parameterisation; here the route is in SiT.",
+            "The route is the authors' r(2, B - 4) with half of the tokens; we read this as starting at the third block.",
+            "For the guided result they continue training with all tokens: repa train RECIPE --init RUN --model.keep 1.",
+            "Their network is DiT-XL/2 with EDM's parameterisation; here it is SiT.",
         ),
     ),
     "sprint": Method(
         "SPRINT, first stage", "2510.21986", "routing.md", sprint,
         (
-            "The paper's first stage is 2M steps long, --num-steps 2000000; on SiT-XL/2 times, queries and keys are as there.",
-            "The second sees all tokens: --init RUN --model.keep 1 --num-steps 200000 --batch-size 1024 --optimizer.learning-rate 2e-4",
-            "--optimizer.warmup-steps 5000. With REPA: --alignments.0.target dinov2-b --alignments.0.depth 8, compared at kept tokens.",
-            "The mask token is trained, where the released code keeps its random numbers; sine positions are added to the rotary ones.",
+            "The paper's first stage has 2M steps, --num-steps 2000000; on SiT-XL/2 times, queries and keys are as in the paper.",
+            "Its second uses all tokens: --init RUN --model.keep 1 --num-steps 200000 --batch-size 1024 --optimizer.learning-rate 2e-4",
+            "--optimizer.warmup-steps 5000. With REPA: --alignments.0.target dinov2-b --alignments.0.depth 8, compared at the kept tokens.",
+            "The mask token is trained here, but stays random in the released code; sine positions are added to the rotary ones.",
         ),
         "path_drop:scale=3",
     ),
 }  # fmt: skip
 
-_WITHOUT_ATTENTION = ("haste",)  # the encoder inside the package is a convolutional network
+_WITHOUT_ATTENTION = ("haste",)  # the package's encoder is a convolutional network
 
 
 def method_recipes() -> dict[str, Recipe]:
-    """`sit-b2-irepa`, `sit-xl2-irepa`, `cifar10-irepa` and so on."""
+    """The recipes `sit-b2-irepa`, `sit-xl2-irepa`, `cifar10-irepa` and so on."""
     full = {f"{place.name}-{key}": _on_imagenet(place, key) for place in (B, XL) for key in METHODS}
     return full | {f"{SMALL.name}-{key}": _on_cifar10(key) for key in METHODS if key not in _WITHOUT_ATTENTION}
 
@@ -269,7 +269,7 @@ def _on_imagenet(place: Scale, key: str) -> Recipe:
     name, method, known = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
-        ["Whatever is not named below is as in sit-b2-repa and sit-xl2-repa.", *method.notes],
+        ["All other settings are as in sit-b2-repa and sit-xl2-repa.", *method.notes],
         commands_of(name, guidance=method.guidance.format(aligned=place.aligned)),
         results_table(known),
     ]
@@ -282,10 +282,10 @@ def _on_imagenet(place: Scale, key: str) -> Recipe:
 
 
 def _on_cifar10(key: str) -> Recipe:
-    """Everything but the method is as in the recipe cifar10."""
+    """The recipe cifar10 with a method."""
     method = METHODS[key]
     about = f"cifar10 with {method.title} (arXiv {method.paper})"
-    promise = f"{about}, for a CPU. docs/methods/{method.page} explains it; no figure of a paper is of such a network."
+    promise = f"{about}, for a CPU. docs/methods/{method.page} explains it; no paper reports results of this network."
     baseline = cifar10().override(alignments=())
     return Recipe(
         lambda: method_config(method, SMALL, baseline),
@@ -313,5 +313,5 @@ def _encoder_term(place: Scale, **settings: Any) -> AlignmentConfig:
 
 
 def _relation_term(place: Scale, loss: str, weight: float, **settings: Any) -> AlignmentConfig:
-    """The relations between tokens in place of the tokens."""
+    """A term that compares relations between tokens instead of the tokens."""
     return _encoder_term(place, loss=loss, weight=weight, name="relations", **settings)

@@ -1,7 +1,7 @@
-"""Other networks than the paper's SiT: on other latents, with an encoder and a head, on pixels, and from text.
+"""Recipes of networks other than the paper's SiT: for other latents, with an encoder and a head, for pixels, and for text.
 
-LightningDiT on VA-VAE, DDT, DiT^DH on RAE, JiT and PixelREPA's alignment of it, MMDiT. docs/methods/latents.md, ddt.md and
-pixels.md, and docs/text.md explain them: equation, picture, when to use them, what they cost.
+LightningDiT on VA-VAE, DDT, DiT^DH on RAE, JiT with PixelREPA's alignment, MMDiT. docs/methods/latents.md, ddt.md and
+pixels.md, and docs/text.md explain them: equation, picture, use and cost.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +18,16 @@ from repa.recipes.small import cifar10
 from repa.training.config import OptimizerConfig, TrainConfig
 
 EPOCH = 1251  # steps of 1024 images in ImageNet's 1.28 million
-UNCLIPPED = 1e9  # a norm that no gradient has
+UNCLIPPED = 1e9  # a norm that no gradient exceeds
 RAE_HEAD = "ddt:head_depth=2,head_dim=2048,head_heads=16,positions=true,times=fourier,silu_twice=true"
 DDT_HEAD = "ddt:head_depth={depth},final_norm=layer,extent=16,max_period=10"
-# JiT's mean of -0.8 is of data times, which run the other way.
+# JiT's mean is -0.8 because its time runs the other way.
 CLEAN_IMAGES = DiffusionConfig(prediction="data", loss_weight="velocity", timesteps="logit_normal:mean=0.8,std=0.8")
 CAPTIONS = "coco/annotations/captions_{}2014.json"
 
 
 def _batch(size: int, max_grad_norm: float = 1.0) -> dict[str, Any]:
-    """The learning rate is 1e-4 for 256 images and 2e-4 for 1024."""
+    """Batch size with its learning rate: 1e-4 for 256 images and 2e-4 for 1024."""
     rate = 2e-4 if size == 1024 else 1e-4
     return {
         "batch_size": size,
@@ -36,7 +36,7 @@ def _batch(size: int, max_grad_norm: float = 1.0) -> dict[str, Any]:
 
 
 def lightningdit(size: str) -> TrainConfig:
-    """DiT with RMSNorm, SwiGLU and rotary positions on VA-VAE's 16 x 16 x 32 latents; the XL with the batch of its paper."""
+    """DiT with RMSNorm, SwiGLU and rotary positions on VA-VAE's 16 x 16 x 32 latents; the XL with its paper's batch size."""
     return TrainConfig(
         model=ModelConfig(name=f"SiT-{size}/1", norm="rms", mlp="swiglu", rotary=True),
         diffusion=DiffusionConfig(timesteps="logit_normal", velocity_cosine=1.0),
@@ -47,7 +47,7 @@ def lightningdit(size: str) -> TrainConfig:
 
 
 def ddt(size: str) -> TrainConfig:
-    """22 + 6 blocks of an XL, 8 + 4 of a B, aligned to DINOv2-B inside the encoder."""
+    """DDT with 22 + 6 blocks for XL and 8 + 4 for B, aligned to DINOv2-B in the encoder."""
     hidden_dim = SIZES[size][0]
     term = AlignmentConfig(target="dinov2-b", depth=8 if size == "XL" else 4, projector=f"mlp:width={hidden_dim}")
     blocks = {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "bias": False, "rotary": True}
@@ -63,7 +63,7 @@ def ddt(size: str) -> TrainConfig:
 
 
 def rae(size: str) -> TrainConfig:
-    """An encoder of the named size and two blocks of width 2048, on DINOv2-B's 16 x 16 x 768 tokens."""
+    """DiT^DH: an encoder of the named size and a head of two blocks of width 2048, on DINOv2-B's 16 x 16 x 768 tokens."""
     blocks = {"norm": "rms", "mlp": "swiglu", "rotary": True, "depth": SIZES[size][1] + 2}
     return TrainConfig(
         model=ModelConfig(name=f"SiT-{size}/1", backbone=RAE_HEAD, **blocks),
@@ -76,7 +76,7 @@ def rae(size: str) -> TrainConfig:
 
 
 def jit(size: str) -> TrainConfig:
-    """JiT-B/16 and so on, as trained on ImageNet at 256 pixels."""
+    """JiT-B/16 and so on, as in the paper for ImageNet at 256 pixels."""
     return TrainConfig(
         model=ModelConfig(name=f"JiT-{size}/16", backbone="jit"),
         diffusion=CLEAN_IMAGES,
@@ -90,7 +90,7 @@ def jit(size: str) -> TrainConfig:
 
 
 def pixelrepa(size: str) -> TrainConfig:
-    """The tap is the last block before the class tokens come in, a third of the depth."""
+    """JiT aligned at the last block before the class tokens enter, at a third of the depth."""
     sizes = dimensions(f"JiT-{size}/16")
     adapter = f"adapter:masked=0.2,heads={sizes.num_heads}"
     term = AlignmentConfig(target="dinov2-b", depth=sizes.depth // 3, projector=adapter, weight=0.1)
@@ -98,20 +98,20 @@ def pixelrepa(size: str) -> TrainConfig:
 
 
 def cifar10_jit() -> TrainConfig:
-    """The recipe cifar10 with a small JiT on patches of 4 x 4 pixels in place of the SiT."""
+    """The recipe cifar10 with a small JiT on patches of 4 x 4 pixels instead of the SiT."""
     model = {"backbone": "jit:bottleneck=16,class_tokens=4", "patch_size": 4}
     baseline = cifar10()
     return baseline.override(alignments=(), model=baseline.model.override(**model), diffusion=CLEAN_IMAGES)
 
 
 def cifar10_pixelrepa() -> TrainConfig:
-    """The same as cifar10-jit, aligned to the encoder inside the package, `tiny`, through an adapter."""
+    """The recipe cifar10-jit, aligned to the package's encoder `tiny` through an adapter."""
     adapter = "adapter:masked=0.2,class_tokens=4"
     return cifar10_jit().override(alignments=(AlignmentConfig(target="tiny", depth=2, projector=adapter, weight=0.1),))
 
 
 def coco(*, aligned: bool) -> TrainConfig:
-    """24 blocks of width 768 with 24 heads, PyTorch's own initialisation as in the released code; the rest is as on ImageNet."""
+    """MMDiT with 24 blocks of width 768 and 24 heads, and PyTorch's default initialisation as in the released code."""
     return TrainConfig(
         model=ModelConfig(name="SiT-B/2", backbone="mmdit:reference_init=true", depth=24, num_heads=24),
         alignments=(AlignmentConfig(target="dinov2-b", depth=8),) if aligned else (),
@@ -122,36 +122,34 @@ def coco(*, aligned: bool) -> TrainConfig:
 
 @dataclass(frozen=True)
 class PaperNetwork:
-    """A network of a paper in the sizes that are here."""
+    """A paper's network, in several sizes."""
 
     title: str
-    """What follows the name of the model."""
+    """Description after the name of the model."""
     paper: str
     page: str
     make: Callable[[str], TrainConfig]
     names: Mapping[str, tuple[str, str]]
-    """Name of the recipe -> size, and the model as the figures call it."""
+    """Name of the recipe -> size, and the model's name in the published results."""
     sampling: str
-    """Options of `repa sample`; {scale} is the guidance's."""
+    """Options of `repa sample`; {scale} is the guidance scale."""
     notes: tuple[str, ...]
     flip: bool = True
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Size -> scale of guidance, of papers that report guided figures alone."""
+    """Size -> guidance scale, for papers that report only guided results."""
     group: str = "Other latents, and DDT"
 
 
-_TRAINING_OF_B = (
-    "The B is trained here with batches of 256, 1e-4 and 400K steps, as SiT-B/2 is; the paper's figures are of the XL."
-)
-_XAVIER = "Blocks start as the identity (adaLN-Zero) and matrices by Xavier, as in DiT; the released code leaves some at PyTorch's default."
+_TRAINING_OF_B = "The B trains here with batch 256, learning rate 1e-4 and 400K steps, like SiT-B/2; the paper's results are of the XL."
+_XAVIER = "Initialised as DiT, with adaLN-Zero and Xavier; the released code leaves some at PyTorch's default."
 _NOTES_OF_JIT = (
-    "As in the papers: the clean image is predicted and the velocity that it implies compared, batch 1024, AdamW 2e-4 after 5 epochs",
-    "of warm-up, beta2 0.95, gradients not clipped, two averages, mirrored images, 600 epochs of 1.28 million images.",
-    "Not as there: the mirrored copies are stored; their figures are of torch-fidelity, with its own reference. The released H also",
-    "drops a fifth of the outputs of its middle blocks in training; a network here draws no random numbers.",
+    "As in the papers: prediction of the clean image with the loss of the implied velocity, batch 1024, AdamW 2e-4 after 5 epochs",
+    "of warm-up, beta2 0.95, no gradient clipping, two averages, mirrored images, 600 epochs of 1.28 million images.",
+    "Differences: mirrored copies are stored; their results are from torch-fidelity, with its own reference. The released H also",
+    "drops a fifth of the outputs of its middle blocks in training; networks here have no dropout.",
 )
-# The papers guide for data times above 0.1, which are times below 0.9 here. 50 steps have a time of 0.9, and an interval
-# here holds its ends.
+# The papers guide at data times above 0.1, which are times below 0.9 here. One of 50 steps is at 0.9, and intervals here
+# are closed.
 _JIT_SAMPLING = "--sampler heun --steps 50 --labels balanced --guidance cfg:scale={scale},high=0.89"
 NETWORKS = {
     "lightningdit": PaperNetwork(
@@ -159,9 +157,9 @@ NETWORKS = {
         {"lightningdit-b1": ("B", "LightningDiT-B/1"), "lightningdit-xl1": ("XL", "LightningDiT-XL/1")},
         "--sampler euler:shift=3.3333 --steps 250 --guidance cfg:scale=10,high=0.89,channels=3",
         (
-            "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, no clipping, mirrored images, times by the logit-normal law.",
-            "For 800 epochs add --num-steps 1000800 to `train`; the paper then guides with cfg:scale=6.7,high=0.875,channels=3.",
-            "The shift 1 / 0.3 is of the sampler alone, and guidance is of 3 of the 32 channels, as in the released code.",
+            "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, no clipping, mirrored images, logit-normal times.",
+            "For 800 epochs add --num-steps 1000800 to `train`; the paper then uses cfg:scale=6.7,high=0.875,channels=3.",
+            "Only the sampler has the shift 1 / 0.3, and only 3 of the 32 channels are guided, as in the released code.",
             _TRAINING_OF_B,
         ),
     ),
@@ -170,9 +168,9 @@ NETWORKS = {
         {"ddt-b2": ("B", "DDT-B/2"), "ddt-xl2": ("XL", "DDT-XL/2")},
         "--sampler euler --steps 250 --guidance cfg:scale=2,high=0.7",
         (
-            "As in the paper: batch 256, AdamW 1e-4 with beta2 0.95, times by the logit-normal law, a projector of the network's width.",
-            "The paper's target of other grids is resized bilinearly; here the grids are the same.",
-            f"{_TRAINING_OF_B} Its aligned block, 4, is chosen here.",
+            "As in the paper: batch 256, AdamW 1e-4 with beta2 0.95, logit-normal times, a projector of the network's width.",
+            "The paper resizes targets of other grids bilinearly; here the grids are the same.",
+            f"{_TRAINING_OF_B} Its aligned block 4 is chosen here.",
             _XAVIER,
         ),
         flip=False,
@@ -183,9 +181,9 @@ NETWORKS = {
         "--sampler euler --steps 50 --labels balanced",
         (
             "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, clip 1, EMA 0.9995, mirrored images, the shift of the latents' size.",
-            "Not as there: the paper lowers the rate from epoch 40 to a tenth at epoch 800; these 80 epochs have it constant.",
-            "The S is the weak network of autoguidance: --guidance autoguidance:scale=1.42 --weak runs/rae-dh-s.",
-            f"{_TRAINING_OF_B} It has batches of 256 and EMA 0.9999.",
+            "Difference: the paper decreases the learning rate from epoch 40 to a tenth at epoch 800; here it is constant for 80 epochs.",
+            "The S is the weaker network of autoguidance: --guidance autoguidance:scale=1.42 --weak runs/rae-dh-s.",
+            f"{_TRAINING_OF_B} It has batch 256 and EMA 0.9999.",
             _XAVIER,
         ),
     ),
@@ -199,7 +197,7 @@ NETWORKS = {
         {f"jit-{size.lower()}16-pixelrepa": (size, f"JiT-{size}/16") for size in "BLH"}, _JIT_SAMPLING,
         (
             *_NOTES_OF_JIT,
-            "The target's tokens are those of DINOv2 at 224 pixels, 16 x 16; the released code cuts 256 pixels into patches of 16.",
+            "The target is DINOv2's 16 x 16 tokens at 224 pixels; the released code cuts 256 pixels into patches of 16.",
         ),
         scales={"B": 3.1, "L": 2.8, "H": 2.4}, group="JiT, on pixels",
     ),
@@ -207,7 +205,7 @@ NETWORKS = {
 
 
 def network_recipes() -> dict[str, Recipe]:
-    """`lightningdit-b1`, `ddt-xl2`, `rae-dh-xl`, `jit-b16`, `coco-mmdit` and so on, and two for a CPU."""
+    """The recipes `lightningdit-b1`, `ddt-xl2`, `rae-dh-xl`, `jit-b16`, `coco-mmdit` and so on, and two for a CPU."""
     return {
         "coco-mmdit": _coco("coco-mmdit", "MMDiT on MS-COCO without alignment", aligned=False),
         "coco-mmdit-repa": _coco("coco-mmdit-repa", "MMDiT on MS-COCO aligned to dinov2-b after block 8", aligned=True),
@@ -240,8 +238,8 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
     parts = [
         [f"{name}: {subject}, 256 pixels, text by CLIP-L (arXiv 2410.06940, text-to-image). docs/text.md explains it."],
         [
-            "As there: 505,070,608 parameters, and 7,344,896 of the projector; AdamW 1e-4, batch 256, a random caption of each image,",
-            "replaced by the empty text with probability 0.1. Not as there: bf16 or float32 unless --precision fp16 asks for fp16.",
+            "As in the paper: 505,070,608 parameters, and 7,344,896 of the projector; AdamW 1e-4, batch 256, a random caption per image,",
+            "replaced by the empty text with probability 0.1. Difference: bf16 or float32, unless --precision fp16 is given.",
         ],
         [
             *(
@@ -254,9 +252,9 @@ def _coco(name: str, subject: str, *, aligned: bool) -> Recipe:
             f"repa evaluate samples/{name}.npz --reference {validation} --metrics fid",
         ],
         [
-            "FID of 40,192 samples, one of the first caption of each validation image in their order, against the validation images.",
+            "FID of 40,192 samples, one for the first caption of each validation image, in order, against the validation images.",
             *results_table(figures),
-            "Users of the released code report 8.35 where the paper has 4.73; why is not known.",
+            "Users of the released code report 8.35 instead of the paper's 4.73; the reason is unknown.",
         ],
     ]  # fmt: skip
     best = min(f.fid for f in figures)

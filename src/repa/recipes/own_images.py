@@ -1,8 +1,7 @@
-"""A few thousand images of your own: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
+"""Recipes for a few thousand of your own images: from scratch at 64 and 256 pixels, and fine-tuning of a trained network.
 
-What they share, because the data is small: rates after a warm-up, averages that remember a thousand steps and not ten thousand,
-an end after a number of passes over the data, checkpoints from before it is memorised, and alignment that stops when it has
-nothing more to teach.
+Because the data are small, all have warm-up, averages over about a thousand steps instead of ten thousand, an end after a
+number of epochs, checkpoints from before the network memorises images, and alignment that stops when its loss no longer falls.
 """
 
 from repa.alignment.config import AlignmentConfig
@@ -13,7 +12,7 @@ from repa.recipes.recipe import Recipe
 from repa.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 
 GROUP = "A few thousand images of your own"
-STOP = "plateau:span=500,gain=0.002"  # HASTE's early stop, found by the loss itself
+STOP = "plateau:span=500,gain=0.002"  # early stop as in HASTE, at a step that the loss determines
 SHARED = {
     "batch_size": 64,
     "ema_decay": 0.999,
@@ -23,14 +22,14 @@ SHARED = {
     "preview": PreviewConfig(every=1000, num_images=16),
 }
 NOTES = (
-    "Passes over the data end it, 50,000 steps at most: with 3,000 images and their mirrored copies 300 passes are 28,000 steps.",
-    "Look at the previews: the network memorises images sooner or later, and `repa analyse neighbours` shows copies. Not tuned: the",
-    "rates are those that the papers and common practice give for this size, and no figure is promised.",
+    "The number of epochs ends the training, at most 50,000 steps: 300 epochs of 3,000 images and mirrored copies are 28,000 steps.",
+    "Look at the previews: the network memorises images sooner or later, and `repa analyse neighbours` finds copies. The learning",
+    "rates follow papers and common practice for this size; they are not tuned, and no result is promised.",
 )
 
 
 def own_images_64() -> TrainConfig:
-    """SiT-S on pixels, 256 tokens of 4 x 4; it predicts the image, as a patch of 48 numbers is much of a width of 384."""
+    """SiT-S on pixels, 256 tokens of 4 x 4. It predicts data, because a patch of 48 numbers is a large part of a width of 384."""
     return TrainConfig(
         model=ModelConfig(name="SiT-S/4", patch_overlap=2),
         diffusion=DiffusionConfig(prediction="data"),
@@ -43,7 +42,7 @@ def own_images_64() -> TrainConfig:
 
 
 def own_images_256() -> TrainConfig:
-    """SiT-B/2 on latents, aligned at the depth that REPA gives for B."""
+    """SiT-B/2 on latents, aligned at REPA's depth for B."""
     return TrainConfig(
         model=ModelConfig(name="SiT-B/2"),
         alignments=(AlignmentConfig(target="dinov2-b", depth=4, schedule=STOP),),
@@ -55,7 +54,7 @@ def own_images_256() -> TrainConfig:
 
 
 def finetune_256() -> TrainConfig:
-    """SiT-XL/2 from a released checkpoint or a run, all weights or a LoRA; the alignment is of relations between tokens."""
+    """SiT-XL/2 from a released checkpoint or a run, all weights or a LoRA; the alignment compares relations between tokens."""
     return TrainConfig(
         model=ModelConfig(name="SiT-XL/2"),
         init="?",
@@ -72,15 +71,15 @@ def own_image_recipes() -> dict[str, Recipe]:
     latents = prepare.format(256) + f" --autoencoder {AUTOENCODER}"
     ways = {
         "own-images-64": (
-            own_images_64, "a SiT-S on the pixels of a few thousand images, 64 x 64, from scratch",
+            own_images_64, "SiT-S on the pixels of a few thousand images, 64 x 64, from scratch",
             (prepare.format(64), "repa train own-images-64 --data mine --out runs/mine"),
         ),
         "own-images-256": (
-            own_images_256, "a SiT-B/2 on a few thousand images, 256 x 256, from scratch",
+            own_images_256, "SiT-B/2 on a few thousand images, 256 x 256, from scratch",
             (latents, "repa train own-images-256 --data mine --out runs/mine"),
         ),
         "finetune-256": (
-            finetune_256, "a trained network (--init) goes on with a few thousand images, 256 x 256; --lora.rank 16 for a LoRA",
+            finetune_256, "fine-tuning of a trained network (--init) on a few thousand images, 256 x 256; --lora.rank 16 for a LoRA",
             (
                 latents,
                 "repa train finetune-256 --init repa:SiT-XL-2-256.pt --data mine --out runs/mine",

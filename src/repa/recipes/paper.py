@@ -1,4 +1,4 @@
-"""The rows of the tables of REPA (arXiv 2410.06940) as recipes: the configuration, and the promise with commands and figures."""
+"""The results of REPA's tables (arXiv 2410.06940) as recipes: configuration, commands and published results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,29 +20,29 @@ from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 
-GROUP = "REPA, the rows of its paper"
+GROUP = "REPA, the results of its paper"
 DIFFERENCES = (
     "As in the paper: no augmentation, AdamW 1e-4, batch 256, gradients clipped at 1, EMA 0.9999.",
-    "Not as there: bf16 or float32, unless --precision fp16 asks for the paper's fp16 with a loss scaler; labels are dropped",
-    "once, with probability 0.1, where some published runs may have dropped them twice (0.19 in all).",
+    "Differences: bf16 or float32, unless --precision fp16 selects the paper's fp16 with a loss scaler; labels are dropped",
+    "once, with probability 0.1, but some published runs may have dropped them twice (0.19 in total).",
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A training run of the paper. Whatever is not named here is the same in all of them."""
+    """A training run of the paper. All other settings are the same for all runs."""
 
     name: str
     table: str
     model: str
     target: str = ""
-    """The encoder that it is aligned to; empty trains without alignment."""
+    """Encoder of the alignment; empty: no alignment."""
     depth: int = 8
     loss: str = "cosine"
     weight: float = 0.5
     resolution: int = 256
     steps_per_second: float | None = None
-    """On 8 H100, where the paper says."""
+    """On 8 H100, if the paper reports it."""
     note: str = ""
 
     @property
@@ -58,31 +58,31 @@ class Row:
 
     @property
     def objective(self) -> str:
-        """SiT is trained by flow matching, DiT as an improved DDPM."""
+        """flow for SiT, ddpm (improved DDPM) for DiT."""
         return "ddpm" if self.model.startswith("DiT") else "flow"
 
     @property
     def unguided(self) -> list[PublishedResult]:
-        """Those sampled without guidance."""
+        """Results without guidance."""
         return [figures for figures in self.figures if figures.guidance == "none"]
 
     @property
     def num_steps(self) -> int:
-        """The steps of its first result: 400K, or where its figures begin later."""
+        """The steps of its first result: 400K, or more if there is no result at 400K."""
         return max(400_000, min((figures.step for figures in self.figures), default=0))
 
 
 _SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."
-_L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's figure: sit-l2-repa-dinov2-b-ntxent."
-_INTERVAL = "Guidance is on for t in [0, 0.7] of this time, in which t = 0 is data."
-_512 = "Figures of the paper's final version, printed by epochs (80 are 400K steps); how they were sampled is not known here."
+_L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's result: sit-l2-repa-dinov2-b-ntxent."
+_INTERVAL = "Guidance is on for t in [0, 0.7], where t = 0 is data."
+_512 = "Results of the paper's final version, by epochs (80 are 400K steps); the sampling settings are unknown."
 _NEGATIVES = (
-    "The paper names neither the temperature nor the negatives of NT-Xent: docs/methods.md says which are taken."
+    "The paper gives neither the temperature nor the negatives of NT-Xent: docs/methods.md gives those used here."
 )
 _ENCODERS = {  # of Table 2, with notes
     "mae-l": "", "dino-b": "", "mocov3-l": "", "ijepa-h": "", "clip-l": "",
-    "siglip-b": "SigLIP is in the final version's table only; its size and its figures are not known here.",
-    "dinov2-b": "Table 3 prints this figure for SiT-L/2 too.", "dinov2-l": "", "dinov2-g": "",
+    "siglip-b": "SigLIP is only in the final version's table; its size and its results are unknown.",
+    "dinov2-b": "Table 3 prints this result for SiT-L/2 too.", "dinov2-l": "", "dinov2-g": "",
 }  # fmt: skip
 
 
@@ -129,9 +129,9 @@ def _recipe(row: Row) -> Recipe:
 
 
 def train_config(row: Row) -> TrainConfig:
-    """Whatever the row does not name is the paper's, which the defaults of TrainConfig are."""
+    """The configuration of a run; other settings are the defaults of TrainConfig, which are the paper's."""
     alignments = (AlignmentConfig(**row.alignment),) if row.alignment else ()
-    # at 256 the size is left to the data, so that a recipe also trains on others; at 512 other data would be a mistake
+    # at 256 the size comes from the data, so that the recipe also trains on others; at 512 other data would be a mistake
     latent_size = row.resolution // FACTOR if row.resolution != 256 else 0
     return TrainConfig(
         model=ModelConfig(name=row.model, latent_size=latent_size),
@@ -150,7 +150,7 @@ def subject(row: Row) -> str:
 
 
 def _headline(row: Row) -> str:
-    """'FID 7.9 at 400K, 5.9 at 4M, 1.42 guided': the first result of the full length, the last, the best guided one."""
+    """'FID 7.9 at 400K, 5.9 at 4M, 1.42 guided': the first result from 400K steps, the last, and the best guided one."""
     whole = [f for f in row.figures if f.guidance in ("none", "not stated") and f.step >= row.num_steps]
     guided = [f.fid for f in row.figures if f.guidance not in ("none", "not stated")]
     if not whole:
@@ -159,18 +159,18 @@ def _headline(row: Row) -> str:
 
 
 def promise(row: Row, sampling: SampleConfig | None) -> str:
-    """What `repa show` prints above the configuration."""
+    """The text that `repa show` prints above the configuration."""
     longer = [figures.step for figures in row.figures if figures.step > row.num_steps]
     return paragraphs(
         [
             f"{row.name}: {subject(row)}.",
-            f"It reproduces {row.table} of REPA, arXiv 2410.06940; the figures are the paper's.",
+            f"It reproduces {row.table} of REPA, arXiv 2410.06940; the results below are the paper's.",
         ],
         [*DIFFERENCES, *([row.note] if row.note else [])],
         commands_of(row.name, row.resolution, sampling.sampler if sampling else "euler_maruyama"),
         [
             f"Hardware and time: {expected_time(row)}",
-            *([f"For the figures after more steps add --num-steps {max(longer)} to `train`."] if longer else []),
+            *([f"For the results after more steps add --num-steps {max(longer)} to `train`."] if longer else []),
         ],
         results_table(row.figures),
     )
@@ -181,12 +181,12 @@ def commands_of(name: str, resolution: int = 256, sampler: str = "euler_maruyama
     prepare = f"--resolution {resolution} --autoencoder {AUTOENCODER}"
     return [
         *commands(name, data, prepare, f"--sampler {sampler} --steps 250{guided}"),
-        f"The paper's reference is ADM's file of {resolution} pixels: give its .npz in place of {data} to compare with the figures below.",
+        f"The paper's reference is ADM's file of {resolution} pixels: give its .npz instead of {data} to compare with the results below.",
     ]
 
 
 def expected_time(row: Row) -> str:
-    """8 GPUs: the paper gives one speed."""
+    """Hours on 8 GPUs, from the speed in the paper."""
     if row.steps_per_second is None:
         return "not stated in the paper."
     hours = row.num_steps / row.steps_per_second / 3600

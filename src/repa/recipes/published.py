@@ -1,8 +1,8 @@
-"""What papers report, as data: `published.csv` has the tables of REPA and of the methods around it. Free of torch.
+"""Published results: `published.csv` has the tables of REPA and of related methods. Torch-free.
 
-FIDs are of 50,000 samples of ImageNet at 256 pixels, by the average of the weights, in Inception features. Exactly as many
-images of every class (balanced labels) give about 0.1 less than labels drawn at random, so the two never stand in one column.
-Steps are of 256 images, an epoch counted as 5,000 of them, as the papers do.
+FIDs are for 50,000 samples of ImageNet at 256 pixels, with averaged weights and Inception features. Balanced labels (the
+same number of images per class) give an FID about 0.1 lower than random labels, so the two have separate columns.
+Steps have 256 images, and an epoch is counted as 5,000 steps, as in the papers.
 """
 
 import csv
@@ -17,8 +17,8 @@ CLASSES = 1000
 IMAGES = 1_281_167  # of ImageNet's training set
 SAMPLES = 50_000
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # ADM's statistics
-LABELS = ("random", "balanced", "not stated")  # how the classes of samples were drawn
-# figures, and what heads their column
+LABELS = ("random", "balanced", "not stated")  # choice of the samples' classes
+# metric -> heading of its column
 NUMBERS = {
     "fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall",
     "accuracy": "probe %",
@@ -26,7 +26,7 @@ NUMBERS = {
 
 
 class PublishedResult(NamedTuple):
-    """What a paper reports of one network; None where it gives no figure."""
+    """A paper's results for one network; None if it reports no value."""
 
     step: int
     fid: float
@@ -35,18 +35,18 @@ class PublishedResult(NamedTuple):
     precision: float | None
     recall: float | None
     accuracy: float | None
-    """Of a linear probe, in per cent."""
+    """Accuracy of a linear probe, in per cent."""
     sampler: str
-    """Of REPA's tables; else empty, as where it is not known how samples were made."""
+    """Sampler of REPA's tables; empty for other papers or if unknown."""
     guidance: str
-    """As a spec, or in words; "none", or "not stated"."""
+    """A spec, a description, "none", or "not stated"."""
     model: str
     labels: str
     note: str
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings of `repa sample`; all samples of REPA's tables take 250 steps."""
+        """Settings of `repa sample`; all samples of REPA's tables have 250 steps."""
         return {"sampler": self.sampler, "steps": 250, "guidance": [] if self.guidance == "none" else [self.guidance]}
 
 
@@ -62,11 +62,11 @@ def _read() -> dict[str, tuple[PublishedResult, ...]]:
 
 
 PUBLISHED = _read()
-"""By recipe, or by method. Those of coco-mmdit are of 40,192 captions of MS-COCO 2014's validation set."""
+"""Results by recipe or method. Those of coco-mmdit are for 40,192 captions of MS-COCO 2014's validation set."""
 
 
 def printed(value: float | None) -> str:
-    """A figure with as many decimals as the paper prints: 10.0, 1.42, 0.70."""
+    """A result with the paper's number of decimals: 10.0, 1.42, 0.70."""
     if value is None:
         return "-"
     return f"{value:.1f}" if value >= 1 and round(value, 1) == value else f"{value:.2f}"
@@ -78,10 +78,10 @@ def steps_text(number: int) -> str:
 
 
 def headline(figures: Sequence[PublishedResult], model: str, *, guided: bool = False) -> str:
-    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last of the same network, with guidance or without."""
+    """'FID 5.0 at 200K, 1.8 at 4M': the first and the last result of the same network, with or without guidance."""
     # A paper's own baseline is another method.
     own = [f for f in figures if f.model == model and (f.guidance != "none") == guided and "baseline" not in f.note]
-    return f"FID {first_and_last(own)}" if own else f"no {'guided' if guided else 'unguided'} figure known"
+    return f"FID {first_and_last(own)}" if own else f"no {'guided' if guided else 'unguided'} result known"
 
 
 def first_and_last(figures: Sequence[PublishedResult]) -> str:
@@ -91,9 +91,9 @@ def first_and_last(figures: Sequence[PublishedResult]) -> str:
 
 
 def results_table(figures: Sequence[PublishedResult]) -> list[str]:
-    """The papers' figures, one line each; a FID stands in the column of the way in which its labels were drawn."""
+    """The papers' results, one per line; the column of an FID depends on its labels."""
     if not figures:
-        return ["No figure of a paper is known here."]
+        return ["No published results are known."]
     table = {"steps of 256": [f"{f.step:,}" for f in figures], "network": [f.model for f in figures]}
     for labels in LABELS:
         table[f"FID, labels {labels}"] = [printed(f.fid) if f.labels == labels else "" for f in figures]

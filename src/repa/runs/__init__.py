@@ -1,4 +1,4 @@
-"""Run folders: names of files, checkpoints, metrics, and a trained network back from a folder alone."""
+"""Run folders: file names, checkpoints, metrics, and loading a trained network."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is whole or absent, with a checksum for every file in it."""
+"""Checkpoints: folders that are written atomically, with a checksum of every file."""
 
 import hashlib
 import shutil
@@ -17,20 +17,20 @@ from repa.base.weights import digest_of
 from repa.models.lora import merged_weights
 from repa.runs import layout
 
-OF_TENSORS = "sha256"  # in the header of files by `save_checked`
+OF_TENSORS = "sha256"  # key in the header of files of `save_checked`
 SETTINGS = "settings"  # counter of a checkpoint, see `recorded_settings`
-PART = 2**30  # bytes: what is larger is written in parts, where several processes write
+PART = 2**30  # bytes; several processes split larger files into parts
 
 
 class Checkpoint(NamedTuple):
-    """Everything that must survive a restart, or the share of it that one of several processes writes.
+    """The training state, or the share of it that one of several processes writes.
 
-    Randomness and data order are functions of (seed, step), so they are not in here. All tensors are whole and on the CPU,
-    whatever number of processes made them: any other number can continue.
+    Randomness and data order are functions of (seed, step), so they are not stored. All tensors are full (not sharded) and
+    on the CPU, so any number of processes can continue.
     """
 
     step: int
-    counters: dict[str, Any]  # training seconds and other plain values
+    counters: dict[str, Any]  # plain values, for example training seconds
     tensors: Mapping[str, dict[str, Tensor]]  # file, see layout.py -> its tensors; the optimizer's are "PARAMETER/WHAT"
 
     @property
@@ -47,14 +47,14 @@ class Checkpoint(NamedTuple):
 
 
 class OwnedTensor(NamedTuple):
-    """A tensor of a checkpoint that one of several processes has read; in the others `value` says shape and type alone."""
+    """A checkpoint tensor that one process has read; in the other processes `value` has only shape and type."""
 
     value: Tensor
-    owner: int  # rank of who has it
+    owner: int  # rank of the process that has read it
 
 
 def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, list[str]]]:
-    """For each of `num` processes, by bytes about equally: file or part of one -> names of the tensors that it writes there.
+    """For each of `num` processes, balanced by bytes: file or part of a file -> names of the tensors that it writes there.
 
     Args:
         sizes: file -> tensor -> bytes.
@@ -64,7 +64,7 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
         total, begin = max(1, sum(tensors.values())), 0
         most = min(num, -(-total // PART))
         parts: dict[int, list[str]] = {}
-        # A tensor goes whole to the part in which it begins, so that any one file can be read alone.
+        # A tensor is never split: it goes to the part in which it begins, so each file can be read alone.
         for name, size in tensors.items():
             parts.setdefault(min(begin * most // total, most - 1), []).append(name)
             begin += size
@@ -73,7 +73,7 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
             pieces.append((sum(tensors[name] for name in names), piece, names))
     written: list[dict[str, list[str]]] = [{} for _ in range(num)]
     load = [0] * num
-    # The largest first, each to whoever has the least: no process ends with much more than its share.
+    # Largest first, each to the process with the fewest bytes: this balances the load.
     for size, piece, names in sorted(pieces, key=lambda piece: -piece[0]):
         least = load.index(min(load))
         written[least][piece] = names
@@ -82,20 +82,20 @@ def shares(sizes: Mapping[str, Mapping[str, int]], num: int) -> list[dict[str, l
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every: int = 0) -> Path:
-    """Write a checkpoint atomically, then remove the older ones that need not stay.
+    """Write a checkpoint atomically, then remove older checkpoints by `keep` and `keep_every`.
 
     Args:
         run: run folder.
-        checkpoint: what to write; when its step is there already, that one stays, as it is the same state.
-        keep: newest checkpoints that stay; 0 keeps every one.
-        keep_every: those whose step is a multiple of it stay too; 0: no further ones.
+        checkpoint: what to write; an existing checkpoint of its step is kept, because it is the same state.
+        keep: number of newest checkpoints to keep; 0: all.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
 
     Raises:
-        UserError: the disk is full; the checkpoints that were there are whole.
+        UserError: the disk is full; existing checkpoints are intact.
     """
     folder = layout.checkpoint_folder(run, checkpoint.step)
     if not folder.exists():
-        files.remove_leftovers(folder.parent)  # of a process that was killed while it wrote or removed
+        files.remove_leftovers(folder.parent)  # of a process that was killed during writing or removal
         with files.atomic_folder(folder) as temporary:
             write_state(temporary, checkpoint, write_files(temporary, checkpoint))
     remove_older(run, keep, keep_every)
@@ -103,7 +103,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int = 0, keep_every
 
 
 def write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """Its tensors on the disk; the checksum of each file, of what is read back."""
+    """Write the tensors; returns the checksum of each file as read back from the disk."""
     for name, tensors in checkpoint.tensors.items():
         save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, folder / name)
         files.sync(folder / name)
@@ -111,29 +111,29 @@ def write_files(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def remove_older(run: Path, keep: int, keep_every: int) -> None:
-    """Remove the checkpoints that need not stay, see `save_checkpoint`."""
+    """Remove older checkpoints by `keep` and `keep_every`, see `save_checkpoint`."""
     for step in layout.checkpoint_steps(run)[:-keep] if keep else ():
         if not keep_every or step % keep_every:
             _remove(layout.checkpoint_folder(run, step))
 
 
 def _remove(folder: Path) -> None:
-    """Out of sight first: a kill amid the removal leaves no checkpoint that lacks files."""
+    """Rename, then remove, so that a kill during the removal leaves no incomplete checkpoint."""
     hidden = folder.with_name(f".{folder.name}.removed.tmp")
     try:
         folder.rename(hidden)
         shutil.rmtree(hidden)
-    # A file that somebody has open on NFS, a folder without permission: no reason to stop training.
+    # A file that is open on NFS or a missing permission is no reason to stop training.
     except OSError as error:
         warnings.warn(
-            f"{folder} cannot be removed now ({error.strerror}): the next checkpoint tries again.", stacklevel=2
+            f"{folder} could not be removed ({error.strerror}): the next checkpoint tries again.", stacklevel=2
         )
 
 
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
-    """The checkpoint of `step` (default: the highest), on the CPU; None when the run has none yet.
+    """The checkpoint of `step` (default: the highest), on the CPU; None if the run has none.
 
-    Nothing in it is unpickled: a folder from elsewhere can hold wrong numbers, but no code.
+    Nothing is unpickled: an untrusted folder can hold wrong numbers but cannot run code.
     """
     steps = layout.checkpoint_steps(run)
     if step is None:
@@ -146,15 +146,15 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
 
 
 def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, OwnedTensor]]] | None:
-    """Step, counters and tensors by file of the newest checkpoint; None when the run has none. All processes must ask.
+    """Step, counters and tensors by file of the newest checkpoint; None if the run has none. All processes must call this.
 
-    Each file or part of one is read, and compared with its checksum, by one process of those that see the folder.
+    Each file or part of a file is read and verified by one of the processes that see the folder.
     """
     steps = dist.on_main(lambda: layout.checkpoint_steps(run)[-1:])
     if not steps:
         return None
     (step,) = steps
-    # The run folder may lie on each machine's own disk: only processes that see the main one's checkpoint read parts of it.
+    # The run folder may be on a local disk of each machine: only processes that see the main process's checkpoint read it.
     folder, state = layout.checkpoint_folder(run, step), dist.on_main(lambda: _state(run, step))
     sees = dist.gather_objects(dist.is_main() or _is_state(folder, state))
     readers = [rank for rank, can in enumerate(sees) if can]
@@ -164,7 +164,7 @@ def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Owne
         mine = [name for name in names if owners[name] == dist.rank()]
         _require_intact(run, folder, state, mine)
         read = {name: _read(folder / name) for name in mine}
-    # Names, types and shapes for those that have not read them: on the meta device they weigh nothing on the way.
+    # The other processes get names, types and shapes; tensors on the meta device are cheap to send.
     outlines = dist.gather_objects(
         {name: {key: x.to("meta") for key, x in tensors.items()} for name, tensors in read.items()}
     )
@@ -176,7 +176,7 @@ def load_owned(run: Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Owne
 
 
 def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
-    """Whether this process sees the checkpoint that the main one sees; it may see another folder, or none."""
+    """Whether this process sees the main process's checkpoint; it may see another folder, or none."""
     try:
         return _read_state(folder, state["step"]) == state
     except UserError:
@@ -184,18 +184,18 @@ def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
 
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that holds a checksum of its tensors, for `load_checked`."""
+    """Write a safetensors file with a checksum of its tensors in the header, for `load_checked`."""
     tensors = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
     save_file(tensors, path, metadata={OF_TENSORS: digest_of(tensors)})
 
 
 def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
-    """What `save_checked` wrote; UserError when a byte of it has changed."""
+    """Read a file of `save_checked`; raises UserError if its tensors do not match the checksum."""
     with faults.reading(path, "a safetensors file", remedy), safe_open(path, "pt") as file:
         checksum = (file.metadata() or {}).get(OF_TENSORS)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if checksum != digest_of(tensors):
-        raise UserError(f"{path} is damaged: its tensors are not the ones that were written. {remedy}")
+        raise UserError(f"{path} is damaged: its tensors do not match their checksum. {remedy}")
     return tensors
 
 
@@ -209,10 +209,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(run: Path, weights: str, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
-    """(step, state dict) of the network alone: "ema", "model", or another average by its name, of a checkpoint or of `repa ema`.
+    """(step, state dict) of the network: "ema", "model", or another average by name, from a checkpoint or from `repa ema`.
 
-    The newest checkpoint may be replaced by training while it is read: then the one that is the newest by now is taken.
-    The updates of a LoRA are merged into the weights.
+    Training may replace the newest checkpoint during reading: then the new newest one is read.
+    LoRA updates are merged into the weights.
     """
     while True:
         before = layout.checkpoint_steps(run)
@@ -233,27 +233,27 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
     paths = layout.checkpoint_folder(run, step).glob(f"*{layout.WEIGHTS}")
     names = {layout.whole_name(path.name).removesuffix(layout.WEIGHTS) for path in paths}
     names -= {Path(layout.PROJECTORS_FILE).stem, Path(layout.OPTIMIZER_FILE).stem}
-    # A checkpoint's own average comes before one by `repa ema` of the same name; without a step, the newest of these.
+    # A checkpoint's average takes precedence over one of `repa ema` with the same name; without a step, the newest is used.
     if weights not in names and made and wanted in (None, *made):
         step = made[-1] if wanted is None else wanted
-        return step, load_checked(layout.average_file(run, step, weights), f"Make it again by `repa ema {run}`.")
+        return step, load_checked(layout.average_file(run, step, weights), f"Make it again with `repa ema {run}`.")
     if names and weights not in names:
         raise UserError(
-            f"{run} has no weights {weights!r} at step {step}: there are {', '.join(sorted(names))}, and `repa ema {run}` makes "
-            "averages of other widths where there are snapshots."
+            f"{run} has no weights {weights!r} at step {step}: choose {', '.join(sorted(names))}, or make an average of another width "
+            f"from snapshots with `repa ema {run}`."
         )
     folder, _ = _verified(run, step, only=weights + layout.WEIGHTS)
     return step, _read_parts(folder, weights + layout.WEIGHTS)
 
 
 def recorded_settings(run: Path, step: int) -> Any:
-    """`layout.fixed_settings` of the configuration that a checkpoint was made by; None where none is recorded."""
+    """`layout.fixed_settings` of a checkpoint's configuration; None if none are recorded."""
     try:
         return _read_state(layout.checkpoint_folder(run, step), step)["counters"].get(SETTINGS)
     except (UserError, OSError):
         if step in layout.checkpoint_steps(run):
             raise
-        return None  # of an average by `repa ema`, or replaced by training meanwhile
+        return None  # an average of `repa ema`, or a checkpoint that training has replaced meanwhile
 
 
 def load_projectors(run: Path, step: int) -> dict[str, Tensor]:
@@ -262,9 +262,9 @@ def load_projectors(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def weights_checksum(run: Path, weights: str, step: int) -> str:
-    """SHA-256 of the file that `load_weights` read: what its checkpoint has on record, or of an average by `repa ema`.
+    """SHA-256 of the file of `load_weights`: as its checkpoint records it, or computed for an average of `repa ema`.
 
-    Of a file in parts it is the checksum of their checksums, a line each.
+    For a file in parts it is the checksum of their checksums, one per line.
     """
     folder = layout.checkpoint_folder(run, step)
     if paths := layout.part_files(folder, weights + layout.WEIGHTS):
@@ -275,25 +275,25 @@ def weights_checksum(run: Path, weights: str, step: int) -> str:
 
 
 def write_state(folder: Path, checkpoint: Checkpoint, checksums: Mapping[str, str]) -> None:
-    """state.json: what of a checkpoint is not in tensors, and the checksum of every other file."""
+    """Write state.json: the step, the counters, and the checksum of every other file."""
     state = {"step": checkpoint.step, "counters": checkpoint.counters, "sha256": dict(sorted(checksums.items()))}
     files.write_sealed(folder / layout.STATE_FILE, state)
 
 
 def _read_state(folder: Path, step: int) -> dict[str, Any]:
-    """state.json of a checkpoint; UserError when it is not what was written there."""
+    """Read state.json of a checkpoint; raises UserError if it is damaged."""
     path = folder / layout.STATE_FILE
     state = files.read_object(path, True, step=int, counters=dict, sha256=dict)
     if len(state) != 3 or state["step"] != step:
-        raise UserError(f"{path} is damaged: it is not what was written.")
-    # A checkpoint from elsewhere opens no file elsewhere.
+        raise UserError(f"{path} is damaged: its fields or its step are wrong.")
+    # An untrusted checkpoint must not name files outside its folder.
     if any(Path(name).name != name for name in state["sha256"]):
-        raise UserError(f"{path} is refused: it names files outside of its folder.")
+        raise UserError(f"{path} names files outside its folder and is refused: use another checkpoint.")
     return state
 
 
 def _verified(run: Path, step: int, only: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder and the state of a checkpoint whose files, or those parts of one, have the bytes that were written."""
+    """Folder and state of a checkpoint after verifying its files, or only the parts of the file `only`."""
     folder, state = layout.checkpoint_folder(run, step), _state(run, step)
     names = [name for name in state["sha256"] if only in (None, layout.whole_name(name))]
     if not names:
@@ -304,7 +304,7 @@ def _verified(run: Path, step: int, only: str | None = None) -> tuple[Path, dict
 
 
 def _state(run: Path, step: int) -> dict[str, Any]:
-    """The state of a checkpoint; UserError where there is none, or another than was written."""
+    """The state of a checkpoint; raises UserError if it is missing or damaged."""
     steps = layout.checkpoint_steps(run)
     folder = layout.checkpoint_folder(run, step)
     if step not in steps:
@@ -313,15 +313,15 @@ def _state(run: Path, step: int) -> dict[str, Any]:
         return _read_state(folder, step)
     except UserError as error:
         path = folder / layout.STATE_FILE
-        raise UserError(f"{path} is damaged: it is not what was written. {_remedy(run, step)}") from error
+        raise UserError(f"{path} is damaged. {_remedy(run, step)}") from error
 
 
 def _require_intact(run: Path, folder: Path, state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises UserError for the first of the files `names` that has not the bytes that were written."""
+    """Raises UserError for the first of the files `names` that is missing or does not match its checksum."""
     for name in names:
         if not (folder / name).is_file() or files.sha256(folder / name) != state["sha256"][name]:
             raise UserError(
-                f"{folder / name} is damaged: its bytes are not the ones that were written. {_remedy(run, state['step'])}"
+                f"{folder / name} is damaged: it does not match its checksum. {_remedy(run, state['step'])}"
             )
 
 

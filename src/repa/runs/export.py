@@ -1,4 +1,4 @@
-"""A run's averaged network for others: safetensors or diffusers' DiTTransformer2DModel, with a model card (README.md)."""
+"""Export of a run's averaged network: safetensors or diffusers' DiTTransformer2DModel, with a model card (README.md)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ prediction = model(x_t, timestep=t, class_labels=labels).sample
 ```""",
 }
 EXACT = """
-for block in model.transformer_blocks:  # DiT's frequencies of the timestep, which this class has no setting for
+for block in model.transformer_blocks:  # DiT's timestep frequencies; this class has no setting for them
     block.norm1.emb.time_proj.downscale_freq_shift = 0"""
 
 
@@ -51,12 +51,12 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
     Args:
         run: run folder.
-        out: folder to make: absent, empty, or already what this call makes.
-        form: "safetensors" (read by repa.models.load_exported) or "diffusers" (by DiTTransformer2DModel).
+        out: output folder; it must be absent, empty, or already hold this export.
+        form: "safetensors" (for repa.models.load_exported) or "diffusers" (for DiTTransformer2DModel).
         step: which checkpoint; the highest when None.
 
     Raises:
-        UserError: no such run or step, a folder that is in use, or a network that the format cannot hold.
+        UserError: no such run or step, a non-empty folder, or a network that the format cannot hold.
     """
     if form not in FORMATS:
         raise UserError(f"Unknown format {form!r}{choices(form, FORMATS)}")
@@ -65,11 +65,11 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
     model = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
     if model.backbone != "dit":
         raise UserError(
-            f"Exports hold a DiT alone, but {run} has the backbone {model.backbone!r}: use its checkpoints."
+            f"Only the backbone dit can be exported, but {run} has {model.backbone!r}: use its checkpoints."
         )
     if form == "diffusers" and model.patch_overlap:
         raise UserError(
-            f"diffusers' DiTTransformer2DModel cannot hold the network of {run}, whose patches overlap: export safetensors."
+            f"diffusers' DiTTransformer2DModel has no overlapping patches, but {run} has: export safetensors."
         )
     num_heads = model.dims().num_heads
     step, state = load_weights(run, "ema", step)
@@ -92,7 +92,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
 
 def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader must know besides the network; no path of this machine is among it, as an export is for others."""
+    """The facts that a user of the network needs; without local paths, because an export is published."""
     kinds = {"source": dict, "num_images": int, "class_names": list}
     data = files.read_object(run / layout.DATA, **kinds) if (run / layout.DATA).is_file() else {}
     origin = files.read_object(run / layout.ORIGIN, origin=str)["origin"] if (run / layout.ORIGIN).is_file() else None
@@ -108,11 +108,11 @@ def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The text of README.md: what the network is, what it was trained on, how it is loaded.
+    """The text of README.md: the network, its training data, and how to load it.
 
     Args:
         form: "safetensors" or "diffusers".
-        arguments: of DiT.
+        arguments: constructor arguments of DiT.
         facts: step, diffusion, autoencoder, converted_from, source, num_images, class_names.
         config: the run's configuration.
     """
@@ -144,7 +144,7 @@ def card(form: str, arguments: Mapping[str, Any], facts: Mapping[str, Any], conf
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    """SiT-XL/2 for a named size, SiT/2 for any other."""
+    """SiT-XL/2 for a named size, SiT/2 for other sizes."""
     family, _, rest = model["name"].partition("-")
     own = any(model.get(name) for name in ("hidden_dim", "depth", "num_heads"))
     return f"{family}/{rest.partition('/')[2]}" if own else model["name"]
@@ -152,7 +152,7 @@ def _name(model: Mapping[str, Any]) -> str:
 
 def _data(facts: Mapping[str, Any]) -> str:
     if not facts["source"]:
-        return f"not known: the weights were converted from {facts['converted_from']}"
+        return f"unknown: the weights were converted from {facts['converted_from']}"
     return f"{facts['source'].get('name')}, {facts['num_images']:,} images of {len(facts['class_names'])} classes"
 
 
@@ -167,6 +167,6 @@ def _prediction(diffusion: Mapping[str, Any]) -> str:
 
 
 def _alignments(alignments: Any) -> str:
-    # Terms that only measure left no trace in the network.
+    # Terms with measure_only have no influence on the network.
     felt = [a for a in alignments if not a.get("measure_only")]
     return ", ".join(f"{a['target']} at block {a['depth']}, weight {a['weight']}" for a in felt) or "nothing"

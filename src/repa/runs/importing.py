@@ -1,6 +1,6 @@
-"""Networks from elsewhere as run folders: released checkpoints of REPA, SiT and DiT, and folders of `repa export`.
+"""Conversion to run folders: released checkpoints of REPA, SiT and DiT, and folders of `repa export`.
 
-The settings of a run are plain values here, named as in config.yaml: whoever writes them has checked them.
+Settings are plain values here, named as in config.yaml; the caller validates them.
 """
 
 import sys
@@ -22,20 +22,20 @@ from repa.models.published import MOST_STEPS, Published, check_keys, check_value
 from repa.runs import layout
 from repa.runs.checkpoint import SETTINGS, Checkpoint, save_checkpoint
 
-PROJ_COEFF = 0.5  # weight of the alignment where the arguments of a REPA do not tell it: the default of its code
-MLP_RATIO = 4  # the only one that a run's configuration knows
-# names of the paths in the settings of REPA and SiT
+PROJ_COEFF = 0.5  # alignment weight if the file of a REPA does not give it: the default of REPA's code
+MLP_RATIO = 4  # the only ratio that a run's configuration supports
+# names of paths in the settings of REPA and SiT
 PATHS = {"linear": "linear", "cosine": "trigonometric", "Linear": "linear", "GVP": "trigonometric", "VP": "vp"}
 
 
 class Imported(NamedTuple):
-    """The parts of a training configuration that a file tells, and its weights, without an optimizer."""
+    """The settings that a file gives, and its weights, without an optimizer."""
 
     settings: dict[str, Any]
     checkpoint: Checkpoint
-    kind: str  # whose code made it: "repa", "sit", "dit", or "" where that is not known
-    taken: str = ""  # which weights of the file these are, as a sentence
-    left_out: int = 0  # projectors whose encoder and depth nobody named
+    kind: str  # the code that made it: "repa", "sit", "dit", or "" if unknown
+    taken: str = ""  # a sentence that names the file's weights in use
+    left_out: int = 0  # number of projectors without a known encoder and depth
 
 
 def read_checkpoint(
@@ -53,25 +53,25 @@ def read_checkpoint(
     Args:
         file: .pt or .safetensors; see repa.models.load_published.
         kind: "repa", "sit" or "dit".
-        num_heads: attention heads; 0 = those of the named size with this width and depth.
-        targets: encoders of the projectors, in order; empty = as the file tells, and without it they are left out.
-        depth: block of the alignment; 0 = as the file tells.
-        path: the path it was trained on; empty = as the file says, otherwise linear.
-        weights: which set of the file's weights to take; empty = its average, else its only one.
+        num_heads: number of attention heads; 0: those of the named size with this width and depth.
+        targets: encoders of the projectors, in order; empty: from the file; if it names none, the projectors are dropped.
+        depth: block of the alignment; 0: from the file.
+        path: the path of training; empty: from the file, otherwise linear.
+        weights: which of the file's weights to use; empty: its average, otherwise its only weights.
 
     Raises:
-        UserError: not a checkpoint of this kind, or one that no configuration describes.
+        UserError: not a checkpoint of this kind, or a network that no configuration can describe.
     """
     published = load_published(file, kind, weights)
     model = _model_settings(published.ema, num_heads, kind, str(file))
     diffusion = {"objective": "ddpm"} if kind == "dit" else {"path": path or _path(published.settings, str(file))}
     if kind == "dit" and path:
-        raise UserError(f"A DiT has no path to choose, but got {path!r}: leave it out.")
+        raise UserError(f"A DiT has no choice of path, but got {path!r}: remove it.")
     alignments = _alignments(published, targets, depth, str(file))
     indices = {key.partition(".")[0] for key in published.projectors}
     projectors = {}
     if alignments:
-        # As `AlignmentConfig.module` names them: this room reads plain values, and does not know that class.
+        # Named as by `AlignmentConfig.module`, which this package cannot import: it reads plain values.
         names = [f"{a['target']}@{a['depth']}".replace(".", "_") for a in alignments]
         modules = dict(zip(sorted(indices, key=int), names, strict=True))
         for key, value in published.projectors.items():
@@ -87,8 +87,8 @@ def read_export(folder: Path) -> Imported:
     config, ema = read_exported(folder)
     if missing := [name for name in ("diffusion", "autoencoder", "step") if name not in config]:
         raise UserError(
-            f"{folder} does not say its {missing[0]}, as save_pretrained writes the network alone: load it by "
-            "DiT.from_pretrained, or make the folder by `repa export`."
+            f"{folder} does not record its {missing[0]}: save_pretrained writes only the network. Load it with "
+            "DiT.from_pretrained, or make the folder with `repa export`."
         )
     files.read_object(folder / CONFIG, diffusion=dict, autoencoder=str, step=int)
     _check_step(config["step"], folder / CONFIG)
@@ -101,14 +101,14 @@ def read_export(folder: Path) -> Imported:
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Is this a DiT in the layout of diffusers?"""
+    """Whether this folder holds a DiT in diffusers' format."""
     return (folder / diffusers_export.WEIGHTS).is_file() and (folder / diffusers_export.CONFIG).is_file()
 
 
 def read_diffusers(folder: Path) -> Imported:
-    """A folder with a DiTTransformer2DModel: of `repa export --format diffusers`, which tells what it is, or a DiT of others.
+    """A folder with a DiTTransformer2DModel: an export of `repa export --format diffusers`, or another project's DiT.
 
-    Those of others are taken for what the class was made for: a DiT on DDPM's timesteps. Its settings then name no autoencoder.
+    Another project's DiT is assumed to use DDPM's timesteps, as the class does. Its settings then name no autoencoder.
     """
     path = folder / diffusers_export.CONFIG
     config = files.read_object(path, _class_name=str)
@@ -123,7 +123,7 @@ def read_diffusers(folder: Path) -> Imported:
         _check_step(facts["step"], folder / diffusers_export.FACTS)
         if changed := [name for name, value in facts["config"].items() if config.get(name) != value]:
             raise UserError(
-                f"{path} has {changed[0]} {config.get(changed[0])!r:.80}, but {facts['config'][changed[0]]!r:.80} was exported: "
+                f"{path} has {changed[0]} {config.get(changed[0])!r:.80}, but the export had {facts['config'][changed[0]]!r:.80}: "
                 "restore it from a copy."
             )
     with faults.reading(
@@ -149,7 +149,7 @@ def _weights(
     model: dict[str, Tensor] | None = None,
     projectors: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """A checkpoint of what there is; how long it was trained is not known."""
+    """A checkpoint of the available weights; the training time is unknown."""
     found = {layout.EMA_FILE: ema, layout.MODEL_FILE: model, layout.PROJECTORS_FILE: projectors}
     return Checkpoint(step, {"seconds": 0.0}, {file: tensors for file, tensors in found.items() if tensors})
 
@@ -160,9 +160,9 @@ def _check_step(step: int, file: Path) -> None:
 
 
 def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, kind: str) -> None:
-    """Write a run folder, whole or not at all: it serves to sample, analyse and start from.
+    """Write a run folder atomically, for sampling, analysis and as initial weights.
 
-    `origin` is what it was made from, `kind` whose code made that.
+    `origin` is the source of the conversion, `kind` the code that made it.
     """
     with lock.exclusive(run, "repa convert"), files.new_folder(run, layout.ORIGIN, "the converted run") as temporary:
         files.write_text(temporary / layout.CONFIG, config.to_yaml())
@@ -174,19 +174,19 @@ def write_run(run: Path, config: Config, checkpoint: Checkpoint, origin: str, ki
 def _model_settings(
     state: Mapping[str, Tensor], num_heads: int, kind: str, where: str, patch_overlap: int = 0
 ) -> dict[str, Any]:
-    """The section `model` of a configuration that builds the network of this state dict."""
+    """The section `model` of the configuration of this state dict's network."""
     try:
         arguments = constructor_arguments(state, num_heads or None, patch_overlap)
     except UserError as error:
         raise UserError(f"{error} The option is --model.num-heads.") from None
     if kind == "repa" and arguments["learn_sigma"]:
-        raise UserError(f"{where} also predicts a variance, which no REPA does: give --kind sit or --kind dit.")
+        raise UserError(f"{where} also predicts a variance, but a REPA does not: give --kind sit or --kind dit.")
     if kind == "dit" and not arguments["learn_sigma"]:
-        raise UserError(f"{where} predicts no variance, which every DiT does: give --kind repa or --kind sit.")
+        raise UserError(f"{where} predicts no variance, but a DiT does: give --kind repa or --kind sit.")
     if arguments["mlp_ratio"] != MLP_RATIO or arguments["patch_size"] not in PATCH_SIZES:
         raise UserError(
-            f"{where} has MLPs of {arguments['mlp_ratio']:g} times its width and patches of {arguments['patch_size']}: "
-            f"a run has {MLP_RATIO} times and {', '.join(map(str, PATCH_SIZES))}. repa.models.load_published loads it without a run."
+            f"{where} has the MLP ratio {arguments['mlp_ratio']:g} and the patch size {arguments['patch_size']}, but a run needs "
+            f"{MLP_RATIO} and {', '.join(map(str, PATCH_SIZES))}: load it without a run, by repa.models.load_published."
         )
     dims = tuple(arguments[name] for name in ("hidden_dim", "depth", "num_heads"))
     size = next((size for size, named in SIZES.items() if named == dims), None)
@@ -200,7 +200,7 @@ def _model_settings(
 
 
 def _path(settings: Mapping[str, Any], where: str) -> str:
-    """The path that a REPA or SiT says it was trained on; linear, the default of both, when it says nothing."""
+    """The path in the settings of a REPA or SiT; linear, the default of both, if they name none."""
     if (prediction := settings.get("prediction", "v")) not in ("v", "velocity"):
         raise UserError(f"{where} predicts {prediction!r}: only networks that predict velocity can be converted.")
     name = settings.get("path_type", "linear")
@@ -210,35 +210,33 @@ def _path(settings: Mapping[str, Any], where: str) -> str:
 
 
 def _alignments(published: Published, targets: Sequence[str], depth: int, where: str) -> list[dict[str, Any]]:
-    """The section `alignments` for the projectors of a REPA; none when neither the caller nor the file names the encoders."""
+    """The section `alignments` for the projectors of a REPA; empty if neither the caller nor the file names the encoders."""
     indices = sorted({int(key.partition(".")[0]) for key in published.projectors})
     named = published.settings.get("enc_type")
     if not targets and isinstance(named, str) and indices:
         targets = named.split(",")
     if not targets:
         return []
-    # The released projector, and nothing else, is what the projector mlp builds.
+    # The projector mlp supports exactly the released architecture.
     layers = {f"{index}.{layer}.{kind}" for index in indices for layer in (0, 2, 4) for kind in ("weight", "bias")}
     if published.projectors.keys() != layers:
-        raise UserError(f"{where} has projectors that are not the three linear layers of REPA: leave --targets out.")
+        raise UserError(f"{where} has projectors other than REPA's three linear layers: remove --targets.")
     if len(targets) != len(indices):
         raise UserError(
-            f"{where} has {len(indices)} projectors, but {len(targets)} encoders are named ({', '.join(targets)})."
+            f"{where} has {len(indices)} projectors, but got {len(targets)} encoders ({', '.join(targets)}): name one per projector."
         )
     depth = depth or published.settings.get("encoder_depth") or 0
     if not isinstance(depth, int) or depth < 1:
-        raise UserError(
-            f"{where} does not say after which block its projectors stand: give --depth, 8 for the released REPA."
-        )
+        raise UserError(f"{where} does not record the block of its projectors: give --depth, 8 for the released REPA.")
     weight = published.settings.get("proj_coeff", PROJ_COEFF)
     if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-        raise UserError(f"{where} has the alignment weight {weight!r:.80}, which no REPA has: take another checkpoint.")
+        raise UserError(f"{where} has the impossible alignment weight {weight!r:.80}: use another checkpoint.")
     return [
         {
             "target": canonical(target),
             "depth": depth,
             "projector": f"mlp:width={published.projectors[f'{index}.0.weight'].shape[0]}",
-            # REPA averages over encoders, and terms of a run are summed.
+            # REPA averages over encoders, but a run sums its terms.
             "weight": weight / len(indices),
         }
         for index, target in zip(indices, targets, strict=True)

@@ -1,18 +1,18 @@
-"""The name of every file in a run folder, in one place; its configuration, and where a converted run came from. Torch-free.
+"""File names of a run folder, its configuration, and the origin of a converted run. Torch-free.
 
 RUN/
   config.yaml                 the resolved training configuration; itself accepted as a recipe
-  data.json                   what the run was trained on: source, counts, class names, who encoded it
-  metrics.jsonl               one JSON object a line: kind "train" (losses, rate) or "eval" (metrics of samples)
-  log.txt                     when it started and continued, and a line for every logged step
-  checkpoints/0001000/        model, ema, projectors, optimizer (safetensors, large ones in parts), state.json
-  snapshots/0001000/          averages of power-function profiles in half precision, for `repa ema`
-  averages/0001000/           what `repa ema` made of them, by width
-  samples/0001000.npz, .png   previews: uint8 NHWC under arr_0 and their labels, and the grid of them
-  evaluations/*.json          results of `repa evaluate` that belong in the report
-  analysis/                   what `repa analyse` found: rows (.json, .csv), pictures, and its cache
+  data.json                   the training data: source, counts, class names, encoders
+  metrics.jsonl               one JSON object per line: kind "train" (losses, rate) or "eval" (metrics of samples)
+  log.txt                     start and resume times, and a line for every logged step
+  checkpoints/0001000/        model, ema, projectors, optimizer (safetensors, large files in parts), state.json
+  snapshots/0001000/          averages of power-function profiles in float16, for `repa ema`
+  averages/0001000/           averages of `repa ema`, by width
+  samples/0001000.npz, .png   previews: uint8 NHWC under arr_0 with labels, and an image grid
+  evaluations/*.json          results of `repa evaluate` for the report
+  analysis/                   results of `repa analyse`: tables (.json, .csv), pictures, and its cache
   report.html
-  converted.json              in a folder that `repa convert` made: what it was made from, and whose code that was
+  converted.json              only in folders of `repa convert`: the origin, and the code that made it
 """
 
 import re
@@ -37,16 +37,16 @@ SAMPLES = "samples"
 EVALUATIONS = "evaluations"
 ANALYSIS = "analysis"
 ORIGIN = "converted.json"
-WANDB_ID = "wandb/id.txt"  # of its run at Weights & Biases, which is next to it
+WANDB_ID = "wandb/id.txt"  # id of the run at Weights & Biases
 
-# Settings that say how long to train, what to write and how to compute, not what to compute. accumulate, parallel,
-# checkpoint_activations and compile change sums in their last digits only, as another number of processes does.
+# Settings of duration, output and speed, which do not change the result. accumulate, parallel, checkpoint_activations and
+# compile change only the last digits of sums, as does another number of processes.
 CHANGEABLE = (
     "num_steps", "epochs", "accumulate", "parallel", "checkpoint_activations", "compile", "compile_scope", "max_skipped_steps",
     "log_every", "save_every", "save_minutes", "keep_checkpoints", "keep_every", "async_save", "snapshot_every",
     "preview", "wandb", "autoencoder_weights", "feature_weights", "text_weights",
 )  # fmt: skip
-# Types of settings that are read as plain values: a folder may come from anyone.
+# Types of settings that are read as plain values; checked because the folder is untrusted.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "diffusion", "optimizer", "preview"), dict[str, Any]),
     **dict.fromkeys(("alignments", "streams"), list[dict[str, Any]]),
@@ -55,7 +55,7 @@ TYPES: dict[str, Any] = {
     "label_dropout": Annotated[float, Field(ge=0, le=1)],
 }
 
-FEW = 4  # runs within a folder that a sentence names
+FEW = 4  # largest number of runs that a message names
 WEIGHTS = ".safetensors"
 PART_OF = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 MODEL_FILE = "model.safetensors"
@@ -65,10 +65,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"  # step, counters and the checksum of every other file
 
 
-# What the code of a converted run's origin does in its sampling script, as settings of `repa sample`; channels: those that
-# its cfg guides. The run records its kind, a key of this table.
+# Kind of a converted run -> the settings of `repa sample` that match the original sampling script; channels: those that
+# its cfg guides.
 SAMPLING: dict[str, dict[str, Any]] = {
-    # On every path; ours is 2sigma, the same on the linear one alone.
+    # On every path. Our default is 2sigma, which is the same only on the linear path.
     "repa": {"sampler": "euler_maruyama:diffusion=2t"},
     "sit": {"sampler": "euler_maruyama:diffusion=2sigma", "channels": 3},
     "dit": {"sampler": "ddpm", "channels": 3},
@@ -84,22 +84,22 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending: a folder gets its name only once it is whole."""
+    """Steps of the complete checkpoints, ascending; incomplete ones have other names."""
     return _steps(run / CHECKPOINTS)
 
 
 def part_name(file: str, part: int, count: int) -> str:
-    """Part 0 ... count - 1 of a file: model-00001-of-00003.safetensors, or the file's own name where it is the only one."""
+    """Name of part 0 ... count - 1 of a file: model-00001-of-00003.safetensors; a single part has the file's name."""
     return file if count == 1 else f"{file.removesuffix(WEIGHTS)}-{part + 1:05d}-of-{count:05d}{WEIGHTS}"
 
 
 def whole_name(part: str) -> str:
-    """The file that a part is of."""
+    """The file to which a part belongs."""
     return PART_OF.sub(WEIGHTS, part)
 
 
 def part_files(folder: Path, file: str) -> list[Path]:
-    """The parts of a checkpoint's file, in order; of a file in one piece itself; of none nothing."""
+    """The parts of a checkpoint's file, in order; the file itself if it is not split; empty if it is missing."""
     return sorted(path for path in folder.glob(f"*{WEIGHTS}") if whole_name(path.name) == file)
 
 
@@ -116,7 +116,7 @@ def average_file(run: Path, step: int, name: str) -> Path:
 
 
 def tidy(run: Path) -> None:
-    """Remove what killed training left in a run folder, whose lock is held; other commands have locks for what they write there."""
+    """Remove temporary files of killed training runs. The caller holds the run's lock; other commands lock their own files."""
     files.remove_leftovers(run, (CONFIG, DATA, METRICS).__contains__)
     files.remove_leftovers(run / SAMPLES, lambda name: _is_step(name.partition(".")[0]))
     for name in (CHECKPOINTS, SNAPSHOTS):
@@ -132,7 +132,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _is_step(name: str) -> bool:
-    """A name as `step_name` writes them: not '²', nor a number that would name another folder."""
+    """Whether `step_name` writes this name; excludes '²' and numbers with another number of zeros."""
     return name.isascii() and name.isdigit() and len(name) < 19 and name == step_name(int(name))
 
 
@@ -141,7 +141,7 @@ def preview(run: Path, step: int, suffix: str) -> Path:
 
 
 def prompts_file(run: Path) -> Path:
-    """Of which texts the previews are, a JSON list in their order; of a run that was trained on captions."""
+    """The prompts of the previews, a JSON list in their order; only for runs trained on captions."""
     return run / SAMPLES / "prompts.json"
 
 
@@ -151,43 +151,43 @@ def preview_steps(run: Path) -> list[int]:
 
 
 def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly spaced, the first and the last among them; of one only the last."""
+    """At most `most` items, evenly spaced, including the first and the last; for most=1 the last."""
     if len(items) <= most:
         return list(items)
     return [items[-1]] if most == 1 else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """The resolved configuration of a run as plain values, which have the TYPES; `needed` are there."""
+    """The resolved configuration of a run as plain values, checked against TYPES; must contain `needed`."""
     path = Path(run) / CONFIG
     if not path.is_file():
         inside = [found.parent for found in sorted(Path(run).glob(f"*/{CONFIG}"))]
         meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
-        raise UserError(
-            f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of a `repa train`.{meant}"
-        )
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{meant}")
     values = read_yaml(path)
     for name in sorted(TYPES.keys() & values.keys()):
         try:
             TypeAdapter(TYPES[name]).validate_python(values[name], strict=True)
         except ValidationError:
             wrong = str(values[name])[:80]
-            raise UserError(f"{path} is damaged: its {name!r} is {wrong!r}, which no run has.") from None
+            raise UserError(
+                f"{path} is damaged: {name!r} has the impossible value {wrong!r}. Restore it from a copy."
+            ) from None
     if missing := [name for name in needed if name not in values]:
-        raise UserError(f"{path} lacks the setting {missing[0]!r}: it is not what `repa train` wrote.")
+        raise UserError(f"{path} lacks the setting {missing[0]!r}: restore it as `repa train` wrote it.")
     return values
 
 
 def fixed_settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a run computes, of its configuration as plain values: dotted name -> value; for the record of a checkpoint."""
+    """The settings that determine a run's result, for the record of a checkpoint: dotted name -> value."""
     fixed = leaves({name: value for name, value in config.items() if name not in CHANGEABLE})
     return {name: repr(list(value) if isinstance(value, tuple) else value) for name, value in fixed.items()}
 
 
 def require_settings(run: Path, step: int, recorded: Any, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless the configuration of a run still says what a checkpoint has on record (None: nothing).
+    """Raises UserError if the configuration of a run differs from a checkpoint's record (None: no record).
 
-    A setting that the record lacks is of a later version.
+    Settings that the record lacks are ignored: a later version added them.
     """
     if recorded is None:
         return
@@ -197,23 +197,23 @@ def require_settings(run: Path, step: int, recorded: Any, config: Mapping[str, A
     for name, before in recorded.items():
         if (now := found.get(name)) != before:
             raise UserError(
-                f"{run / CONFIG} says {name}: {now}, but the checkpoint of step {step:,} is of {name}: {before!s:.200}. Restore the "
-                "configuration; a run of other settings needs another --out."
+                f"{run / CONFIG} has {name}: {now}, but the checkpoint of step {step:,} has {name}: {before!s:.200}. Restore the "
+                "configuration, or train with other settings in another --out."
             )
 
 
 def kind_of(run: Path) -> str:
-    """A key of SAMPLING for a converted run, else an empty text."""
+    """The kind of a converted run, a key of SAMPLING; otherwise an empty string."""
     path = run / ORIGIN
     kind = files.read_object(path, kind=str)["kind"] if path.is_file() else ""
     return kind if kind in SAMPLING else ""
 
 
 def refuse_converted(run: Path) -> None:
-    """UserError when this run folder was converted: it holds no state of an optimizer to continue from."""
+    """Raises UserError if this run folder was converted: it has no optimizer state to continue from."""
     path = run / ORIGIN
     if path.is_file():
         raise UserError(
-            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which does not hold the optimizer's "
+            f"{run} was converted from {files.read_object(path, origin=str)['origin']}, which has no optimizer "
             f"state, so it cannot be continued: fine-tune it in a new folder, repa train RECIPE --data DATA --out NEW --init {run}."
         )

@@ -1,4 +1,4 @@
-"""A trained network back from its run folder alone."""
+"""Load a trained network from its run folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +25,18 @@ from repa.runs import layout
 from repa.runs.checkpoint import load_weights, recorded_settings, weights_checksum
 from repa.runs.predictions import Guide, Predictions, Sharing
 
-OWN = ("dit", "ddt", "jit", "mmdit")  # backbones whose sizes the configuration tells
-NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # of the configuration
+OWN = ("dit", "ddt", "jit", "mmdit")  # backbones whose size follows from the configuration
+NEEDED = ("model", "diffusion", "autoencoder", "autoencoder_weights")  # settings that a configuration must have
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts in turn: image i is of text i modulo their number.
+    """Prompts: image i has text i modulo P.
 
     Args:
         texts: P of them.
-        encode: their tokens, by their numbers 0 ... P - 1.
-        negative: tokens (1, S, E) of what guidance walks away from; None: the empty text.
+        encode: indices 0 ... P - 1 of texts -> their tokens.
+        negative: tokens (1, S, E) of the negative prompt for guidance; None: the empty text.
     """
 
     texts: Sequence[str]
@@ -48,13 +48,13 @@ class Prompts:
         return self.encode([int(index) % len(self.texts) for index in indices])
 
     def texts_of(self, indices: Sequence[int]) -> list[str]:
-        """The texts themselves."""
+        """The texts of N images."""
         return [self.texts[int(index) % len(self.texts)] for index in indices]
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What sampling and analysis need: the network, how it was trained to predict, and the way back to pixels."""
+    """A trained network with what sampling and analysis need: its diffusion process, autoencoder and classes."""
 
     model: Backbone
     diffusion: DiffusionConfig
@@ -63,30 +63,30 @@ class LoadedRun:
     weights: str  # "ema" or "model"
     class_names: tuple[str, ...] = ()
     folder: Path | None = None
-    label_dropout: float | None = None  # that it was trained with; None: not known
-    class_counts: tuple[int, ...] = ()  # training images of each class; (): not known
+    label_dropout: float | None = None  # of its training; None: unknown
+    class_counts: tuple[int, ...] = ()  # number of training images per class; (): unknown
     weak: "LoadedRun | None" = None  # a weaker run, for autoguidance
-    guide: Guide | None = None  # a loss, for representation guidance
-    sharing: Sharing | None = None  # when the encoder of a DDT runs; None: always
-    text: str = ""  # text encoder of the captions that it was trained on
-    text_weights: str = ""  # where its weights lay then
+    guide: Guide | None = None  # the loss of representation guidance
+    sharing: Sharing | None = None  # evaluations that run the encoder of a DDT; None: all
+    text: str = ""  # text encoder of its training captions
+    text_weights: str = ""  # location of its weights during training
     text_identity: dict[str, Any] | None = None  # its name and checksums
-    prompts: Prompts | None = None  # what samples shall be of
+    prompts: Prompts | None = None  # prompts of the samples
 
     @cached_property
     def process(self) -> Process:
-        """Path, prediction, and what the network is given for t."""
+        """Path, prediction, and the network's time input for t."""
         return build_process(self.diffusion)
 
     @cached_property
     def trained_classes(self) -> tuple[int, ...]:
-        """Classes that have training images, which alone are drawn; all where nothing is known."""
+        """Classes with training images, the only ones that are sampled; all classes if the counts are unknown."""
         known = tuple(label for label, count in enumerate(self.class_counts) if count)
         return known or tuple(range(self.model.num_classes))
 
     @cached_property
     def weights_sha256(self) -> str | None:
-        """Checksum of the file that the network was read from; None of one that is in memory only."""
+        """Checksum of the file of the weights; None if the network was not loaded from a file."""
         return None if self.folder is None else weights_checksum(self.folder, self.weights, self.step)
 
     @property
@@ -100,7 +100,7 @@ class LoadedRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Which weights samples are made by, for their record."""
+        """Identity of the weights, for the record of samples."""
         own = {
             "run": str(self.folder),
             "step": self.step,
@@ -113,7 +113,7 @@ class LoadedRun:
 
     @cached_property
     def layout(self) -> Layout:
-        """Of what a sampler integrates: the latents, and the streams."""
+        """Layout of the sampler's state: the latents and the streams."""
         return Layout(self.model.state_shapes)
 
     def denoiser(
@@ -125,20 +125,20 @@ class LoadedRun:
         negative: Text | None = None,
         most: int | None = None,
     ) -> Denoiser:
-        """The denoiser of states as `layout` packs them, for given labels (N,), with guidances (specs of GUIDANCES) closed over.
+        """The denoiser of states packed by `layout`, for labels (N,) and guidances (specs of GUIDANCES).
 
         Args:
             text: tokens of N texts, for a network that reads text.
-            negative: those of one text (1, S, E), which stands for "no text" in guidance.
-            most: rows that a pass of the network takes; None: any number.
+            negative: tokens of one text (1, S, E), which replaces the empty text in guidance.
+            most: largest batch of a forward pass; None: unlimited.
 
         Raises:
-            UserError: guidance by a null class that never trained, or by a weaker run of another kind.
+            UserError: guidance with a null class that was not trained, or with an incompatible weaker run.
         """
         check_trained(guidances, self.label_dropout, getattr(self.model.route, "path_drop", None))
         if self.process.prediction != "velocity" and any(parse_spec(spec)[0] == "representation" for spec in guidances):
             raise UserError(
-                f"The guidance representation moves a velocity, but this network predicts {self.process.prediction}: leave it out."
+                f"The guidance representation needs a velocity network, but this one predicts {self.process.prediction}: remove it."
             )
         null = negative and _condition(labels, negative)
         predictions = replace(self.predictions(_condition(labels, text), null), most=most)
@@ -147,29 +147,29 @@ class LoadedRun:
         return Denoiser(fn, process.path, process.prediction, sigma_min=process.sigma_min, shift=process.shift)
 
     def predictions(self, condition: Condition, null: Condition | None = None) -> Predictions:
-        """The network's predictions by name, for N samples of a condition; `null` in place of the network's own "none"."""
+        """The network's predictions by name, for N samples of a condition; `null` replaces the network's null condition."""
         weak = None if self.weak is None else self.weak.predictions(condition)
         condition = self.model.completed(condition)
-        # A fresh one for each sampling: what the encoder found for one batch is of no use to the next.
+        # A fresh cache for each sampling: encoder outputs of one batch are useless for the next.
         sharing = None if self.sharing is None else self.sharing.fresh()
         return Predictions(
             self.model, self.process.network_time, condition, self.layout, weak, self.guide, null, sharing
         )
 
     def with_weak(self, weak: "LoadedRun") -> "LoadedRun":
-        """This run, guided by a weaker one; raises UserError unless both predict the same of the same state."""
+        """This run with a weaker run for autoguidance; raises UserError unless both have the same prediction and state."""
         for what in ("path", "prediction", "objective"):
             if (own := getattr(self.diffusion, what)) != (other := getattr(weak.diffusion, what)):
                 raise UserError(
-                    f"The weaker run {weak.folder} has the {what} {other!r}, but {self.folder} has {own!r}: autoguidance needs the same."
+                    f"The weaker run {weak.folder} has the {what} {other!r}, but {self.folder} has {own!r}: choose one with the same."
                 )
         if self.text_identity != weak.text_identity:
             raise UserError(
-                f"The weaker run {weak.folder} reads texts of another encoder than {self.folder}: autoguidance needs the same."
+                f"The weaker run {weak.folder} has another text encoder than {self.folder}: give --weak a run with the same."
             )
         if self.layout.shapes != weak.layout.shapes or self.model.num_classes != weak.model.num_classes:
             raise UserError(
-                f"The weaker run {weak.folder} has other latents, streams or classes than {self.folder}: autoguidance needs the same."
+                f"The weaker run {weak.folder} has other latents, streams or classes than {self.folder}: give --weak a run with the same."
             )
         return replace(self, weak=weak)
 
@@ -184,14 +184,14 @@ def load_run(
     autoencoder: Autoencoder | None = None,
     device: torch.device | str = "cpu",
 ) -> LoadedRun:
-    """Load a run for inference: nothing but the folder is needed (and the autoencoder's own weights).
+    """Load a run for inference from its folder and the autoencoder's weights.
 
     Args:
         path: the run folder.
-        weights: "ema" (what the paper reports) or "model" (the raw weights).
+        weights: "ema" (as in the paper), "model" (the weights without averaging), or another average by name.
         step: which checkpoint; the highest when None.
-        autoencoder_weights: where the autoencoder's weights are now; empty: where training found them, otherwise the hub's.
-        autoencoder: one that is loaded already; None loads the run's.
+        autoencoder_weights: location of the autoencoder's weights; empty: the recorded location, otherwise the hub's.
+        autoencoder: a loaded autoencoder; None: load the run's.
     """
     run = Path(path)
     config = layout.read_config(run, NEEDED)
@@ -212,52 +212,52 @@ def load_run(
 
 
 def network_of(run: Path, config: ModelConfig, step: int, state: Mapping[str, Tensor]) -> Backbone:
-    """The network that the configuration of a run describes, with weights of a checkpoint; UserError where they do not fit."""
+    """The network of a run's configuration with the weights of a checkpoint; raises UserError if they do not fit."""
     try:
         _require_size(config, state)
         model = build(config)
         model.load_state_dict(state)
     except (OtherNetwork, RuntimeError):
         raise UserError(
-            f"The weights of {layout.checkpoint_folder(run, step)} are of another network than {run / layout.CONFIG} "
-            "describes: restore the configuration that the run was trained with."
+            f"The weights of {layout.checkpoint_folder(run, step)} do not fit the network of {run / layout.CONFIG}: "
+            "restore the configuration of the training."
         ) from None
     return model
 
 
 class OtherNetwork(Exception):
-    """A configuration is of a network that the weights cannot be of."""
+    """The configuration's network cannot have these weights."""
 
 
 def _require_size(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """Raises OtherNetwork, before memory is taken, for a network of no size, or larger than its weights can be.
+    """Raises OtherNetwork, before allocating memory, for a network without a size or larger than its weights.
 
-    Loose bounds of our own networks: each has a tensor for each block, a number for each token, class and channel, and a
-    product of its width with itself.
+    The bounds are loose: each network of this package has a tensor per block, a number per token, class and channel, and a
+    matrix of width x width.
     """
     if parse_spec(config.backbone)[0] not in OWN:
         return
     numbers, dims = sum(x.numel() for x in state.values()), config.dims()
     tokens = (config.latent_size // dims.patch_size) ** 2
     largest = max(tokens, config.num_classes, config.latent_channels, dims.hidden_dim**2)
-    if min(config.latent_size, config.latent_channels) < 1:  # left to the data, which a run of ours has filled in
+    if min(config.latent_size, config.latent_channels) < 1:  # training replaces 0, "from the data"
         raise OtherNetwork
     if largest > numbers or max(dims.depth, len(config.heads), len(config.streams)) > len(state):
         raise OtherNetwork
 
 
 def _condition(labels: Tensor, text: Text | None) -> Condition:
-    """Of N samples; one text is that of all."""
+    """The condition of N samples; a single text applies to all."""
     if text is None:
         return Condition(labels)
     return Condition(labels, *text.map(lambda x: x.expand(len(labels), *x.shape[1:])))
 
 
 def _text(run: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """The text encoder that a run was trained with, from its configuration and the record of its data."""
+    """The text encoder of a run, from its configuration and the record of its data."""
     spec, weights, identity = config.get("text", ""), config.get("text_weights", ""), data.get("text")
     if not isinstance(identity, dict | None):
-        raise UserError(f"{run / layout.DATA} is damaged: its text is not what `repa train` wrote.")
+        raise UserError(f"{run / layout.DATA} is damaged: its text must be an object. Restore it from a copy.")
     if spec:
         with contents_of(run / layout.CONFIG):
             TEXT_ENCODERS.check(spec)
@@ -265,23 +265,25 @@ def _text(run: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[str, 
 
 
 def counts_of(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:
-    """Training images of each class, without flipped copies; () where data.json does not say."""
+    """Number of training images per class, without flipped copies; () if data.json does not record it."""
     counts = data.get("class_counts", [])
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-        raise UserError(f"{run / layout.DATA}: class_counts must be a list of numbers of images.")
+        raise UserError(
+            f"{run / layout.DATA} is damaged: class_counts must be a list of numbers of images. Restore it from a copy."
+        )
     if counts and not (len(counts) == num_classes and any(counts)):
         raise UserError(
-            f"{run / layout.DATA}: class_counts must hold images of the {num_classes} classes of class_names."
+            f"{run / layout.DATA} is damaged: class_counts must have a number for each of {num_classes} classes, and not only 0."
         )
     return tuple(counts)
 
 
 def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:
-    """By the weights that are given, else those that the run was trained with, else the hub's."""
+    """The autoencoder with the given weights, else those of the training, else the hub's."""
     spec, recorded = config["autoencoder"], config["autoencoder_weights"]
     with contents_of(run / layout.CONFIG):
         AUTOENCODERS.check(spec)
-    # A relative path may be meant from another folder; an absolute one that is gone was moved, which a refusal must say.
+    # A relative path may refer to another folder; an absolute path that is missing was moved, and the error must say so.
     moved = bool(recorded) and Path(recorded).is_absolute() and not Path(recorded).exists()
     try:
         return load_autoencoder(spec, weights=given or ("" if moved else recorded) or None, device=device)
@@ -289,6 +291,6 @@ def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.de
         if not moved or given:
             raise
         raise UserError(
-            f"The weights of the autoencoder {spec!r} that {run} was trained with are no longer in {recorded}: give their folder "
-            "as --autoencoder-weights FOLDER."
+            f"The weights of the autoencoder {spec!r} of {run} are no longer in {recorded}: give their folder as "
+            "--autoencoder-weights FOLDER."
         ) from error

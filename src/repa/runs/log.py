@@ -1,4 +1,4 @@
-"""metrics.jsonl, log.txt, TensorBoard (when installed) and Weights & Biases (when asked for): written from here, by one process."""
+"""The training log: metrics.jsonl, log.txt, TensorBoard (if installed) and Weights & Biases (optional), written by one process."""
 
 import contextlib
 import json
@@ -13,50 +13,50 @@ from repa.base import dist, extras, faults, files
 from repa.base.errors import UserError
 from repa.runs import layout
 
-CRC = "crc"  # of a row: the checksum of the rest
+CRC = "crc"  # key of an entry's checksum, which covers its other values
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl in order. A last line that a kill cut in half is left out."""
+    """The entries of metrics.jsonl in order, without a last line that a kill truncated."""
     path = Path(run) / layout.METRICS
     if not path.is_file():
         return
-    with faults.reading(path, "text", "Remove the bytes that are none."):
+    with faults.reading(path, "text", "Remove the bytes that are not text."):
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            # Only the last line can have been cut by a kill: any other was followed by a whole one.
+            # A kill can truncate only the last line.
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number}: it is not JSON. Remove that line.") from None
         else:
-            # Ours holds nothing else, but the folder may come from elsewhere.
+            # Training writes nothing else, but the folder is untrusted.
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 if row.pop(CRC, None) not in (None, _crc_of(row)):
                     raise UserError(
-                        f"{path} is damaged in line {number}: it is not as it was written. Remove that line."
+                        f"{path} is damaged in line {number}: it does not match its checksum. Remove that line."
                     )
                 yield row
 
 
 def lost_rows(run: Path, rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> str:
-    """A sentence when metrics.jsonl has no training row of one of the checkpoints of these `steps`, else an empty text.
+    """A sentence if metrics.jsonl has no training entry for one of the checkpoints of `steps`; otherwise an empty string.
 
-    Training writes the row before the checkpoint, so such a row was there: the file was cut, or a crash of the machine lost it.
+    Training writes the entry before the checkpoint, so the file was truncated, or a crash of the machine lost the entry.
     """
     logged = {row["step"] for row in rows if row.get("kind") == "train"}
     lost = [step for step in steps if step not in logged]
-    if not lost or not (run / layout.METRICS).is_file():  # a run that was converted has none
+    if not lost or not (run / layout.METRICS).is_file():  # a converted run has none
         return ""
     return (
-        f"{layout.METRICS} has lost rows: it has none of step {lost[0]:,}, whose checkpoint was written after it. Restore the file from a "
-        "copy, or take the curves for incomplete."
+        f"{layout.METRICS} has lost entries: it has none of step {lost[0]:,}, although its checkpoint exists. Restore the file from a "
+        "copy; without it the curves are incomplete."
     )
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row as it is written, with a checksum of the rest of it."""
+    """An entry as a line of JSON, with a checksum of its other values."""
     return json.dumps({**row, CRC: _crc_of(row)}) + "\n"
 
 
@@ -65,7 +65,7 @@ def _crc_of(row: dict[str, Any]) -> str:
 
 
 class Board(Protocol):
-    """Somewhere else that numbers are shown."""
+    """Another destination of the numbers."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -73,13 +73,13 @@ class Board(Protocol):
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl; their numbers go to the boards too.
+    """Appends entries to metrics.jsonl, and sends their numbers to the boards.
 
     Args:
         run: run folder.
-        resume_step: rows after it belong to steps that will be done again, and are dropped.
-        project: of Weights & Biases; empty: none.
-        config: settings that Weights & Biases shows next to the curves.
+        resume_step: entries after it are dropped, because training repeats their steps.
+        project: project at Weights & Biases; empty: not used.
+        config: settings for display at Weights & Biases.
 
     Raises:
         UserError: Weights & Biases is not available.
@@ -87,7 +87,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, resume_step: int = 0, *, project: str = "", config: Mapping[str, Any] | None = None):
         self.main = dist.is_main()
-        self.lost = ""  # a sentence when rows before `resume_step` are gone
+        self.lost = ""  # a sentence if entries before `resume_step` are missing
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class MetricsLog:
         self.metrics, self.text = _appended(run / layout.METRICS), _appended(run / layout.LOG)
 
     def row(self, kind: str, step: int, **values: Any) -> None:
-        """One line. Values are plain numbers, strings or dictionaries of them; non-finite numbers become null, as JSON has none."""
+        """Write one entry. Values are numbers, strings or dictionaries of them; non-finite numbers, which JSON lacks, become null."""
         if not self.main:
             return
         self.metrics.write(_line(_plain({"kind": kind, "step": step, **values})))
@@ -109,7 +109,7 @@ class MetricsLog:
             board.scalars(step, numbers)
 
     def line(self, text: str) -> None:
-        """A plain line for log.txt."""
+        """Write a line to log.txt."""
         if self.main:
             self.text.write(text + "\n")
 
@@ -122,15 +122,15 @@ class MetricsLog:
 
 
 def _appended(path: Path) -> TextIO:
-    """A text file to add lines to; a link in a run from elsewhere would lead out of it."""
+    """Open a text file for appending; refuses symbolic links, which lead out of an untrusted run folder."""
     if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, which is not followed: remove it.")
-    # Line by line: a kill leaves whole rows behind, and whoever watches the file sees them at once.
+        raise UserError(f"{path} is a symbolic link, and links are not followed: remove it.")
+    # Line-buffered: a kill leaves complete lines, and readers of the file see them immediately.
     return path.open("a", buffering=1, encoding="utf-8")
 
 
 class WeightsAndBiases:
-    """One run there for one run folder, continued when training is; offline it lies in the folder's `wandb/` until synced."""
+    """A W&B run for a run folder, resumed with the training; offline data stay in the folder's `wandb/` until synced."""
 
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
         wandb = extras.need("wandb", "--wandb")
@@ -145,9 +145,9 @@ class WeightsAndBiases:
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"Weights & Biases cannot be used ({reason}): run `wandb login`, set WANDB_MODE=offline, or leave out --wandb."
+                f"Weights & Biases is not available ({reason}): run `wandb login`, set WANDB_MODE=offline, or remove --wandb."
             ) from None
-        # Its own counter cannot go back; ours does, when steps after the last checkpoint are done again.
+        # W&B's counter cannot go back, but training repeats the steps after the last checkpoint.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -159,7 +159,7 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
-    """Its event files, in the run's folder `tensorboard/`."""
+    """TensorBoard event files in the run's folder `tensorboard/`."""
 
     def __init__(self, run: Path, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter

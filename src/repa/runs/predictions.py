@@ -1,4 +1,4 @@
-"""A network's predictions by name, as guidances ask for them: each pass once, those of one network in one doubled batch."""
+"""A network's named predictions for guidances: each is computed once, and those of one network share a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from repa.models.ddt import Encoded
 
 
 class Guide(NamedTuple):
-    """A loss of what the network's taps show, whose gradient guides."""
+    """The loss of representation guidance, computed from the network's taps."""
 
     taps: tuple[Tap, ...]
-    loss: Callable[[Output, Tensor, Condition], Tensor]  # of the output at times t (N,) under a condition: (N,)
-    sha256: str  # of the image that it compares with
+    loss: Callable[[Output, Tensor, Condition], Tensor]  # (output, times (N,), condition) -> loss (N,)
+    sha256: str  # of the guiding image
 
 
 class Sharing:
-    """At which evaluations of a sampler the encoder of a DDT runs; at the others its head uses what was found last (arXiv 2504.05741).
+    """Evaluations of a sampler that run the encoder of a DDT; the others reuse its last output (arXiv 2504.05741).
 
-    Evaluations are counted from 0. None: it always runs, and `self_conditions` keeps what it finds for the conditional samples.
+    Evaluations are counted from 0. None: all, and `self_conditions` stores the encoder's outputs for the conditional samples.
     """
 
     def __init__(self, evaluations: frozenset[int] | None = None):
@@ -37,15 +37,15 @@ class Sharing:
 
     @property
     def chosen(self) -> list[int]:
-        """The evaluations, for a record."""
+        """The evaluations, for the record of samples."""
         return sorted(self.evaluations or ())
 
     def fresh(self) -> "Sharing":
-        """For another sampling; one that only collects `self_conditions` goes on collecting."""
+        """A new instance for another sampling; an instance that only collects `self_conditions` returns itself."""
         return Sharing(self.evaluations) if self.evaluations is not None else self
 
     def __call__(self, model: DDT, state: State, t: Tensor, condition: Condition, num: int) -> Output:
-        """`num` conditional samples come first; where the batch has changed, what was found before is of no use."""
+        """Run the network; the first `num` samples are the conditional ones. A changed batch discards the stored output."""
         call, kept = self.calls, self._kept
         self.calls += 1
         if self.evaluations is None or call in self.evaluations or kept is None or len(kept.self_condition) != len(t):
@@ -60,15 +60,15 @@ class Predictions:
     """(x_t, t, names) -> the named predictions; see `repa.diffusion.guided`.
 
     Args:
-        network_time: what the network is given for our t (N,).
-        condition: of the N samples.
-        layout: of x_t.
-        weak: another network's predictions, for autoguidance.
-        guide: whose gradient is asked for, for representation guidance.
-        null: of N samples, what stands for "none"; None: what the network says itself.
-        sharing: of a DDT, when its encoder runs; None: always.
-        most: rows that a pass takes; None: any number. Where the samples with and without their condition are more, each of
-            the two has its own pass. A DDT whose encoder is shared has one pass of both, as it keeps what that found.
+        network_time: t (N,) -> the network's time input.
+        condition: condition of the N samples.
+        layout: layout of x_t.
+        weak: predictions of the weaker network, for autoguidance.
+        guide: loss of representation guidance.
+        null: null condition of the N samples; None: the network's own.
+        sharing: evaluations that run the encoder of a DDT; None: all.
+        most: largest batch of a forward pass; None: unlimited. If the conditional and unconditional samples together exceed it,
+            each has its own pass. A DDT with shared encoder output always has one pass, because it stores that output.
     """
 
     model: Backbone
@@ -83,9 +83,7 @@ class Predictions:
 
     def __call__(self, x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         if len(self.condition.labels) != len(x_t):
-            raise UserError(
-                f"There are {len(x_t)} samples, but {len(self.condition.labels)} labels: give one per sample."
-            )
+            raise UserError(f"Got {len(x_t)} samples but {len(self.condition.labels)} labels: give one per sample.")
         found: dict[str, Tensor] = {}
         passes = {pass_of(name) for name in names}
         branches = [name for name in (CONDITIONAL, NULL) if name in passes]
@@ -103,16 +101,16 @@ class Predictions:
             found["gradient"] = self._gradient(x_t, t)
         if unknown := names - found.keys():
             raise UserError(
-                f"A guidance asks for the prediction {min(unknown)!r}, but there are conditional, null, head@BLOCK, weak, routed and "
+                f"A guidance needs the unknown prediction {min(unknown)!r}: use conditional, null, head@BLOCK, weak, routed or "
                 "gradient."
             )
         return found
 
     def _run(self, x_t: Tensor, t: Tensor, branches: list[str]) -> list[Output]:
-        """One pass of the network over the batch of each branch."""
+        """The network's output for each branch, from one forward pass."""
         conditions = [self.condition if branch == CONDITIONAL else self._null() for branch in branches]
         num = len(branches)
-        # One doubled batch and not two passes: on a GPU small batches cost as much as twice their size.
+        # One doubled batch instead of two passes: on a GPU a small batch takes as long as one of twice its size.
         state = self.layout.unpack(torch.cat([x_t] * num) if num > 1 else x_t)
         times = self.network_time(torch.cat([t] * num) if num > 1 else t)
         condition = conditions[0] if num == 1 else conditions[0].cat(conditions[1])
@@ -130,20 +128,20 @@ class Predictions:
         ]
 
     def _routed(self, x_t: Tensor, t: Tensor) -> Output:
-        """Without a condition, and with no token in the blocks that the network can route around."""
+        """The unconditional prediction with no tokens in the routed blocks."""
         if not self.model.route:
             raise UserError(
-                "The guidance path_drop needs a network that was trained with tokens routed around its middle blocks, and this "
-                "one was not: choose another guidance."
+                "The guidance path_drop needs a network that was trained with token routing, but this one was not: choose another "
+                "guidance."
             )
         nobody = torch.empty(len(x_t), 0, dtype=torch.long, device=x_t.device)
         return self.model(self.layout.unpack(x_t), self.network_time(t), self._null(), keep=nobody)
 
     def _gradient(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Of the guide's loss of the conditional pass, by x_t: a pass forward and one back."""
+        """Gradient of the guide's loss by x_t, in a conditional forward and backward pass."""
         if self.guide is None:
             raise UserError("The guidance representation needs an image: give its file as --guide-image FILE.")
-        # Copies made outside of inference mode are ordinary tensors, which autograd may keep.
+        # Autograd can store only tensors that were made outside inference mode, so x_t is copied.
         with torch.inference_mode(False), torch.enable_grad():
             x_t, t = x_t.clone().requires_grad_(), t.clone()
             condition = self.condition.map(torch.clone)
@@ -156,14 +154,14 @@ class Predictions:
         return self.null or self.model.null(self.condition)
 
     def _named(self, name: str, output: Output) -> Tensor:
-        """The final prediction, or a head's of the latents beside the final one of the streams, which have no heads."""
+        """The final prediction; for a head, its prediction of the latents with the final one of the streams, which have no heads."""
         _, is_head, depth = name.partition(HEAD)
         if not is_head:
             return self._packed(output)
         if int(depth) not in output.heads:
             has = f"has heads at {', '.join(map(str, output.heads))}" if output.heads else "has no heads"
             raise UserError(
-                f"The guidance internal asks for the head at block {depth}, but this network {has}: give one of them as head=BLOCK, "
+                f"The guidance internal needs a head at block {depth}, but this network {has}: choose another with head=BLOCK, "
                 "or train with --model.heads."
             )
         return self._packed(output._replace(prediction={**output.prediction, "x": output.heads[int(depth)]}))
@@ -171,13 +169,13 @@ class Predictions:
     def _packed(self, output: Output) -> Tensor:
         prediction = output.prediction
         if len(self.layout.shapes) == 1:
-            return prediction["x"]  # with its learned variance, if there is one
+            return prediction["x"]  # with the learned variance, if the network predicts one
         channels = self.layout.shapes["x"][0]
         return self.layout.pack({**prediction, "x": prediction["x"][:, :channels]})
 
 
 def pass_of(name: str) -> str:
-    """The pass of the network that a prediction comes from: "null/head@8" -> "null"."""
+    """The branch of a prediction: "null/head@8" -> "null"."""
     branch, has_branch, _ = name.partition("/")
     if has_branch:
         return branch

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints: by one process or by all of them, at once or by threads while the training goes on."""
+"""Writing of checkpoints: by one process or all, synchronously or in a background thread."""
 
 import contextlib
 import functools
@@ -16,31 +16,30 @@ from repa.runs.checkpoint import Checkpoint, remove_older, save_checkpoint, writ
 
 
 class Writer:
-    """Takes checkpoints in order. Use as a context manager: the last one is on disk when the block ends.
+    """Writes checkpoints in order. Use as a context manager: the last checkpoint is on disk when the block ends.
 
-    Each of several processes writes its share into a hidden folder. When all have, the main process adds state.json, with the
-    checksums of all files, and gives the folder its name. So all must call `begin`, `write` and `wait` alike.
+    Each process writes its share into a hidden folder. Then the main process adds state.json with the checksums of all files
+    and renames the folder. All processes must therefore call `begin`, `write` and `wait` in the same order.
 
-    In the background a checkpoint must own its tensors, and one is written at a time: a second waits for the first, so
-    host memory holds two at most. What goes wrong in the thread is raised by `wait`, by the next `begin` or `write`, or at the
-    end.
+    With `background` a checkpoint must own its tensors. Checkpoints are written one at a time: a second waits for the first,
+    so host memory holds at most two. `wait`, the next `begin` or `write`, or the end of the block raises the thread's errors.
 
     Args:
         run: run folder.
         keep: see `save_checkpoint`.
         keep_every: see `save_checkpoint`.
-        background: by a thread.
+        background: write in a thread.
     """
 
     def __init__(self, run: Path, keep: int = 0, keep_every: int = 0, *, background: bool = False):
         self.run, self.keep, self.keep_every = run, keep, keep_every
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self.pending: tuple[Checkpoint, Future] | None = None
-        self.folder: Path | None = None  # of several processes, under its hidden name
-        self.opened = contextlib.ExitStack()  # that folder, in the main process
+        self.folder: Path | None = None  # the hidden folder, if several processes write
+        self.opened = contextlib.ExitStack()  # holds that folder open in the main process
 
     def begin(self, step: int) -> list[int]:
-        """The ranks of the processes that write the checkpoint of `step`: those that see the run folder; none where it is written."""
+        """Ranks of the processes that write the checkpoint of `step`, those that see the run folder; empty if it already exists."""
         self.wait()
         if not dist.active():
             return [0]
@@ -51,7 +50,7 @@ class Writer:
         return [rank for rank, sees in enumerate(dist.gather_objects(self.folder.is_dir())) if sees]
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, or this process's share of the one that was begun."""
+        """Write a checkpoint, or this process's share of it."""
         self.wait()
         if self.folder is None:
             job: Callable[[], object] = functools.partial(
@@ -73,13 +72,13 @@ class Writer:
         return self.pending is not None and not self.pending[1].done()
 
     def settle(self, device: torch.device) -> None:
-        """Close the checkpoint once all processes have written it, and raise the error of one that failed; all must call."""
+        """Complete the checkpoint if all processes have written it, and raise the error of a failed one; all must call this."""
         failed, busy = dist.any_process([self.failed, self.busy], device)
         if failed or not busy:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was taken is on disk; raises the error of its writing, in all processes."""
+        """Wait until all checkpoints are on disk; raises a write error in all processes."""
         if self.pending is None:
             return
         (checkpoint, future), self.pending = self.pending, None
@@ -100,19 +99,19 @@ class Writer:
         folder = layout.checkpoint_folder(self.run, step)
         if folder.exists():
             return None
-        files.remove_leftovers(folder.parent)  # of processes that were killed while they wrote or removed
+        files.remove_leftovers(folder.parent)  # of processes that were killed during writing or removal
         return self.opened.enter_context(files.atomic_folder(folder)).name
 
     def _close(self, checkpoint: Checkpoint, checksums: dict[str, str]) -> None:
         assert self.folder is not None
         write_state(self.folder, checkpoint, checksums)
-        # Only with state.json in it does the folder get its name: until then no reader takes it for a checkpoint.
+        # The folder is renamed only once it has state.json, so no reader sees an incomplete checkpoint.
         self.opened.close()
         remove_older(self.run, self.keep, self.keep_every)
 
     def _abandon(self) -> None:
         self.folder = None
-        # Told of the error, the folder's context removes it; what goes wrong in that must not hide the error under way.
+        # On an error the folder's context removes the folder; a failure in that must not hide the original error.
         with contextlib.suppress(Exception):
             self.opened.__exit__(*sys.exc_info())
 
@@ -124,7 +123,7 @@ class Writer:
             self.pool.shutdown()  # waits
         if kind is None:
             self.wait()
-        else:  # the error that ends the block is the one to see
+        else:  # the error that ended the block is raised
             self._abandon()
 
 
